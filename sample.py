@@ -1,0 +1,71 @@
+"""Make videos from a prompt, with what a run has trained or with a pipeline folder.
+
+python sample.py run=NAME prompt="..."        python sample.py weights=DIR prompt="..."
+"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from wantrain import config, world
+from wantrain.geometry import Bucket, sizes
+from wantrain.sampling import Settings
+from wantrain.training.gather import add_loras, build_sampler, gather_experts
+from wantrain.video import contact_sheet, write_mp4
+
+
+@config.app("sample")
+def main(cfg: DictConfig) -> None:
+    """Load the experts, sample `count` videos, write mp4 and a contact sheet."""
+    config.check(cfg)
+    world.set_threads()
+    device = config.device(cfg.device)
+    dtype = config.dtype(cfg.precision)
+    gathered = gather_experts(
+        list(cfg.model.experts),
+        model=cfg.model.name,
+        boundary=cfg.model.boundary,
+        run=cfg.run,
+        runs=cfg.runs,
+        weights=cfg.weights,
+        locate=config.locate,
+        alone=cfg.alone,
+        device=device,
+        dtype=dtype,
+    )
+    lora = config.plain(cfg.lora)
+    add_loras(gathered.experts, lora, lora.pop("scale"))
+    sampler = build_sampler(
+        gathered.experts, boundary=cfg.model.boundary, base=gathered.base, device=device, dtype=dtype
+    )
+    height, width = (cfg.height, cfg.width) if cfg.height else sizes(cfg.model.area, cfg.model.multiple, [1.0])[0]
+    negative = cfg.model.negative_prompt if cfg.negative_prompt is None else cfg.negative_prompt
+    settings = Settings(
+        guidance=config.plain(cfg.guidance),
+        shift=cfg.shift,
+        steps=cfg.steps,
+        solver=cfg.solver,
+        negative_prompt=negative,
+    )
+    out, clips = Path(cfg.out or "samples"), {}
+    out.mkdir(parents=True, exist_ok=True)
+    world.say(f"experts {', '.join(sampler.experts.models)}; {settings}")
+    for seed in range(cfg.seed, cfg.seed + cfg.count):
+        with tqdm(total=cfg.steps, desc=f"seed {seed}", unit="step") as bar:
+            frames = sampler(
+                cfg.prompt,
+                bucket=Bucket(cfg.num_frames, height, width),
+                settings=settings,
+                seed=seed,
+                on_step=lambda _, expert, bar=bar: (bar.set_postfix_str(expert), bar.update()),
+            )
+        clips[f"seed {seed}: {cfg.prompt}"] = frames
+        write_mp4(out / f"seed_{seed}.mp4", frames, cfg.model.fps)
+        world.say(f"wrote {out / f'seed_{seed}.mp4'}")
+    contact_sheet(out / "contact_sheet.png", clips)
+    world.say(f"wrote {out / 'contact_sheet.png'}")
+
+
+if __name__ == "__main__":
+    main()

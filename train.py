@@ -1,0 +1,124 @@
+"""Train one expert of a Wan model on latent shards.
+
+accelerate launch train.py expert=low_noise data.shards=DIR        python train.py --help
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from wantrain import config, world
+from wantrain.data import Plan
+from wantrain.training import assemble, estimate
+from wantrain.training.checkpoint import Checkpoints
+from wantrain.training.loop import Hook, Run, fit
+from wantrain.training.metrics import Metrics, Tracker, build_tracker
+from wantrain.training.optim import build_optimizer
+from wantrain.training.parallel import Stepper, start_accelerator
+from wantrain.training.run import RunFolder
+
+
+@config.app("train")
+def main(cfg: DictConfig) -> None:
+    """Train one expert, or continue the run of that name."""
+    config.check(cfg, processes=world.world_size())
+    accelerator = start_accelerator()
+    if cfg.data.shards is None:
+        cfg.data.shards = "data/demo/videos" if cfg.expert.name == "vae" else "data/demo/latents"
+        with accelerator.main_process_first():
+            make_demo_data(Path(cfg.data.shards))
+    base, model, expert = config.locate(cfg.weights), config.plain(cfg.model), config.plain(cfg.expert)
+    data = config.build(cfg.data)
+    if cfg.expert.name != "vae":
+        assemble.check_encoders(data.manifest, base, cfg.data.shards)
+    plan = Plan(data.buckets, batch_size=cfg.batch_size, seed=cfg.seed)
+    steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
+    trainee = assemble.build_trainee(
+        lambda: config.build(cfg.model.vae if cfg.expert.name == "vae" else cfg.model.transformer),
+        model=model,
+        expert=expert,
+        adapter=config.plain(cfg.adapter),
+        base=base,
+        seed=cfg.seed,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+    )
+    if cfg.dry_run:
+        world.say(config.to_yaml(cfg))
+        size = {"steps": steps, "accumulate": cfg.accumulate, "processes": accelerator.num_processes}
+        world.say(estimate.describe(plan, data.bucket_names, trainee.module, **size))
+        return
+
+    folder, settings = RunFolder(Path(cfg.runs) / cfg.run), config.plain(cfg)
+    if world.is_main():
+        folder.open(settings)
+    accelerator.wait_for_everyone()
+    optimizer = build_optimizer(config.build(cfg.optimizer, _partial_=True), trainee.module)
+    stepper = Stepper(
+        accelerator, trainee.module, optimizer, accumulate=cfg.accumulate, clip=cfg.clip, precision=cfg.precision
+    )
+    tracker = build_tracker(
+        cfg.tracker.name, project=cfg.tracker.project, run=cfg.run, folder=folder.path, config=settings
+    )
+    run = Run(
+        trainee=trainee,
+        stepper=stepper,
+        loss=config.build(cfg.loss),
+        data=data,
+        plan=plan,
+        schedule=config.build(cfg.schedule),
+        checkpoints=Checkpoints(folder.checkpoints, keep=cfg.checkpoint.keep),
+        metrics=Metrics(folder.metrics, tracker, steps=steps),
+        steps=steps,
+        seed=cfg.seed,
+        checkpoint_every=cfg.checkpoint.every,
+        state={"expert": cfg.expert.name, "data": data.fingerprint},
+    )
+    run.hooks = build_hooks(cfg, run, tracker, base, folder)
+    start = run.resume()
+    world.say(f"run {folder.path}: step {start} of {steps}")
+    if start >= steps:
+        world.say(f"this run is finished ({start} steps); a larger steps= continues it")
+    ended_by = fit(run, start) if start < steps else None
+    tracker.close()
+    stepper.finish()
+    if ended_by is not None:
+        world.say("stopped by a signal, after a checkpoint; the same command continues")
+        sys.exit(128 + ended_by)
+
+
+def build_hooks(cfg: DictConfig, run: Run, tracker: Tracker, base: Path, folder: RunFolder) -> list[Hook]:
+    """What is asked after every step: validation, and previews if wanted."""
+    every, clips, points = cfg.validation.every, cfg.validation.clips, cfg.validation.points
+    size = {"steps": run.steps, "seed": cfg.seed}
+    hooks = [assemble.build_validator(run.stepper, run.loss, run.data, every=every, clips=clips, points=points, **size)]
+    if cfg.sample.every and cfg.expert.name != "vae":
+        prompts = assemble.read_prompts(cfg.sample.prompts) if cfg.sample.prompts else run.data.captions()
+        hooks.append(
+            assemble.build_preview(
+                run.stepper,
+                model=config.plain(cfg.model),
+                expert=cfg.expert.name,
+                base=base,
+                prompts=prompts[: cfg.sample.count],
+                shift=cfg.noise.shift,
+                solver_steps=cfg.sample.steps,
+                every=cfg.sample.every,
+                folder=folder.samples,
+                tracker=tracker,
+                **{**size, "seed": cfg.sample.seed},
+            )
+        )
+    return hooks
+
+
+def make_demo_data(shards: Path) -> None:
+    """The embedded default: make the demo's footage and shards if they are not there, and say so."""
+    if world.is_main() and not (shards / "manifest.json").is_file():
+        world.say(f"data.shards is not given: making the demo's in {shards} (procedural clips; once)")
+        subprocess.run([sys.executable, str(config.ROOT / "demo.py"), "data"], check=True, env=world.alone())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The door: the only room besides the verbs that knows Hydra and OmegaConf.
+
+`app` turns a verb into a program (free text and paths are taken as typed; errors are one line), `build` makes the
+objects that the command line composed, `locate` finds files that ship with the project. A stored config is data: it
+is read with `read_stored` and never built from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wantrain import geometry
+from wantrain.world import errors_to_exit_code
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+
+#: Keys whose values people type freely. Without quoting, Hydra reads a comma as a sweep and `(`, `=`, `!`, `~`,
+#: Chinese or an emoji as a syntax error.
+TEXT_KEYS = frozenset(
+    ("prompt", "negative_prompt", "caption.prefix", "caption.default", "run", "tracker.project", "sample.negative_prompt")
+)
+PATH_KEYS = frozenset(
+    ("source", "out", "shards", "data.shards", "weights", "runs", "prompts", "lora.high_noise", "lora.low_noise",
+     "lora.dense", "sample.prompts")
+)  # fmt: skip
+
+
+def quoted(argument: str) -> str:
+    """One command-line override, with the value quoted for Hydra if its key holds free text or a path.
+
+    A path keeps `null`, and a leading `~` becomes the home folder (the shell leaves it alone after `key=`).
+    """
+    match = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", argument, flags=re.DOTALL)
+    if match is None or match[2] not in TEXT_KEYS | PATH_KEYS:
+        return argument
+    prefix, key, value = match.groups()
+    if key in PATH_KEYS:
+        if value in {"", "null"}:
+            return f"{prefix}{key}=null"
+        value = os.path.expanduser(value)  # noqa: PTH111 - Path would also drop a trailing slash as typed
+    # Inside double quotes Hydra unescapes \" (and backslashes before a quote); OmegaConf then reads ${ as a reference.
+    value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
+    value = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ("\\" if m[2] else "") + m[2], value)
+    return f'{prefix}{key}="{value}"'
+
+
+def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Decorator: make `verb(cfg)` the program whose config is conf/<name>.yaml.
+
+    A ValueError (anything wrong with config or input) is one line on stderr and exit code 2; any other exception is
+    a bug and shows its traceback.
+    """
+
+    def decorate(verb: Callable[[DictConfig], None]) -> Callable[[], None]:
+        def job(cfg: DictConfig) -> None:
+            with errors_to_exit_code():
+                verb(cfg)
+
+        def main() -> None:
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let composition errors reach us instead of exiting
+            sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+            with errors_to_exit_code():
+                try:
+                    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+                except (HydraException, OmegaConfBaseException) as error:
+                    raise ValueError(_readable(error, name)) from error
+
+        main.__doc__ = verb.__doc__
+        return main
+
+    return decorate
+
+
+def _readable(error: Exception, name: str) -> str:
+    """A composition error as one sentence, with the nearest key that exists."""
+    text = " ".join(str(error).split())
+    match = re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", text)
+    override = re.search(r"Could not override '([^']+)'", text)
+    if match is None:
+        return text
+    wrong = override[1] if override else match[1]
+    known = _all_keys(compose(name))
+    nearest = difflib.get_close_matches(wrong, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+    return f"{wrong} is not a key of {name}.py{hint} (python {name}.py --cfg job lists all)"
+
+
+def compose(name: str, overrides: list[str] | None = None) -> DictConfig:
+    """The config of a verb without running it; overrides as on the command line."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose(name, [quoted(override) for override in overrides or []])
+
+
+def _all_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key, node in cfg.items_ex(resolve=False):
+        keys.append(f"{prefix}{key}")
+        if isinstance(node, DictConfig):
+            keys.extend(_all_keys(node, f"{prefix}{key}."))
+    return keys
+
+
+def build(node: DictConfig, **more: Any) -> Any:
+    """The object that a composed node names by `_target_`, with `more` keywords; plain lists and dicts inside."""
+    return hydra.utils.instantiate(node, **more, _convert_="all")
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain dicts and values, every reference resolved."""
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def to_yaml(cfg: DictConfig) -> str:
+    """The resolved config as text."""
+    return OmegaConf.to_yaml(cfg, resolve=True)
+
+
+def locate(path: str | Path) -> Path:
+    """A path as the user sees it; a relative one that is not below the current folder may ship with the project."""
+    path = Path(path).expanduser()
+    if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
+        return ROOT / path
+    return path
+
+
+def check(cfg: DictConfig, *, processes: int = 1) -> None:
+    """Everything about a composed config that can be judged before work starts; all problems, raised once.
+
+    Each problem names its key and the mend. Keys that a verb does not have are not judged.
+    """
+    problems: list[str] = []
+
+    def judge(test: Callable[[], object]) -> None:
+        try:
+            test()
+        except ValueError as error:
+            problems.append(str(error))
+
+    judge(lambda: plain(cfg))  # missing values (???) and broken references
+    if "num_frames" in cfg:
+        judge(lambda: geometry.check_num_frames(cfg.num_frames))
+    judge(lambda: geometry.check_num_frames(cfg.model.num_frames, key="model.num_frames") if "model" in cfg else None)
+    if cfg.get("height") is not None or cfg.get("width") is not None:
+        judge(lambda: _check_picture(cfg))
+    if "expert" in cfg:
+        judge(lambda: _check_expert(cfg))
+        judge(lambda: _check_batch(cfg, processes))
+        judge(lambda: _check_length(cfg))
+    for key, allowed in _CHOICES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value not in allowed:
+            problems.append(f"{key}={value} is unknown; choose one of {', '.join(allowed)}")
+    for key in _POSITIVE:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not value > 0:
+            problems.append(f"{key}={value} must be above 0")
+    if problems:
+        many = f"{len(problems)} problems:\n  - " if len(problems) > 1 else ""
+        raise ValueError(many + "\n  - ".join(problems))
+
+
+_CHOICES = {
+    "precision": ("fp32", "bf16"),
+    "dtype": ("fp32", "bf16"),
+    "device": ("auto", "cpu", "cuda"),
+    "solver": ("unipc", "euler"),
+    "caption.missing": ("error", "skip", "empty"),
+    "clips": ("all", "first", "middle"),
+}
+_POSITIVE = (
+    "steps", "epochs", "batch_size", "accumulate", "clip", "count", "shard_mb", "fps", "area", "shift",
+    "checkpoint.every", "checkpoint.keep", "validation.every", "validation.clips", "validation.points",
+    "adapter.rank", "adapter.alpha", "optimizer.lr", "sample.steps", "sample.count",
+)  # fmt: skip
+
+
+def _check_picture(cfg: DictConfig) -> None:
+    if cfg.height is None or cfg.width is None:
+        raise ValueError("height and width go together; give both, or neither for the model's own size")
+    geometry.check_size(cfg.height, cfg.width, cfg.model.multiple, key="height, width")
+
+
+def _check_expert(cfg: DictConfig) -> None:
+    name, known = cfg.expert.name, list(cfg.model.experts)
+    if name == "vae":
+        if "vae" not in cfg.model:
+            raise ValueError(f"expert=vae: model={cfg.model.name} says nothing of a VAE to train (recipe=tiny_vae does)")
+    elif name not in known:
+        raise ValueError(
+            f"expert={name}: model={cfg.model.name} has {', '.join(known)}; "
+            f"use {' or '.join(f'expert={other}' for other in known)}, or another model="
+        )
+
+
+def _check_batch(cfg: DictConfig, processes: int) -> None:
+    parts = cfg.accumulate * processes
+    if cfg.accumulate >= 1 and cfg.batch_size % parts:
+        below = max(1, cfg.batch_size // parts) * parts
+        raise ValueError(
+            f"batch_size={cfg.batch_size} must divide by accumulate x processes = {cfg.accumulate} x {processes}; "
+            f"the nearest are {below} and {below + parts}"
+        )
+
+
+def _check_length(cfg: DictConfig) -> None:
+    if cfg.steps is not None and cfg.epochs is not None:
+        raise ValueError(f"steps={cfg.steps} and epochs={cfg.epochs} both set the length; give one of them")
+
+
+def device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device; ValueError for a GPU that is not there."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("device=cuda, but no GPU is visible; use device=cpu or device=auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def dtype(name: str) -> torch.dtype:
+    """`fp32` or `bf16` as a dtype."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -1,0 +1,122 @@
+"""Frames, pixels, latents, tokens: every count and every divisibility rule, in one place.
+
+Nothing here touches a tensor. Names: `num_frames` counts pixel frames, `latent_frames` the VAE's; a size is
+(height, width) in pixels; `multiple` is what both must divide by (VAE stride x patch: 16 for the 4x8x8 VAE).
+Source: Wan2.2's published strides; see docs/glossary.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+#: The transformer's patch over (latent frame, latent row, latent column); the same in every Wan model.
+PATCH = (1, 2, 2)
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """The shape that clips are brought to so that they can share a batch: frames, height and width in pixels."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.num_frames}x{self.height}x{self.width}"
+
+
+def is_valid_num_frames(num_frames: int, stride: int = 4) -> bool:
+    """True if the causal VAE keeps every frame: one first frame, then whole groups of `stride`."""
+    return num_frames >= 1 and num_frames % stride == 1 % stride
+
+
+def floor_num_frames(num_frames: int, stride: int = 4) -> int:
+    """The longest valid clip that `num_frames` frames can fill (0 if there is none)."""
+    return (num_frames - 1) // stride * stride + 1 if num_frames >= 1 else 0
+
+
+def check_num_frames(num_frames: int, stride: int = 4, *, key: str = "num_frames") -> None:
+    """Raise ValueError unless `num_frames` is 1 + stride*k, naming the nearest values that are."""
+    if is_valid_num_frames(num_frames, stride):
+        return
+    below = max(1, floor_num_frames(num_frames, stride))
+    nearest = f"{below}" if num_frames < 1 else f"{below} or {below + stride}"
+    raise ValueError(
+        f"{key}={num_frames} is not {stride}k+1: the VAE would silently drop frames; the nearest valid is {nearest}"
+    )
+
+
+def check_size(height: int, width: int, multiple: int, *, key: str = "size") -> None:
+    """Raise ValueError unless both sides are positive multiples of `multiple`, naming the nearest size that is."""
+    if height > 0 and width > 0 and height % multiple == 0 and width % multiple == 0:
+        return
+    nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+    raise ValueError(
+        f"{key}: height x width {height}x{width} must be multiples of {multiple} "
+        f"(VAE stride times patch); the nearest valid is {nearest[0]}x{nearest[1]}"
+    )
+
+
+def latent_frames(num_frames: int, stride: int = 4) -> int:
+    """Latent frames of a clip: the first frame alone, then one per `stride` frames."""
+    check_num_frames(num_frames, stride)
+    return (num_frames - 1) // stride + 1
+
+
+def pixel_frames(latent_frames: int, stride: int = 4) -> int:
+    """Pixel frames that `latent_frames` decode to; the inverse of `latent_frames`."""
+    return (latent_frames - 1) * stride + 1
+
+
+def num_tokens(latent_shape: Sequence[int], patch: Sequence[int] = PATCH) -> int:
+    """Tokens of one sample whose latent is (T, height, width): what the transformer attends over."""
+    return math.prod(side // part for side, part in zip(latent_shape, patch, strict=True))
+
+
+def latent_shape(bucket: Bucket, temporal_stride: int = 4, spatial_stride: int = 8) -> tuple[int, int, int]:
+    """(latent frames, latent rows, latent columns) of a bucket."""
+    frames = latent_frames(bucket.num_frames, temporal_stride)
+    return frames, bucket.height // spatial_stride, bucket.width // spatial_stride
+
+
+def sizes(area: int, multiple: int, aspects: Iterable[float]) -> list[tuple[int, int]]:
+    """The largest (height, width) within `area` pixels for each aspect (width / height), duplicates once.
+
+    Sides are multiples of `multiple`. Among the two roundings that fit (height first, width first) the one closer
+    in aspect is taken, and of equals the larger. ValueError if even one block is larger than the area.
+    """
+    if area < multiple * multiple:
+        raise ValueError(f"area={area} holds not even one {multiple}x{multiple} block; give at least {multiple**2}")
+    found: list[tuple[int, int]] = []
+    for aspect in aspects:
+        ideal_height, ideal_width = math.sqrt(area / aspect), math.sqrt(area * aspect)
+        candidates = set()
+        for steps in (0, 1):
+            height = max(multiple, (int(ideal_height / multiple + 1e-9) + steps) * multiple)
+            candidates.add((height, area // height // multiple * multiple))
+            width = max(multiple, (int(ideal_width / multiple + 1e-9) + steps) * multiple)
+            candidates.add((area // width // multiple * multiple, width))
+        fitting = [(h, w) for h, w in candidates if h > 0 and w > 0]
+        best = min(fitting, key=lambda hw: (abs(math.log(hw[1] / hw[0] / aspect)), -hw[0] * hw[1], hw))
+        if best not in found:
+            found.append(best)
+    return found
+
+
+def nearest_size(height: int, width: int, choices: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The choice whose aspect is nearest (in log) to height x width, so that the crop is smallest."""
+    aspect = math.log(width / height)
+    return min(choices, key=lambda hw: (abs(math.log(hw[1] / hw[0]) - aspect), -hw[0] * hw[1]))
+
+
+def cover(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int, float]:
+    """Scale that covers the target without squeezing, and what the centre crop then costs.
+
+    Returns (resized height, resized width, share of the resized picture that is cropped away, in [0, 1)).
+    """
+    scale = max(target_height / height, target_width / width)
+    resized = max(target_height, round(height * scale)), max(target_width, round(width * scale))
+    kept = target_height * target_width / (resized[0] * resized[1])
+    return resized[0], resized[1], 1.0 - kept

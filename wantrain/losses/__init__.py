@@ -1,0 +1,7 @@
+"""Losses: each a callable loss(model, batch, generators) -> Loss, given a model and never importing one."""
+
+from wantrain.losses.flow_matching import FlowMatching
+from wantrain.losses.reconstruction import Reconstruction
+from wantrain.losses.record import Loss
+
+__all__ = ["FlowMatching", "Loss", "Reconstruction"]

@@ -1,0 +1,52 @@
+"""The loss that trains a small VAE: pixels in, pixels out, edges kept, latents kept near a unit normal.
+
+It is not part of training a Wan model, whose VAE is given and frozen; it made the tiny model's VAE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wantrain.batch import Batch
+from wantrain.losses.record import Loss, Model
+
+
+class Reconstruction:
+    """L1 plus L2 on pixels and on their differences in space and time, and a KL term on the posterior.
+
+    kl     weight of the KL divergence per latent element; small, so that latents stay informative
+    edges  weight of the L1 error of neighbouring differences, which blur would lose
+    """
+
+    def __init__(self, *, kl: float = 1e-4, edges: float = 0.5) -> None:
+        self.kl, self.edges = kl, edges
+
+    def __call__(self, model: Model, batch: Batch, generators: Sequence[torch.Generator]) -> Loss:
+        """Loss of one batch of pixels; sample i draws its latent from generators[i]."""
+        pixels = batch.latents_BCTHW
+
+        def noise(shape: torch.Size) -> Tensor:
+            return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])
+
+        rebuilt, mean, logvar = model(pixels, noise)
+        error = rebuilt - pixels
+        squared = error.square().mean(dim=(1, 2, 3, 4))
+        pixel = error.abs().mean() + squared.mean()
+        edge = sum((_difference(error, dim).abs().mean() for dim in (2, 3, 4)), start=pixels.new_zeros(()))
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        psnr = -10 * torch.log10(squared.detach() / 4).mean()  # pixels span [-1, 1]: the peak is 2
+        return Loss(
+            pixel + self.edges * edge + self.kl * kl,
+            squared.detach(),
+            parts={"psnr": psnr, "kl": kl.detach()},
+        )
+
+
+def _difference(x: Tensor, dim: int) -> Tensor:
+    """Difference of neighbours along `dim`; zero where there is only one."""
+    if x.shape[dim] == 1:
+        return torch.zeros_like(x)
+    return x.diff(dim=dim)

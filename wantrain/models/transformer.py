@@ -1,0 +1,384 @@
+"""WanTransformer: Wan's diffusion transformer, from the paper's figure and the published constants.
+
+Text-to-video here; image conditions arrive as further input channels (`condition_BCTHW`) and per-frame timesteps,
+without another class. Single-device code: machinery reads what the class declares (`fp32_parts`, `blocks`).
+Parameter names in memory are the official ones; models/weights.py holds the table to diffusers' names.
+
+Tensor suffixes: B batch, C channels, T latent frames, H W latent rows and columns, P tokens of one frame,
+L = T*P tokens, S text rows, D model width, N heads, K head width.
+
+Where Wan computes in float32 the cast is on the line: time embedding, modulation, norms, rotary embedding, residual
+stream and head. Linear layers run in the dtype of autocast, or of their weights without autocast.
+Sources: Wan report (arXiv 2503.20314) section 4.2; Wan2.2's released constants and layer names.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from wantrain.batch import pad_texts
+from wantrain.geometry import PATCH
+from wantrain.models.attention import attend
+from wantrain.models.weights import load_strict, part_folder, read_config, read_tensors, to_diffusers
+
+ROPE_THETA = 10000.0
+ROPE_LENGTH = 1024  # positions per axis that Wan's tables hold: a hard limit of the published models
+
+
+def sinusoid(timestep: Tensor, dim: int) -> Tensor:
+    """Timestep in [0, 1000] (any shape) -> (..., dim) float32: cosines, then sines, of t * 10000^(-i / (dim/2)).
+
+    Angles in float64 as in the official code: at t near 1000 float32 angles are already 6e-5 off.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angles = timestep.double()[..., None] * torch.pow(10000.0, -exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def rope_angles(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Rotation angles (T*H*W, head_dim/2) float64 of each token: time, row and column share the head's pairs.
+
+    Of head_dim = 128 the rows and columns get 42 dimensions each and time the other 44; each axis has its own
+    frequencies 10000^(-2j / its dimensions), positions count from 0.
+    """
+    side = 2 * (head_dim // 6)
+    dims = (head_dim - 2 * side, side, side)
+    parts = []
+    for axis, (length, dim) in enumerate(zip(grid, dims, strict=True)):
+        steps = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+        angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * ROPE_THETA**-steps
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = length
+        parts.append(angle.view(shape).expand(*grid, dim // 2))
+    return torch.cat(parts, dim=-1).flatten(0, 2)
+
+
+def rotate(x_BLNK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
+    """Rotate neighbouring pairs (2j, 2j+1) by their token's angles, in float32; back in x's dtype."""
+    even, odd = x_BLNK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos_LK[:, None, :], sin_LK[:, None, :]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x_BLNK.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32; back in x's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed and returned in float32, whatever autocast says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with q and k normalised over the whole width, before they are split into heads."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, x_BLD: Tensor, context_BSD: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        heads = (self.num_heads, -1)
+        q = self.norm_q(self.q(x_BLD)).unflatten(-1, heads)
+        k = self.norm_k(self.k(context_BSD)).unflatten(-1, heads)
+        v = self.v(context_BSD).unflatten(-1, heads)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return self.o(attend(q, k, v).flatten(-2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; the first and last shifted, scaled and gated by time.
+
+    The residual stream is float32 (B, T, P, D); modulation is one row per latent frame, never per token.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
+        self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = Attention(dim, num_heads, eps)
+        self.norm3 = LayerNorm(dim, eps)
+        self.cross_attn = Attention(dim, num_heads, eps)
+        self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(
+        self, x_BTPD: Tensor, time_BT6D: Tensor, context_BSD: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        dtype = context_BSD.dtype
+        # (1, 6, D) + (B, T, 6, D), then each (B, T, 1, D): one value for all tokens of a frame.
+        table = (self.modulation.float() + time_BT6D).unsqueeze(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(3)
+
+        y = (self.norm1(x_BTPD) * (1 + scale1) + shift1).to(dtype).flatten(1, 2)
+        x = x_BTPD + self.self_attn(y, y, rope).view_as(x_BTPD) * gate1
+        y = self.norm3(x).to(dtype).flatten(1, 2)
+        x = x + self.cross_attn(y, context_BSD).view_as(x)
+        y = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
+        return x + self.ffn(y) * gate2
+
+
+class Head(nn.Module):
+    """Last norm, modulated by the time embedding, and the projection to patches; all float32."""
+
+    def __init__(self, dim: int, patch_dim: int, eps: float) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / math.sqrt(dim))
+        self.norm = LayerNorm(dim, eps, elementwise_affine=False)
+        self.head = nn.Linear(dim, patch_dim)
+
+    def forward(self, x_BTPD: Tensor, time_BTD: Tensor) -> Tensor:
+        table = (self.modulation.float() + time_BTD[:, :, None]).unsqueeze(2)
+        shift, scale = table.unbind(3)
+        return self.head(self.norm(x_BTPD) * (1 + scale) + shift)
+
+
+class WanTransformer(nn.Module):
+    """Predicts the velocity noise - data of video latents, given a timestep and a text.
+
+    Keywords are the names and units of the published config.json (diffusers layout): `in_channels` counts latent,
+    mask and image channels together (16 for text-to-video). ValueError for an option that no Wan2.2 model uses.
+    """
+
+    #: Parameters (by part of their name) that stay float32 whatever dtype the model is loaded in.
+    fp32_parts: tuple[str, ...] = ("time_embedding", "time_projection", "modulation", "norm3", "norm_", "head.")
+
+    def __init__(
+        self,
+        *,
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        text_length: int = 512,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if attention_head_dim % 2:
+            raise ValueError(f"attention_head_dim={attention_head_dim} must be even: rotary pairs")
+        dim = num_attention_heads * attention_head_dim
+        self.dim, self.head_dim, self.freq_dim = dim, attention_head_dim, freq_dim
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.text_dim, self.text_length, self.eps = text_dim, text_length, eps
+        self.gradient_checkpointing = False
+
+        self.patch_embedding = nn.Conv3d(in_channels, dim, PATCH, PATCH)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers))
+        self.head = Head(dim, math.prod(PATCH) * out_channels, eps)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Start values for training from scratch; the head starts at zero, so the first prediction is zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for embedding in (self.text_embedding, self.time_embedding):
+            for module in embedding:
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        assert self.patch_embedding.bias is not None
+        nn.init.zeros_(self.patch_embedding.bias)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(
+        self,
+        latents_BCTHW: Tensor,
+        timestep: Tensor,
+        text_BLD: Tensor,
+        condition_BCTHW: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B, out_channels, T, H, W), float32.
+
+        latents_BCTHW    noisy latents; H and W even
+        timestep         (B,), or (B, T) with one level per latent frame; 1000*sigma, float, never rounded
+        text_BLD         text embeddings, padded inside to `text_length` rows with zeros; longer is a ValueError
+        condition_BCTHW  further input channels, after the latents'
+        """
+        # 1. condition: further channels
+        x = latents_BCTHW if condition_BCTHW is None else torch.cat([latents_BCTHW, condition_BCTHW], dim=1)
+        self._check(x, timestep)
+        grid = (x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
+        # 2. patches
+        x_BTPD = self._patches(x)
+        # 3. time, once per latent frame (one for all frames where they agree)
+        time_BTD, time_BT6D = self._time(timestep)
+        # 4. text, always all rows: the zero rows become bias vectors that are attended to
+        context_BSD = self.text_embedding(self._padded(text_BLD).to(self._compute_dtype()))
+        # 5. rotary tables
+        angles = rope_angles(grid, self.head_dim, x.device)
+        rope = (angles.cos().float(), angles.sin().float())
+        # 6. blocks
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_BTPD = checkpoint(block, x_BTPD, time_BT6D, context_BSD, rope, use_reentrant=False)
+            else:
+                x_BTPD = block(x_BTPD, time_BT6D, context_BSD, rope)
+        # 7. head, 8. patches back to a latent
+        with torch.autocast(x.device.type, enabled=False):
+            patches = self.head(x_BTPD, time_BTD)
+        return self._unpatched(patches, grid)
+
+    def _compute_dtype(self) -> torch.dtype:
+        """The dtype linear layers run in: autocast's, or the weights' own."""
+        weight = self.blocks[0].self_attn.q.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
+
+    def _patches(self, x_BCTHW: Tensor) -> Tensor:
+        """(B, T, P, D) float32: each 1x2x2 patch through one linear map (the convolution's own weights)."""
+        patches = x_BCTHW.unflatten(4, (-1, PATCH[2])).unflatten(3, (-1, PATCH[1]))
+        # (B, C, T, h, 2, w, 2) -> (B, T, h*w, C*2*2): the order in which the kernel flattens.
+        patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)
+        weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
+        return F.linear(patches.to(self._compute_dtype()), weight, bias).float()
+
+    def _time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding (B, T or 1, D) and its six modulations (B, T or 1, 6, D), float32."""
+        per_frame = timestep[:, None] if timestep.ndim == 1 else timestep
+        with torch.autocast(timestep.device.type, enabled=False):
+            embedding = self.time_embedding(sinusoid(per_frame, self.freq_dim))
+            return embedding, self.time_projection(embedding).unflatten(-1, (6, -1))
+
+    def _padded(self, text_BLD: Tensor) -> Tensor:
+        if text_BLD.shape[1] == self.text_length:
+            return text_BLD
+        return pad_texts(list(text_BLD), self.text_length)
+
+    def _unpatched(self, patches_BTPD: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """(B, T, P, 2*2*C), channel fastest -> (B, C, T, H, W)."""
+        x = patches_BTPD.unflatten(2, grid[1:]).unflatten(4, (PATCH[1], PATCH[2], self.out_channels))
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def _check(self, x_BCTHW: Tensor, timestep: Tensor) -> None:
+        batch, channels, frames, height, width = x_BCTHW.shape
+        if channels != self.in_channels:
+            raise ValueError(f"the transformer takes {self.in_channels} input channels, got {channels}")
+        if height % PATCH[1] or width % PATCH[2]:
+            raise ValueError(f"latent height x width {height}x{width} must be even (patch 2x2)")
+        if max(frames, height // PATCH[1], width // PATCH[2]) > ROPE_LENGTH:
+            raise ValueError(f"latent {frames}x{height}x{width} exceeds {ROPE_LENGTH} positions on an axis")
+        if timestep.shape not in {(batch,), (batch, frames)}:
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}, expected ({batch},) or ({batch}, {frames})"
+            )
+        if timestep.is_floating_point() and timestep.dtype in {torch.float16, torch.bfloat16}:
+            raise ValueError(f"timestep is {timestep.dtype}, which rounds 998.7 to 1000; keep it float32")
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds in the diffusers layout."""
+        return {
+            "_class_name": "WanTransformer3DModel",
+            "patch_size": list(PATCH),
+            "num_attention_heads": self.dim // self.head_dim,
+            "attention_head_dim": self.head_dim,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "text_dim": self.text_dim,
+            "freq_dim": self.freq_dim,
+            "ffn_dim": self.blocks[0].ffn[0].out_features,
+            "num_layers": len(self.blocks),
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "eps": self.eps,
+            "image_dim": None,
+            "added_kv_proj_dim": None,
+            "rope_max_seq_len": ROPE_LENGTH,
+            "pos_embed_seq_len": None,
+        }
+
+
+#: config.json entries that every supported model has, and the value each must have.
+_FIXED = {
+    "patch_size": list(PATCH),
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "rope_max_seq_len": ROPE_LENGTH,
+    "pos_embed_seq_len": None,
+}
+_SIZES = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "text_dim",
+    "freq_dim",
+    "ffn_dim",
+    "num_layers",
+    "eps",
+)
+
+
+def load_transformer(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    part: str = "transformer",
+) -> WanTransformer:
+    """A transformer from a folder in the diffusers layout: the pipeline folder, or the part's own.
+
+    `part` is "transformer" (high noise, or the only one) or "transformer_2" (low noise). `fp32_parts` stay float32.
+    ValueError names what is absent, does not fit, or is not supported (Wan2.1's image branch).
+    """
+    folder = part_folder(path, part)
+    config = read_config(folder)
+    if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
+        raise ValueError(f"{folder} holds a {config['_class_name']}, not a Wan transformer")
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            raise ValueError(
+                f"{folder}/config.json: {key}={config[key]} is not supported (every Wan2.2 text-to-video, "
+                f"image-to-video and 5B model has {value}; Wan2.1's CLIP image branch is not built)"
+            )
+    absent = [key for key in _SIZES if key not in config]
+    if absent:
+        raise ValueError(f"{folder}/config.json lacks {', '.join(absent)}")
+    with torch.device("meta"):
+        model = WanTransformer(**{key: config[key] for key in _SIZES})
+    stored = read_tensors(folder)
+    official = {to_diffusers(key): key for key in model.state_dict()}
+    tensors = {official.get(key, key): value for key, value in stored.items()}
+    load_strict(model, tensors, folder, device=device, dtype=dtype, fp32=WanTransformer.fp32_parts)
+    return model.eval()

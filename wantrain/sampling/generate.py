@@ -1,0 +1,143 @@
+"""From prompts to frames: noise, two experts with the switch at the boundary, guidance, a solver, the VAE.
+
+The same `generate` serves sample.py and the previews inside training, so a preview is the real inference path.
+It is given built modules and loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wantrain import flow, geometry, world
+from wantrain.batch import pad_texts
+from wantrain.sampling.solvers import solver_named
+from wantrain.video import Frames, to_frames
+
+#: A velocity model: (latents, timestep, text) -> velocity.
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The velocity models by noise level. `boundary` is the sigma from which high noise answers; None: one model."""
+
+    models: Mapping[str, Velocity]
+    boundary: float | None = None
+
+    def name_at(self, timestep: int) -> str:
+        """Which expert answers at an integer timestep; a tie at the boundary belongs to high noise."""
+        if len(self.models) == 1:
+            return next(iter(self.models))
+        assert self.boundary is not None, "two experts need a boundary"
+        return "high_noise" if timestep >= self.boundary * flow.TIMESTEPS else "low_noise"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample; defaults of a model come from its conf/model file.
+
+    guidance   guidance scale per expert name; 1 asks the model once per step instead of twice
+    solver     "unipc" or "euler"
+    steps      solver steps, one call of the model (two with guidance) each
+    shift      flow shift of the schedule; part of what the model was trained for
+    negative_prompt  what guidance pushes away from
+    """
+
+    guidance: Mapping[str, float]
+    shift: float
+    steps: int = 30
+    solver: str = "unipc"
+    negative_prompt: str = ""
+
+
+@torch.inference_mode()
+def generate(
+    experts: Experts,
+    *,
+    latents: Tensor,
+    text_BLD: Tensor,
+    negative_BLD: Tensor,
+    sigmas: Tensor,
+    guidance: Mapping[str, float],
+    solver: str = "unipc",
+    on_step: Callable[[int, str], None] | None = None,
+) -> Tensor:
+    """Follow the velocity from `latents` (noise, (B, C, T, H, W) float32) to clean latents of the same shape.
+
+    `sigmas` descends to 0 and sets the steps; models see integer timesteps floor(1000*sigma), as published samplers
+    do. `on_step(i, expert name)` is told about every step. ValueError for an unknown solver or absent guidance.
+    """
+    names = set(experts.models)
+    if absent := sorted(names - set(guidance)):
+        raise ValueError(f"guidance lacks a scale for {', '.join(absent)}")
+    stepper = solver_named(solver, sigmas)
+    x = latents.float()
+    for i, timestep in enumerate(flow.sampling_timesteps(sigmas).tolist()):
+        name = experts.name_at(timestep)
+        if on_step is not None:
+            on_step(i, name)
+        level = torch.full((len(x),), float(timestep), device=x.device)
+        velocity = experts.models[name](x, level, text_BLD)
+        scale = guidance[name]
+        if scale != 1.0:
+            away = experts.models[name](x, level, negative_BLD)
+            velocity = away + scale * (velocity - away)
+        x = stepper.step(i, x, velocity)
+    return x
+
+
+@dataclass
+class Sampler:
+    """Prompts to frames, with everything a pipeline holds: experts, VAE, text encoder.
+
+    `encode_texts(list of str) -> list of (L, D)`; `decode(latents) -> pixels in [-1, 1]`. Strides and channels are
+    the VAE's. Texts are encoded once and kept.
+    """
+
+    experts: Experts
+    encode_texts: Callable[[list[str]], list[Tensor]]
+    decode: Callable[[Tensor], Tensor]
+    channels: int
+    temporal_stride: int = 4
+    spatial_stride: int = 8
+    device: torch.device | str = "cpu"
+    texts: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        bucket: geometry.Bucket,
+        settings: Settings,
+        seed: int,
+        on_step: Callable[[int, str], None] | None = None,
+    ) -> Frames:
+        """One video, uint8 frames (F, H, W, 3). The same seed gives the same noise on every machine."""
+        shape = geometry.latent_shape(bucket, self.temporal_stride, self.spatial_stride)
+        noise = torch.randn((1, self.channels, *shape), generator=world.generator(seed, "sample"))
+        latents = generate(
+            self.experts,
+            latents=noise.to(self.device),
+            text_BLD=self._text(prompt),
+            negative_BLD=self._text(settings.negative_prompt),
+            sigmas=flow.sampling_sigmas(settings.steps, settings.shift),
+            guidance=settings.guidance,
+            solver=settings.solver,
+            on_step=on_step,
+        )
+        with torch.inference_mode():
+            return to_frames(self.decode(latents)[0])
+
+    def warm(self, prompts: Sequence[str]) -> None:
+        """Encode texts now, so that the text encoder can be let go."""
+        fresh = [text for text in dict.fromkeys(prompts) if text not in self.texts]
+        if fresh:
+            self.texts.update(zip(fresh, self.encode_texts(fresh), strict=True))
+
+    def _text(self, prompt: str) -> Tensor:
+        self.warm([prompt])
+        return pad_texts([self.texts[prompt]]).float().to(self.device)

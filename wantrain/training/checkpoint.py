@@ -1,0 +1,127 @@
+"""Checkpoints: folders that are either complete or not there.
+
+A checkpoint is written beside its final name, every file synced, and renamed; `state.json`, written last, holds the
+hash of every other file. A kill at any moment leaves the previous checkpoint as it was. No pickles: tensors are
+safetensors, the rest is json. Random state is not saved, for there is none: randomness is a function of position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wantrain import world
+from wantrain.models.weights import read_file
+
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`; the newest `keep` stay."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def prepare(self) -> None:
+        """Make the folder and clear what a kill left half written (main process only)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*.tmp"):
+            shutil.rmtree(leftover)
+
+    def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
+        """Write checkpoint `step`: `write(folder)` puts the tensors in, `state` is what else a resume must know."""
+        final = self.folder / f"step_{step:06d}"
+        beside = self.folder / f".{final.name}.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        write(beside)
+        files = {}
+        for path in sorted(path for path in beside.rglob("*") if path.is_file()):
+            _sync(path)
+            files[path.relative_to(beside).as_posix()] = file_hash(path)
+        world.write_json(beside / STATE, {**state, "step": step, "files": files})
+        for folder in {path.parent for path in beside.rglob("*")}:
+            world.fsync_folder(folder)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        world.fsync_folder(self.folder)
+        for old in self.complete()[: -self.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def complete(self) -> list[Path]:
+        """All checkpoints under a final name, oldest first."""
+        return sorted(path for path in self.folder.glob("step_*") if (path / STATE).is_file())
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose files are what was written; a damaged one is passed over, and said."""
+        for path in reversed(self.complete()):
+            damaged = [name for name, digest in read_state(path)["files"].items() if not _intact(path / name, digest)]
+            if not damaged:
+                return path
+            world.say(f"warning: {path} is damaged ({', '.join(damaged)}); trying the one before it")
+        return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    assert isinstance(state, dict)
+    return state
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _intact(path: Path, digest: str) -> bool:
+    return path.is_file() and file_hash(path) == digest
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+    """Write the optimizer's tensors under `parameter name/state key`. ValueError if it keeps anything else."""
+    tensors: dict[str, Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {key} as {type(value).__name__}; only tensors can be saved"
+                )
+            tensors[f"{names[parameter]}/{key}"] = value.detach().cpu().contiguous()
+    save_file(tensors, path)
+
+
+def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+    """Give an optimizer over the same parameters the tensors that `save_optimizer` wrote."""
+    tensors, _ = read_file(path)
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("/")
+        by_name.setdefault(name, {})[part] = tensor
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    if by_name.keys() != set(ordered):
+        raise ValueError(f"{path} holds the state of other parameters; it belongs to another run")
+    current = optimizer.state_dict()
+    optimizer.load_state_dict(
+        {"state": {i: by_name[name] for i, name in enumerate(ordered)}, "param_groups": current["param_groups"]}
+    )

@@ -1,0 +1,50 @@
+"""What a run will be, before it starts: each figure as an equation with its parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from wantrain import geometry
+from wantrain.data import Plan
+
+
+def run_length(plan: Plan, *, steps: int | None, epochs: float | None, default: int) -> int:
+    """Optimizer steps of a run: as given, or as many as `epochs` full passes take, or the model's default."""
+    if epochs is not None:
+        return plan.steps_for_epochs(epochs)
+    return default if steps is None else steps
+
+
+def describe(
+    plan: Plan,
+    buckets: list[str],
+    module: nn.Module,
+    *,
+    steps: int,
+    accumulate: int,
+    processes: int,
+    temporal_stride: int = 4,
+    spatial_stride: int = 8,
+) -> str:
+    """Lines for `dry_run=true`: tokens per sample, samples per step, steps, epochs, trained parameters."""
+    lines = []
+    for name, count in sorted(Counter(buckets).items(), key=lambda item: -item[1]):
+        frames, height, width = (int(part) for part in name.split("x"))
+        shape = geometry.latent_shape(geometry.Bucket(frames, height, width), temporal_stride, spatial_stride)
+        tokens = geometry.num_tokens(shape)
+        patches = [side // part for side, part in zip(shape, geometry.PATCH, strict=True)]
+        lines.append(f"tokens per sample   {name}: {' x '.join(map(str, patches))} = {tokens}   ({count} clips)")
+    micro = plan.batch_size // accumulate // processes
+    lines.append(
+        f"samples per step    {micro} per backward x {accumulate} accumulation x {processes} processes "
+        f"= {plan.batch_size}"
+    )
+    samples = steps * plan.batch_size
+    lines.append(f"steps               {steps}: {steps} x {plan.batch_size} = {samples} samples")
+    lines.append(f"epochs              {samples} / {plan.samples_per_epoch} clips = {samples / plan.samples_per_epoch:.2f}")
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in module.parameters())
+    lines.append(f"trained parameters  {trained:,} of {total:,} ({100 * trained / total:.1f} %)")
+    return "\n".join(lines)

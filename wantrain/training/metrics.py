@@ -1,0 +1,155 @@
+"""What a run says: metrics.jsonl always (one object per optimizer step), one console line, W&B if wanted.
+
+Values may live on the device until the line is flushed, so that a GPU is not stopped at every step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from wantrain import world
+
+
+class Tracker(Protocol):
+    """Where scalars and videos go besides the run folder."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def videos(self, step: int, files: Mapping[str, Path], fps: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoTracker:
+    """metrics.jsonl is enough."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def videos(self, step: int, files: Mapping[str, Path], fps: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbTracker:
+    """Weights & Biases; offline into the run folder where there is no API key and no WANDB_MODE says otherwise."""
+
+    def __init__(self, project: str, run: str, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb  # slow to import, and only this class needs it
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        offline = "WANDB_MODE" not in os.environ and not wandb.setup().settings.api_key
+        if offline:
+            world.say(f"W&B: no API key, logging offline into {folder / 'wandb'} (wandb sync uploads it)")
+        self.wandb = wandb
+        self.run = wandb.init(
+            project=project,
+            name=run,
+            id=f"{run}-{world.seed_at(str(folder.resolve())) % 16**8:08x}",
+            resume="allow",
+            dir=str(folder),
+            config=dict(config),
+            mode="offline" if offline else None,
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def videos(self, step: int, files: Mapping[str, Path], fps: float) -> None:
+        # The file's path, not an array: W&B then copies our mp4 instead of encoding its own.
+        media = {f"samples/{name}": self.wandb.Video(str(path), format="mp4") for name, path in files.items()}
+        self.run.log(media, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def build_tracker(
+    name: str, *, project: str | None, run: str, folder: Path, config: Mapping[str, Any]
+) -> Tracker:
+    """The tracker called `name`, on the main process; others get none."""
+    if name not in {"wandb", "jsonl"}:
+        raise ValueError(f"tracker={name!r} is unknown; choose wandb or jsonl")
+    if name == "wandb" and world.is_main():
+        return WandbTracker(project or "wantrain", run, folder, config)
+    return NoTracker()
+
+
+class Metrics:
+    """One object per optimizer step into `path`, with what happened at it: loss, rates, validation."""
+
+    def __init__(self, path: Path, tracker: Tracker, *, steps: int) -> None:
+        self.path, self.tracker, self.steps = path, tracker, steps
+        self.pending: list[dict[str, Any]] = []
+        self.started = self.lap = time.perf_counter()
+        self.first_step: int | None = None
+
+    def cut_back(self, step: int) -> None:
+        """Drop what was logged after the checkpoint that the run continues from (main process only)."""
+        if not world.is_main() or not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        world.write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+
+    def add(self, step: int, values: Mapping[str, Tensor | float | int]) -> None:
+        """Remember one step's values; tensors stay where they are until `flush`."""
+        now = time.perf_counter()
+        self.pending.append({"step": step, **values, "seconds": now - self.lap})
+        self.lap = now
+        self.first_step = step - 1 if self.first_step is None else self.first_step
+
+    def annotate(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add to the object of `step` (made if there is none): results that came after its update."""
+        if values:
+            if not self.pending or self.pending[-1]["step"] != step:
+                self.pending.append({"step": step})
+            self.pending[-1].update(values)
+        self.lap = time.perf_counter()  # the next step does not pay for validation and previews
+
+    def flush(self, *, speak: bool = True) -> None:
+        """Write what is pending, sync it, and say one line."""
+        if not self.pending:
+            return
+        rows = [{key: _plain(value) for key, value in row.items()} for row in self.pending]
+        self.pending = []
+        if not world.is_main():
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        for row in rows:
+            scalars = {key: value for key, value in row.items() if isinstance(value, float | int) and key != "step"}
+            self.tracker.scalars(row["step"], scalars)
+        losses = [row for row in rows if "loss" in row]
+        if speak and losses:
+            self._speak(losses)
+
+    def _speak(self, rows: list[dict[str, Any]]) -> None:
+        step = rows[-1]["step"]
+        loss = sum(row["loss"] for row in rows) / len(rows)
+        seconds = sum(row["seconds"] for row in rows) / len(rows)
+        left = (self.steps - step) * seconds
+        samples = rows[-1]["samples"] / step / seconds
+        world.say(
+            f"step {step}/{self.steps}  loss {loss:.4f}  {seconds:.2f} s/step  {samples:.1f} samples/s  "
+            f"{int(left) // 60}m{int(left) % 60:02d}s left"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _step_of(line: str) -> float:
+    """The step of one logged line; a line cut by a kill counts as later than any checkpoint."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")

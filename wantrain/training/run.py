@@ -1,0 +1,142 @@
+"""The run folder: `runs/<name>/` with config.yaml, metrics.jsonl, checkpoints/, samples/.
+
+The same name and the same config continue a run; another config is refused, naming what differs. The stored config
+is data: it is compared and read, never built from.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from wantrain import world
+from wantrain.training.checkpoint import Checkpoints
+from wantrain.training.trainee import ADAPTER
+
+CONFIG = "config.yaml"
+
+#: Settings that may change between two starts of one run: they do not change what has been computed so far.
+FREE = ("steps", "epochs", "runs", "tracker", "checkpoint", "validation", "sample", "dry_run", "recipe")
+
+
+@dataclass
+class RunFolder:
+    """One run's folder, held by one process at a time (on this machine)."""
+
+    path: Path
+    lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def open(self, config: dict[str, Any]) -> bool:
+        """Make the folder or continue in it; True if it was there. Main process only; see the module's head."""
+        existed = (self.path / CONFIG).is_file()
+        world.claim_folder(self.path, mark=CONFIG, key="run")
+        self._lock()
+        if existed:
+            differing = differences(read_config(self.path), config)
+            if differing:
+                raise ValueError(
+                    f"run {self.path.name} exists with another config: {'; '.join(differing)}. "
+                    f"Give the new run its own name (run=NAME), or put these back, or remove {self.path}"
+                )
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        world.write_atomically(self.path / CONFIG, text)
+        return existed
+
+    def _lock(self) -> None:
+        """Keep a second process out of the folder; the kernel lets go when this process ends, however it ends."""
+        self.lock = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            holder = self.lock.read().strip() or "another process"
+            raise ValueError(f"run {self.path.name} is being trained by {holder}; wait or stop it") from None
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self.lock.flush()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The stored config of a run, as plain data. ValueError if there is no such run."""
+    path = folder / CONFIG
+    if not path.is_file():
+        known = sorted(other.parent.name for other in folder.parent.glob(f"*/{CONFIG}"))
+        raise ValueError(
+            f"there is no run {folder.name} in {folder.parent}; {'known: ' + ', '.join(known) if known else 'none yet'}"
+        )
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(config, dict)
+    return config
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`key: old -> new` of every setting that differs and may not."""
+    before, after = _flat(old), _flat(new)
+    keys = sorted(key for key in before.keys() | after.keys() if key.split(".")[0] not in FREE)
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)
+    ]
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+@dataclass(frozen=True)
+class TrainedExpert:
+    """What a run has made so far: the newest good checkpoint of one expert."""
+
+    name: str
+    checkpoint: Path
+    config: dict[str, Any]  # the run's stored config, as data
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter file, if the run trained one."""
+        path = self.checkpoint / ADAPTER
+        return path if path.is_file() else None
+
+
+def trained_experts(names: str, runs: str | Path) -> list[TrainedExpert]:
+    """The experts that the runs `names` ("one" or "one,other") have trained.
+
+    ValueError if a run is not there or has no checkpoint yet, or if two runs do not make a pair.
+    """
+    found = []
+    for name in names.split(","):
+        folder = RunFolder(Path(runs).expanduser() / name.strip())
+        config = read_config(folder.path)
+        newest = Checkpoints(folder.checkpoints, keep=1).newest()
+        if newest is None:
+            raise ValueError(f"run {folder.path} has no checkpoint yet; let it reach checkpoint.every steps")
+        found.append(TrainedExpert(config["expert"]["name"], newest, config))
+    twice = {expert.name for expert in found if sum(other.name == expert.name for other in found) > 1}
+    if twice:
+        raise ValueError(f"run={names}: more than one of these runs trained {', '.join(twice)}; name one run per expert")
+    models = {expert.config["model"]["name"] for expert in found}
+    if len(models) > 1:
+        raise ValueError(f"run={names}: these runs trained different models ({', '.join(sorted(models))})")
+    return found

@@ -1,0 +1,119 @@
+"""Validation as a measurement: fixed clips, fixed noise, fixed noise levels inside the expert's own law.
+
+Beside the loss stands the best linear predictor v = a(sigma) * x_sigma, fitted to these very clips and noises: a
+model that is not below it has learned nothing but to copy noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wantrain import flow, world
+from wantrain.batch import Batch
+from wantrain.losses.flow_matching import FlowMatching, velocity_error
+from wantrain.losses.reconstruction import Reconstruction
+from wantrain.training.parallel import Stepper
+
+
+@dataclass
+class Validator:
+    """Hook: the mean velocity error over held-out clips and noise levels, every `every` steps and at the ends."""
+
+    stepper: Stepper
+    loss: FlowMatching
+    batches: list[Batch]
+    every: int
+    steps: int
+    points: int
+    seed: int
+    baseline: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        if not self.batches or (step % self.every and step != self.steps):
+            return {}
+        if not self.baseline:
+            self.baseline = self.linear_baseline()
+        sigmas, errors = self.loss.quadrature(self.points), []
+        with torch.inference_mode(), self.stepper.forward_context():
+            for batch in self.batches:
+                here = batch.to(self.stepper.device)
+                noises = self._noises(batch)
+                for level, noise in zip(sigmas, noises, strict=True):
+                    sigma = level.expand(len(batch))
+                    errors.append(velocity_error(self.stepper.module, here, sigma, noise.to(self.stepper.device)))
+        by_level = _by_level(errors, self.points)
+        world.say(
+            f"step {step}: validation loss {by_level.mean():.4f} "
+            f"(best linear predictor {self.baseline['validation_linear']:.4f})"
+        )
+        return {
+            "validation_loss": by_level.mean().item(),
+            "validation_by_sigma": dict(zip(_keys(sigmas), by_level.tolist(), strict=True)),
+            **self.baseline,
+        }
+
+    def linear_baseline(self) -> dict[str, Any]:
+        """Error of v = a(sigma)*x_sigma with the a that is best on these clips at each level."""
+        sigmas, sums = self.loss.quadrature(self.points), torch.zeros(self.points, 3, dtype=torch.float64)
+        elements = 0.0
+        for batch in self.batches:
+            x0 = batch.latents_BCTHW
+            for i, (level, noise) in enumerate(zip(sigmas, self._noises(batch), strict=True)):
+                noisy = flow.path(x0, noise, level.expand(len(batch))).double()
+                target = flow.velocity(x0, noise).double()
+                # Clips weigh the same whatever their size, as in the loss above.
+                scale = 1 / x0[0].numel()
+                terms = [(noisy * target).sum(), (noisy * noisy).sum(), (target * target).sum()]
+                sums[i] += scale * torch.stack(terms)
+            elements += len(batch)
+        cross, noisy_power, target_power = sums.unbind(1)
+        by_level = (target_power - cross**2 / noisy_power) / elements
+        return {
+            "validation_linear": by_level.mean().item(),
+            "validation_linear_by_sigma": dict(zip(_keys(sigmas), by_level.tolist(), strict=True)),
+        }
+
+    def _noises(self, batch: Batch) -> list[Tensor]:
+        """One noise per level for the whole batch; each clip's own, drawn by its identity."""
+        generators = [world.generator(self.seed, "validation", name) for name in batch.ids]
+        shape = batch.latents_BCTHW.shape[1:]
+        return [torch.stack([torch.randn(shape, generator=g) for g in generators]) for _ in range(self.points)]
+
+
+def _by_level(errors: Iterable[Tensor], points: int) -> Tensor:
+    """Mean error per level from per-clip errors that were collected batch by batch, level by level."""
+    flat = list(errors)
+    return torch.stack([torch.cat(flat[i::points]).double().mean() for i in range(points)])
+
+
+def _keys(sigmas: Tensor) -> list[str]:
+    return [f"{sigma:.4f}" for sigma in sigmas.tolist()]
+
+
+@dataclass
+class ReconstructionValidator:
+    """Hook: PSNR of a VAE on held-out clips, through its posterior mean."""
+
+    stepper: Stepper
+    loss: Reconstruction
+    batches: list[Batch]
+    every: int
+    steps: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        if not self.batches or (step % self.every and step != self.steps):
+            return {}
+        errors = []
+        with torch.inference_mode(), self.stepper.forward_context():
+            for batch in self.batches:
+                pixels = batch.latents_BCTHW.to(self.stepper.device)
+                rebuilt, _, _ = self.stepper.module(pixels, torch.zeros)
+                errors.append((rebuilt.clamp(-1, 1) - pixels).square().mean(dim=(1, 2, 3, 4)))
+        psnr = (-10 * torch.log10(torch.cat(errors) / 4)).mean().item()
+        world.say(f"step {step}: validation PSNR {psnr:.2f} dB")
+        return {"validation_psnr": psnr}

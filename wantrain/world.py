@@ -1,0 +1,111 @@
+"""Who am I: ranks from the environment, threads, randomness by position, run folders, and speaking once.
+
+Randomness is a function of position, never of history: `generator(seed, "noise", 1234)` is the same stream on any
+rank, in any process, before and after a resume. So nothing about random state is ever saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def rank() -> int:
+    """This process among all, from the environment a launcher sets (0 without one)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the launcher started (1 without one)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True in the one process that writes and speaks."""
+    return rank() == 0
+
+
+def say(message: str) -> None:
+    """Tell the user something, once: rank 0 only, on standard output, at once."""
+    if is_main():
+        print(message, flush=True)
+
+
+def set_threads() -> None:
+    """Give each process its share of the cores.
+
+    A bare `accelerate launch` sets OMP_NUM_THREADS=1 and `python` uses all cores: losses would then differ between
+    the two in the last digits and the first be half as fast. WANTRAIN_THREADS overrides.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    torch.set_num_threads(int(os.environ.get("WANTRAIN_THREADS", max(1, cores // local))))
+
+
+def seed_at(*position: int | str) -> int:
+    """A 63-bit seed that is a fixed function of where we are: (seed, purpose, counts...)."""
+    digest = hashlib.blake2b(json.dumps(position).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(*position: int | str) -> torch.Generator:
+    """A CPU generator for one position, e.g. (seed, "noise", sample position); equal on every device and world."""
+    return torch.Generator().manual_seed(seed_at(*position))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that a kill leaves the old one or the new one, never half of either."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_atomically` for a JSON object, readable by people (indented, Unicode as it is)."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def claim_folder(folder: Path, *, mark: str, key: str) -> None:
+    """Make `folder` ours to write into, or refuse: it must be absent, empty, or hold the file `mark`."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{key}={folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).exists():
+        raise ValueError(f"{key}={folder} holds something else (no {mark} in it); give a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def errors_to_exit_code() -> Iterator[None]:
+    """At the door of a program: a ValueError is one clear line for the user and exit code 2; the rest is a bug."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def alone() -> dict[str, str]:
+    """The environment for a child that is to run by itself, not as one of the launcher's processes."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    return {key: value for key, value in os.environ.items() if key not in launcher and "ACCELERATE" not in key}
