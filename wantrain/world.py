@@ -61,9 +61,9 @@ def generator(*position: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_at(*position))
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_file(path: Path) -> None:
+    """Make a file's content, or a folder's names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -78,7 +78,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    fsync_folder(path.parent)
+    sync_file(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

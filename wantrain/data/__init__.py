@@ -1,0 +1,24 @@
+"""The data room: footage -> video shards -> latent shards -> batches in a planned order."""
+
+from wantrain.data.demo import make_footage
+from wantrain.data.encoding import encode_shards, prepare_pixels
+from wantrain.data.footage import Footage, Reject, find_footage
+from wantrain.data.loader import LatentData, PixelData, prefetch
+from wantrain.data.plan import Plan, share
+from wantrain.data.shards import read_manifest, write_video_shards
+
+__all__ = [
+    "Footage",
+    "LatentData",
+    "PixelData",
+    "Plan",
+    "Reject",
+    "encode_shards",
+    "find_footage",
+    "make_footage",
+    "prefetch",
+    "prepare_pixels",
+    "read_manifest",
+    "share",
+    "write_video_shards",
+]

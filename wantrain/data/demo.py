@@ -1,194 +1,284 @@
-"""Procedural footage with true captions, written as real files: what everything runs on when nothing else is given.
+"""Procedural footage with true captions, written as real mp4 and png files: the embedded default.
 
-One shape of one colour moves in one direction (or rests) over a plain background. Captions in English or Chinese say
-exactly that, so whether a model obeys them can be read off its videos.
+One plain shape moves over one plain background; everything that a caption says is exactly so, and everything
+that differs between files is in the caption, size and place apart. Motion is a function of time, not of the
+frame number, so that a clip resampled to another rate still shows the truth. Shapes are drawn by their signed
+distance: an edge is as smooth at 64 pixels as at 640, and a quarter of a pixel of motion is visible.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from wantrain import world
 from wantrain.video import Frames, write_mp4
 
+Floats = NDArray[np.float64]
+
+#: The file whose presence says that the footage is complete, and with which settings it was made.
 MARK = "demo.json"
 
-COLOURS: dict[str, tuple[tuple[int, int, int], str]] = {
-    "red": ((224, 40, 40), "红色"),
-    "green": ((40, 176, 60), "绿色"),
-    "blue": ((48, 84, 232), "蓝色"),
-    "yellow": ((240, 216, 40), "黄色"),
-    "purple": ((150, 50, 200), "紫色"),
-    "cyan": ((40, 208, 216), "青色"),
-    "orange": ((244, 140, 28), "橙色"),
-    "white": ((244, 244, 244), "白色"),
+#: What there is: name -> Chinese name (and value). No colour is near a background: those have no hue.
+SHAPES = {
+    "circle": "圆形",
+    "square": "正方形",
+    "triangle": "三角形",
+    "star": "五角星",
+    "ring": "圆环",
+    "cross": "十字",
 }
-SHAPES = {"circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "ring": "圆环", "cross": "十字"}
-#: Unit of motion: x to the right, y down.
-DIRECTIONS: dict[str, tuple[tuple[int, int], str]] = {
-    "left": ((-1, 0), "向左"),
-    "right": ((1, 0), "向右"),
-    "up": ((0, -1), "向上"),
-    "down": ((0, 1), "向下"),
-    "still": ((0, 0), "静止"),
+COLOURS: dict[str, tuple[str, tuple[int, int, int]]] = {
+    "red": ("红色", (220, 30, 35)),
+    "green": ("绿色", (25, 160, 50)),
+    "blue": ("蓝色", (30, 70, 225)),
+    "yellow": ("黄色", (245, 215, 20)),
+    "orange": ("橙色", (245, 130, 10)),
+    "purple": ("紫色", (125, 30, 180)),
+    "cyan": ("青色", (20, 200, 220)),
+    "pink": ("粉色", (250, 130, 190)),
 }
-BACKGROUNDS: dict[str, tuple[tuple[int, int, int], str]] = {
-    "dark": ((24, 26, 34), "深色"),
-    "gray": ((112, 114, 118), "灰色"),
-    "brown": ((92, 60, 38), "棕色"),
+#: Direction -> (Chinese, unit vector in picture coordinates: x to the right, y down).
+DIRECTIONS: dict[str, tuple[str, tuple[int, int]]] = {
+    "left": ("向左", (-1, 0)),
+    "right": ("向右", (1, 0)),
+    "up": ("向上", (0, -1)),
+    "down": ("向下", (0, 1)),
+    "still": ("", (0, 0)),
 }
+#: Background -> (Chinese, grey level at the top, at the bottom).
+BACKGROUNDS = {
+    "dark": ("深色", 25, 25),
+    "light": ("浅色", 235, 235),
+    "grey": ("灰色", 128, 128),
+    "gradient": ("渐变", 50, 205),
+}
+
+#: Start and speed are chosen so that the shape keeps this distance from the border (a share of the shorter
+#: side): the centre crop to a bucket takes less.
+MARGIN = 0.07
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows; lengths are shares of the frame's shorter side, speed is such shares per second."""
+    """One shape on one background.
+
+    `size` is the shape's extent and `speed` its way per second, both as shares of the picture's shorter side;
+    `start` is the centre at time 0 as (x, y) shares of width and height.
+    """
 
     shape: str
     colour: str
-    direction: str
     background: str
-    radius: float = 0.24
-    speed: float = 0.4
-    offset: float = 0.0  # of the path from the centre, across the motion
+    direction: str
+    size: float
+    speed: float
+    start: tuple[float, float]
 
-    def caption(self, language: str = "en", *, image: bool = False) -> str:
-        """The true caption, in English ("en") or Chinese ("zh")."""
-        if language == "zh":
-            colour, shape = COLOURS[self.colour][1], SHAPES[self.shape]
-            ground, way = BACKGROUNDS[self.background][1], DIRECTIONS[self.direction][1]
-            if image:
-                return f"一张图片：{ground}背景上的一个{colour}{shape}。"
-            does = "静止不动" if self.direction == "still" else f"{way}移动"
-            return f"一个{colour}{shape}在{ground}背景上{does}。"
-        what, ground = f"a {self.colour} {self.shape}", f"on a {self.background} background"
-        if self.colour == "orange":
-            what = f"an orange {self.shape}"
-        if image:
-            return f"A picture of {what} {ground}."
-        does = "resting" if self.direction == "still" else f"moving {self.direction}"
-        return f"{what[0].upper()}{what[1:]} {does} {ground}."
+    def caption(self, language: str = "en", *, still_image: bool = False) -> str:
+        """What the scene shows, in English ("en") or Chinese ("zh"). ValueError for another language."""
+        shape, colour, background = (
+            SHAPES[self.shape],
+            COLOURS[self.colour][0],
+            BACKGROUNDS[self.background][0],
+        )
+        if language == "en":
+            thing = f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} {self.shape}"
+            if still_image:
+                return f"a picture of {thing} on a {self.background} background"
+            motion = "standing still" if self.direction == "still" else f"moving {self.direction}"
+            return f"{thing} {motion} on a {self.background} background"
+        if language != "zh":
+            raise ValueError(f"language={language!r} is unknown; choose en or zh")
+        if still_image:
+            return f"一张图片：{background}背景上的{colour}{shape}"
+        if self.direction == "still":
+            return f"一个{colour}的{shape}静止在{background}背景上"
+        return f"一个{colour}的{shape}在{background}背景上{DIRECTIONS[self.direction][0]}移动"
+
+    def frames(self, height: int, width: int, *, fps: float, num_frames: int) -> Frames:
+        """Draw the frames at times 0, 1/fps, ...: uint8 (num_frames, height, width, 3)."""
+        _, top, bottom = BACKGROUNDS[self.background]
+        plain = np.broadcast_to(np.linspace(top, bottom, height)[:, None, None], (height, width, 3))
+        return np.stack([self._draw(plain, i / fps) for i in range(num_frames)])
+
+    def _draw(self, plain: Floats, time: float) -> Frames:
+        """The picture at one time (seconds): the shape over the background, uint8 (height, width, 3)."""
+        height, width = plain.shape[:2]
+        short, (step_x, step_y) = min(height, width), DIRECTIONS[self.direction][1]
+        centre_x = self.start[0] * width + step_x * self.speed * short * time
+        centre_y = self.start[1] * height + step_y * self.speed * short * time
+        radius = self.size * short / 2
+        # Only the box around the shape is computed; pixel (i, j) has its centre at (i + 0.5, j + 0.5).
+        rows = slice(max(0, math.floor(centre_y - radius - 1)), max(0, math.ceil(centre_y + radius + 1)))
+        columns = slice(max(0, math.floor(centre_x - radius - 1)), max(0, math.ceil(centre_x + radius + 1)))
+        y, x = np.mgrid[0:height, 0:width][:, rows, columns] + 0.5
+        distance = signed_distance(self.shape, (x - centre_x) / radius, (y - centre_y) / radius) * radius
+        cover = np.clip(0.5 - distance, 0, 1)[..., None]
+        picture = plain.copy()
+        picture[rows, columns] += cover * (np.array(COLOURS[self.colour][1]) - picture[rows, columns])
+        return picture.round().astype(np.uint8)
 
 
-def random_scene(generator: np.random.Generator) -> Scene:
-    """A scene with every attribute drawn independently."""
-    return Scene(
-        shape=str(generator.choice(list(SHAPES))),
-        colour=str(generator.choice(list(COLOURS))),
-        direction=str(generator.choice(list(DIRECTIONS))),
-        background=str(generator.choice(list(BACKGROUNDS))),
-        radius=float(generator.uniform(0.2, 0.27)),
-        speed=float(generator.uniform(0.35, 0.45)),
-        offset=float(generator.uniform(-0.12, 0.12)),
+def signed_distance(shape: str, x: Floats, y: Floats) -> Floats:
+    """Distance to the outline of a shape that fits the unit circle, negative inside; of the shape of `x`."""
+    if shape == "circle":
+        return np.hypot(x, y) - 1
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.75) - 0.25
+    corners = _corners(shape)
+    nearest, inside = np.full(x.shape, np.inf), np.zeros(x.shape, dtype=bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        along = ((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2)
+        t = np.clip(along, 0, 1)
+        nearest = np.minimum(nearest, np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay)))
+        # Even-odd rule: a ray to the right changes sides at every edge it crosses.
+        crosses = (ay > y) != (by > y)
+        if by != ay:
+            inside ^= crosses & (x < ax + (y - ay) * (bx - ax) / (by - ay))
+    return np.where(inside, -nearest, nearest)
+
+
+def _corners(shape: str) -> Floats:
+    """The corners (n, 2) of a polygon in the unit circle, as (x, y) with y down, in order."""
+    if shape == "cross":
+        a, b = 0.32, 0.94
+        quarter = np.array([(a, -b), (a, -a), (b, -a)])
+        turn = np.array([(0.0, 1.0), (-1.0, 0.0)])  # a quarter turn of row vectors
+        return np.concatenate([quarter @ np.linalg.matrix_power(turn, i) for i in range(4)])
+    if shape == "square":
+        return np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]) * 0.8
+    if shape not in {"triangle", "star"}:
+        raise ValueError(f"shape={shape!r} is unknown; choose one of {', '.join(SHAPES)}")
+    count = 3 if shape == "triangle" else 10
+    angles = np.arange(count) * 2 * np.pi / count - np.pi / 2
+    radii = np.where(np.arange(count) % 2 == 0, 1.0, 0.42) if shape == "star" else np.ones(count)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One file of the demo footage: the truth about it. A still image has fps 0 and one frame."""
+
+    name: str
+    scene: Scene
+    language: str
+    height: int
+    width: int
+    fps: int
+    num_frames: int
+
+    @property
+    def caption(self) -> str:
+        """The caption that is written beside the file."""
+        return self.scene.caption(self.language, still_image=self.fps == 0)
+
+    def frames(self) -> Frames:
+        """The shot as drawn, before any compression: uint8 (num_frames, height, width, 3)."""
+        return self.scene.frames(self.height, self.width, fps=max(1, self.fps), num_frames=self.num_frames)
+
+
+def draw_shot(number: int, *, seed: int, size: int, image: bool = False) -> Shot:
+    """The `number`-th video (or image) of a seed: a fixed function, whatever else is made."""
+    random = np.random.default_rng([seed, int(image), number])
+    short = 2 * int(random.integers(size // 2, size + 1))
+    # About three in five are nearly square, the others landscape or portrait, none exactly a bucket's shape.
+    aspect = random.choice([1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16], p=[0.6, 0.12, 0.12, 0.08, 0.08])
+    aspect *= random.uniform(0.95, 1.05)
+    height, width = (short, short * aspect) if aspect >= 1 else (short / aspect, short)
+    height, width = (2 * round(side / 2) for side in (height, width))
+    fps = 0 if image else int(random.choice([12, 16, 24, 30]))
+    num_frames = 1 if image else round(fps * random.uniform(1.2, 2.2))
+    seconds = num_frames / fps if fps else 1.0
+    scene = _draw_scene(random, height, width, seconds, still=image)
+    language = "zh" if random.random() < 0.3 else "en"
+    name = f"{'image' if image else 'clip'}-{number:04d}"
+    return Shot(name, scene, language, height, width, fps, num_frames)
+
+
+def _draw_scene(random: np.random.Generator, height: int, width: int, seconds: float, still: bool) -> Scene:
+    """A scene whose shape stays wholly inside the picture, margin kept, for all of its `seconds`."""
+    # A list of str, not a NumPy array: np.str_ would travel into JSON and captions.
+    direction = "still" if still else list(DIRECTIONS)[random.choice(5, p=[0.22, 0.22, 0.22, 0.22, 0.12])]
+    size, short = random.uniform(0.34, 0.5), min(height, width)
+    # The centre's room along x and y, as a share of width and height.
+    room = [1 - (size + 2 * MARGIN) * short / side for side in (width, height)]
+    low = [(1 - free) / 2 for free in room]
+    start = [low[axis] + random.uniform(0, 1) * room[axis] for axis in (0, 1)]
+    speed = 0.0
+    if direction != "still":
+        axis = 0 if direction in {"left", "right"} else 1
+        way = room[axis] * random.uniform(0.7, 1.0)
+        forward = DIRECTIONS[direction][1][axis] > 0
+        slack = (room[axis] - way) * random.uniform(0, 1)
+        start[axis] = low[axis] + slack if forward else low[axis] + room[axis] - slack
+        speed = way * (width, height)[axis] / short / seconds
+    shape, colour, background = (
+        list(table)[random.integers(len(table))] for table in (SHAPES, COLOURS, BACKGROUNDS)
     )
-
-
-def render(scene: Scene, times: Sequence[float], height: int, width: int) -> Frames:
-    """Frames (F, H, W, 3) of the scene at `times` seconds, four times supersampled.
-
-    Over the first second the shape crosses the middle of the frame; it stops before it would leave the frame.
-    """
-    side, fine = min(height, width), 4
-    x, y = np.meshgrid(np.arange(width * fine) + 0.5, np.arange(height * fine) + 0.5)
-    (dx, dy), ground = DIRECTIONS[scene.direction][0], BACKGROUNDS[scene.background][0]
-    # In pixels of the fine grid. The reach is how far the centre may go along the motion.
-    radius, unit = scene.radius * side * fine, side * fine
-    reach = (abs(dx) * width + abs(dy) * height) * fine / 2 - radius
-    frames = []
-    for time in times:
-        along = min(max((time - 0.5) * scene.speed * unit, -reach), reach) if dx or dy else 0.0
-        centre_x = width * fine / 2 + dx * along + (abs(dy) or not dx) * scene.offset * unit
-        centre_y = height * fine / 2 + dy * along + abs(dx) * scene.offset * unit
-        inside = _MASKS[scene.shape]((x - centre_x) / radius, (y - centre_y) / radius)
-        share = inside.reshape(height, fine, width, fine).mean(axis=(1, 3))[..., None]
-        picture = share * np.array(COLOURS[scene.colour][0]) + (1 - share) * np.array(ground)
-        frames.append(picture.round().astype(np.uint8))
-    return np.stack(frames)
-
-
-Plane = NDArray[np.float64]
-
-
-def _polygon(corners: Sequence[tuple[float, float]]) -> Callable[[Plane, Plane], NDArray[np.bool_]]:
-    """Inside test by the even-odd rule for a polygon given in units of the radius."""
-
-    def inside(x: Plane, y: Plane) -> NDArray[np.bool_]:
-        odd = np.zeros(x.shape, dtype=bool)
-        for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]], strict=True):
-            if y0 == y1:
-                continue
-            crosses = (y0 > y) != (y1 > y)
-            odd ^= crosses & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
-        return odd
-
-    return inside
-
-
-def _around(angles: Sequence[float], radii: Sequence[float]) -> list[tuple[float, float]]:
-    """Corners at angles (degrees, clockwise from the top) and radii."""
-    return [
-        (r * math.sin(math.radians(a)), -r * math.cos(math.radians(a)))
-        for a, r in zip(angles, radii, strict=True)
-    ]
-
-
-_MASKS: dict[str, Callable[[Plane, Plane], NDArray[np.bool_]]] = {
-    "circle": lambda x, y: x**2 + y**2 < 1,
-    "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.85,
-    "triangle": _polygon(_around([0, 120, 240], [1.1] * 3)),
-    "star": _polygon(_around([36 * i for i in range(10)], [1.15, 0.45] * 5)),
-    "ring": lambda x, y: (x**2 + y**2 < 1) & (x**2 + y**2 > 0.3),
-    "cross": lambda x, y: (np.maximum(abs(x), abs(y)) < 1) & (np.minimum(abs(x), abs(y)) < 0.34),
-}
+    centre = (float(start[0]), float(start[1]))
+    return Scene(shape, colour, background, direction, float(size), float(speed), centre)
 
 
 def make_footage(
-    folder: Path, *, num_videos: int = 240, num_images: int = 16, seed: int = 0, size: int = 64
-) -> bool:
-    """Write the footage: NAME.mp4 (or .png) and NAME.txt, the truth in scenes.jsonl; False if it is there already.
+    folder: str | Path, *, num_videos: int = 240, num_images: int = 16, seed: int = 0, size: int = 64
+) -> None:
+    """Write the demo's footage: NAME.mp4 or NAME.png, NAME.txt, scenes.jsonl (the truth), and demo.json last.
 
-    Sizes, aspects, frame rates and lengths vary; three captions in ten are Chinese. Every file depends on `seed`
-    and its own number alone. ValueError if the folder holds anything else.
+    A video's shorter side is between `size` and twice that, in pixels. A folder that is complete with these
+    settings is left as it is; ValueError for one that holds something else.
     """
-    wanted = {"num_videos": num_videos, "num_images": num_images, "seed": seed, "size": size}
-    mark = folder / MARK
-    if mark.is_file() and json.loads(mark.read_text()) == wanted:
-        return False
-    world.claim_folder(folder, mark="scenes.jsonl", key="footage")
-    with (folder / "scenes.jsonl").open("w", encoding="utf-8") as truths:
-        for number in range(num_videos + num_images):
-            generator = np.random.default_rng([seed, number])
-            scene, image = random_scene(generator), number >= num_videos
-            height, width = _frame_size(generator, size)
-            language = "zh" if generator.random() < 0.3 else "en"
-            caption = scene.caption(language, image=image)
-            name = f"{'image' if image else 'clip'}_{number:04d}"
-            if image:
-                picture = render(scene, [float(generator.uniform(0.2, 0.8))], height, width)[0]
-                Image.fromarray(picture).save(folder / f"{name}.png")
-            else:
-                fps = float(generator.choice([12, 16, 24, 30]))
-                seconds = float(generator.uniform(1.2, 1.9))
-                times = np.arange(round(seconds * fps)) / fps
-                write_mp4(folder / f"{name}.mp4", render(scene, times.tolist(), height, width), fps, quality=8)
-            (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
-            truths.write(json.dumps({"name": name, **asdict(scene)}) + "\n")
-    world.write_json(mark, wanted)
-    return True
+    folder = Path(folder)
+    settings = {"schema": 1, "num_videos": num_videos, "num_images": num_images, "seed": seed, "size": size}
+    if (folder / MARK).is_file():
+        _check_same(folder, settings)
+        return
+    world.claim_folder(folder, mark=MARK, key="folder")
+    # Made beside and moved as a whole: what carries the final name is complete, whenever a run is killed.
+    beside = folder.resolve().with_name(f".{folder.resolve().name}.making")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    shots = [draw_shot(i, seed=seed, size=size) for i in range(num_videos)]
+    shots += [draw_shot(i, seed=seed, size=size, image=True) for i in range(num_images)]
+    for shot in tqdm(shots, desc="demo footage", unit="file", disable=not world.is_main()):
+        _write_shot(beside, shot)
+    lines = [json.dumps(_truth(shot), ensure_ascii=False) for shot in shots]
+    (beside / "scenes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    world.write_json(beside / MARK, {**settings, "files": len(shots)})
+    beside.replace(folder.resolve())
 
 
-def _frame_size(generator: np.random.Generator, size: int) -> tuple[int, int]:
-    """Mostly square and as large as asked or up to twice; one in five landscape, one in ten portrait. Even sides."""
-    side = round(size * float(generator.choice([1.0, 1.25, 2.0])) / 2) * 2
-    kind = generator.random()
-    if kind < 0.7:
-        return side, side
-    longer = round(side * 5 / 3 / 2) * 2
-    return (side, longer) if kind < 0.9 else (longer, side)
+def _write_shot(folder: Path, shot: Shot) -> None:
+    """The picture or video, and its caption beside it."""
+    if shot.fps == 0:
+        Image.fromarray(shot.frames()[0]).save(folder / f"{shot.name}.png")
+    else:
+        write_mp4(folder / f"{shot.name}.mp4", shot.frames(), shot.fps, quality=8)
+    (folder / f"{shot.name}.txt").write_text(shot.caption + "\n", encoding="utf-8")
+
+
+def _truth(shot: Shot) -> dict[str, Any]:
+    """A line of scenes.jsonl: everything that a judge of generated or decoded clips may want to know."""
+    file = f"{shot.name}.{'png' if shot.fps == 0 else 'mp4'}"
+    return {"file": file, "caption": shot.caption, **{k: v for k, v in asdict(shot).items() if k != "name"}}
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError if the finished footage in `folder` was made with other settings, naming them."""
+    there = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    differing = [f"{key}={there.get(key)}" for key, value in settings.items() if there.get(key) != value]
+    if differing:
+        wanted = ", ".join(f"{key}={value}" for key, value in settings.items() if there.get(key) != value)
+        raise ValueError(
+            f"{folder} holds demo footage made with {', '.join(differing)}, not {wanted}; "
+            "give another folder, or remove this one"
+        )

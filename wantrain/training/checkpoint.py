@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,14 +46,14 @@ class Checkpoints:
         write(beside)
         files = {}
         for path in sorted(path for path in beside.rglob("*") if path.is_file()):
-            _sync(path)
+            world.sync_file(path)
             files[path.relative_to(beside).as_posix()] = file_hash(path)
         world.write_json(beside / STATE, {**state, "step": step, "files": files})
         for folder in {path.parent for path in beside.rglob("*")}:
-            world.fsync_folder(folder)
+            world.sync_file(folder)
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
-        world.fsync_folder(self.folder)
+        world.sync_file(self.folder)
         for old in self.complete()[: -self.keep]:
             shutil.rmtree(old)
         return final
@@ -88,14 +87,6 @@ def file_hash(path: Path) -> str:
 
 def _intact(path: Path, digest: str) -> bool:
     return path.is_file() and file_hash(path) == digest
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:

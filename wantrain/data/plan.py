@@ -1,0 +1,92 @@
+"""The order of a run as arithmetic: which samples make up optimizer step n. Pure NumPy, no state to save.
+
+Every batch comes from one bucket, so that its samples share a shape. Each bucket is an endless stream: one
+permutation of its samples per epoch, one after another. In epoch e a bucket of n samples gives
+floor(n*(e+1)/B) - floor(n*e/B) batches of B, so what does not fill a batch opens the next epoch instead of being
+dropped or repeated. The order depends on the seed and the batch size alone: not on processes, workers or restarts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+class Plan:
+    """The order of batches of `batch_size` samples (over all processes and accumulation) of a data set.
+
+    buckets  the bucket number of each sample, (N,)
+    """
+
+    def __init__(self, buckets: NDArray[np.integer], *, batch_size: int, seed: int) -> None:
+        if len(buckets) == 0:
+            raise ValueError("there are no samples to train on; shard and encode some footage first")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self.batch_size, self.seed = batch_size, seed
+        self.samples_per_epoch = len(buckets)
+        order = np.argsort(buckets, kind="stable")
+        _, starts = np.unique(np.asarray(buckets)[order], return_index=True)
+        self._members: list[Indices] = [part.astype(np.int64) for part in np.split(order, starts[1:])]
+        self._sizes = np.array([len(part) for part in self._members], dtype=np.int64)
+        self._cached_epoch: tuple[int, NDArray[np.int64]] | None = None
+
+    def batch(self, step: int) -> Indices:
+        """The sample numbers of optimizer step `step`, (batch_size,)."""
+        epoch = self.epoch(step)
+        bucket, number = self._batches_of(epoch)[step - self._first_step(epoch)]
+        members, size = self._members[bucket], len(self._members[bucket])
+        stream = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
+        laps, places = np.divmod(stream, size)
+        picked = [
+            members[self._permutation(int(bucket), int(lap), size)[places[laps == lap]]] for lap in np.unique(laps)
+        ]
+        return np.concatenate(picked)
+
+    def epoch(self, step: int) -> int:
+        """The epoch that `step` belongs to, by bisection over exact counts."""
+        low, high = 0, (step + len(self._sizes) + 1) * self.batch_size // self.samples_per_epoch + 2
+        while low < high:
+            middle = (low + high) // 2
+            if self._first_step(middle + 1) > step:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def steps_for_epochs(self, epochs: float) -> int:
+        """Optimizer steps until the samples of `epochs` passes have been used, rounded up."""
+        return max(1, math.ceil(epochs * self.samples_per_epoch / self.batch_size))
+
+    def _first_step(self, epoch: int) -> int:
+        """How many batches all epochs before `epoch` gave."""
+        return int((self._sizes * epoch // self.batch_size).sum())
+
+    def _batches_of(self, epoch: int) -> NDArray[np.int64]:
+        """(bucket, number in that bucket's stream) of every batch of an epoch, in the order they are used."""
+        if self._cached_epoch is not None and self._cached_epoch[0] == epoch:
+            return self._cached_epoch[1]
+        first, last = self._sizes * epoch // self.batch_size, self._sizes * (epoch + 1) // self.batch_size
+        rows = [(bucket, n) for bucket in range(len(first)) for n in range(first[bucket], last[bucket])]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 2)
+        table = np.random.default_rng([self.seed, 1, epoch]).permutation(table)
+        self._cached_epoch = (epoch, table)
+        return table
+
+    def _permutation(self, bucket: int, lap: int, size: int) -> Indices:
+        return np.random.default_rng([self.seed, 0, bucket, lap]).permutation(size)
+
+
+def share(batch: Sequence[int] | Indices, micro_step: int, accumulate: int, rank: int, world: int) -> Indices:
+    """One process's part of one micro-step: (accumulate, world, micro)[micro_step, rank]."""
+    whole = np.asarray(batch)
+    if len(whole) % (accumulate * world):
+        raise ValueError(
+            f"batch_size={len(whole)} must divide by accumulate x processes = {accumulate} x {world}"
+        )
+    return whole.reshape(accumulate, world, -1)[micro_step, rank]

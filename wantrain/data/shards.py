@@ -1,0 +1,302 @@
+"""Shards on disk: WebDataset tars of videos or of latents, each folder with a manifest that is written last.
+
+A folder without manifest.json is not finished. Tars are written beside their name and renamed, hold no pickle, and
+have the same bytes for the same input. Readers check a shard's hash before they use it, because a tar that was cut
+short reads as a shorter epoch without an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from wantrain import world
+from wantrain.data.footage import Footage, Reject, cut_windows, probe
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+REJECTS = "rejects.jsonl"
+INDEX = "index.safetensors"
+EMPTY_TEXT = "empty_text.safetensors"
+MADE_BY = {"video": "shard.py", "latent": "encode.py"}
+ID_LENGTH = 24
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ShardWriter:
+    """Writes samples into numbered tars of about `shard_bytes`; `shards` describes the finished ones.
+
+    `write` returns where a member's bytes lie: (shard number, offset, size).
+    """
+
+    def __init__(self, folder: Path, kind: str, shard_bytes: int) -> None:
+        self.folder, self.kind, self.shard_bytes = folder, kind, shard_bytes
+        self.shards: list[dict[str, Any]] = []
+        self.tar: tarfile.TarFile | None = None
+        self.samples = 0
+        for leftover in folder.glob(f".{kind}-*.tar.tmp"):
+            leftover.unlink()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        elif self.tar is not None:
+            self.tar.close()
+            self._beside.unlink()
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{len(self.shards):06d}.tar"
+
+    @property
+    def _beside(self) -> Path:
+        return self.folder / f".{self.name}.tmp"
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> dict[str, tuple[int, int, int]]:
+        """Add one sample: its members by extension."""
+        if self.tar is None:
+            # The plain ustar-like format with fixed times and owners: equal samples give equal bytes.
+            self.tar = tarfile.open(self._beside, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        places = {}
+        for extension, content in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(content)
+            self.tar.addfile(info, io.BytesIO(content))
+            # The content ends at the last whole block; it began right after the header.
+            padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            places[extension] = (len(self.shards), self.tar.offset - padded, len(content))
+        self.samples += 1
+        if self.tar.offset >= self.shard_bytes:
+            self._finish()
+        return places
+
+    def _finish(self) -> None:
+        if self.tar is None:
+            return
+        self.tar.close()
+        world.sync_file(self._beside)
+        final = self.folder / self.name
+        self._beside.replace(final)
+        row = {"name": final.name, "samples": self.samples, "bytes": final.stat().st_size, "sha256": file_hash(final)}
+        self.tar, self.samples = None, 0
+        self.shards.append(row)
+
+
+@dataclass(frozen=True)
+class VideoSample:
+    """One file of a video shard: its bytes and what shard.py found out about it."""
+
+    key: str
+    extension: str
+    content: bytes
+    about: dict[str, Any]
+
+
+def write_video_shards(
+    footage: list[Footage],
+    rejects: list[Reject],
+    out: Path,
+    *,
+    model: str,
+    num_frames: int,
+    fps: float,
+    clips: str,
+    rejects_limit: float,
+    shard_bytes: int,
+) -> dict[str, Any]:
+    """Probe every file, choose its windows and write the files with captions into shards; returns the manifest.
+
+    Rejected files go to rejects.jsonl with the reason. ValueError if more than `rejects_limit` of them are (no
+    manifest then), or if `out` holds something else.
+    """
+    settings = {"model": model, "num_frames": num_frames, "fps": float(fps), "clips": clips}
+    content = hashlib.sha256()
+    for file in footage:
+        content.update(f"{file.name}\0{file.caption}\0{file.path.stat().st_size}\0{file_hash(file.path)}\n".encode())
+    settings["footage"] = content.hexdigest()
+    done = finished(out, "video", settings)
+    if done is not None:
+        return done
+    rejects, total, count = list(rejects), len(footage) + len(rejects), 0
+    seen: dict[str, str] = {}
+    with ShardWriter(out, "video", shard_bytes) as writer:
+        for file in tqdm(footage, desc="shard", unit="file", disable=not world.is_main()):
+            try:
+                found = probe(file.path)
+                windows = cut_windows(found, num_frames=num_frames, fps=fps, clips=clips)
+                digest = file_hash(file.path)
+                if digest in seen:
+                    raise ValueError(f"same bytes as {seen[digest]}")
+            except ValueError as error:
+                rejects.append(Reject(file.name, str(error)))
+                continue
+            seen[digest] = file.name
+            count += len(windows)
+            about = {
+                "caption": file.caption,
+                "source": file.name,
+                "sha256": digest,
+                "height": found.height,
+                "width": found.width,
+                "fps": float(fps),
+                "windows": [asdict(window) for window in windows],
+            }
+            extension = file.path.suffix.lower().removeprefix(".")
+            writer.write(digest[:16], {extension: file.path.read_bytes(), "json": to_json(about)})
+    write_rejects(out, rejects, total, rejects_limit, "file")
+    manifest = {
+        "schema": SCHEMA,
+        "kind": "video",
+        "settings": settings,
+        "files_seen": total,
+        "files_used": len(seen),
+        "files_rejected": len(rejects),
+        "clips": count,
+        "shards": writer.shards,
+    }
+    world.write_json(out / MANIFEST, manifest)
+    world.say(f"{out}: {total} files seen = {len(seen)} used + {len(rejects)} rejected; {count} clips")
+    return manifest
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """A JSON object as bytes, the same for the same value."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
+
+
+def write_rejects(out: Path, rejects: list[Reject], total: int, limit: float, unit: str) -> None:
+    """Write rejects.jsonl, say how many; ValueError if their share of `total` is above `limit`."""
+    rows = [json.dumps(asdict(reject), ensure_ascii=False) for reject in rejects]
+    world.write_atomically(out / REJECTS, "".join(f"{row}\n" for row in rows))
+    for reject in rejects[:5]:
+        world.say(f"rejected {reject.name}: {reject.reason}")
+    if len(rejects) > limit * total:
+        raise ValueError(
+            f"{len(rejects)} of {total} {unit}s are rejected, more than rejects.limit={limit:g} allows; "
+            f"first: {rejects[0].name}: {rejects[0].reason}. All are in {out / REJECTS}; "
+            "mend or remove them, or raise rejects.limit"
+        )
+    if len(rejects) == total:
+        raise ValueError(f"all {total} {unit}s are rejected; the reasons are in {out / REJECTS}")
+
+
+def finished(out: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of `out` if this very work is done already; None after claiming the folder for it.
+
+    ValueError if the folder holds something else, or the same kind of shards made with other settings.
+    """
+    if not (out / MANIFEST).is_file():
+        world.claim_folder(out, mark=REJECTS, key="out")
+        world.write_atomically(out / REJECTS, "")  # from here on the folder is ours, also after a kill
+        for stale in out.glob(f"{kind}-*.tar"):
+            stale.unlink()
+        return None
+    manifest = read_manifest(out, kind)
+    differing = [key for key in settings if manifest["settings"].get(key) != settings[key]]
+    if differing:
+        changes = "; ".join(f"{key}: {manifest['settings'].get(key)} -> {settings[key]}" for key in differing)
+        raise ValueError(f"out={out} holds {kind} shards made otherwise ({changes}); give another out=, or remove it")
+    world.say(f"{out} is finished already: {manifest['clips']} clips; nothing to do")
+    return manifest
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of a finished folder of `kind` ("video" or "latent"); ValueError says which verb to run."""
+    verb = MADE_BY[kind]
+    if not (folder / MANIFEST).is_file():
+        what = "is not finished" if (folder / REJECTS).exists() else "holds no shards"
+        raise ValueError(f"{folder} {what} (no {MANIFEST}); run python {verb} out={folder} ... first")
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest.get("schema") != SCHEMA:
+        raise ValueError(f"{folder} has schema {manifest.get('schema')}, this version reads {SCHEMA}; run {verb} again")
+    if manifest["kind"] != kind:
+        raise ValueError(f"{folder} holds {manifest['kind']} shards, but {kind} shards are needed: run python {verb}")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def check_shards(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = True) -> None:
+    """Raise ValueError if a shard is absent or not what was written: by size, and by hash too if `hashes`."""
+    for shard in manifest["shards"]:
+        path = folder / shard["name"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard["bytes"] or (hashes and file_hash(path) != shard["sha256"]):
+            state = "is missing" if size is None else f"is damaged ({size} bytes, written were {shard['bytes']})"
+            raise ValueError(f"{path} {state}; restore it, or make the shards again with {MADE_BY[manifest['kind']]}")
+
+
+def read_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[VideoSample]:
+    """Every sample of a video folder, in order; each shard's hash is checked before it is read."""
+    check_shards(folder, manifest)
+    names = [str(folder / shard["name"]) for shard in manifest["shards"]]
+    # No .decode(): webdataset's default decoders run code from .pyd, .pickle and .pth members.
+    for sample in wds.WebDataset(names, shardshuffle=False, empty_check=False):
+        (extension,) = [key for key in sample if not key.startswith("__") and key != "json"]
+        yield VideoSample(sample["__key__"], extension, sample[extension], json.loads(sample["json"]))
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where every latent lies, in columns of equal length (about 60 bytes a clip).
+
+    shard, offset, size  the .safetensors member's bytes inside its tar
+    bucket               number into the manifest's list of buckets
+    source               the file a clip was cut from, as a number
+    ids                  (N, 24) bytes, zero padded
+    """
+
+    shard: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    bucket: NDArray[np.int32]
+    source: NDArray[np.uint64]
+    ids: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def name(self, sample: int) -> str:
+        """The id of one sample."""
+        return self.ids[sample].tobytes().rstrip(b"\0").decode()
+
+    def write(self, folder: Path) -> None:
+        """Write the index beside its name, then rename it."""
+        beside = folder / f".{INDEX}.tmp"
+        save_file(vars(self), beside)
+        world.sync_file(beside)
+        beside.replace(folder / INDEX)
+
+    @staticmethod
+    def read(folder: Path) -> Index:
+        """The index of a finished folder of latent shards."""
+        return Index(**load_file(folder / INDEX))
+
+
+def pack_ids(names: list[str]) -> NDArray[np.uint8]:
+    """Names as rows of ID_LENGTH bytes."""
+    assert all(len(name.encode()) <= ID_LENGTH for name in names)
+    rows = b"".join(name.encode().ljust(ID_LENGTH, b"\0") for name in names)
+    return np.frombuffer(rows, dtype=np.uint8).reshape(-1, ID_LENGTH)
