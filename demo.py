@@ -24,8 +24,7 @@ def verb(*command: str) -> None:
 
 def make_data() -> None:
     """Footage -> video shards -> latent shards, in data/demo."""
-    if make_footage(DATA / "footage"):
-        world.say(f"made procedural footage with captions in {DATA / 'footage'}")
+    make_footage(DATA / "footage")
     verb("shard.py", f"source={DATA / 'footage'}", f"out={DATA / 'videos'}", "model=tiny")
     verb("encode.py", f"shards={DATA / 'videos'}", f"out={DATA / 'latents'}", "model=tiny")
 

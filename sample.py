@@ -3,6 +3,7 @@
 python sample.py run=NAME prompt="..."        python sample.py weights=DIR prompt="..."
 """
 
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -58,13 +59,19 @@ def main(cfg: DictConfig) -> None:
                 bucket=Bucket(cfg.num_frames, height, width),
                 settings=settings,
                 seed=seed,
-                on_step=lambda _, expert, bar=bar: (bar.set_postfix_str(expert), bar.update()),
+                on_step=partial(show_step, bar),
             )
         clips[f"seed {seed}: {cfg.prompt}"] = frames
         write_mp4(out / f"seed_{seed}.mp4", frames, cfg.model.fps)
         world.say(f"wrote {out / f'seed_{seed}.mp4'}")
     contact_sheet(out / "contact_sheet.png", clips)
     world.say(f"wrote {out / 'contact_sheet.png'}")
+
+
+def show_step(bar: tqdm, step: int, expert: str) -> None:
+    """Move the progress bar on, naming the expert that answers."""
+    bar.set_postfix_str(expert)
+    bar.update()
 
 
 if __name__ == "__main__":

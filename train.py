@@ -56,7 +56,12 @@ def main(cfg: DictConfig) -> None:
     accelerator.wait_for_everyone()
     optimizer = build_optimizer(config.build(cfg.optimizer, _partial_=True), trainee.module)
     stepper = Stepper(
-        accelerator, trainee.module, optimizer, accumulate=cfg.accumulate, clip=cfg.clip, precision=cfg.precision
+        accelerator,
+        trainee.module,
+        optimizer,
+        accumulate=cfg.accumulate,
+        clip=cfg.clip,
+        precision=cfg.precision,
     )
     tracker = build_tracker(
         cfg.tracker.name, project=cfg.tracker.project, run=cfg.run, folder=folder.path, config=settings

@@ -18,7 +18,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,7 +31,15 @@ CONF = ROOT / "conf"
 #: Keys whose values people type freely. Without quoting, Hydra reads a comma as a sweep and `(`, `=`, `!`, `~`,
 #: Chinese or an emoji as a syntax error.
 TEXT_KEYS = frozenset(
-    ("prompt", "negative_prompt", "caption.prefix", "caption.default", "run", "tracker.project", "sample.negative_prompt")
+    (
+        "prompt",
+        "negative_prompt",
+        "caption.prefix",
+        "caption.default",
+        "run",
+        "tracker.project",
+        "sample.negative_prompt",
+    )
 )
 PATH_KEYS = frozenset(
     ("source", "out", "shards", "data.shards", "weights", "runs", "prompts", "lora.high_noise", "lora.low_noise",
@@ -109,15 +117,20 @@ def compose(name: str, overrides: list[str] | None = None) -> DictConfig:
 def _all_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     keys = []
     for key, node in cfg.items_ex(resolve=False):
-        keys.append(f"{prefix}{key}")
+        keys.append(prefix + str(key))
         if isinstance(node, DictConfig):
-            keys.extend(_all_keys(node, f"{prefix}{key}."))
+            keys.extend(_all_keys(node, f"{prefix + str(key)}."))
     return keys
 
 
 def build(node: DictConfig, **more: Any) -> Any:
     """The object that a composed node names by `_target_`, with `more` keywords; plain lists and dicts inside."""
-    return hydra.utils.instantiate(node, **more, _convert_="all")
+    try:
+        return hydra.utils.instantiate(node, **more, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None  # the constructor's own words, without Hydra's around them
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -201,7 +214,9 @@ def _check_expert(cfg: DictConfig) -> None:
     name, known = cfg.expert.name, list(cfg.model.experts)
     if name == "vae":
         if "vae" not in cfg.model:
-            raise ValueError(f"expert=vae: model={cfg.model.name} says nothing of a VAE to train (recipe=tiny_vae does)")
+            raise ValueError(
+                f"expert=vae: model={cfg.model.name} says nothing of a VAE to train (recipe=tiny_vae does)"
+            )
     elif name not in known:
         raise ValueError(
             f"expert={name}: model={cfg.model.name} has {', '.join(known)}; "

@@ -44,9 +44,7 @@ def write_mp4(path: str | Path, frames: Frames, fps: float, *, quality: int = 18
     )
 
 
-def contact_sheet(
-    path: str | Path, clips: Mapping[str, Frames], *, columns: int = 8, cell: int = 128
-) -> None:
+def contact_sheet(path: str | Path, clips: Mapping[str, Frames], *, columns: int = 8, cell: int = 128) -> None:
     """Write a PNG with one titled strip per clip: up to `columns` frames, evenly spaced, first and last included."""
     font = ImageFont.load_default(size=13)
     title = 18

@@ -107,5 +107,13 @@ def errors_to_exit_code() -> Iterator[None]:
 
 def alone() -> dict[str, str]:
     """The environment for a child that is to run by itself, not as one of the launcher's processes."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    launcher = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+    )
     return {key: value for key, value in os.environ.items() if key not in launcher and "ACCELERATE" not in key}

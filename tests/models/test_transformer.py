@@ -199,7 +199,10 @@ def test_folder_in_the_diffusers_layout_loads(tmp_path, dtype):
     model = scrambled()
     reference(model).save_pretrained(tmp_path / "pipeline" / "transformer_2", max_shard_size="100KB")
     latents, text = inputs(1, 2, 4, 4)
-    for path, part in ((tmp_path / "pipeline", "transformer_2"), (tmp_path / "pipeline" / "transformer_2", "x")):
+    for path, part in (
+        (tmp_path / "pipeline", "transformer_2"),
+        (tmp_path / "pipeline" / "transformer_2", "x"),
+    ):
         loaded = load_transformer(path, dtype=dtype, part=part)
         assert loaded.blocks[0].ffn[0].weight.dtype == dtype
         assert loaded.blocks[0].modulation.dtype == loaded.head.head.weight.dtype == torch.float32
@@ -227,7 +230,9 @@ def test_a_misfit_is_one_readable_error(tmp_path):
     tensors["proj_out.bias"] = torch.zeros(3)
     del tensors["scale_shift_table"]
     write_part(tmp_path, model.config(), tensors)
-    with pytest.raises(ValueError, match=r"1 missing \(head.modulation\).*1 unexpected \(extra.weight\).*head.head.bias"):
+    with pytest.raises(
+        ValueError, match=r"1 missing \(head.modulation\).*1 unexpected \(extra.weight\).*head.head.bias"
+    ):
         load_transformer(tmp_path)
     with pytest.raises(ValueError, match="neither config.json nor transformer/config.json"):
         load_transformer(tmp_path.parent)
@@ -258,7 +263,13 @@ def test_bad_input_is_refused(change, words):
         ({}, 14_288_491_584, 1095),
         ({"in_channels": 36}, 14_288_901_184, 1095),
         (
-            {"num_attention_heads": 24, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336, "num_layers": 30},
+            {
+                "num_attention_heads": 24,
+                "in_channels": 48,
+                "out_channels": 48,
+                "ffn_dim": 14336,
+                "num_layers": 30,
+            },
             4_999_787_712,
             825,
         ),

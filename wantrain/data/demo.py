@@ -222,9 +222,7 @@ def _draw_scene(random: np.random.Generator, height: int, width: int, seconds: f
         slack = (room[axis] - way) * random.uniform(0, 1)
         start[axis] = low[axis] + slack if forward else low[axis] + room[axis] - slack
         speed = way * (width, height)[axis] / short / seconds
-    shape, colour, background = (
-        list(table)[random.integers(len(table))] for table in (SHAPES, COLOURS, BACKGROUNDS)
-    )
+    shape, colour, background = (list(table)[random.integers(len(table))] for table in (SHAPES, COLOURS, BACKGROUNDS))
     centre = (float(start[0]), float(start[1]))
     return Scene(shape, colour, background, direction, float(size), float(speed), centre)
 

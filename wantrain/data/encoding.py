@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from wantrain import geometry, world
 from wantrain.data.footage import Reject, Window, probe, read_windows
 from wantrain.data.shards import (
     EMPTY_TEXT,
+    INDEX,
     MANIFEST,
     SCHEMA,
     Index,
     ShardWriter,
     VideoSample,
+    describe_file,
     file_hash,
     finished,
     pack_ids,
@@ -37,29 +39,34 @@ from wantrain.video import Frames
 EncodePixels = Callable[[Tensor], Tensor]
 EncodeTexts = Callable[[list[str]], list[Tensor]]
 
+#: Encoded captions kept in memory: clips of one file share theirs, and a few thousand tokens x 4096 are a gigabyte.
+TEXTS_KEPT = 1000
+
 
 def prepare_pixels(frames: Frames, size: tuple[int, int]) -> tuple[Tensor, float]:
     """Frames (F, H, W, 3) uint8 -> pixels (3, F, height, width) in [-1, 1], and the share cropped away.
 
     Resized (antialiased) to cover the target without squeezing, then cropped at the centre.
     """
-    height, width, cropped = geometry.cover(*frames.shape[1:3], *size)
-    pixels_FCHW = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
-    if (height, width) != tuple(frames.shape[1:3]):
-        pixels_FCHW = F.interpolate(pixels_FCHW, (height, width), mode="bicubic", antialias=True)
+    height, width, cropped = geometry.cover(frames.shape[1], frames.shape[2], *size)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    pixels_FCHW = pixels_FCHW[:, :, top : top + size[0], left : left + size[1]]
-    return (pixels_FCHW / 127.5 - 1).clamp(-1, 1).transpose(0, 1).contiguous(), cropped
+    pixels_CFHW = torch.empty(3, len(frames), *size)
+    for number, frame in enumerate(frames):  # one at a time: a whole 4K clip in float32 is many gigabytes
+        frame_CHW = torch.from_numpy(frame.copy()).permute(2, 0, 1).float()
+        if (height, width) != tuple(frame_CHW.shape[1:]):
+            frame_CHW = F.interpolate(frame_CHW[None], (height, width), mode="bicubic", antialias=True)[0]
+        pixels_CFHW[:, number] = frame_CHW[:, top : top + size[0], left : left + size[1]]
+    return (pixels_CFHW / 127.5 - 1).clamp(-1, 1), cropped
 
 
-def read_sample(sample: VideoSample) -> list[Frames]:
-    """The frames of every window of a video sample. ValueError with the reason if it cannot be decoded."""
+def read_sample(sample: VideoSample) -> Iterator[Frames]:
+    """The frames of every window of a video sample in turn. ValueError with the reason where decoding fails."""
     with tempfile.NamedTemporaryFile(suffix=f".{sample.extension}") as file:
         file.write(sample.content)
         file.flush()
         path = Path(file.name)
         windows = [Window(**window) for window in sample.about["windows"]]
-        return list(read_windows(path, probe(path), windows, sample.about["fps"]))
+        yield from read_windows(path, probe(path), windows, sample.about["fps"])
 
 
 def encode_shards(
@@ -77,7 +84,7 @@ def encode_shards(
     rejects_limit: float,
     shard_bytes: int,
 ) -> dict[str, Any]:
-    """Encode every clip once and every distinct caption once; returns the manifest.
+    """Encode every clip, and a caption that comes again soon only once; returns the manifest.
 
     `encode_pixels(pixels_BCTHW in [-1, 1]) -> latents`; `encode_texts(list of str) -> list of (L, D)`. Latents and
     texts are stored in bf16, texts without padding. A clip that cannot be decoded goes to rejects.jsonl. ValueError
@@ -99,7 +106,7 @@ def encode_shards(
     done = finished(out, "latent", settings)
     if done is not None:
         return done
-    encoder = _Encoder(encode_pixels, encode_texts, sizes)
+    encoder = _Encoder(encode_pixels, encode_texts, sizes, (temporal_stride, spatial_stride))
     with ShardWriter(out, "latent", shard_bytes) as writer:
         with tqdm(total=video["clips"], desc="encode", unit="clip", disable=not world.is_main()) as bar:
             for sample in read_video_shards(shards, video):
@@ -124,6 +131,7 @@ def encode_shards(
         "clips": len(encoder.rows),
         "clips_rejected": len(encoder.rejects),
         "shards": writer.shards,
+        "files": [describe_file(out / INDEX), describe_file(out / EMPTY_TEXT)],
     }
     world.write_json(out / MANIFEST, manifest)
     world.say(f"{out}: {video['clips']} clips seen = {len(encoder.rows)} encoded + {len(encoder.rejects)} rejected")
@@ -133,45 +141,68 @@ def encode_shards(
 class _Encoder:
     """One encoding run: what has been written, what was rejected, and texts that are already encoded."""
 
-    def __init__(self, encode_pixels: EncodePixels, encode_texts: EncodeTexts, sizes: list[tuple[int, int]]) -> None:
-        self.encode_pixels, self.encode_texts, self.sizes = encode_pixels, encode_texts, sizes
+    def __init__(
+        self,
+        encode_pixels: EncodePixels,
+        encode_texts: EncodeTexts,
+        sizes: list[tuple[int, int]],
+        strides: tuple[int, int],
+    ) -> None:
+        self.encode_pixels, self.encode_texts = encode_pixels, encode_texts
+        self.sizes, self.strides = sizes, strides
         self.rows: list[dict[str, Any]] = []
         self.rejects: list[Reject] = []
         self.texts: dict[str, Tensor] = {}
         self.channels = 0
 
     def text(self, caption: str) -> Tensor:
-        """(L, D) bf16 of a caption, encoded the first time it is met."""
+        """(L, D) bf16 of a caption, from memory if it is one of the last TEXTS_KEPT."""
         if caption not in self.texts:
-            self.texts[caption] = self.encode_texts([caption])[0].to(torch.bfloat16).cpu().contiguous()
+            if len(self.texts) >= TEXTS_KEPT:
+                del self.texts[next(iter(self.texts))]
+            text = self.encode_texts([caption])[0].to(torch.bfloat16).cpu().contiguous()
+            if not torch.isfinite(text).all():
+                raise ValueError(f"the text encoder gave NaN or infinity for {caption!r}; try precision=fp32")
+            self.texts[caption] = text
         return self.texts[caption]
 
     def encode(self, sample: VideoSample, writer: ShardWriter) -> None:
-        """Encode all windows of one file."""
+        """Encode all windows of one file; from the first that cannot be decoded on, they are rejects."""
+        count, clips = len(sample.about["windows"]), read_sample(sample)
+        for number in range(count):
+            try:
+                frames = next(clips)
+            except ValueError as error:
+                names = [f"{sample.about['source']} (clip {left})" for left in range(number, count)]
+                self.rejects.extend(Reject(name, str(error)) for name in names)
+                return
+            self._encode_clip(sample, number, frames, writer)
+
+    def _encode_clip(self, sample: VideoSample, number: int, frames: Frames, writer: ShardWriter) -> None:
+        """Encode and write one window."""
         about = sample.about
-        try:
-            clips = read_sample(sample)
-        except ValueError as error:
-            numbers = range(len(about["windows"]))
-            self.rejects.extend(Reject(f"{about['source']} (clip {number})", str(error)) for number in numbers)
-            return
         size = geometry.nearest_size(about["height"], about["width"], self.sizes)
-        for number, frames in enumerate(clips):
-            pixels, cropped = prepare_pixels(frames, size)
-            latents = self.encode_pixels(pixels[None])[0]
-            self.channels = len(latents)
-            bucket = str(geometry.Bucket(len(frames), *size))
-            tensors = {"latents": latents.to(torch.bfloat16).cpu().contiguous(), "text": self.text(about["caption"])}
-            told: Mapping[str, Any] = {
-                "caption": about["caption"],
-                "source": about["source"],
-                "start": about["windows"][number]["start"],
-                "bucket": bucket,
-                "cropped": round(cropped, 4),
-            }
-            key = f"{sample.key}-{number:04d}"
-            places = writer.write(key, {"safetensors": save(tensors), "json": to_json(told)})
-            self.rows.append({"key": key, "bucket": bucket, "place": places["safetensors"]})
+        bucket = geometry.Bucket(len(frames), *size)
+        pixels, cropped = prepare_pixels(frames, size)
+        latents = self.encode_pixels(pixels[None])[0].to(torch.bfloat16).cpu().contiguous()
+        shape = geometry.latent_shape(bucket, *self.strides)
+        if tuple(latents.shape[1:]) != shape or not torch.isfinite(latents).all():
+            raise ValueError(
+                f"{about['source']} (clip {number}): the VAE gave NaN, infinity or the shape "
+                f"{tuple(latents.shape)}, wanted were {shape} per channel"
+            )
+        self.channels = len(latents)
+        told = {
+            "caption": about["caption"],
+            "source": about["source"],
+            "start": about["windows"][number]["start"],
+            "bucket": str(bucket),
+            "cropped": round(cropped, 4),
+        }
+        tensors = {"latents": latents, "text": self.text(about["caption"])}
+        key = f"{sample.key}-{number:04d}"
+        places = writer.write(key, {"safetensors": save(tensors), "json": to_json(told)})
+        self.rows.append({"key": key, "bucket": str(bucket), "place": places["safetensors"]})
 
     def index(self, buckets: list[str]) -> Index:
         """The columns of what has been written."""

@@ -1,12 +1,17 @@
 """Footage on disk: find it with its captions, probe what is really in it, choose frames by timestamp.
 
 decord is the reader, always asked by timestamp: headers lie about frame counts, and frames before an edit list have
-negative timestamps that no player shows. A file that cannot be used is a Reject with its reason, never silence.
+negative timestamps that no player shows. It is only ever read forwards from the first frame: where it seeks (also in
+`get_batch` and `skip_frames`) it lands on other frames than asked for after an edit list and in open groups of
+pictures, which x265 makes by default (measured against PyAV: half of the reads). Read forwards, it gives exactly the
+displayed frames. A file that cannot be used is a Reject with its reason, never silence.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +27,9 @@ from wantrain.video import Frames
 VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"))
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 
-#: Timestamps are compared with this tolerance (seconds): containers round them to their own time base.
-EPSILON = 1e-4
+#: Timestamps are compared with this tolerance (seconds): Matroska and WebM round them to whole milliseconds, and
+#: decord gives them in float32 (half a millisecond of error after two hours).
+EPSILON = 1e-3
 
 
 @dataclass(frozen=True)
@@ -37,23 +43,23 @@ class Footage:
 
 @dataclass(frozen=True)
 class Reject:
-    """A file, or a clip of one, that is not used, and why."""
+    """A file, or a clip of one, that is not used, and why. Only `bad` ones count towards rejects.limit."""
 
     name: str
     reason: str
+    bad: bool = True
 
 
 @dataclass(frozen=True)
 class Probe:
     """What a file shows: height and width after rotation, and when (seconds) each displayed frame begins.
 
-    `frames` are those frames' numbers for the decoder; `end` is when the last one ends. An image has one frame.
+    `times` ascend; `end` is when the last frame ends. An image has one frame.
     """
 
     height: int
     width: int
     times: NDArray[np.float64]
-    frames: NDArray[np.int64]
     end: float
 
     @property
@@ -81,22 +87,22 @@ def find_footage(
     if not source.is_dir():
         raise ValueError(f"source={source} is not a folder")
     listed = _read_metadata(source)
-    files = [
-        path
-        for path in sorted(source.rglob("*"))
-        if path.suffix.lower() in VIDEOS | IMAGES
-        and not any(part.startswith(".") for part in path.relative_to(source).parts)
-    ]
+    files = _find_files(source)
     if not files:
         raise ValueError(f"source={source} holds no videos or images ({' '.join(sorted(VIDEOS | IMAGES))})")
     footage, rejects, without = [], [], []
     for path in files:
-        name = path.relative_to(source).as_posix()
-        caption = listed.get(name) or _caption_beside(path) or caption_default
-        if caption or caption_missing == "empty":
-            footage.append(Footage(path, name, (caption_prefix + caption).strip()))
+        name = _name(path, source)
+        own = listed.get(path) or _caption_beside(path)
+        caption = own or " ".join(caption_default.split())
+        if not path.is_file():
+            rejects.append(Reject(name, "is not a file (a folder, a pipe or a broken link)"))
+        elif not own and _is_mask(path):
+            rejects.append(Reject(name, f"is the mask of {path.name}, not footage", bad=False))
+        elif caption or caption_missing == "empty":
+            footage.append(Footage(path, name, _with_prefix(caption_prefix, caption)))
         elif caption_missing == "skip":
-            rejects.append(Reject(name, "no caption"))
+            rejects.append(Reject(name, "no caption", bad=False))
         else:
             without.append(name)
     if without:
@@ -108,60 +114,107 @@ def find_footage(
     return footage, rejects
 
 
-def _read_metadata(source: Path) -> dict[str, str]:
-    """Captions by file name from metadata.jsonl, if it is there."""
-    path, captions = source / "metadata.jsonl", {}
-    if not path.is_file():
+def _find_files(source: Path) -> list[Path]:
+    """Everything below `source` that is named like a video or image, sorted; hidden files and folders are not."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(source):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        # A folder with such a name is listed too, to be rejected by name instead of passed over.
+        paths = [Path(folder, name) for name in [*names, *folders] if not name.startswith(".")]
+        found.extend(path for path in paths if path.suffix.lower() in VIDEOS | IMAGES)
+    return sorted(found)
+
+
+def _name(path: Path, source: Path) -> str:
+    """The path below `source` with forward slashes; bytes that are not UTF-8 are written as escapes."""
+    return os.fsencode(path.relative_to(source).as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _is_mask(path: Path) -> bool:
+    """True for masks/NAME where NAME lies beside masks/: a mask of that footage, by the field's convention."""
+    return path.parent.name == "masks" and (path.parent.parent / path.name).is_file()
+
+
+def _with_prefix(prefix: str, caption: str) -> str:
+    """Prefix and caption, with a space between them where the prefix ends like a word of a spaced script."""
+    if prefix and caption and prefix[-1].isascii() and not prefix[-1].isspace():
+        prefix += " "
+    return (prefix + caption).strip()
+
+
+def _read_metadata(source: Path) -> dict[Path, str]:
+    """Captions by file from metadata.jsonl, if it is there. ValueError names the line that is wrong."""
+    table, captions = source / "metadata.jsonl", {}
+    if not table.is_file():
         return {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for an end of line.
+    for number, line in enumerate(_read_text(table).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            name = row.get("path") or row["file_name"]
+            name = row["path"] if "path" in row else row["file_name"]
+            below = os.path.relpath(name, source) if Path(name).is_absolute() else os.path.normpath(name)
             caption = row["caption"] if "caption" in row else row["text"]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
-                f'{path} line {number} is not {{"path": ..., "caption": ...}} ({type(error).__name__}: {error})'
+                f'{table} line {number} is not {{"path": ..., "caption": ...}} ({type(error).__name__}: {error})'
             ) from error
-        if not (source / name).is_file():
-            raise ValueError(f"{path} line {number} names {name}, which is not in {source}")
-        captions[Path(name).as_posix()] = str(caption)
+        path = source / below
+        if not path.is_file():
+            raise ValueError(f"{table} line {number} names {name}, which is not in {source}")
+        if path.suffix.lower() not in VIDEOS | IMAGES or Path(below).parts[0] == "..":
+            raise ValueError(f"{table} line {number} names {name}, which is no video or image below {source}")
+        if path in captions:
+            raise ValueError(f"{table} line {number} names {name} for the second time; remove one of the lines")
+        captions[path] = " ".join(str(caption or "").split())
     return captions
 
 
 def _caption_beside(path: Path) -> str:
+    """The text of NAME.txt as one line; empty where there is none."""
     text = path.with_suffix(".txt")
+    return " ".join(_read_text(text).split()) if text.is_file() else ""
+
+
+def _read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark."""
     try:
-        return text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
 
 
 def _open(path: Path) -> decord.VideoReader:
-    return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+    # fault_tol: where a frame cannot be decoded, decord would give its neighbour instead; this makes it raise.
+    return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
 
 
 def probe(path: Path) -> Probe:
-    """Look into a file and decode one frame of it. ValueError with the reason if that fails."""
+    """Look into a file and decode its first frame. ValueError with the reason if that fails."""
     if path.suffix.lower() in IMAGES:
         height, width = _read_image(path).shape[:2]
-        return Probe(height, width, np.zeros(1), np.zeros(1, dtype=np.int64), 0.0)
+        return Probe(height, width, np.zeros(1), 0.0)
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
     try:
         reader = _open(path)
         spans = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64).reshape(-1, 2)
-        # Shown are the frames from time zero on: those before an edit list decode, but no player shows them.
-        shown = np.flatnonzero(spans[:, 0] > -EPSILON)
-        if len(shown) == 0:
-            raise ValueError("it has no frame that is displayed")
-        order = shown[np.argsort(spans[shown, 0], kind="stable")]
-        height, width = reader[int(order[0])].shape[:2]
+        height, width = _next_frame(reader).shape[:2]
     except Exception as error:  # every decoder failure has a class of its own
-        raise ValueError(f"cannot be decoded: {_first_line(error)}") from error
-    times = spans[order, 0]
-    return Probe(height, width, times, order.astype(np.int64), max(float(spans[order[-1], 1]), float(times[-1])))
+        raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
+    if not (np.abs(spans) < 1e8).all():
+        raise ValueError(
+            f"has frames without a timestamp, as old AVI files do; write it anew: ffmpeg -i {path.name} {path.stem}.mp4"
+        )
+    # Shown are the frames from time zero on: those before an edit list no player shows, nor does decord's decoder.
+    shown = spans[spans[:, 0] > -EPSILON]
+    if len(shown) == 0:
+        raise ValueError("has no frame that is displayed")
+    times = np.sort(shown[:, 0])
+    return Probe(height, width, times, max(float(shown[:, 1].max()), float(times[-1])))
 
 
 def cut_windows(found: Probe, *, num_frames: int, fps: float, clips: str = "all") -> list[Window]:
@@ -186,26 +239,47 @@ def cut_windows(found: Probe, *, num_frames: int, fps: float, clips: str = "all"
 
 
 def frames_on_screen(found: Probe, window: Window, fps: float) -> NDArray[np.int64]:
-    """Which decoder frames a window shows: at each wanted time, the last frame that has begun."""
+    """Which displayed frames (from 0) a window shows: at each wanted time, the last frame that has begun."""
     wanted = window.start + np.arange(window.num_frames) / fps
     places = np.searchsorted(found.times, wanted + EPSILON, side="right") - 1
-    return found.frames[np.clip(places, 0, None)]
+    return np.clip(places, 0, None)
 
 
 def read_windows(path: Path, found: Probe, windows: list[Window], fps: float) -> Iterator[Frames]:
-    """The frames (F, H, W, 3) uint8 of each window in turn. ValueError with the reason if decoding fails."""
-    if found.is_image:
+    """The frames (F, H, W, 3) uint8 of each window in turn; windows follow each other in time.
+
+    One window is in memory at a time. ValueError with the reason if decoding fails.
+    """
+    if path.suffix.lower() in IMAGES:
         for _ in windows:
             yield _read_image(path)[None]
         return
+    chosen = [frames_on_screen(found, window, fps).tolist() for window in windows]
+    assert chosen == sorted(chosen), "windows must be in order of time"
     try:
-        reader = _open(path)
-        for window in windows:
-            numbers = frames_on_screen(found, window, fps)
-            unique, inverse = np.unique(numbers, return_inverse=True)
-            yield reader.get_batch(unique.tolist()).asnumpy()[inverse]
+        reader, current = _open(path), -1
+        for numbers in chosen:
+            frames = []
+            for number in numbers:
+                while current < number:
+                    frame, current = _next_frame(reader), current + 1
+                frames.append(frame)
+            yield np.stack(frames)
     except Exception as error:  # every decoder failure has a class of its own
-        raise ValueError(f"cannot be decoded: {_first_line(error)}") from error
+        raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
+
+
+def _next_frame(reader: decord.VideoReader) -> Frames:
+    """The next displayed frame, (H, W, 3).
+
+    decord2 takes the padding of its rows for a fourth channel where it happens to be as wide as one (widths 16, 24,
+    32, 48, 96, 144): such a frame holds RGB in the first 3*W bytes of every row.
+    """
+    frame: Frames = reader.next().asnumpy()
+    height, width, channels = frame.shape
+    if channels == 3:
+        return frame
+    return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
 def _read_image(path: Path) -> Frames:
@@ -213,14 +287,19 @@ def _read_image(path: Path) -> Frames:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
+            if image.mode in {"I", "F"} or image.mode.startswith("I;"):  # PIL would clip them to white
+                raise ValueError("more than 8 bits of grey; save it with 8")
             if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # PIL raises many classes for damaged files
-        raise ValueError(f"cannot be read as an image: {_first_line(error)}") from error
+        raise ValueError(f"cannot be read as an image, damaged or not one ({_reason(error, path)})") from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
+def _reason(error: Exception, path: Path) -> str:
+    """The first line of an error, without the clock times, source lines and file names that libraries put in."""
+    text = str(error).replace(str(path), "the file")
+    text = re.sub(r"\[\d\d:\d\d:\d\d\] (\S+?:\d+: )?", "", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

@@ -25,7 +25,17 @@ from wantrain import geometry, world
 from wantrain.batch import Batch, pad_texts
 from wantrain.data.encoding import prepare_pixels, read_about, read_sample
 from wantrain.data.plan import Indices
-from wantrain.data.shards import EMPTY_TEXT, MANIFEST, Index, check_shards, file_hash, read_manifest, read_video_shards
+from wantrain.data.shards import (
+    EMPTY_TEXT,
+    MANIFEST,
+    Index,
+    VideoSample,
+    check_shards,
+    file_hash,
+    read_manifest,
+    read_video_shards,
+)
+from wantrain.video import Frames
 
 #: Shards up to this many bytes are hashed when they are opened; larger sets are checked by size (a minute per 60 GB).
 HASH_LIMIT = 2 << 30
@@ -35,14 +45,19 @@ def split_sources(sources: NDArray[np.uint64], share: float, seed: int) -> tuple
     """(train, held-out) sample numbers: whole files are held out, so that clips of one file never straddle.
 
     The round(share * files) files with the smallest hash of (seed, file) are held out: a fixed choice that adding
-    files changes little. ValueError if `share` is not in [0, 1) or leaves nothing to train on.
+    files changes little. They come in the order of their hashes, so that the first few are of all kinds. ValueError
+    if `share` is not in [0, 1) or leaves nothing to train on.
     """
     if not 0 <= share < 1:
         raise ValueError(f"data.holdout={share} must be in [0, 1)")
     unique = np.unique(sources)
     ranked = sorted(unique.tolist(), key=lambda source: hashlib.sha256(f"{seed}:{source}".encode()).digest())
-    held = np.isin(sources, np.array(ranked[: round(share * len(unique))], dtype=np.uint64))
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    places = {source: place for place, source in enumerate(ranked[: round(share * len(unique))])}
+    place = np.array([places.get(source, -1) for source in sources.tolist()])
+    held = np.flatnonzero(place >= 0)
+    if len(held) == len(sources):
+        raise ValueError(f"data.holdout={share} holds out all {len(unique)} files; make it smaller, or add footage")
+    return np.flatnonzero(place < 0), held[np.argsort(place[held], kind="stable")]
 
 
 class LatentData:
@@ -53,7 +68,9 @@ class LatentData:
     bucket_names     its name, "FxHxW" in pixels
     """
 
-    def __init__(self, *, shards: str | Path, holdout: float = 0.05, caption_dropout: float = 0.1, seed: int = 0) -> None:
+    def __init__(
+        self, *, shards: str | Path, holdout: float = 0.05, caption_dropout: float = 0.1, seed: int = 0
+    ) -> None:
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout={caption_dropout} must be in [0, 1]")
         self.folder, self.caption_dropout, self.seed = Path(shards).expanduser(), caption_dropout, seed
@@ -93,8 +110,8 @@ class LatentData:
         return batches
 
     def captions(self) -> list[str]:
-        """Distinct captions, those of held-out clips first: prompts for previews."""
-        order = [*self.heldout.tolist(), *self.train[:100].tolist()]
+        """Up to 200 distinct captions, those of held-out clips first: prompts for previews."""
+        order = [*self.heldout[:100].tolist(), *self.train[:100].tolist()]
         return list(dict.fromkeys(self._about(sample)["caption"] for sample in order))
 
     def _batch(self, latents: list[Tensor], texts: list[Tensor], names: tuple[str, ...], positions: list[int]) -> Batch:
@@ -167,8 +184,8 @@ class PixelData:
         lengths: list[str] = []
         sources: list[int] = []
         for sample in read_video_shards(self.folder, self.manifest):
-            for number, frames in enumerate(read_sample(sample)):
-                pixels, _ = prepare_pixels(frames, geometry.nearest_size(*frames.shape[1:3], sizes))
+            for number, frames in enumerate(self._decode(sample)):
+                pixels, _ = prepare_pixels(frames, geometry.nearest_size(frames.shape[1], frames.shape[2], sizes))
                 self.clips.append(((pixels + 1) * 127.5).round().byte())
                 self.names.append(f"{sample.key}-{number:04d}")
                 lengths.append(str(geometry.Bucket(min(len(frames), num_frames), *pixels.shape[2:])))
@@ -176,6 +193,14 @@ class PixelData:
         self._lengths, self._bucket_list = lengths, list(dict.fromkeys(lengths))
         self.train, self.heldout = split_sources(np.array(sources, dtype=np.uint64), holdout, seed)
         self.buckets = np.array([self._bucket_list.index(lengths[sample]) for sample in self.train])
+
+    @staticmethod
+    def _decode(sample: VideoSample) -> Iterator[Frames]:
+        """The clips of a file; ValueError names it if it is damaged."""
+        try:
+            yield from read_sample(sample)
+        except ValueError as error:
+            raise ValueError(f"{sample.about['source']} {error}; remove it and shard the footage again") from error
 
     @property
     def bucket_names(self) -> list[str]:

@@ -35,17 +35,16 @@ class Plan:
         self._members: list[Indices] = [part.astype(np.int64) for part in np.split(order, starts[1:])]
         self._sizes = np.array([len(part) for part in self._members], dtype=np.int64)
         self._cached_epoch: tuple[int, NDArray[np.int64]] | None = None
+        self._cached_laps: dict[int, tuple[int, Indices]] = {}
 
     def batch(self, step: int) -> Indices:
         """The sample numbers of optimizer step `step`, (batch_size,)."""
         epoch = self.epoch(step)
-        bucket, number = self._batches_of(epoch)[step - self._first_step(epoch)]
-        members, size = self._members[bucket], len(self._members[bucket])
+        bucket, number = self._batches_of(epoch)[step - self._first_step(epoch)].tolist()
+        members = self._members[bucket]
         stream = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
-        laps, places = np.divmod(stream, size)
-        picked = [
-            members[self._permutation(int(bucket), int(lap), size)[places[laps == lap]]] for lap in np.unique(laps)
-        ]
+        laps, places = np.divmod(stream, len(members))
+        picked = [members[self._permutation(bucket, int(lap))[places[laps == lap]]] for lap in np.unique(laps)]
         return np.concatenate(picked)
 
     def epoch(self, step: int) -> int:
@@ -72,21 +71,35 @@ class Plan:
         if self._cached_epoch is not None and self._cached_epoch[0] == epoch:
             return self._cached_epoch[1]
         first, last = self._sizes * epoch // self.batch_size, self._sizes * (epoch + 1) // self.batch_size
-        rows = [(bucket, n) for bucket in range(len(first)) for n in range(first[bucket], last[bucket])]
-        table = np.array(rows, dtype=np.int64).reshape(-1, 2)
-        table = np.random.default_rng([self.seed, 1, epoch]).permutation(table)
+        counts = last - first
+        bucket = np.repeat(np.arange(len(counts)), counts)
+        number = np.arange(len(bucket)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        table = np.stack([bucket, number], axis=1)[_shuffled(len(bucket), self.seed, 1, epoch)]
         self._cached_epoch = (epoch, table)
         return table
 
-    def _permutation(self, bucket: int, lap: int, size: int) -> Indices:
-        return np.random.default_rng([self.seed, 0, bucket, lap]).permutation(size)
+    def _permutation(self, bucket: int, lap: int) -> Indices:
+        """The order of a bucket's samples in one pass; the last one of each bucket is kept."""
+        kept = self._cached_laps.get(bucket)
+        if kept is None or kept[0] != lap:
+            kept = (lap, _shuffled(len(self._members[bucket]), self.seed, 0, bucket, lap))
+            self._cached_laps[bucket] = kept
+        return kept[1]
+
+
+def _shuffled(count: int, *position: int) -> Indices:
+    """A permutation of range(count) that is a fixed function of the position.
+
+    From the generator's raw bits, which NumPy promises never to change, unlike what its `permutation` makes of them:
+    a resume after an upgrade must go on in the same order.
+    """
+    bits = np.random.PCG64([number % 2**64 for number in position])
+    return np.argsort(bits.random_raw(count), kind="stable")
 
 
 def share(batch: Sequence[int] | Indices, micro_step: int, accumulate: int, rank: int, world: int) -> Indices:
     """One process's part of one micro-step: (accumulate, world, micro)[micro_step, rank]."""
     whole = np.asarray(batch)
     if len(whole) % (accumulate * world):
-        raise ValueError(
-            f"batch_size={len(whole)} must divide by accumulate x processes = {accumulate} x {world}"
-        )
+        raise ValueError(f"batch_size={len(whole)} must divide by accumulate x processes = {accumulate} x {world}")
     return whole.reshape(accumulate, world, -1)[micro_step, rank]

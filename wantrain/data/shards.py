@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import webdataset as wds
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
+from webdataset import tariterators
 
 from wantrain import world
 from wantrain.data.footage import Footage, Reject, cut_windows, probe
@@ -100,7 +100,7 @@ class ShardWriter:
         world.sync_file(self._beside)
         final = self.folder / self.name
         self._beside.replace(final)
-        row = {"name": final.name, "samples": self.samples, "bytes": final.stat().st_size, "sha256": file_hash(final)}
+        row = {**describe_file(final), "samples": self.samples}
         self.tar, self.samples = None, 0
         self.shards.append(row)
 
@@ -132,24 +132,30 @@ def write_video_shards(
     Rejected files go to rejects.jsonl with the reason. ValueError if more than `rejects_limit` of them are (no
     manifest then), or if `out` holds something else.
     """
-    settings = {"model": model, "num_frames": num_frames, "fps": float(fps), "clips": clips}
-    content = hashlib.sha256()
-    for file in footage:
-        content.update(f"{file.name}\0{file.caption}\0{file.path.stat().st_size}\0{file_hash(file.path)}\n".encode())
-    settings["footage"] = content.hexdigest()
+    digests = [_digest(file.path) for file in footage]
+    told = [[file.name, file.caption, digest] for file, digest in zip(footage, digests, strict=True)]
+    settings = {
+        "model": model,
+        "num_frames": num_frames,
+        "fps": float(fps),
+        "clips": clips,
+        "footage": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+    }
     done = finished(out, "video", settings)
     if done is not None:
         return done
     rejects, total, count = list(rejects), len(footage) + len(rejects), 0
     seen: dict[str, str] = {}
     with ShardWriter(out, "video", shard_bytes) as writer:
-        for file in tqdm(footage, desc="shard", unit="file", disable=not world.is_main()):
+        for file, digest in zip(
+            tqdm(footage, desc="shard", unit="file", disable=not world.is_main()), digests, strict=True
+        ):
+            if digest in seen:
+                rejects.append(Reject(file.name, f"same bytes as {seen[digest]}", bad=False))
+                continue
             try:
                 found = probe(file.path)
                 windows = cut_windows(found, num_frames=num_frames, fps=fps, clips=clips)
-                digest = file_hash(file.path)
-                if digest in seen:
-                    raise ValueError(f"same bytes as {seen[digest]}")
             except ValueError as error:
                 rejects.append(Reject(file.name, str(error)))
                 continue
@@ -182,21 +188,31 @@ def write_video_shards(
     return manifest
 
 
+def _digest(path: Path) -> str:
+    """file_hash, or the error of a file that cannot be read: the probe will then reject it."""
+    try:
+        return file_hash(path)
+    except OSError as error:
+        return f"{path}: {error}"
+
+
 def to_json(value: Mapping[str, Any]) -> bytes:
     """A JSON object as bytes, the same for the same value."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
 
 
 def write_rejects(out: Path, rejects: list[Reject], total: int, limit: float, unit: str) -> None:
-    """Write rejects.jsonl, say how many; ValueError if their share of `total` is above `limit`."""
-    rows = [json.dumps(asdict(reject), ensure_ascii=False) for reject in rejects]
-    world.write_atomically(out / REJECTS, "".join(f"{row}\n" for row in rows))
+    """Write rejects.jsonl, say the first; ValueError if the bad ones' share of `total` is above `limit`, or all go."""
+    rows = [{"name": reject.name, "reason": reject.reason} for reject in rejects]
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    world.write_atomically(out / REJECTS, text)
     for reject in rejects[:5]:
         world.say(f"rejected {reject.name}: {reject.reason}")
-    if len(rejects) > limit * total:
+    bad = [reject for reject in rejects if reject.bad]
+    if len(bad) > limit * total:
         raise ValueError(
-            f"{len(rejects)} of {total} {unit}s are rejected, more than rejects.limit={limit:g} allows; "
-            f"first: {rejects[0].name}: {rejects[0].reason}. All are in {out / REJECTS}; "
+            f"{len(bad)} of {total} {unit}s are bad, more than rejects.limit={limit:g} allows; "
+            f"first: {bad[0].name}: {bad[0].reason}. All are in {out / REJECTS}; "
             "mend or remove them, or raise rejects.limit"
         )
     if len(rejects) == total:
@@ -214,13 +230,22 @@ def finished(out: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any
         for stale in out.glob(f"{kind}-*.tar"):
             stale.unlink()
         return None
+    if _load_manifest(out).get("kind") != kind:
+        raise ValueError(f"out={out} holds shards of another kind; give another out=")
     manifest = read_manifest(out, kind)
     differing = [key for key in settings if manifest["settings"].get(key) != settings[key]]
     if differing:
-        changes = "; ".join(f"{key}: {manifest['settings'].get(key)} -> {settings[key]}" for key in differing)
+        changes = "; ".join(_change(key, manifest["settings"].get(key), settings[key]) for key in differing)
         raise ValueError(f"out={out} holds {kind} shards made otherwise ({changes}); give another out=, or remove it")
     world.say(f"{out} is finished already: {manifest['clips']} clips; nothing to do")
     return manifest
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    """One difference between settings, for people: hashes are not shown."""
+    if key in {"footage", "shards"}:
+        return "footage: other files, bytes or captions" if key == "footage" else "shards: other video shards"
+    return f"{key}: {before} -> {now}"
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
@@ -229,18 +254,32 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         what = "is not finished" if (folder / REJECTS).exists() else "holds no shards"
         raise ValueError(f"{folder} {what} (no {MANIFEST}); run python {verb} out={folder} ... first")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = _load_manifest(folder)
     if manifest.get("schema") != SCHEMA:
         raise ValueError(f"{folder} has schema {manifest.get('schema')}, this version reads {SCHEMA}; run {verb} again")
     if manifest["kind"] != kind:
         raise ValueError(f"{folder} holds {manifest['kind']} shards, but {kind} shards are needed: run python {verb}")
-    assert isinstance(manifest, dict)
     return manifest
 
 
+def _load_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error}); make the shards again") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{folder / MANIFEST} is no JSON object; make the shards again")
+    return manifest
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """What a manifest says about a file beside it: name, bytes, sha256."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
 def check_shards(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = True) -> None:
-    """Raise ValueError if a shard is absent or not what was written: by size, and by hash too if `hashes`."""
-    for shard in manifest["shards"]:
+    """Raise ValueError if a file is absent or not what was written: by size, and by hash too if `hashes`."""
+    for shard in [*manifest["shards"], *manifest.get("files", [])]:
         path = folder / shard["name"]
         size = path.stat().st_size if path.is_file() else None
         if size != shard["bytes"] or (hashes and file_hash(path) != shard["sha256"]):
@@ -250,12 +289,15 @@ def check_shards(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = Tr
 
 def read_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[VideoSample]:
     """Every sample of a video folder, in order; each shard's hash is checked before it is read."""
-    check_shards(folder, manifest)
-    names = [str(folder / shard["name"]) for shard in manifest["shards"]]
-    # No .decode(): webdataset's default decoders run code from .pyd, .pickle and .pth members.
-    for sample in wds.WebDataset(names, shardshuffle=False, empty_check=False):
-        (extension,) = [key for key in sample if not key.startswith("__") and key != "json"]
-        yield VideoSample(sample["__key__"], extension, sample[extension], json.loads(sample["json"]))
+    for shard in manifest["shards"]:
+        check_shards(folder, {"kind": "video", "shards": [shard]})
+        with (folder / shard["name"]).open("rb") as file:
+            # webdataset's own iteration over a tar, and nothing above it: its default decoders run code from .pyd,
+            # .pickle and .pth members, its opener runs paths that begin with "pipe:", its splitter looks at ranks.
+            members = tariterators.tar_file_expander([{"url": shard["name"], "stream": file}])
+            for sample in tariterators.group_by_keys(members):
+                (extension,) = [key for key in sample if not key.startswith("__") and key != "json"]
+                yield VideoSample(sample["__key__"], extension, sample[extension], json.loads(sample["json"]))
 
 
 @dataclass(frozen=True)

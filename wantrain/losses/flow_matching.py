@@ -41,12 +41,15 @@ class FlowMatching:
 
     def __call__(self, model: Model, batch: Batch, generators: Sequence[torch.Generator]) -> Loss:
         """Loss of one batch; sample i draws its sigma and its noise from generators[i]."""
-        law = {"density": self.density, "shift": self.shift, "window": self.window}
-        sigma = torch.cat([flow.draw_sigma(1, **law, generator=generator) for generator in generators])
+        sigma = torch.cat([self.draw(generator) for generator in generators])
         noise = draw_noise(batch.latents_BCTHW, generators)
         error = velocity_error(model, batch, sigma, noise)
         weighted = error * flow.loss_weight(sigma, self.weighting).to(error.device)
         return Loss(weighted.mean(), error.detach(), sigma)
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """One sigma, (1,), from the expert's law."""
+        return flow.draw_sigma(1, density=self.density, shift=self.shift, window=self.window, generator=generator)
 
     def quadrature(self, num_points: int) -> Tensor:
         """Sigmas at the midpoints of `num_points` equal slices of the law: a fixed stand-in for drawing."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -28,7 +29,7 @@ TARGETS = {
 }
 
 
-def inject(module: nn.Module, *, rank: int, alpha: float, targets: str, seed: int) -> None:
+def inject(module: nn.Module, *, rank: int, alpha: int, targets: str, seed: int) -> None:
     """Freeze `module` and put a float32 LoRA beside its target layers; the change starts at zero.
 
     The whole scale alpha / rank applies. ValueError for an unknown target group.
@@ -46,7 +47,7 @@ def inject(module: nn.Module, *, rank: int, alpha: float, targets: str, seed: in
             parameter.requires_grad_(True)
 
 
-def _layers(module: nn.Module) -> dict[str, LoraLayer]:
+def _layers(module: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
 
 

@@ -46,7 +46,11 @@ def check_boundary(folder: Path, boundary: float | None) -> None:
 
 
 def load_experts(
-    folder: Path, names: Iterable[str], *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    names: Iterable[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, WanTransformer]:
     """The experts `names` of a pipeline folder; ValueError if one is not there."""
     return {name: load_transformer(folder, device=device, dtype=dtype, part=PARTS[name]) for name in names}

@@ -130,9 +130,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
 
-    def forward(
-        self, x_BTPD: Tensor, time_BT6D: Tensor, context_BSD: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, x_BTPD: Tensor, time_BT6D: Tensor, context_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         dtype = context_BSD.dtype
         # (1, 6, D) + (B, T, 6, D), then each (B, T, 1, D): one value for all tokens of a frame.
         table = (self.modulation.float() + time_BT6D).unsqueeze(2)
@@ -169,7 +167,14 @@ class WanTransformer(nn.Module):
     """
 
     #: Parameters (by part of their name) that stay float32 whatever dtype the model is loaded in.
-    fp32_parts: tuple[str, ...] = ("time_embedding", "time_projection", "modulation", "norm3", "norm_", "head.")
+    fp32_parts: tuple[str, ...] = (
+        "time_embedding",
+        "time_projection",
+        "modulation",
+        "norm3",
+        "norm_",
+        "head.",
+    )
 
     def __init__(
         self,
@@ -191,13 +196,12 @@ class WanTransformer(nn.Module):
         dim = num_attention_heads * attention_head_dim
         self.dim, self.head_dim, self.freq_dim = dim, attention_head_dim, freq_dim
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.text_dim, self.text_length, self.eps = text_dim, text_length, eps
+        self.ffn_dim, self.eps = ffn_dim, eps
+        self.text_dim, self.text_length = text_dim, text_length
         self.gradient_checkpointing = False
 
         self.patch_embedding = nn.Conv3d(in_channels, dim, PATCH, PATCH)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers))
@@ -259,7 +263,7 @@ class WanTransformer(nn.Module):
 
     def _compute_dtype(self) -> torch.dtype:
         """The dtype linear layers run in: autocast's, or the weights' own."""
-        weight = self.blocks[0].self_attn.q.weight
+        weight = self.patch_embedding.weight
         if torch.is_autocast_enabled(weight.device.type):
             return torch.get_autocast_dtype(weight.device.type)
         return weight.dtype
@@ -298,9 +302,7 @@ class WanTransformer(nn.Module):
         if max(frames, height // PATCH[1], width // PATCH[2]) > ROPE_LENGTH:
             raise ValueError(f"latent {frames}x{height}x{width} exceeds {ROPE_LENGTH} positions on an axis")
         if timestep.shape not in {(batch,), (batch, frames)}:
-            raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}, expected ({batch},) or ({batch}, {frames})"
-            )
+            raise ValueError(f"timestep has shape {tuple(timestep.shape)}, expected ({batch},) or ({batch}, {frames})")
         if timestep.is_floating_point() and timestep.dtype in {torch.float16, torch.bfloat16}:
             raise ValueError(f"timestep is {timestep.dtype}, which rounds 998.7 to 1000; keep it float32")
 
@@ -315,7 +317,7 @@ class WanTransformer(nn.Module):
             "out_channels": self.out_channels,
             "text_dim": self.text_dim,
             "freq_dim": self.freq_dim,
-            "ffn_dim": self.blocks[0].ffn[0].out_features,
+            "ffn_dim": self.ffn_dim,
             "num_layers": len(self.blocks),
             "cross_attn_norm": True,
             "qk_norm": "rms_norm_across_heads",

@@ -11,6 +11,7 @@ Sources: Wan report (arXiv 2503.20314) section 4.1; the released weights' shapes
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +222,7 @@ class UpBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, up: str) -> None:
         super().__init__()
         widths = [in_channels, *[out_channels] * num_blocks]
-        self.resnets = nn.ModuleList(
-            [ResidualBlock(before, after) for before, after in zip(widths, widths[1:], strict=False)]
-        )
+        self.resnets = nn.ModuleList([ResidualBlock(before, after) for before, after in pairwise(widths)])
         if up:
             self.upsamplers = nn.ModuleList([Upsample(out_channels, temporal=up == "3d")])
 
@@ -292,6 +291,21 @@ class WanVAE(nn.Module):
         self.quant_conv = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
         self.post_quant_conv = nn.Conv3d(z_dim, z_dim, 1)
         self.decoder = Decoder(widths, z_dim, num_res_blocks, self.temperal_downsample[::-1])
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Start values for training from scratch: variance kept, and residual blocks that begin as the identity.
+
+        A tiny VAE is at 18 dB after 60 steps with them, at 14 dB with PyTorch's own (docs/log.md).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv2.weight)
 
     def encode(self, pixels_BCTHW: Tensor, *, chunk: int | None = 1) -> Tensor:
         """Pixels in [-1, 1] (B, 3, 1+4k, H, W) -> normalised latents (B, z, 1+k, H/8, W/8): the posterior's mean.
@@ -311,7 +325,7 @@ class WanVAE(nn.Module):
     def moments(self, pixels_BCTHW: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the posterior, not normalised."""
         geometry.check_num_frames(pixels_BCTHW.shape[2], self.temporal_stride)
-        geometry.check_size(*pixels_BCTHW.shape[3:], self.spatial_stride, key="pixels")
+        geometry.check_size(pixels_BCTHW.shape[3], pixels_BCTHW.shape[4], self.spatial_stride, key="pixels")
         stride = self.temporal_stride
         length = None if chunk is None else chunk * stride
         stream = Stream()
@@ -361,12 +375,18 @@ def chunks(x_BCTHW: Tensor, length: int | None) -> Iterator[Tensor]:
         yield x_BCTHW[:, :, start : start + length]
 
 
-_SIZES = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean", "latents_std")
+_SIZES = (
+    "base_dim",
+    "z_dim",
+    "dim_mult",
+    "num_res_blocks",
+    "temperal_downsample",
+    "latents_mean",
+    "latents_std",
+)
 
 
-def load_vae(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> WanVAE:
+def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
     """A Wan-VAE 2.1 from a pipeline folder in the diffusers layout, or from its vae/ sub-folder; frozen.
 
     ValueError names what is absent or does not fit, and refuses other VAEs.

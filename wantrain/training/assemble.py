@@ -117,9 +117,7 @@ def build_preview(
     sampler.warm([*prompts, settings.negative_prompt])
     height, width = geometry.sizes(model["area"], model["multiple"], [1.0])[0]
     bucket = geometry.Bucket(model["num_frames"], height, width)
-    return Preview(
-        stepper, sampler, settings, prompts, bucket, model["fps"], seed, every, steps, folder, tracker
-    )
+    return Preview(stepper, sampler, settings, prompts, bucket, model["fps"], seed, every, steps, folder, tracker)
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from wantrain import world
 from wantrain.models.weights import read_file
@@ -89,7 +89,7 @@ def _intact(path: Path, digest: str) -> bool:
     return path.is_file() and file_hash(path) == digest
 
 
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
     """Write the optimizer's tensors under `parameter name/state key`. ValueError if it keeps anything else."""
     tensors: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
@@ -102,7 +102,7 @@ def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[
     save_file(tensors, path)
 
 
-def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
     """Give an optimizer over the same parameters the tensors that `save_optimizer` wrote."""
     tensors, _ = read_file(path)
     by_name: dict[str, dict[str, Tensor]] = {}
@@ -114,5 +114,8 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mappi
         raise ValueError(f"{path} holds the state of other parameters; it belongs to another run")
     current = optimizer.state_dict()
     optimizer.load_state_dict(
-        {"state": {i: by_name[name] for i, name in enumerate(ordered)}, "param_groups": current["param_groups"]}
+        {
+            "state": {i: by_name[name] for i, name in enumerate(ordered)},
+            "param_groups": current["param_groups"],
+        }
     )

@@ -43,7 +43,9 @@ def describe(
     )
     samples = steps * plan.batch_size
     lines.append(f"steps               {steps}: {steps} x {plan.batch_size} = {samples} samples")
-    lines.append(f"epochs              {samples} / {plan.samples_per_epoch} clips = {samples / plan.samples_per_epoch:.2f}")
+    lines.append(
+        f"epochs              {samples} / {plan.samples_per_epoch} clips = {samples / plan.samples_per_epoch:.2f}"
+    )
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     total = sum(p.numel() for p in module.parameters())
     lines.append(f"trained parameters  {trained:,} of {total:,} ({100 * trained / total:.1f} %)")

@@ -86,9 +86,7 @@ def load_trained(
     return module
 
 
-def add_loras(
-    experts: Mapping[str, WanTransformer], files: Mapping[str, str | None], scale: float
-) -> None:
+def add_loras(experts: Mapping[str, WanTransformer], files: Mapping[str, str | None], scale: float) -> None:
     """Merge LoRA files into the experts they are named for. ValueError for an expert that is not there."""
     for name, file in files.items():
         if file is None:

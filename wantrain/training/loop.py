@@ -10,9 +10,10 @@ is saved and a resumed run is the unbroken one, bit for bit.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
@@ -37,7 +38,9 @@ LOG_EVERY = 10
 class Data(Protocol):
     """What the loop asks of a data set: samples by number, for places in the run."""
 
-    def load(self, samples: NDArray[Any], positions: Sequence[int]) -> Batch: ...
+    def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> Batch: ...
+
+    def heldout_batches(self, count: int) -> list[Batch]: ...
 
 
 #: Asked after every step (and at step 0) with the step; what it returns is logged with that step.
@@ -86,6 +89,9 @@ class Run:
 
     def resume(self) -> int:
         """Continue from the newest good checkpoint; returns the step it was written at (0: from the start)."""
+        if world.is_main():
+            self.checkpoints.prepare()
+        self.stepper.accelerator.wait_for_everyone()
         newest = self.checkpoints.newest()
         if newest is None:
             self.metrics.cut_back(-1)
@@ -121,17 +127,18 @@ class Run:
         split = (accumulate, world.rank(), world.world_size())
 
         def requests() -> Iterator[Callable[[], Batch]]:
+            """What to load, in order."""
             for step in range(start, self.steps):
                 samples = self.plan.batch(step)
                 places = range(step * size, (step + 1) * size)
                 for micro_step in range(accumulate):
                     mine = share(samples, micro_step, *split)
                     positions = share(places, micro_step, *split)
-                    yield lambda mine=mine, positions=positions: self.data.load(mine, positions)
+                    yield partial(self.data.load, mine, positions)
 
         return prefetch(requests())
 
-    def _names(self) -> dict[torch.nn.Parameter, str]:
+    def _names(self) -> dict[torch.Tensor, str]:
         return {parameter: name for name, parameter in named_trainable(self.trainee.module).items()}
 
 
@@ -145,7 +152,7 @@ def fit(run: Run, start: int) -> int | None:
     batches = run.batches(start)
     with Signals() as signals:
         while step < run.steps and signals.received is None:
-            losses = []
+            losses, parts = [], []
             for micro_step in range(stepper.accumulate):
                 batch = next(batches).to(stepper.device)
                 generators = [world.generator(run.seed, "noise", position) for position in batch.positions]
@@ -153,6 +160,7 @@ def fit(run: Run, start: int) -> int | None:
                     record = run.loss(stepper.wrapped, batch, generators)
                 stepper.backward(record.value, last=micro_step == stepper.accumulate - 1)
                 losses.append(record.value.detach())
+                parts.append(record.parts)
 
             learning_rate = run.schedule(step, run.steps)
             norm = stepper.update(learning_rate)
@@ -160,7 +168,8 @@ def fit(run: Run, start: int) -> int | None:
 
             loss = stepper.mean(torch.stack(losses).mean())
             samples = step * run.plan.batch_size
-            metrics.add(step, {"loss": loss, "samples": samples, "lr_scale": learning_rate, "grad_norm": norm})
+            told = {name: stepper.mean(torch.stack([part[name] for part in parts]).mean()) for name in parts[0]}
+            metrics.add(step, {"loss": loss, "samples": samples, "lr_scale": learning_rate, "grad_norm": norm, **told})
             run.ask_hooks(step)
             done = step == run.steps or signals.received is not None
             if done or step % run.checkpoint_every == 0:

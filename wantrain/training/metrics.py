@@ -70,9 +70,7 @@ class WandbTracker:
         self.run.finish()
 
 
-def build_tracker(
-    name: str, *, project: str | None, run: str, folder: Path, config: Mapping[str, Any]
-) -> Tracker:
+def build_tracker(name: str, *, project: str | None, run: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
     """The tracker called `name`, on the main process; others get none."""
     if name not in {"wandb", "jsonl"}:
         raise ValueError(f"tracker={name!r} is unknown; choose wandb or jsonl")

@@ -43,9 +43,7 @@ class Preview:
             files, clips = {}, {}
             for number, prompt in enumerate(self.prompts):
                 with torch.inference_mode(), self.stepper.forward_context():
-                    frames = self.sampler(
-                        prompt, bucket=self.bucket, settings=self.settings, seed=self.seed + number
-                    )
+                    frames = self.sampler(prompt, bucket=self.bucket, settings=self.settings, seed=self.seed + number)
                 files[f"{number}"] = self.folder / f"step_{step:06d}_{number}.mp4"
                 clips[f"step {step}: {prompt}"] = frames
                 write_mp4(files[f"{number}"], frames, self.fps)

@@ -90,9 +90,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old -> new` of every setting that differs and may not."""
     before, after = _flat(old), _flat(new)
     keys = sorted(key for key in before.keys() | after.keys() if key.split(".")[0] not in FREE)
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)
-    ]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -135,7 +133,9 @@ def trained_experts(names: str, runs: str | Path) -> list[TrainedExpert]:
         found.append(TrainedExpert(config["expert"]["name"], newest, config))
     twice = {expert.name for expert in found if sum(other.name == expert.name for other in found) > 1}
     if twice:
-        raise ValueError(f"run={names}: more than one of these runs trained {', '.join(twice)}; name one run per expert")
+        raise ValueError(
+            f"run={names}: more than one of these runs trained {', '.join(twice)}; name one run per expert"
+        )
     models = {expert.config["model"]["name"] for expert in found}
     if len(models) > 1:
         raise ValueError(f"run={names}: these runs trained different models ({', '.join(sorted(models))})")

@@ -62,9 +62,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(
-        self, pixels_BCTHW: Tensor, draw: Callable[[torch.Size], Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels_BCTHW: Tensor, draw: Callable[[torch.Size], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """`draw(shape)` gives the standard normal noise of the posterior sample."""
         mean, logvar = self.vae.moments(pixels_BCTHW)
         latents = mean + (0.5 * logvar).exp() * draw(mean.shape).to(mean.device)

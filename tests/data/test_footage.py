@@ -1,0 +1,418 @@
+"""Footage: what is found, what is rejected and why, and that a clip shows exactly what a player shows at its times.
+
+Videos are made here with ffmpeg; each frame carries its number as bars of light and dark. The reference is PyAV,
+which reads every frame and hides those that an edit list hides.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import av
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from PIL import Image
+
+from wantrain.data.footage import (
+    EPSILON,
+    Probe,
+    Window,
+    cut_windows,
+    find_footage,
+    frames_on_screen,
+    probe,
+    read_windows,
+)
+
+FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
+H264 = ("-pix_fmt", "yuv420p", "-bf", "3", "-g", "30")
+SHARED = os.environ.get("WANTRAIN_FOOTAGE")
+BITS = 7
+
+
+def ffmpeg(*arguments, stdin=None):
+    subprocess.run([FFMPEG, "-y", "-loglevel", "error", *map(str, arguments)], check=True, input=stdin)
+
+
+def numbered(count, height=48, width=112):
+    """Frames that carry their number as BITS vertical bars, over noise so that they are not trivial to compress."""
+    frames = np.random.default_rng(0).integers(60, 120, (count, height, width, 3)).astype(np.uint8)
+    bar = width // BITS
+    for number in range(count):
+        for bit in range(BITS):
+            frames[number, height // 3 :, bit * bar : (bit + 1) * bar] = 225 if number >> bit & 1 else 15
+    return frames
+
+
+def number_in(frame):
+    row, bar = frame[frame.shape[0] * 2 // 3], frame.shape[1] // BITS
+    return sum(1 << bit for bit in range(BITS) if row[bit * bar + bar // 2].mean() > 120)
+
+
+def encode(path, frames, fps, *options):
+    height, width = frames.shape[1:3]
+    raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", "-")
+    ffmpeg(*raw, *options, path, stdin=frames.tobytes())
+
+
+def displayed(path):
+    """(time, frame) of every frame a player shows, by PyAV; times from the first one on."""
+    with av.open(str(path)) as container:
+        frames = [(float(frame.time), frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    return np.array([time for time, _ in frames]) - frames[0][0], [frame for _, frame in frames]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Odd and ordinary files by name; 100 frames at 24 fps unless they are cut."""
+    folder, frames = tmp_path_factory.mktemp("videos"), numbered(100)
+    encode(folder / "plain.mp4", frames, 24, *H264)
+    encode(folder / "eight.mp4", frames[:24], 8, *H264)
+    encode(folder / "thirty.mp4", frames, 30, *H264)
+    encode(folder / "open_gop.mp4", frames, 24, *H264, "-x264-params", "open-gop=1:keyint=30:min-keyint=30")
+    encode(folder / "vp9.webm", frames, 24, "-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", 8, "-b:v", "2M")
+    encode(folder / "hevc.mp4", frames, 24, "-c:v", "libx265", "-pix_fmt", "yuv420p",
+           "-x265-params", "keyint=30:log-level=error", "-preset", "ultrafast", "-bf", 3)  # fmt: skip
+    encode(folder / "moving.gif", frames[:50], 25)
+    plain = folder / "plain.mp4"
+    for name in ("plain", "open_gop", "hevc"):
+        ffmpeg("-ss", 1.04, "-i", folder / f"{name}.mp4", "-c", "copy", folder / f"cut_{name}.mp4")
+    ffmpeg("-ss", 0.5, "-t", 2, "-i", plain, "-c", "copy", folder / "cut_both_ends.mov")
+    ffmpeg("-i", plain, "-c", "copy", "-output_ts_offset", 3.5, folder / "late.mkv")
+    slowing = "setpts='if(lt(N,60),N/30,2+(N-60)/10)/TB'"
+    ffmpeg("-i", plain, "-vf", slowing, "-fps_mode", "vfr", *H264, folder / "variable.mp4")
+    ffmpeg("-i", plain, "-vf", "select='not(between(n,30,60))'", "-fps_mode", "passthrough", *H264, folder / "gap.mp4")
+    return folder
+
+
+@pytest.mark.parametrize("num_frames", [17, 5])
+@pytest.mark.parametrize(
+    "name",
+    ["plain.mp4", "eight.mp4", "thirty.mp4", "open_gop.mp4", "hevc.mp4", "vp9.webm", "moving.gif", "cut_plain.mp4",
+     "cut_open_gop.mp4", "cut_hevc.mp4", "cut_both_ends.mov", "late.mkv", "variable.mp4", "gap.mp4"],
+)  # fmt: skip
+def test_a_clip_is_what_a_player_shows(videos, name, num_frames):
+    path = videos / name
+    times, frames = displayed(path)
+    found = probe(path)
+    assert (found.height, found.width) == frames[0].shape[:2]
+    np.testing.assert_allclose(found.times - found.times[0], times, atol=2e-3)
+    windows = cut_windows(found, num_frames=num_frames, fps=16)
+    assert windows
+    for window, clip in zip(windows, read_windows(path, found, windows, 16), strict=True):
+        wanted = window.start - found.times[0] + np.arange(window.num_frames) / 16
+        on_screen = [max(0, int(np.searchsorted(times, time + EPSILON, side="right")) - 1) for time in wanted]
+        assert clip.dtype == np.uint8
+        np.testing.assert_array_equal(clip, np.stack([frames[i] for i in on_screen]))
+
+
+def test_frames_at_a_constant_rate_are_those_of_arithmetic(videos):
+    for name, fps in [("plain.mp4", 24), ("eight.mp4", 8), ("thirty.mp4", 30)]:
+        found = probe(videos / name)
+        windows = cut_windows(found, num_frames=9, fps=16)
+        clips = list(read_windows(videos / name, found, windows, 16))
+        shown = [number_in(frame) for clip in clips for frame in clip]
+        assert shown == [i * fps // 16 for i in range(len(shown))]
+
+
+def test_frames_before_an_edit_list_are_not_used(videos):
+    """The file holds frames 0 to 99, players begin at 25; decord counts them all and seeks to wrong ones."""
+    for name in ("plain", "open_gop", "hevc"):
+        path = videos / f"cut_{name}.mp4"
+        found = probe(path)
+        assert len(found.times) == 75
+        assert found.times[0] == 0
+        (clip,) = read_windows(path, found, [Window(1.0, 9)], 24)
+        assert [number_in(frame) for frame in clip] == list(range(49, 58))
+
+
+def test_a_rotated_video_is_upright(videos):
+    path = videos / "rotated.mp4"
+    ffmpeg("-display_rotation", 90, "-i", videos / "plain.mp4", "-c", "copy", path)
+    found = probe(path)
+    assert (found.height, found.width) == (112, 48)
+    (clip,) = read_windows(path, found, [Window(0, 5)], 24)
+    (straight,) = read_windows(videos / "plain.mp4", probe(videos / "plain.mp4"), [Window(0, 5)], 24)
+    np.testing.assert_array_equal(clip, np.rot90(straight, axes=(1, 2)))
+
+
+@pytest.mark.parametrize("width", [16, 24, 32, 48, 96, 144, 18, 50, 100])
+def test_widths_whose_rows_decord_pads(tmp_path, width):
+    frames = np.random.default_rng(width).integers(0, 255, (5, 4, width // 2, 3)).astype(np.uint8)
+    encode(tmp_path / "a.mp4", frames.repeat(8, 1).repeat(2, 2), 16, "-pix_fmt", "yuv420p", "-crf", 5)
+    found = probe(tmp_path / "a.mp4")
+    (clip,) = read_windows(tmp_path / "a.mp4", found, [Window(0, 5)], 16)
+    np.testing.assert_array_equal(clip, np.stack(displayed(tmp_path / "a.mp4")[1]))
+
+
+def write_damaged(videos, path):
+    """A file that is damaged, or no video, in the way its name says."""
+    plain = (videos / "plain.mp4").read_bytes()
+    if path.stem in {"cut_short", "overwritten"}:
+        ffmpeg("-i", videos / "plain.mp4", "-c", "copy", "-movflags", "faststart", path)
+        whole = bytearray(path.read_bytes())
+        if path.stem == "cut_short":
+            del whole[len(whole) * 6 // 10 :]
+        else:
+            whole[len(whole) // 2 :][:3000] = whole[len(whole) // 2 : len(whole) // 2 + 3000] = bytes(3000)
+        path.write_bytes(whole)
+    elif path.stem == "sound":
+        ffmpeg("-f", "lavfi", "-i", "sine", "-t", 1, path)
+    elif path.stem == "no_times":
+        ffmpeg("-i", videos / "plain.mp4", "-c", "copy", path)
+    elif path.suffix == ".png":
+        Image.new("RGB", (64, 64)).save(path)
+        path.write_bytes(path.read_bytes()[:60])
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello " * 99, "no_index": plain[: len(plain) // 2]}[path.stem])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("empty.mp4", "is empty"),
+        ("text.mp4", "cannot be decoded"),
+        ("no_index.mp4", "cannot be decoded"),
+        ("cut_short.mp4", "cannot be decoded"),
+        ("overwritten.mp4", "cannot be decoded"),
+        ("sound.mp4", "cannot be decoded"),
+        ("no_times.avi", "without a timestamp"),
+        ("half.png", "cannot be read as an image"),
+        ("text.jpg", "cannot be read as an image"),
+    ],
+)
+def test_damaged_files_are_refused_with_a_reason(videos, tmp_path, name, reason):
+    path = tmp_path / name
+    write_damaged(videos, path)
+    with pytest.raises(ValueError, match=reason) as caught:
+        found = probe(path)
+        list(read_windows(path, found, cut_windows(found, num_frames=81, fps=24), 24))
+    # Reasons go into files that are the same for the same footage: no clock times, no paths of this machine.
+    assert str(tmp_path) not in str(caught.value)
+    assert "/project/" not in str(caught.value)
+
+
+def probed(times, end):
+    return Probe(64, 64, np.asarray(times, dtype=np.float64), end)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 17, 81])
+@pytest.mark.parametrize("fps", [8, 16, 24])
+@pytest.mark.parametrize(("rate", "count"), [(24, 6), (24, 24), (30, 77), (12, 300), (23.976, 171), (16, 17), (16, 81)])
+def test_windows_fill_the_file_and_never_more(rate, count, fps, num_frames):
+    found = probed(np.arange(count) / rate, count / rate)
+    held = len([k for k in range(10000) if k / fps < found.end - EPSILON])  # frames that the file's time holds
+    if held < min(5, num_frames):
+        with pytest.raises(ValueError, match="less than 5 frames"):
+            cut_windows(found, num_frames=num_frames, fps=fps)
+        return
+    windows = cut_windows(found, num_frames=num_frames, fps=fps)
+    lengths = {window.num_frames for window in windows}
+    assert len(lengths) == 1
+    (length,) = lengths
+    assert length == min(num_frames, (held - 1) // 4 * 4 + 1)
+    assert len(windows) == max(1, held // length)
+    for before, after in zip(windows, windows[1:], strict=False):
+        assert after.start - before.start == pytest.approx(length / fps)
+    assert windows[-1].start + (length - 1) / fps < found.end
+    (first,) = cut_windows(found, num_frames=num_frames, fps=fps, clips="first")
+    assert first == windows[0]
+    (middle,) = cut_windows(found, num_frames=num_frames, fps=fps, clips="middle")
+    margins = middle.start, found.end - middle.start - length / fps
+    assert abs(margins[0] - margins[1]) <= 2 / fps + 1e-6
+
+
+def test_a_video_of_one_frame_is_an_image(tmp_path):
+    encode(tmp_path / "one.mp4", numbered(1), 24, *H264)
+    found = probe(tmp_path / "one.mp4")
+    assert found.is_image
+    windows = cut_windows(found, num_frames=17, fps=16)
+    assert windows == [Window(0.0, 1)]
+    (clip,) = read_windows(tmp_path / "one.mp4", found, windows, 16)
+    assert clip.shape == (1, 48, 112, 3)
+
+
+def test_the_frame_on_screen_is_the_last_that_has_begun():
+    found = probed([0.0, 0.1, 0.5, 0.6], 1.0)
+    shown = frames_on_screen(found, Window(0.0, 9), 10)
+    assert shown.tolist() == [0, 1, 1, 1, 1, 2, 3, 3, 3]
+    # A container that rounds to milliseconds may begin a frame a little after the wanted time.
+    assert frames_on_screen(probed([0, 0.042, 0.083], 0.125), Window(0.0, 3), 24).tolist() == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------- images
+
+
+def test_images_are_upright_and_without_transparency(tmp_path):
+    picture = Image.new("RGB", (40, 20), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to show
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    found = probe(tmp_path / "turned.jpg")
+    assert (found.height, found.width, found.is_image) == (40, 20, True)
+    Image.new("RGBA", (8, 8), (0, 0, 255, 0)).save(tmp_path / "clear.png")
+    (clip,) = read_windows(tmp_path / "clear.png", probe(tmp_path / "clear.png"), [Window(0, 1)], 16)
+    assert clip.shape == (1, 8, 8, 3)
+    assert (clip == 255).all()
+
+
+def test_an_image_with_more_than_8_bits_is_refused(tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        probe(tmp_path / "deep.png")
+
+
+# ------------------------------------------------------------------------------------------------- finding
+
+
+def folder_with(folder, **texts):
+    """Files named by keyword (`__` is a slash, the first `_` a dot), with texts; empty videos and images do here."""
+    for name, text in texts.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return folder
+
+
+def captions(found):
+    return {file.name: file.caption for file in found[0]}
+
+
+def test_files_are_found_in_any_folder_sorted_with_the_text_beside_them(tmp_path):
+    folder_with(tmp_path, b_mp4="", b_txt="a dog\n runs", a__c_PNG="", a__c_txt="\ufeff一只猫", note_txt="no video")
+    folder_with(tmp_path, __hidden__x_mp4="", a__d_json="{}")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "x.mp4").touch()
+    (tmp_path / ".y.mp4").touch()
+    footage, rejects = find_footage(tmp_path)
+    assert [(file.name, file.caption) for file in footage] == [("a/c.PNG", "一只猫"), ("b.mp4", "a dog runs")]
+    assert rejects == []
+
+
+def test_what_to_do_without_a_caption(tmp_path):
+    folder_with(tmp_path, a_mp4="", b_mp4="", b_txt="told", c_mp4="", c_txt=" \n")
+    with pytest.raises(ValueError, match=r"2 of 3 files have no caption \(first: a\.mp4\)"):
+        find_footage(tmp_path)
+    footage, rejects = find_footage(tmp_path, caption_missing="skip")
+    assert [file.name for file in footage] == ["b.mp4"]
+    assert [(reject.name, reject.reason, reject.bad) for reject in rejects] == [
+        ("a.mp4", "no caption", False),
+        ("c.mp4", "no caption", False),
+    ]
+    assert captions(find_footage(tmp_path, caption_missing="empty")) == {"a.mp4": "", "b.mp4": "told", "c.mp4": ""}
+    assert captions(find_footage(tmp_path, caption_default="thing")) == {
+        "a.mp4": "thing",
+        "b.mp4": "told",
+        "c.mp4": "thing",
+    }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "caption"),
+    [("ohwx", "ohwx a cat"), ("ohwx, ", "ohwx, a cat"), ("水墨画，", "水墨画，a cat"), ("", "a cat")],
+)
+def test_a_prefix_is_put_before_every_caption(tmp_path, prefix, caption):
+    folder_with(tmp_path, a_mp4="", a_txt="a cat")
+    assert captions(find_footage(tmp_path, caption_prefix=prefix)) == {"a.mp4": caption}
+
+
+def test_captions_from_metadata(tmp_path):
+    folder_with(tmp_path, a_mp4="", a_txt="beside", x__b_mp4="", c_png="", c_txt="from the text file")
+    rows = [
+        {"path": "x/b.mp4", "caption": "line\u2028separator"},
+        {"file_name": "./a.mp4", "text": "from metadata"},
+    ]
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(f"\ufeff{lines}\n", encoding="utf-8")
+    assert captions(find_footage(tmp_path)) == {
+        "a.mp4": "from metadata",
+        "c.png": "from the text file",
+        "x/b.mp4": "line separator",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "line 2 is not"),
+        ('["a.mp4", "text"]', "line 2 is not"),
+        ('{"path": 3, "caption": "x"}', "line 2 is not"),
+        ('{"caption": "x"}', "line 2 is not .*path|line 2 is not .*file_name"),
+        ('{"path": "b.mp4"}', "line 2 is not"),
+        ('{"path": "gone.mp4", "caption": "x"}', "line 2 names gone.mp4, which is not in"),
+        ('{"path": "../other.mp4", "caption": "x"}', "line 2 names ../other.mp4, which is no video or image below"),
+        ('{"path": "note.md", "caption": "x"}', "line 2 names note.md, which is no video"),
+        ('{"path": "a.mp4", "caption": "x"}', "line 2 names a.mp4 for the second time"),
+    ],
+)
+def test_errors_in_metadata_name_the_line(tmp_path, line, problem):
+    source = folder_with(tmp_path / "source", a_mp4="", b_mp4="", note_md="")
+    (tmp_path / "other.mp4").touch()
+    (source / "metadata.jsonl").write_text('{"path": "a.mp4", "caption": "x"}\n' + line)
+    with pytest.raises(ValueError, match=problem):
+        find_footage(source, caption_missing="empty")
+
+
+def test_a_caption_that_is_not_utf8_is_an_error_with_its_file(tmp_path):
+    folder_with(tmp_path, a_mp4="")
+    (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+        find_footage(tmp_path)
+
+
+def test_nothing_to_find(tmp_path):
+    with pytest.raises(ValueError, match="holds no videos or images"):
+        find_footage(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        find_footage(tmp_path / "absent")
+
+
+def test_names_that_are_no_files_are_rejected(tmp_path):
+    folder_with(tmp_path, folder_mp4__inside_mp4="", folder_mp4__inside_txt="fine")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "broken.mp4").symlink_to(tmp_path / "gone.mp4")
+    footage, rejects = find_footage(tmp_path)
+    assert [file.name for file in footage] == ["folder.mp4/inside.mp4"]
+    assert [reject.name for reject in rejects] == ["broken.mp4", "folder.mp4", "pipe.mp4"]
+    assert all(reject.bad for reject in rejects)
+
+
+def test_masks_beside_footage_are_no_footage(tmp_path):
+    folder_with(tmp_path, a_mp4="", a_txt="a", masks__a_mp4="", masks__own_mp4="", masks__own_txt="a film about masks")
+    footage, rejects = find_footage(tmp_path, caption_default="thing")
+    assert [file.name for file in footage] == ["a.mp4", "masks/own.mp4"]
+    assert [(reject.name, reject.bad) for reject in rejects] == [("masks/a.mp4", False)]
+
+
+def test_names_that_are_not_utf8_can_be_written_down(tmp_path):
+    path = os.fsencode(tmp_path) + b"/n\xff\n.mp4"
+    Path(os.fsdecode(path)).touch()
+    footage, _ = find_footage(tmp_path, caption_default="x")
+    assert footage[0].name == "n\\xff\n.mp4"
+    json.dumps(footage[0].name, ensure_ascii=False).encode()
+
+
+@pytest.mark.skipif(SHARED is None, reason="set WANTRAIN_FOOTAGE to a folder with the shared real footage")
+def test_the_shared_footage():
+    footage, rejects = find_footage(Path(SHARED))
+    assert [file.name for file in footage] == [
+        "dog.mp4",
+        "hiker.mp4",
+        "motorcycle.mp4",
+        "skeleton.mp4",
+        "warehouse.mp4",
+    ]
+    assert [reject.name for reject in rejects] == ["masks/dog.mp4"]
+    sizes = {}
+    for file in footage:
+        found = probe(file.path)
+        sizes[file.name] = found.height, found.width
+        windows = cut_windows(found, num_frames=9, fps=16, clips="first")
+        (clip,) = read_windows(file.path, found, windows, 16)
+        assert clip.shape == (9, found.height, found.width, 3)
+        assert clip.std() > 1
+    assert sizes["motorcycle.mp4"] == (2160, 3840)
+    assert sizes["skeleton.mp4"] == (1024, 576)
+    assert sizes["warehouse.mp4"] == (270, 480)

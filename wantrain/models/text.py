@@ -1,0 +1,151 @@
+"""TextEncoder: prompts to umT5 embeddings, cleaned, cut and padded as Wan's transformers expect them.
+
+The network is transformers' UMT5EncoderModel; what is ours is everything around it. The tokenizer is tokenizer.json as
+it stands, and nothing else: the class that a pipeline folder names for it (T5Tokenizer, T5TokenizerFast) is not asked,
+because transformers 5 rebuilds that class without byte fallback, and rare characters then become `<unk>`.
+
+Tensor suffixes: B batch, L tokens, D embedding width.
+Source: Wan2.2's use of umT5-xxl (prompt cleaning, 512 tokens, attention mask, zeros after the text).
+"""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ftfy
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from wantrain import world
+from wantrain.batch import pad_texts
+from wantrain.models.weights import load_strict, part_folder, read_config, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
+
+#: Tokens that every Wan transformer attends to, the zero rows after a text among them.
+TEXT_LENGTH = 512
+
+
+def clean_prompt(text: str) -> str:
+    """The prompt as the tokenizer is to see it: mojibake mended, HTML entities undone, each white space one blank.
+
+    ftfy also straightens quotes. Nothing is lower-cased.
+    """
+    # Twice, because scraped captions carry entities that were escaped twice (&amp;amp;).
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
+
+
+class TextEncoder(nn.Module):
+    """Prompts -> embeddings; frozen.
+
+    model      transformers' UMT5EncoderModel in float32 or bfloat16
+    tokenizer  ends each text with `</s>`
+
+    A prompt of more than `text_length` tokens is cut there, its last token then `</s>`, as in Wan's own code; that is
+    said. ValueError for a model in float16 and for a tokenizer that does not fit.
+    """
+
+    text_length = TEXT_LENGTH
+
+    def __init__(self, model: UMT5EncoderModel, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        _check_dtype(model.dtype)
+        self.dim = int(model.config.d_model)
+        self.end: int = model.config.eos_token_id
+        self.pad: int = model.config.pad_token_id
+        _check_tokenizer(tokenizer, self.end, model.config.vocab_size)
+        # A tokenizer.json may carry the limits of whoever saved it.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        """Embeddings (B, 512, D) in float32 on the model's device, zeros after each text."""
+        return pad_texts(self.encode_unpadded(prompts), self.text_length)
+
+    # Not inference_mode: a tensor made there cannot take part in a training step.
+    @torch.no_grad()
+    def encode_unpadded(self, prompts: list[str]) -> list[Tensor]:
+        """Embeddings (L, D) of each prompt, float32, without padding: what is worth storing. "" has one token."""
+        if not prompts:
+            return []
+        device = self.model.device
+        rows = [self.tokenize(prompt) for prompt in prompts]
+        # Padding to the longest is enough: the mask makes a text's embeddings independent of what follows it.
+        longest = max(len(row) for row in rows)
+        ids_BL = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows], device=device)
+        mask_BL = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+        # A caller's autocast stays out: under float16 umT5 gives NaN.
+        with torch.autocast(device.type, enabled=False):
+            embeddings_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state.float()
+        # Copies, so that keeping a short text does not keep the whole batch.
+        return [row_LD[: len(row)].clone() for row_LD, row in zip(embeddings_BLD, rows, strict=True)]
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Token ids of the cleaned prompt, at most `text_length`, the last one `</s>`."""
+        ids: list[int] = self.tokenizer.encode(clean_prompt(prompt)).ids
+        if len(ids) > self.text_length:
+            world.say(f"a prompt of {len(ids)} tokens is cut to {self.text_length}: {prompt[:60]!r}...")
+            ids = [*ids[: self.text_length - 1], self.end]
+        return ids
+
+
+def load_text_encoder(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> TextEncoder:
+    """The text encoder of a pipeline folder in the diffusers layout, or of its text_encoder/ sub-folder; frozen.
+
+    tokenizer/ stands beside text_encoder/. ValueError names what is absent or does not fit, and refuses float16.
+    """
+    # Slow to import, and needed only where prompts are encoded.
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    _check_dtype(dtype)
+    folder = part_folder(path, "text_encoder")
+    config = read_config(folder)
+    if config.get("model_type") != "umt5":
+        raise ValueError(f"{folder} holds a {config.get('model_type', 'model without model_type')}, not a umT5 encoder")
+    tokenizer = _read_tokenizer(folder.parent / "tokenizer")
+    with torch.device("meta"):
+        model = UMT5EncoderModel(UMT5Config.from_dict(config))
+    # The embedding is one matrix under two names; some files hold both. It is read once and shared again below.
+    tensors = {key: tensor for key, tensor in read_tensors(folder).items() if key != "encoder.embed_tokens.weight"}
+    model.encoder.embed_tokens = None
+    load_strict(model, tensors, folder, device=device, dtype=dtype)
+    model.set_input_embeddings(model.shared)
+    return TextEncoder(model, tokenizer)
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is not there: tokenizer/ stands beside text_encoder/ and holds tokenizer.json. Where there is "
+            f"only spiece.model, transformers' AutoTokenizer.from_pretrained(...).save_pretrained({folder}) makes it"
+        )
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
+
+
+def _check_tokenizer(tokenizer: Tokenizer, end: int, vocab_size: int) -> None:
+    """Raise ValueError unless the tokenizer ends texts with `</s>` and the embedding has a row for each token."""
+    if tokenizer.encode("").ids != [end]:
+        raise ValueError(f"the tokenizer encodes an empty text as {tokenizer.encode('').ids}, umT5's as [{end}] (</s>)")
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ValueError(
+            f"the tokenizer knows {tokenizer.get_vocab_size()} tokens, the text encoder {vocab_size}: they belong to "
+            "different models"
+        )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        raise ValueError("the text encoder cannot run in float16 (umT5 overflows to NaN); use bfloat16 or float32")
