@@ -9,9 +9,16 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from wantrain import config, world
+from wantrain.data import PixelData
+from wantrain.models import load_vae
 from wantrain.models.pipeline import write_pipeline
+from wantrain.models.vae import measure_latents
+from wantrain.models.weights import write_part
 from wantrain.training.gather import gather_experts
-from wantrain.training.run import trained_experts
+from wantrain.training.run import TrainedExpert, trained_experts
+
+#: Longest clip that latents are measured on: whole clips, where training may have used parts of them.
+LONGEST = 81
 
 
 @config.app("export")
@@ -19,7 +26,11 @@ def main(cfg: DictConfig) -> None:
     """Gather the experts (LoRAs merged), write the pipeline folder, and each LoRA as a file of its own."""
     config.check(cfg)
     out = Path(cfg.out)
-    model = trained_experts(cfg.run, cfg.runs)[0].config["model"]
+    first = trained_experts(cfg.run, cfg.runs)[0]
+    if first.name == "vae":
+        export_vae(first, out)
+        return
+    model = first.config["model"]
     gathered = gather_experts(
         model["experts"],
         model=model["name"],
@@ -45,6 +56,22 @@ def main(cfg: DictConfig) -> None:
             file.parent.mkdir(exist_ok=True)
             shutil.copyfile(expert.adapter, file)
             world.say(f"wrote {file} (ComfyUI and diffusers load it; sample.py lora.{expert.name}=FILE)")
+
+
+def export_vae(trained: TrainedExpert, out: Path) -> None:
+    """Write a VAE that a recipe trained, with its latents' mean and spread as measured on its training clips.
+
+    Stored as float16: half the size, and its rounding is far below the VAE's own error.
+    """
+    vae, settings = load_vae(trained.checkpoint), trained.config["data"]
+    size = {key: settings[key] for key in ("area", "multiple", "holdout", "seed")}
+    data = PixelData(shards=settings["shards"], num_frames=LONGEST, **size)
+    batches = (data.load([sample], [0]).latents_BCTHW for sample in range(len(data.train)))
+    mean, std = measure_latents(vae, batches)
+    world.claim_folder(out / "vae", mark="config.json", key="out")
+    tensors = {key: tensor.half() for key, tensor in vae.state_dict().items()}
+    write_part(out / "vae", {**vae.config(), "latents_mean": list(mean), "latents_std": list(std)}, tensors)
+    world.say(f"wrote {out / 'vae'}; latent mean and spread measured on {len(data.train)} clips")
 
 
 if __name__ == "__main__":

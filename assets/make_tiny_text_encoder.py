@@ -31,13 +31,13 @@ ENGLISH = """
     still static standing stays rests resting stands slowly quickly slow fast
     background video image photo picture scene clip animation camera shot frame center
     A An The
-    """.split()
+"""
 CHINESE = """
     红色 绿色 蓝色 黄色 橙色 紫色 青色 品红色 白色 黑色 粉色 灰色 棕色
     圆形 正方形 方形 三角形 菱形 五角星 星形 圆环 环形 十字 十字形 长条 心形 形状
     向左 向右 向上 向下 移动 静止 停留 缓慢 快速 背景 深色 浅色 纯色 渐变 视频 图片 画面 镜头 一个 一张 一段 一颗
     的 在 上 下 左 右 中 小 大 是 着 从 到 和 一 动 色 形 。 、
-    """.split()
+"""
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 
 ENCODER = {
@@ -59,8 +59,8 @@ def make_tokenizer() -> Tokenizer:
     pieces = [(piece, 0.0) for piece in SPECIAL]
     pieces += [(f"<0x{byte:02X}>", -100.0) for byte in range(256)]
     pieces += [("▁", -3.0)]
-    pieces += [(f"▁{word}", -2.0) for word in dict.fromkeys(ENGLISH)]
-    pieces += [(word, -2.0) for word in dict.fromkeys(CHINESE)]
+    pieces += [(f"▁{word}", -2.0) for word in dict.fromkeys(ENGLISH.split())]
+    pieces += [(word, -2.0) for word in dict.fromkeys(CHINESE.split())]
     pieces += [(character, -8.0) for character in CHARACTERS]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=SPECIAL.index("<unk>"), byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from wantrain import geometry, world
-from wantrain.data.footage import Reject, Window, probe, read_windows
+from wantrain.data.footage import Reject, Window, fit_frame, probe, read_windows
 from wantrain.data.shards import (
     EMPTY_TEXT,
     INDEX,
@@ -46,27 +45,29 @@ TEXTS_KEPT = 1000
 def prepare_pixels(frames: Frames, size: tuple[int, int]) -> tuple[Tensor, float]:
     """Frames (F, H, W, 3) uint8 -> pixels (3, F, height, width) in [-1, 1], and the share cropped away.
 
-    Resized (antialiased) to cover the target without squeezing, then cropped at the centre.
+    Every frame is scaled to cover the target without squeezing, and cropped at the centre (see `fit_frame`).
     """
-    height, width, cropped = geometry.cover(frames.shape[1], frames.shape[2], *size)
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    pixels_CFHW = torch.empty(3, len(frames), *size)
-    for number, frame in enumerate(frames):  # one at a time: a whole 4K clip in float32 is many gigabytes
-        frame_CHW = torch.from_numpy(frame.copy()).permute(2, 0, 1).float()
-        if (height, width) != tuple(frame_CHW.shape[1:]):
-            frame_CHW = F.interpolate(frame_CHW[None], (height, width), mode="bicubic", antialias=True)[0]
-        pixels_CFHW[:, number] = frame_CHW[:, top : top + size[0], left : left + size[1]]
-    return (pixels_CFHW / 127.5 - 1).clamp(-1, 1), cropped
+    *_, cropped = geometry.cover(frames.shape[1], frames.shape[2], *size)
+    return to_pixels(np.stack([fit_frame(frame, size) for frame in frames])), cropped
 
 
-def read_sample(sample: VideoSample) -> Iterator[Frames]:
-    """The frames of every window of a video sample in turn. ValueError with the reason where decoding fails."""
+def to_pixels(frames: Frames) -> Tensor:
+    """Frames (F, H, W, 3) uint8 -> pixels (3, F, H, W) float32 in [-1, 1]."""
+    pixels_CFHW = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).float()
+    return (pixels_CFHW / 127.5 - 1).contiguous()
+
+
+def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Iterator[Frames]:
+    """The frames of every window of a video sample in turn, brought to `size` if one is given.
+
+    ValueError with the reason where decoding fails.
+    """
     with tempfile.NamedTemporaryFile(suffix=f".{sample.extension}") as file:
         file.write(sample.content)
         file.flush()
         path = Path(file.name)
         windows = [Window(**window) for window in sample.about["windows"]]
-        yield from read_windows(path, probe(path), windows, sample.about["fps"])
+        yield from read_windows(path, probe(path), windows, sample.about["fps"], size)
 
 
 def encode_shards(
@@ -168,12 +169,14 @@ class _Encoder:
 
     def encode(self, sample: VideoSample, writer: ShardWriter) -> None:
         """Encode all windows of one file; from the first that cannot be decoded on, they are rejects."""
-        count, clips = len(sample.about["windows"]), read_sample(sample)
+        about = sample.about
+        size = geometry.nearest_size(about["height"], about["width"], self.sizes)
+        count, clips = len(about["windows"]), read_sample(sample, size)
         for number in range(count):
             try:
                 frames = next(clips)
             except ValueError as error:
-                names = [f"{sample.about['source']} (clip {left})" for left in range(number, count)]
+                names = [f"{about['source']} (clip {left})" for left in range(number, count)]
                 self.rejects.extend(Reject(name, str(error)) for name in names)
                 return
             self._encode_clip(sample, number, frames, writer)
@@ -181,10 +184,9 @@ class _Encoder:
     def _encode_clip(self, sample: VideoSample, number: int, frames: Frames, writer: ShardWriter) -> None:
         """Encode and write one window."""
         about = sample.about
-        size = geometry.nearest_size(about["height"], about["width"], self.sizes)
-        bucket = geometry.Bucket(len(frames), *size)
-        pixels, cropped = prepare_pixels(frames, size)
-        latents = self.encode_pixels(pixels[None])[0].to(torch.bfloat16).cpu().contiguous()
+        bucket = geometry.Bucket(*frames.shape[:3])
+        *_, cropped = geometry.cover(about["height"], about["width"], bucket.height, bucket.width)
+        latents = self.encode_pixels(to_pixels(frames)[None])[0].to(torch.bfloat16).cpu().contiguous()
         shape = geometry.latent_shape(bucket, *self.strides)
         if tuple(latents.shape[1:]) != shape or not torch.isfinite(latents).all():
             raise ValueError(

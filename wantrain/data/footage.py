@@ -1,10 +1,13 @@
 """Footage on disk: find it with its captions, probe what is really in it, choose frames by timestamp.
 
 decord is the reader, always asked by timestamp: headers lie about frame counts, and frames before an edit list have
-negative timestamps that no player shows. It is only ever read forwards from the first frame: where it seeks (also in
-`get_batch` and `skip_frames`) it lands on other frames than asked for after an edit list and in open groups of
-pictures, which x265 makes by default (measured against PyAV: half of the reads). Read forwards, it gives exactly the
-displayed frames. A file that cannot be used is a Reject with its reason, never silence.
+negative timestamps that no player shows. Three things about it were measured against PyAV and shape this file:
+- It is only ever read forwards from the first frame. Where it seeks (also in `get_batch` and `skip_frames`) it lands
+  on other frames than asked for after an edit list and in open groups of pictures, which x265 makes by default. Read
+  forwards it gives exactly the displayed frames.
+- It decodes ahead without limit while its reader is idle, so a reader is never kept open while something else is done.
+- With more than one thread it fails on healthy VP9 files.
+A file that cannot be used is a Reject with its reason, never silence.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from pathlib import Path
 
 import decord
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -30,6 +35,9 @@ IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 #: Timestamps are compared with this tolerance (seconds): Matroska and WebM round them to whole milliseconds, and
 #: decord gives them in float32 (half a millisecond of error after two hours).
 EPSILON = 1e-3
+
+#: Frames read in one go, in bytes; a longer file is opened again for the rest and read forwards to it.
+SITTING_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -192,8 +200,11 @@ def _open(path: Path) -> decord.VideoReader:
     return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
 
 
-def probe(path: Path) -> Probe:
-    """Look into a file and decode its first frame. ValueError with the reason if that fails."""
+def probe(path: Path, *, whole: bool = False) -> Probe:
+    """Look into a file and decode its first frame, or all of them if `whole`. ValueError with the reason if it fails.
+
+    A damaged file is refused as a whole: how many frames decord gives before it reports damage is a race.
+    """
     if path.suffix.lower() in IMAGES:
         height, width = _read_image(path).shape[:2]
         return Probe(height, width, np.zeros(1), 0.0)
@@ -203,6 +214,8 @@ def probe(path: Path) -> Probe:
         reader = _open(path)
         spans = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64).reshape(-1, 2)
         height, width = _next_frame(reader).shape[:2]
+        for _ in range(int((spans[:, 0] > -EPSILON).sum()) - 1 if whole else 0):
+            reader.next()
     except Exception as error:  # every decoder failure has a class of its own
         raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
     if not (np.abs(spans) < 1e8).all():
@@ -245,28 +258,59 @@ def frames_on_screen(found: Probe, window: Window, fps: float) -> NDArray[np.int
     return np.clip(places, 0, None)
 
 
-def read_windows(path: Path, found: Probe, windows: list[Window], fps: float) -> Iterator[Frames]:
-    """The frames (F, H, W, 3) uint8 of each window in turn; windows follow each other in time.
+def read_windows(
+    path: Path, found: Probe, windows: list[Window], fps: float, size: tuple[int, int] | None = None
+) -> Iterator[Frames]:
+    """The frames (F, H, W, 3) uint8 of each window in turn, brought to `size` (height, width) if one is given.
 
-    One window is in memory at a time. ValueError with the reason if decoding fails.
+    Windows follow each other in time. ValueError with the reason if decoding fails.
     """
     if path.suffix.lower() in IMAGES:
         for _ in windows:
-            yield _read_image(path)[None]
+            yield fit_frame(_read_image(path), size)[None]
         return
-    chosen = [frames_on_screen(found, window, fps).tolist() for window in windows]
-    assert chosen == sorted(chosen), "windows must be in order of time"
-    try:
-        reader, current = _open(path), -1
-        for numbers in chosen:
-            frames = []
-            for number in numbers:
-                while current < number:
-                    frame, current = _next_frame(reader), current + 1
-                frames.append(frame)
-            yield np.stack(frames)
-    except Exception as error:  # every decoder failure has a class of its own
-        raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
+    height, width = size or (found.height, found.width)
+    longest = max(window.num_frames for window in windows)
+    sitting = max(1, SITTING_BYTES // (height * width * 3 * longest))
+    assert windows == sorted(windows, key=lambda window: window.start), "windows must be in order of time"
+    for first in range(0, len(windows), sitting):
+        chosen = [frames_on_screen(found, window, fps).tolist() for window in windows[first : first + sitting]]
+        try:
+            clips = _read_frames(path, chosen, size)
+        except Exception as error:  # every decoder failure has a class of its own
+            raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
+        yield from clips
+
+
+def _read_frames(path: Path, chosen: list[list[int]], size: tuple[int, int] | None) -> list[Frames]:
+    """Several clips at once, each given by the numbers of its frames, none before the last one of the clip before."""
+    reader, current, clips = _open(path), -1, []
+    for numbers in chosen:
+        frames: list[Frames] = []
+        for number in numbers:
+            if current < number:
+                for _ in range(current + 1, number):
+                    reader.next()
+                fitted, current = fit_frame(_next_frame(reader), size), number
+            frames.append(fitted)
+        clips.append(np.stack(frames))
+    return clips
+
+
+def fit_frame(frame: Frames, size: tuple[int, int] | None) -> Frames:
+    """A frame (H, W, 3) scaled (antialiased, never squeezed) to cover `size` (height, width) and cropped at the centre.
+
+    None leaves it as it is.
+    """
+    if size is None or frame.shape[:2] == size:
+        return frame
+    height, width, _ = geometry.cover(frame.shape[0], frame.shape[1], *size)
+    # torch scales bytes as Pillow does (equal to 2 in 255), ten times as fast: reading must keep up with the decoder,
+    # or 4K frames pile up behind it.
+    frame_BCHW = torch.from_numpy(frame.copy()).permute(2, 0, 1)[None]
+    scaled_BCHW = F.interpolate(frame_BCHW, (height, width), mode="bicubic", antialias=True)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return scaled_BCHW[0, :, top : top + size[0], left : left + size[1]].permute(1, 2, 0).contiguous().numpy()
 
 
 def _next_frame(reader: decord.VideoReader) -> Frames:

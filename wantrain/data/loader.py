@@ -11,6 +11,7 @@ import mmap
 import queue
 import tarfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from wantrain import geometry, world
 from wantrain.batch import Batch, pad_texts
-from wantrain.data.encoding import prepare_pixels, read_about, read_sample
+from wantrain.data.encoding import read_about, read_sample
 from wantrain.data.plan import Indices
 from wantrain.data.shards import (
     EMPTY_TEXT,
@@ -184,21 +185,21 @@ class PixelData:
         lengths: list[str] = []
         sources: list[int] = []
         for sample in read_video_shards(self.folder, self.manifest):
-            for number, frames in enumerate(self._decode(sample)):
-                pixels, _ = prepare_pixels(frames, geometry.nearest_size(frames.shape[1], frames.shape[2], sizes))
-                self.clips.append(((pixels + 1) * 127.5).round().byte())
+            size = geometry.nearest_size(sample.about["height"], sample.about["width"], sizes)
+            for number, frames in enumerate(self._decode(sample, size)):
+                self.clips.append(torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).contiguous())
                 self.names.append(f"{sample.key}-{number:04d}")
-                lengths.append(str(geometry.Bucket(min(len(frames), num_frames), *pixels.shape[2:])))
+                lengths.append(str(geometry.Bucket(min(len(frames), num_frames), *size)))
                 sources.append(int(sample.key, 16))
         self._lengths, self._bucket_list = lengths, list(dict.fromkeys(lengths))
         self.train, self.heldout = split_sources(np.array(sources, dtype=np.uint64), holdout, seed)
         self.buckets = np.array([self._bucket_list.index(lengths[sample]) for sample in self.train])
 
     @staticmethod
-    def _decode(sample: VideoSample) -> Iterator[Frames]:
+    def _decode(sample: VideoSample, size: tuple[int, int]) -> Iterator[Frames]:
         """The clips of a file; ValueError names it if it is damaged."""
         try:
-            yield from read_sample(sample)
+            yield from read_sample(sample, size)
         except ValueError as error:
             raise ValueError(f"{sample.about['source']} {error}; remove it and shard the footage again") from error
 
@@ -232,34 +233,62 @@ class PixelData:
         return Batch(pixels, pixels.new_zeros(len(numbers), 1, 1), names, tuple(positions))
 
 
-def prefetch(requests: Iterator[Callable[[], Batch]], depth: int = 2) -> Iterator[Batch]:
+def prefetch(requests: Iterator[Callable[[], Batch]], depth: int = 2) -> Prefetch:
     """Answer requests in order, one thread ahead of the consumer by up to `depth`; its errors are raised here."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
+    return Prefetch(requests, depth)
 
-    def put(item: Batch | BaseException | None) -> bool:
+
+class Prefetch(Iterator[Batch]):
+    """Batches in order from one thread that loads ahead. `close` ends the thread; so do the last reference and exit.
+
+    The thread is waited for, because one that is inside torch while the interpreter is taken down aborts the process
+    with another exit code.
+    """
+
+    def __init__(self, requests: Iterator[Callable[[], Batch]], depth: int) -> None:
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+        stopped = threading.Event()
+        # The thread must not hold `self`, or it would never be the last reference that goes.
+        thread = threading.Thread(target=_answer, args=(requests, self._ready, stopped), name="prefetch", daemon=True)
+        self.close = weakref.finalize(self, _end, thread, stopped)
+        thread.start()
+
+    def __next__(self) -> Batch:
+        if not self.close.alive:
+            raise StopIteration
+        item = self._ready.get()
+        if item is not None and not isinstance(item, BaseException):
+            return item
+        self.close()
+        raise StopIteration if item is None else item
+
+
+def _answer(
+    requests: Iterator[Callable[[], Batch]],
+    ready: queue.Queue[Batch | BaseException | None],
+    stopped: threading.Event,
+) -> None:
+    """The thread of a Prefetch: answers in order, then an error or None."""
+
+    def put(item: Batch | BaseException | None) -> None:
         while not stopped.is_set():
             try:
                 ready.put(item, timeout=0.1)
-                return True
+                break
             except queue.Full:
                 continue
-        return False
 
-    def work() -> None:
-        try:
-            for request in requests:
-                if not put(request()):
-                    return
-            put(None)
-        except BaseException as error:  # handed to the consumer, who raises it
-            put(error)
-
-    threading.Thread(target=work, name="prefetch", daemon=True).start()
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
+        for request in requests:
+            put(request())
+            if stopped.is_set():
+                return
+        put(None)
+    except BaseException as error:  # handed to the consumer, who raises it
+        put(error)
+
+
+def _end(thread: threading.Thread, stopped: threading.Event) -> None:
+    stopped.set()
+    if thread is not threading.current_thread():
+        thread.join()

@@ -67,14 +67,21 @@ class Plan:
         return int((self._sizes * epoch // self.batch_size).sum())
 
     def _batches_of(self, epoch: int) -> NDArray[np.int64]:
-        """(bucket, number in that bucket's stream) of every batch of an epoch, in the order they are used."""
+        """(bucket, number in that bucket's stream) of every batch of an epoch, in the order they are used.
+
+        Which bucket comes when is shuffled; each bucket's own stream is used in order, so that at any step no sample
+        of a bucket has been used twice more than another.
+        """
         if self._cached_epoch is not None and self._cached_epoch[0] == epoch:
             return self._cached_epoch[1]
         first, last = self._sizes * epoch // self.batch_size, self._sizes * (epoch + 1) // self.batch_size
         counts = last - first
-        bucket = np.repeat(np.arange(len(counts)), counts)
-        number = np.arange(len(bucket)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-        table = np.stack([bucket, number], axis=1)[_shuffled(len(bucket), self.seed, 1, epoch)]
+        in_order = np.repeat(np.arange(len(counts)), counts)
+        bucket = in_order[_shuffled(len(in_order), self.seed, 1, epoch)]
+        number = np.empty_like(bucket)
+        within = np.arange(len(bucket)) - np.repeat(np.cumsum(counts) - counts, counts)
+        number[np.argsort(bucket, kind="stable")] = within + np.repeat(first, counts)
+        table = np.stack([bucket, number], axis=1)
         self._cached_epoch = (epoch, table)
         return table
 

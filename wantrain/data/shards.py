@@ -154,22 +154,12 @@ def write_video_shards(
                 rejects.append(Reject(file.name, f"same bytes as {seen[digest]}", bad=False))
                 continue
             try:
-                found = probe(file.path)
-                windows = cut_windows(found, num_frames=num_frames, fps=fps, clips=clips)
+                about = _describe(file, digest, num_frames=num_frames, fps=fps, clips=clips)
             except ValueError as error:
                 rejects.append(Reject(file.name, str(error)))
                 continue
             seen[digest] = file.name
-            count += len(windows)
-            about = {
-                "caption": file.caption,
-                "source": file.name,
-                "sha256": digest,
-                "height": found.height,
-                "width": found.width,
-                "fps": float(fps),
-                "windows": [asdict(window) for window in windows],
-            }
+            count += len(about["windows"])
             extension = file.path.suffix.lower().removeprefix(".")
             writer.write(digest[:16], {extension: file.path.read_bytes(), "json": to_json(about)})
     write_rejects(out, rejects, total, rejects_limit, "file")
@@ -186,6 +176,21 @@ def write_video_shards(
     world.write_json(out / MANIFEST, manifest)
     world.say(f"{out}: {total} files seen = {len(seen)} used + {len(rejects)} rejected; {count} clips")
     return manifest
+
+
+def _describe(file: Footage, digest: str, *, num_frames: int, fps: float, clips: str) -> dict[str, Any]:
+    """What a video shard says about a file. ValueError with the reason if the file cannot be used."""
+    found = probe(file.path, whole=True)
+    windows = cut_windows(found, num_frames=num_frames, fps=fps, clips=clips)
+    return {
+        "caption": file.caption,
+        "source": file.name,
+        "sha256": digest,
+        "height": found.height,
+        "width": found.width,
+        "fps": float(fps),
+        "windows": [asdict(window) for window in windows],
+    }
 
 
 def _digest(path: Path) -> str:

@@ -21,7 +21,6 @@ PARTS = {"high_noise": "transformer", "low_noise": "transformer_2", "dense": "tr
 _CLASSES = {
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
-    "tokenizer": ["transformers", "T5TokenizerFast"],
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "transformer_2": [None, None],
     "vae": ["diffusers", "AutoencoderKLWan"],
@@ -38,7 +37,7 @@ def check_boundary(folder: Path, boundary: float | None) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         return
-    stored = json.loads(index.read_text(encoding="utf-8")).get("boundary_ratio")
+    stored = read_json(index).get("boundary_ratio")
     if stored != boundary:
         raise ValueError(
             f"{index} has boundary_ratio={stored}, the chosen model has boundary={boundary}; choose model= to match"
@@ -81,6 +80,8 @@ def write_pipeline(
         shutil.copytree(base / part, out / part, dirs_exist_ok=True)
     _write_json(out / "scheduler" / "scheduler_config.json", _scheduler(shift))
     classes: dict[str, Any] = dict(_CLASSES)
+    stated = read_json(out / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
+    classes["tokenizer"] = ["transformers", stated or "T5TokenizerFast"]
     if "low_noise" in experts:
         classes["transformer_2"] = classes["transformer"]
     index = {
@@ -108,6 +109,16 @@ def _scheduler(shift: float) -> dict[str, Any]:
         "lower_order_final": True,
         "final_sigmas_type": "zero",
     }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError names a file that is absent or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    assert isinstance(value, dict)
+    return value
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

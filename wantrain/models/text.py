@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ftfy
 import torch
@@ -55,13 +55,14 @@ class TextEncoder(nn.Module):
     def __init__(self, model: UMT5EncoderModel, tokenizer: Tokenizer) -> None:
         super().__init__()
         _check_dtype(model.dtype)
-        self.dim = int(model.config.d_model)
-        self.end: int = model.config.eos_token_id
-        self.pad: int = model.config.pad_token_id
-        _check_tokenizer(tokenizer, self.end, model.config.vocab_size)
+        config: Any = model.config
+        self.dim: int = config.d_model
+        self.end: int = config.eos_token_id
+        self.pad: int = config.pad_token_id
         # A tokenizer.json may carry the limits of whoever saved it.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        _check_tokenizer(tokenizer, self.end, config.vocab_size)
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False)
 
@@ -116,7 +117,7 @@ def load_text_encoder(
         model = UMT5EncoderModel(UMT5Config.from_dict(config))
     # The embedding is one matrix under two names; some files hold both. It is read once and shared again below.
     tensors = {key: tensor for key, tensor in read_tensors(folder).items() if key != "encoder.embed_tokens.weight"}
-    model.encoder.embed_tokens = None
+    del model.encoder.embed_tokens
     load_strict(model, tensors, folder, device=device, dtype=dtype)
     model.set_input_embeddings(model.shared)
     return TextEncoder(model, tokenizer)
@@ -126,8 +127,8 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(
-            f"{file} is not there: tokenizer/ stands beside text_encoder/ and holds tokenizer.json. Where there is "
-            f"only spiece.model, transformers' AutoTokenizer.from_pretrained(...).save_pretrained({folder}) makes it"
+            f"{file} is not there: tokenizer/ stands beside text_encoder/ and holds tokenizer.json, as published with "
+            "every Wan2.2 model; a spiece.model alone is not read"
         )
     try:
         return Tokenizer.from_file(str(file))

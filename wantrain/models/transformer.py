@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wantrain.batch import pad_texts
 from wantrain.geometry import PATCH
 from wantrain.models.attention import attend
 from wantrain.models.weights import load_strict, part_folder, read_config, read_tensors, to_diffusers
@@ -104,14 +103,20 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, x_BLD: Tensor, context_BSD: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        context_BSD: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        bias_S: Tensor | None = None,
+    ) -> Tensor:
         heads = (self.num_heads, -1)
         q = self.norm_q(self.q(x_BLD)).unflatten(-1, heads)
         k = self.norm_k(self.k(context_BSD)).unflatten(-1, heads)
         v = self.v(context_BSD).unflatten(-1, heads)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        return self.o(attend(q, k, v).flatten(-2))
+        return self.o(attend(q, k, v, bias_S).flatten(-2))
 
 
 class Block(nn.Module):
@@ -130,7 +135,14 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
 
-    def forward(self, x_BTPD: Tensor, time_BT6D: Tensor, context_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self,
+        x_BTPD: Tensor,
+        time_BT6D: Tensor,
+        context_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        bias_S: Tensor | None,
+    ) -> Tensor:
         dtype = context_BSD.dtype
         # (1, 6, D) + (B, T, 6, D), then each (B, T, 1, D): one value for all tokens of a frame.
         table = (self.modulation.float() + time_BT6D).unsqueeze(2)
@@ -139,7 +151,7 @@ class Block(nn.Module):
         y = (self.norm1(x_BTPD) * (1 + scale1) + shift1).to(dtype).flatten(1, 2)
         x = x_BTPD + self.self_attn(y, y, rope).view_as(x_BTPD) * gate1
         y = self.norm3(x).to(dtype).flatten(1, 2)
-        x = x + self.cross_attn(y, context_BSD).view_as(x)
+        x = x + self.cross_attn(y, context_BSD, bias_S=bias_S).view_as(x)
         y = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
         return x + self.ffn(y) * gate2
 
@@ -245,17 +257,18 @@ class WanTransformer(nn.Module):
         x_BTPD = self._patches(x)
         # 3. time, once per latent frame (one for all frames where they agree)
         time_BTD, time_BT6D = self._time(timestep)
-        # 4. text, always all rows: the zero rows become bias vectors that are attended to
-        context_BSD = self.text_embedding(self._padded(text_BLD).to(self._compute_dtype()))
+        # 4. text: its rows, and the zero rows after it, which become bias vectors that are attended to
+        text_BSD, bias_S = self._text_rows(text_BLD)
+        context_BSD = self.text_embedding(text_BSD.to(self._compute_dtype()))
         # 5. rotary tables
         angles = rope_angles(grid, self.head_dim, x.device)
         rope = (angles.cos().float(), angles.sin().float())
         # 6. blocks
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BTPD = checkpoint(block, x_BTPD, time_BT6D, context_BSD, rope, use_reentrant=False)
+                x_BTPD = checkpoint(block, x_BTPD, time_BT6D, context_BSD, rope, bias_S, use_reentrant=False)
             else:
-                x_BTPD = block(x_BTPD, time_BT6D, context_BSD, rope)
+                x_BTPD = block(x_BTPD, time_BT6D, context_BSD, rope, bias_S)
         # 7. head, 8. patches back to a latent
         with torch.autocast(x.device.type, enabled=False):
             patches = self.head(x_BTPD, time_BTD)
@@ -283,10 +296,20 @@ class WanTransformer(nn.Module):
             embedding = self.time_embedding(sinusoid(per_frame, self.freq_dim))
             return embedding, self.time_projection(embedding).unflatten(-1, (6, -1))
 
-    def _padded(self, text_BLD: Tensor) -> Tensor:
-        if text_BLD.shape[1] == self.text_length:
-            return text_BLD
-        return pad_texts(list(text_BLD), self.text_length)
+    def _text_rows(self, text_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The text padded to `text_length` rows of zeros, with all rows that are only padding folded into one.
+
+        Those rows are equal for every sample, so softmax over n of them is softmax over one whose logit is raised by
+        ln n: the same result and gradient for a fraction of the work. Returns the rows and that bias per row.
+        """
+        rows, spare = text_BLD.shape[1], self.text_length - text_BLD.shape[1]
+        if spare < 0:
+            raise ValueError(f"a text has {rows} tokens, more than the model's {self.text_length}; encode it truncated")
+        if spare == 0:
+            return text_BLD, None
+        bias = torch.zeros(rows + 1, device=text_BLD.device)
+        bias[rows] = math.log(spare)
+        return F.pad(text_BLD, (0, 0, 0, 1)), bias
 
     def _unpatched(self, patches_BTPD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """(B, T, P, 2*2*C), channel fastest -> (B, C, T, H, W)."""

@@ -162,6 +162,7 @@ def write_part(
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     save_file(contiguous, folder / file, metadata={"format": "pt"})
+    (folder / file).chmod(0o644)  # safetensors makes files that nobody else on a shared disk can read
     text = json.dumps(dict(config), indent=2, ensure_ascii=False, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 

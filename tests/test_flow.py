@@ -1,0 +1,169 @@
+"""The noise laws as distributions, and the flow's algebra."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from wantrain import flow
+from wantrain.flow import LogitNormal, NoiseWindow
+
+DRAWS = 100_000
+MODELS = {"t2v": (12.0, 0.875), "i2v": (5.0, 0.9)}
+
+
+class Triangle:
+    """A density the module has never heard of: p(u) = 2u."""
+
+    def cdf(self, u):
+        return u**2
+
+    def quantile(self, p):
+        return p.sqrt()
+
+
+DENSITIES = {"uniform": "uniform", "logit_normal": "logit_normal", "wide": LogitNormal(0.5, 1.5), "own": Triangle()}
+
+
+def cdf_of_sigma(sigma, density, shift):
+    """The unrestricted law of sigma, derived here on its own: P(shift(U) <= sigma)."""
+    u = sigma / (shift - (shift - 1) * sigma)
+    if density == "uniform":
+        return u
+    if density == "own":
+        return u**2
+    mean, std = (0.0, 1.0) if density == "logit_normal" else (0.5, 1.5)
+    with torch.no_grad():
+        return stats.norm.cdf((torch.log(u / (1 - u)).numpy() - mean) / std)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
+@pytest.mark.parametrize("density", DENSITIES)
+def test_draws_follow_the_truncated_law_without_an_atom_at_an_edge(model, expert, density):
+    shift, boundary = MODELS[model]
+    window = NoiseWindow(boundary, 1.0) if expert == "high_noise" else NoiseWindow(0.0, boundary)
+    generator = torch.Generator().manual_seed(7)
+    sigma = flow.draw_sigma(DRAWS, density=DENSITIES[density], shift=shift, window=window, generator=generator)
+    assert sigma.dtype == torch.float32 and sigma.shape == (DRAWS,)
+    assert window.contains(sigma).all()
+
+    def truncated(x):
+        x = torch.as_tensor(x, dtype=torch.float64).clamp(1e-15, 1 - 1e-15)
+        ends = torch.tensor([max(window.low, 1e-15), min(window.high, 1 - 1e-15)], dtype=torch.float64)
+        low, high = (float(v) for v in cdf_of_sigma(ends, density, shift))
+        return (torch.as_tensor(cdf_of_sigma(x, density, shift)).numpy() - low) / (high - low)
+
+    assert stats.kstest(sigma.double().numpy(), truncated).pvalue > 1e-3
+    # A clamped law piles up on one value; a continuous one repeats a float32 a few times at most.
+    assert torch.unique(sigma, return_counts=True)[1].max() < 20
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("density", DENSITIES)
+def test_the_experts_laws_mixed_by_their_masses_are_the_whole(model, density):
+    shift, boundary = MODELS[model]
+    low, high = NoiseWindow(0.0, boundary), NoiseWindow(boundary, 1.0)
+    law = {"density": DENSITIES[density], "shift": shift}
+    masses = [flow.window_mass(window, **law) for window in (low, high)]
+    assert sum(masses) == pytest.approx(1.0, abs=1e-12)
+    generator = torch.Generator().manual_seed(3)
+    parts = [
+        flow.draw_sigma(round(DRAWS * mass), window=window, generator=generator, **law)
+        for window, mass in zip((low, high), masses, strict=True)
+    ]
+    whole = flow.draw_sigma(DRAWS, generator=generator, **law)
+    assert stats.ks_2samp(torch.cat(parts).numpy(), whole.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("shift", "boundary", "density", "mass"),
+    [
+        (3, 0.875, "uniform", 0.300),
+        (5, 0.875, "uniform", 0.417),
+        (12, 0.875, "uniform", 0.632),
+        (12, 0.875, "logit_normal", 0.705),
+        (5, 0.9, "uniform", 0.357),
+        (5, 0.9, "logit_normal", 0.278),
+    ],
+)
+def test_known_masses_of_the_high_noise_window(shift, boundary, density, mass):
+    got = flow.window_mass(NoiseWindow(boundary, 1.0), density=density, shift=shift)
+    assert got == pytest.approx(mass, abs=6e-4)
+
+
+def test_windows_share_no_sigma_and_a_tie_belongs_to_high_noise():
+    low, high = NoiseWindow(0.0, 0.875), NoiseWindow(0.875, 1.0)
+    sigma = torch.tensor([0.0, 0.5, 0.875, 0.9, 1.0])
+    assert low.contains(sigma).tolist() == [True, True, False, False, False]
+    assert high.contains(sigma).tolist() == [False, False, True, True, True]
+    # 0.9 is no float32: the edges of the laws must still fall on their own sides.
+    quantiles = torch.tensor([0.0, 1.0])
+    law = {"density": "uniform", "shift": 5.0}
+    assert NoiseWindow(0.0, 0.9).contains(flow.sigma_quantiles(quantiles, window=NoiseWindow(0.0, 0.9), **law)).all()
+    assert NoiseWindow(0.9, 1.0).contains(flow.sigma_quantiles(quantiles, window=NoiseWindow(0.9, 1.0), **law)).all()
+
+
+def test_shift_is_inverted_and_composes_by_multiplication():
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(flow.unshift_sigma(flow.shift_sigma(u, 12.0), 12.0), u, atol=1e-12, rtol=0)
+    twice = flow.shift_sigma(flow.shift_sigma(u, 3.0), 4.0)
+    torch.testing.assert_close(twice, flow.shift_sigma(u, 12.0), atol=1e-12, rtol=0)
+
+
+def test_path_velocity_and_data_prediction_agree():
+    x0, noise = torch.randn(2, 2, 4, 3, 5, 5, dtype=torch.float64).unbind()
+    for sigma in (torch.tensor([0.0, 1.0]), torch.tensor([0.3, 0.9]), torch.rand(2, 3)):
+        point = flow.path(x0, noise, sigma)
+        torch.testing.assert_close(flow.data_prediction(point, flow.velocity(x0, noise), sigma), x0)
+    assert torch.equal(flow.path(x0, noise, torch.tensor([0.0, 1.0]))[0], x0[0])
+    assert torch.equal(flow.path(x0, noise, torch.tensor([0.0, 1.0]))[1], noise[1])
+
+
+GOLDEN = {
+    (
+        40,
+        12.0,
+    ): "999 997 995 993 990 988 985 982 979 976 972 969 965 961 956 952 947 941 936 929 922 915 907 898 888 877 "
+    "865 852 837 819 799 776 749 717 678 631 571 492 386 235",
+    (
+        40,
+        5.0,
+    ): "999 994 989 983 978 972 965 959 952 944 937 929 920 911 902 892 882 870 859 846 833 818 803 786 768 749 728 "
+    "706 681 654 624 591 555 514 468 416 356 288 208 113",
+    (
+        50,
+        5.0,
+    ): "999 995 991 987 982 978 973 968 963 957 952 946 940 934 927 920 913 906 898 890 882 873 863 854 843 833 821 "
+    "809 796 783 768 753 737 720 701 681 660 636 611 584 555 522 487 448 405 356 302 241 172 92",
+}
+
+
+@pytest.mark.parametrize("setting", GOLDEN)
+def test_published_inference_timesteps_exactly(setting):
+    sigmas = flow.sampling_sigmas(*setting)
+    assert sigmas[-1] == 0
+    assert flow.sampling_timesteps(sigmas).tolist() == [int(t) for t in GOLDEN[setting].split()]
+
+
+def test_loss_weights():
+    sigma = torch.tensor([0.25, 0.5])
+    assert flow.loss_weight(sigma, "none").tolist() == [1, 1]
+    assert flow.loss_weight(sigma, "sigma_sqrt").tolist() == [16, 4]
+    assert flow.loss_weight(sigma, "cosmap")[1].item() == pytest.approx(4 / math.pi)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: NoiseWindow(0.9, 0.9), "0 <= low < high <= 1"),
+        (lambda: flow.draw_sigma(1, density="beta"), "density='beta' is unknown; choose one of uniform"),
+        (lambda: flow.draw_sigma(1, density="uniform", shift=0), "shift=0 must be positive"),
+        (lambda: flow.loss_weight(torch.ones(1), "snr"), "'snr' is unknown"),
+        (lambda: flow.sampling_sigmas(0, 3.0), "at least 1"),
+    ],
+)
+def test_bad_input_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -1,0 +1,58 @@
+"""Randomness by position, folders that are claimed, files that are whole or absent."""
+
+import pytest
+import torch
+
+from wantrain import world
+
+
+def test_a_stream_depends_on_its_position_alone():
+    def draw(*position):
+        return torch.randn(4, generator=world.generator(*position))
+
+    assert torch.equal(draw(0, "noise", 5), draw(0, "noise", 5))
+    others = [draw(0, "noise", 6), draw(1, "noise", 5), draw(0, "caption", 5), draw(0, "noise", "5")]
+    assert not any(torch.equal(draw(0, "noise", 5), other) for other in others)
+
+
+def test_neighbouring_positions_are_independent():
+    values = torch.stack([torch.randn(64, generator=world.generator(0, "noise", i)) for i in range(512)])
+    correlation = torch.corrcoef(values)
+    assert (correlation - torch.eye(512)).abs().max() < 0.75
+    assert abs(values.mean()) < 0.02 and abs(values.std() - 1) < 0.02
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    world.claim_folder(tmp_path / "new", mark="mark", key="out")
+    (tmp_path / "new" / "mark").touch()
+    world.claim_folder(tmp_path / "new", mark="mark", key="out")
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(ValueError, match="out=.* holds something else"):
+        world.claim_folder(tmp_path, mark="mark", key="out")
+    with pytest.raises(ValueError, match="is a file"):
+        world.claim_folder(tmp_path / "photo.jpg", mark="mark", key="out")
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    world.write_json(path, {"step": 1})
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        world.write_json(path, {"step": 2})
+    assert path.read_text() == '{\n  "step": 1\n}\n'
+
+
+def test_threads_are_the_processes_share_of_the_cores(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("WANTRAIN_THREADS", "1")
+        world.set_threads()
+        assert torch.get_num_threads() == 1
+        monkeypatch.delenv("WANTRAIN_THREADS")
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as a bare accelerate launch sets it
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        world.set_threads()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
