@@ -19,7 +19,7 @@ from wantrain.data import make_footage
 from wantrain.video import contact_sheet
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent
 DATA, RUN = Path("data/demo"), Path("runs/demo")

@@ -13,8 +13,8 @@ from wantrain import config, world
 from wantrain.data import Plan
 from wantrain.training import assemble, estimate
 from wantrain.training.checkpoint import Checkpoints
-from wantrain.training.loop import Hook, Run, fit
-from wantrain.training.metrics import Metrics, Tracker, build_tracker
+from wantrain.training.loop import Run, fit
+from wantrain.training.metrics import Metrics, build_tracker
 from wantrain.training.optim import build_optimizer
 from wantrain.training.parallel import Stepper, start_accelerator
 from wantrain.training.run import RunFolder
@@ -55,17 +55,8 @@ def main(cfg: DictConfig) -> None:
         folder.open(settings)
     accelerator.wait_for_everyone()
     optimizer = build_optimizer(config.build(cfg.optimizer, _partial_=True), trainee.module)
-    stepper = Stepper(
-        accelerator,
-        trainee.module,
-        optimizer,
-        accumulate=cfg.accumulate,
-        clip=cfg.clip,
-        precision=cfg.precision,
-    )
-    tracker = build_tracker(
-        cfg.tracker.name, project=cfg.tracker.project, run=cfg.run, folder=folder.path, config=settings
-    )
+    how = {"accumulate": cfg.accumulate, "clip": cfg.clip, "precision": cfg.precision}
+    stepper = Stepper(accelerator, trainee.module, optimizer, **how)
     run = Run(
         trainee=trainee,
         stepper=stepper,
@@ -74,48 +65,26 @@ def main(cfg: DictConfig) -> None:
         plan=plan,
         schedule=config.build(cfg.schedule),
         checkpoints=Checkpoints(folder.checkpoints, keep=cfg.checkpoint.keep),
-        metrics=Metrics(folder.metrics, tracker, steps=steps),
+        metrics=Metrics(folder.metrics, steps=steps),
         steps=steps,
         seed=cfg.seed,
         checkpoint_every=cfg.checkpoint.every,
         state={"expert": cfg.expert.name, "data": data.fingerprint},
     )
-    run.hooks = build_hooks(cfg, run, tracker, base, folder)
-    start = run.resume()
+    start, ended_by = run.resume(), None
     world.say(f"run {folder.path}: step {start} of {steps}")
-    if start >= steps:
+    if start < steps:
+        run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
+        watched = {"validation": settings["validation"], "sample": settings["sample"]}
+        run.hooks = assemble.build_hooks(run, model=model, base=base, folder=folder.samples, **watched)
+        ended_by = fit(run, start)
+        run.metrics.tracker.close()
+    else:
         world.say(f"this run is finished ({start} steps); a larger steps= continues it")
-    ended_by = fit(run, start) if start < steps else None
-    tracker.close()
     stepper.finish()
     if ended_by is not None:
         world.say("stopped by a signal, after a checkpoint; the same command continues")
         sys.exit(128 + ended_by)
-
-
-def build_hooks(cfg: DictConfig, run: Run, tracker: Tracker, base: Path, folder: RunFolder) -> list[Hook]:
-    """What is asked after every step: validation, and previews if wanted."""
-    every, clips, points = cfg.validation.every, cfg.validation.clips, cfg.validation.points
-    size = {"steps": run.steps, "seed": cfg.seed}
-    hooks = [assemble.build_validator(run.stepper, run.loss, run.data, every=every, clips=clips, points=points, **size)]
-    if cfg.sample.every and cfg.expert.name != "vae":
-        prompts = assemble.read_prompts(cfg.sample.prompts) if cfg.sample.prompts else run.data.captions()
-        hooks.append(
-            assemble.build_preview(
-                run.stepper,
-                model=config.plain(cfg.model),
-                expert=cfg.expert.name,
-                base=base,
-                prompts=prompts[: cfg.sample.count],
-                shift=cfg.noise.shift,
-                solver_steps=cfg.sample.steps,
-                every=cfg.sample.every,
-                folder=folder.samples,
-                tracker=tracker,
-                **{**size, "seed": cfg.sample.seed},
-            )
-        )
-    return hooks
 
 
 def make_demo_data(shards: Path) -> None:

@@ -14,13 +14,13 @@ def test_latent_frames_and_back(frames, latent):
 
 @pytest.mark.parametrize(("frames", "nearest"), [(16, "13 or 17"), (80, "77 or 81"), (2, "1 or 5"), (0, "1")])
 def test_frames_that_are_not_4k_plus_1_are_refused_with_the_nearest(frames, nearest):
-    with pytest.raises(ValueError, match=f"nearest valid is {nearest}"):
+    with pytest.raises(ValueError, match=rf"nearest valid is {nearest}"):
         geometry.check_num_frames(frames)
 
 
 def test_sizes_that_do_not_divide_are_refused_with_the_nearest():
     geometry.check_size(480, 832, 16)
-    with pytest.raises(ValueError, match="490x832 must be multiples of 16.*nearest valid is 496x832"):
+    with pytest.raises(ValueError, match=r"490x832 must be multiples of 16.*nearest valid is 496x832"):
         geometry.check_size(490, 832, 16)
 
 
@@ -36,7 +36,7 @@ def test_sizes_fill_the_area_at_each_aspect():
     assert geometry.sizes(480 * 832, 16, [832 / 480, 480 / 832]) == [(480, 832), (832, 480)]
     for height, width in geometry.sizes(4096, 16, [1.0, 4 / 3, 0.75, 16 / 9, 9 / 16]):
         assert height % 16 == width % 16 == 0 and height * width <= 4096
-    with pytest.raises(ValueError, match="area=100 holds not even one 16x16 block"):
+    with pytest.raises(ValueError, match=r"area=100 holds not even one 16x16 block"):
         geometry.sizes(100, 16, [1.0])
 
 

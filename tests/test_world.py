@@ -27,9 +27,9 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "new" / "mark").touch()
     world.claim_folder(tmp_path / "new", mark="mark", key="out")
     (tmp_path / "photo.jpg").touch()
-    with pytest.raises(ValueError, match="out=.* holds something else"):
+    with pytest.raises(ValueError, match=r"out=.* holds something else"):
         world.claim_folder(tmp_path, mark="mark", key="out")
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match=r"is a file"):
         world.claim_folder(tmp_path / "photo.jpg", mark="mark", key="out")
 
 
@@ -37,7 +37,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "state.json"
     world.write_json(path, {"step": 1})
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"disk full"):
         world.write_json(path, {"step": 2})
     assert path.read_text() == '{\n  "step": 1\n}\n'
 

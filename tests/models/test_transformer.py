@@ -247,10 +247,10 @@ def test_a_misfit_is_one_readable_error(tmp_path):
         ValueError, match=r"1 missing \(head.modulation\).*1 unexpected \(extra.weight\).*head.head.bias"
     ):
         load_transformer(tmp_path)
-    with pytest.raises(ValueError, match="neither config.json nor transformer/config.json"):
+    with pytest.raises(ValueError, match=r"neither config.json nor transformer/config.json"):
         load_transformer(tmp_path.parent)
     write_part(tmp_path, {**model.config(), "image_dim": 1280}, tensors)
-    with pytest.raises(ValueError, match="image_dim=1280 is not supported"):
+    with pytest.raises(ValueError, match=r"image_dim=1280 is not supported"):
         load_transformer(tmp_path)
 
 

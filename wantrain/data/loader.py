@@ -214,6 +214,10 @@ class PixelData:
         starts = [self._start(number, int(place)) for number, place in zip(numbers, positions, strict=True)]
         return self._batch(numbers, starts, [int(place) for place in positions])
 
+    def captions(self) -> list[str]:
+        """None: pixels are not prompted."""
+        return []
+
     def heldout_batches(self, count: int) -> list[Batch]:
         """The first `count` held-out samples from their first frame on, one batch per bucket."""
         chosen = self.heldout[:count].tolist()

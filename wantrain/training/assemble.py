@@ -10,14 +10,12 @@ import torch
 from torch import nn
 
 from wantrain import geometry, world
-from wantrain.losses import FlowMatching, Reconstruction
+from wantrain.losses import FlowMatching
 from wantrain.models import WanVAE, adapters, load_text_encoder, load_transformer, load_vae, pipeline, weights
-from wantrain.sampling import Settings
+from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.generate import Velocity
 from wantrain.training.gather import build_sampler
-from wantrain.training.loop import Hook
-from wantrain.training.metrics import Tracker
-from wantrain.training.parallel import Stepper
+from wantrain.training.loop import Hook, Run
 from wantrain.training.preview import Preview
 from wantrain.training.trainee import Autoencoder, Trainee
 from wantrain.training.validate import ReconstructionValidator, Validator
@@ -82,42 +80,68 @@ def check_encoders(manifest: Mapping[str, Any], base: Path, shards: str) -> None
             )
 
 
-def build_validator(
-    stepper: Stepper, loss: FlowMatching | Reconstruction, data: Any, *, every: int, clips: int, points: int,
-    steps: int, seed: int,
-) -> Hook:  # fmt: skip
-    """The validation hook that goes with the loss, over the first `clips` held-out clips (grouped by bucket)."""
-    batches = data.heldout_batches(clips)
+def build_hooks(
+    run: Run,
+    *,
+    model: Mapping[str, Any],
+    base: Path,
+    folder: Path,
+    validation: Mapping[str, Any],
+    sample: Mapping[str, Any],
+) -> list[Hook]:
+    """What is asked after every step of a run: validation, and previews (into `folder`) if they are wanted."""
+    hooks: list[Hook] = [build_validator(run, **validation)]
+    if sample["every"] and isinstance(run.loss, FlowMatching):
+        prompts = read_prompts(sample["prompts"]) if sample["prompts"] else run.data.captions()
+        settings = Settings(
+            guidance=model["guidance"],
+            shift=run.loss.shift,
+            steps=sample["steps"],
+            negative_prompt=model["negative_prompt"],
+        )
+        sampler = preview_sampler(run, model=model, base=base)
+        size = geometry.sizes(model["area"], model["multiple"], [1.0])[0]
+        hooks.append(
+            Preview(
+                run.stepper,
+                sampler,
+                settings,
+                prompts=prompts[: sample["count"]],
+                bucket=geometry.Bucket(model["num_frames"], *size),
+                fps=model["fps"],
+                seed=sample["seed"],
+                every=sample["every"],
+                steps=run.steps,
+                folder=folder,
+                tracker=run.metrics.tracker,
+            )
+        )
+    return hooks
+
+
+def build_validator(run: Run, *, every: int, clips: int, points: int) -> Hook:
+    """The validation hook that goes with the run's loss, over at most `clips` held-out clips."""
+    batches = run.data.heldout_batches(clips)
     if not batches:
         world.say("no clips are held out (data.holdout is 0, or there are too few files): there is no validation")
-    if isinstance(loss, Reconstruction):
-        return ReconstructionValidator(stepper, loss, batches, every, steps)
-    return Validator(stepper, loss, batches, every, steps, points, seed)
+    if isinstance(run.loss, FlowMatching):
+        return Validator(run.stepper, run.loss, batches, every, run.steps, points, run.seed)
+    return ReconstructionValidator(run.stepper, batches, every, run.steps)
 
 
-def build_preview(
-    stepper: Stepper, *, model: Mapping[str, Any], expert: str, base: Path, prompts: list[str], shift: float,
-    solver_steps: int, seed: int, every: int, steps: int, folder: Path, tracker: Tracker,
-) -> Preview:  # fmt: skip
-    """The preview hook: the expert in training together with the other one from the base folder.
+def preview_sampler(run: Run, *, model: Mapping[str, Any], base: Path) -> Sampler:
+    """The expert in training together with the other one from the base folder.
 
     Where the base has no other expert, the one in training answers for every noise level; that is said once.
     """
-    others = pipeline.held_experts(base, [name for name in model["experts"] if name != expert])
-    missing = [name for name in model["experts"] if name != expert and name not in others]
-    if missing:
-        world.say(f"previews: {base} holds no {missing[0]}, so {expert} answers for every noise level")
-    models: dict[str, Velocity] = {expert: stepper.module}
-    if not missing:
-        models.update(pipeline.load_experts(base, others, device=stepper.device))
-    sampler = build_sampler(models, boundary=model["boundary"], base=base, device=stepper.device)
-    settings = Settings(
-        guidance=model["guidance"], shift=shift, steps=solver_steps, negative_prompt=model["negative_prompt"]
-    )
-    sampler.warm([*prompts, settings.negative_prompt])
-    height, width = geometry.sizes(model["area"], model["multiple"], [1.0])[0]
-    bucket = geometry.Bucket(model["num_frames"], height, width)
-    return Preview(stepper, sampler, settings, prompts, bucket, model["fps"], seed, every, steps, folder, tracker)
+    expert = str(run.state["expert"])
+    others = [name for name in model["experts"] if name != expert]
+    models: dict[str, Velocity] = {expert: run.stepper.module}
+    if pipeline.held_experts(base, others) == others:
+        models.update(pipeline.load_experts(base, others, device=run.stepper.device))
+    else:
+        world.say(f"previews: {base} holds no {others[0]}, so {expert} answers for every noise level")
+    return build_sampler(models, boundary=model["boundary"], base=base, device=run.stepper.device)
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -25,7 +25,7 @@ from wantrain import world
 from wantrain.batch import Batch
 from wantrain.data import Plan, prefetch, share
 from wantrain.losses import Loss
-from wantrain.training.checkpoint import OPTIMIZER, Checkpoints, restore_optimizer, save_optimizer
+from wantrain.training.checkpoint import OPTIMIZER, Checkpoints, read_state, restore_optimizer, save_optimizer
 from wantrain.training.metrics import Metrics
 from wantrain.training.optim import Schedule, named_trainable
 from wantrain.training.parallel import Stepper
@@ -41,6 +41,8 @@ class Data(Protocol):
     def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> Batch: ...
 
     def heldout_batches(self, count: int) -> list[Batch]: ...
+
+    def captions(self) -> list[str]: ...
 
 
 #: Asked after every step (and at step 0) with the step; what it returns is logged with that step.
@@ -96,6 +98,11 @@ class Run:
         if newest is None:
             self.metrics.cut_back(-1)
             return 0
+        if read_state(newest)["data"] != self.state["data"]:
+            raise ValueError(
+                f"{newest} was trained on other shards than data.shards holds now (another manifest); "
+                "give those it was trained on, or a new run=NAME"
+            )
         self.trainee.read(newest)
         restore_optimizer(newest / OPTIMIZER, self.stepper.optimizer, self._names())
         step = int(newest.name.removeprefix("step_"))

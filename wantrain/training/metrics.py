@@ -82,8 +82,9 @@ def build_tracker(name: str, *, project: str | None, run: str, folder: Path, con
 class Metrics:
     """One object per optimizer step into `path`, with what happened at it: loss, rates, validation."""
 
-    def __init__(self, path: Path, tracker: Tracker, *, steps: int) -> None:
-        self.path, self.tracker, self.steps = path, tracker, steps
+    def __init__(self, path: Path, *, steps: int) -> None:
+        self.path, self.steps = path, steps
+        self.tracker: Tracker = NoTracker()
         self.pending: list[dict[str, Any]] = []
         self.started = self.lap = time.perf_counter()
         self.first_step: int | None = None

@@ -66,11 +66,6 @@ class Stepper:
         self.device = accelerator.device
         self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
 
-    def __call__(self, *inputs: object) -> object:
-        """The wrapped model's forward, in this run's precision."""
-        with self.forward_context():
-            return self.wrapped(*inputs)
-
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """How every forward of this run computes: also previews and validation enter it."""

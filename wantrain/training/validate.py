@@ -16,7 +16,6 @@ from torch import Tensor
 from wantrain import flow, world
 from wantrain.batch import Batch
 from wantrain.losses.flow_matching import FlowMatching, velocity_error
-from wantrain.losses.reconstruction import Reconstruction
 from wantrain.training.parallel import Stepper
 
 
@@ -100,7 +99,6 @@ class ReconstructionValidator:
     """Hook: PSNR of a VAE on held-out clips, through its posterior mean."""
 
     stepper: Stepper
-    loss: Reconstruction
     batches: list[Batch]
     every: int
     steps: int
