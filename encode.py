@@ -18,6 +18,7 @@ from wantrain.models.weights import fingerprint
 def main(cfg: DictConfig) -> None:
     """Decode every clip, bring it to its bucket, encode pixels and captions, write tars and a manifest."""
     config.check(cfg)
+    world.single_process("encode.py")
     world.set_threads()
     device, base = config.device(cfg.device), config.locate(cfg.weights)
     vae = load_vae(base, device=device)

@@ -40,7 +40,8 @@ def main(cfg: DictConfig) -> None:
         dtype=dtype,
     )
     lora = config.plain(cfg.lora)
-    add_loras(gathered.experts, lora, lora.pop("scale"))
+    scale = lora.pop("scale")
+    add_loras(gathered.experts, lora, scale)
     sampler = build_sampler(
         gathered.experts, boundary=cfg.model.boundary, base=gathered.base, device=device, dtype=dtype
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from wantrain import config
+from wantrain import config, world
 from wantrain.data import find_footage, write_video_shards
 
 
@@ -15,6 +15,7 @@ from wantrain.data import find_footage, write_video_shards
 def main(cfg: DictConfig) -> None:
     """Find footage and captions, probe every file, choose windows by timestamp, write tars and a manifest."""
     config.check(cfg)
+    world.single_process("shard.py")
     footage, rejects = find_footage(
         Path(cfg.source),
         caption_missing=cfg.caption.missing,

@@ -29,9 +29,10 @@ def main(cfg: DictConfig) -> None:
         cfg.data.shards = "data/demo/videos" if cfg.expert.name == "vae" else "data/demo/latents"
         with accelerator.main_process_first():
             make_demo_data(Path(cfg.data.shards))
-    base, model, expert = config.locate(cfg.weights), config.plain(cfg.model), config.plain(cfg.expert)
+    base = None if cfg.weights is None else config.locate(cfg.weights)
+    model, expert = config.plain(cfg.model), config.plain(cfg.expert)
     data = config.build(cfg.data)
-    if cfg.expert.name != "vae":
+    if base is not None and cfg.expert.name != "vae":
         assemble.check_encoders(data.manifest, base, cfg.data.shards)
     plan = Plan(data.buckets, batch_size=cfg.batch_size, seed=cfg.seed)
     steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
@@ -91,7 +92,9 @@ def make_demo_data(shards: Path) -> None:
     """The embedded default: make the demo's footage and shards if they are not there, and say so."""
     if world.is_main() and not (shards / "manifest.json").is_file():
         world.say(f"data.shards is not given: making the demo's in {shards} (procedural clips; once)")
-        subprocess.run([sys.executable, str(config.ROOT / "demo.py"), "data"], check=True, env=world.alone())
+        ended = subprocess.run([sys.executable, str(config.ROOT / "demo.py"), "data"], check=False, env=world.alone())
+        if ended.returncode:
+            sys.exit(ended.returncode)  # the child has said what is wrong
 
 
 if __name__ == "__main__":

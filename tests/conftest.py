@@ -1,5 +1,178 @@
-"""One thread per test process: on a busy machine several would spin against each other, ten times slower."""
+"""What many tests share: one thread, the verbs as a user runs them, and a very small world made by them once.
 
+One thread per test process: on a busy machine several would spin against each other, ten times slower.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
 import torch
 
+from wantrain.data import make_footage
+from wantrain.models import WanTransformer, WanVAE
+from wantrain.models.pipeline import write_pipeline
+from wantrain.models.weights import write_part
+
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "assets" / "tiny"
+
+#: A Wan of 60 thousand parameters, for runs in which what is learned does not matter.
+MICRO = (
+    "model.transformer.num_layers=2",
+    "model.transformer.ffn_dim=64",
+    "model.transformer.attention_head_dim=32",
+    "tracker=jsonl",
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a verb ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self):
+        """The one line that a failed verb leaves on stderr, without `error: ` (progress bars apart)."""
+        lines = [line for line in self.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+        assert self.returncode != 0, f"it should have failed; it said:\n{self.stdout}"
+        assert "Traceback" not in self.stderr, self.stderr
+        assert len(lines) == 1, self.stderr
+        return lines[0].removeprefix("error: ")
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A small world, shared and never written into: base folder, footage, video shards, latent shards."""
+
+    base: Path
+    footage: Path
+    videos: Path
+    latents: Path
+
+    @property
+    def train(self):
+        """What every micro run on it is given."""
+        return (*MICRO, f"weights={self.base}", f"data.shards={self.latents}", "validation.every=1000")
+
+
+def alone():
+    """The environment of a verb: one thread, no launcher's variables."""
+    kept = {key: value for key, value in os.environ.items() if key not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}}
+    return {**kept, "OMP_NUM_THREADS": "1", "WANTRAIN_THREADS": "1", "WANDB_MODE": "disabled"}
+
+
+def run_verb(*args, cwd=None, check=True):
+    """`python VERB.py ARGUMENTS...` in a process of its own."""
+    command = [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
+    ended = subprocess.run(command, cwd=cwd, env=alone(), capture_output=True, text=True, timeout=300)
+    if check:
+        assert ended.returncode == 0, f"{args}\n{ended.stdout}\n{ended.stderr}"
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """The environment that verbs run in, for tests that start their own processes."""
+    return alone()
+
+
+@pytest.fixture(scope="session")
+def verb():
+    """verb("shard.py", "source=...", cwd=..., check=...): runs it in a process, as a user would."""
+    return run_verb
+
+
+def run_inside(cwd, name, *args, check=True):
+    """The same program inside this process, which saves five seconds of imports."""
+    spec = importlib.util.spec_from_file_location(f"verb_{name.removesuffix('.py')}", ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.dict(os.environ, {**alone(), "HYDRA_FULL_ERROR": "1"}),
+        mock.patch.object(sys, "argv", [str(ROOT / name), *map(str, args)]),
+    ):
+        spec.loader.exec_module(module)
+        try:
+            module.main()
+        except SystemExit as error:
+            code = error.code
+    if check:
+        assert code == 0, f"{name} {args}\n{out.getvalue()}\n{err.getvalue()}"
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def inside():
+    """inside(folder, "train.py", "steps=2"): for fixtures that live longer than a test; see `call`."""
+    return run_inside
+
+
+@pytest.fixture
+def call(tmp_path):
+    """call("train.py", "steps=2"): a verb inside this process, in tmp_path; `check=False` if it is meant to fail."""
+    return functools.partial(run_inside, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The small world, made by the real verbs: 8 clips and 2 images, 32 pixels and 9 frames a clip."""
+    folder = tmp_path_factory.mktemp("tiny")
+    world = Tiny(folder / "base", folder / "footage", folder / "videos", folder / "latents")
+    for part in ("text_encoder", "tokenizer", "vae"):
+        if (ASSETS / part).is_dir():
+            shutil.copytree(ASSETS / part, world.base / part)
+    if not (world.base / "vae").is_dir():
+        torch.manual_seed(0)
+        vae = WanVAE(base_dim=4)
+        write_part(world.base / "vae", vae.config(), vae.state_dict())
+    make_footage(world.footage, num_videos=8, num_images=2, size=32)
+    run_verb("shard.py", f"source={world.footage}", f"out={world.videos}", "num_frames=9")
+    weights = f"weights={world.base}"
+    run_verb("encode.py", f"shards={world.videos}", f"out={world.latents}", weights, "area=1024")
+    return world
+
+
+def scrambled(module, seed):
+    """The module with random values in every parameter, biases, norms and the head among them, and an answer of order 1.
+
+    Nothing then hides behind a zero or a one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            value = 1 + 0.3 * noise
+        elif parameter.ndim < 2 or "modulation" in name:
+            value = 0.2 * noise
+        else:
+            value = noise / parameter[0].numel() ** 0.5
+        parameter.data.copy_(value)
+    return module
+
+
+@pytest.fixture(scope="session")
+def pair(tiny, tmp_path_factory):
+    """A whole pipeline folder with two scrambled micro experts."""
+    size = {"num_attention_heads": 1, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 64, "num_layers": 2}
+    experts = {name: scrambled(WanTransformer(**size), seed) for seed, name in enumerate(("high_noise", "low_noise"))}
+    folder = tmp_path_factory.mktemp("pair") / "pipeline"
+    write_pipeline(folder, experts, base=tiny.base, boundary=0.875, shift=3.0)
+    return folder

@@ -1,8 +1,8 @@
 """The door: the only room besides the verbs that knows Hydra and OmegaConf.
 
 `app` turns a verb into a program (free text and paths are taken as typed; errors are one line), `build` makes the
-objects that the command line composed, `locate` finds files that ship with the project. A stored config is data: it
-is read with `read_stored` and never built from.
+objects that the command line composed, `locate` finds files that ship with the project. A stored config
+is data: read and compared (training/run.py), never built from.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ TEXT_KEYS = frozenset(
         "caption.default",
         "run",
         "tracker.project",
-        "sample.negative_prompt",
     )
 )
 PATH_KEYS = frozenset(
@@ -62,7 +61,7 @@ def quoted(argument: str) -> str:
         value = os.path.expanduser(value)  # noqa: PTH111 - Path would also drop a trailing slash as typed
     # Inside double quotes Hydra unescapes \" (and backslashes before a quote); OmegaConf then reads ${ as a reference.
     value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
-    value = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ("\\" if m[2] else "") + m[2], value)
+    value = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + ("\\" if m[2] else "") + m[2], value)
     return f'{prefix}{key}="{value}"'
 
 
@@ -96,10 +95,18 @@ def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
 def _readable(error: Exception, name: str) -> str:
     """A composition error as one sentence, with the nearest key that exists."""
     text = " ".join(str(error).split())
+    option = re.search(
+        r"Could not find '([\w/]+)/([^']+)' Available options in '[^']+': (.*?) Config search path", text
+    )
+    if option is not None:
+        choices = ", ".join(option[3].split())
+        return f"{option[1]}={option[2]} is not there; choose one of {choices}"
+    if bare := re.search(r"Error parsing override '([^'=]*)' missing EQUAL", text):
+        return f"{bare[1]} is not a setting; write key=value"
     match = re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", text)
     override = re.search(r"Could not override '([^']+)'", text)
     if match is None:
-        return text
+        return re.sub(r" See https://hydra\S* for details", "", text)
     wrong = override[1] if override else match[1]
     known = _all_keys(compose(name))
     nearest = difflib.get_close_matches(wrong, known, n=3, cutoff=0.5)
@@ -168,21 +175,27 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
 
     judge(lambda: plain(cfg))  # missing values (???) and broken references
     if "num_frames" in cfg:
-        judge(lambda: geometry.check_num_frames(cfg.num_frames))
-    judge(lambda: geometry.check_num_frames(cfg.model.num_frames, key="model.num_frames") if "model" in cfg else None)
+        judge(lambda: _check_num_frames(cfg, "num_frames"))
+    if "model" in cfg:
+        judge(lambda: _check_num_frames(cfg, "model.num_frames"))
     if cfg.get("height") is not None or cfg.get("width") is not None:
         judge(lambda: _check_picture(cfg))
     if "expert" in cfg:
         judge(lambda: _check_expert(cfg))
         judge(lambda: _check_batch(cfg, processes))
         judge(lambda: _check_length(cfg))
+    if "guidance" in cfg and not isinstance(cfg.guidance, DictConfig):
+        first = next(iter(cfg.model.experts))
+        problems.append(f"guidance={cfg.guidance} must be given per expert: guidance.{first}=...")
     for key, allowed in _CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in allowed:
             problems.append(f"{key}={value} is unknown; choose one of {', '.join(allowed)}")
-    for key in _POSITIVE:
+    for key in (*_WHOLE, *_POSITIVE):
         value = OmegaConf.select(cfg, key)
-        if value is not None and not value > 0:
+        if value is not None and not _is_number(value, whole=key in _WHOLE):
+            problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number")
+        elif value is not None and not value > 0:
             problems.append(f"{key}={value} must be above 0")
     if problems:
         many = f"{len(problems)} problems:\n  - " if len(problems) > 1 else ""
@@ -197,26 +210,44 @@ _CHOICES = {
     "caption.missing": ("error", "skip", "empty"),
     "clips": ("all", "first", "middle"),
 }
-_POSITIVE = (
-    "steps", "epochs", "batch_size", "accumulate", "clip", "count", "shard_mb", "fps", "area", "shift",
+_WHOLE = (
+    "steps", "batch_size", "accumulate", "count", "shard_mb", "area",
     "checkpoint.every", "checkpoint.keep", "validation.every", "validation.clips", "validation.points",
-    "adapter.rank", "adapter.alpha", "optimizer.lr", "sample.steps", "sample.count",
+    "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
+_POSITIVE = ("epochs", "clip", "fps", "shift", "adapter.alpha", "optimizer.lr")
+
+
+def _is_number(value: object, *, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+
+
+def _check_num_frames(cfg: DictConfig, key: str) -> None:
+    value = OmegaConf.select(cfg, key)
+    if not _is_number(value, whole=True):
+        raise ValueError(f"{key}={value} must be a whole number")
+    geometry.check_num_frames(value, key=key)
 
 
 def _check_picture(cfg: DictConfig) -> None:
     if cfg.height is None or cfg.width is None:
         raise ValueError("height and width go together; give both, or neither for the model's own size")
+    if not (_is_number(cfg.height, whole=True) and _is_number(cfg.width, whole=True)):
+        raise ValueError(f"height={cfg.height}, width={cfg.width} must be whole numbers of pixels")
     geometry.check_size(cfg.height, cfg.width, cfg.model.multiple, key="height, width")
 
 
 def _check_expert(cfg: DictConfig) -> None:
     name, known = cfg.expert.name, list(cfg.model.experts)
+    if cfg.weights is None and name != "vae":
+        raise ValueError("weights=null: VAE and text encoder must come from somewhere; give a pipeline folder")
+    if (name == "vae") != cfg.data.get("_target_", "").endswith("PixelData"):
+        raise ValueError(
+            f"expert={name} with the wrong data=: expert=vae and data=pixels go together (recipe=tiny_vae)"
+        )
     if name == "vae":
-        if "vae" not in cfg.model:
-            raise ValueError(
-                f"expert=vae: model={cfg.model.name} says nothing of a VAE to train (recipe=tiny_vae does)"
-            )
+        if cfg.weights is None and "vae" not in cfg.model:
+            raise ValueError("expert=vae needs weights= to start from, or model.vae as in recipe=tiny_vae_images")
     elif name not in known:
         raise ValueError(
             f"expert={name}: model={cfg.model.name} has {', '.join(known)}; "
@@ -225,6 +256,8 @@ def _check_expert(cfg: DictConfig) -> None:
 
 
 def _check_batch(cfg: DictConfig, processes: int) -> None:
+    if not (_is_number(cfg.accumulate, whole=True) and _is_number(cfg.batch_size, whole=True)):
+        return  # said with the other numbers
     parts = cfg.accumulate * processes
     if cfg.accumulate >= 1 and cfg.batch_size % parts:
         below = max(1, cfg.batch_size // parts) * parts

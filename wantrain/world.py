@@ -39,6 +39,12 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def single_process(verb: str) -> None:
+    """Raise ValueError if a launcher started several processes of a verb that works as one."""
+    if world_size() > 1:
+        raise ValueError(f"{verb} runs as one process, but {world_size()} were started; use python {verb}")
+
+
 def set_threads() -> None:
     """Give each process its share of the cores.
 
@@ -87,10 +93,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def claim_folder(folder: Path, *, mark: str, key: str) -> None:
-    """Make `folder` ours to write into, or refuse: it must be absent, empty, or hold the file `mark`."""
+    """Make `folder` ours to write into, or refuse: it must be absent, empty, or hold the file `mark`.
+
+    Hidden files do not count: they are our own locks and half-written files, which a kill may leave.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{key}={folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).exists():
+    holds = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if holds and not (folder / mark).exists():
         raise ValueError(f"{key}={folder} holds something else (no {mark} in it); give a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -78,7 +78,7 @@ class ShardWriter:
     def write(self, key: str, members: Mapping[str, bytes]) -> dict[str, tuple[int, int, int]]:
         """Add one sample: its members by extension."""
         if self.tar is None:
-            # The plain ustar-like format with fixed times and owners: equal samples give equal bytes.
+            # TarInfo leaves time and owner at zero: equal samples give equal bytes.
             self.tar = tarfile.open(self._beside, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         places = {}
         for extension, content in members.items():

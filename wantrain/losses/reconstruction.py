@@ -15,14 +15,15 @@ from wantrain.losses.record import Loss, Model
 
 
 class Reconstruction:
-    """L1 plus L2 on pixels and on their differences in space and time, and a KL term on the posterior.
+    """Squared and absolute error of pixels and of their differences in space and time, and a KL term.
 
-    kl     weight of the KL divergence per latent element; small, so that latents stay informative
-    edges  weight of the L1 error of neighbouring differences, which blur would lose
+    absolute  weight of the absolute error beside the squared one; more of it alone learns grey before colour
+    edges     weight of the absolute error of neighbouring differences, which blur would lose
+    kl        weight of the KL divergence per latent element; small, so that latents stay informative
     """
 
-    def __init__(self, *, kl: float = 1e-4, edges: float = 0.5) -> None:
-        self.kl, self.edges = kl, edges
+    def __init__(self, *, absolute: float = 0.1, edges: float = 0.1, kl: float = 1e-4) -> None:
+        self.absolute, self.edges, self.kl = absolute, edges, kl
 
     def __call__(self, model: Model, batch: Batch, generators: Sequence[torch.Generator]) -> Loss:
         """Loss of one batch of pixels; sample i draws its latent from generators[i]."""
@@ -34,7 +35,7 @@ class Reconstruction:
         rebuilt, mean, logvar = model(pixels, noise)
         error = rebuilt - pixels
         squared = error.square().mean(dim=(1, 2, 3, 4))
-        pixel = error.abs().mean() + squared.mean()
+        pixel = squared.mean() + self.absolute * error.abs().mean()
         edge = sum((_difference(error, dim).abs().mean() for dim in (2, 3, 4)), start=pixels.new_zeros(()))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         psnr = -10 * torch.log10(squared.detach() / 4).mean()  # pixels span [-1, 1]: the peak is 2

@@ -116,12 +116,23 @@ def merge_file(path: str | Path, module: nn.Module, *, scale: float = 1.0, exper
             f"{path}: {len(strange)} keys do not fit this model (first: {example}); expected "
             f"{PREFIX}blocks.N.self_attn.q.lora_A.weight and so on, as export.py and ComfyUI write them"
         )
+    for name in sorted(pairs):  # all of them before the first is merged
+        _check_pair(path, name, tensors, parameters[f"{name.removeprefix(PREFIX)}.weight"])
     for name in sorted(pairs):
         down, up = tensors[f"{name}.lora_A.weight"].float(), tensors[f"{name}.lora_B.weight"].float()
         alpha = tensors.get(f"{name}.alpha", torch.tensor(float(down.shape[0]))).item()
         weight = parameters[f"{name.removeprefix(PREFIX)}.weight"]
-        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
-            raise ValueError(f"{path}: {name} is {up.shape[0]}x{down.shape[1]}, the model's {tuple(weight.shape)}")
         change = (up @ down) * (scale * alpha / down.shape[0])
         weight.data = (weight.data.float() + change.to(weight.device)).to(weight.dtype)
     return len(pairs)
+
+
+def _check_pair(path: str | Path, name: str, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
+    """Raise ValueError unless a layer's two matrices are there and multiply to the shape of its weight."""
+    down, up = tensors[f"{name}.lora_A.weight"], tensors.get(f"{name}.lora_B.weight")
+    if up is None:
+        raise ValueError(f"{path}: {name} has lora_A but no lora_B; the file is not whole")
+    if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+        raise ValueError(
+            f"{path}: {name} is {tuple(up.shape)} x {tuple(down.shape)}, the model's layer {tuple(weight.shape)}"
+        )

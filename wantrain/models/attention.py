@@ -1,7 +1,8 @@
 """attend(): softmax attention behind one function, so that a backend is chosen in one place.
 
-No mask exists here on purpose: Wan attends to all tokens and to all 512 text rows, and even an all-True mask would
-cost a GPU its fast kernel. Keys may be weighted: n equal keys count as one whose logit is raised by ln n.
+Nothing is ever masked: Wan attends to all tokens and to all 512 text rows. Self-attention, where nearly all the work
+is, therefore takes the fastest kernel. Keys of the text may be weighted: n equal ones count as one whose logit is
+raised by ln n.
 """
 
 from __future__ import annotations

@@ -71,8 +71,7 @@ def generate(
     `sigmas` descends to 0 and sets the steps; models see integer timesteps floor(1000*sigma), as published samplers
     do. `on_step(i, expert name)` is told about every step. ValueError for an unknown solver or absent guidance.
     """
-    names = set(experts.models)
-    if absent := sorted(names - set(guidance)):
+    if absent := sorted(name for name in experts.models if guidance.get(name) is None):
         raise ValueError(f"guidance lacks a scale for {', '.join(absent)}")
     stepper = solver_named(solver, sigmas)
     x = latents.float()

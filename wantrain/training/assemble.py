@@ -27,7 +27,7 @@ def build_trainee(
     model: Mapping[str, Any],
     expert: Mapping[str, Any],
     adapter: Mapping[str, Any],
-    base: Path,
+    base: Path | None,
     seed: int,
     gradient_checkpointing: bool,
 ) -> Trainee:
@@ -35,10 +35,13 @@ def build_trainee(
 
     Says which of the two it was. ValueError where there is nothing to start from, or an adapter has no base.
     """
-    present = (base / expert["part"] / "config.json").is_file() and expert["name"] != "vae"
-    if present:
+    if base is not None and (base / expert["part"] / "config.json").is_file():
         pipeline.check_boundary(base, model["boundary"])
-        module: nn.Module = load_transformer(base, part=expert["part"])
+        module: nn.Module = (
+            load_vae(base).requires_grad_(True)
+            if expert["name"] == "vae"
+            else load_transformer(base, part=expert["part"])
+        )
         world.say(f"{expert['name']} starts from {base / expert['part']}")
     elif adapter["name"] != "none":
         raise ValueError(
@@ -54,7 +57,7 @@ def build_trainee(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(world.seed_at(seed, "weights", expert["name"]))
             module = make()
-        world.say(f"{expert['name']} starts from random values ({base} holds no {expert['part']}/ to start from)")
+        world.say(f"{expert['name']} starts from random values (weights={base} holds no {expert['part']}/)")
     if isinstance(module, WanVAE):
         module = Autoencoder(module)
     else:
@@ -84,14 +87,14 @@ def build_hooks(
     run: Run,
     *,
     model: Mapping[str, Any],
-    base: Path,
+    base: Path | None,
     folder: Path,
     validation: Mapping[str, Any],
     sample: Mapping[str, Any],
 ) -> list[Hook]:
     """What is asked after every step of a run: validation, and previews (into `folder`) if they are wanted."""
     hooks: list[Hook] = [build_validator(run, **validation)]
-    if sample["every"] and isinstance(run.loss, FlowMatching):
+    if sample["every"] and base is not None and isinstance(run.loss, FlowMatching):
         prompts = read_prompts(sample["prompts"]) if sample["prompts"] else run.data.captions()
         settings = Settings(
             guidance=model["guidance"],

@@ -65,7 +65,7 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest checkpoint whose files are what was written; a damaged one is passed over, and said."""
         for path in reversed(self.complete()):
-            damaged = [name for name, digest in read_state(path)["files"].items() if not _intact(path / name, digest)]
+            damaged = damaged_files(path)
             if not damaged:
                 return path
             world.say(f"warning: {path} is damaged ({', '.join(damaged)}); trying the one before it")
@@ -77,6 +77,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     assert isinstance(state, dict)
     return state
+
+
+def damaged_files(checkpoint: Path) -> list[str]:
+    """The files of a checkpoint that are not what was written."""
+    try:
+        files = read_state(checkpoint)["files"]
+    except (ValueError, KeyError):
+        return [STATE]
+    return [name for name, digest in files.items() if not _intact(checkpoint / name, digest)]
 
 
 def file_hash(path: Path) -> str:

@@ -106,6 +106,7 @@ def build_sampler(
     dtype: torch.dtype = torch.float32,
 ) -> Sampler:
     """A Sampler over given experts, with VAE (always float32) and text encoder from the base folder."""
+    # The text encoder stays on the host: it runs once per prompt, and its memory is the transformers'.
     vae, text = load_vae(base, device=device), load_text_encoder(base, dtype=dtype)
     return Sampler(
         Experts(models, boundary),

@@ -152,13 +152,13 @@ class Run:
 def fit(run: Run, start: int) -> int | None:
     """Train from step `start` to `run.steps`. Returns the signal that ended it early, if one did."""
     stepper, metrics = run.stepper, run.metrics
-    step = start
+    step, stopped = start, None
     if step == 0:
         run.ask_hooks(step)
     run.trainee.module.train()
     batches = run.batches(start)
     with Signals() as signals:
-        while step < run.steps and signals.received is None:
+        while step < run.steps and stopped is None:
             losses, parts = [], []
             for micro_step in range(stepper.accumulate):
                 batch = next(batches).to(stepper.device)
@@ -178,9 +178,10 @@ def fit(run: Run, start: int) -> int | None:
             told = {name: stepper.mean(torch.stack([part[name] for part in parts]).mean()) for name in parts[0]}
             metrics.add(step, {"loss": loss, "samples": samples, "lr_scale": learning_rate, "grad_norm": norm, **told})
             run.ask_hooks(step)
-            done = step == run.steps or signals.received is not None
-            if done or step % run.checkpoint_every == 0:
-                run.save(step)
+            stopped = signals.received  # read once, so that no step ends the run without its checkpoint
+            done = step == run.steps or stopped is not None
             if done or step % LOG_EVERY == 0:
                 metrics.flush()
-    return signals.received
+            if done or step % run.checkpoint_every == 0:
+                run.save(step)
+    return stopped

@@ -6,6 +6,7 @@ Values may live on the device until the line is flushed, so that a GPU is not st
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -117,6 +118,13 @@ class Metrics:
             return
         rows = [{key: _plain(value) for key, value in row.items()} for row in self.pending]
         self.pending = []
+        for row in rows:
+            # Told at the flush, which comes before every save: such weights never become a checkpoint.
+            if not math.isfinite(row.get("loss", 0.0)):
+                raise ValueError(
+                    f"the loss is {row['loss']} at step {row['step']} (gradient norm {row['grad_norm']:.3g}); none of "
+                    "it is saved and the last checkpoint is good. Lower optimizer.lr or clip, or look at the data"
+                )
         if not world.is_main():
             return
         with self.path.open("a", encoding="utf-8") as file:

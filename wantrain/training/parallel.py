@@ -24,6 +24,9 @@ def start_accelerator() -> Accelerator:
     Several CPU processes need their process group made first, or each would believe to be alone. ValueError if the
     engine ends up with another number of processes than were started, or with one that is not supported yet.
     """
+    for engine in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise ValueError(f"the engine {engine} is not supported yet; use one process or DDP (launch/README.md)")
     world.set_threads()
     launched = "LOCAL_RANK" in os.environ and world.world_size() > 1
     if launched and not torch.cuda.is_available():

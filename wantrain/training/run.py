@@ -21,7 +21,8 @@ from wantrain.training.trainee import ADAPTER
 CONFIG = "config.yaml"
 
 #: Settings that may change between two starts of one run: they do not change what has been computed so far.
-FREE = ("steps", "epochs", "runs", "tracker", "checkpoint", "validation", "sample", "dry_run", "recipe")
+#: The shards may have moved: a checkpoint holds their manifest's hash.
+FREE = ("steps", "epochs", "runs", "tracker", "checkpoint", "validation", "sample", "dry_run", "data.shards")
 
 
 @dataclass
@@ -89,7 +90,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old -> new` of every setting that differs and may not."""
     before, after = _flat(old), _flat(new)
-    keys = sorted(key for key in before.keys() | after.keys() if key.split(".")[0] not in FREE)
+    keys = sorted(key for key in before.keys() | after.keys() if key not in FREE and key.split(".")[0] not in FREE)
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 

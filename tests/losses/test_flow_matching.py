@@ -1,0 +1,136 @@
+"""The velocity loss: what a perfect and a naive model score, where the noise levels fall, what the mask leaves out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wantrain import flow, world
+from wantrain.batch import Batch
+from wantrain.losses import FlowMatching
+from wantrain.losses.flow_matching import draw_noise, velocity_error
+
+HIGH = {"shift": 3.0, "low": 0.875, "high": 1.0}
+LOW = {"shift": 3.0, "low": 0.0, "high": 0.875}
+
+
+def batch(size=4, frames=3, **more):
+    latents = torch.randn(size, 2, frames, 4, 6, generator=torch.Generator().manual_seed(1))
+    names = tuple(f"clip {i}" for i in range(size))
+    return Batch(latents, torch.ones(size, 5, 3), names, tuple(range(size)), **more)
+
+
+def generators(positions):
+    return [world.generator(0, "noise", position) for position in positions]
+
+
+def perfect(of):
+    """The model that knows the clean latents: (x_sigma - x0) / sigma is the velocity."""
+
+    def model(noisy, timestep, text, condition):
+        assert timestep.dtype == torch.float32
+        return (noisy - of.latents_BCTHW) / (timestep / 1000)[:, None, None, None, None]
+
+    return model
+
+
+def nothing(noisy, timestep, text, condition):
+    return torch.zeros_like(noisy)
+
+
+@pytest.mark.parametrize("window", [HIGH, LOW])
+@pytest.mark.parametrize("density", ["uniform", "logit_normal"])
+def test_a_perfect_model_has_no_loss_and_a_silent_one_the_velocitys_power(window, density):
+    data, loss = batch(), FlowMatching(density=density, **window)
+    assert loss(perfect(data), data, generators(range(4))).value < 1e-6  # dividing by a small sigma rounds
+    record = loss(nothing, data, generators(range(4)))
+    streams = generators(range(4))
+    for stream in streams:  # the sigma is drawn first, then the noise
+        loss.draw(stream)
+    target = flow.velocity(data.latents_BCTHW, draw_noise(data.latents_BCTHW, streams))
+    assert torch.allclose(record.per_sample, target.square().mean(dim=(1, 2, 3, 4)))
+    assert torch.allclose(record.value, record.per_sample.mean())
+
+
+@pytest.mark.parametrize("window", [HIGH, LOW])
+def test_noise_levels_stay_in_the_experts_window_and_fill_it(window):
+    data, loss = batch(), FlowMatching(**window)
+    sigmas = torch.cat([loss(nothing, data, generators(range(4 * i, 4 * i + 4))).sigma for i in range(250)])
+    assert flow.NoiseWindow(window["low"], window["high"]).contains(sigmas).all()
+    assert len(sigmas.unique()) > 990, "no atom at an edge"
+    p = (torch.arange(1000) + 0.5) / 1000
+    law = flow.sigma_quantiles(p, density="uniform", shift=3.0, window=flow.NoiseWindow(window["low"], window["high"]))
+    assert (sigmas.sort().values - law).abs().max() < 0.06 * (window["high"] - window["low"]) + 1e-3
+
+
+def test_what_a_sample_meets_does_not_depend_on_its_company():
+    data, loss, seen = batch(), FlowMatching(**LOW), []
+
+    def spy(noisy, timestep, text, condition):
+        seen.append((noisy, timestep))
+        return torch.zeros_like(noisy)
+
+    loss(spy, data, generators([7, 8, 9, 10]))
+    for i, position in enumerate((7, 8, 9, 10)):
+        alone = replace(data, latents_BCTHW=data.latents_BCTHW[i : i + 1], text_BLD=data.text_BLD[:1], ids=("x",))
+        loss(spy, alone, generators([position]))
+        noisy, timestep = seen[-1]
+        assert torch.equal(noisy, seen[0][0][i : i + 1]) and torch.equal(timestep, seen[0][1][i : i + 1])
+    assert len({sigma for _, timestep in seen[1:] for sigma in timestep.tolist()}) == 4
+
+
+def test_the_mask_leaves_frames_out_and_the_rest_counts_in_full():
+    plain = batch()
+    mask = torch.ones(4, 3)
+    mask[:, 0] = 0
+    masked, sigma = replace(plain, mask_BT=mask), torch.full((4,), 0.5)
+    noise = draw_noise(plain.latents_BCTHW, generators(range(4)))
+
+    def wrong_in_frame_0(noisy, timestep, text, condition):
+        answer = flow.velocity(plain.latents_BCTHW, noise).clone()
+        answer[:, :, 0] += 100
+        return answer
+
+    assert velocity_error(wrong_in_frame_0, masked, sigma, noise).max() == 0
+    assert velocity_error(wrong_in_frame_0, plain, sigma, noise).min() > 3000
+    counted = velocity_error(nothing, masked, sigma, noise)
+    target = flow.velocity(plain.latents_BCTHW, noise)[:, :, 1:]
+    assert torch.allclose(counted, target.square().mean(dim=(1, 2, 3, 4)))
+
+
+def test_condition_and_text_reach_the_model():
+    given = {}
+
+    def spy(noisy, timestep, text, condition):
+        given.update(text=text, condition=condition)
+        return noisy
+
+    data = batch(condition_BCTHW=torch.full((4, 1, 3, 4, 6), 3.0))
+    FlowMatching()(spy, data, generators(range(4)))
+    assert given["condition"] is data.condition_BCTHW and given["text"] is data.text_BLD
+
+
+def test_weights_multiply_each_samples_error_but_not_what_is_logged():
+    data = batch()
+    plain = FlowMatching(**LOW)(nothing, data, generators(range(4)))
+    weighted = FlowMatching(weighting="sigma_sqrt", **LOW)(nothing, data, generators(range(4)))
+    assert torch.equal(plain.per_sample, weighted.per_sample)
+    assert torch.allclose(weighted.value, (plain.per_sample / plain.sigma**2).mean())
+
+
+@pytest.mark.parametrize(
+    "bad", [{"density": "normal"}, {"shift": 0.0}, {"low": 0.9, "high": 0.5}, {"weighting": "min_snr"}]
+)
+def test_bad_settings_are_refused_when_it_is_made(bad):
+    with pytest.raises(ValueError, match="unknown|must"):
+        FlowMatching(**bad)
+
+
+def test_the_fixed_levels_of_validation_are_the_laws_own_midpoints():
+    levels = FlowMatching(density="logit_normal", **HIGH).quadrature(8)
+    window = flow.NoiseWindow(0.875, 1.0)
+    draws = flow.draw_sigma(
+        200_000, density="logit_normal", shift=3.0, window=window, generator=torch.Generator().manual_seed(0)
+    )
+    shares = torch.stack([(draws < level).double().mean() for level in levels])
+    assert torch.allclose(shares, (torch.arange(8).double() + 0.5) / 8, atol=0.005)

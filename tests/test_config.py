@@ -1,0 +1,152 @@
+"""The door: free text and paths are taken as typed, from a real shell too; problems are told all at once."""
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from wantrain import config
+from wantrain.config import compose, quoted
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = [
+    "a cat, a dog, and (perhaps) a bird",
+    "一只猫，在草地上奔跑。",
+    "don't (stop) = 5!",
+    "a rocket 🚀 and a 👩‍👩‍👧 family",
+    'she said "go", then \\"left\\"',
+    "back\\slash\\",
+    "ends in two \\\\",
+    "${model.name} and $HOME and \\${x}",
+    "{a: 1} [b, c] 'd' `e` ;f|g& #h %i ?j *k ~l ^m @n",
+    "  blanks around  ",
+    "tab\tand\nnew line",
+    "back\\slash, then the end of a line\\\n",
+    "null",
+    "3.14",
+    "true",
+    "",
+    '"',
+    "'",
+    "key=value=more",
+]
+
+
+def parsed(argument):
+    """What a verb gets for one argument, through Hydra's parser and OmegaConf's references."""
+    (override,) = OverridesParser.create().parse_overrides([quoted(argument)])
+    return OmegaConf.create({"value": override.value()}).value
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_typed(text):
+    assert compose("sample", [f"prompt={text}"]).prompt == text
+
+
+def test_any_text_is_taken_as_typed():
+    dice = random.Random(0)
+    letters = "ab ,.=:;!?~'\"\\${}[]()<>#%&*+-/|@^`\t\n一猫，。é🎬"
+    for _ in range(1500):
+        text = "".join(dice.choice(letters) for _ in range(dice.randrange(25)))
+        assert parsed(f"prompt={text}") == text
+        assert parsed(f"caption.prefix={text}") == text
+
+
+def test_any_path_is_taken_as_typed_and_home_is_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere/at home")
+    dice = random.Random(1)
+    for _ in range(500):
+        text = "x" + "".join(dice.choice("ab ,.=:;!?~'\"\\${}[]()#一🎬/") for _ in range(dice.randrange(20)))
+        assert parsed(f"source={text}") == text
+    assert parsed("source=~/my clips (2)") == "/somewhere/at home/my clips (2)"
+    assert parsed("lora.low_noise=~/a,b.safetensors") == "/somewhere/at home/a,b.safetensors"
+    assert parsed("out=a~b/~c/") == "a~b/~c/"
+    assert parsed("weights=null") is None and parsed("weights=") is None
+
+
+def test_what_is_no_text_is_left_to_hydra():
+    for argument in ("steps=5", "model=tiny", "guidance={high_noise: 1}", "--cfg", "~tracker", "aspects=[1.0,2.0]"):
+        assert quoted(argument) == argument
+    assert compose("sample", ["steps=5", "guidance.low_noise=2"]).guidance.low_noise == 2
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_the_way_into_a_stored_config(text, tmp_path):
+    """A run's config.yaml is compared with the command line's at the next start."""
+    values = config.plain(compose("train", [f"run={text}"]))
+    assert yaml.safe_load(yaml.safe_dump(values, sort_keys=False, allow_unicode=True)) == values
+
+
+def test_a_real_shell_hands_on_prompts_as_typed(environment, tmp_path):
+    """`--cfg job` prints what the verb would have run with."""
+    prompt, negative = "don't (stop) = 5!, 一只猫，在草地上奔跑。 🚀 \"${x}\" \\", "blurry, dark; $HOME"
+    words = [sys.executable, ROOT / "sample.py", f"prompt={prompt}", f"negative_prompt={negative}", "out=~/my clips (2)"]
+    line = " ".join(shlex.quote(str(word)) for word in [*words, "--cfg", "job"])
+    ended = subprocess.run(
+        ["bash", "-c", line], env={**environment, "HOME": "/at home"}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    cfg = OmegaConf.create(ended.stdout)
+    assert (cfg.prompt, cfg.negative_prompt, cfg.out) == (prompt, negative, "/at home/my clips (2)")
+
+
+def test_a_real_shell_hands_on_paths_and_captions_as_typed(tiny, environment, tmp_path):
+    """source=~/my clips (2), as bash leaves it: the verb itself finds the home folder."""
+    clips = tmp_path / "my clips (2)"
+    clips.mkdir()
+    for name in ("clip-0000.mp4", "clip-0000.txt"):
+        (clips / name).write_bytes((tiny.footage / name).read_bytes())
+    line = (
+        f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'shard.py'))} source=~/my\\ clips\\ \\(2\\) "
+        "'out=shards, 一号 = 5!' caption.prefix=\"don't (stop), 🚀\""
+    )
+    ended = subprocess.run(
+        ["bash", "-c", line], env={**environment, "HOME": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    out = tmp_path / "shards, 一号 = 5!"
+    assert json.loads((out / "manifest.json").read_text())["files_used"] == 1
+    (tar,) = out.glob("*.tar")
+    caption = (clips / "clip-0000.txt").read_text().strip()
+    assert f"don't (stop), 🚀{caption}" in tar.read_bytes().decode("utf-8", "replace")
+
+
+def test_check_collects_every_problem_and_raises_once():
+    bad = ["steps=10", "epochs=2", "batch_size=6", "accumulate=4", "precision=fp8", "model.num_frames=10", "clip=0"]
+    with pytest.raises(ValueError) as caught:
+        config.check(compose("train", bad))
+    first, *rest = str(caught.value).splitlines()
+    assert first == "5 problems:"
+    for told in ("steps=10 and epochs=2", "batch_size=6", "precision=fp8", "model.num_frames=10", "clip=0 must be above 0"):
+        assert sum(told in line for line in rest) == 1
+    config.check(compose("train", ["steps=10", "batch_size=8", "accumulate=4"]))
+
+
+def test_the_batch_divides_over_processes_too():
+    cfg = compose("train", ["batch_size=8", "accumulate=2"])
+    config.check(cfg, processes=4)
+    with pytest.raises(ValueError, match="2 x 3; the nearest are 6 and 12"):
+        config.check(cfg, processes=3)
+
+
+def test_a_file_that_ships_with_the_project_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.locate("assets/tiny") == ROOT / "assets/tiny"
+    (tmp_path / "assets/tiny").mkdir(parents=True)
+    assert config.locate("assets/tiny") == Path("assets/tiny"), "one's own comes first"
+    assert config.locate("nowhere") == Path("nowhere")
+
+
+def test_a_constructors_own_words_reach_the_user():
+    cfg = compose("train", ["schedule.shape=linear"])
+    assert isinstance(cfg.schedule, DictConfig)
+    with pytest.raises(ValueError) as caught:
+        config.build(cfg.schedule)
+    assert str(caught.value) == "schedule.shape='linear' is unknown; choose cosine or constant"

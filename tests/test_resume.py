@@ -1,0 +1,335 @@
+"""A run that is killed, stopped, damaged, split or extended is the run that was never disturbed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from wantrain.models import load_transformer
+from wantrain.models.weights import read_file, read_tensors
+from wantrain.training.checkpoint import Checkpoints
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+STEPS, EVERY = 60, 2
+
+
+def rows(run):
+    """The objects of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    """Loss and gradient norm of each step; the steps must be 1, 2, 3, ... without a gap or a repeat."""
+    log = rows(run)
+    assert [row["step"] for row in log] == list(range(1, len(log) + 1))
+    return [(row["loss"], row["grad_norm"]) for row in log]
+
+
+def near(run, other):
+    """The largest relative difference between the losses of two runs of equal length."""
+    pairs = list(zip(losses(run), losses(other), strict=True))
+    return max(abs(mine[0] - theirs[0]) / theirs[0] for mine, theirs in pairs)
+
+
+def saved(run):
+    """The steps of the complete checkpoints."""
+    return [int(path.name.removeprefix("step_")) for path in Checkpoints(run / "checkpoints", keep=1).complete()]
+
+
+def rewind(run, step):
+    """As if the run had been killed right after the checkpoint of `step`, which must be there."""
+    for newer in [other for other in saved(run) if other > step]:
+        shutil.rmtree(run / "checkpoints" / f"step_{newer:06d}")
+    assert saved(run)[-1] == step
+
+
+def equal_weights(run, other, part="transformer_2"):
+    """True if the newest checkpoints of two runs hold the same bits."""
+    mine, theirs = (
+        read_tensors(folder / "checkpoints" / f"step_{saved(folder)[-1]:06d}" / part) for folder in (run, other)
+    )
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny):
+    """The command of this file's long run."""
+    return (*tiny.train, "run=r", "batch_size=2", f"steps={STEPS}", f"checkpoint.every={EVERY}")
+
+
+@pytest.fixture(scope="module")
+def unbroken(arguments, verb, tmp_path_factory):
+    """The run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    verb("train.py", *arguments, cwd=folder)
+    assert len(losses(folder / "runs" / "r")) == STEPS
+    return folder / "runs" / "r"
+
+
+class Training:
+    """A real `python train.py` in a process of its own, to be killed or signalled."""
+
+    def __init__(self, arguments, cwd, environment):
+        self.run, self.log = cwd / "runs" / "r", cwd / f"log_{time.time_ns()}"
+        command = [sys.executable, str(TRAIN), *arguments]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def wait_for(self, condition):
+        """Until condition() is true, looked at every 0.2 ms; the process must be running still."""
+        give_up = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, f"it ended before it could be disturbed:\n{self.log.read_text()}"
+            assert time.monotonic() < give_up, self.log.read_text()
+            time.sleep(0.0002)
+
+    def wait_for_step(self, step):
+        self.wait_for(lambda: any(other >= step for other in saved(self.run)))
+
+    def saving(self):
+        """The folder of a checkpoint that is being written now."""
+        return next((self.run / "checkpoints").glob(".step_*.tmp"), None)
+
+    def kill(self):
+        self.process.kill()
+        assert self.process.wait() == -signal.SIGKILL, self.log.read_text()
+
+    def kill_inside_a_save(self):
+        """Hold the process as soon as it has begun a checkpoint; kill it if it has not finished that by then."""
+        while True:
+            self.wait_for(self.saving)
+            self.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.05)  # the signal must have arrived before the folder is looked at again
+            if self.saving():
+                break
+            self.process.send_signal(signal.SIGCONT)
+        self.kill()
+        assert self.saving(), "the kill must have left a half-written checkpoint"
+
+    def end(self):
+        """Let it end by itself; returns what it said."""
+        assert self.process.wait(timeout=200) == 0, self.log.read_text()
+        return self.log.read_text()
+
+
+def test_killed_at_five_moments_the_run_is_bit_equal_to_the_unbroken_one(arguments, unbroken, environment, tmp_path):
+    moments, run = random.Random(2), tmp_path / "runs" / "r"
+    reached, training = 0, None
+    try:
+        for kill in range(5):
+            training = Training(arguments, tmp_path, environment)
+            if kill == 0:  # before the first checkpoint
+                training.wait_for((run / "config.yaml").is_file)
+                time.sleep(moments.uniform(0, 0.1))
+                training.kill()
+            else:
+                training.wait_for_step(reached + moments.randint(2, 8))
+                if kill == 2:
+                    training.kill_inside_a_save()
+                else:
+                    time.sleep(moments.uniform(0, 0.1))
+                    training.kill()
+            assert f"step {reached} of {STEPS}" in training.log.read_text() or kill == 0
+            found = Checkpoints(run / "checkpoints", keep=2)
+            if found.complete():  # whatever carries a final name is whole, and loads
+                assert found.newest() == found.complete()[-1]
+                load_transformer(found.newest(), part="transformer_2")
+                reached = saved(run)[-1]
+            assert not kill or reached > 0
+        last = Training(arguments, tmp_path, environment)
+        training = last
+        assert f"step {reached} of {STEPS}" in last.end()
+    finally:
+        if training is not None and training.process.poll() is None:
+            training.process.kill()
+            training.process.wait()
+    assert losses(run) == losses(unbroken)
+    assert equal_weights(run, unbroken)
+    assert saved(run) == saved(unbroken) and not list((run / "checkpoints").glob(".*"))
+
+
+def test_sigterm_saves_and_the_same_command_continues(arguments, unbroken, environment, call, tmp_path):
+    training = Training(arguments, tmp_path, environment)
+    try:
+        training.wait_for_step(10)
+        training.process.terminate()
+        assert training.process.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        training.process.kill()
+        training.process.wait()
+    assert "the same command continues" in training.log.read_text()
+    stopped = rows(training.run)[-1]["step"]
+    assert 10 <= stopped < STEPS and saved(training.run)[-1] == stopped
+    said = call("train.py", *arguments).stdout
+    assert f"step {stopped} of {STEPS}" in said
+    assert losses(training.run) == losses(unbroken) and equal_weights(training.run, unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_other_signals_stop_it_in_the_same_way_and_their_handlers_come_back(
+    number, arguments, unbroken, call, tmp_path
+):
+    run, before = tmp_path / "runs" / "r", signal.getsignal(number)
+
+    def send():
+        give_up = time.monotonic() + 60
+        while not saved(run) and time.monotonic() < give_up:
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    ended = call("train.py", *arguments, check=False)
+    sender.join()
+    assert ended.returncode == 128 + number and "the same command continues" in ended.stdout
+    assert signal.getsignal(number) == before
+    done = losses(run)
+    assert 0 < len(done) < STEPS and saved(run)[-1] == len(done) and done == losses(unbroken)[: len(done)]
+
+
+def test_a_finished_run_says_so_and_larger_steps_extend_it(tiny, call, tmp_path):
+    constant = (*tiny.train, "batch_size=2", "schedule=constant", "schedule.warmup=0")
+    call("train.py", *constant, "run=long", "steps=10")
+    call("train.py", *constant, "run=short", "steps=6")
+    before = (tmp_path / "runs" / "short" / "metrics.jsonl").read_bytes()
+    again = call("train.py", *constant, "run=short", "steps=6")
+    assert again.returncode == 0 and "finished (6 steps); a larger steps= continues it" in again.stdout
+    assert (tmp_path / "runs" / "short" / "metrics.jsonl").read_bytes() == before
+    assert "step 6 of 10" in call("train.py", *constant, "run=short", "steps=10").stdout
+    assert losses(tmp_path / "runs" / "short") == losses(tmp_path / "runs" / "long")
+    assert equal_weights(tmp_path / "runs" / "short", tmp_path / "runs" / "long")
+
+
+@pytest.mark.parametrize("more", [(), ("accumulate=2", "gradient_checkpointing=true"), ("precision=bf16",)])
+def test_a_lora_run_resumes_bit_equal(more, tiny, pair, call, tmp_path):
+    run = tmp_path / "runs" / "r"
+    command = (
+        "train.py", *tiny.train, *more, f"weights={pair}", "adapter=lora", "adapter.rank=4", "run=r", "batch_size=2",
+        "steps=8", "checkpoint.every=3", "checkpoint.keep=9", "optimizer.lr=1e-2",
+    )  # fmt: skip
+    call(*command)
+    first, weights = losses(run), read_file(run / "checkpoints" / "step_000008" / "adapter.safetensors")
+    assert sorted(path.name for path in (run / "checkpoints" / "step_000008").iterdir()) == [
+        "adapter.safetensors", "optimizer.safetensors", "state.json",
+    ]  # fmt: skip
+    rewind(run, 3)
+    assert "step 3 of 8" in call(*command).stdout
+    again = read_file(run / "checkpoints" / "step_000008" / "adapter.safetensors")
+    assert losses(run) == first
+    assert again[1] == weights[1] and all(torch.equal(again[0][key], weights[0][key]) for key in weights[0])
+
+
+def test_accumulation_is_only_another_way_to_split_a_batch(tiny, call, tmp_path):
+    for name, accumulate in (("whole", 1), ("halves", 2), ("eighths", 8)):
+        call("train.py", *tiny.train, f"run={name}", "batch_size=8", f"accumulate={accumulate}", "steps=6")
+    whole, halves, eighths = (tmp_path / "runs" / name for name in ("whole", "halves", "eighths"))
+    assert near(halves, whole) < 1e-5 and near(eighths, whole) < 1e-5
+    norms = [[row["grad_norm"] for row in rows(run)] for run in (whole, eighths)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_recomputing_blocks_changes_nothing(tiny, call, tmp_path):
+    for name, recompute in (("kept", "false"), ("recomputed", "true")):
+        call("train.py", *tiny.train, f"run={name}", "batch_size=2", f"gradient_checkpointing={recompute}", "steps=4")
+    assert losses(tmp_path / "runs" / "recomputed") == losses(tmp_path / "runs" / "kept")
+
+
+def test_watching_a_run_does_not_change_it(tiny, call, tmp_path):
+    command = ("train.py", *tiny.train, "batch_size=2", "steps=4", "data.holdout=0.2")
+    watched = ("validation.every=1", "validation.clips=2", "validation.points=2")
+    call(*command, "run=alone")
+    call(*command, "run=watched", *watched, "sample.every=3", "sample.count=1", "sample.steps=1", "model.num_frames=9")
+    alone, seen = (tmp_path / "runs" / name for name in ("alone", "watched"))
+    pairs = [[(row["loss"], row["grad_norm"]) for row in rows(run) if "loss" in row] for run in (alone, seen)]
+    assert pairs[0] == pairs[1] and len(pairs[0]) == 4
+    assert [row["step"] for row in rows(seen) if "validation_loss" in row] == [0, 1, 2, 3, 4]
+    assert sorted(path.name for path in (seen / "samples").glob("*.mp4")) == [
+        f"step_{step:06d}_0.mp4" for step in (0, 3, 4)
+    ]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_log_is_cut_back(tiny, call, tmp_path):
+    run = tmp_path / "runs" / "r"
+    command = ("train.py", *tiny.train, "run=r", "batch_size=2", "steps=9", "checkpoint.every=3", "checkpoint.keep=9")
+    call(*command)
+    first, (three, six, nine) = losses(run), (run / "checkpoints" / f"step_{step:06d}" for step in (3, 6, 9))
+    weights = nine / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-7] ^= 1  # one bit
+    weights.write_bytes(content)
+    (six / "state.json").write_text('{"step": 6, "fi')
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 10, "lo')  # a line that a kill has cut
+    said = call(*command).stdout
+    assert f"warning: {nine.relative_to(tmp_path)} is damaged (transformer_2/{weights.name})" in said
+    assert f"warning: {six.relative_to(tmp_path)} is damaged (state.json)" in said
+    assert "step 3 of 9" in said
+    assert losses(run) == first
+    (three / "optimizer.safetensors").unlink()
+    assert "step 9 of 9" in call(*command).stdout
+
+
+def test_other_shards_are_not_trained_on_in_the_same_run(tiny, call, tmp_path):
+    shards = tmp_path / "latents"
+    shutil.copytree(tiny.latents, shards)
+    command = ("train.py", *tiny.train, f"data.shards={shards}", "run=r", "batch_size=2", "steps=2")
+    call(*command)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (shards / "manifest.json").write_text(json.dumps({**manifest, "note": "made again"}))
+    assert "was trained on other shards than data.shards holds now" in call(*command, "steps=4", check=False).error
+    assert len(losses(tmp_path / "runs" / "r")) == 2
+
+
+TWO = """
+import json, runpy, sys
+from pathlib import Path
+from wantrain.training import parallel
+
+start = parallel.start_accelerator
+
+def noted():
+    accelerator = start()
+    about = {"processes": accelerator.num_processes, "kind": accelerator.distributed_type.value}
+    Path(f"rank_{accelerator.process_index}.json").write_text(json.dumps(about))
+    return accelerator
+
+parallel.start_accelerator = noted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_processes_train_as_one_does_and_one_takes_over(tiny, environment, call, tmp_path):
+    command = (*tiny.train, "batch_size=8", "steps=6", "checkpoint.every=3")
+    call("train.py", *command, "run=one")
+    (tmp_path / "two.py").write_text(TWO)
+    launch = (
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "two.py", TRAIN,
+    )  # fmt: skip
+    ended = subprocess.run(
+        [*map(str, launch), *command, "run=two"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rank_{rank}.json").read_text()) == {"processes": 2, "kind": "MULTI_CPU"}
+    one, two = tmp_path / "runs" / "one", tmp_path / "runs" / "two"
+    assert near(two, one) < 1e-5
+    assert ended.stdout.count("step 6/6  loss") == 1, "only the main process speaks"
+    rewind(two, 3)
+    assert "step 3 of 6" in call("train.py", *command, "run=two").stdout
+    assert near(two, one) < 1e-5

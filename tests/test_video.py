@@ -1,0 +1,69 @@
+"""Frames to files: what is written is what is seen, everywhere."""
+
+import av
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wantrain.video import contact_sheet, to_frames, write_mp4
+
+
+def ramp(frames=5, height=32, width=48):
+    """Frames that grow brighter, with a gradient across: nothing that 4:2:0 would blur."""
+    across = np.linspace(40, 120, width)[None, :, None]
+    return np.stack([np.broadcast_to(across + 10 * i, (height, width, 3)) for i in range(frames)]).astype(np.uint8)
+
+
+def test_pixels_become_the_nearest_of_256_levels():
+    values = torch.tensor([-1.0, -1.2, -0.999, 0.0, 0.5, 1.0, 7.0])
+    frames = to_frames(values.expand(3, 1, 2, 7))
+    assert frames.shape == (1, 2, 7, 3) and frames.dtype == np.uint8
+    assert frames[0, 0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]
+
+
+def test_every_level_survives_the_way_to_pixels_and_back():
+    levels = torch.arange(256).float()
+    assert to_frames((levels / 127.5 - 1).expand(3, 1, 1, 256))[0, 0, :, 0].tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("fps", [16, 23.976])
+def test_an_mp4_keeps_frames_rate_and_colours(fps, tmp_path):
+    frames = ramp()
+    write_mp4(tmp_path / "new" / "clip.mp4", frames, fps)
+    with av.open(str(tmp_path / "new" / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        assert float(stream.average_rate) == pytest.approx(fps, rel=1e-4)
+    read = iio.imread(tmp_path / "new" / "clip.mp4")
+    assert read.shape == frames.shape and np.abs(read.astype(int) - frames).max() <= 4
+
+
+def test_odd_sides_are_extended_not_squeezed(tmp_path):
+    frames = ramp(height=31, width=47)
+    write_mp4(tmp_path / "odd.mp4", frames, 16)
+    read = iio.imread(tmp_path / "odd.mp4")
+    assert read.shape == (5, 32, 48, 3)
+    assert np.abs(read[:, :31, :47].astype(int) - frames).max() <= 4
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8, 3), (4, 8, 8), (4, 8, 8, 4)])
+def test_what_is_not_a_clip_is_refused(shape, tmp_path):
+    with pytest.raises(ValueError, match=r"expected frames \(F, H, W, 3\)"):
+        write_mp4(tmp_path / "bad.mp4", np.zeros(shape, np.uint8), 16)
+    assert not (tmp_path / "bad.mp4").exists()
+
+
+def test_a_contact_sheet_shows_first_and_last_frame_of_every_clip(tmp_path):
+    grey = {"seventeen": [10 * i for i in range(17)], "one 一只猫 🎬": [200]}
+    clips = {
+        name: np.stack([np.full((16, 32, 3), level, np.uint8) for level in levels]) for name, levels in grey.items()
+    }
+    contact_sheet(tmp_path / "sheets" / "sheet.png", clips, columns=5, cell=64)
+    with Image.open(tmp_path / "sheets" / "sheet.png") as image:
+        sheet = np.asarray(image)
+    assert sheet.shape == (2 * (64 + 18), 5 * (128 + 2), 3)
+    assert [sheet[18 + 32, 130 * column + 64, 0] for column in range(5)] == [0, 40, 80, 120, 160]
+    assert sheet[82 + 18 + 32, 64, 0] == 200 and (sheet[82 + 18 + 32, 200] == 255).all()
+    assert (sheet[:18] < 128).any() and (sheet[82:100] < 128).any(), "titles"
