@@ -30,8 +30,7 @@ def main(cfg: DictConfig) -> None:
         with accelerator.main_process_first():
             make_demo_data(Path(cfg.data.shards))
     base = None if cfg.weights is None else config.locate(cfg.weights)
-    model, expert = config.plain(cfg.model), config.plain(cfg.expert)
-    data = config.build(cfg.data)
+    model, expert, data = config.plain(cfg.model), config.plain(cfg.expert), config.build(cfg.data)
     if base is not None and cfg.expert.name != "vae":
         assemble.check_encoders(data.manifest, base, cfg.data.shards)
     plan = Plan(data.buckets, batch_size=cfg.batch_size, seed=cfg.seed)

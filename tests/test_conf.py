@@ -52,9 +52,10 @@ def test_every_option_composes_and_every_reference_in_it_resolves(option):
     elif group in {"expert", "adapter", "tracker"}:
         assert values[group]["name"] == name
     else:
-        assert values[group].items() >= {
-            key: value for key, value in raw(CONF / f"{option}.yaml").items() if "${" not in str(value)
-        }.items()
+        assert (
+            values[group].items()
+            >= {key: value for key, value in raw(CONF / f"{option}.yaml").items() if "${" not in str(value)}.items()
+        )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(CONF).as_posix())
@@ -150,7 +151,7 @@ def test_every_verb_has_its_own_grammar_and_writes_nothing_of_hydras(composed):
 
 @pytest.mark.parametrize("wrong", ["optimizer.lrr=1", "model.boundry=0.9", "checkpoint.evry=1", "accumulation=2"])
 def test_a_misspelt_key_is_told_its_nearest(wrong):
-    with pytest.raises(Exception, match="Could not override|not in struct") as caught:
+    with pytest.raises(Exception, match=r"Could not override|not in struct") as caught:
         compose("train", [wrong])
     key = wrong.split("=")[0]
     nearest = {"optimizer.lrr": "optimizer.lr", "model.boundry": "model.boundary", "checkpoint.evry": "checkpoint.every",

@@ -86,8 +86,14 @@ def test_text_survives_the_way_into_a_stored_config(text, tmp_path):
 
 def test_a_real_shell_hands_on_prompts_as_typed(environment, tmp_path):
     """`--cfg job` prints what the verb would have run with."""
-    prompt, negative = "don't (stop) = 5!, 一只猫，在草地上奔跑。 🚀 \"${x}\" \\", "blurry, dark; $HOME"
-    words = [sys.executable, ROOT / "sample.py", f"prompt={prompt}", f"negative_prompt={negative}", "out=~/my clips (2)"]
+    prompt, negative = 'don\'t (stop) = 5!, 一只猫，在草地上奔跑。 🚀 "${x}" \\', "blurry, dark; $HOME"
+    words = [
+        sys.executable,
+        ROOT / "sample.py",
+        f"prompt={prompt}",
+        f"negative_prompt={negative}",
+        "out=~/my clips (2)",
+    ]
     line = " ".join(shlex.quote(str(word)) for word in [*words, "--cfg", "job"])
     ended = subprocess.run(
         ["bash", "-c", line], env={**environment, "HOME": "/at home"}, cwd=tmp_path, capture_output=True, text=True
@@ -124,7 +130,13 @@ def test_check_collects_every_problem_and_raises_once():
         config.check(compose("train", bad))
     first, *rest = str(caught.value).splitlines()
     assert first == "5 problems:"
-    for told in ("steps=10 and epochs=2", "batch_size=6", "precision=fp8", "model.num_frames=10", "clip=0 must be above 0"):
+    for told in (
+        "steps=10 and epochs=2",
+        "batch_size=6",
+        "precision=fp8",
+        "model.num_frames=10",
+        "clip=0 must be above 0",
+    ):
         assert sum(told in line for line in rest) == 1
     config.check(compose("train", ["steps=10", "batch_size=8", "accumulate=4"]))
 

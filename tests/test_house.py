@@ -52,7 +52,9 @@ def test_the_loop_reads_in_under_200_lines_and_a_verb_in_100():
 
 @pytest.mark.parametrize("file", PRODUCT, ids=name_of)
 def test_no_file_reads_or_writes_pickles_or_runs_text(file):
-    assert not {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} & {name.split(".")[0] for name in imports(file)}
+    assert not {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} & {
+        name.split(".")[0] for name in imports(file)
+    }
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             call = f"{node.value.id}.{node.attr}"
