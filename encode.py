@@ -13,10 +13,6 @@ from wantrain.data import encode_shards
 from wantrain.models import load_text_encoder, load_vae
 from wantrain.models.weights import fingerprint
 
-#: Clips of up to this many pixels over all frames are encoded in one pass, which is twice as fast; longer ones are
-#: streamed, so that memory does not grow with length.
-WHOLE_CLIP = 1 << 20
-
 
 @config.app("encode")
 def main(cfg: DictConfig) -> None:
@@ -30,8 +26,7 @@ def main(cfg: DictConfig) -> None:
 
     @torch.inference_mode()
     def encode_pixels(pixels_BCTHW: torch.Tensor) -> torch.Tensor:
-        whole = pixels_BCTHW[0, 0].numel() <= WHOLE_CLIP
-        return vae.encode(pixels_BCTHW.to(device), chunk=None if whole else 1).cpu()
+        return vae.encode(pixels_BCTHW.to(device)).cpu()
 
     encode_shards(
         Path(cfg.shards),

@@ -5,6 +5,7 @@ One thread per test process: on a busy machine several would spin against each o
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import io
 import os
@@ -114,6 +115,7 @@ def run_inside(cwd, name, *args, check=True):
             module.main()
         except SystemExit as error:
             code = error.code
+    gc.collect()  # a process would let go of its run's lock when it ends
     if check:
         assert code == 0, f"{name} {args}\n{out.getvalue()}\n{err.getvalue()}"
     return Ended(code, out.getvalue(), err.getvalue())
