@@ -76,6 +76,12 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file so that a kill leaves the old one or the new one, never half of either."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -25,6 +25,7 @@ from webdataset import tariterators
 
 from wantrain import world
 from wantrain.data.footage import Footage, Reject, cut_windows, probe
+from wantrain.world import file_hash
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -33,12 +34,6 @@ INDEX = "index.safetensors"
 EMPTY_TEXT = "empty_text.safetensors"
 MADE_BY = {"video": "shard.py", "latent": "encode.py"}
 ID_LENGTH = 24
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:

@@ -7,7 +7,6 @@ safetensors, the rest is json. Random state is not saved, for there is none: ran
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from wantrain import world
 from wantrain.models.weights import read_file
+from wantrain.world import file_hash
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -86,12 +86,6 @@ def damaged_files(checkpoint: Path) -> list[str]:
     except (ValueError, KeyError):
         return [STATE]
     return [name for name, digest in files.items() if not _intact(checkpoint / name, digest)]
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _intact(path: Path, digest: str) -> bool:
