@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parent
 DATA, RUN = Path("data/demo"), Path("runs/demo")
 EXPERTS = ("high_noise", "low_noise")
-STEPS = 900
+STEPS = 1500
 PROMPTS = (
     "a red circle moving right on a dark background",
     "a yellow star moving up on a grey background",
@@ -55,7 +55,8 @@ def main() -> None:
     for expert in EXPERTS:
         verb(
             "train.py", f"expert={expert}", f"run={expert}", f"runs={RUN}", f"data.shards={DATA / 'latents'}",
-            f"steps={STEPS}", "optimizer.lr=2e-3", "schedule.floor=0.02", f"validation.every={STEPS // 2}",
+            f"steps={STEPS}", "batch_size=8",
+            "optimizer.lr=1.5e-3", "schedule.floor=0.02", f"validation.every={STEPS // 2}",
             "tracker=jsonl",
         )  # fmt: skip
     pair = f"run={','.join(EXPERTS)}"
