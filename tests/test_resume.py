@@ -276,6 +276,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_log_is_cut_back(tiny, call,
     assert losses(run) == first
     (three / "optimizer.safetensors").unlink()
     assert "step 9 of 9" in call(*command).stdout
+    shutil.rmtree(run / "checkpoints")  # nothing left: from the start, with a new log
+    assert "step 0 of 9" in call(*command).stdout
+    assert losses(run) == first
 
 
 def test_other_shards_are_not_trained_on_in_the_same_run(tiny, call, tmp_path):
