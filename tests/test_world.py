@@ -56,3 +56,16 @@ def test_threads_are_the_processes_share_of_the_cores(monkeypatch):
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_a_kill_left_hidden_does_not_make_a_folder_foreign(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.yaml.123.tmp").touch()
+    world.claim_folder(tmp_path, mark="config.yaml", key="run")
+
+
+def test_a_verb_that_works_alone_refuses_to_be_launched_as_several(monkeypatch):
+    world.single_process("encode.py")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"encode\.py runs as one process, but 2 were started"):
+        world.single_process("encode.py")
