@@ -87,8 +87,7 @@ class Metrics:
         self.path, self.steps = path, steps
         self.tracker: Tracker = NoTracker()
         self.pending: list[dict[str, Any]] = []
-        self.started = self.lap = time.perf_counter()
-        self.first_step: int | None = None
+        self.lap = time.perf_counter()
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after the checkpoint that the run continues from (main process only)."""
@@ -102,7 +101,6 @@ class Metrics:
         now = time.perf_counter()
         self.pending.append({"step": step, **values, "seconds": now - self.lap})
         self.lap = now
-        self.first_step = step - 1 if self.first_step is None else self.first_step
 
     def annotate(self, step: int, values: Mapping[str, Any]) -> None:
         """Add to the object of `step` (made if there is none): results that came after its update."""
@@ -120,7 +118,8 @@ class Metrics:
         self.pending = []
         for row in rows:
             # Told at the flush, which comes before every save: such weights never become a checkpoint.
-            if not math.isfinite(row.get("loss", 0.0)):
+            # A gradient that is no number spoils the weights one step before a loss shows it.
+            if not (math.isfinite(row.get("loss", 0.0)) and math.isfinite(row.get("grad_norm", 0.0))):
                 raise ValueError(
                     f"the loss is {row['loss']} at step {row['step']} (gradient norm {row['grad_norm']:.3g}); none of "
                     "it is saved and the last checkpoint is good. Lower optimizer.lr or clip, or look at the data"
