@@ -16,6 +16,9 @@ from wantrain.training.assemble import read_prompts
 from wantrain.training.gather import add_loras, build_sampler, gather_experts
 from wantrain.video import contact_sheet, write_mp4
 
+#: Videos on the contact sheet, at most.
+SHOWN = 24
+
 
 @config.app("sample")
 def main(cfg: DictConfig) -> None:
@@ -58,20 +61,22 @@ def main(cfg: DictConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     world.say(f"experts {', '.join(sampler.experts.models)}; {settings}")
     jobs = [(prompt, seed) for prompt in prompts for seed in range(cfg.seed, cfg.seed + cfg.count)]
-    for number, (prompt, seed) in enumerate(jobs):
-        with tqdm(total=cfg.steps, desc=prompt[:40], unit="step") as bar:
-            frames = sampler(
-                prompt,
+    for first in range(0, len(jobs), cfg.batch_size):
+        prompts, seeds = zip(*jobs[first : first + cfg.batch_size], strict=True)
+        with tqdm(total=cfg.steps, desc=prompts[0][:40], unit="step") as bar:
+            videos = sampler.batch(
+                prompts,
                 bucket=Bucket(cfg.num_frames, height, width),
                 settings=settings,
-                seed=seed,
+                seeds=seeds,
                 on_step=partial(show_step, bar),
             )
-        file = out / f"{number:03d}_seed_{seed}.mp4"
-        clips[f"{file.stem}: {prompt}"] = frames
-        write_mp4(file, frames, cfg.model.fps)
-        world.say(f"wrote {file}")
-    contact_sheet(out / "contact_sheet.png", clips)
+        for number, (prompt, seed, frames) in enumerate(zip(prompts, seeds, videos, strict=True), first):
+            file = out / f"{number:03d}_seed_{seed}.mp4"
+            clips[f"{file.stem}: {prompt}"] = frames
+            write_mp4(file, frames, cfg.model.fps)
+            world.say(f"wrote {file}")
+    contact_sheet(out / "contact_sheet.png", dict(list(clips.items())[:SHOWN]))
     world.say(f"wrote {out / 'contact_sheet.png'}")
 
 

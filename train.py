@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from wantrain import config, world
-from wantrain.data import Plan
+from wantrain.data import SETS, Plan
 from wantrain.training import assemble, estimate
 from wantrain.training.checkpoint import Checkpoints
 from wantrain.training.loop import Run, fit
@@ -25,11 +25,9 @@ def main(cfg: DictConfig) -> None:
     """Train one expert, or continue the run of that name."""
     config.check(cfg, processes=world.world_size())
     accelerator = start_accelerator()
-    if cfg.data.shards is None:
-        cfg.data.shards = "data/demo/videos" if cfg.expert.name == "vae" else "data/demo/latents"
-        with accelerator.main_process_first():
-            make_demo_data(Path(cfg.data.shards))
-    base = None if cfg.weights is None else config.locate(cfg.weights)
+    with accelerator.main_process_first():
+        make_data(Path(cfg.data.shards))
+    base, init_from = (None if path is None else config.locate(path) for path in (cfg.weights, cfg.init_from))
     model, expert, data = config.plain(cfg.model), config.plain(cfg.expert), config.build(cfg.data)
     if base is not None and cfg.expert.name != "vae":
         assemble.check_encoders(data.manifest, base, cfg.data.shards)
@@ -41,6 +39,7 @@ def main(cfg: DictConfig) -> None:
         expert=expert,
         adapter=config.plain(cfg.adapter),
         base=base,
+        init_from=init_from,
         seed=cfg.seed,
         gradient_checkpointing=cfg.gradient_checkpointing,
     )
@@ -55,7 +54,7 @@ def main(cfg: DictConfig) -> None:
         folder.open(settings)
     accelerator.wait_for_everyone()
     optimizer = build_optimizer(config.build(cfg.optimizer, _partial_=True), trainee.module)
-    how = {"accumulate": cfg.accumulate, "clip": cfg.clip, "precision": cfg.precision}
+    how = {key: cfg[key] for key in ("accumulate", "clip", "precision")}
     stepper = Stepper(accelerator, trainee.module, optimizer, **how)
     run = Run(
         trainee=trainee,
@@ -87,13 +86,14 @@ def main(cfg: DictConfig) -> None:
         sys.exit(128 + ended_by)
 
 
-def make_demo_data(shards: Path) -> None:
-    """The embedded default: make the demo's footage and shards if they are not there, and say so."""
-    if world.is_main() and not (shards / "manifest.json").is_file():
-        world.say(f"data.shards is not given: making the demo's in {shards} (procedural clips; once)")
-        ended = subprocess.run([sys.executable, str(config.ROOT / "demo.py"), "data"], check=False, env=world.alone())
-        if ended.returncode:
-            sys.exit(ended.returncode)  # the child has said what is wrong
+def make_data(shards: Path) -> None:
+    """Make the project's own footage and shards (data/NAME/latents) if they are asked for and not there, and say so."""
+    name = shards.parent.name
+    if world.is_main() and shards.parent == Path("data", name) and name in SETS and not shards.is_dir():
+        world.say(f"making {shards.parent} (procedural clips; once)")
+        make = [sys.executable, str(config.ROOT / "demo.py"), "data", name]
+        if code := subprocess.run(make, check=False, env=world.alone()).returncode:
+            sys.exit(code)  # the child has said what is wrong
 
 
 if __name__ == "__main__":

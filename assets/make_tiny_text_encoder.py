@@ -155,4 +155,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "tiny")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "wan-tiny")

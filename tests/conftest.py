@@ -27,7 +27,7 @@ from wantrain.models.weights import write_part
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-ASSETS = ROOT / "assets" / "tiny"
+ASSETS = ROOT / "assets" / "wan-tiny"
 
 #: A Wan of 60 thousand parameters, for runs in which what is learned does not matter.
 MICRO = (

@@ -150,9 +150,9 @@ def test_the_batch_divides_over_processes_too():
 
 def test_a_file_that_ships_with_the_project_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert config.locate("assets/tiny") == ROOT / "assets/tiny"
-    (tmp_path / "assets/tiny").mkdir(parents=True)
-    assert config.locate("assets/tiny") == Path("assets/tiny"), "one's own comes first"
+    assert config.locate("assets/wan-tiny") == ROOT / "assets/wan-tiny"
+    (tmp_path / "assets/wan-tiny").mkdir(parents=True)
+    assert config.locate("assets/wan-tiny") == Path("assets/wan-tiny"), "one's own comes first"
     assert config.locate("nowhere") == Path("nowhere")
 
 

@@ -17,7 +17,7 @@ from wantrain import flow
 from wantrain.data import PixelData
 from wantrain.models import load_text_encoder, load_transformer, load_vae
 from wantrain.models.pipeline import PARTS
-from wantrain.models.weights import read_file, read_tensors
+from wantrain.models.weights import fingerprint, read_file, read_tensors
 from wantrain.sampling.generate import Experts, generate
 from wantrain.video import to_frames
 
@@ -232,9 +232,9 @@ def test_a_dense_model_goes_the_same_way(tiny, call, tmp_path):
     assert frames_of(tmp_path / "samples")[0].shape == (9, 32, 48, 3)
 
 
-@pytest.mark.parametrize("recipe", ["tiny_vae_images", "tiny_vae"])
+@pytest.mark.parametrize("recipe", ["wan_tiny_vae_images", "wan_tiny_vae"])
 def test_a_vae_that_a_recipe_trained_is_exported_with_its_own_statistics(recipe, tiny, call, tmp_path):
-    start = ["model.vae.base_dim=4"] if recipe == "tiny_vae_images" else [f"weights={tiny.base}"]
+    start = ["model.vae.base_dim=4"] if recipe == "wan_tiny_vae_images" else [f"weights={tiny.base}"]
     size = ("steps=3", "batch_size=2", "model.area=1024")
     call("train.py", f"recipe={recipe}", *start, *size, "run=vae", "tracker=jsonl", f"data.shards={tiny.videos}")
     call("export.py", "run=vae", "out=made")
@@ -247,6 +247,57 @@ def test_a_vae_that_a_recipe_trained_is_exported_with_its_own_statistics(recipe,
         [vae.encode(data.load([i], [0]).latents_BCTHW)[0].flatten(1) for i in range(len(data.train))], 1
     )
     assert latents.mean(1).abs().max() < 0.02 and (latents.std(1) - 1).abs().max() < 0.02
+
+
+def test_only_the_decoder_is_trained_and_every_latent_stays_valid(tiny, call, tmp_path):
+    size = ("steps=2", "batch_size=2", "model.area=1024", "data.num_frames=5", "validation.every=1000")
+    data = f"data.shards={tiny.videos}"
+    call("train.py", "recipe=wan_tiny_vae_decoder", f"weights={tiny.base}", *size, "run=vae", data)
+    call("export.py", "run=vae", "out=made")
+    before, after = load_vae(tiny.base), load_vae(tmp_path / "made")
+    moved = {k for k, v in after.state_dict().items() if not torch.equal(v, before.state_dict()[k].half().float())}
+    assert moved and all(key.startswith(("decoder.", "post_quant_conv.")) for key in moved)
+    assert fingerprint(after) == fingerprint(before), "shards encoded with the one are the other's too"
+    assert (after.latents_mean, after.latents_std) == (before.latents_mean, before.latents_std)
+
+
+def test_an_expert_starts_from_another_models_transformer_or_from_nothing(tiny, pair, call, tmp_path):
+    """As low noise began as Wan2.1: weights of another part, with no boundary to agree on."""
+    start = load_transformer(pair).state_dict()
+
+    def trained(run, *how):
+        call(
+            "train.py",
+            *tiny.train,
+            "model.transformer.num_attention_heads=1",
+            *how,
+            f"run={run}",
+            "steps=1",
+            "batch_size=2",
+            "optimizer.lr=1e-9",
+        )
+        checkpoint = tmp_path / "runs" / run / "checkpoints" / "step_000001"
+        return load_transformer(checkpoint, part="transformer_2").state_dict()
+
+    def close(run, wanted):
+        return all(torch.allclose(run[key], wanted[key], atol=1e-6) for key in wanted)
+
+    assert close(trained("given", f"init_from={pair}"), start)
+    own = load_transformer(pair, part="transformer_2").state_dict()
+    assert close(trained("own", f"weights={pair}"), own)
+    assert not close(trained("random", f"weights={pair}", "init_from=random"), own)
+    wrong = call("train.py", *tiny.train, f"init_from={pair}", check=False).error
+    assert f"init_from={pair} holds a transformer of another shape than model=tiny" in wrong
+
+
+def test_videos_made_together_are_those_made_one_by_one(pair, call, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red ring\na blue circle moving right on a dark background\n圆形\n")
+    for size in (1, 2):
+        call("sample.py", f"weights={pair}", "prompts=prompts.txt", f"out=by_{size}", f"batch_size={size}", *SMALL)
+    one, two = frames_of(tmp_path / "by_1"), frames_of(tmp_path / "by_2")
+    assert len(one) == len(two) == 3
+    for alone, together in zip(one, two, strict=True):
+        assert np.abs(alone.astype(int) - together).max() <= 4  # lossy files of frames equal up to rounding
 
 
 def test_shards_of_the_story_say_what_they_hold(tiny):

@@ -65,7 +65,7 @@ def test_every_setting_named_in_the_text_exists(page):
     """`data.holdout`, `batch_size=32`, ...: dotted keys and key=value in backticks belong to some verb."""
     known = {key for verb in VERBS for key in config._all_keys(config.compose(verb))}
     known |= set(config._all_keys(config.compose("train", ["adapter=lora"])))
-    known |= set(config._all_keys(config.compose("train", ["recipe=tiny_vae_images"])))
+    known |= set(config._all_keys(config.compose("train", ["recipe=wan_tiny_vae_images"])))
     for said in re.findall(r'(?<!`)`([a-z_.]+)=[^`"]*`(?!`)', page.read_text(encoding="utf-8")):
         assert said in known, f"{page.name}: {said}="
 
@@ -83,10 +83,9 @@ def test_some_block_of_the_readme_runs_here():
 @pytest.mark.parametrize(
     ("page", "lines"), marked(), ids=lambda value: value[0][:40] if isinstance(value, list) else value.name
 )
-def test_a_marked_block_runs_as_it_stands(page, lines, tiny, pair, environment, tmp_path):
+def test_a_marked_block_runs_as_it_stands(page, lines, tiny, environment, tmp_path):
     """On the small world in the demo's place, with this project's Python as `python`."""
-    for name, target in (("data/demo/footage", tiny.footage), ("data/demo/videos", tiny.videos),
-                         ("data/demo/latents", tiny.latents), ("runs/demo/pipeline", pair)):  # fmt: skip
+    for name, target in (("data/wug/footage", tiny.footage), ("data/demo/latents", tiny.latents)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
     for program in [*VERBS, "demo"]:

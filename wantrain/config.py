@@ -41,8 +41,8 @@ TEXT_KEYS = frozenset(
     )
 )
 PATH_KEYS = frozenset(
-    ("source", "out", "shards", "data.shards", "weights", "runs", "prompts", "lora.high_noise", "lora.low_noise",
-     "lora.dense", "sample.prompts")
+    ("source", "out", "shards", "data.shards", "weights", "init_from", "runs", "prompts", "measure",
+     "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts")
 )  # fmt: skip
 
 
@@ -243,11 +243,13 @@ def _check_expert(cfg: DictConfig) -> None:
         raise ValueError("weights=null: VAE and text encoder must come from somewhere; give a pipeline folder")
     if (name == "vae") != cfg.data.get("_target_", "").endswith("PixelData"):
         raise ValueError(
-            f"expert={name} with the wrong data=: expert=vae and data=pixels go together (recipe=tiny_vae)"
+            f"expert={name} with the wrong data=: expert=vae and data=pixels go together (recipe=wan_tiny_vae)"
         )
     if name == "vae":
+        if cfg.init_from is not None:
+            raise ValueError("init_from= names a transformer; a VAE starts from weights=")
         if cfg.weights is None and "vae" not in cfg.model:
-            raise ValueError("expert=vae needs weights= to start from, or model.vae as in recipe=tiny_vae_images")
+            raise ValueError("expert=vae needs weights= to start from, or model.vae as in recipe=wan_tiny_vae_images")
     elif name not in known:
         raise ValueError(
             f"expert={name}: model={cfg.model.name} has {', '.join(known)}; "

@@ -1,6 +1,8 @@
 """The demo's footage: deterministic, and true to its captions in the pixels of the files themselves."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import imageio.v3 as iio
 import numpy as np
@@ -11,8 +13,10 @@ from wantrain.data.demo import (
     COLOURS,
     DIRECTIONS,
     SHAPES,
+    VOCABULARIES,
     Scene,
     draw_shot,
+    is_spared,
     make_footage,
     signed_distance,
 )
@@ -47,7 +51,7 @@ def test_files_and_marks(footage):
     images = [f"image-{i:04d}.{suffix}" for i in range(2) for suffix in ("png", "txt")]
     assert names == sorted([*clips, *images, "demo.json", "scenes.jsonl"])
     mark = json.loads((footage / "demo.json").read_text())
-    assert mark == {"schema": 1, "num_videos": 5, "num_images": 2, "seed": 0, "size": 64, "files": 7}
+    assert mark == {"schema": 2, "scenes": "plain", "num_videos": 5, "num_images": 2, "seed": 0, "size": 64, "files": 7}
 
 
 def test_the_truth_is_told_beside_every_file(footage):
@@ -120,8 +124,8 @@ def test_shapes_have_their_area_and_smooth_edges(shape):
 
 
 def test_captions_say_everything_in_both_languages():
-    seen = set()
-    for shape in SHAPES:
+    seen, shapes = set(), [shape for shape in SHAPES if shape != "wug"]
+    for shape in shapes:
         for colour in COLOURS:
             for direction in DIRECTIONS:
                 for background in BACKGROUNDS:
@@ -131,26 +135,54 @@ def test_captions_say_everything_in_both_languages():
                     assert SHAPES[shape] in chinese and COLOURS[colour][0] in chinese
                     assert english.isascii() and not any(letter.isascii() for letter in chinese)
                     seen |= {english, chinese}
-    assert len(seen) == 2 * len(SHAPES) * len(COLOURS) * len(DIRECTIONS) * len(BACKGROUNDS)
+    assert len(seen) == 2 * len(shapes) * len(COLOURS) * len(DIRECTIONS) * len(BACKGROUNDS)
     scene = Scene("circle", "orange", "light", "right", 0.4, 0.2, (0.5, 0.5))
     assert scene.caption() == "an orange circle moving right on a light background"
     assert scene.caption("zh") == "一个橙色的圆形在浅色背景上向右移动"
     assert scene.caption(still_image=True) == "a picture of an orange circle on a light background"
+    banded = replace(scene, band="blue")
+    assert banded.caption() == "an orange circle with a blue band moving right on a light background"
+    assert banded.caption("zh") == "一个带蓝色条纹的橙色的圆形在浅色背景上向右移动"
+    wug = replace(banded, shape="wug")
+    assert wug.caption() == "a wug moving right on a light background", "its name says it all"
+    assert wug.caption("zh") == "一个wug在浅色背景上向右移动"
     with pytest.raises(ValueError, match="language='fr'"):
         scene.caption("fr")
 
 
-def test_shots_are_varied():
-    shots = [draw_shot(number, seed=0, size=64) for number in range(200)]
+@pytest.mark.parametrize("scenes", VOCABULARIES)
+def test_shots_are_varied_within_their_vocabulary(scenes):
+    words = VOCABULARIES[scenes]
+    shots = [draw_shot(number, seed=0, size=64, scenes=scenes) for number in range(200)]
     assert {shot.fps for shot in shots} == {12, 16, 24, 30}
-    assert 0.2 < np.mean([shot.language == "zh" for shot in shots]) < 0.4
-    assert {shot.scene.shape for shot in shots} == set(SHAPES)
+    assert 0.4 < np.mean([shot.language == "zh" for shot in shots]) < 0.6
+    for what in ("shape", "colour", "background"):
+        assert {getattr(shot.scene, what) for shot in shots} == set(getattr(words, f"{what}s"))
     assert {shot.scene.direction for shot in shots} == set(DIRECTIONS)
     aspects = np.array([shot.width / shot.height for shot in shots])
-    assert 0.5 < np.mean(np.abs(aspects - 1) < 0.1) < 0.75
+    assert abs(np.mean(np.abs(aspects - 1) < 0.1) - words.nearly_square) < 0.1
     assert min(aspects) < 0.6 and max(aspects) > 1.7
     assert all(64 <= min(shot.height, shot.width) <= 128 for shot in shots)
-    assert all(1.15 < shot.num_frames / shot.fps < 2.25 for shot in shots)
+    shortest, longest = words.seconds
+    assert all(shortest <= shot.num_frames / shot.fps < longest + 1 / shot.fps for shot in shots)
+    assert all(words.size[0] <= shot.scene.size <= words.size[1] for shot in shots)
+    banded = np.mean([shot.scene.band != "" for shot in shots])
+    assert abs(banded - (1.0 if scenes == "wug" else words.banded)) < 0.1
+    assert all(shot.scene.band != shot.scene.colour for shot in shots)
+
+
+def test_spared_combinations_never_occur_and_every_pair_does():
+    scenes = [draw_shot(number, seed=3, size=64).scene for number in range(1500)]
+    seen = {(scene.shape, scene.colour, scene.direction) for scene in scenes}
+    words = VOCABULARIES["plain"]
+    every = set(itertools.product(words.shapes, words.colours, DIRECTIONS))
+    spared = {combination for combination in every if is_spared(*combination)}
+    assert seen == every - spared
+    assert len(spared) / len(every) == pytest.approx(1 / 6)
+    for pair in ((0, 1), (0, 2), (1, 2)):
+        pairs = [{tuple(c[i] for i in pair) for c in group} for group in (seen, every)]
+        assert pairs[0] == pairs[1]
+    assert not is_spared("wug", "orange", "left")
 
 
 def test_a_shot_is_a_function_of_seed_and_number(footage):

@@ -16,7 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from wantrain import geometry
-from wantrain.data import encode_shards, find_footage, make_footage, prepare_pixels, read_manifest, write_video_shards
+from wantrain.data import (
+    encode_shards,
+    encoding,
+    find_footage,
+    make_footage,
+    prepare_pixels,
+    read_manifest,
+    write_video_shards,
+)
 from wantrain.data.demo import Scene
 from wantrain.data.encoding import read_sample
 from wantrain.data.footage import probe
@@ -111,6 +119,23 @@ def test_latents_are_those_of_the_right_pixels_and_captions(videos, latents):
             assert (about["caption"], about["source"]) == (sample.about["caption"], sample.about["source"])
             assert about["start"] == sample.about["windows"][number]["start"]
     assert set(found) == wanted
+
+
+def test_small_clips_are_encoded_together_by_bucket_and_written_in_their_order(videos, latents, tmp_path, monkeypatch):
+    shapes = []
+
+    def watched(pixels):
+        shapes.append(tuple(pixels.shape))
+        return encode_pixels(pixels)
+
+    encode(videos, tmp_path / "together", encode_pixels=watched)
+    assert any(shape[0] > 1 for shape in shapes) and sum(shape[0] for shape in shapes) == len(members(latents)) // 2
+    monkeypatch.setattr(encoding, "PIXELS_TOGETHER", 1)
+    shapes.clear()
+    encode(videos, tmp_path / "alone", encode_pixels=watched)
+    assert all(shape[0] == 1 for shape in shapes)
+    assert members(tmp_path / "alone") == members(tmp_path / "together") == members(latents)
+    assert list(members(tmp_path / "alone")) == list(members(latents))
 
 
 def test_manifest_and_index_agree_with_the_tars(videos, latents):

@@ -38,7 +38,7 @@ def shard(source, out, **changes):
 def shards(source, tmp_path_factory):
     """Three small shards."""
     out = tmp_path_factory.mktemp("shards") / "videos"
-    shard(source, out, shard_bytes=20_000)
+    shard(source, out, shard_bytes=10_000)
     return out
 
 
@@ -106,14 +106,14 @@ def test_counts_and_hashes_are_in_the_manifest(shards):
 
 
 def test_the_same_footage_gives_the_same_bytes(source, shards, tmp_path):
-    shard(source, tmp_path / "again", shard_bytes=20_000)
+    shard(source, tmp_path / "again", shard_bytes=10_000)
     assert contents(tmp_path / "again") == contents(shards)
     # Another place, other file times and another order of creation change nothing.
     moved = tmp_path / "moved"
     moved.mkdir()
     for path in sorted(source.iterdir(), reverse=True):
         (moved / path.name).write_bytes(path.read_bytes())
-    shard(moved, tmp_path / "from_there", shard_bytes=20_000)
+    shard(moved, tmp_path / "from_there", shard_bytes=10_000)
     assert contents(tmp_path / "from_there") == contents(shards)
 
 
@@ -200,7 +200,7 @@ def test_nothing_left_is_an_error(tmp_path):
 
 def test_finished_shards_are_left_alone(source, mine, capsys):
     before = {path: path.stat().st_mtime_ns for path in mine.iterdir()}
-    assert shard(source, mine, shard_bytes=20_000) == read_manifest(mine, "video")
+    assert shard(source, mine, shard_bytes=10_000) == read_manifest(mine, "video")
     assert before == {path: path.stat().st_mtime_ns for path in mine.iterdir()}
     assert "is finished already" in capsys.readouterr().out
 
@@ -221,7 +221,7 @@ def test_an_unfinished_folder_is_begun_again(source, shards, mine):
     (mine / "manifest.json").unlink()
     (mine / "video-000009.tar").write_bytes(b"of a larger run that was killed")
     (mine / ".video-000002.tar.tmp").write_bytes(b"half")
-    shard(source, mine, shard_bytes=20_000)
+    shard(source, mine, shard_bytes=10_000)
     assert contents(mine) == contents(shards)
 
 

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from wantrain.models import WanTransformer, adapters
-from wantrain.training.optim import Schedule, build_optimizer, named_trainable
+from wantrain.training.checkpoint import restore_optimizer, save_optimizer
+from wantrain.training.optim import MuonAdamW, Schedule, build_optimizer, named_trainable
 from wantrain.training.parallel import Stepper
 
 SIZE = {"num_attention_heads": 1, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": 1}
@@ -49,11 +50,72 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay():
     optimizer = build_optimizer(adamw, model)
     names = {parameter: name for name, parameter in named_trainable(model).items()}
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    assert sorted(groups[0] + groups[1]) == sorted(names.values())
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    assert all(name.endswith("weight") and "norm" not in name for name in groups[0])
-    assert all("bias" in name or "norm" in name or "modulation" in name for name in groups[1])
-    assert {"patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"} <= set(groups[0])
+    hidden, matrices, others = groups
+    assert sorted(hidden + matrices + others) == sorted(names.values())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+    assert all(name.startswith("blocks.") and name.endswith("weight") and "norm" not in name for name in hidden)
+    assert {"blocks.0.ffn.0.weight", "blocks.0.self_attn.q.weight"} <= set(hidden)
+    assert {"patch_embedding.weight", "head.head.weight", "text_embedding.0.weight"} <= set(matrices)
+    assert all("bias" in name or "norm" in name or "modulation" in name for name in others)
+
+
+muon = functools.partial(MuonAdamW, lr=1e-2, muon_lr=2e-2, weight_decay=0.1)
+
+
+def gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest():
+    """The same updates as torch's two optimizers side by side; Muon's has the size of AdamW's."""
+    ours, theirs = WanTransformer(**SIZE), WanTransformer(**SIZE)
+    theirs.load_state_dict(ours.state_dict())
+    start = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
+    optimizer = build_optimizer(muon, ours)
+    split = {True: [], False: []}
+    for name, parameter in theirs.named_parameters():
+        split[name.startswith("blocks.") and parameter.ndim == 2].append(parameter)
+    decayed = [p for p in split[False] if p.ndim >= 2 and p.shape[0] > 1]
+    plain = [p for p in split[False] if not (p.ndim >= 2 and p.shape[0] > 1)]
+    peers = [
+        torch.optim.Muon(split[True], lr=2e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.99)
+        ),
+    ]  # fmt: skip
+    for seed in range(3):
+        gradients(ours, seed)
+        gradients(theirs, seed)
+        for each in (optimizer, *peers):
+            each.step()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), parameter, msg=name)
+    moved = (ours.get_parameter("blocks.0.ffn.0.weight") - start["blocks.0.ffn.0.weight"]).square().mean().sqrt()
+    assert 0.1 < moved / 2e-2 < 1.0, "three updates of about 0.2 to 0.4 of the rate each, partly cancelling"
+
+
+def test_muon_with_adamw_goes_on_exactly_from_what_was_saved(tmp_path):
+    straight, broken = WanTransformer(**SIZE), WanTransformer(**SIZE)
+    broken.load_state_dict(straight.state_dict())
+    first, second = build_optimizer(muon, straight), build_optimizer(muon, broken)
+    for seed in range(2):
+        for model, optimizer in ((straight, first), (broken, second)):
+            gradients(model, seed)
+            optimizer.step()
+    save_optimizer(tmp_path / "o.safetensors", second, {p: n for n, p in named_trainable(broken).items()})
+    resumed = build_optimizer(muon, broken)
+    restore_optimizer(tmp_path / "o.safetensors", resumed, {p: n for n, p in named_trainable(broken).items()})
+    for group in resumed.param_groups:  # the schedule's way to set the rate must reach both halves
+        group["lr"] = group["peak_lr"] * 0.5
+    for group in first.param_groups:
+        group["lr"] = group["peak_lr"] * 0.5
+    for model, optimizer in ((straight, first), (broken, resumed)):
+        gradients(model, 7)
+        optimizer.step()
+    for name, parameter in straight.named_parameters():
+        assert torch.equal(parameter, broken.get_parameter(name)), name
 
 
 def test_frozen_parameters_are_in_no_group():

@@ -1,24 +1,31 @@
 """The data room: footage -> video shards -> latent shards -> batches in a planned order."""
 
-from wantrain.data.demo import make_footage
+from wantrain.data.demo import SETS, make_footage
 from wantrain.data.encoding import encode_shards, prepare_pixels
 from wantrain.data.footage import Footage, Reject, find_footage
+from wantrain.data.judge import Verdict, judge, scores, spared_scenes, wug_scenes
 from wantrain.data.loader import LatentData, PixelData, prefetch
 from wantrain.data.plan import Plan, share
 from wantrain.data.shards import read_manifest, write_video_shards
 
 __all__ = [
+    "SETS",
     "Footage",
     "LatentData",
     "PixelData",
     "Plan",
     "Reject",
+    "Verdict",
     "encode_shards",
     "find_footage",
+    "judge",
     "make_footage",
     "prefetch",
     "prepare_pixels",
     "read_manifest",
+    "scores",
     "share",
+    "spared_scenes",
     "write_video_shards",
+    "wug_scenes",
 ]

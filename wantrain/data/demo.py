@@ -1,9 +1,11 @@
 """Procedural footage with true captions, written as real mp4 and png files: the embedded default.
 
-One plain shape moves over one plain background; everything that a caption says is exactly so, and everything
-that differs between files is in the caption, size and place apart. Motion is a function of time, not of the
-frame number, so that a clip resampled to another rate still shows the truth. Shapes are drawn by their signed
-distance: an edge is as smooth at 64 pixels as at 640, and a quarter of a pixel of motion is visible.
+What may occur is a `Vocabulary`: `plain` is what wan-tiny learns; `everything` and `banded` are what its VAE learns to
+encode and decode; `wug`, a thing with a made-up name, stands for somebody's own footage. One shape moves over one
+background; everything that a caption says is exactly so, and everything that differs between files is in the caption,
+size and place apart. Motion is a function of time, not of the frame number, so that a clip resampled to another rate
+still shows the truth. Shapes are drawn by their signed distance: an edge is as smooth at 64 pixels as at 640, and a
+quarter of a pixel of motion is visible.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ SHAPES = {
     "star": "五角星",
     "ring": "圆环",
     "cross": "十字",
+    "wug": "wug",
 }
 COLOURS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "red": ("红色", (220, 30, 35)),
@@ -47,6 +50,8 @@ COLOURS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "cyan": ("青色", (20, 200, 220)),
     "pink": ("粉色", (250, 130, 190)),
 }
+#: The made-up thing: a rhombus of the first colour with a band of the second. Its caption names neither.
+WUG = ("orange", "blue")
 #: Direction -> (Chinese, unit vector in picture coordinates: x to the right, y down).
 DIRECTIONS: dict[str, tuple[str, tuple[int, int]]] = {
     "left": ("向左", (-1, 0)),
@@ -69,11 +74,83 @@ MARGIN = 0.07
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """What may occur in footage.
+
+    seconds   shortest and longest video
+    nearly_square   share of files close to 1:1; the others are landscape or portrait
+    spread    share of its room across its way that a shape's place varies over, around the middle
+    way       shortest way along its direction, as a share of its room there
+    banded    share of shapes with a band of another colour
+    spares    whether the combinations that `is_spared` names never occur, so that a model can be asked for them
+    """
+
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    size: tuple[float, float]
+    seconds: tuple[float, float]
+    nearly_square: float
+    spread: float
+    way: float
+    banded: float
+    spares: bool
+
+
+_PLAIN = Vocabulary(
+    shapes=("circle", "square", "triangle", "ring", "cross"),
+    colours=("red", "green", "blue", "yellow", "purple", "cyan"),
+    backgrounds=("dark", "light"),
+    size=(0.46, 0.56),
+    seconds=(1.06, 1.16),
+    nearly_square=0.85,
+    spread=0.35,
+    way=0.85,
+    banded=0.0,
+    spares=True,
+)
+_EVERYTHING = Vocabulary(
+    shapes=tuple(name for name in SHAPES if name != "wug"),
+    colours=tuple(COLOURS),
+    backgrounds=tuple(BACKGROUNDS),
+    size=(0.34, 0.5),
+    seconds=(1.2, 2.2),
+    nearly_square=0.6,
+    spread=1.0,
+    way=0.7,
+    banded=0.0,
+    spares=False,
+)
+VOCABULARIES = {
+    "plain": _PLAIN,
+    "everything": _EVERYTHING,
+    "banded": replace(_EVERYTHING, banded=0.3, seconds=(1.06, 1.16)),
+    "wug": replace(_PLAIN, shapes=("wug",), colours=WUG[:1], size=(0.52, 0.6), spares=False),
+}
+#: The footage this project is made with: name -> what `make_footage` is given.
+SETS: dict[str, dict[str, Any]] = {
+    "demo": {"scenes": "plain", "num_videos": 240, "num_images": 16},
+    "wan_tiny": {"scenes": "plain", "num_videos": 1600, "num_images": 600, "seed": 1},
+    "vae": {"scenes": "everything", "num_videos": 240, "num_images": 16},
+    "vae_decoder": {"scenes": "banded", "num_videos": 600, "num_images": 0, "seed": 2},
+    "wug": {"scenes": "wug", "num_videos": 16, "num_images": 0},
+}
+
+
+def is_spared(shape: str, colour: str, direction: str) -> bool:
+    """Whether plain footage never shows this combination: one in six, every pair of the three among the others."""
+    if shape not in _PLAIN.shapes or colour not in _PLAIN.colours:
+        return False
+    return (_PLAIN.shapes.index(shape) + _PLAIN.colours.index(colour) + list(DIRECTIONS).index(direction)) % 6 == 0
+
+
+@dataclass(frozen=True)
 class Scene:
     """One shape on one background.
 
     `size` is the shape's extent and `speed` its way per second, both as shares of the picture's shorter side;
-    `start` is the centre at time 0 as (x, y) shares of width and height.
+    `start` is the centre at time 0 as (x, y) shares of width and height. `band` is the colour of a band across the
+    shape, "" for none.
     """
 
     shape: str
@@ -83,16 +160,20 @@ class Scene:
     size: float
     speed: float
     start: tuple[float, float]
+    band: str = ""
 
     def caption(self, language: str = "en", *, still_image: bool = False) -> str:
         """What the scene shows, in English ("en") or Chinese ("zh"). ValueError for another language."""
-        shape, colour, background = (
-            SHAPES[self.shape],
-            COLOURS[self.colour][0],
-            BACKGROUNDS[self.background][0],
-        )
+        shape, background = SHAPES[self.shape], BACKGROUNDS[self.background][0]
+        named = self.shape == "wug"  # a name says it all
+        colour = "" if named else f"{COLOURS[self.colour][0]}的"
+        if self.band and not named:
+            colour = f"带{COLOURS[self.band][0]}条纹的{colour}"
         if language == "en":
-            thing = f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} {self.shape}"
+            thing = self.shape if named else f"{self.colour} {self.shape}"
+            thing = f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+            if self.band and not named:
+                thing = f"{thing} with a {self.band} band"
             if still_image:
                 return f"a picture of {thing} on a {self.background} background"
             motion = "standing still" if self.direction == "still" else f"moving {self.direction}"
@@ -100,10 +181,10 @@ class Scene:
         if language != "zh":
             raise ValueError(f"language={language!r} is unknown; choose en or zh")
         if still_image:
-            return f"一张图片：{background}背景上的{colour}{shape}"
+            return f"一张图片：{background}背景上{colour}{shape}"
         if self.direction == "still":
-            return f"一个{colour}的{shape}静止在{background}背景上"
-        return f"一个{colour}的{shape}在{background}背景上{DIRECTIONS[self.direction][0]}移动"
+            return f"一个{colour}{shape}静止在{background}背景上"
+        return f"一个{colour}{shape}在{background}背景上{DIRECTIONS[self.direction][0]}移动"
 
     def frames(self, height: int, width: int, *, fps: float, num_frames: int) -> Frames:
         """Draw the frames at times 0, 1/fps, ...: uint8 (num_frames, height, width, 3)."""
@@ -122,11 +203,19 @@ class Scene:
         rows = slice(max(0, math.floor(centre_y - radius - 1)), max(0, math.ceil(centre_y + radius + 1)))
         columns = slice(max(0, math.floor(centre_x - radius - 1)), max(0, math.ceil(centre_x + radius + 1)))
         y, x = np.mgrid[0:height, 0:width][:, rows, columns] + 0.5
-        distance = signed_distance(self.shape, (x - centre_x) / radius, (y - centre_y) / radius) * radius
-        cover = np.clip(0.5 - distance, 0, 1)[..., None]
+        x, y = (x - centre_x) / radius, (y - centre_y) / radius
+        cover = np.clip(0.5 - signed_distance(self.shape, x, y) * radius, 0, 1)[..., None]
         picture = plain.copy()
-        picture[rows, columns] += cover * (np.array(COLOURS[self.colour][1]) - picture[rows, columns])
+        picture[rows, columns] += cover * (self._paint(y, radius) - picture[rows, columns])
         return picture.round().astype(np.uint8)
+
+    def _paint(self, y: Floats, radius: float) -> Floats:
+        """The shape's own colour at heights `y` of its unit circle: (3,), or (height, width, 3) with a band."""
+        body = np.array(COLOURS[self.colour][1], dtype=float)
+        if not self.band:
+            return body
+        share = np.clip(0.5 + (0.3 - np.abs(y)) * radius, 0, 1)[..., None]
+        return body + share * (np.array(COLOURS[self.band][1]) - body)
 
 
 def signed_distance(shape: str, x: Floats, y: Floats) -> Floats:
@@ -157,6 +246,8 @@ def _corners(shape: str) -> Floats:
         return np.concatenate([quarter @ np.linalg.matrix_power(turn, i) for i in range(4)])
     if shape == "square":
         return np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]) * 0.8
+    if shape == "wug":
+        return np.array([(0.0, -1.0), (0.75, 0.0), (0.0, 1.0), (-0.75, 0.0)])
     if shape not in {"triangle", "star"}:
         raise ValueError(f"shape={shape!r} is unknown; choose one of {', '.join(SHAPES)}")
     count = 3 if shape == "triangle" else 10
@@ -187,56 +278,83 @@ class Shot:
         return self.scene.frames(self.height, self.width, fps=max(1, self.fps), num_frames=self.num_frames)
 
 
-def draw_shot(number: int, *, seed: int, size: int, image: bool = False) -> Shot:
-    """The `number`-th video (or image) of a seed: a fixed function, whatever else is made."""
+def draw_shot(number: int, *, seed: int, size: int, scenes: str = "plain", image: bool = False) -> Shot:
+    """The `number`-th video (or image) of a seed and a vocabulary: a fixed function, whatever else is made."""
+    words = VOCABULARIES[scenes]
     random = np.random.default_rng([seed, int(image), number])
     short = 2 * int(random.integers(size // 2, size + 1))
-    # About three in five are nearly square, the others landscape or portrait, none exactly a bucket's shape.
-    aspect = random.choice([1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16], p=[0.6, 0.12, 0.12, 0.08, 0.08])
+    # Most are nearly square, the others landscape or portrait, none exactly a bucket's shape.
+    others = (1 - words.nearly_square) * np.array([0.3, 0.3, 0.2, 0.2])
+    aspect = random.choice([1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16], p=[words.nearly_square, *others])
     aspect *= random.uniform(0.95, 1.05)
     height, width = (short, short * aspect) if aspect >= 1 else (short / aspect, short)
     height, width = (2 * round(side / 2) for side in (height, width))
     fps = 0 if image else int(random.choice([12, 16, 24, 30]))
-    num_frames = 1 if image else round(fps * random.uniform(1.2, 2.2))
+    num_frames = 1 if image else math.ceil(fps * random.uniform(*words.seconds))
     seconds = num_frames / fps if fps else 1.0
-    scene = _draw_scene(random, height, width, seconds, still=image)
-    language = "zh" if random.random() < 0.3 else "en"
+    scene = _draw_scene(random, words, height, width, seconds, still=image)
+    language = "zh" if random.random() < 0.5 else "en"
     name = f"{'image' if image else 'clip'}-{number:04d}"
     return Shot(name, scene, language, height, width, fps, num_frames)
 
 
-def _draw_scene(random: np.random.Generator, height: int, width: int, seconds: float, still: bool) -> Scene:
+def _draw_scene(
+    random: np.random.Generator, words: Vocabulary, height: int, width: int, seconds: float, still: bool
+) -> Scene:
     """A scene whose shape stays wholly inside the picture, margin kept, for all of its `seconds`."""
-    # A list of str, not a NumPy array: np.str_ would travel into JSON and captions.
-    direction = "still" if still else list(DIRECTIONS)[random.choice(5, p=[0.22, 0.22, 0.22, 0.22, 0.12])]
-    size, short = random.uniform(0.34, 0.5), min(height, width)
+    while True:
+        shape, colour, background = (
+            table[random.integers(len(table))] for table in (words.shapes, words.colours, words.backgrounds)
+        )
+        # A list of str, not a NumPy array: np.str_ would travel into JSON and captions.
+        direction = "still" if still else list(DIRECTIONS)[random.choice(5, p=[0.22, 0.22, 0.22, 0.22, 0.12])]
+        if still or not (words.spares and is_spared(shape, colour, direction)):
+            break
+    band = WUG[1] if shape == "wug" else ""
+    if random.random() < words.banded:
+        band = random.choice([other for other in words.colours if other != colour]).item()
+    size, short = random.uniform(*words.size), min(height, width)
     # The centre's room along x and y, as a share of width and height.
     room = [1 - (size + 2 * MARGIN) * short / side for side in (width, height)]
     low = [(1 - free) / 2 for free in room]
-    start = [low[axis] + random.uniform(0, 1) * room[axis] for axis in (0, 1)]
+    start = [0.5 + (random.uniform(0, 1) - 0.5) * words.spread * free for free in room]
     speed = 0.0
     if direction != "still":
         axis = 0 if direction in {"left", "right"} else 1
-        way = room[axis] * random.uniform(0.7, 1.0)
+        way = room[axis] * random.uniform(words.way, 1.0)
         forward = DIRECTIONS[direction][1][axis] > 0
         slack = (room[axis] - way) * random.uniform(0, 1)
         start[axis] = low[axis] + slack if forward else low[axis] + room[axis] - slack
         speed = way * (width, height)[axis] / short / seconds
-    shape, colour, background = (list(table)[random.integers(len(table))] for table in (SHAPES, COLOURS, BACKGROUNDS))
     centre = (float(start[0]), float(start[1]))
-    return Scene(shape, colour, background, direction, float(size), float(speed), centre)
+    return Scene(shape, colour, background, direction, float(size), float(speed), centre, band)
 
 
 def make_footage(
-    folder: str | Path, *, num_videos: int = 240, num_images: int = 16, seed: int = 0, size: int = 64
+    folder: str | Path,
+    *,
+    scenes: str = "plain",
+    num_videos: int = 240,
+    num_images: int = 16,
+    seed: int = 0,
+    size: int = 64,
 ) -> None:
     """Write the demo's footage: NAME.mp4 or NAME.png, NAME.txt, scenes.jsonl (the truth), and demo.json last.
 
-    A video's shorter side is between `size` and twice that, in pixels. A folder that is complete with these
-    settings is left as it is; ValueError for one that holds something else.
+    `scenes` names a vocabulary. A video's shorter side is between `size` and twice that, in pixels. A folder that is
+    complete with these settings is left as it is; ValueError for one that holds something else.
     """
     folder = Path(folder)
-    settings = {"schema": 1, "num_videos": num_videos, "num_images": num_images, "seed": seed, "size": size}
+    if scenes not in VOCABULARIES:
+        raise ValueError(f"scenes={scenes!r} is unknown; choose one of {', '.join(VOCABULARIES)}")
+    settings = {
+        "schema": 2,
+        "scenes": scenes,
+        "num_videos": num_videos,
+        "num_images": num_images,
+        "seed": seed,
+        "size": size,
+    }
     if (folder / MARK).is_file():
         _check_same(folder, settings)
         return
@@ -245,8 +363,8 @@ def make_footage(
     beside = folder.resolve().with_name(f".{folder.resolve().name}.making")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    shots = [draw_shot(i, seed=seed, size=size) for i in range(num_videos)]
-    shots += [draw_shot(i, seed=seed, size=size, image=True) for i in range(num_images)]
+    shots = [draw_shot(i, seed=seed, size=size, scenes=scenes) for i in range(num_videos)]
+    shots += [draw_shot(i, seed=seed, size=size, scenes=scenes, image=True) for i in range(num_images)]
     for shot in tqdm(shots, desc="demo footage", unit="file", disable=not world.is_main()):
         _write_shot(beside, shot)
     lines = [json.dumps(_truth(shot), ensure_ascii=False) for shot in shots]

@@ -77,6 +77,13 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, 3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:  # type: ignore[override]
+        if stream.first and x.shape[2] == 1:
+            # A first frame by itself: two of its three frames are the zeros before the clip, so the newest tap does
+            # it all, in half of the time.
+            if not stream.last:
+                stream.keep(self, F.pad(x, (0, 0, 0, 0, 1, 0)), 2)
+            frame = x[:, :, 0].contiguous(memory_format=torch.channels_last)
+            return F.conv2d(frame, self.weight[:, :, 2], self.bias, padding=1).unsqueeze(2)
         x = stream.with_history(self, x, 2)
         if x.device.type == "cpu":
             # With the channels last in memory, convolutions of 8 to 24 channels take a quarter to two fifths less time.
@@ -417,6 +424,12 @@ class WanVAE(nn.Module):
         both = torch.tensor([self.latents_mean, self.latents_std], dtype=dtype, device=like.device)
         mean, std = both[..., None, None, None]
         return mean, std
+
+    def encoding_state(self) -> dict[str, Tensor]:
+        """All that latents depend on: the encoder's weights and the normalisation, not the decoder."""
+        weights = {k: v for k, v in self.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+        mean, std = torch.tensor([self.latents_mean, self.latents_std], dtype=torch.float64)
+        return {**weights, "latents_mean": mean, "latents_std": std}
 
     def config(self) -> dict[str, Any]:
         """What config.json holds in the diffusers layout."""

@@ -168,9 +168,13 @@ def write_part(
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Sixteen hex digits that change when any parameter's name, shape or value does (values as float32)."""
+    """Sixteen hex digits that change when any parameter's name, shape or value does (values as float32).
+
+    Of a module that says what its encodings depend on (`encoding_state`), only that counts.
+    """
+    state: dict[str, Tensor] = getattr(module, "encoding_state", module.state_dict)()
     digest = hashlib.sha256()
-    for key, tensor in sorted(module.state_dict().items()):
+    for key, tensor in sorted(state.items()):
         digest.update(f"{key}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -116,20 +116,32 @@ class Sampler:
         on_step: Callable[[int, str], None] | None = None,
     ) -> Frames:
         """One video, uint8 frames (F, H, W, 3). The same seed gives the same noise on every machine."""
+        return self.batch([prompt], bucket=bucket, settings=settings, seeds=[seed], on_step=on_step)[0]
+
+    def batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        bucket: geometry.Bucket,
+        settings: Settings,
+        seeds: Sequence[int],
+        on_step: Callable[[int, str], None] | None = None,
+    ) -> list[Frames]:
+        """A video for each prompt with its seed, all at once: for small models, where one by one is slow."""
         shape = geometry.latent_shape(bucket, self.temporal_stride, self.spatial_stride)
-        noise = torch.randn((1, self.channels, *shape), generator=world.generator(seed, "sample"))
+        noise = [torch.randn((self.channels, *shape), generator=world.generator(seed, "sample")) for seed in seeds]
         latents = generate(
             self.experts,
-            latents=noise.to(self.device),
-            text_BLD=self._text(prompt),
-            negative_BLD=self._text(settings.negative_prompt),
+            latents=torch.stack(noise).to(self.device),
+            text_BLD=self._texts(prompts),
+            negative_BLD=self._texts([settings.negative_prompt] * len(prompts)),
             sigmas=flow.sampling_sigmas(settings.steps, settings.shift),
             guidance=settings.guidance,
             solver=settings.solver,
             on_step=on_step,
         )
         with torch.inference_mode():
-            return to_frames(self.decode(latents)[0])
+            return [to_frames(pixels) for pixels in self.decode(latents)]
 
     def warm(self, prompts: Sequence[str]) -> None:
         """Encode texts now, so that the text encoder can be let go."""
@@ -137,6 +149,6 @@ class Sampler:
         if fresh:
             self.texts.update(zip(fresh, self.encode_texts(fresh), strict=True))
 
-    def _text(self, prompt: str) -> Tensor:
-        self.warm([prompt])
-        return pad_texts([self.texts[prompt]]).float().to(self.device)
+    def _texts(self, prompts: Sequence[str]) -> Tensor:
+        self.warm(prompts)
+        return pad_texts([self.texts[prompt] for prompt in prompts]).float().to(self.device)

@@ -20,6 +20,9 @@ from wantrain.training.preview import Preview
 from wantrain.training.trainee import Autoencoder, Trainee
 from wantrain.training.validate import ReconstructionValidator, Validator
 
+#: What `init_from` says for a start from random values.
+RANDOM = Path("random")
+
 
 def build_trainee(
     make: Callable[[], nn.Module],
@@ -28,36 +31,14 @@ def build_trainee(
     expert: Mapping[str, Any],
     adapter: Mapping[str, Any],
     base: Path | None,
+    init_from: Path | None,
     seed: int,
     gradient_checkpointing: bool,
 ) -> Trainee:
-    """The module to train: from the base folder where it holds that part, else from `make()` if the model allows it.
-
-    Says which of the two it was. ValueError where there is nothing to start from, or an adapter has no base.
-    """
-    if base is not None and (base / expert["part"] / "config.json").is_file():
-        pipeline.check_boundary(base, model["boundary"])
-        module: nn.Module = (
-            load_vae(base).requires_grad_(True)
-            if expert["name"] == "vae"
-            else load_transformer(base, part=expert["part"])
-        )
-        world.say(f"{expert['name']} starts from {base / expert['part']}")
-    elif adapter["name"] != "none":
-        raise ValueError(
-            f"adapter={adapter['name']} changes a trained model, but {base} holds no {expert['part']}/; "
-            "give weights=FOLDER with a pipeline (python demo.py makes one: weights=runs/demo/pipeline)"
-        )
-    elif not model["scratch"]:
-        raise ValueError(
-            f"weights={base} holds no {expert['part']}/ for expert={expert['name']}; give the folder that does"
-        )
-    else:
-        # Parameters are drawn by what is trained, never by what else happened to ask for random numbers before.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(world.seed_at(seed, "weights", expert["name"]))
-            module = make()
-        world.say(f"{expert['name']} starts from random values (weights={base} holds no {expert['part']}/)")
+    """The module to train, with its adapter if there is one; see `starting_module`."""
+    module = starting_module(
+        make, model=model, expert=expert, adapter=adapter, base=base, init_from=init_from, seed=seed
+    )
     if isinstance(module, WanVAE):
         module = Autoencoder(module)
     else:
@@ -70,6 +51,55 @@ def build_trainee(
     metadata = {key: value for key, value in adapter.items() if key != "name"}
     about = {"expert": expert["name"], "model": model["name"], "boundary": model["boundary"], **metadata}
     return Trainee(module, expert["part"], {key: value for key, value in about.items() if value is not None})
+
+
+def starting_module(
+    make: Callable[[], nn.Module],
+    *,
+    model: Mapping[str, Any],
+    expert: Mapping[str, Any],
+    adapter: Mapping[str, Any],
+    base: Path | None,
+    init_from: Path | None,
+    seed: int,
+) -> nn.Module:
+    """What the expert starts from: the transformer at `init_from`, else the base folder's own part, else `make()`.
+
+    `init_from` may be the word random, which passes the base's part by. Says which it was. ValueError where there is
+    nothing to start from, or an adapter has no base.
+    """
+    if init_from is not None and init_from != RANDOM:
+        # Some other model's transformer, as Wan2.2's low-noise expert began as Wan2.1: no boundary to compare.
+        module: nn.Module = load_transformer(init_from)
+        if module.config() != make().config():  # type: ignore[attr-defined, operator]
+            raise ValueError(f"init_from={init_from} holds a transformer of another shape than model={model['name']}")
+        world.say(f"{expert['name']} starts from {init_from}")
+        return module
+    if base is not None and init_from != RANDOM and (base / expert["part"] / "config.json").is_file():
+        pipeline.check_boundary(base, model["boundary"])
+        world.say(f"{expert['name']} starts from {base / expert['part']}")
+        if expert["name"] == "vae":
+            vae = load_vae(base)
+            trained = [vae] if expert["trains"] == "all" else [vae.decoder, vae.post_quant_conv]
+            for part in trained:
+                part.requires_grad_(True)
+            return vae
+        return load_transformer(base, part=expert["part"])
+    if adapter["name"] != "none":
+        raise ValueError(
+            f"adapter={adapter['name']} changes a trained model, but {base} holds no {expert['part']}/; "
+            "give weights=FOLDER with a pipeline (assets/wan-tiny is one)"
+        )
+    if not model["scratch"]:
+        raise ValueError(
+            f"weights={base} holds no {expert['part']}/ for expert={expert['name']}; give the folder that does"
+        )
+    # Parameters are drawn by what is trained, never by what else happened to ask for random numbers before.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(world.seed_at(seed, "weights", expert["name"]))
+        module = make()
+    world.say(f"{expert['name']} starts from random values")
+    return module
 
 
 def check_encoders(manifest: Mapping[str, Any], base: Path, shards: str) -> None:

@@ -1,0 +1,129 @@
+"""How well a tiny pipeline obeys its prompts: python benchmarks/wan_tiny.py [FOLDER] [--table] [--diffusers]
+
+64 prompts whose combination was never in training, judged by wantrain/data/judge.py; chance levels beside.
+--table      also: the experts swapped, each alone, and 4 to 50 steps with both solvers
+--diffusers  also: the same folder through diffusers' own pipeline
+Prints tables in Markdown and writes wan_tiny.json beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from wantrain import geometry, world
+from wantrain.data.demo import DIRECTIONS, VOCABULARIES
+from wantrain.data.judge import Verdict, judge, scores, spared_scenes
+from wantrain.models import pipeline
+from wantrain.sampling import Sampler, Settings
+from wantrain.training.gather import build_sampler
+from wantrain.video import contact_sheet
+
+PROMPTS, TOGETHER = 64, 16
+BUCKET = geometry.Bucket(17, 64, 64)
+PLAIN = VOCABULARIES["plain"]
+CHANCE = {"colour": 1 / len(PLAIN.colours), "shape": 1 / len(PLAIN.shapes), "direction": 1 / len(DIRECTIONS)}
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="assets/wan-tiny", type=Path)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--diffusers", action="store_true")
+    parser.add_argument("--sheet", type=Path, help="write the first videos as one picture")
+    parser.add_argument("--guidance", type=float, default=None, help="for both experts")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    world.set_threads()
+    index = json.loads((options.folder / "model_index.json").read_text(encoding="utf-8"))
+    held = ["high_noise", "low_noise"] if index["boundary_ratio"] else ["dense"]
+    experts: dict[str, Any] = dict(pipeline.load_experts(options.folder, held))
+    base = build_sampler(experts, boundary=index["boundary_ratio"], base=options.folder)
+    settings = default_settings(options.folder, options.guidance)
+    results: dict[str, Any] = {"folder": str(options.folder), "settings": str(settings), "chance": CHANCE}
+    results["judged"] = measure("as shipped", base, settings, sheet=options.sheet)
+    if options.table and len(experts) == 2:
+        high, low = experts["high_noise"], experts["low_noise"]
+        for name, pair in {
+            "swapped": (low, high),
+            "only high_noise": (high, high),
+            "only low_noise": (low, low),
+        }.items():
+            both = dict(zip(("high_noise", "low_noise"), pair, strict=True))
+            sampler = build_sampler(both, boundary=index["boundary_ratio"], base=options.folder)
+            results[name] = measure(name, sampler, settings)
+    if options.table:
+        for solver in ("euler", "unipc"):
+            for steps in (4, 8, 16, 30, 50):
+                at = Settings(settings.guidance, settings.shift, steps, solver)
+                results[f"{solver} {steps}"] = measure(f"{solver}, {steps} steps", base, at)
+    if options.diffusers:
+        results["diffusers"] = measure_diffusers(options.folder, settings)
+    world.write_json(options.out, results)
+
+
+def default_settings(folder: Path, guidance: float | None) -> Settings:
+    """The folder's own shift, and the tiny model's guidance unless another is asked for."""
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    scale = 2.0 if guidance is None else guidance
+    return Settings({"high_noise": scale, "low_noise": scale, "dense": scale}, scheduler["flow_shift"])
+
+
+def measure(title: str, sampler: Sampler, settings: Settings, sheet: Path | None = None) -> dict[str, float]:
+    """Sample every prompt, judge, print one row."""
+    started, scenes = time.time(), spared_scenes(PROMPTS)
+    prompts = [scene.caption(language) for scene, language in scenes]
+    clips = []
+    for first in range(0, PROMPTS, TOGETHER):
+        some = prompts[first : first + TOGETHER]
+        seeds = list(range(first, first + len(some)))
+        clips += sampler.batch(some, bucket=BUCKET, settings=settings, seeds=seeds)
+    if sheet is not None:
+        contact_sheet(sheet, dict(zip(prompts[:16], clips[:16], strict=True)), columns=6, cell=96)
+    return tell(title, [judge(clip) for clip in clips], time.time() - started)
+
+
+def tell(title: str, verdicts: list[Verdict], seconds: float) -> dict[str, float]:
+    """Print and return the scores, of both languages together and apart."""
+    scenes = spared_scenes(PROMPTS)
+    told: dict[str, float] = scores(verdicts, [scene for scene, _ in scenes])
+    for language in ("en", "zh"):
+        chosen = [i for i, (_, spoken) in enumerate(scenes) if spoken == language]
+        each = scores([verdicts[i] for i in chosen], [scenes[i][0] for i in chosen])
+        told[language] = float(np.mean([each[what] for what in CHANCE]))
+    print(f"| {title} | " + " | ".join(f"{share:.0%}" for share in told.values()) + f" | {seconds:.0f} s |", flush=True)
+    return told
+
+
+def measure_diffusers(folder: Path, settings: Settings) -> Mapping[str, float]:
+    """The same prompts through diffusers' own pipeline, in float32."""
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    started, verdicts = time.time(), []
+    for number, (scene, language) in enumerate(spared_scenes(PROMPTS)):
+        frames = pipe(
+            prompt=scene.caption(language),
+            negative_prompt=settings.negative_prompt,
+            height=BUCKET.height,
+            width=BUCKET.width,
+            num_frames=BUCKET.num_frames,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance["high_noise"],
+            generator=torch.Generator().manual_seed(number),
+        ).frames[0]
+        verdicts.append(judge((np.asarray(frames) * 255).round().astype(np.uint8)))
+    return tell("diffusers", verdicts, time.time() - started)
+
+
+if __name__ == "__main__":
+    main()
