@@ -3,8 +3,9 @@
 python demo.py              everything; `make demo` installs first (under ten minutes on two cores after that)
 python demo.py data NAME    only footage and shards, into data/NAME: demo, wug, wan_tiny, vae
 
-The footage shows a wug, a thing that the shipped model wan-tiny has never seen. Both experts learn it; the same
-prompts and seeds are sampled before and after, and a judge that knows nothing about the model says what they show.
+The footage shows a wug, a thing that the shipped model wan-tiny has never seen, and beside it a few clips of what it
+knows, so that it does not forget. Both experts learn from it; the same prompts and seeds are sampled before and after,
+and a judge that knows nothing about the model says what they show.
 """
 
 import json
@@ -29,11 +30,11 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parent
 DATA, RUN = Path("data"), Path("runs/demo")
 EXPERTS = ("high_noise", "low_noise")
-STEPS = 300
-WUGS, OTHERS = wug_scenes(30), spared_scenes(30)
+STEPS = 500
+WUGS, OTHERS = wug_scenes(20), spared_scenes(40)
 PROMPTS = [scene.caption(language) for scene, language in [*WUGS, *OTHERS]]
 #: What before_after.png shows, by place in PROMPTS: wugs, then what the model knew before.
-SHOWN = (0, 1, 3, 5, 30, 33, 41)
+SHOWN = (0, 1, 2, 3, 4, 20, 23, 31)
 
 
 def verb(*command: str) -> None:
@@ -47,7 +48,8 @@ def verb(*command: str) -> None:
 def make_data(name: str) -> None:
     """Footage -> video shards -> latent shards, in data/NAME; the VAE's own footage stays pixels."""
     folder = DATA / name
-    make_footage(folder / "footage", **SETS[name])
+    for scenes, amount in SETS[name].items():
+        make_footage(folder / "footage" / scenes, scenes=scenes, **amount)
     verb("shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}", "model=tiny")
     if name != "vae":
         verb("encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", "model=tiny")
@@ -61,7 +63,7 @@ def main() -> None:
         verb(
             "train.py", f"expert={expert}", "adapter=lora", f"run={expert}", f"runs={RUN}",
             f"data.shards={DATA / 'wug' / 'latents'}", "data.holdout=0.15", f"steps={STEPS}",
-            "optimizer.lr=2e-3", "schedule.floor=0.02", f"validation.every={STEPS}", "tracker=jsonl",
+            "optimizer.lr=1.5e-3", "schedule.floor=0.02", f"validation.every={STEPS}", "tracker=jsonl",
         )  # fmt: skip
     pair = f"run={','.join(EXPERTS)}"
     verb("export.py", pair, f"runs={RUN}", f"out={RUN / 'pipeline'}")

@@ -1,6 +1,7 @@
 """How well a tiny pipeline obeys its prompts: python benchmarks/wan_tiny.py [FOLDER] [--table] [--diffusers]
 
-64 prompts whose combination was never in training, judged by wantrain/data/judge.py; chance levels beside.
+64 prompts whose combination was never in training, judged by wantrain/data/judge.py; chance levels beside. And what the
+VAE does to 256 clips that nothing was trained on.
 --table      also: the experts swapped, each alone, and 4 to 50 steps with both solvers
 --diffusers  also: the same folder through diffusers' own pipeline
 Prints tables in Markdown and writes wan_tiny.json beside this file.
@@ -19,12 +20,12 @@ import numpy as np
 import torch
 
 from wantrain import geometry, world
-from wantrain.data.demo import DIRECTIONS, VOCABULARIES
-from wantrain.data.judge import Verdict, judge, scores, spared_scenes
-from wantrain.models import pipeline
+from wantrain.data import Verdict, judge, prepare_pixels, scores, spared_scenes
+from wantrain.data.demo import DIRECTIONS, VOCABULARIES, draw_shot
+from wantrain.models import load_vae, pipeline
 from wantrain.sampling import Sampler, Settings
 from wantrain.training.gather import build_sampler
-from wantrain.video import contact_sheet
+from wantrain.video import contact_sheet, to_frames
 
 PROMPTS, TOGETHER = 64, 16
 BUCKET = geometry.Bucket(17, 64, 64)
@@ -48,8 +49,10 @@ def main() -> None:
     experts: dict[str, Any] = dict(pipeline.load_experts(options.folder, held))
     base = build_sampler(experts, boundary=index["boundary_ratio"], base=options.folder)
     settings = default_settings(options.folder, options.guidance)
+    print("| | colour | shape | direction | all three | English | Chinese | |\n" + "|---" * 8 + "|", flush=True)
     results: dict[str, Any] = {"folder": str(options.folder), "settings": str(settings), "chance": CHANCE}
     results["judged"] = measure("as shipped", base, settings, sheet=options.sheet)
+    results["vae"] = measure_vae(options.folder)
     if options.table and len(experts) == 2:
         high, low = experts["high_noise"], experts["low_noise"]
         for name, pair in {
@@ -100,6 +103,32 @@ def tell(title: str, verdicts: list[Verdict], seconds: float) -> dict[str, float
         each = scores([verdicts[i] for i in chosen], [scenes[i][0] for i in chosen])
         told[language] = float(np.mean([each[what] for what in CHANCE]))
     print(f"| {title} | " + " | ".join(f"{share:.0%}" for share in told.values()) + f" | {seconds:.0f} s |", flush=True)
+    return told
+
+
+def measure_vae(folder: Path, count: int = 256) -> dict[str, float]:
+    """PSNR, the latents' mean and spread per channel, and what the judge still reads after a round trip."""
+    vae, latents, errors, verdicts = load_vae(folder), [], [], []
+    scenes = [draw_shot(number, seed=1000, size=64).scene for number in range(count)]
+    for first in range(0, count, TOGETHER):
+        some = scenes[first : first + TOGETHER]
+        drawn = [scene.frames(BUCKET.height, BUCKET.width, fps=16, num_frames=BUCKET.num_frames) for scene in some]
+        pixels = torch.stack([prepare_pixels(frames, (BUCKET.height, BUCKET.width))[0] for frames in drawn])
+        with torch.inference_mode():
+            encoded = vae.encode(pixels)
+            decoded = vae.decode(encoded)
+        latents.append(encoded.transpose(0, 1).flatten(1))
+        errors += (decoded - pixels).square().mean(dim=(1, 2, 3, 4)).tolist()
+        verdicts += [judge(to_frames(clip)) for clip in decoded]
+    spread, mean = torch.std_mean(torch.cat(latents, dim=1), dim=1)
+    told = {
+        "psnr": float(-10 * np.log10(np.array(errors) / 4).mean()),
+        "largest_mean": mean.abs().max().item(),
+        "smallest_std": spread.min().item(),
+        "largest_std": spread.max().item(),
+        **scores(verdicts, scenes),
+    }
+    print("VAE: " + ", ".join(f"{name} {value:.3f}" for name, value in told.items()), flush=True)
     return told
 
 

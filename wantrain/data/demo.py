@@ -127,13 +127,14 @@ VOCABULARIES = {
     "banded": replace(_EVERYTHING, banded=0.3, seconds=(1.06, 1.16)),
     "wug": replace(_PLAIN, shapes=("wug",), colours=WUG[:1], size=(0.52, 0.6), spares=False),
 }
-#: The footage this project is made with: name -> what `make_footage` is given.
-SETS: dict[str, dict[str, Any]] = {
-    "demo": {"scenes": "plain", "num_videos": 240, "num_images": 16},
-    "wan_tiny": {"scenes": "plain", "num_videos": 1600, "num_images": 600, "seed": 1},
-    "vae": {"scenes": "everything", "num_videos": 240, "num_images": 16},
-    "vae_decoder": {"scenes": "banded", "num_videos": 600, "num_images": 0, "seed": 2},
-    "wug": {"scenes": "wug", "num_videos": 16, "num_images": 0},
+#: The footage this project is made with: name -> what `make_footage` is given, per sub-folder. Beside the wugs stand
+#: as many plain clips: a model that sees nothing but wugs forgets everything else.
+SETS: dict[str, dict[str, dict[str, Any]]] = {
+    "demo": {"plain": {"num_videos": 240, "num_images": 16}},
+    "wan_tiny": {"plain": {"num_videos": 1600, "num_images": 600, "seed": 1}},
+    "vae": {"everything": {"num_videos": 240, "num_images": 16}},
+    "vae_decoder": {"banded": {"num_videos": 600, "num_images": 0, "seed": 2}},
+    "wug": {"wug": {"num_videos": 24, "num_images": 0}, "plain": {"num_videos": 24, "num_images": 0, "seed": 3}},
 }
 
 
@@ -214,7 +215,7 @@ class Scene:
         body = np.array(COLOURS[self.colour][1], dtype=float)
         if not self.band:
             return body
-        share = np.clip(0.5 + (0.3 - np.abs(y)) * radius, 0, 1)[..., None]
+        share = np.clip(0.5 + (0.25 - np.abs(y)) * radius, 0, 1)[..., None]
         return body + share * (np.array(COLOURS[self.band][1]) - body)
 
 
@@ -247,7 +248,7 @@ def _corners(shape: str) -> Floats:
     if shape == "square":
         return np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]) * 0.8
     if shape == "wug":
-        return np.array([(0.0, -1.0), (0.75, 0.0), (0.0, 1.0), (-0.75, 0.0)])
+        return np.array([(0.0, -1.0), (0.95, 0.0), (0.0, 1.0), (-0.95, 0.0)])
     if shape not in {"triangle", "star"}:
         raise ValueError(f"shape={shape!r} is unknown; choose one of {', '.join(SHAPES)}")
     count = 3 if shape == "triangle" else 10
