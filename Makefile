@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-CODE := wantrain tests train.py shard.py encode.py sample.py export.py demo.py assets
+CODE := wantrain tests train.py shard.py encode.py sample.py export.py demo.py assets benchmarks
 
 .PHONY: demo test test-all lint format install
 

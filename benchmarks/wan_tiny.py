@@ -49,7 +49,9 @@ def main() -> None:
     experts: dict[str, Any] = dict(pipeline.load_experts(options.folder, held))
     base = build_sampler(experts, boundary=index["boundary_ratio"], base=options.folder)
     settings = default_settings(options.folder, options.guidance)
-    print("| | colour | shape | direction | all three | English | Chinese | |\n" + "|---" * 8 + "|", flush=True)
+    print(
+        "| | colour | shape | direction | all three | overlap | English | Chinese | |\n" + "|---" * 9 + "|", flush=True
+    )
     results: dict[str, Any] = {"folder": str(options.folder), "settings": str(settings), "chance": CHANCE}
     results["judged"] = measure("as shipped", base, settings, sheet=options.sheet)
     results["vae"] = measure_vae(options.folder)
@@ -98,11 +100,12 @@ def tell(title: str, verdicts: list[Verdict], seconds: float) -> dict[str, float
     """Print and return the scores, of both languages together and apart."""
     scenes = spared_scenes(PROMPTS)
     told: dict[str, float] = scores(verdicts, [scene for scene, _ in scenes])
+    told["overlap"] = float(np.mean([verdict.overlap for verdict in verdicts]))
     for language in ("en", "zh"):
         chosen = [i for i, (_, spoken) in enumerate(scenes) if spoken == language]
         each = scores([verdicts[i] for i in chosen], [scenes[i][0] for i in chosen])
         told[language] = float(np.mean([each[what] for what in CHANCE]))
-    print(f"| {title} | " + " | ".join(f"{share:.0%}" for share in told.values()) + f" | {seconds:.0f} s |", flush=True)
+    print(f"| {title} | " + " | ".join(f"{share:.1%}" for share in told.values()) + f" | {seconds:.0f} s |", flush=True)
     return told
 
 
