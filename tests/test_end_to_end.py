@@ -15,10 +15,13 @@ from PIL import Image
 
 from wantrain import flow
 from wantrain.data import PixelData
+from wantrain.geometry import Bucket
 from wantrain.models import load_text_encoder, load_transformer, load_vae
-from wantrain.models.pipeline import PARTS
+from wantrain.models.pipeline import PARTS, load_experts
 from wantrain.models.weights import fingerprint, read_file, read_tensors
+from wantrain.sampling import Settings
 from wantrain.sampling.generate import Experts, generate
+from wantrain.training.gather import build_sampler
 from wantrain.video import to_frames
 
 PROMPT = "a red circle moving right on a dark background"
@@ -297,7 +300,12 @@ def test_videos_made_together_are_those_made_one_by_one(pair, call, tmp_path):
     one, two = frames_of(tmp_path / "by_1"), frames_of(tmp_path / "by_2")
     assert len(one) == len(two) == 3
     for alone, together in zip(one, two, strict=True):
-        assert np.abs(alone.astype(int) - together).max() <= 4  # lossy files of frames equal up to rounding
+        assert np.abs(alone.astype(int) - together).mean() < 0.5  # the codec makes more of a level's difference
+    sampler = build_sampler(dict(load_experts(pair, ["high_noise", "low_noise"])), boundary=0.875, base=pair)
+    how = {"bucket": Bucket(9, 32, 48), "settings": Settings({"high_noise": 2.0, "low_noise": 1.0}, 3.0, steps=4)}
+    prompts = ["a red ring", "a blue circle moving right on a dark background", "圆形"]  # of three lengths
+    for prompt, seed, frames in zip(prompts, (0, 1, 2), sampler.batch(prompts, seeds=(0, 1, 2), **how), strict=True):
+        assert np.abs(sampler(prompt, seed=seed, **how).astype(int) - frames).max() <= 2
 
 
 def test_shards_of_the_story_say_what_they_hold(tiny):
