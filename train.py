@@ -88,10 +88,10 @@ def main(cfg: DictConfig) -> None:
 
 def make_data(shards: Path) -> None:
     """Make the project's own footage and shards (data/NAME/latents) if they are asked for and not there, and say so."""
-    name = shards.parent.name
-    if world.is_main() and shards.parent == Path("data", name) and name in SETS and not shards.is_dir():
+    ours = shards.parent in {Path("data", name) for name in SETS}
+    if world.is_main() and ours and not (shards / "manifest.json").is_file():
         world.say(f"making {shards.parent} (procedural clips; once)")
-        make = [sys.executable, str(config.ROOT / "demo.py"), "data", name]
+        make = [sys.executable, str(config.ROOT / "demo.py"), "data", shards.parent.name]
         if code := subprocess.run(make, check=False, env=world.alone()).returncode:
             sys.exit(code)  # the child has said what is wrong
 

@@ -261,6 +261,16 @@ def test_a_lora_needs_a_base_and_a_base_of_the_same_boundary(tiny, pair, call, t
     assert not (tmp_path / "runs").exists()
 
 
+def test_where_an_expert_starts_is_judged_before_any_work(tiny, pair, call, tmp_path):
+    given = (*tiny.train, "steps=1", "batch_size=2")
+    error = call("train.py", *given, f"weights={pair}", f"init_from={pair}", "adapter=lora", check=False).error
+    assert f"init_from={pair} with adapter=lora" in error and "weights=" in error
+    assert "init_from=nowhere is not a folder" in call("train.py", *given, "init_from=nowhere", check=False).error
+    error = call("train.py", "recipe=wan_tiny_vae", "expert.trains=encoder", check=False).error
+    assert "expert.trains=encoder is unknown; choose one of all, decoder" in error
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()
+
+
 def test_a_gpu_that_is_not_there_is_not_replaced_in_silence(call, tiny, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

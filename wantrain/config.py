@@ -239,6 +239,13 @@ def _check_picture(cfg: DictConfig) -> None:
 
 def _check_expert(cfg: DictConfig) -> None:
     name, known = cfg.expert.name, list(cfg.model.experts)
+    if cfg.init_from is not None and cfg.adapter.name != "none":
+        raise ValueError(
+            f"init_from={cfg.init_from} with adapter={cfg.adapter.name}: an adapter is sampled and exported with the "
+            "base it was trained on; name that base with weights="
+        )
+    if cfg.init_from not in {None, "random"} and not locate(cfg.init_from).is_dir():
+        raise ValueError(f"init_from={cfg.init_from} is not a folder; give a pipeline or its transformer, or random")
     if cfg.weights is None and name != "vae":
         raise ValueError("weights=null: VAE and text encoder must come from somewhere; give a pipeline folder")
     if (name == "vae") != cfg.data.get("_target_", "").endswith("PixelData"):
@@ -246,6 +253,8 @@ def _check_expert(cfg: DictConfig) -> None:
             f"expert={name} with the wrong data=: expert=vae and data=pixels go together (recipe=wan_tiny_vae)"
         )
     if name == "vae":
+        if cfg.expert.trains not in {"all", "decoder"}:
+            raise ValueError(f"expert.trains={cfg.expert.trains} is unknown; choose one of all, decoder")
         if cfg.init_from is not None:
             raise ValueError("init_from= names a transformer; a VAE starts from weights=")
         if cfg.weights is None and "vae" not in cfg.model:
