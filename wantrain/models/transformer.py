@@ -2,7 +2,7 @@
 
 Text-to-video here; image conditions arrive as further input channels (`condition_BCTHW`) and per-frame timesteps,
 without another class. Single-device code: machinery reads what the class declares (`fp32_parts`, `blocks`).
-Parameter names in memory are the official ones; models/weights.py holds the table to diffusers' names.
+Parameter names in memory are the official ones; models/names.py holds the table to diffusers' names.
 
 Tensor suffixes: B batch, C channels, T latent frames, H W latent rows and columns, P tokens of one frame,
 L = T*P tokens, S text rows, D model width, N heads, K head width.
@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from wantrain.geometry import PATCH
 from wantrain.models.attention import attend
-from wantrain.models.weights import load_strict, part_folder, read_config, read_tensors, to_diffusers
+from wantrain.models.names import to_diffusers
+from wantrain.models.weights import load_strict, part_folder, read_config, read_tensors
 
 ROPE_THETA = 10000.0
 ROPE_LENGTH = 1024  # positions per axis that Wan's tables hold: a hard limit of the published models

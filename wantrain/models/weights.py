@@ -1,16 +1,13 @@
-"""Weights on disk: folders in the diffusers layout, read strictly and written as safetensors; name maps; fingerprints.
+"""Weights on disk: folders in the diffusers layout, read strictly and written as safetensors; fingerprints.
 
 Only safetensors and json are read here, never a pickle. The transformer wears Wan's official parameter names in
-memory and the diffusers names on disk; the table between them is `OFFICIAL_TO_DIFFUSERS`. The VAE and the text
-encoder have the same names in both places.
-Source of the table: both public implementations' state dicts, verified key for key.
+memory and the diffusers names on disk (models/names.py); the VAE and the text encoder have the same in both places.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,37 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# Anchored and tried in order, never substring replacement: "modulation", "norm2"/"norm3" and "head." collide.
-# The two libraries really do swap the names norm2 and norm3.
-OFFICIAL_TO_DIFFUSERS: tuple[tuple[str, str], ...] = (
-    (r"patch_embedding\.(weight|bias)", r"patch_embedding.\1"),
-    (r"text_embedding\.0\.(weight|bias)", r"condition_embedder.text_embedder.linear_1.\1"),
-    (r"text_embedding\.2\.(weight|bias)", r"condition_embedder.text_embedder.linear_2.\1"),
-    (r"time_embedding\.0\.(weight|bias)", r"condition_embedder.time_embedder.linear_1.\1"),
-    (r"time_embedding\.2\.(weight|bias)", r"condition_embedder.time_embedder.linear_2.\1"),
-    (r"time_projection\.1\.(weight|bias)", r"condition_embedder.time_proj.\1"),
-    (r"blocks\.(\d+)\.modulation", r"blocks.\1.scale_shift_table"),
-    (r"blocks\.(\d+)\.self_attn\.([qkv])\.(weight|bias)", r"blocks.\1.attn1.to_\2.\3"),
-    (r"blocks\.(\d+)\.self_attn\.o\.(weight|bias)", r"blocks.\1.attn1.to_out.0.\2"),
-    (r"blocks\.(\d+)\.self_attn\.norm_([qk])\.weight", r"blocks.\1.attn1.norm_\2.weight"),
-    (r"blocks\.(\d+)\.norm3\.(weight|bias)", r"blocks.\1.norm2.\2"),
-    (r"blocks\.(\d+)\.cross_attn\.([qkv])\.(weight|bias)", r"blocks.\1.attn2.to_\2.\3"),
-    (r"blocks\.(\d+)\.cross_attn\.o\.(weight|bias)", r"blocks.\1.attn2.to_out.0.\2"),
-    (r"blocks\.(\d+)\.cross_attn\.norm_([qk])\.weight", r"blocks.\1.attn2.norm_\2.weight"),
-    (r"blocks\.(\d+)\.ffn\.0\.(weight|bias)", r"blocks.\1.ffn.net.0.proj.\2"),
-    (r"blocks\.(\d+)\.ffn\.2\.(weight|bias)", r"blocks.\1.ffn.net.2.\2"),
-    (r"head\.modulation", r"scale_shift_table"),
-    (r"head\.head\.(weight|bias)", r"proj_out.\1"),
-)
-
-
-def to_diffusers(key: str) -> str:
-    """The diffusers name of an official transformer parameter. ValueError for a name outside the table."""
-    for pattern, replacement in OFFICIAL_TO_DIFFUSERS:
-        match = re.fullmatch(pattern, key)
-        if match:
-            return match.expand(replacement)
-    raise ValueError(f"{key!r} is not a parameter of a Wan transformer in the official layout")
+from wantrain.models.names import to_diffusers
 
 
 def renamed_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
