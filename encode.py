@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from wantrain import config, geometry, world
 from wantrain.data import encode_shards
-from wantrain.models import load_text_encoder, load_vae
 from wantrain.models.weights import fingerprint
 
 
@@ -20,9 +19,8 @@ def main(cfg: DictConfig) -> None:
     config.check(cfg)
     world.single_process("encode.py")
     world.set_threads()
-    device, base = config.device(cfg.device), config.locate(cfg.weights)
-    vae = load_vae(base, device=device)
-    text = load_text_encoder(base, device=device, dtype=config.dtype(cfg.precision))
+    device, base = config.device(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
+    vae, text = base.vae(device=device), base.text_encoder(device=device, dtype=config.dtype(cfg.precision))
 
     @torch.inference_mode()
     def encode_pixels(pixels_BCTHW: torch.Tensor) -> torch.Tensor:

@@ -30,21 +30,23 @@ def main(cfg: DictConfig) -> None:
     world.set_threads()
     device = config.device(cfg.device)
     dtype = config.dtype(cfg.precision)
+    wanted = [*cfg.model.experts, "vae", "text_encoder", "tokenizer"]
+    base = config.base(cfg, wanted) if config.has_base(cfg) else None
     gathered = gather_experts(
         list(cfg.model.experts),
         model=cfg.model.name,
         boundary=cfg.model.boundary,
         run=cfg.run,
         runs=cfg.runs,
-        weights=cfg.weights,
+        base=base,
         locate=config.locate,
         alone=cfg.alone,
         device=device,
         dtype=dtype,
     )
     lora = config.plain(cfg.lora)
-    scale = lora.pop("scale")
-    add_loras(gathered.experts, lora, scale)
+    how = {key: lora.pop(key) for key in ("scale", "alpha")}
+    add_loras(gathered.experts, lora, model=cfg.model.name, **how)
     sampler = build_sampler(
         gathered.experts, boundary=cfg.model.boundary, base=gathered.base, device=device, dtype=dtype
     )

@@ -3,15 +3,14 @@
 accelerate launch train.py expert=low_noise data.shards=DIR        python train.py --help
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from wantrain import config, world
-from wantrain.data import SETS, Plan
-from wantrain.training import assemble, estimate
+from wantrain.data import Plan
+from wantrain.training import assemble, estimate, which_expert
 from wantrain.training.checkpoint import Checkpoints
 from wantrain.training.loop import Run, fit
 from wantrain.training.metrics import Metrics, build_tracker
@@ -26,30 +25,34 @@ def main(cfg: DictConfig) -> None:
     config.check(cfg, processes=world.world_size())
     accelerator = start_accelerator()
     with accelerator.main_process_first():
-        make_data(Path(cfg.data.shards))
-    base, init_from = (None if path is None else config.locate(path) for path in (cfg.weights, cfg.init_from))
-    model, expert, data = config.plain(cfg.model), config.plain(cfg.expert), config.build(cfg.data)
-    if base is not None and cfg.expert.name != "vae":
-        assemble.check_encoders(data.manifest, base, cfg.data.shards)
+        model, name = config.plain(cfg.model), cfg.expert.name
+        wanted = [*(model["experts"] if cfg.sample.every else [name]), "vae", "text_encoder", "tokenizer"]
+        base = config.base(cfg, wanted)
+        assemble.make_own_data(Path(cfg.data.shards), root=config.ROOT)
+    data = config.build(cfg.data)
+    if name != "vae":
+        assemble.check_encoders(data.manifest, base, cfg.data.shards, config.dtype(cfg.precision))
     plan = Plan(data.buckets, batch_size=cfg.batch_size, seed=cfg.seed)
     steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
-    trainee = assemble.build_trainee(
-        lambda: config.build(cfg.model.vae if cfg.expert.name == "vae" else cfg.model.transformer),
+    begin = assemble.Start(
+        lambda: config.build(cfg.model.vae if name == "vae" else cfg.model.transformer),
         model=model,
-        expert=expert,
+        expert=config.plain(cfg.expert),
         adapter=config.plain(cfg.adapter),
         base=base,
-        init_from=init_from,
+        scratch=cfg.init == "scratch",
         seed=cfg.seed,
-        gradient_checkpointing=cfg.gradient_checkpointing,
+        device=accelerator.device,
+        dtype=config.dtype(cfg.precision),
     )
+    trainee = begin.trainee(gradient_checkpointing=cfg.gradient_checkpointing)
     if cfg.dry_run:
         world.say(config.to_yaml(cfg))
         size = {"steps": steps, "accumulate": cfg.accumulate, "processes": accelerator.num_processes}
         world.say(estimate.describe(plan, data.bucket_names, trainee.module, **size))
         return
 
-    folder, settings = RunFolder(Path(cfg.runs) / cfg.run), config.plain(cfg)
+    folder, settings = RunFolder(Path(cfg.runs) / cfg.run), {**config.plain(cfg), "recipe": config.recipe()}
     if world.is_main():
         folder.open(settings)
     accelerator.wait_for_everyone()
@@ -68,12 +71,16 @@ def main(cfg: DictConfig) -> None:
         steps=steps,
         seed=cfg.seed,
         checkpoint_every=cfg.checkpoint.every,
-        state={"expert": cfg.expert.name, "data": data.fingerprint},
+        state={"expert": name, "data": data.fingerprint},
     )
     start, ended_by = run.resume(), None
     world.say(f"run {folder.path}: step {start} of {steps}")
     if start < steps:
         run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
+        if start == 0 and cfg.check_expert != "off" and begin.is_measurable():
+            which_expert.check(
+                stepper, run.first_batch(), model=model, expert=name, how=cfg.check_expert, seed=cfg.seed
+            )
         watched = {"validation": settings["validation"], "sample": settings["sample"]}
         run.hooks = assemble.build_hooks(run, model=model, base=base, folder=folder.samples, **watched)
         ended_by = fit(run, start)
@@ -84,16 +91,6 @@ def main(cfg: DictConfig) -> None:
     if ended_by is not None:
         world.say("stopped by a signal, after a checkpoint; the same command continues")
         sys.exit(128 + ended_by)
-
-
-def make_data(shards: Path) -> None:
-    """Make the project's own footage and shards (data/NAME/latents) if they are asked for and not there, and say so."""
-    ours = shards.parent in {Path("data", name) for name in SETS}
-    if world.is_main() and ours and not (shards / "manifest.json").is_file():
-        world.say(f"making {shards.parent} (procedural clips; once)")
-        make = [sys.executable, str(config.ROOT / "demo.py"), "data", shards.parent.name]
-        if code := subprocess.run(make, check=False, env=world.alone()).returncode:
-            sys.exit(code)  # the child has said what is wrong
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def main(folder: Path) -> None:
     vocab_size = tokenizer.get_vocab_size()
     write_tokenizer(tokenizer, folder / "tokenizer")
     weights, config = make_weights(vocab_size), encoder_config(vocab_size)
-    write_part(folder / "text_encoder", config, weights, file="model.safetensors")
+    write_part(folder / "text_encoder", config, weights, name="model")
     numbers = sum(tensor.numel() for tensor in weights.values())
     print(f"{folder}: {vocab_size} tokens, text encoder of {numbers} parameters")
 

@@ -22,7 +22,7 @@ import torch
 from wantrain import geometry, world
 from wantrain.data import Verdict, judge, prepare_pixels, scores, spared_scenes
 from wantrain.data.demo import DIRECTIONS, VOCABULARIES, draw_shot
-from wantrain.models import load_vae, pipeline
+from wantrain.models import Base, load_vae
 from wantrain.sampling import Sampler, Settings
 from wantrain.training.gather import build_sampler
 from wantrain.video import contact_sheet, to_frames
@@ -46,8 +46,9 @@ def main() -> None:
     world.set_threads()
     index = json.loads((options.folder / "model_index.json").read_text(encoding="utf-8"))
     held = ["high_noise", "low_noise"] if index["boundary_ratio"] else ["dense"]
-    experts: dict[str, Any] = dict(pipeline.load_experts(options.folder, held))
-    base = build_sampler(experts, boundary=index["boundary_ratio"], base=options.folder)
+    parts = Base(options.folder)
+    experts: dict[str, Any] = {name: parts.transformer(name) for name in held}
+    base = build_sampler(experts, boundary=index["boundary_ratio"], base=parts)
     settings = default_settings(options.folder, options.guidance)
     print(
         "| | colour | shape | direction | all three | overlap | English | Chinese | |\n" + "|---" * 9 + "|", flush=True
@@ -63,7 +64,7 @@ def main() -> None:
             "only low_noise": (low, low),
         }.items():
             both = dict(zip(("high_noise", "low_noise"), pair, strict=True))
-            sampler = build_sampler(both, boundary=index["boundary_ratio"], base=options.folder)
+            sampler = build_sampler(both, boundary=index["boundary_ratio"], base=parts)
             results[name] = measure(name, sampler, settings)
     if options.table:
         for solver in ("euler", "unipc"):

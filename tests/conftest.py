@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from wantrain.data import make_footage
-from wantrain.models import WanTransformer, WanVAE
-from wantrain.models.pipeline import write_pipeline
+from wantrain.models import Base, WanTransformer, WanVAE
+from wantrain.models.pipeline import About, write_pipeline
 from wantrain.models.weights import write_part
 
 torch.set_num_threads(1)
@@ -173,8 +173,9 @@ def scrambled(module, seed):
 @pytest.fixture(scope="session")
 def pair(tiny, tmp_path_factory):
     """A whole pipeline folder with two scrambled micro experts."""
-    size = {"num_attention_heads": 1, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 64, "num_layers": 2}
+    size = {"num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 64, "num_layers": 2}
     experts = {name: scrambled(WanTransformer(**size), seed) for seed, name in enumerate(("high_noise", "low_noise"))}
     folder = tmp_path_factory.mktemp("pair") / "pipeline"
-    write_pipeline(folder, experts, base=tiny.base, boundary=0.875, shift=3.0)
+    about = About("tiny", 0.875, 3.0, {"high_noise": 2.0, "low_noise": 2.0})
+    write_pipeline(folder, experts, base=Base(tiny.base), about=about)
     return folder

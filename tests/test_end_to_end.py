@@ -1,6 +1,7 @@
 """The way through the house: footage -> shards -> latents -> both experts -> videos -> files that others load."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import torch
 from diffusers import WanPipeline
 from diffusers.utils import export_to_video
 from PIL import Image
+from safetensors.torch import save_file
 
 from wantrain import flow
 from wantrain.data import PixelData
 from wantrain.geometry import Bucket
-from wantrain.models import load_text_encoder, load_transformer, load_vae
-from wantrain.models.pipeline import PARTS, load_experts
+from wantrain.models import Base, load_text_encoder, load_transformer, load_vae
+from wantrain.models.base import PARTS
 from wantrain.models.weights import fingerprint, read_file, read_tensors
 from wantrain.sampling import Settings
 from wantrain.sampling.generate import Experts, generate
@@ -25,7 +27,11 @@ from wantrain.training.gather import build_sampler
 from wantrain.video import to_frames
 
 PROMPT = "a red circle moving right on a dark background"
-SMALL = ("height=32", "width=48", "num_frames=9", "steps=4")
+#: A small video of the micro model.
+SMALL = (
+    *("height=32", "width=48", "num_frames=9", "steps=4"),
+    *("model.transformer.num_layers=2", "model.transformer.ffn_dim=64", "model.transformer.attention_head_dim=32"),
+)
 
 
 @dataclass(frozen=True)
@@ -266,13 +272,16 @@ def test_only_the_decoder_is_trained_and_every_latent_stays_valid(tiny, call, tm
 
 def test_an_expert_starts_from_another_models_transformer_or_from_nothing(tiny, pair, call, tmp_path):
     """As low noise began as Wan2.1: weights of another part, with no boundary to agree on."""
-    start = load_transformer(pair).state_dict()
+    pair_as_dense = tmp_path / "wan21" / "transformer"
+    shutil.copytree(pair / "transformer", pair_as_dense)
+    file = pair_as_dense / "diffusion_pytorch_model.safetensors"
+    save_file(read_file(file)[0], file, metadata={"format": "pt"})  # a published file says nothing of itself
+    start = load_transformer(pair_as_dense).state_dict()
 
     def trained(run, *how):
         call(
             "train.py",
             *tiny.train,
-            "model.transformer.num_attention_heads=1",
             *how,
             f"run={run}",
             "steps=1",
@@ -285,12 +294,13 @@ def test_an_expert_starts_from_another_models_transformer_or_from_nothing(tiny, 
     def close(run, wanted):
         return all(torch.allclose(run[key], wanted[key], atol=1e-6) for key in wanted)
 
-    assert close(trained("given", f"init_from={pair}"), start)
+    assert close(trained("given", f"parts.low_noise={pair_as_dense}"), start)
     own = load_transformer(pair, part="transformer_2").state_dict()
     assert close(trained("own", f"weights={pair}"), own)
-    assert not close(trained("random", f"weights={pair}", "init_from=random"), own)
-    wrong = call("train.py", *tiny.train, f"init_from={pair}", check=False).error
-    assert f"init_from={pair} holds a transformer of another shape than model=tiny" in wrong
+    assert not close(trained("random", f"weights={pair}", "init=scratch"), own)
+    wider = "model.transformer.num_attention_heads=2"
+    wrong = call("train.py", *tiny.train, wider, f"parts.low_noise={pair_as_dense}", check=False).error
+    assert f"{pair_as_dense} holds a transformer of another shape than the chosen model (num_attention" in wrong
 
 
 def test_videos_made_together_are_those_made_one_by_one(pair, call, tmp_path):
@@ -301,7 +311,8 @@ def test_videos_made_together_are_those_made_one_by_one(pair, call, tmp_path):
     assert len(one) == len(two) == 3
     for alone, together in zip(one, two, strict=True):
         assert np.abs(alone.astype(int) - together).mean() < 0.5  # the codec makes more of a level's difference
-    sampler = build_sampler(dict(load_experts(pair, ["high_noise", "low_noise"])), boundary=0.875, base=pair)
+    experts = {name: Base(pair).transformer(name) for name in ("high_noise", "low_noise")}
+    sampler = build_sampler(experts, boundary=0.875, base=Base(pair))
     how = {"bucket": Bucket(9, 32, 48), "settings": Settings({"high_noise": 2.0, "low_noise": 1.0}, 3.0, steps=4)}
     prompts = ["a red ring", "a blue circle moving right on a dark background", "圆形"]  # of three lengths
     for prompt, seed, frames in zip(prompts, (0, 1, 2), sampler.batch(prompts, seeds=(0, 1, 2), **how), strict=True):

@@ -64,7 +64,10 @@ def test_a_misspelt_key_is_told_the_nearest(name, call, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("model=tinny", "model=tinny is not there; choose one of tiny, tiny_dense"),
+        (
+            "model=tinny",
+            "model=tinny is not there; choose one of i2v_a14b, t2v_14b, t2v_1_3b, t2v_a14b, ti2v_5b, tiny, tiny_dense",
+        ),
         ("expert=low", "expert=low is not there; choose one of dense, high_noise, low_noise, vae"),
         ("run", "run is not a setting; write key=value"),
     ],
@@ -230,7 +233,7 @@ def test_sampling_says_what_it_lacks(tiny, trained, call, tmp_path):
     assert "alone=true lets one expert answer" in error(prompt, "run=r")
     assert "more than one of these runs trained low_noise" in error(prompt, "run=r,r")
     assert "run r trained model=tiny, not model=tiny_dense" in error(prompt, "run=r", "model=tiny_dense")
-    assert "weights=nowhere is not a folder" in error(prompt, "weights=nowhere")
+    assert "weights=nowhere is not there" in error(prompt, "weights=nowhere")
     assert "lora.dense=x.safetensors: this model has low_noise, no dense" in error(
         prompt, "run=r", "alone=true", "lora.dense=x.safetensors"
     )
@@ -250,7 +253,7 @@ def test_a_run_without_a_checkpoint_and_half_a_pair_cannot_be_exported(trained, 
 def test_a_lora_needs_a_base_and_a_base_of_the_same_boundary(tiny, pair, call, tmp_path):
     given = (*tiny.train, "steps=1", "batch_size=2")
     error = call("train.py", *given, "adapter=lora", check=False).error
-    assert f"adapter=lora changes a trained model, but {tiny.base} holds no transformer_2/" in error
+    assert f"adapter=lora changes a trained model, but {tiny.base} holds no low_noise" in error
     assert "weights=" in error
     error = call("train.py", *given, f"weights={pair}", "model.boundary=0.9", check=False).error
     assert "has boundary_ratio=0.875, the chosen model has boundary=0.9" in error
@@ -263,9 +266,12 @@ def test_a_lora_needs_a_base_and_a_base_of_the_same_boundary(tiny, pair, call, t
 
 def test_where_an_expert_starts_is_judged_before_any_work(tiny, pair, call, tmp_path):
     given = (*tiny.train, "steps=1", "batch_size=2")
-    error = call("train.py", *given, f"weights={pair}", f"init_from={pair}", "adapter=lora", check=False).error
-    assert f"init_from={pair} with adapter=lora" in error and "weights=" in error
-    assert "init_from=nowhere is not a folder" in call("train.py", *given, "init_from=nowhere", check=False).error
+    error = call("train.py", *given, f"weights={pair}", "init=scratch", "adapter=lora", check=False).error
+    assert "init=scratch with adapter=lora: an adapter changes a trained model" in error
+    nowhere = call("train.py", *given, "parts.low_noise=nowhere", check=False).error
+    assert "parts.low_noise=nowhere does not exist; give a folder or a single file" in nowhere
+    swapped = call("train.py", *given, f"weights={pair}", f"parts.low_noise={pair}/transformer", check=False).error
+    assert "is the high_noise expert, asked for as low_noise; nothing in its tensors" in swapped
     error = call("train.py", "recipe=wan_tiny_vae", "expert.trains=encoder", check=False).error
     assert "expert.trains=encoder is unknown; choose one of all, decoder" in error
     assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()

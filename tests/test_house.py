@@ -52,16 +52,23 @@ def test_the_loop_reads_in_under_200_lines_and_a_verb_in_100():
 
 @pytest.mark.parametrize("file", PRODUCT, ids=name_of)
 def test_no_file_reads_or_writes_pickles_or_runs_text(file):
+    """But for one: official weights are pickles, read by torch's loader that runs no code from them."""
+    weights = name_of(file) == "wantrain/models/weights.py"
     assert not {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} & {
         name.split(".")[0] for name in imports(file)
     }
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             call = f"{node.value.id}.{node.attr}"
-            assert call not in {"torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", "os.system"}, call
+            assert call not in {"torch.save", "yaml.load", "yaml.unsafe_load", "os.system"}, call
+            assert call != "torch.load" or weights, call
         if isinstance(node, ast.Call):
             keywords = {word.arg: word.value for word in node.keywords}
-            assert "allow_pickle" not in keywords and "weights_only" not in keywords
+            assert "allow_pickle" not in keywords
+            loads = isinstance(node.func, ast.Attribute) and ast.unparse(node.func) == "torch.load"
+            assert loads == ("weights_only" in keywords) and (
+                not loads or ast.unparse(keywords["weights_only"]) == "True"
+            )
             shell = keywords.get("shell")
             assert shell is None or (isinstance(shell, ast.Constant) and shell.value is False)
             assert not (isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"})
@@ -91,7 +98,7 @@ def test_each_library_is_known_to_its_own_room_alone():
         "wandb": {"wantrain/training/metrics.py"},
         "decord": {"wantrain/data/footage.py"},
         "webdataset": {"wantrain/data/shards.py"},
-        "transformers": {"wantrain/models/text.py", "assets/make_tiny_text_encoder.py"},
+        "transformers": {"wantrain/models/text.py", "wantrain/models/loading.py", "assets/make_tiny_text_encoder.py"},
         "diffusers": set(),
         "scipy": set(),
         "wantrain.config": {verb.name for verb in VERBS},

@@ -11,18 +11,20 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
+from wantrain.models import Base, open_base
 from wantrain.world import errors_to_exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +43,9 @@ TEXT_KEYS = frozenset(
     )
 )
 PATH_KEYS = frozenset(
-    ("source", "out", "shards", "data.shards", "weights", "init_from", "runs", "prompts", "measure",
-     "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts")
+    ("source", "out", "shards", "data.shards", "weights", "runs", "prompts", "measure", "inspect", "adapter.init",
+     "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts",
+     "parts.high_noise", "parts.low_noise", "parts.dense", "parts.vae", "parts.text_encoder", "parts.tokenizer")
 )  # fmt: skip
 
 
@@ -140,6 +143,29 @@ def build(node: DictConfig, **more: Any) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
+def base(cfg: DictConfig, wanted: Iterable[str]) -> Base:
+    """The base model that weights=, parts= and revision= name; of a hub repository the `wanted` parts are fetched."""
+    parts, like = plain(cfg.parts), plain(cfg.model.transformer)
+    return open_base(cfg.weights, parts, wanted=wanted, revision=cfg.revision, like=like, locate=locate)
+
+
+def has_base(cfg: DictConfig) -> bool:
+    """True if the command line names a base model, or parts of one."""
+    return cfg.weights is not None or any(path is not None for path in cfg.parts.values())
+
+
+def needed_path(cfg: DictConfig, key: str) -> Path:
+    """The path under `key`; ValueError if it was left out."""
+    if cfg[key] is None:
+        raise ValueError(f"give {key}=PATH")
+    return Path(cfg[key])
+
+
+def recipe() -> str | None:
+    """The recipe that was chosen on the command line; None if there was none."""
+    return HydraConfig.get().runtime.choices.get("recipe")
+
+
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The config as plain dicts and values, every reference resolved."""
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -204,11 +230,15 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
 
 _CHOICES = {
     "precision": ("fp32", "bf16"),
-    "dtype": ("fp32", "bf16"),
+    "dtype": ("fp32", "bf16", "fp16"),
     "device": ("auto", "cpu", "cuda"),
     "solver": ("unipc", "euler"),
     "caption.missing": ("error", "skip", "empty"),
     "clips": ("all", "first", "middle"),
+    "init": ("base", "scratch"),
+    "check_expert": ("warn", "stop", "off"),
+    "layout": ("diffusers", "official", "comfyui"),
+    "lora.dialect": ("comfyui", "diffusers", "kohya"),
 }
 _WHOLE = (
     "steps", "batch_size", "accumulate", "count", "shard_mb", "area",
@@ -239,15 +269,21 @@ def _check_picture(cfg: DictConfig) -> None:
 
 def _check_expert(cfg: DictConfig) -> None:
     name, known = cfg.expert.name, list(cfg.model.experts)
-    if cfg.init_from is not None and cfg.adapter.name != "none":
+    if cfg.init == "scratch" and cfg.adapter.name != "none":
         raise ValueError(
-            f"init_from={cfg.init_from} with adapter={cfg.adapter.name}: an adapter is sampled and exported with the "
-            "base it was trained on; name that base with weights="
+            f"init=scratch with adapter={cfg.adapter.name}: an adapter changes a trained model; give init=base"
         )
-    if cfg.init_from not in {None, "random"} and not locate(cfg.init_from).is_dir():
-        raise ValueError(f"init_from={cfg.init_from} is not a folder; give a pipeline or its transformer, or random")
-    if cfg.weights is None and name != "vae":
-        raise ValueError("weights=null: VAE and text encoder must come from somewhere; give a pipeline folder")
+    given = [part for part, path in cfg.parts.items() if path is not None]
+    if cfg.weights is None and name != "vae" and not {"vae", "text_encoder"} <= set(given):
+        raise ValueError(
+            "weights=null: VAE and text encoder must come from somewhere; give a model's folder, or parts.vae= and "
+            "parts.text_encoder="
+        )
+    if name in known and cfg.model.transformer.in_channels != cfg.model.transformer.out_channels:
+        raise ValueError(
+            f"model={cfg.model.name} takes an image or a video as condition, which cannot be trained here yet; its "
+            "weights can be inspected and exported. For text-to-video choose model=t2v_a14b"
+        )
     if (name == "vae") != cfg.data.get("_target_", "").endswith("PixelData"):
         raise ValueError(
             f"expert={name} with the wrong data=: expert=vae and data=pixels go together (recipe=wan_tiny_vae)"
@@ -255,9 +291,7 @@ def _check_expert(cfg: DictConfig) -> None:
     if name == "vae":
         if cfg.expert.trains not in {"all", "decoder"}:
             raise ValueError(f"expert.trains={cfg.expert.trains} is unknown; choose one of all, decoder")
-        if cfg.init_from is not None:
-            raise ValueError("init_from= names a transformer; a VAE starts from weights=")
-        if cfg.weights is None and "vae" not in cfg.model:
+        if cfg.weights is None and cfg.parts.vae is None and "vae" not in cfg.model:
             raise ValueError("expert=vae needs weights= to start from, or model.vae as in recipe=wan_tiny_vae_images")
     elif name not in known:
         raise ValueError(
@@ -292,5 +326,5 @@ def device(name: str) -> torch.device:
 
 
 def dtype(name: str) -> torch.dtype:
-    """`fp32` or `bf16` as a dtype."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    """`fp32`, `bf16` or `fp16` as a dtype."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

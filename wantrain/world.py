@@ -6,9 +6,11 @@ rank, in any process, before and after a resume. So nothing about random state i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import wantrain
 
 
 def rank() -> int:
@@ -54,6 +58,19 @@ def set_threads() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(int(os.environ.get("WANTRAIN_THREADS", max(1, cores // local))))
+
+
+@functools.cache
+def made_by() -> str:
+    """What files say wrote them: this version, and the commit where it runs from a checkout."""
+    root = Path(wantrain.__file__).resolve().parent.parent
+    commit = ""
+    if (root / ".git").exists():
+        asked = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
+        commit = f", commit {asked.stdout.strip()}" if asked.returncode == 0 else ""
+    return f"wantrain {wantrain.__version__}{commit}"
 
 
 def seed_at(*position: int | str) -> int:

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5TokenizerFast, UMT5EncoderModel
 
 from wantrain.data import demo
-from wantrain.models.text import TextEncoder, clean_prompt, load_text_encoder
+from wantrain.models.loading import load_text_encoder
+from wantrain.models.text import TextEncoder, clean_prompt
 
 ASSETS = Path(__file__).parents[2] / "assets"
 TINY = ASSETS / "wan-tiny"

@@ -1,12 +1,10 @@
-"""Low-rank adapters through peft: inject, save, load, merge.
+"""Low-rank adapters through peft: inject, save, restore. Files are models/lora.py's, in the ComfyUI dialect.
 
-Files wear the ComfyUI dialect (`diffusion_model.<official name>.lora_A.weight`, `.lora_B.weight`, `.alpha`), which
-diffusers loads too. Adapter weights are float32; activations keep the forward's own dtype.
+Adapter weights are float32; activations keep the forward's own dtype.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +15,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from wantrain.models.weights import read_file
+from wantrain.models.lora import Layer, LoRA, check_fits, read_lora, write_lora
 
-PREFIX = "diffusion_model."
 TARGETS = {
     "attention": r".*(self_attn|cross_attn)\.(q|k|v|o)",
     "attention+ffn": r".*((self_attn|cross_attn)\.(q|k|v|o)|ffn\.(0|2))",
@@ -36,8 +32,30 @@ def inject(module: nn.Module, *, rank: int, alpha: int, targets: str, seed: int)
     """
     if targets not in TARGETS:
         raise ValueError(f"adapter.targets={targets!r} is unknown; choose one of {', '.join(TARGETS)}")
+    _put_in(module, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[targets]), seed)
+
+
+def inject_lora(module: nn.Module, lora: LoRA, *, seed: int, where: str | Path = "the LoRA") -> None:
+    """Freeze `module` and put an adapter beside it that is `lora`: its layers, ranks, alphas and values, in float32.
+
+    ValueError (naming the file, `where`) if a layer or a shape does not fit the module.
+    """
+    check_fits(lora, module, where)
+    names = {name: f"^{re.escape(name)}$" for name in lora.layers}
+    config = LoraConfig(
+        target_modules="|".join(re.escape(name) for name in lora.layers),
+        rank_pattern={names[name]: layer.rank for name, layer in lora.layers.items()},
+        alpha_pattern={names[name]: layer.alpha for name, layer in lora.layers.items()},  # type: ignore[misc]
+    )
+    _put_in(module, config, seed)
+    with torch.no_grad():
+        for name, layer in adapter_layers(module).items():
+            layer.down.copy_(lora.layers[name].down)
+            layer.up.copy_(lora.layers[name].up)
+
+
+def _put_in(module: nn.Module, config: LoraConfig, seed: int) -> None:
     module.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[targets], init_lora_weights=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, module)
@@ -66,73 +84,34 @@ def keep_activation_dtype(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The adapter under its file names, alpha beside each pair."""
-    tensors = {}
-    for name, layer in _layers(module).items():
-        key = PREFIX + name
-        tensors[f"{key}.lora_A.weight"] = layer.lora_A["default"].weight.detach()
-        tensors[f"{key}.lora_B.weight"] = layer.lora_B["default"].weight.detach()
-        tensors[f"{key}.alpha"] = torch.tensor(float(layer.lora_alpha["default"]))
-    return tensors
+def adapter_layers(module: nn.Module) -> dict[str, Layer]:
+    """The adapter, by official module name; its tensors are the module's own."""
+    return {
+        name: Layer(
+            layer.lora_A["default"].weight.detach(),
+            layer.lora_B["default"].weight.detach(),
+            float(layer.lora_alpha["default"]),
+        )
+        for name, layer in _layers(module).items()
+    }
 
 
-def save_adapter(path: Path, module: nn.Module, metadata: Mapping[str, str | float]) -> None:
-    """Write the adapter as one safetensors file; `metadata` says for which expert of which model it is."""
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter_tensors(module).items()}
-    save_file(tensors, path, metadata={key: str(value) for key, value in metadata.items()})
+def save_adapter(path: Path, module: nn.Module, metadata: Mapping[str, object]) -> None:
+    """Write the adapter as one file; `metadata` says for which expert of which model it is."""
+    write_lora(path, adapter_layers(module), metadata=metadata)
 
 
 def restore_adapter(path: Path, module: nn.Module) -> None:
     """Load a file that `save_adapter` wrote into the adapter of a module of the same shape."""
-    stored, _ = read_file(path)
-    current = adapter_tensors(module)
+    stored, current = read_lora(path).layers, adapter_layers(module)
     if stored.keys() != current.keys():
         raise ValueError(f"{path} holds an adapter of other layers; it belongs to another run")
-    for key, tensor in current.items():
-        if stored[key].shape != tensor.shape:
-            raise ValueError(f"{path}: {key} is {tuple(stored[key].shape)}, this run's is {tuple(tensor.shape)}")
-        tensor.copy_(stored[key])
-
-
-def merge_file(path: str | Path, module: nn.Module, *, scale: float = 1.0, expert: str | None = None) -> int:
-    """Add a LoRA file's change, times `scale`, to a plain module's weights; returns how many layers changed.
-
-    A missing alpha means alpha = rank. ValueError if the file is for another expert, or a key or shape does not fit:
-    a LoRA that half applies is worse than none.
-    """
-    tensors, metadata = read_file(path)
-    if expert is not None and metadata.get("expert", expert) != expert:
-        raise ValueError(f"{path} was trained for {metadata['expert']}, not for {expert}; swap the two files")
-    parameters = dict(module.named_parameters())
-    pairs = {match[1] for key in tensors if (match := re.fullmatch(r"(.+)\.lora_A\.weight", key))}
-    known = {f"{name}.{end}" for name in pairs for end in ("lora_A.weight", "lora_B.weight", "alpha")}
-    strange = sorted(tensors.keys() - known) or sorted(
-        name for name in pairs if f"{name.removeprefix(PREFIX)}.weight" not in parameters
-    )
-    if strange or not pairs:
-        example = strange[0] if strange else json.dumps(sorted(tensors)[:1])
-        raise ValueError(
-            f"{path}: {len(strange)} keys do not fit this model (first: {example}); expected "
-            f"{PREFIX}blocks.N.self_attn.q.lora_A.weight and so on, as export.py and ComfyUI write them"
-        )
-    for name in sorted(pairs):  # all of them before the first is merged
-        _check_pair(path, name, tensors, parameters[f"{name.removeprefix(PREFIX)}.weight"])
-    for name in sorted(pairs):
-        down, up = tensors[f"{name}.lora_A.weight"].float(), tensors[f"{name}.lora_B.weight"].float()
-        alpha = tensors.get(f"{name}.alpha", torch.tensor(float(down.shape[0]))).item()
-        weight = parameters[f"{name.removeprefix(PREFIX)}.weight"]
-        change = (up @ down) * (scale * alpha / down.shape[0])
-        weight.data = (weight.data.float() + change.to(weight.device)).to(weight.dtype)
-    return len(pairs)
-
-
-def _check_pair(path: str | Path, name: str, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
-    """Raise ValueError unless a layer's two matrices are there and multiply to the shape of its weight."""
-    down, up = tensors[f"{name}.lora_A.weight"], tensors.get(f"{name}.lora_B.weight")
-    if up is None:
-        raise ValueError(f"{path}: {name} has lora_A but no lora_B; the file is not whole")
-    if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
-        raise ValueError(
-            f"{path}: {name} is {tuple(up.shape)} x {tuple(down.shape)}, the model's layer {tuple(weight.shape)}"
-        )
+    for name, layer in current.items():
+        own = stored[name]
+        if (own.rank, own.alpha) != (layer.rank, layer.alpha):
+            raise ValueError(
+                f"{path}: {name} has rank {own.rank} and alpha {own.alpha:g}, in this run it has {layer.rank} and "
+                f"{layer.alpha:g}"
+            )
+        layer.down.copy_(own.down)
+        layer.up.copy_(own.up)

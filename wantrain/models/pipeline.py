@@ -1,22 +1,28 @@
-"""A whole pipeline on disk, in the diffusers layout: which experts a folder holds, and how one is written.
+"""Writing a model so that others load it: a diffusers pipeline, Wan's official layout, or ComfyUI's single files.
 
-The layout calls the high-noise expert (or the only one) `transformer` and the low-noise one `transformer_2`.
+Each comes with a card (README.md) that says what it is, how it came about and which values to sample it with: the
+hosted schedulers carry another shift than Wan's authors sample at, so ours are always stated.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wantrain.models.transformer import WanTransformer, load_transformer
-from wantrain.models.weights import renamed_to_diffusers, write_part
+from wantrain import world
+from wantrain.models.base import OFFICIAL, PARTS, Base
+from wantrain.models.transformer import WanTransformer
+from wantrain.models.weights import SHARD_BYTES, read_json, renamed_to_diffusers, write_file, write_part
 
-PARTS = {"high_noise": "transformer", "low_noise": "transformer_2", "dense": "transformer"}
+LAYOUTS = ("diffusers", "official", "comfyui")
+CARD = "README.md"
 
 _CLASSES = {
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
@@ -27,75 +33,178 @@ _CLASSES = {
 }
 
 
-def held_experts(folder: Path, names: Iterable[str]) -> list[str]:
-    """Which of the experts `names` a pipeline folder holds."""
-    return [name for name in names if (folder / PARTS[name] / "config.json").is_file()]
+@dataclass(frozen=True)
+class About:
+    """What a written model says of itself, in its files' metadata and on its card.
 
+    model     the model's name in conf/model
+    boundary  sigma from which the high-noise expert answers; None for a single model
+    shift     flow shift to sample with
+    guidance  guidance scale to sample with, per expert
+    steps     solver steps to sample with
+    origin    per expert: run, step, recipe, base, commit, adapter (whatever is known)
+    """
 
-def check_boundary(folder: Path, boundary: float | None) -> None:
-    """Raise ValueError if the folder's model_index.json says another boundary than the model's config does."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return
-    stored = read_json(index).get("boundary_ratio")
-    if stored != boundary:
-        raise ValueError(
-            f"{index} has boundary_ratio={stored}, the chosen model has boundary={boundary}; choose model= to match"
-        )
+    model: str
+    boundary: float | None
+    shift: float
+    guidance: Mapping[str, float | None] = field(default_factory=dict)
+    steps: int = 30
+    origin: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
-
-def load_experts(
-    folder: Path,
-    names: Iterable[str],
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, WanTransformer]:
-    """The experts `names` of a pipeline folder; ValueError if one is not there."""
-    return {name: load_transformer(folder, device=device, dtype=dtype, part=PARTS[name]) for name in names}
+    def metadata(self, expert: str) -> dict[str, object]:
+        """What an expert's files say about themselves."""
+        facts = {"expert": expert, "model": self.model, "boundary": self.boundary, "made_by": world.made_by()}
+        return {**facts, **self.origin.get(expert, {})}
 
 
 def write_pipeline(
     out: Path,
     experts: Mapping[str, WanTransformer],
     *,
-    base: Path,
-    boundary: float | None,
-    shift: float,
+    base: Base,
+    about: About,
+    layout: str = "diffusers",
     dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a pipeline that diffusers loads: the experts, and the other parts copied from `base`.
+    """Write the experts into `out` in one of `LAYOUTS`, with a card; in the diffusers layout a whole pipeline, its VAE,
+    text encoder and tokenizer from `base`.
 
-    Parameters that Wan keeps in float32 stay so whatever `dtype` says, as diffusers keeps them too.
+    Parameters that Wan keeps in float32 stay so whatever `dtype` says, as diffusers keeps them too. What stood in
+    `out` before is replaced part by part only when all is written.
     """
-    for name, model in experts.items():
-        tensors = {
-            key: tensor if any(part in key for part in model.fp32_parts) else tensor.to(dtype)
-            for key, tensor in model.state_dict().items()
-        }
-        write_part(out / PARTS[name], model.config(), renamed_to_diffusers(tensors))
-    for part in ("vae", "text_encoder", "tokenizer"):
-        if not (base / part).is_dir():
-            raise ValueError(f"{base} has no {part}/; weights= must name a folder in the diffusers layout")
-        shutil.copytree(base / part, out / part, dirs_exist_ok=True)
-    _write_json(out / "scheduler" / "scheduler_config.json", _scheduler(shift))
+    with staged(out) as folder:
+        for name, model in experts.items():
+            tensors = {
+                key: tensor if any(part in key for part in model.fp32_parts) else tensor.to(dtype)
+                for key, tensor in model.state_dict().items()
+            }
+            how: dict[str, Any] = {"metadata": about.metadata(name), "shard_bytes": shard_bytes}
+            if layout == "diffusers":
+                write_part(folder / PARTS[name], model.config(), renamed_to_diffusers(tensors), **how)
+            elif layout == "official":
+                write_part(folder / OFFICIAL[name], official_config(model), tensors, **how)
+            else:
+                (folder / "diffusion_models").mkdir(exist_ok=True)
+                file = folder / "diffusion_models" / f"{out.name}_{name}.safetensors"
+                write_file(file, tensors, about.metadata(name))
+        if layout == "diffusers":
+            _write_surroundings(folder, experts, base, about)
+        (folder / CARD).write_text(card(out.name, experts, base, about, layout), encoding="utf-8")
+
+
+def _write_surroundings(folder: Path, experts: Mapping[str, WanTransformer], base: Base, about: About) -> None:
+    """Everything of a diffusers pipeline but its transformers."""
+    copy_parts(folder, base)
+    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(about.shift))
     classes: dict[str, Any] = dict(_CLASSES)
-    stated = read_json(out / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
+    stated = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
     classes["tokenizer"] = ["transformers", stated or "T5TokenizerFast"]
     if "low_noise" in experts:
         classes["transformer_2"] = classes["transformer"]
+    channels = next(iter(experts.values())).in_channels
     index = {
-        "_class_name": "WanPipeline",
+        "_class_name": "WanImageToVideoPipeline" if channels == 36 else "WanPipeline",
         "_diffusers_version": "0.36.0",
-        "boundary_ratio": boundary,
-        "expand_timesteps": False,
+        "boundary_ratio": about.boundary,
+        "expand_timesteps": channels == 48,
         **classes,
     }
-    _write_json(out / "model_index.json", index)
+    if channels == 36:
+        index |= {"image_encoder": [None, None], "image_processor": [None, None]}
+    _write_json(folder / "model_index.json", index)
+
+
+def copy_parts(folder: Path, base: Base) -> None:
+    """VAE, text encoder and tokenizer of `base` as parts of a diffusers pipeline; a single file is rewritten as one."""
+    for part in ("vae", "text_encoder", "tokenizer"):
+        source = base.need(part)
+        if source.is_dir():
+            shutil.copytree(source, folder / part)
+        elif part == "vae":
+            vae = base.vae()
+            write_part(folder / part, vae.config(), vae.state_dict())
+        else:
+            model = base.text_encoder(dtype=torch.bfloat16).model
+            tensors = {key: value for key, value in model.state_dict().items() if "embed_tokens" not in key}
+            config = {**model.config.to_dict(), "architectures": ["UMT5EncoderModel"]}
+            write_part(folder / part, config, tensors, name="model")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A new folder to write into; what is in it takes its place in `out` when all went well, else nothing changes."""
+    beside = out / ".new"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for path in sorted(beside.iterdir()):
+            final = out / path.name
+            if final.is_dir():
+                shutil.rmtree(final)
+            path.replace(final)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def official_config(model: WanTransformer) -> dict[str, Any]:
+    """config.json of the official layout, which leaves out what is the same in every model."""
+    kind = "t2v" if model.in_channels == model.out_channels else "i2v"
+    return {
+        "_class_name": "WanModel",
+        "model_type": "ti2v" if model.in_channels == 48 else kind,
+        "text_len": model.text_length,
+        "in_dim": model.in_channels,
+        "dim": model.dim,
+        "ffn_dim": model.ffn_dim,
+        "freq_dim": model.freq_dim,
+        "out_dim": model.out_channels,
+        "num_heads": model.dim // model.head_dim,
+        "num_layers": len(model.blocks),
+        "eps": model.eps,
+    }
+
+
+def card(name: str, experts: Mapping[str, Any], base: Base, about: About, layout: str) -> str:
+    """The card of a written model, in Markdown."""
+    where = {
+        "diffusers": PARTS,
+        "official": OFFICIAL,
+        "comfyui": {expert: f"diffusion_models/{name}_{expert}.safetensors" for expert in experts},
+    }[layout]
+    rows = [
+        f"| {expert} | `{where[expert]}` | {', '.join(f'{k} {v}' for k, v in about.origin.get(expert, {}).items())} |"
+        for expert in experts
+    ]
+    scales = {expert: about.guidance.get(expert) for expert in experts}
+    values = [f"| steps | {about.steps} |", f"| flow shift | {about.shift} |"]
+    values += [f"| guidance, {expert} | {scale} |" for expert, scale in scales.items() if scale is not None]
+    if about.boundary is not None:
+        values.append(f"| boundary between the experts | sigma {about.boundary} (ties are high noise) |")
+    first, second = (*scales.values(), None)[:2]
+    passed = [f"guidance_scale={first}"] + ([f"guidance_scale_2={second}"] if second is not None else [])
+    use = {
+        "diffusers": f"`WanPipeline.from_pretrained(FOLDER)`; pass {', '.join(passed)} (high noise first) and "
+        f"num_inference_steps={about.steps}. The scheduler here carries flow_shift={about.shift}; schedulers of the "
+        "published pairs carry 3.0, which is not what their authors sample at.",
+        "official": "The transformers alone. VAE and text encoder are those of the base and stay in its folder: "
+        "`Wan2.1_VAE.pth` (`Wan2.2_VAE.pth` for the 5B) and `models_t5_umt5-xxl-enc-bf16.pth` with `google/umt5-xxl/`.",
+        "comfyui": "Load each file as a diffusion model; VAE and text encoder are those of the base.",
+    }[layout]
+    lines = [
+        f"# {name}",
+        "",
+        f"A model of the Wan family ({about.model}), {layout} layout, written by {world.made_by()}.",
+    ]
+    lines += ["", "| Part | Where | Origin |", "|---|---|---|", *rows, "", f"Base: {base}", ""]
+    lines += ["## How to sample it", "", "| Setting | Value |", "|---|---|", *values, "", use, ""]
+    return "\n".join(lines)
 
 
 def _scheduler(shift: float) -> dict[str, Any]:
-    """The published scheduler settings, with the shift that this model was trained for."""
+    """The published scheduler settings, with the shift that this model is sampled with."""
     return {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": "0.36.0",
@@ -109,16 +218,6 @@ def _scheduler(shift: float) -> dict[str, Any]:
         "lower_order_final": True,
         "final_sigmas_type": "zero",
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError names a file that is absent or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    assert isinstance(value, dict)
-    return value
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from wantrain import world
 from wantrain.batch import pad_texts
-from wantrain.models.weights import load_strict, part_folder, read_config, read_tensors
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -54,7 +53,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model: UMT5EncoderModel, tokenizer: Tokenizer) -> None:
         super().__init__()
-        _check_dtype(model.dtype)
+        check_dtype(model.dtype)
         config: Any = model.config
         self.dim: int = config.d_model
         self.end: int = config.eos_token_id
@@ -97,38 +96,13 @@ class TextEncoder(nn.Module):
         return ids
 
 
-def load_text_encoder(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> TextEncoder:
-    """The text encoder of a pipeline folder in the diffusers layout, or of its text_encoder/ sub-folder; frozen.
-
-    tokenizer/ stands beside text_encoder/. ValueError names what is absent or does not fit, and refuses float16.
-    """
-    # Slow to import, and needed only where prompts are encoded.
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    _check_dtype(dtype)
-    folder = part_folder(path, "text_encoder")
-    config = read_config(folder)
-    if config.get("model_type") != "umt5":
-        raise ValueError(f"{folder} holds a {config.get('model_type', 'model without model_type')}, not a umT5 encoder")
-    tokenizer = _read_tokenizer(folder.parent / "tokenizer")
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config.from_dict(config))
-    # The embedding is one matrix under two names; some files hold both. It is read once and shared again below.
-    tensors = {key: tensor for key, tensor in read_tensors(folder).items() if key != "encoder.embed_tokens.weight"}
-    del model.encoder.embed_tokens
-    load_strict(model, tensors, folder, device=device, dtype=dtype)
-    model.set_input_embeddings(model.shared)
-    return TextEncoder(model, tokenizer)
-
-
-def _read_tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, from its tokenizer.json; ValueError if it is absent or damaged."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(
-            f"{file} is not there: tokenizer/ stands beside text_encoder/ and holds tokenizer.json, as published with "
-            "every Wan2.2 model; a spiece.model alone is not read"
+            f"{file} is not there: tokenizer/ (in the official layout google/umt5-xxl/) holds tokenizer.json, as "
+            "published with every Wan2.2 model; give its folder as parts.tokenizer=. A spiece.model alone is not read"
         )
     try:
         return Tokenizer.from_file(str(file))
@@ -147,6 +121,7 @@ def _check_tokenizer(tokenizer: Tokenizer, end: int, vocab_size: int) -> None:
         )
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError for a dtype in which umT5 overflows."""
     if dtype == torch.float16:
         raise ValueError("the text encoder cannot run in float16 (umT5 overflows to NaN); use bfloat16 or float32")

@@ -15,7 +15,6 @@ Sources: Wan report (arXiv 2503.20314) section 4.2; Wan2.2's released constants 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 from wantrain.geometry import PATCH
 from wantrain.models.attention import attend
-from wantrain.models.names import to_diffusers
-from wantrain.models.weights import load_strict, part_folder, read_config, read_tensors
 
 ROPE_THETA = 10000.0
 ROPE_LENGTH = 1024  # positions per axis that Wan's tables hold: a hard limit of the published models
@@ -189,6 +186,9 @@ class WanTransformer(nn.Module):
         "head.",
     )
 
+    #: Ends of the names of parameters that may hold nothing but zeros: those that training starts at zero.
+    zero_at_start: tuple[str, ...] = ("bias", "head.head.weight")
+
     def __init__(
         self,
         *,
@@ -219,7 +219,8 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers))
         self.head = Head(dim, math.prod(PATCH) * out_channels, eps)
-        self.initialize()
+        if self.patch_embedding.weight.device.type != "meta":  # about to be loaded: a second saved per load
+            self.initialize()
 
     def initialize(self) -> None:
         """Start values for training from scratch; the head starts at zero, so the first prediction is zero."""
@@ -351,60 +352,3 @@ class WanTransformer(nn.Module):
             "rope_max_seq_len": ROPE_LENGTH,
             "pos_embed_seq_len": None,
         }
-
-
-#: config.json entries that every supported model has, and the value each must have.
-_FIXED = {
-    "patch_size": list(PATCH),
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "image_dim": None,
-    "added_kv_proj_dim": None,
-    "rope_max_seq_len": ROPE_LENGTH,
-    "pos_embed_seq_len": None,
-}
-_SIZES = (
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "out_channels",
-    "text_dim",
-    "freq_dim",
-    "ffn_dim",
-    "num_layers",
-    "eps",
-)
-
-
-def load_transformer(
-    path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    part: str = "transformer",
-) -> WanTransformer:
-    """A transformer from a folder in the diffusers layout: the pipeline folder, or the part's own.
-
-    `part` is "transformer" (high noise, or the only one) or "transformer_2" (low noise). `fp32_parts` stay float32.
-    ValueError names what is absent, does not fit, or is not supported (Wan2.1's image branch).
-    """
-    folder = part_folder(path, part)
-    config = read_config(folder)
-    if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
-        raise ValueError(f"{folder} holds a {config['_class_name']}, not a Wan transformer")
-    for key, value in _FIXED.items():
-        if config.get(key, value) != value:
-            raise ValueError(
-                f"{folder}/config.json: {key}={config[key]} is not supported (every Wan2.2 text-to-video, "
-                f"image-to-video and 5B model has {value}; Wan2.1's CLIP image branch is not built)"
-            )
-    absent = [key for key in _SIZES if key not in config]
-    if absent:
-        raise ValueError(f"{folder}/config.json lacks {', '.join(absent)}")
-    with torch.device("meta"):
-        model = WanTransformer(**{key: config[key] for key in _SIZES})
-    stored = read_tensors(folder)
-    official = {to_diffusers(key): key for key in model.state_dict()}
-    tensors = {official.get(key, key): value for key, value in stored.items()}
-    load_strict(model, tensors, folder, device=device, dtype=dtype, fp32=WanTransformer.fp32_parts)
-    return model.eval()

@@ -1,14 +1,15 @@
-"""Weights on disk: folders in the diffusers layout, read strictly and written as safetensors; fingerprints.
+"""Weights on disk: tensors read from every kind of file, given strictly to a module, and written as safetensors.
 
-Only safetensors and json are read here, never a pickle. The transformer wears Wan's official parameter names in
-memory and the diffusers names on disk (models/names.py); the VAE and the text encoder have the same in both places.
+Reading maps files into memory and copies each tensor once, straight to its device and dtype: loading costs the
+module's own bytes and little more. safetensors first of all; a pickle (.pth, .pt, .bin) is read only through torch's
+weights-only loader, which runs no code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from torch import Tensor, nn
 
 from wantrain.models.names import to_diffusers
 
+PICKLES = frozenset((".pth", ".pt", ".bin"))
+#: Largest file of a part: what hubs and file systems like, and what diffusers writes by default.
+SHARD_BYTES = 5 << 30
+
 
 def renamed_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under their diffusers names."""
+    """A transformer's tensors under their diffusers names."""
     return {to_diffusers(key): tensor for key, tensor in tensors.items()}
 
 
@@ -36,35 +41,46 @@ def part_folder(path: str | Path, name: str) -> Path:
     raise ValueError(f"{path} {what}: give a folder in the diffusers layout, or its {name}/ sub-folder")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError names a file that is absent or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The part's config.json."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
-    assert isinstance(config, dict)
-    return config
+    return read_json(folder / "config.json")
 
 
-def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of a part: those its index names, or the single file."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+def tensor_files(path: str | Path) -> list[Path]:
+    """The files that hold a part's tensors: `path` itself, those that a folder's index names, or its single file."""
+    path = Path(path).expanduser()
+    if path.is_file():
+        return [path]
+    indexes = sorted(path.glob("*.safetensors.index.json"))
     if indexes:
-        names = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        absent = [name for name in names if not (folder / name).is_file()]
+        names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
+        absent = [name for name in names if not (path / name).is_file()]
         if absent:
-            raise ValueError(f"{folder}: its index names {', '.join(absent)}, not there; finish the download")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
+            raise ValueError(f"{path}: its index names {', '.join(absent)}, not there; finish the download")
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         what = "holds no .safetensors file" if not files else f"holds {len(files)} .safetensors files and no index"
-        raise ValueError(f"{folder} {what}; expected one file, or shards with an index")
+        raise ValueError(f"{path} {what}; expected one file, or shards with an index")
     return files
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of one safetensors file, and its metadata. ValueError names a damaged file."""
+    """All tensors of one file, mapped rather than copied, and its metadata. ValueError names a damaged file."""
     path = Path(path).expanduser()
+    if path.suffix in PICKLES:
+        return _read_pickle(path), {}
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -72,10 +88,38 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a part, from one or several safetensors files."""
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """A state dict from torch's own format, without running anything that the file holds."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a truncated zip, a missing file, a foreign class: torch has no classes of its own
+        if "weights only" not in str(error).lower():
+            raise ValueError(f"{path} cannot be read as torch weights: {error}") from error
+        raise ValueError(
+            f"{path} holds more than tensors, and loading it would run code from the file; refused. "
+            "Give a safetensors file, or save its state dict alone"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a state dict: a mapping from names to tensors is expected")
+    return state
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a part's first safetensors file says about itself; empty for a pickle, or where nothing is said."""
+    first = tensor_files(path)[0]
+    if first.suffix in PICKLES:
+        return {}
+    try:
+        with safe_open(first, framework="pt") as file:
+            return file.metadata() or {}
+    except Exception as error:  # as in read_file
+        raise ValueError(f"{first} cannot be read as safetensors: {error}") from error
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a part, from one file or the several files of a folder."""
     tensors: dict[str, Tensor] = {}
-    for file in tensor_files(folder):
+    for file in tensor_files(path):
         tensors.update(read_file(file)[0])
     return tensors
 
@@ -92,8 +136,29 @@ def load_strict(
     """Give `tensors` to a module that may live on the meta device; every parameter once, none left over.
 
     `dtype` is what floating tensors become (None keeps them); parameters whose name contains one of `fp32` are
-    float32 whatever `dtype` says. All missing, unexpected and mis-shaped keys are one ValueError.
+    float32 whatever `dtype` says. All missing, unexpected and mis-shaped keys are one ValueError; another names
+    tensors that hold NaN or infinity, or nothing but zeros where a trained model has none (a module's `zero_at_start`
+    lists the ends of names that may be zero).
     """
+    _check_keys(module, tensors, where)
+    placed, sick = {}, []
+    may_be_zero = getattr(module, "zero_at_start", ("bias",))
+    for key, tensor in tensors.items():
+        wanted = torch.float32 if any(part in key for part in fp32) else dtype
+        # A copy, not a view of the mapped file: its odd alignment would change the last digits of every product, so
+        # that the same weights would answer differently from another file; and nobody can pull the file away.
+        placed[key] = tensor.to(device, wanted if tensor.is_floating_point() else tensor.dtype, copy=True)
+        if ill := _illness(placed[key], may_be_zero=key.endswith(may_be_zero)):
+            sick.append(f"{key} {ill}")
+    if sick:
+        raise ValueError(
+            f"{where} holds {_some('tensor', sick)} that no trained model has; the file is damaged or was never written"
+            " in full: download or export it again"
+        )
+    module.load_state_dict(placed, assign=True)
+
+
+def _check_keys(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
     expected = module.state_dict()
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys())
@@ -102,19 +167,28 @@ def load_strict(
         for key in sorted(expected.keys() & tensors.keys())
         if tensors[key].shape != expected[key].shape
     ]
-    problems = []
-    for title, rows in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)):
-        if rows:
-            more = f", and {len(rows) - 5} more" if len(rows) > 5 else ""
-            problems.append(f"{len(rows)} {title} ({', '.join(rows[:5])}{more})")
+    problems = [
+        _some(title, rows)
+        for title, rows in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+        if rows
+    ]
     if problems:
         raise ValueError(f"{where} does not fit {type(module).__name__}: {'; '.join(problems)}")
-    placed = {}
-    for key, tensor in tensors.items():
-        wanted = torch.float32 if any(part in key for part in fp32) else dtype
-        # A copy, not a view of the mapped file: its odd alignment would change the last digits of every product.
-        placed[key] = tensor.to(device, wanted if tensor.is_floating_point() else tensor.dtype, copy=True)
-    module.load_state_dict(placed, assign=True)
+
+
+def _some(title: str, rows: list[str]) -> str:
+    more = f", and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"{len(rows)} {title} ({', '.join(rows[:5])}{more})"
+
+
+def _illness(tensor: Tensor, *, may_be_zero: bool) -> str | None:
+    """What is wrong with a tensor's values, in one pass over them and without a copy."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return None
+    low, high = torch.stack(torch.aminmax(tensor)).tolist()
+    if not (low > -float("inf") and high < float("inf")):
+        return "is NaN or infinite"
+    return "is all zeros" if low == high == 0 and not may_be_zero else None
 
 
 def write_part(
@@ -122,16 +196,55 @@ def write_part(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     *,
-    file: str = "diffusion_pytorch_model.safetensors",
+    name: str = "diffusion_pytorch_model",
+    metadata: Mapping[str, object] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write one part (config.json and one safetensors file) into `folder`."""
+    """Write one part into `folder`: config.json, and one safetensors file or, beyond `shard_bytes`, several with an
+    index. `metadata` is what each file says about itself.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(tensors, shard_bytes)
+    where = {}
+    for number, keys in enumerate(shards, 1):
+        file = f"{name}.safetensors" if len(shards) == 1 else f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, {key: tensors[key] for key in keys}, metadata)
+        where.update(dict.fromkeys(keys, file))
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(folder / f"{name}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    _write_json(folder / "config.json", dict(sorted(config.items())))
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> None:
+    """Write one safetensors file."""
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(contiguous, folder / file, metadata={"format": "pt"})
-    (folder / file).chmod(0o644)  # safetensors makes files that nobody else on a shared disk can read
-    text = json.dumps(dict(config), indent=2, ensure_ascii=False, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    about = {"format": "pt", **{key: str(value) for key, value in (metadata or {}).items() if value is not None}}
+    save_file(contiguous, path, metadata=about)
+    path.chmod(0o644)  # safetensors makes files that nobody else on a shared disk can read
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+    """Names in order, cut so that no shard exceeds `limit` bytes (unless one tensor does by itself)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += tensor.nbytes
+    return shards
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def dtypes(tensors: Iterable[Tensor]) -> str:
+    """The dtypes among tensors in words: "bfloat16", or "bfloat16 and float32"."""
+    return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,11 @@ import torch
 from torch import nn
 
 from wantrain import geometry, world
+from wantrain.data import SETS
 from wantrain.losses import FlowMatching
-from wantrain.models import WanVAE, adapters, load_text_encoder, load_transformer, load_vae, pipeline, weights
+from wantrain.models import Base, WanVAE, adapters, weights
+from wantrain.models.base import stated_expert
+from wantrain.models.lora import read_lora
 from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.generate import Velocity
 from wantrain.training.gather import build_sampler
@@ -20,92 +26,129 @@ from wantrain.training.preview import Preview
 from wantrain.training.trainee import Autoencoder, Trainee
 from wantrain.training.validate import ReconstructionValidator, Validator
 
-#: What `init_from` says for a start from random values.
-RANDOM = Path("random")
 
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from, and what becomes of it.
 
-def build_trainee(
-    make: Callable[[], nn.Module],
-    *,
-    model: Mapping[str, Any],
-    expert: Mapping[str, Any],
-    adapter: Mapping[str, Any],
-    base: Path | None,
-    init_from: Path | None,
-    seed: int,
-    gradient_checkpointing: bool,
-) -> Trainee:
-    """The module to train, with its adapter if there is one; see `starting_module`."""
-    module = starting_module(
-        make, model=model, expert=expert, adapter=adapter, base=base, init_from=init_from, seed=seed
-    )
-    if isinstance(module, WanVAE):
-        module = Autoencoder(module)
-    else:
-        module.gradient_checkpointing = gradient_checkpointing  # type: ignore[assignment]
-    if adapter["name"] == "lora":
-        lora_seed = world.seed_at(seed, "adapter")
-        adapters.inject(
-            module, rank=adapter["rank"], alpha=adapter["alpha"], targets=adapter["targets"], seed=lora_seed
-        )
-    metadata = {key: value for key, value in adapter.items() if key != "name"}
-    about = {"expert": expert["name"], "model": model["name"], "boundary": model["boundary"], **metadata}
-    return Trainee(module, expert["part"], {key: value for key, value in about.items() if value is not None})
-
-
-def starting_module(
-    make: Callable[[], nn.Module],
-    *,
-    model: Mapping[str, Any],
-    expert: Mapping[str, Any],
-    adapter: Mapping[str, Any],
-    base: Path | None,
-    init_from: Path | None,
-    seed: int,
-) -> nn.Module:
-    """What the expert starts from: the transformer at `init_from`, else the base folder's own part, else `make()`.
-
-    `init_from` may be the word random, which passes the base's part by. Says which it was. ValueError where there is
-    nothing to start from, or an adapter has no base.
+    make     builds the module with random values
+    base     where trained weights lie
+    scratch  True passes the base's weights by
+    device, dtype  what weights that stay frozen are loaded to; those that are trained are float32
     """
-    if init_from is not None and init_from != RANDOM:
-        # Some other model's transformer, as Wan2.2's low-noise expert began as Wan2.1: no boundary to compare.
-        module: nn.Module = load_transformer(init_from)
-        if module.config() != make().config():  # type: ignore[attr-defined, operator]
-            raise ValueError(f"init_from={init_from} holds a transformer of another shape than model={model['name']}")
-        world.say(f"{expert['name']} starts from {init_from}")
+
+    make: Callable[[], nn.Module]
+    model: Mapping[str, Any]
+    expert: Mapping[str, Any]
+    adapter: Mapping[str, Any]
+    base: Base
+    scratch: bool
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def trainee(self, *, gradient_checkpointing: bool) -> Trainee:
+        """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
+        module = self.module()
+        if isinstance(module, WanVAE):
+            module = Autoencoder(module)
+        else:
+            module.gradient_checkpointing = gradient_checkpointing  # type: ignore[assignment]
+        settings = {key: value for key, value in self.adapter.items() if key not in {"name", "init"}}
+        if self.adapter["name"] == "lora":
+            settings |= self.adapt(module)
+        about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
+        about |= {"base": self.base, "made_by": world.made_by(), **settings}
+        known = {key: str(value) for key, value in about.items() if value is not None}
+        return Trainee(module, self.expert["part"], known)
+
+    def module(self) -> nn.Module:
+        """What the expert starts from: the base's own part, else random values; says which it was.
+
+        ValueError if the base's boundary is not the model's, if what it holds is another expert, if there is neither a
+        part nor leave to start from random values, or if an adapter has no base.
+        """
+        name = self.expert["name"]
+        if not self.scratch and self.base.holds(name):
+            if name not in self.base.parts:
+                self.base.check_boundary(self.model["boundary"])
+            world.say(f"{name} starts from {self.base.find(name)}")
+            if name == "vae":
+                return self._open_vae()
+            frozen = self.adapter["name"] != "none"
+            return self.base.transformer(name, device=self.device, dtype=self.dtype if frozen else torch.float32)
+        if self.adapter["name"] != "none":
+            raise ValueError(
+                f"adapter={self.adapter['name']} changes a trained model, but {self.base} holds no {name}; "
+                "give weights=FOLDER with a pipeline (assets/wan-tiny is one)"
+            )
+        if not self.scratch and not self.model["scratch"]:
+            raise ValueError(
+                f"weights={self.base} holds no {name}; give the folder that does, parts.{name}=, or init=scratch"
+            )
+        # Parameters are drawn by what is trained, never by what else happened to ask for random numbers before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(world.seed_at(self.seed, "weights", name))
+            module = self.make()
+        world.say(f"{name} starts from random values")
         return module
-    if base is not None and init_from != RANDOM and (base / expert["part"] / "config.json").is_file():
-        pipeline.check_boundary(base, model["boundary"])
-        world.say(f"{expert['name']} starts from {base / expert['part']}")
-        if expert["name"] == "vae":
-            vae = load_vae(base)
-            trained = [vae] if expert["trains"] == "all" else [vae.decoder, vae.post_quant_conv]
-            for part in trained:
-                part.requires_grad_(True)
-            return vae
-        return load_transformer(base, part=expert["part"])
-    if adapter["name"] != "none":
-        raise ValueError(
-            f"adapter={adapter['name']} changes a trained model, but {base} holds no {expert['part']}/; "
-            "give weights=FOLDER with a pipeline (assets/wan-tiny is one)"
+
+    def _open_vae(self) -> WanVAE:
+        vae = self.base.vae()
+        for part in [vae] if self.expert["trains"] == "all" else [vae.decoder, vae.post_quant_conv]:
+            part.requires_grad_(True)
+        return vae
+
+    def adapt(self, module: nn.Module) -> dict[str, object]:
+        """Put the adapter in; returns rank and alpha as they are (a file to go on from has its own)."""
+        seed, given = world.seed_at(self.seed, "adapter"), self.adapter["init"]
+        if given is None:
+            size = {key: self.adapter[key] for key in ("rank", "alpha", "targets")}
+            adapters.inject(module, **size, seed=seed)
+            return {}
+        lora = read_lora(given)
+        stated = lora.metadata.get("expert", self.expert["name"])
+        if stated != self.expert["name"]:
+            raise ValueError(f"adapter.init={given} was trained for {stated}, not for {self.expert['name']}")
+        adapters.inject_lora(module, lora, seed=seed, where=given)
+        first = next(iter(lora.layers.values()))
+        world.say(
+            f"the adapter goes on from {given}: {len(lora.layers)} layers, rank {first.rank}, alpha {first.alpha:g}"
         )
-    if not model["scratch"]:
-        raise ValueError(
-            f"weights={base} holds no {expert['part']}/ for expert={expert['name']}; give the folder that does"
+        return {"rank": first.rank, "alpha": first.alpha, "targets": "as in the file"}
+
+    def is_measurable(self) -> bool:
+        """True if what is trained is a base's own expert, so that its noise profile should be that expert's."""
+        path = None if self.scratch else self.base.find(self.expert["name"])
+        return (
+            path is not None and self.expert["name"] in {"high_noise", "low_noise"} and stated_expert(path) != "dense"
         )
-    # Parameters are drawn by what is trained, never by what else happened to ask for random numbers before.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(world.seed_at(seed, "weights", expert["name"]))
-        module = make()
-    world.say(f"{expert['name']} starts from random values")
-    return module
 
 
-def check_encoders(manifest: Mapping[str, Any], base: Path, shards: str) -> None:
-    """Raise ValueError unless the latents were made by the VAE and text encoder of the base folder."""
-    for what, load in (("vae", load_vae), ("text_encoder", load_text_encoder)):
-        made_by, ours = manifest[f"{what}_fingerprint"], weights.fingerprint(load(base))
+def make_own_data(shards: Path, *, root: Path) -> None:
+    """Make the project's own footage and shards (data/NAME/latents) if they are asked for and not there, and say so.
+
+    Main process only; leaves with the child's exit code where that fails. `root` is the folder of demo.py.
+    """
+    ours = shards.parent in {Path("data", name) for name in SETS}
+    if world.is_main() and ours and not (shards / "manifest.json").is_file():
+        world.say(f"making {shards.parent} (procedural clips; once)")
+        make = [sys.executable, str(root / "demo.py"), "data", shards.parent.name]
+        if code := subprocess.run(make, check=False, env=world.alone()).returncode:
+            sys.exit(code)  # the child has said what is wrong
+
+
+def check_encoders(manifest: Mapping[str, Any], base: Base, shards: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the latents were made by the VAE and text encoder of the base (those that it holds)."""
+    loads: dict[str, Callable[[], nn.Module]] = {
+        "vae": base.vae,
+        "text_encoder": lambda: base.text_encoder(dtype=dtype),
+    }
+    for what, load in loads.items():
+        if not base.holds(what):
+            world.say(f"{base} holds no {what}: nobody can say whether {shards} was encoded by the right one")
+            continue
+        made_by, ours = manifest[f"{what}_fingerprint"], weights.fingerprint(load())
         if made_by != ours:
             raise ValueError(
                 f"data.shards={shards} was encoded by another {what} (fingerprint {made_by}, {base} has {ours}); "
@@ -117,14 +160,14 @@ def build_hooks(
     run: Run,
     *,
     model: Mapping[str, Any],
-    base: Path | None,
+    base: Base,
     folder: Path,
     validation: Mapping[str, Any],
     sample: Mapping[str, Any],
 ) -> list[Hook]:
     """What is asked after every step of a run: validation, and previews (into `folder`) if they are wanted."""
     hooks: list[Hook] = [build_validator(run, **validation)]
-    if sample["every"] and base is not None and isinstance(run.loss, FlowMatching):
+    if sample["every"] and isinstance(run.loss, FlowMatching):
         prompts = read_prompts(sample["prompts"]) if sample["prompts"] else run.data.captions()
         settings = Settings(
             guidance=model["guidance"],
@@ -162,7 +205,7 @@ def build_validator(run: Run, *, every: int, clips: int, points: int) -> Hook:
     return ReconstructionValidator(run.stepper, batches, every, run.steps)
 
 
-def preview_sampler(run: Run, *, model: Mapping[str, Any], base: Path) -> Sampler:
+def preview_sampler(run: Run, *, model: Mapping[str, Any], base: Base) -> Sampler:
     """The expert in training together with the other one from the base folder.
 
     Where the base has no other expert, the one in training answers for every noise level; that is said once.
@@ -170,8 +213,8 @@ def preview_sampler(run: Run, *, model: Mapping[str, Any], base: Path) -> Sample
     expert = str(run.state["expert"])
     others = [name for name in model["experts"] if name != expert]
     models: dict[str, Velocity] = {expert: run.stepper.module}
-    if pipeline.held_experts(base, others) == others:
-        models.update(pipeline.load_experts(base, others, device=run.stepper.device))
+    if all(base.holds(name) for name in others):
+        models.update({name: base.transformer(name, device=run.stepper.device) for name in others})
     else:
         world.say(f"previews: {base} holds no {others[0]}, so {expert} answers for every noise level")
     return build_sampler(models, boundary=model["boundary"], base=base, device=run.stepper.device)

@@ -1,27 +1,43 @@
-"""Bringing experts together: from runs, from pipeline folders, with LoRAs added. Used by sample.py and export.py."""
+"""Bringing experts together: from runs, from base models, with LoRAs added. Used by sample.py and export.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from wantrain import world
-from wantrain.models import WanTransformer, adapters, load_text_encoder, load_transformer, load_vae, pipeline
+from wantrain.models import Base, WanTransformer, load_transformer, open_base
+from wantrain.models.base import PARTS
+from wantrain.models.lora import merge_lora
 from wantrain.sampling import Experts, Sampler
 from wantrain.sampling.generate import Velocity
+from wantrain.training.checkpoint import read_state
 from wantrain.training.run import TrainedExpert, trained_experts
+
+#: How a path in a config is found: from the current folder, or among what ships with the project.
+Locate = Callable[[str | Path], Path]
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Experts by name, the folder that the other parts come from, and the runs they came from (if any)."""
+    """Experts by name, the base that the other parts come from, and the runs they came from (if any)."""
 
     experts: dict[str, WanTransformer]
-    base: Path
+    base: Base
     trained: tuple[TrainedExpert, ...] = ()
+
+    def origin(self) -> dict[str, dict[str, object]]:
+        """Where each expert came from, in words for its file and the card."""
+        found: dict[str, dict[str, object]] = {name: {"base": self.base} for name in self.experts}
+        for expert in self.trained:
+            facts = {"run": expert.config["run"], "step": read_state(expert.checkpoint)["step"]}
+            settings = {"recipe": expert.config.get("recipe"), "adapter": expert.config["adapter"]["name"]}
+            found[expert.name] = {**facts, **settings, "base": expert.config["weights"]}
+        return found
 
 
 def gather_experts(
@@ -31,17 +47,17 @@ def gather_experts(
     boundary: float | None,
     run: str | None,
     runs: str | Path,
-    weights: str | None,
-    locate: Callable[[str | Path], Path],
+    base: Base | None,
+    locate: Locate,
     alone: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Gathered:
-    """The experts `names` of `model`: those that `run` trained, the others from `weights` or the runs' own base.
+    """The experts `names` of `model`: those that `run` trained, the others from `base` or else the runs' own base.
 
     ValueError where one is missing (unless `alone` allows a single expert), or a run trained another model.
     """
-    if run is None and weights is None:
+    if run is None and base is None:
         raise ValueError("nothing to load: give run=NAME (or run=NAME,NAME) or weights=FOLDER")
     trained = trained_experts(run, runs) if run is not None else []
     for expert in trained:
@@ -49,16 +65,18 @@ def gather_experts(
             raise ValueError(
                 f"run {run} trained model={expert.config['model']['name']}, not model={model}; add model= to match"
             )
-    base = locate(weights if weights is not None else trained[0].config["weights"])
-    if not base.is_dir():
-        raise ValueError(f"weights={base} is not a folder; give one in the diffusers layout")
+    rest = [name for name in names if name not in {expert.name for expert in trained}]
+    if base is None:
+        base = base_of(trained[0].config, locate, [*rest, "vae", "text_encoder", "tokenizer"])
+    elif trained:
+        base = replace(base, like=trained[0].config["model"]["transformer"])
     experts = {expert.name: load_trained(expert, base, locate, device, dtype) for expert in trained}
-    rest = [name for name in names if name not in experts]
-    held = pipeline.held_experts(base, rest)
-    if held:
-        pipeline.check_boundary(base, boundary)
-        experts.update(pipeline.load_experts(base, held, device=device, dtype=dtype))
-    missing = [name for name in rest if name not in held]
+    if any(base.holds(name) for name in rest):
+        base.check_boundary(boundary)
+    for name in rest:
+        if base.holds(name):
+            experts[name] = base.transformer(name, device=device, dtype=dtype)
+    missing = [name for name in names if name not in experts]
     if missing and not (alone and experts):
         raise ValueError(
             f"{', '.join(missing)} is missing: neither run={run} nor {base} has it. Give both runs (run=ONE,OTHER), or "
@@ -69,31 +87,52 @@ def gather_experts(
     return Gathered({name: experts[name] for name in names if name in experts}, base, tuple(trained))
 
 
+def base_of(settings: Mapping[str, Any], locate: Locate, wanted: Iterable[str]) -> Base:
+    """The base that a run's stored config names."""
+    return open_base(
+        settings["weights"],
+        settings.get("parts"),
+        wanted=wanted,
+        revision=settings.get("revision"),
+        like=settings["model"]["transformer"],
+        locate=locate,
+    )
+
+
 def load_trained(
     expert: TrainedExpert,
-    base: Path,
-    locate: Callable[[str | Path], Path],
+    base: Base,
+    locate: Locate,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> WanTransformer:
     """The expert of a checkpoint; an adapter is merged into the base it was trained on."""
-    part = pipeline.PARTS[expert.name]
     if expert.adapter is None:
-        return load_transformer(expert.checkpoint, part=part, device=device, dtype=dtype)
-    own_base = locate(expert.config["weights"])
-    module = load_transformer(own_base if own_base.is_dir() else base, part=part, device=device, dtype=dtype)
-    adapters.merge_file(expert.adapter, module, expert=expert.name)
+        return load_transformer(expert.checkpoint, part=PARTS[expert.name], device=device, dtype=dtype)
+    try:
+        base = base_of(expert.config, locate, [expert.name])
+    except ValueError:  # moved since: the base that was given takes its place
+        world.say(f"the base of run {expert.config['run']} is not where it was; its LoRA goes into {base}")
+    module = base.transformer(expert.name, device=device, dtype=dtype)
+    merge_lora(expert.adapter, module, expert=expert.name)
     return module
 
 
-def add_loras(experts: Mapping[str, WanTransformer], files: Mapping[str, str | None], scale: float) -> None:
+def add_loras(
+    experts: Mapping[str, WanTransformer],
+    files: Mapping[str, str | None],
+    *,
+    model: str,
+    scale: float = 1.0,
+    alpha: float | None = None,
+) -> None:
     """Merge LoRA files into the experts they are named for. ValueError for an expert that is not there."""
     for name, file in files.items():
         if file is None:
             continue
         if name not in experts:
             raise ValueError(f"lora.{name}={file}: this model has {', '.join(experts)}, no {name}")
-        count = adapters.merge_file(file, experts[name], scale=scale, expert=name)
+        count = merge_lora(file, experts[name], scale=scale, expert=name, base=model, alpha=alpha)
         world.say(f"{name}: {file} added to {count} layers at scale {scale}")
 
 
@@ -101,13 +140,13 @@ def build_sampler(
     models: Mapping[str, Velocity],
     *,
     boundary: float | None,
-    base: Path,
+    base: Base,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Sampler:
-    """A Sampler over given experts, with VAE (always float32) and text encoder from the base folder."""
+    """A Sampler over given experts, with VAE (always float32) and text encoder from the base."""
     # The text encoder stays on the host: it runs once per prompt, and its memory is the transformers'.
-    vae, text = load_vae(base, device=device), load_text_encoder(base, dtype=dtype)
+    vae, text = base.vae(device=device), base.text_encoder(dtype=dtype)
     return Sampler(
         Experts(models, boundary),
         text.encode_unpadded,

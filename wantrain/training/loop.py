@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -144,6 +145,11 @@ class Run:
                     yield partial(self.data.load, mine, positions)
 
         return prefetch(requests())
+
+    def first_batch(self, count: int = 4) -> Batch:
+        """The first samples of the run, at most `count`: something to measure on."""
+        samples = self.plan.batch(0)[:count]
+        return self.data.load(samples, np.arange(len(samples)))
 
     def _names(self) -> dict[torch.Tensor, str]:
         return {parameter: name for name, parameter in named_trainable(self.trainee.module).items()}

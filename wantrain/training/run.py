@@ -22,7 +22,19 @@ CONFIG = "config.yaml"
 
 #: Settings that may change between two starts of one run: they do not change what has been computed so far.
 #: The shards may have moved: a checkpoint holds their manifest's hash.
-FREE = ("steps", "epochs", "runs", "tracker", "checkpoint", "validation", "sample", "dry_run", "data.shards")
+FREE = (
+    "recipe",
+    "check_expert",
+    "steps",
+    "epochs",
+    "runs",
+    "tracker",
+    "checkpoint",
+    "validation",
+    "sample",
+    "dry_run",
+    "data.shards",
+)
 
 
 @dataclass

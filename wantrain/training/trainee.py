@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Trainee:
 
     module: nn.Module
     part: str
-    metadata: dict[str, str | float] = field(default_factory=dict)
+    metadata: Mapping[str, str | float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Put the trained weights into `folder`: the adapter alone, or the whole part in the diffusers layout."""

@@ -37,28 +37,37 @@ class Validator:
             return {}
         if not self.baseline:
             self.baseline = self.linear_baseline()
-        sigmas, errors = self.loss.quadrature(self.points), []
-        with torch.inference_mode(), self.stepper.forward_context():
-            for batch in self.batches:
-                here = batch.to(self.stepper.device)
-                noises = self._noises(batch)
-                for level, noise in zip(sigmas, noises, strict=True):
-                    sigma = level.expand(len(batch))
-                    errors.append(velocity_error(self.stepper.module, here, sigma, noise.to(self.stepper.device)))
-        by_level = _by_level(errors, self.points)
+        by_level = self.measure()
         world.say(
             f"step {step}: validation loss {by_level.mean():.4f} "
             f"(best linear predictor {self.baseline['validation_linear']:.4f})"
         )
         return {
             "validation_loss": by_level.mean().item(),
-            "validation_by_sigma": dict(zip(_keys(sigmas), by_level.tolist(), strict=True)),
+            "validation_by_sigma": dict(zip(_keys(self.sigmas), by_level.tolist(), strict=True)),
             **self.baseline,
         }
 
+    @property
+    def sigmas(self) -> Tensor:
+        """The noise levels that are measured, (points,)."""
+        return self.loss.quadrature(self.points)
+
+    def measure(self) -> Tensor:
+        """The model's mean velocity error at each level, (points,) float64."""
+        errors = []
+        with torch.inference_mode(), self.stepper.forward_context():
+            for batch in self.batches:
+                here = batch.to(self.stepper.device)
+                noises = self._noises(batch)
+                for level, noise in zip(self.sigmas, noises, strict=True):
+                    sigma = level.expand(len(batch))
+                    errors.append(velocity_error(self.stepper.module, here, sigma, noise.to(self.stepper.device)))
+        return _by_level(errors, self.points)
+
     def linear_baseline(self) -> dict[str, Any]:
         """Error of v = a(sigma)*x_sigma with the a that is best on these clips at each level."""
-        sigmas, sums = self.loss.quadrature(self.points), torch.zeros(self.points, 3, dtype=torch.float64)
+        sigmas, sums = self.sigmas, torch.zeros(self.points, 3, dtype=torch.float64)
         elements = 0.0
         for batch in self.batches:
             x0 = batch.latents_BCTHW

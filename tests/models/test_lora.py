@@ -1,0 +1,301 @@
+"""LoRA files in every dialect: what comes out of the model counts, for diffusers ignores strange names in silence."""
+
+import json
+from collections import namedtuple
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import save_file
+
+from wantrain.models import Base, adapters, names
+from wantrain.models.inspect import describe
+from wantrain.models.lora import DIALECTS, PEFT, Layer, merge_lora, read_lora, write_lora
+from wantrain.models.weights import read_file
+
+RANK, ALPHA, DIM, FFN, BLOCKS = 4, 2.0, 128, 64, 2
+ATTENTION = [f"{kind}.{part}" for kind in ("self_attn", "cross_attn") for part in "qkvo"]
+EXPERTS = ("high_noise", "low_noise")
+ABOUT = {"expert": "low_noise", "model": "tiny"}
+
+
+def layer(name, seed, rank=RANK, alpha=ALPHA):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"ffn.0": (DIM, FFN), "ffn.2": (FFN, DIM)}
+    before, after = sizes.get(name, (DIM, DIM))
+    down = torch.randn(rank, before, generator=generator) / before**0.5
+    return Layer(down, torch.randn(after, rank, generator=generator) / rank**0.5, alpha)
+
+
+def lora(parts=(*ATTENTION, "ffn.0", "ffn.2"), **how):
+    """A change of order one in the named layers of every block."""
+    places = [(block, part) for block in range(BLOCKS) for part in parts]
+    return {f"blocks.{block}.{part}": layer(part, seed, **how) for seed, (block, part) in enumerate(places)}
+
+
+def question():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 2, 4, 6, generator=generator)
+    return latents, torch.tensor([731.0]), torch.randn(1, 512, 64, generator=generator)
+
+
+def answer(model):
+    with torch.no_grad():
+        return model(*question())
+
+
+def answer_of_diffusers(model):
+    with torch.no_grad():
+        return model(*question(), return_dict=False)[0]
+
+
+@pytest.fixture
+def expert(pair):
+    """A fresh low-noise expert, to be changed."""
+    return Base(pair).transformer("low_noise")
+
+
+def by_hand(model, layers):
+    """The answer of a model whose weights were changed here, by the formula alone."""
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, change in layers.items():
+            weights[f"{name}.weight"] += change.alpha / change.down.shape[0] * (change.up @ change.down)
+    return answer(model)
+
+
+@pytest.fixture(scope="module")
+def changed(pair):
+    """What each expert says before, and with `lora()` in it."""
+    said = {}
+    for name in EXPERTS:
+        model = Base(pair).transformer(name)
+        said[name] = (answer(model), by_hand(model, lora()))
+        assert (said[name][1] - said[name][0]).abs().max() > 0.3
+    return said
+
+
+def close(one, other, tolerance=1e-5):
+    return (one - other).abs().max() <= tolerance * max(1.0, other.abs().max())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_we_write_we_read_and_merge(dialect, changed, expert, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    write_lora(file, lora(), dialect=dialect, metadata=ABOUT)
+    found = read_lora(file)
+    assert found.dialect == dialect and found.metadata == ABOUT
+    assert merge_lora(file, expert, expert="low_noise", base="tiny") == 20
+    assert close(answer(expert), changed["low_noise"][1])
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_diffusers_loads_every_dialect_into_either_expert(dialect, name, changed, pair, tmp_path):
+    write_lora(tmp_path / "lora.safetensors", lora(), dialect=dialect, metadata=ABOUT)
+    pipe = WanPipeline.from_pretrained(pair, torch_dtype=torch.float32)
+    second = name == "low_noise"
+    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", load_into_transformer_2=second)
+    before, after = changed[name]
+    said = answer_of_diffusers(pipe.transformer_2 if second else pipe.transformer)
+    assert close(said, after, 2e-5) and not close(said, before, 0.1)
+    other = EXPERTS[not second]
+    assert close(answer_of_diffusers(pipe.transformer if second else pipe.transformer_2), changed[other][0], 2e-5)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_layers_of_different_rank_and_alpha_survive(dialect, pair, expert, tmp_path):
+    mixed = lora(ATTENTION) | lora(("ffn.0", "ffn.2"), rank=2, alpha=5.0)
+    write_lora(tmp_path / "lora.safetensors", mixed, dialect=dialect)
+    wanted = by_hand(Base(pair).transformer("low_noise"), mixed)
+    merge_lora(tmp_path / "lora.safetensors", expert)
+    assert close(answer(expert), wanted)
+    pipe = WanPipeline.from_pretrained(pair, torch_dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", load_into_transformer_2=True)
+    assert close(answer_of_diffusers(pipe.transformer_2), wanted, 2e-5)
+
+
+def test_a_partial_lora_goes_everywhere_but_as_kohyas_into_diffusers(pair, expert, tmp_path):
+    wanted = by_hand(Base(pair).transformer("low_noise"), lora(ATTENTION))
+    for dialect in DIALECTS:
+        file = tmp_path / f"{dialect}.safetensors"
+        write_lora(file, lora(ATTENTION), dialect=dialect)
+        model = Base(pair).transformer("low_noise")
+        merge_lora(file, model)
+        assert close(answer(model), wanted)
+        pipe = WanPipeline.from_pretrained(pair, torch_dtype=torch.float32)
+        if dialect == "kohya":
+            with pytest.raises(KeyError):
+                pipe.load_lora_weights(tmp_path, weight_name=file.name)
+        else:
+            pipe.load_lora_weights(tmp_path, weight_name=file.name, load_into_transformer_2=True)
+            assert close(answer_of_diffusers(pipe.transformer_2), wanted, 2e-5)
+
+
+def test_there_and_back_through_all_dialects_is_byte_equal(tmp_path):
+    layers = lora()
+    for step, dialect in enumerate(("comfyui", "diffusers", "kohya", "comfyui")):
+        write_lora(tmp_path / f"{step}.safetensors", layers, dialect=dialect)
+        layers = read_lora(tmp_path / f"{step}.safetensors").layers
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "3.safetensors").read_bytes()
+
+
+#: Other people's dialects: prefix, name of a layer, ends, whether alpha is in the file, and what it is when it is not.
+Foreign = namedtuple("Foreign", "dialect before flat diffusers ends alpha")
+PEOPLES = {
+    "comfyui, kohya's ends": Foreign("comfyui", "diffusion_model.", False, False, ("lora_down", "lora_up"), True),
+    "comfyui, no alpha": Foreign("comfyui", "diffusion_model.", False, False, ("lora_A", "lora_B"), False),
+    "checkpoint prefix": Foreign("comfyui", "model.diffusion_model.", False, False, ("lora_A", "lora_B"), True),
+    "no prefix": Foreign("comfyui", "", False, False, ("lora_A", "lora_B"), True),
+    "old diffusers": Foreign("diffusers", "transformer.", False, True, ("lora.down", "lora.up"), False),
+    "peft": Foreign("diffusers", "base_model.model.", False, True, ("lora_A", "lora_B"), False),
+    "peft, default": Foreign(
+        "diffusers", "base_model.model.", False, True, ("lora_A.default", "lora_B.default"), False
+    ),
+    "musubi": Foreign("kohya", "lora_unet_", True, False, ("lora_down", "lora_up"), True),
+    "diffsynth": Foreign("diffsynth", "", False, False, ("lora_A.default", "lora_B.default"), False),
+    "videox-fun": Foreign("videox-fun", "lora_unet__", True, False, ("lora_down", "lora_up"), False),
+}
+
+
+def written_by(people, path, layers):
+    tensors = {}
+    for name, change in layers.items():
+        own = names.to_diffusers(f"{name}.weight").removesuffix(".weight") if people.diffusers else name
+        key = people.before + (own.replace(".", "_") if people.flat else own)
+        tensors[f"{key}.{people.ends[0]}.weight"] = change.down
+        tensors[f"{key}.{people.ends[1]}.weight"] = change.up
+        if people.alpha:
+            tensors[f"{key}.alpha"] = torch.tensor(change.alpha)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("people", PEOPLES.values(), ids=PEOPLES)
+def test_other_peoples_files_are_read_with_the_right_strength(people, pair, expert, tmp_path):
+    file = written_by(people, tmp_path / "theirs.safetensors", lora())
+    alpha = ALPHA if people.dialect == "videox-fun" else None
+    assert read_lora(file, alpha=alpha).dialect == people.dialect
+    strength = ALPHA if people.alpha or alpha else RANK
+    wanted = by_hand(Base(pair).transformer("low_noise"), lora(alpha=strength))
+    assert merge_lora(file, expert, alpha=alpha) == 20
+    assert close(answer(expert), wanted)
+
+
+def test_an_alpha_that_a_file_lacks_is_asked_for_and_one_that_it_has_is_kept(tmp_path):
+    theirs = written_by(PEOPLES["videox-fun"], tmp_path / "theirs.safetensors", lora())
+    with pytest.raises(ValueError, match=r"VideoX-Fun's.*give the network_alpha of its training as alpha="):
+        read_lora(theirs)
+    write_lora(tmp_path / "ours.safetensors", lora())
+    assert read_lora(tmp_path / "ours.safetensors", alpha=ALPHA).layers
+    with pytest.raises(ValueError, match=r"holds its own alpha, 2 for blocks\.\d.*; leave out alpha=8"):
+        read_lora(tmp_path / "ours.safetensors", alpha=8)
+
+
+def test_layers_outside_the_blocks_are_known_in_every_dialect(tmp_path):
+    outside = {name: Layer(torch.randn(2, 8), torch.randn(6, 2), 1.0) for name in ("text_embedding.0", "head.head")}
+    for dialect in DIALECTS:
+        write_lora(tmp_path / "lora.safetensors", outside, dialect=dialect)
+        assert read_lora(tmp_path / "lora.safetensors").layers.keys() == outside.keys()
+
+
+def test_the_header_of_diffusers_says_rank_and_alpha(tmp_path):
+    write_lora(tmp_path / "lora.safetensors", lora(), dialect="diffusers")
+    tensors, about = read_file(tmp_path / "lora.safetensors")
+    facts = json.loads(about[PEFT])
+    assert (facts["transformer.r"], facts["transformer.lora_alpha"]) == (RANK, ALPHA)
+    assert "transformer.blocks.0.attn1.to_q.lora_A.weight" in tensors and not any("alpha" in key for key in tensors)
+
+
+def with_more(tmp_path, **more):
+    write_lora(tmp_path / "lora.safetensors", lora())
+    tensors = read_file(tmp_path / "lora.safetensors")[0]
+    save_file({**tensors, **more}, tmp_path / "bad.safetensors")
+    return tmp_path / "bad.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("diffusion_model.blocks.0.self_attn.q.dora_scale", "is a DoRA"),
+        ("diffusion_model.blocks.0.self_attn.q.hada_w1_a", "is a LoHa"),
+        ("diffusion_model.blocks.0.self_attn.q.lokr_w1", "is a LoKr"),
+        ("diffusion_model.blocks.0.norm3.diff", "also replaces whole weights"),
+        ("diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "with a CLIP branch"),
+        ("diffusion_model.blocks.0.self_attn.x.lora_A.weight", "1 names are not those of a LoRA for a Wan"),
+        ("diffusion_model.blocks.7.self_attn.q.lora_A.weight", r"blocks.7.self_attn.q has no lora_B.*not whole"),
+        ("stranger", r"1 names are not those of a LoRA .*first: stranger"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(tmp_path, key, words):
+    with pytest.raises(ValueError, match=words):
+        read_lora(with_more(tmp_path, **{key: torch.ones(2, 2)}))
+
+
+def test_matrices_that_do_not_multiply_and_convolutions_are_refused(tmp_path):
+    key = "diffusion_model.blocks.0.self_attn.q.lora_A.weight"
+    with pytest.raises(ValueError, match="which do not multiply"):
+        read_lora(with_more(tmp_path, **{key: torch.ones(3, DIM)}))
+    with pytest.raises(ValueError, match="changes a convolution"):
+        read_lora(with_more(tmp_path, **{key: torch.ones(RANK, DIM, 1, 1)}))
+    with pytest.raises(ValueError, match="not those of a LoRA"):
+        save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+        read_lora(tmp_path / "a.safetensors")
+
+
+def test_a_lora_for_another_expert_model_or_size_is_refused_before_anything_changes(expert, tmp_path):
+    before = answer(expert)
+    file = tmp_path / "lora.safetensors"
+    write_lora(file, lora(), metadata=ABOUT)
+    with pytest.raises(ValueError, match="was trained for low_noise, not for high_noise; swap the two files"):
+        merge_lora(file, expert, expert="high_noise")
+    with pytest.raises(ValueError, match="was trained for model=tiny, not for model=t2v_a14b; choose model="):
+        merge_lora(file, expert, base="t2v_a14b")
+    wide = Layer(torch.randn(4, 5120), torch.randn(5120, 4), 4.0)
+    write_lora(file, {**lora(), "blocks.1.self_attn.o": wide})
+    with pytest.raises(
+        ValueError, match=r"blocks.1.self_attn.o is 5120 x 5120, the model's layer 128 x 128; .*another base"
+    ):
+        merge_lora(file, expert)
+    write_lora(file, {**lora(), "blocks.39.ffn.0": layer("ffn.0", 0)})
+    with pytest.raises(ValueError, match=r"changes blocks.39.ffn.0, which this model does not have; .*another base"):
+        merge_lora(file, expert)
+    assert torch.equal(answer(expert), before)
+
+
+def test_training_goes_on_from_a_file(pair, changed, expert, tmp_path):
+    mixed = lora(ATTENTION) | lora(("ffn.2",), rank=2, alpha=5.0)
+    write_lora(tmp_path / "lora.safetensors", mixed)
+    adapters.inject_lora(expert, read_lora(tmp_path / "lora.safetensors"), seed=0)
+    assert close(answer(expert), by_hand(Base(pair).transformer("low_noise"), mixed))
+    now = adapters.adapter_layers(expert)
+    assert now.keys() == mixed.keys()
+    for name, change in mixed.items():
+        assert torch.equal(now[name].down, change.down) and now[name].alpha == change.alpha
+    moving = {name for name, parameter in expert.named_parameters() if parameter.requires_grad}
+    assert len(moving) == 2 * len(mixed) and all("lora_" in name for name in moving)
+    expert(*question()).square().mean().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in expert.parameters() if parameter.requires_grad)
+
+
+def test_blocks_1_and_11_are_two_blocks(tmp_path):
+    from wantrain.models import WanTransformer
+
+    torch.manual_seed(0)
+    model = WanTransformer(num_attention_heads=1, attention_head_dim=32, text_dim=8, ffn_dim=16, num_layers=12)
+    small = {
+        name: Layer(torch.randn(2, 32), torch.randn(32, 2), 3.0)
+        for name in ("blocks.1.self_attn.q", "blocks.11.self_attn.k")
+    }
+    write_lora(tmp_path / "lora.safetensors", small)
+    adapters.inject_lora(model, read_lora(tmp_path / "lora.safetensors"), seed=0)
+    assert adapters.adapter_layers(model).keys() == small.keys()
+
+
+@pytest.mark.parametrize("people", PEOPLES.values(), ids=PEOPLES)
+def test_inspect_says_what_a_lora_is(people, tmp_path):
+    said = describe(written_by(people, tmp_path / "theirs.safetensors", lora()))
+    assert f"dialect   {people.dialect}" in said and "rank      4" in said and "20 in blocks 0 to 1" in said
+    alpha = "not in the file" if people.dialect == "videox-fun" else "2" if people.alpha else "4"
+    assert f"alpha     {alpha}" in said and "not stated" in said and "float32" in said

@@ -1,0 +1,304 @@
+"""LoRA files in every dialect that people use: read into one form, written, and merged into weights.
+
+A layer's change is alpha / rank * up @ down. Where a file holds no alpha it is the rank, except in VideoX-Fun's files,
+which lose the alpha that they were trained with: there it must be given. Layers wear Wan's official module names here
+(`blocks.0.self_attn.q`); what a file calls them is its dialect. Sources: the tools' own conventions, checked by what
+diffusers makes of our files and we of its (docs/models.md).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wantrain.models.names import to_diffusers
+from wantrain.models.weights import read_file, write_file
+
+#: Dialects that are written; "diffsynth" and "videox-fun" are read besides.
+DIALECTS = ("comfyui", "diffusers", "kohya")
+#: Where diffusers and peft keep ranks and alphas: an entry of the safetensors header.
+PEFT = "lora_adapter_metadata"
+
+#: What stands before the layer's name, by dialect; the first that fits counts.
+_PREFIXES = (
+    ("lora_unet__", "videox-fun"),
+    ("lora_unet_", "kohya"),
+    ("model.diffusion_model.", "comfyui"),
+    ("diffusion_model.", "comfyui"),
+    ("transformer.", "diffusers"),
+    ("base_model.model.", "diffusers"),
+)
+_MATRIX = re.compile(r"(?P<layer>.+?)\.lora(?:_|\.)(?P<side>A|B|down|up)(?P<default>\.default)?\.weight")
+_ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
+_OUTSIDE = (
+    "text_embedding.0",
+    "text_embedding.2",
+    "time_embedding.0",
+    "time_embedding.2",
+    "time_projection.1",
+    "head.head",
+)
+_INSIDE = (*(f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.0", "ffn.2")
+#: What other kinds of adapters leave in a file (patterns), and what they are.
+_FOREIGN = {
+    r"dora_scale|lora_magnitude_vector": "a DoRA",
+    r"\.hada_": "a LoHa",
+    r"\.lokr_": "a LoKr",
+    r"\.diff(_b)?$": "a LoRA that also replaces whole weights or biases",
+    r"[kv]_img|add_[kv]_proj": "a LoRA for Wan2.1's image-to-video with a CLIP branch",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The change of one linear layer: `down` (rank, in), `up` (out, rank), and the strength `alpha`."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Width of the change."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by: alpha / rank."""
+        return self.alpha / self.rank
+
+    def change(self) -> Tensor:
+        """What is added to the weight, (out, in), float32."""
+        return (self.up.float() @ self.down.float()) * self.scale
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A LoRA file: its layers by official module name, the dialect it wears, and what its header says."""
+
+    layers: dict[str, Layer]
+    dialect: str
+    metadata: dict[str, str]
+
+
+def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
+    """Read a LoRA file of any dialect.
+
+    `alpha` is for files that hold none though they were trained with one; for a file that has its own, another value
+    is refused. ValueError names what is no LoRA of a Wan transformer, what is not whole, and what is not supported.
+    """
+    tensors, metadata = read_file(path)
+    _refuse_foreign(tensors, path)
+    dialect = _dialect(tensors)
+    matrices: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        if match := _MATRIX.fullmatch(key):
+            side = {"A": "down", "B": "up"}.get(match["side"], match["side"])
+            matrices.setdefault(match["layer"], {})[side] = tensor
+        elif match := _ALPHA.fullmatch(key):
+            alphas[match["layer"]] = float(tensor)
+        else:
+            strange.append(key)
+    official = _official_names(matrices, dialect)
+    strange += sorted(layer for layer in matrices if layer not in official)
+    strange += sorted(layer for layer in alphas if layer not in matrices)
+    if strange or not matrices:
+        example = strange[0] if strange else json.dumps(sorted(tensors)[:1])
+        raise ValueError(
+            f"{path}: {len(strange)} names are not those of a LoRA for a Wan transformer (first: {example}); expected "
+            "diffusion_model.blocks.N.self_attn.q.lora_A.weight and so on, as ComfyUI, diffusers or kohya's tools write"
+        )
+    for layer, pair in matrices.items():
+        _check_pair(path, layer, pair)
+    stated = {**_peft_alphas(metadata, matrices), **alphas}
+    if dialect == "videox-fun" and not stated and alpha is None:
+        raise ValueError(
+            f"{path} is VideoX-Fun's: it was trained with an alpha that the file does not hold, and without it the "
+            "strength would be wrong; give the network_alpha of its training as alpha= (sample.py and export.py: "
+            "lora.alpha=)"
+        )
+    layers = {}
+    for layer, pair in matrices.items():
+        own = stated.get(layer)
+        if own is not None and alpha is not None and own != alpha:
+            raise ValueError(f"{path} holds its own alpha, {own:g} for {official[layer]}; leave out alpha={alpha:g}")
+        strength = own if own is not None else alpha if alpha is not None else float(pair["down"].shape[0])
+        layers[official[layer]] = Layer(pair["down"], pair["up"], strength)
+    about = {key: value for key, value in metadata.items() if key not in {"format", PEFT}}
+    return LoRA(layers, dialect, about)
+
+
+def _refuse_foreign(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    for key, tensor in tensors.items():
+        for mark, what in _FOREIGN.items():
+            if re.search(mark, key):
+                raise ValueError(f"{path} is {what} (it holds {key}), which is not supported; a plain LoRA is needed")
+        if tensor.ndim > 2:
+            raise ValueError(f"{path} changes a convolution ({key}), which is not supported; a plain LoRA is needed")
+
+
+def _dialect(tensors: Mapping[str, Tensor]) -> str:
+    for prefix, dialect in _PREFIXES:
+        if any(key.startswith(prefix) for key in tensors):
+            return dialect
+    return "diffsynth" if any(".default." in key for key in tensors) else "comfyui"
+
+
+def _official_names(layers: Mapping[str, Any], dialect: str) -> dict[str, str]:
+    """The official module name of each layer of a file; a layer without one is left out."""
+    bare = {layer: _without_prefix(layer) for layer in layers}
+    blocks = {int(match[1]) for name in bare.values() if (match := re.match(r"blocks[._](\d+)[._]", name))}
+    known = [*_OUTSIDE, *(f"blocks.{block}.{part}" for block in sorted(blocks) for part in _INSIDE)]
+    table = {official: official for official in known}
+    if dialect == "diffusers":
+        table |= {_diffusers_module(official): official for official in known}
+    elif dialect in {"kohya", "videox-fun"}:
+        table = {official.replace(".", "_"): official for official in known}
+    return {layer: table[name] for layer, name in bare.items() if name in table}
+
+
+def _without_prefix(layer: str) -> str:
+    for prefix, _ in _PREFIXES:
+        if layer.startswith(prefix):
+            return (
+                _without_prefix(layer.removeprefix(prefix)) if prefix == "base_model.model." else layer[len(prefix) :]
+            )
+    return layer
+
+
+def _check_pair(path: str | Path, layer: str, pair: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a layer's two matrices are there and have one rank."""
+    absent = {"down", "up"} - pair.keys()
+    if absent:
+        ends = {"down": "lora_A (lora_down)", "up": "lora_B (lora_up)"}
+        raise ValueError(f"{path}: {layer} has no {ends[absent.pop()]}; the file is not whole")
+    down, up = pair["down"], pair["up"]
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+        raise ValueError(f"{path}: {layer} is {tuple(up.shape)} x {tuple(down.shape)}, which do not multiply")
+
+
+def _peft_alphas(metadata: Mapping[str, str], matrices: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Alphas by the file's own layer names, from the header that peft and diffusers write."""
+    if PEFT not in metadata:
+        return {}
+    facts = json.loads(metadata[PEFT])
+    whole, patterns = facts.get("transformer.lora_alpha"), facts.get("transformer.alpha_pattern") or {}
+    alphas = {}
+    for layer in matrices:
+        name = _without_prefix(layer)
+        own = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?{key}", name)), whole)
+        if own is not None:
+            alphas[layer] = float(own)
+    return alphas
+
+
+def write_lora(
+    path: str | Path,
+    layers: Mapping[str, Layer],
+    *,
+    dialect: str = "comfyui",
+    metadata: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Write a LoRA file in one of `DIALECTS`, beside its name and then renamed.
+
+    "comfyui" is loaded by ComfyUI, diffusers and us; "diffusers" keeps alphas in the header; "kohya" is loaded by
+    diffusers only if all ten linear layers of every block are there. ValueError for another dialect.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    about = dict(metadata)
+    for name, layer in layers.items():
+        if dialect == "comfyui":
+            key, ends = f"diffusion_model.{name}", ("lora_A", "lora_B")
+        elif dialect == "diffusers":
+            key, ends = f"transformer.{_diffusers_module(name)}", ("lora_A", "lora_B")
+        elif dialect == "kohya":
+            key, ends = f"lora_unet_{name.replace('.', '_')}", ("lora_down", "lora_up")
+        else:
+            raise ValueError(f"lora.dialect={dialect} is unknown; choose one of {', '.join(DIALECTS)}")
+        tensors[f"{key}.{ends[0]}.weight"] = layer.down
+        tensors[f"{key}.{ends[1]}.weight"] = layer.up
+        if dialect != "diffusers":
+            tensors[f"{key}.alpha"] = torch.tensor(float(layer.alpha))
+    if dialect == "diffusers":
+        about[PEFT] = json.dumps(_peft_config(layers))
+    beside = path.with_name(f".{path.name}.tmp")
+    write_file(beside, tensors, about)
+    beside.replace(path)
+
+
+def _diffusers_module(name: str) -> str:
+    return to_diffusers(f"{name}.weight").removesuffix(".weight")
+
+
+def _peft_config(layers: Mapping[str, Layer]) -> dict[str, object]:
+    """What diffusers reads back: the first layer's rank and alpha for all, others by name."""
+    first = next(iter(layers.values()))
+    by_name = {_diffusers_module(name): layer for name, layer in layers.items()}
+    facts = {
+        "peft_type": "LORA",
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "target_modules": sorted(by_name),
+        "rank_pattern": {name: layer.rank for name, layer in by_name.items() if layer.rank != first.rank},
+        "alpha_pattern": {name: layer.alpha for name, layer in by_name.items() if layer.alpha != first.alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return {f"transformer.{key}": value for key, value in facts.items()}
+
+
+def merge_lora(
+    path: str | Path,
+    module: nn.Module,
+    *,
+    scale: float = 1.0,
+    expert: str | None = None,
+    base: str | None = None,
+    alpha: float | None = None,
+) -> int:
+    """Add a LoRA file's change, times `scale`, to a plain module's weights; returns how many layers changed.
+
+    ValueError if the file says that it is for another expert or another model than `base`, or if a layer or a shape
+    does not fit: a LoRA that half applies is worse than none.
+    """
+    lora = read_lora(path, alpha=alpha)
+    stated = lora.metadata.get("expert")
+    if expert is not None and stated not in {None, expert}:
+        raise ValueError(f"{path} was trained for {stated}, not for {expert}; swap the two files")
+    model = lora.metadata.get("model")
+    if base is not None and model not in {None, base}:
+        raise ValueError(f"{path} was trained for model={model}, not for model={base}; choose model= to match")
+    check_fits(lora, module, path)
+    parameters = dict(module.named_parameters())
+    for name, layer in lora.layers.items():
+        weight = parameters[f"{name}.weight"]
+        change = (scale * layer.change()).to(weight.device)
+        weight.data = (weight.data.float() + change).to(weight.dtype)
+    return len(lora.layers)
+
+
+def check_fits(lora: LoRA, module: nn.Module, path: str | Path) -> None:
+    """Raise ValueError unless every layer of a LoRA is in `module`, in its shape."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    for name, layer in lora.layers.items():
+        wanted, own = shapes.get(f"{name}.weight"), (layer.up.shape[0], layer.down.shape[1])
+        if wanted is None:
+            raise ValueError(f"{path} changes {name}, which this model does not have; it is for another base model")
+        if wanted != own:
+            raise ValueError(
+                f"{path}: {name} is {own[0]} x {own[1]}, the model's layer {wanted[0]} x {wanted[1]}; it is for "
+                "another base model"
+            )
