@@ -44,6 +44,7 @@ def main(cfg: DictConfig) -> None:
         seed=cfg.seed,
         device=accelerator.device,
         dtype=config.dtype(cfg.precision),
+        recipe=config.recipe(),
     )
     trainee = begin.trainee(gradient_checkpointing=cfg.gradient_checkpointing)
     if cfg.dry_run:

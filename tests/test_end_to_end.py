@@ -16,17 +16,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from wantrain import flow
-from wantrain.data import PixelData
+from wantrain.data import PixelData, make_footage
 from wantrain.geometry import Bucket
-from wantrain.models import Base, load_text_encoder, load_transformer, load_vae
+from wantrain.models import Base, WanVAE, load_text_encoder, load_transformer, load_vae
 from wantrain.models.base import PARTS
-from wantrain.models.weights import fingerprint, read_file, read_tensors
+from wantrain.models.weights import fingerprint, read_file, read_metadata, read_tensors, write_part
 from wantrain.sampling import Settings
 from wantrain.sampling.generate import Experts, generate
 from wantrain.training.gather import build_sampler
 from wantrain.video import to_frames
 
 PROMPT = "a red circle moving right on a dark background"
+SMALL_5B = {"num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 64, "num_layers": 2}
 #: A small video of the micro model.
 SMALL = (
     *("height=32", "width=48", "num_frames=9", "steps=4"),
@@ -123,6 +124,9 @@ def test_what_is_exported_is_what_was_trained(story, pair):
         )
         assert exported.keys() == trained.keys() == base.keys()
         assert all(torch.equal(exported[key], trained[key]) for key in trained)
+        said = read_metadata(story.checkpoint(run) / part)
+        assert (said["expert"], said["model"], said["boundary"]) == (f"{run}_noise", "tiny", "0.875")
+        assert said["made_by"].startswith("wantrain ")
         assert not any(torch.equal(trained[key], base[key]) for key in trained if key.endswith("to_v.weight"))
     for part in ("vae", "text_encoder", "tokenizer"):
         for file in (pair / part).iterdir():
@@ -239,6 +243,35 @@ def test_a_dense_model_goes_the_same_way(tiny, call, tmp_path):
     assert pipe.transformer_2 is None and pipe.config.boundary_ratio is None
     call("sample.py", *dense, "weights=pipeline", "prompt=a ring", *SMALL)
     assert frames_of(tmp_path / "samples")[0].shape == (9, 32, 48, 3)
+
+
+def test_the_5b_with_its_own_vae_goes_the_same_way(tiny, call, tmp_path):
+    """model=ti2v_5b as text-to-video: the 4x16x16 VAE, 48 channels; only the sizes are smaller."""
+    torch.manual_seed(0)
+    vae = WanVAE(base_dim=6, decoder_base_dim=10, z_dim=48, is_residual=True, patch_size=2)
+    write_part(tmp_path / "base" / "vae", vae.config(), vae.state_dict())
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(tiny.base / part, tmp_path / "base" / part)
+    make_footage(tmp_path / "footage", num_videos=4, num_images=1, size=64)
+    model = ("model=ti2v_5b", "weights=base")
+    small = [f"model.transformer.{key}={value}" for key, value in SMALL_5B.items()]
+    call("shard.py", "model=ti2v_5b", "source=footage", "out=videos", "num_frames=9", "clips=first")
+    call("encode.py", *model, "shards=videos", "out=latents", "area=4096", "precision=fp32")
+    run = ("expert=dense", "init=scratch", "data.shards=latents", "steps=2", "batch_size=2", "tracker=jsonl")
+    call("train.py", *model, *small, *run, "run=five", "precision=fp32")
+    call("export.py", "run=five", "out=pipeline", "model=ti2v_5b")
+    pipe = WanPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float32)
+    assert pipe.config.expand_timesteps and pipe.transformer_2 is None and pipe.vae.config.z_dim == 48
+    assert pipe.scheduler.config.flow_shift == 5.0
+    video = ("prompt=a ring", "height=64", "width=96", "num_frames=5", "steps=2", "precision=fp32")
+    call("sample.py", "model=ti2v_5b", *small, "weights=pipeline", *video)
+    assert frames_of(tmp_path / "samples")[0].shape == (5, 64, 96, 3)
+    wrong = call("sample.py", "model=ti2v_5b", *small, "weights=pipeline", *video[:1], "height=48", check=False).error
+    assert "height and width go together" in wrong
+    wrong = call(
+        "sample.py", "model=ti2v_5b", *small, "weights=pipeline", "prompt=x", "height=48", "width=64", check=False
+    )
+    assert "must be multiples of 32" in wrong.error
 
 
 @pytest.mark.parametrize("recipe", ["wan_tiny_vae_images", "wan_tiny_vae"])

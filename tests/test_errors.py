@@ -154,7 +154,7 @@ def test_latents_of_another_vae_are_refused(tiny, call, tmp_path):
         (shards / "manifest.json").write_text(json.dumps(changed))
         error = call("train.py", *tiny.train, f"data.shards={shards}", "steps=1", check=False).error
         assert f"was encoded by another {what} (fingerprint 0123456789abcdef, " in error
-        assert f"encode again with python encode.py weights={tiny.base}" in error
+        assert "encode again with python encode.py" in error
     assert not (tmp_path / "runs").exists()
 
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import WanPipeline
 
 from wantrain.models import Base, load_transformer
-from wantrain.models.lora import read_lora
+from wantrain.models.lora import read_lora, write_lora
 from wantrain.models.weights import read_metadata, read_tensors
 
 MODEL = ("model.transformer.num_layers=2", "model.transformer.ffn_dim=64", "model.transformer.attention_head_dim=32")
@@ -72,6 +72,15 @@ def test_loras_of_a_run_are_written_in_every_dialect(dialect, trained, pair, ins
     inside(trained, "export.py", f"lora.low_noise={file}", f"out=back_from_{dialect}")
     back = read_lora(trained / f"back_from_{dialect}" / "low_low_noise_comfyui.safetensors")
     assert back.dialect == "comfyui" and back.layers["blocks.0.ffn.0"].alpha == 8
+
+
+def test_a_partial_lora_in_kohyas_dialect_comes_with_a_note(trained, inside):
+    file = trained / "pipeline" / "lora" / "low_low_noise.safetensors"
+    whole = inside(trained, "export.py", f"lora.low_noise={file}", "lora.dialect=kohya", "out=whole").stdout
+    layers = {name: layer for name, layer in read_lora(file).layers.items() if "attn" in name}
+    write_lora(trained / "attention.safetensors", layers)
+    part = inside(trained, "export.py", "lora.low_noise=attention.safetensors", "lora.dialect=kohya", "out=part").stdout
+    assert "diffusers will refuse it" in part and "refuse" not in whole
 
 
 def test_a_lora_is_merged_into_weights(trained, pair, inside):

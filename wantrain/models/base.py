@@ -51,6 +51,13 @@ class Base:
     folder: Path | None = None
     parts: Mapping[str, Path] = field(default_factory=dict)
     like: Mapping[str, Any] | None = None
+    repository: str | None = None  # of the hub, where the folder came from there
+
+    @property
+    def name(self) -> str:
+        """What to call it in files that others get: no path of this machine."""
+        folder = [] if self.folder is None else [self.repository or self.folder.name]
+        return " + ".join([*folder, *(f"{part}={path.name}" for part, path in self.parts.items())])
 
     def __str__(self) -> str:
         return " + ".join([str(self.folder)] * (self.folder is not None) + [f"{k}={v}" for k, v in self.parts.items()])
@@ -148,13 +155,14 @@ def open_base(
     given = {name: _part_at(name, locate(path)) for name, path in (parts or {}).items() if path is not None}
     if weights is None:
         return Base(None, given, like)
-    folder = locate(weights)
+    folder, repository = locate(weights), None
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(weights)):
-        folder = _fetch(str(weights), revision, [name for name in wanted if name not in given])
+        repository = str(weights)
+        folder = _fetch(repository, revision, [name for name in wanted if name not in given])
     if not folder.is_dir():
         what = "is a single file: give it as parts.high_noise=, parts.vae=, ..." if folder.exists() else "is not there"
         raise ValueError(f"weights={folder} {what}; weights= takes a folder, or a repository of the hub (owner/name)")
-    return Base(folder, given, like)
+    return Base(folder, given, like, repository)
 
 
 def _part_at(name: str, path: Path) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -235,6 +235,12 @@ def write_lora(
     beside = path.with_name(f".{path.name}.tmp")
     write_file(beside, tensors, about)
     beside.replace(path)
+
+
+def is_complete(layers: Iterable[str]) -> bool:
+    """True if all ten linear layers of every block are among `layers`, as diffusers demands of kohya's dialect."""
+    blocks = {name.split(".")[1] for name in layers if name.startswith("blocks.")}
+    return {f"blocks.{block}.{part}" for block in blocks for part in _INSIDE} <= set(layers)
 
 
 def _diffusers_module(name: str) -> str:

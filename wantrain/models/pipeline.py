@@ -198,7 +198,7 @@ def card(name: str, experts: Mapping[str, Any], base: Base, about: About, layout
         "",
         f"A model of the Wan family ({about.model}), {layout} layout, written by {world.made_by()}.",
     ]
-    lines += ["", "| Part | Where | Origin |", "|---|---|---|", *rows, "", f"Base: {base}", ""]
+    lines += ["", "| Part | Where | Origin |", "|---|---|---|", *rows, "", f"Base: {base.name}", ""]
     lines += ["## How to sample it", "", "| Setting | Value |", "|---|---|", *values, "", use, ""]
     return "\n".join(lines)
 

@@ -34,6 +34,7 @@ class Start:
     make     builds the module with random values
     base     where trained weights lie
     scratch  True passes the base's weights by
+    recipe   the recipe's name, for the files that are written
     device, dtype  what weights that stay frozen are loaded to; those that are trained are float32
     """
 
@@ -46,6 +47,7 @@ class Start:
     seed: int
     device: torch.device
     dtype: torch.dtype
+    recipe: str | None = None
 
     def trainee(self, *, gradient_checkpointing: bool) -> Trainee:
         """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
@@ -58,7 +60,7 @@ class Start:
         if self.adapter["name"] == "lora":
             settings |= self.adapt(module)
         about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
-        about |= {"base": self.base, "made_by": world.made_by(), **settings}
+        about |= {"base": self.base.name, "recipe": self.recipe, "made_by": world.made_by(), **settings}
         known = {key: str(value) for key, value in about.items() if value is not None}
         return Trainee(module, self.expert["part"], known)
 
@@ -72,11 +74,9 @@ class Start:
         if not self.scratch and self.base.holds(name):
             if name not in self.base.parts:
                 self.base.check_boundary(self.model["boundary"])
+            module = self._open_vae() if name == "vae" else self._open_transformer(name)
             world.say(f"{name} starts from {self.base.find(name)}")
-            if name == "vae":
-                return self._open_vae()
-            frozen = self.adapter["name"] != "none"
-            return self.base.transformer(name, device=self.device, dtype=self.dtype if frozen else torch.float32)
+            return module
         if self.adapter["name"] != "none":
             raise ValueError(
                 f"adapter={self.adapter['name']} changes a trained model, but {self.base} holds no {name}; "
@@ -93,7 +93,11 @@ class Start:
         world.say(f"{name} starts from random values")
         return module
 
-    def _open_vae(self) -> WanVAE:
+    def _open_transformer(self, name: str) -> nn.Module:
+        frozen = self.adapter["name"] != "none"
+        return self.base.transformer(name, device=self.device, dtype=self.dtype if frozen else torch.float32)
+
+    def _open_vae(self) -> nn.Module:
         vae = self.base.vae()
         for part in [vae] if self.expert["trains"] == "all" else [vae.decoder, vae.post_quant_conv]:
             part.requires_grad_(True)
@@ -152,7 +156,8 @@ def check_encoders(manifest: Mapping[str, Any], base: Base, shards: str, dtype: 
         if made_by != ours:
             raise ValueError(
                 f"data.shards={shards} was encoded by another {what} (fingerprint {made_by}, {base} has {ours}); "
-                f"encode again with python encode.py weights={base}, or give the weights= they were encoded with"
+                f"encode again with python encode.py and this run's weights= and parts.*=, or give those they were "
+                "encoded with"
             )
 
 

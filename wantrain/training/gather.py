@@ -32,11 +32,11 @@ class Gathered:
 
     def origin(self) -> dict[str, dict[str, object]]:
         """Where each expert came from, in words for its file and the card."""
-        found: dict[str, dict[str, object]] = {name: {"base": self.base} for name in self.experts}
+        found: dict[str, dict[str, object]] = {name: {"base": self.base.name} for name in self.experts}
         for expert in self.trained:
             facts = {"run": expert.config["run"], "step": read_state(expert.checkpoint)["step"]}
             settings = {"recipe": expert.config.get("recipe"), "adapter": expert.config["adapter"]["name"]}
-            found[expert.name] = {**facts, **settings, "base": expert.config["weights"]}
+            found[expert.name] = {**facts, **settings, "base": Path(str(expert.config["weights"])).name}
         return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from wantrain import world
 from wantrain.data import PixelData
 from wantrain.models import load_vae
-from wantrain.models.lora import read_lora, write_lora
+from wantrain.models.lora import is_complete, read_lora, write_lora
 from wantrain.models.vae import measure_latents
 from wantrain.models.weights import write_part
 from wantrain.training.run import TrainedExpert
@@ -29,6 +29,10 @@ def convert_lora(
     lora = read_lora(source, alpha=alpha)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_lora(target, lora.layers, dialect=dialect, metadata={**about, **lora.metadata})
+    if dialect == "kohya" and not is_complete(lora.layers):
+        world.say(
+            f"note: {target} does not change all ten layers of a block: diffusers will refuse it as kohya"
+        )
     world.say(f"wrote {target} ({dialect}; sample.py lora.EXPERT=FILE)")
 
 

@@ -22,7 +22,7 @@ class Trainee:
     """A module in training and its place on disk.
 
     part      folder of the diffusers layout: transformer, transformer_2 or vae
-    metadata  what an adapter file says about itself: expert, base model, boundary
+    metadata  what its files say about themselves: expert, model, boundary, base, recipe, commit
     """
 
     module: nn.Module
@@ -35,7 +35,7 @@ class Trainee:
             save_adapter(folder / ADAPTER, self.module, self.metadata)
         else:
             config, tensors = self._layout()
-            write_part(folder / self.part, config, tensors)
+            write_part(folder / self.part, config, tensors, metadata=self.metadata)
 
     @torch.no_grad()
     def read(self, folder: Path) -> None:
