@@ -145,11 +145,11 @@ def load_strict(
     may_be_zero = getattr(module, "zero_at_start", ("bias",))
     for key, tensor in tensors.items():
         wanted = torch.float32 if any(part in key for part in fp32) else dtype
-        # A copy, not a view of the mapped file: its odd alignment would change the last digits of every product, so
-        # that the same weights would answer differently from another file; and nobody can pull the file away.
-        placed[key] = tensor.to(device, wanted if tensor.is_floating_point() else tensor.dtype, copy=True)
-        if ill := _illness(placed[key], may_be_zero=key.endswith(may_be_zero)):
-            sick.append(f"{key} {ill}")
+        placed[key], low, high = _place(tensor, device, wanted if tensor.is_floating_point() else tensor.dtype)
+        if not (low > -float("inf") and high < float("inf")):
+            sick.append(f"{key} is NaN or infinite")
+        elif low == high == 0 and not key.endswith(may_be_zero):
+            sick.append(f"{key} is all zeros")
     if sick:
         raise ValueError(
             f"{where} holds {_some('tensor', sick)} that no trained model has; the file is damaged or was never written"
@@ -181,14 +181,17 @@ def _some(title: str, rows: list[str]) -> str:
     return f"{len(rows)} {title} ({', '.join(rows[:5])}{more})"
 
 
-def _illness(tensor: Tensor, *, may_be_zero: bool) -> str | None:
-    """What is wrong with a tensor's values, in one pass over them and without a copy."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return None
-    low, high = torch.stack(torch.aminmax(tensor)).tolist()
-    if not (low > -float("inf") and high < float("inf")):
-        return "is NaN or infinite"
-    return "is all zeros" if low == high == 0 and not may_be_zero else None
+def _place(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> tuple[Tensor, float, float]:
+    """A copy of a tensor on `device` in `dtype` (None: its own), with its least and greatest value; NaN if it has one.
+
+    A copy, never a view of the mapped file: a view's odd alignment would change the last digits of every product, so
+    that the same weights would answer differently from another file; and nobody can pull the file away.
+    """
+    placed = tensor.to(device, dtype or tensor.dtype, copy=True)
+    if placed.numel() == 0:
+        return placed, 0.0, 1.0
+    low, high = torch.stack(torch.aminmax(placed)).tolist()  # hands a NaN on
+    return placed, low, high
 
 
 def write_part(
