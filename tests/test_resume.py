@@ -311,22 +311,50 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def launched_twice(script, command, cwd, environment):
+    """`script` in two processes; it runs train.py with `command`."""
+    launch = (
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", script, TRAIN,
+    )  # fmt: skip
+    return subprocess.run(
+        [*map(str, launch), *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+SIGNALLED = """
+import os, runpy, signal, sys
+from wantrain.training.parallel import Stepper
+
+update, seen = Stepper.update, []
+
+def signalled(self, scale):
+    seen.append(scale)
+    if os.environ["RANK"] == "1" and len(seen) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(self, scale)
+
+Stepper.update = signalled
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_signal_that_one_of_two_processes_sees_stops_both_at_one_step(tiny, environment, call, tmp_path):
+    command = (*tiny.train, "batch_size=8", "steps=6", "checkpoint.every=100", "run=two")
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    ended = launched_twice("signalled.py", command, tmp_path, environment)
+    assert ended.returncode != 0 and "stopped by a signal, after a checkpoint" in ended.stdout, ended.stderr
+    run = tmp_path / "runs" / "two"
+    assert saved(run) == [3] and len(losses(run)) == 3
+    assert "step 3 of 6" in call("train.py", *command).stdout and len(losses(run)) == 6
+
+
 def test_two_processes_train_as_one_does_and_one_takes_over(tiny, environment, call, tmp_path):
     command = (*tiny.train, "batch_size=8", "steps=6", "checkpoint.every=3")
     call("train.py", *command, "run=one")
     (tmp_path / "two.py").write_text(TWO)
-    launch = (
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "two.py", TRAIN,
-    )  # fmt: skip
-    ended = subprocess.run(
-        [*map(str, launch), *command, "run=two"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    ended = launched_twice("two.py", (*command, "run=two"), tmp_path, environment)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for rank in (0, 1):
         assert json.loads((tmp_path / f"rank_{rank}.json").read_text()) == {"processes": 2, "kind": "MULTI_CPU"}

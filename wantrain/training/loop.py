@@ -184,7 +184,7 @@ def fit(run: Run, start: int) -> int | None:
             told = {name: stepper.mean(torch.stack([part[name] for part in parts]).mean()) for name in parts[0]}
             metrics.add(step, {"loss": loss, "samples": samples, "lr_scale": learning_rate, "grad_norm": norm, **told})
             run.ask_hooks(step)
-            stopped = signals.received  # read once, so that no step ends the run without its checkpoint
+            stopped = stepper.agree(signals.received)  # read once: no step ends the run without its checkpoint
             done = step == run.steps or stopped is not None
             if done or step % LOG_EVERY == 0:
                 metrics.flush()

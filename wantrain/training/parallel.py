@@ -94,6 +94,13 @@ class Stepper:
         """The mean over all processes of a scalar."""
         return self.accelerator.reduce(value.detach().clone(), reduction="mean")
 
+    def agree(self, signal: int | None) -> int | None:
+        """The signal that any process has received: all of them must leave the loop at the same step, or one waits."""
+        if self.accelerator.num_processes == 1:
+            return signal
+        received = torch.tensor([signal or 0], device=self.device)
+        return int(self.accelerator.gather(received).max()) or None
+
     def finish(self) -> None:
         """Leave together: without this, a rank that is done first can abort the others. No step follows."""
         self.accelerator.wait_for_everyone()
