@@ -3,14 +3,17 @@
 python export.py run=HIGH,LOW out=DIR        python export.py inspect=FILE        python export.py --help
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
 from wantrain import config, world
+from wantrain.models import WanTransformer
 from wantrain.models.inspect import describe
-from wantrain.models.pipeline import CARD, About, write_pipeline
-from wantrain.training.gather import add_loras, gather_experts
+from wantrain.models.pipeline import CARD, About, mark, write_pipeline
+from wantrain.training.gather import add_loras, find_experts
 from wantrain.training.publish import convert_lora, export_vae
 from wantrain.training.run import trained_experts
 
@@ -37,28 +40,32 @@ def main(cfg: DictConfig) -> None:
         return
     model = trained[0].config["model"] if trained else config.plain(cfg.model)
     facts = {"model": model["name"], "boundary": model["boundary"]}
-    gathered = gather_experts(
+    found = find_experts(
         model["experts"], **facts, run=cfg.run, runs=cfg.runs, base=base, locate=config.locate, alone=cfg.alone
     )
-    add_loras(gathered.experts, files, model=model["name"], **how)
-    world.claim_folder(out, mark=CARD, key="out")
-    origin = gathered.origin()
+    strange = sorted(files.keys() - set(found.names))
+    if strange:
+        raise ValueError(f"lora.{strange[0]}={files[strange[0]]}: this model has {', '.join(found.names)}")
+    world.claim_folder(out, mark=mark(cfg.layout, found.names[0]), key="out")
+    origin, dtype = found.origin(), config.dtype(cfg.dtype)
     for name, file in files.items():
         origin[name]["merged"] = Path(file).name
+
+    def experts() -> Iterator[tuple[str, WanTransformer]]:
+        """One expert after the other: a pair need not fit into memory together. What is merged is merged in float32."""
+        for name in found.names:
+            merged = name in files or found.has_adapter(name)
+            module = found.load(name, dtype=torch.float32 if merged else dtype)
+            add_loras({name: module}, {name: files.get(name)}, model=model["name"], **how)
+            yield name, module
+
     about = About(
         **facts, shift=model["shift"], guidance=model["guidance"], steps=model["sampling_steps"], origin=origin
     )
-    write_pipeline(
-        out,
-        gathered.experts,
-        base=gathered.base,
-        about=about,
-        layout=cfg.layout,
-        dtype=config.dtype(cfg.dtype),
-        shard_bytes=int(cfg.shard_gb * 2**30),
-    )
-    world.say(f"wrote {out}: {', '.join(gathered.experts)}; {out / CARD} says how to load and sample it")
-    for expert in gathered.trained:
+    size = int(cfg.shard_gb * 2**30)
+    write_pipeline(out, experts(), base=found.base, about=about, layout=cfg.layout, dtype=dtype, shard_bytes=size)
+    world.say(f"wrote {out}: {', '.join(found.names)}; {out / CARD} says how to load and sample it")
+    for expert in found.trained:
         if expert.adapter is not None:
             file = out / "lora" / f"{expert.config['run']}_{expert.name}.safetensors"
             convert_lora(expert.adapter, file, dialect, about.metadata(expert.name))

@@ -13,7 +13,7 @@ from wantrain import config, world
 from wantrain.geometry import Bucket, sizes
 from wantrain.sampling import Settings
 from wantrain.training.assemble import read_prompts
-from wantrain.training.gather import add_loras, build_sampler, gather_experts
+from wantrain.training.gather import add_loras, build_sampler, find_experts
 from wantrain.video import contact_sheet, write_mp4
 
 #: Videos on the contact sheet, at most.
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     dtype = config.dtype(cfg.precision)
     wanted = [*cfg.model.experts, "vae", "text_encoder", "tokenizer"]
     base = config.base(cfg, wanted) if config.has_base(cfg) else None
-    gathered = gather_experts(
+    found = find_experts(
         list(cfg.model.experts),
         model=cfg.model.name,
         boundary=cfg.model.boundary,
@@ -41,15 +41,12 @@ def main(cfg: DictConfig) -> None:
         base=base,
         locate=config.locate,
         alone=cfg.alone,
-        device=device,
-        dtype=dtype,
     )
+    experts = {name: found.load(name, device=device, dtype=dtype) for name in found.names}
     lora = config.plain(cfg.lora)
     how = {key: lora.pop(key) for key in ("scale", "alpha")}
-    add_loras(gathered.experts, lora, model=cfg.model.name, **how)
-    sampler = build_sampler(
-        gathered.experts, boundary=cfg.model.boundary, base=gathered.base, device=device, dtype=dtype
-    )
+    add_loras(experts, lora, model=cfg.model.name, **how)
+    sampler = build_sampler(experts, boundary=cfg.model.boundary, base=found.base, device=device, dtype=dtype)
     height, width = (cfg.height, cfg.width) if cfg.height else sizes(cfg.model.area, cfg.model.multiple, [1.0])[0]
     negative = cfg.model.negative_prompt if cfg.negative_prompt is None else cfg.negative_prompt
     settings = Settings(

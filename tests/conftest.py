@@ -177,5 +177,5 @@ def pair(tiny, tmp_path_factory):
     experts = {name: scrambled(WanTransformer(**size), seed) for seed, name in enumerate(("high_noise", "low_noise"))}
     folder = tmp_path_factory.mktemp("pair") / "pipeline"
     about = About("tiny", 0.875, 3.0, {"high_noise": 2.0, "low_noise": 2.0})
-    write_pipeline(folder, experts, base=Base(tiny.base), about=about)
+    write_pipeline(folder, experts.items(), base=Base(tiny.base), about=about)
     return folder

@@ -35,7 +35,7 @@ def experts(pair):
 
 
 def written(out, pair, experts, **how):
-    write_pipeline(out, experts, base=Base(pair), about=ABOUT, **how)
+    write_pipeline(out, experts.items(), base=Base(pair), about=ABOUT, **how)
     return out
 
 
@@ -98,7 +98,7 @@ def test_official_to_diffusers_to_one_file_and_back_is_byte_equal(layouts, exper
     for layout in ("diffusers", "comfyui", "official"):
         step = {name: base.transformer(name) for name in EXPERTS}
         out = tmp_path / layout
-        write_pipeline(out, step, base=Base(pair), about=ABOUT, layout=layout)
+        write_pipeline(out, step.items(), base=Base(pair), about=ABOUT, layout=layout)
         singles = {name: out / "diffusion_models" / f"{layout}_{name}.safetensors" for name in EXPERTS}
         base = Base(None, singles, SIZE) if layout == "comfyui" else Base(out)
     last = read_tensors(tmp_path / "official" / "low_noise_model")
@@ -362,5 +362,5 @@ def test_a_failed_write_leaves_what_stood_there(pair, experts, tmp_path):
     out = written(tmp_path / "out", pair, experts)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match=r"holds no vae"):
-        write_pipeline(out, experts, base=Base(None), about=ABOUT)
+        write_pipeline(out, experts.items(), base=Base(None), about=ABOUT)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +60,7 @@ class About:
 
 def write_pipeline(
     out: Path,
-    experts: Mapping[str, WanTransformer],
+    experts: Iterable[tuple[str, WanTransformer]],
     *,
     base: Base,
     about: About,
@@ -68,14 +68,16 @@ def write_pipeline(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the experts into `out` in one of `LAYOUTS`, with a card; in the diffusers layout a whole pipeline, its VAE,
-    text encoder and tokenizer from `base`.
+    """Write the experts (name, module), one after the other, into `out` in one of `LAYOUTS`, with a card; in the
+    diffusers layout a whole pipeline, its VAE, text encoder and tokenizer from `base`.
 
     Parameters that Wan keeps in float32 stay so whatever `dtype` says, as diffusers keeps them too. What stood in
     `out` before is replaced part by part only when all is written.
     """
+    channels: dict[str, int] = {}
     with staged(out) as folder:
-        for name, model in experts.items():
+        for name, model in experts:
+            channels[name] = model.in_channels
             tensors = {
                 key: tensor if any(part in key for part in model.fp32_parts) else tensor.to(dtype)
                 for key, tensor in model.state_dict().items()
@@ -90,28 +92,38 @@ def write_pipeline(
                 file = folder / "diffusion_models" / f"{out.name}_{name}.safetensors"
                 write_file(file, tensors, about.metadata(name))
         if layout == "diffusers":
-            _write_surroundings(folder, experts, base, about)
-        (folder / CARD).write_text(card(out.name, experts, base, about, layout), encoding="utf-8")
+            _write_surroundings(folder, channels, base, about)
+        (folder / CARD).write_text(card(out.name, tuple(channels), base, about, layout), encoding="utf-8")
 
 
-def _write_surroundings(folder: Path, experts: Mapping[str, WanTransformer], base: Base, about: About) -> None:
-    """Everything of a diffusers pipeline but its transformers."""
+def mark(layout: str, expert: str) -> str:
+    """What an earlier export in this layout has left in its folder, so that a later one may take its place."""
+    part = {
+        "diffusers": "model_index.json",
+        "official": f"{OFFICIAL[expert]}/config.json",
+        "comfyui": "diffusion_models",
+    }
+    return part[layout]
+
+
+def _write_surroundings(folder: Path, channels: Mapping[str, int], base: Base, about: About) -> None:
+    """Everything of a diffusers pipeline but its transformers, of which `channels` counts the inputs."""
     copy_parts(folder, base)
     _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(about.shift))
     classes: dict[str, Any] = dict(_CLASSES)
     stated = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
     classes["tokenizer"] = ["transformers", stated or "T5TokenizerFast"]
-    if "low_noise" in experts:
+    if "low_noise" in channels:
         classes["transformer_2"] = classes["transformer"]
-    channels = next(iter(experts.values())).in_channels
+    inputs = next(iter(channels.values()))
     index = {
-        "_class_name": "WanImageToVideoPipeline" if channels == 36 else "WanPipeline",
+        "_class_name": "WanImageToVideoPipeline" if inputs == 36 else "WanPipeline",
         "_diffusers_version": "0.36.0",
         "boundary_ratio": about.boundary,
-        "expand_timesteps": channels == 48,
+        "expand_timesteps": inputs == 48,
         **classes,
     }
-    if channels == 36:
+    if inputs == 36:
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     _write_json(folder / "model_index.json", index)
 
@@ -147,6 +159,8 @@ def staged(out: Path) -> Iterator[Path]:
             path.replace(final)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        if not any(out.iterdir()):
+            out.rmdir()  # it was made for this, and nothing came of it
 
 
 def official_config(model: WanTransformer) -> dict[str, Any]:
@@ -167,7 +181,7 @@ def official_config(model: WanTransformer) -> dict[str, Any]:
     }
 
 
-def card(name: str, experts: Mapping[str, Any], base: Base, about: About, layout: str) -> str:
+def card(name: str, experts: Sequence[str], base: Base, about: About, layout: str) -> str:
     """The card of a written model, in Markdown."""
     where = {
         "diffusers": PARTS,

@@ -23,16 +23,33 @@ Locate = Callable[[str | Path], Path]
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """Experts by name, the base that the other parts come from, and the runs they came from (if any)."""
+class Found:
+    """Where each expert will come from, the base that the other parts come from, and the runs (if any).
 
-    experts: dict[str, WanTransformer]
+    Nothing is loaded yet: a pair of 14B experts need not be in memory together.
+    """
+
+    names: tuple[str, ...]
     base: Base
-    trained: tuple[TrainedExpert, ...] = ()
+    trained: tuple[TrainedExpert, ...]
+    locate: Locate
+
+    def load(
+        self, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> WanTransformer:
+        """The expert `name`: what a run trained, its adapter merged, or the base's own."""
+        for expert in self.trained:
+            if expert.name == name:
+                return load_trained(expert, self.base, self.locate, device, dtype)
+        return self.base.transformer(name, device=device, dtype=dtype)
+
+    def has_adapter(self, name: str) -> bool:
+        """True if the expert is a LoRA that loading merges."""
+        return any(expert.name == name and expert.adapter is not None for expert in self.trained)
 
     def origin(self) -> dict[str, dict[str, object]]:
         """Where each expert came from, in words for its file and the card."""
-        found: dict[str, dict[str, object]] = {name: {"base": self.base.name} for name in self.experts}
+        found: dict[str, dict[str, object]] = {name: {"base": self.base.name} for name in self.names}
         for expert in self.trained:
             facts = {"run": expert.config["run"], "step": read_state(expert.checkpoint)["step"]}
             settings = {"recipe": expert.config.get("recipe"), "adapter": expert.config["adapter"]["name"]}
@@ -40,7 +57,7 @@ class Gathered:
         return found
 
 
-def gather_experts(
+def find_experts(
     names: list[str],
     *,
     model: str,
@@ -50,9 +67,7 @@ def gather_experts(
     base: Base | None,
     locate: Locate,
     alone: bool = False,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Gathered:
+) -> Found:
     """The experts `names` of `model`: those that `run` trained, the others from `base` or else the runs' own base.
 
     ValueError where one is missing (unless `alone` allows a single expert), or a run trained another model.
@@ -65,26 +80,24 @@ def gather_experts(
             raise ValueError(
                 f"run {run} trained model={expert.config['model']['name']}, not model={model}; add model= to match"
             )
-    rest = [name for name in names if name not in {expert.name for expert in trained}]
+    made = {expert.name for expert in trained}
+    rest = [name for name in names if name not in made]
     if base is None:
         base = base_of(trained[0].config, locate, [*rest, "vae", "text_encoder", "tokenizer"])
     elif trained:
         base = replace(base, like=trained[0].config["model"]["transformer"])
-    experts = {expert.name: load_trained(expert, base, locate, device, dtype) for expert in trained}
     if any(base.holds(name) for name in rest):
         base.check_boundary(boundary)
-    for name in rest:
-        if base.holds(name):
-            experts[name] = base.transformer(name, device=device, dtype=dtype)
-    missing = [name for name in names if name not in experts]
-    if missing and not (alone and experts):
+    held = tuple(name for name in names if name in made or base.holds(name))
+    missing = [name for name in names if name not in held]
+    if missing and not (alone and held):
         raise ValueError(
             f"{', '.join(missing)} is missing: neither run={run} nor {base} has it. Give both runs (run=ONE,OTHER), or "
             "weights= with a pipeline that holds it; sample.py alone=true lets one expert answer for every noise level"
         )
     if missing:
-        world.say(f"alone=true: {', '.join(experts)} answers for every noise level; it was trained for its own only")
-    return Gathered({name: experts[name] for name in names if name in experts}, base, tuple(trained))
+        world.say(f"alone=true: {', '.join(held)} answers for every noise level; it was trained for its own only")
+    return Found(held, base, tuple(trained), locate)
 
 
 def base_of(settings: Mapping[str, Any], locate: Locate, wanted: Iterable[str]) -> Base:
