@@ -114,6 +114,14 @@ def test_a_file_of_another_shape_is_not_restored(other, tmp_path):
         adapters.restore_adapter(tmp_path / "lora.safetensors", adapted())
 
 
+def test_an_adapter_of_another_width_is_not_restored(tmp_path):
+    wider = WanTransformer(**{**SIZE, "num_attention_heads": 3})
+    adapters.inject(wider, rank=3, alpha=6, targets="attention+ffn", seed=1)
+    adapters.save_adapter(tmp_path / "lora.safetensors", wider, ABOUT)
+    with pytest.raises(ValueError, match="is 48 x 48, in this run it is 32 x 32; the adapter belongs to another run"):
+        adapters.restore_adapter(tmp_path / "lora.safetensors", adapted())
+
+
 def test_merged_equals_unmerged_and_scale_is_linear(inputs, tmp_path):
     file, base, merged, half_twice = tmp_path / "lora.safetensors", plain(), plain(), plain()
     adapters.save_adapter(file, adapted(), ABOUT)

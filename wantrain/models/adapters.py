@@ -113,5 +113,11 @@ def restore_adapter(path: Path, module: nn.Module) -> None:
                 f"{path}: {name} has rank {own.rank} and alpha {own.alpha:g}, in this run it has {layer.rank} and "
                 f"{layer.alpha:g}"
             )
+        theirs, ours = ((part.up.shape[0], part.down.shape[1]) for part in (own, layer))
+        if theirs != ours:
+            raise ValueError(
+                f"{path}: {name} is {theirs[0]} x {theirs[1]}, in this run it is {ours[0]} x {ours[1]}; the adapter "
+                "belongs to another run"
+            )
         layer.down.copy_(own.down)
         layer.up.copy_(own.up)

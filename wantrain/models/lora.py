@@ -9,6 +9,7 @@ diffusers makes of our files and we of its (docs/models.md).
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ _FOREIGN = {
     r"\.hada_": "a LoHa",
     r"\.lokr_": "a LoKr",
     r"\.diff(_b)?$": "a LoRA that also replaces whole weights or biases",
-    r"[kv]_img|add_[kv]_proj": "a LoRA for Wan2.1's image-to-video with a CLIP branch",
+    r"[kv]_img|add_[kv]_proj|img_emb|image_embedder": "a LoRA for Wan2.1's image-to-video with a CLIP branch",
 }
 
 
@@ -104,9 +105,12 @@ def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
     for key, tensor in tensors.items():
         if match := _MATRIX.fullmatch(key):
             side = {"A": "down", "B": "up"}.get(match["side"], match["side"])
-            matrices.setdefault(match["layer"], {})[side] = tensor
+            pair = matrices.setdefault(match["layer"], {})
+            if side in pair:
+                raise ValueError(f"{path} holds {match['layer']} twice, the second as {key}; keep the one that counts")
+            pair[side] = tensor
         elif match := _ALPHA.fullmatch(key):
-            alphas[match["layer"]] = float(tensor)
+            alphas[match["layer"]] = _one_number(path, key, tensor)
         else:
             strange.append(key)
     official = _official_names(matrices, dialect)
@@ -120,12 +124,13 @@ def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
         )
     for layer, pair in matrices.items():
         _check_pair(path, layer, pair)
-    stated = {**_peft_alphas(metadata, matrices), **alphas}
-    if dialect == "videox-fun" and not stated and alpha is None:
+    _check_once(path, official)
+    stated = {**_peft_alphas(path, metadata, matrices), **alphas}
+    if dialect == "videox-fun" and alpha is None and not matrices.keys() <= stated.keys():
         raise ValueError(
             f"{path} is VideoX-Fun's: it was trained with an alpha that the file does not hold, and without it the "
-            "strength would be wrong; give the network_alpha of its training as alpha= (sample.py and export.py: "
-            "lora.alpha=)"
+            "strength would be wrong; give the network_alpha of its training as lora.alpha= (sample.py, export.py; "
+            "to train on from it, first write it in another dialect with export.py)"
         )
     layers = {}
     for layer, pair in matrices.items():
@@ -177,7 +182,7 @@ def _without_prefix(layer: str) -> str:
 
 
 def _check_pair(path: str | Path, layer: str, pair: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless a layer's two matrices are there and have one rank."""
+    """Raise ValueError unless a layer's two matrices are there and have one rank, at least 1."""
     absent = {"down", "up"} - pair.keys()
     if absent:
         ends = {"down": "lora_A (lora_down)", "up": "lora_B (lora_up)"}
@@ -185,20 +190,48 @@ def _check_pair(path: str | Path, layer: str, pair: Mapping[str, Tensor]) -> Non
     down, up = pair["down"], pair["up"]
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
         raise ValueError(f"{path}: {layer} is {tuple(up.shape)} x {tuple(down.shape)}, which do not multiply")
+    if down.shape[0] == 0:
+        raise ValueError(f"{path}: {layer} has rank 0; the file is damaged, export it again")
+    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        raise ValueError(f"{path}: {layer} holds NaN or infinity; its training went wrong, take an earlier checkpoint")
 
 
-def _peft_alphas(metadata: Mapping[str, str], matrices: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+def _check_once(path: str | Path, official: Mapping[str, str]) -> None:
+    """Raise ValueError if two names of a file mean one layer: one of them would be lost."""
+    first: dict[str, str] = {}
+    for layer, name in official.items():
+        if name in first:
+            raise ValueError(f"{path} holds {name} twice, as {first[name]} and as {layer}; keep the one that counts")
+        first[name] = layer
+
+
+def _one_number(path: str | Path, key: str, tensor: Tensor) -> float:
+    if tensor.numel() != 1 or not math.isfinite(float(tensor)):
+        raise ValueError(f"{path}: {key} is not one finite number; the file is damaged, export it again")
+    return float(tensor)
+
+
+def _peft_alphas(
+    path: str | Path, metadata: Mapping[str, str], matrices: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, float]:
     """Alphas by the file's own layer names, from the header that peft and diffusers write."""
     if PEFT not in metadata:
         return {}
-    facts = json.loads(metadata[PEFT])
+    try:
+        facts = json.loads(metadata[PEFT])
+    except ValueError as error:
+        raise ValueError(f"{path}: {PEFT} in its header is not JSON ({error}); export the file again") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path}: {PEFT} in its header is not a JSON object; export the file again")
     whole, patterns = facts.get("transformer.lora_alpha"), facts.get("transformer.alpha_pattern") or {}
+    rank_stabilised = bool(facts.get("transformer.use_rslora"))
     alphas = {}
-    for layer in matrices:
+    for layer, pair in matrices.items():
         name = _without_prefix(layer)
         own = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?{key}", name)), whole)
         if own is not None:
-            alphas[layer] = float(own)
+            # rsLoRA divides by the root of the rank: as alpha / rank that is an alpha larger by the root
+            alphas[layer] = float(own) * (pair["down"].shape[0] ** 0.5 if rank_stabilised else 1.0)
     return alphas
 
 
@@ -211,10 +244,15 @@ def write_lora(
 ) -> None:
     """Write a LoRA file in one of `DIALECTS`, beside its name and then renamed.
 
-    "comfyui" is loaded by ComfyUI, diffusers and us; "diffusers" keeps alphas in the header; "kohya" is loaded by
-    diffusers only if all ten linear layers of every block are there. ValueError for another dialect.
+    "comfyui" is loaded by ComfyUI, diffusers and us, "diffusers" by diffusers and us, its alphas in the header.
+    diffusers takes layers outside the blocks only as "diffusers", and "kohya" only if `is_complete`. ValueError for
+    another dialect, or where there are no layers.
     """
+    if dialect not in DIALECTS:
+        raise ValueError(f"lora.dialect={dialect} is unknown; choose one of {', '.join(DIALECTS)}")
     path = Path(path)
+    if not layers:
+        raise ValueError(f"there are no layers to write to {path}; a LoRA changes at least one")
     tensors: dict[str, Tensor] = {}
     about = dict(metadata)
     for name, layer in layers.items():
@@ -222,10 +260,8 @@ def write_lora(
             key, ends = f"diffusion_model.{name}", ("lora_A", "lora_B")
         elif dialect == "diffusers":
             key, ends = f"transformer.{_diffusers_module(name)}", ("lora_A", "lora_B")
-        elif dialect == "kohya":
-            key, ends = f"lora_unet_{name.replace('.', '_')}", ("lora_down", "lora_up")
         else:
-            raise ValueError(f"lora.dialect={dialect} is unknown; choose one of {', '.join(DIALECTS)}")
+            key, ends = f"lora_unet_{name.replace('.', '_')}", ("lora_down", "lora_up")
         tensors[f"{key}.{ends[0]}.weight"] = layer.down
         tensors[f"{key}.{ends[1]}.weight"] = layer.up
         if dialect != "diffusers":
@@ -238,9 +274,12 @@ def write_lora(
 
 
 def is_complete(layers: Iterable[str]) -> bool:
-    """True if all ten linear layers of every block are among `layers`, as diffusers demands of kohya's dialect."""
-    blocks = {name.split(".")[1] for name in layers if name.startswith("blocks.")}
-    return {f"blocks.{block}.{part}" for block in blocks for part in _INSIDE} <= set(layers)
+    """True if `layers` are all ten linear layers of the first blocks and nothing else: diffusers' terms for kohya's
+    dialect. It counts the blocks and expects them from 0 on.
+    """
+    names = set(layers)
+    blocks = {name.split(".")[1] for name in names if name.startswith("blocks.")}
+    return names == {f"blocks.{block}.{part}" for block in range(len(blocks)) for part in _INSIDE}
 
 
 def _diffusers_module(name: str) -> str:

@@ -114,6 +114,9 @@ class Start:
         stated = lora.metadata.get("expert", self.expert["name"])
         if stated != self.expert["name"]:
             raise ValueError(f"adapter.init={given} was trained for {stated}, not for {self.expert['name']}")
+        model = lora.metadata.get("model", self.model["name"])
+        if model != self.model["name"]:
+            raise ValueError(f"adapter.init={given} was trained for model={model}, not for model={self.model['name']}")
         adapters.inject_lora(module, lora, seed=seed, where=given)
         first = next(iter(lora.layers.values()))
         world.say(

@@ -30,7 +30,7 @@ def convert_lora(
     target.parent.mkdir(parents=True, exist_ok=True)
     write_lora(target, lora.layers, dialect=dialect, metadata={**about, **lora.metadata})
     if dialect == "kohya" and not is_complete(lora.layers):
-        world.say(f"note: {target} does not change all ten layers of a block: diffusers will refuse it as kohya")
+        world.say(f"note: {target} is not all ten layers of every block: diffusers will refuse it in kohya's dialect")
     world.say(f"wrote {target} ({dialect}; sample.py lora.EXPERT=FILE)")
 
 
