@@ -117,6 +117,14 @@ class Attention(nn.Module):
         return self.o(attend(q, k, v, bias_S).flatten(-2))
 
 
+def modulation_table(rows: int, dim: int) -> nn.Parameter:
+    """A table (1, rows, dim) of N(0, 1) / sqrt(dim); empty on the meta device, where drawing is a second of imports."""
+    table = torch.empty(1, rows, dim)
+    if table.device.type != "meta":
+        table.normal_().div_(math.sqrt(dim))
+    return nn.Parameter(table)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; the first and last shifted, scaled and gated by time.
 
@@ -125,7 +133,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
+        self.modulation = modulation_table(6, dim)
         self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
         self.self_attn = Attention(dim, num_heads, eps)
         self.norm3 = LayerNorm(dim, eps)
@@ -159,7 +167,7 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, patch_dim: int, eps: float) -> None:
         super().__init__()
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / math.sqrt(dim))
+        self.modulation = modulation_table(2, dim)
         self.norm = LayerNorm(dim, eps, elementwise_affine=False)
         self.head = nn.Linear(dim, patch_dim)
 
