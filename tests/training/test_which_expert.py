@@ -66,18 +66,16 @@ def unnamed(expert, folder):
     return path
 
 
+def one_step(latents):
+    """train.py for one step of wan-tiny's low-noise expert."""
+    size = ("tracker=jsonl", "steps=1", "batch_size=2", "validation.every=1000", "data.holdout=0")
+    return ("train.py", "expert=low_noise", f"weights={ASSETS}", f"data.shards={latents}", *size)
+
+
 def test_train_warns_or_stops_on_the_wrong_expert(latents, call, tmp_path):
     wrong, right = tmp_path / "wrong", tmp_path / "right"
     wrong.mkdir(), right.mkdir()
-    given = (
-        "train.py",
-        f"weights={ASSETS}",
-        f"data.shards={latents}",
-        "tracker=jsonl",
-        "steps=1",
-        "batch_size=2",
-    )
-    given = (*given, "expert=low_noise", "validation.every=1000", "data.holdout=0")
+    given = one_step(latents)
     high, low = unnamed("high_noise", wrong), unnamed("low_noise", right)
     said = call(*given, f"parts.low_noise={high}", "run=warned").stdout
     assert "warning: expert=low_noise: this model is" in said and "it looks like the high_noise expert" in said
@@ -93,15 +91,7 @@ def test_a_model_from_wan21_or_from_nothing_is_not_measured(latents, call, tmp_p
     shutil.copytree(ASSETS / "transformer", dense)
     file = next(dense.glob("*.safetensors"))
     save_file(read_file(file)[0], file, metadata={"format": "pt", "expert": "dense"})
-    given = (
-        "train.py",
-        f"weights={ASSETS}",
-        f"data.shards={latents}",
-        "tracker=jsonl",
-        "steps=1",
-        "batch_size=2",
-    )
-    given = (*given, "expert=low_noise", "validation.every=1000", "data.holdout=0")
+    given = one_step(latents)
     said = call(*given, f"parts.low_noise={dense}", "run=from_wan21").stdout
     assert f"low_noise starts from {dense}" in said and "check_expert" not in said
     said = call(*given, "init=scratch", "run=from_nothing").stdout
