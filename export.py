@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     strange = sorted(files.keys() - set(found.names))
     if strange:
         raise ValueError(f"lora.{strange[0]}={files[strange[0]]}: this model has {', '.join(found.names)}")
-    world.claim_folder(out, mark=mark(cfg.layout, found.names[0]), key="out")
+    world.claim_folder(out, mark=mark(cfg.layout), key="out")
     origin, dtype = found.origin(), config.dtype(cfg.dtype)
     for name, file in files.items():
         origin[name]["merged"] = Path(file).name

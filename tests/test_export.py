@@ -98,6 +98,26 @@ def test_a_lora_is_merged_into_weights(trained, pair, inside):
     assert not (trained / "wrong").exists()
 
 
+@pytest.mark.parametrize("layout", ["comfyui", "official"])
+def test_a_folder_with_other_peoples_models_is_never_written_into(layout, trained, inside):
+    """A ComfyUI's models/ has a diffusion_models/ too, and everything in it would have been lost."""
+    models = trained / f"ComfyUI_{layout}"
+    other = models / ("diffusion_models/flux.safetensors" if layout == "comfyui" else "low_noise_model/config.json")
+    other.parent.mkdir(parents=True)
+    other.write_text("precious")
+    (models / "config.json").write_text("{}")
+    error = inside(trained, "export.py", "run=high,low", f"out={models.name}", f"layout={layout}", check=False).error
+    assert f"out={models.name} holds something else; give a new or empty folder" in error
+    assert other.read_text() == "precious" and len([path for path in models.rglob("*") if path.is_file()]) == 2
+
+
+def test_a_lora_that_says_another_expert_is_not_converted_as_this_one(trained, inside):
+    file = trained / "pipeline" / "lora" / "low_low_noise.safetensors"
+    error = inside(trained, "export.py", f"lora.high_noise={file}", "out=mislabelled", check=False).error
+    assert f"lora.high_noise={file} was trained for low_noise; give it as lora.low_noise=" in error
+    assert not (trained / "mislabelled").exists()
+
+
 def test_an_official_folder_becomes_a_pipeline_that_diffusers_opens(trained, pair, inside, tmp_path):
     inside(trained, "export.py", f"weights={pair}", "layout=official", "out=official_pair", *MODEL)
     encoders = [f"parts.{part}={pair / part}" for part in ("vae", "text_encoder", "tokenizer")]

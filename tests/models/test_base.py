@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -358,9 +359,43 @@ def test_the_model_that_fits_a_published_file_is_named():
         check_like(sizes, {**sizes, "in_channels": 16}, "file")
 
 
-def test_a_failed_write_leaves_what_stood_there(pair, experts, tmp_path):
+def files_of(out):
+    return {file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9, 14])
+def test_what_ends_while_parts_change_places_changes_nothing(stop, pair, experts, tmp_path, monkeypatch):
     out = written(tmp_path / "out", pair, experts)
-    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    before, rename, steps = files_of(out), Path.rename, []
+
+    def ended(self, target):
+        steps.append(self)
+        if len(steps) == stop:
+            raise OSError("disk gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", ended)
+    with pytest.raises(OSError, match="disk gone"):
+        write_pipeline(out, reversed(experts.items()), base=Base(pair), about=About("tiny", 0.875, 7.0))
+    assert files_of(out) == before
+
+
+def test_what_a_kill_left_aside_is_put_back_before_anything_else(pair, experts, tmp_path):
+    """kill -9 between the two renames of a part: the old one lies aside, the new one may have its name already."""
+    out = written(tmp_path / "out", pair, experts)
+    before = files_of(out)
+    (out / ".old").mkdir()
+    for part in ("transformer", "model_index.json"):
+        (out / part).rename(out / ".old" / part)
+    (out / "model_index.json").write_text("new")
     with pytest.raises(ValueError, match=r"holds no vae"):
         write_pipeline(out, experts.items(), base=Base(None), about=ABOUT)
-    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert files_of(out) == before
+
+
+def test_a_failed_write_leaves_what_stood_there(pair, experts, tmp_path):
+    out = written(tmp_path / "out", pair, experts)
+    before = files_of(out)
+    with pytest.raises(ValueError, match=r"holds no vae"):
+        write_pipeline(out, experts.items(), base=Base(None), about=ABOUT)
+    assert files_of(out) == before

@@ -71,9 +71,9 @@ def _lora(lora: LoRA, tensors: Mapping[str, Tensor]) -> list[str]:
     blocks = sorted({int(match[1]) for name in lora.layers if (match := re.match(r"blocks\.(\d+)\.", name))})
     kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in lora.layers})
     ranks = sorted({layer.rank for layer in lora.layers.values()})
-    alphas = (
-        "not in the file (give alpha=)" if unknown else _list({f"{layer.alpha:g}" for layer in lora.layers.values()})
-    )
+    alphas = _list({f"{layer.alpha:g}" for layer in lora.layers.values()})
+    if unknown:
+        alphas = "not in the file (give lora.alpha=)"
     where = f"blocks {blocks[0]} to {blocks[-1]}" if blocks else "outside the blocks"
     return [
         "kind      LoRA",

@@ -94,9 +94,8 @@ def load_transformer(
 
 
 def _part(path: str | Path, name: str) -> Path:
-    """The file or folder that holds a part; a path to its config.json means the folder."""
+    """The file or folder that holds a part."""
     path = Path(path).expanduser()
-    path = path.parent if path.name == "config.json" else path
     return path if path.is_file() else part_folder(path, name)
 
 

@@ -6,9 +6,8 @@ hosted schedulers carry another shift than Wan's authors sample at, so ours are 
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from wantrain.models.base import OFFICIAL, PARTS, Base
 from wantrain.models.transformer import WanTransformer
 from wantrain.models.weights import SHARD_BYTES, read_json, renamed_to_diffusers, write_file, write_part
 
-LAYOUTS = ("diffusers", "official", "comfyui")
 CARD = "README.md"
 
 _CLASSES = {
@@ -68,8 +66,8 @@ def write_pipeline(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the experts (name, module), one after the other, into `out` in one of `LAYOUTS`, with a card; in the
-    diffusers layout a whole pipeline, its VAE, text encoder and tokenizer from `base`.
+    """Write the experts (name, module), one after the other, into `out` in a layout (diffusers, official,
+    comfyui), with a card; in diffusers' a whole pipeline, its VAE, text encoder and tokenizer from `base`.
 
     Parameters that Wan keeps in float32 stay so whatever `dtype` says, as diffusers keeps them too. What stood in
     `out` before is replaced part by part only when all is written.
@@ -93,23 +91,23 @@ def write_pipeline(
                 write_file(file, tensors, about.metadata(name))
         if layout == "diffusers":
             _write_surroundings(folder, channels, base, about)
-        (folder / CARD).write_text(card(out.name, tuple(channels), base, about, layout), encoding="utf-8")
+        (folder / CARD).write_text(card(out.name, channels, base, about, layout), encoding="utf-8")
 
 
-def mark(layout: str, expert: str) -> str:
-    """What an earlier export in this layout has left in its folder, so that a later one may take its place."""
-    part = {
-        "diffusers": "model_index.json",
-        "official": f"{OFFICIAL[expert]}/config.json",
-        "comfyui": "diffusion_models",
-    }
-    return part[layout]
+def mark(layout: str) -> str | None:
+    """The file by which a folder is known for an earlier export in this layout, whose parts a new one may replace.
+
+    Only a pipeline has one. In the other layouts the same names stand in folders that are not ours: a ComfyUI's
+    diffusion_models/ holds everybody's models.
+    """
+    return "model_index.json" if layout == "diffusers" else None
 
 
 def _write_surroundings(folder: Path, channels: Mapping[str, int], base: Base, about: About) -> None:
     """Everything of a diffusers pipeline but its transformers, of which `channels` counts the inputs."""
     copy_parts(folder, base)
-    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(about.shift))
+    (folder / "scheduler").mkdir()
+    world.write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(about.shift))
     classes: dict[str, Any] = dict(_CLASSES)
     stated = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
     classes["tokenizer"] = ["transformers", stated or "T5TokenizerFast"]
@@ -117,7 +115,7 @@ def _write_surroundings(folder: Path, channels: Mapping[str, int], base: Base, a
         classes["transformer_2"] = classes["transformer"]
     inputs = next(iter(channels.values()))
     index = {
-        "_class_name": "WanImageToVideoPipeline" if inputs == 36 else "WanPipeline",
+        "_class_name": _pipeline_class(inputs),
         "_diffusers_version": "0.36.0",
         "boundary_ratio": about.boundary,
         "expand_timesteps": inputs == 48,
@@ -125,7 +123,12 @@ def _write_surroundings(folder: Path, channels: Mapping[str, int], base: Base, a
     }
     if inputs == 36:
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
-    _write_json(folder / "model_index.json", index)
+    world.write_json(folder / "model_index.json", index)
+
+
+def _pipeline_class(in_channels: int) -> str:
+    """diffusers' pipeline for a transformer: one with a mask and an image's latents among its inputs has its own."""
+    return "WanImageToVideoPipeline" if in_channels == 36 else "WanPipeline"
 
 
 def copy_parts(folder: Path, base: Base) -> None:
@@ -146,21 +149,42 @@ def copy_parts(folder: Path, base: Base) -> None:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A new folder to write into; what is in it takes its place in `out` when all went well, else nothing changes."""
-    beside = out / ".new"
-    shutil.rmtree(beside, ignore_errors=True)
+    """A new folder to write into; what is in it takes its place in `out` when all went well, else nothing changes.
+
+    What it replaces is moved aside first and removed last. If a kill comes between, the next one begins by putting it
+    back.
+    """
+    beside, aside, done = out / ".new", out / ".old", out / ".done"
+    _put_back(aside)
+    for leftover in (beside, done):
+        shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside
+        aside.mkdir()
         for path in sorted(beside.iterdir()):
             final = out / path.name
-            if final.is_dir():
-                shutil.rmtree(final)
-            path.replace(final)
+            if final.exists():
+                final.rename(aside / path.name)
+            path.rename(final)
+        aside.rename(done)  # from here on the new ones count
+        shutil.rmtree(done)
     finally:
+        _put_back(aside)
         shutil.rmtree(beside, ignore_errors=True)
         if not any(out.iterdir()):
             out.rmdir()  # it was made for this, and nothing came of it
+
+
+def _put_back(aside: Path) -> None:
+    """Give what was moved aside its name again, in the place of what came for it; nothing where nothing was moved."""
+    for path in sorted(aside.iterdir()) if aside.is_dir() else ():
+        final = aside.parent / path.name
+        if final.is_dir():
+            shutil.rmtree(final)
+        path.replace(final)
+    if aside.is_dir():
+        aside.rmdir()
 
 
 def official_config(model: WanTransformer) -> dict[str, Any]:
@@ -181,8 +205,9 @@ def official_config(model: WanTransformer) -> dict[str, Any]:
     }
 
 
-def card(name: str, experts: Sequence[str], base: Base, about: About, layout: str) -> str:
-    """The card of a written model, in Markdown."""
+def card(name: str, channels: Mapping[str, int], base: Base, about: About, layout: str) -> str:
+    """The card of a written model, in Markdown; `channels` counts the inputs of each expert."""
+    experts = tuple(channels)
     where = {
         "diffusers": PARTS,
         "official": OFFICIAL,
@@ -199,8 +224,9 @@ def card(name: str, experts: Sequence[str], base: Base, about: About, layout: st
         values.append(f"| boundary between the experts | sigma {about.boundary} (ties are high noise) |")
     first, second = (*scales.values(), None)[:2]
     passed = [f"guidance_scale={first}"] + ([f"guidance_scale_2={second}"] if second is not None else [])
+    opener = _pipeline_class(channels[experts[0]])
     use = {
-        "diffusers": f"`WanPipeline.from_pretrained(FOLDER)`; pass {', '.join(passed)} (high noise first) and "
+        "diffusers": f"`{opener}.from_pretrained(FOLDER)`; pass {', '.join(passed)} (high noise first) and "
         f"num_inference_steps={about.steps}. The scheduler here carries flow_shift={about.shift}; schedulers of the "
         "published pairs carry 3.0, which is not what their authors sample at.",
         "official": "The transformers alone. VAE and text encoder are those of the base and stay in its folder: "
@@ -232,8 +258,3 @@ def _scheduler(shift: float) -> dict[str, Any]:
         "lower_order_final": True,
         "final_sigmas_type": "zero",
     }
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wantrain import world
 from wantrain.models.names import to_diffusers
 
 PICKLES = frozenset((".pth", ".pt", ".bin"))
@@ -216,8 +217,10 @@ def write_part(
         where.update(dict.fromkeys(keys, file))
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(folder / f"{name}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    _write_json(folder / "config.json", dict(sorted(config.items())))
+        world.write_json(
+            folder / f"{name}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
+        )
+    world.write_json(folder / "config.json", dict(sorted(config.items())))
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> None:
@@ -239,10 +242,6 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
         shards[-1].append(key)
         size += tensor.nbytes
     return shards
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def dtypes(tensors: Iterable[Tensor]) -> str:

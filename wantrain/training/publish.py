@@ -25,8 +25,14 @@ TOGETHER = 8
 def convert_lora(
     source: Path, target: Path, dialect: str, about: Mapping[str, object], *, alpha: float | None = None
 ) -> None:
-    """One LoRA file in another dialect; what it says of itself stays, with `about` beside."""
+    """One LoRA file in another dialect; what it says of itself stays, with `about` beside.
+
+    ValueError if it says that it is another expert's.
+    """
     lora = read_lora(source, alpha=alpha)
+    stated = lora.metadata.get("expert", about["expert"])
+    if stated != about["expert"]:
+        raise ValueError(f"lora.{about['expert']}={source} was trained for {stated}; give it as lora.{stated}=")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_lora(target, lora.layers, dialect=dialect, metadata={**about, **lora.metadata})
     if dialect == "kohya" and not is_complete(lora.layers):
