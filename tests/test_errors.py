@@ -68,7 +68,7 @@ def test_a_misspelt_key_is_told_the_nearest(name, call, tmp_path):
             "model=tinny",
             "model=tinny is not there; choose one of i2v_a14b, t2v_14b, t2v_1_3b, t2v_a14b, ti2v_5b, tiny, tiny_dense",
         ),
-        ("expert=low", "expert=low is not there; choose one of dense, high_noise, low_noise, vae"),
+        ("expert=low", "expert=low is not there; choose one of both, dense, high_noise, low_noise, vae"),
         ("run", "run is not a setting; write key=value"),
     ],
 )

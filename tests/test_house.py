@@ -93,7 +93,8 @@ def test_each_library_is_known_to_its_own_room_alone():
     rooms = {
         "hydra": {"wantrain/config.py"},
         "omegaconf": {"wantrain/config.py", *(verb.name for verb in VERBS)},
-        "accelerate": {"wantrain/training/parallel.py"},
+        "accelerate": {f"wantrain/training/{name}.py" for name in ("parallel", "stepper", "assemble")},
+        "deepspeed": {"wantrain/training/stepper.py"},
         "peft": {"wantrain/models/adapters.py"},
         "wandb": {"wantrain/training/metrics.py"},
         "decord": {"wantrain/data/footage.py"},

@@ -202,7 +202,7 @@ def test_a_finished_run_says_so_and_larger_steps_extend_it(tiny, call, tmp_path)
     call("train.py", *constant, "run=short", "steps=6")
     before = (tmp_path / "runs" / "short" / "metrics.jsonl").read_bytes()
     again = call("train.py", *constant, "run=short", "steps=6")
-    assert again.returncode == 0 and "finished (6 steps); a larger steps= continues it" in again.stdout
+    assert again.returncode == 0 and "step 6 of 6; this run is finished, a larger steps= continues it" in again.stdout
     assert (tmp_path / "runs" / "short" / "metrics.jsonl").read_bytes() == before
     assert "step 6 of 10" in call("train.py", *constant, "run=short", "steps=10").stdout
     assert losses(tmp_path / "runs" / "short") == losses(tmp_path / "runs" / "long")
@@ -324,15 +324,15 @@ def launched_twice(script, command, cwd, environment):
 
 SIGNALLED = """
 import os, runpy, signal, sys
-from wantrain.training.parallel import Stepper
+from wantrain.training.stepper import Stepper
 
 update, seen = Stepper.update, []
 
-def signalled(self, scale):
-    seen.append(scale)
+def signalled(self):
+    seen.append(self)
     if os.environ["RANK"] == "1" and len(seen) == 3:
         os.kill(os.getpid(), signal.SIGTERM)
-    return update(self, scale)
+    return update(self)
 
 Stepper.update = signalled
 sys.argv = sys.argv[1:]

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,42 @@ def base(cfg: DictConfig, wanted: Iterable[str]) -> Base:
     return open_base(cfg.weights, parts, wanted=wanted, revision=cfg.revision, like=like, locate=locate)
 
 
+def network(cfg: DictConfig) -> Callable[[], Any]:
+    """What builds, with random values, the module that an expert's config trains."""
+    return partial(build, cfg.model.vae if cfg.expert.name == "vae" else cfg.model.transformer)
+
+
+def experts(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The config of each expert in training, as if it were trained alone: one, or with expert=both two, each with what
+    `experts.NAME` says differs for it. ValueError for a setting that the chosen optimizer or adapter has not.
+    """
+    if cfg.expert.name != "both" or len(cfg.model.experts) == 1:
+        return {cfg.expert.name: cfg}
+    found = {}
+    for name in cfg.model.experts:
+        own = cfg.copy()
+        own.expert = cfg.expert[name]
+        for key, value in cfg.experts[name].items():
+            if value is None:
+                continue
+            place = _OWN[key]
+            if OmegaConf.select(own, place) is None and key != "ema":
+                raise ValueError(f"experts.{name}.{key}={value}: there is no {place} to differ from")
+            OmegaConf.update(own, place, value)
+        found[name] = own
+    return found
+
+
+#: Settings that an expert of a pair may have for itself, and their places in the config.
+_OWN = {
+    "lr": "optimizer.lr",
+    "muon_lr": "optimizer.muon_lr",
+    "rank": "adapter.rank",
+    "alpha": "adapter.alpha",
+    "ema": "ema",
+}
+
+
 def has_base(cfg: DictConfig) -> bool:
     """True if the command line names a base model, or parts of one."""
     return cfg.weights is not None or any(path is not None for path in cfg.parts.values())
@@ -207,7 +244,7 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
     if cfg.get("height") is not None or cfg.get("width") is not None:
         judge(lambda: _check_picture(cfg))
     if "expert" in cfg:
-        judge(lambda: _check_expert(cfg))
+        judge(lambda: _check_experts(cfg))
         judge(lambda: _check_batch(cfg, processes))
         judge(lambda: _check_length(cfg))
     if "guidance" in cfg and not isinstance(cfg.guidance, DictConfig):
@@ -237,6 +274,7 @@ _CHOICES = {
     "clips": ("all", "first", "middle"),
     "init": ("base", "scratch"),
     "check_expert": ("warn", "stop", "off"),
+    "experts.idle": ("gpu", "cpu"),
     "layout": ("diffusers", "official", "comfyui"),
     "lora.dialect": ("comfyui", "diffusers", "kohya"),
 }
@@ -267,8 +305,15 @@ def _check_picture(cfg: DictConfig) -> None:
     geometry.check_size(cfg.height, cfg.width, cfg.model.multiple, key="height, width")
 
 
+def _check_experts(cfg: DictConfig) -> None:
+    for own in experts(cfg).values():
+        _check_expert(own)
+
+
 def _check_expert(cfg: DictConfig) -> None:
     name, known = cfg.expert.name, list(cfg.model.experts)
+    if cfg.ema is not None and not (_is_number(cfg.ema, whole=False) and 0 < cfg.ema < 1):
+        raise ValueError(f"ema={cfg.ema} must lie between 0 and 1, e.g. 0.999; null keeps no average")
     if cfg.init == "scratch" and cfg.adapter.name != "none":
         raise ValueError(
             f"init=scratch with adapter={cfg.adapter.name}: an adapter changes a trained model; give init=base"
@@ -293,7 +338,7 @@ def _check_expert(cfg: DictConfig) -> None:
             raise ValueError(f"expert.trains={cfg.expert.trains} is unknown; choose one of all, decoder")
         if cfg.weights is None and cfg.parts.vae is None and "vae" not in cfg.model:
             raise ValueError("expert=vae needs weights= to start from, or model.vae as in recipe=wan_tiny_vae_images")
-    elif name not in known:
+    elif name not in known:  # also both, where the model is one transformer
         raise ValueError(
             f"expert={name}: model={cfg.model.name} has {', '.join(known)}; "
             f"use {' or '.join(f'expert={other}' for other in known)}, or another model="

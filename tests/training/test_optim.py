@@ -9,9 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from wantrain.models import WanTransformer, adapters
-from wantrain.training.checkpoint import restore_optimizer, save_optimizer
 from wantrain.training.optim import MuonAdamW, Schedule, build_optimizer, named_trainable
-from wantrain.training.parallel import Stepper
+from wantrain.training.stepper import Stepper
 
 SIZE = {"num_attention_heads": 1, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": 1}
 adamw = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
@@ -96,7 +95,7 @@ def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest():
     assert 0.1 < moved / 2e-2 < 1.0, "three updates of about 0.2 to 0.4 of the rate each, partly cancelling"
 
 
-def test_muon_with_adamw_goes_on_exactly_from_what_was_saved(tmp_path):
+def test_muon_with_adamw_goes_on_exactly_from_what_was_saved():
     straight, broken = WanTransformer(**SIZE), WanTransformer(**SIZE)
     broken.load_state_dict(straight.state_dict())
     first, second = build_optimizer(muon, straight), build_optimizer(muon, broken)
@@ -104,9 +103,10 @@ def test_muon_with_adamw_goes_on_exactly_from_what_was_saved(tmp_path):
         for model, optimizer in ((straight, first), (broken, second)):
             gradients(model, seed)
             optimizer.step()
-    save_optimizer(tmp_path / "o.safetensors", second, {p: n for n, p in named_trainable(broken).items()})
+    how = {"accumulate": 1, "clip": 1.0, "precision": "fp32"}
+    kept = Stepper(Accelerator(cpu=True), broken, second, **how).optimizer_state()
     resumed = build_optimizer(muon, broken)
-    restore_optimizer(tmp_path / "o.safetensors", resumed, {p: n for n, p in named_trainable(broken).items()})
+    Stepper(Accelerator(cpu=True), broken, resumed, **how).restore_optimizer_state(kept, "the first half")
     for group in resumed.param_groups:  # the schedule's way to set the rate must reach both halves
         group["lr"] = group["peak_lr"] * 0.5
     for group in first.param_groups:
@@ -133,9 +133,10 @@ def test_an_update_is_clipped_scaled_and_cleared_and_decays_matrices_alone():
     make = functools.partial(torch.optim.SGD, lr=0.5, weight_decay=0.1)
     accelerator = Accelerator(cpu=True)
     stepper = Stepper(accelerator, module, build_optimizer(make, module), accumulate=2, clip=1.0, precision="fp32")
+    stepper.begin(0.2)
     for micro_step in range(2):  # each gives gradient 3 to all of 2 x 3 weights and (through zeros) none to the biases
         stepper.backward((module.weight * 3).sum() + 0 * module.bias.sum(), last=micro_step == 1)
-    norm = stepper.update(0.2)
+    norm = stepper.update()
     assert norm.item() == pytest.approx(3 * math.sqrt(6)), "the mean over micro-steps, before clipping"
     # Clipped to norm 1: 1 / sqrt(6) each; plus decay 0.1 * 1; times the rate 0.5 * 0.2.
     assert module.weight.flatten().tolist() == pytest.approx([1 - 0.1 * (1 / math.sqrt(6) + 0.1)] * 6)

@@ -6,7 +6,7 @@ Adapter weights are float32; activations keep the forward's own dtype.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from wantrain.models.lora import Layer, LoRA, check_fits, read_lora, write_lora
 
@@ -84,12 +84,12 @@ def keep_activation_dtype(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def adapter_layers(module: nn.Module) -> dict[str, Layer]:
-    """The adapter, by official module name; its tensors are the module's own."""
+def adapter_layers(module: nn.Module, copy: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Layer]:
+    """The adapter, by official module name; its tensors are the module's own, or what `copy` makes of them."""
     return {
         name: Layer(
-            layer.lora_A["default"].weight.detach(),
-            layer.lora_B["default"].weight.detach(),
+            copy(layer.lora_A["default"].weight),
+            copy(layer.lora_B["default"].weight),
             float(layer.lora_alpha["default"]),
         )
         for name, layer in _layers(module).items()

@@ -88,7 +88,7 @@ def write_pipeline(
             else:
                 (folder / "diffusion_models").mkdir(exist_ok=True)
                 file = folder / "diffusion_models" / f"{out.name}_{name}.safetensors"
-                write_file(file, tensors, about.metadata(name))
+                write_file(file, tensors, about.metadata(name), aligned=True)
         if layout == "diffusers":
             _write_surroundings(folder, channels, base, about)
         (folder / CARD).write_text(card(out.name, channels, base, about, layout), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Weights on disk: tensors read from every kind of file, given strictly to a module, and written as safetensors.
 
-Reading maps files into memory and copies each tensor once, straight to its device and dtype: loading costs the
-module's own bytes and little more. safetensors first of all; a pickle (.pth, .pt, .bin) is read only through torch's
-weights-only loader, which runs no code.
+Reading maps files into memory and copies each tensor once, straight to its device and dtype, or leaves it in the map if
+that is what is asked for: loading costs the module's own bytes and little more. safetensors first of all; a pickle
+(.pth, .pt, .bin) is read only through torch's weights-only loader, which runs no code.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from wantrain.models.names import to_diffusers
 PICKLES = frozenset((".pth", ".pt", ".bin"))
 #: Largest file of a part: what hubs and file systems like, and what diffusers writes by default.
 SHARD_BYTES = 5 << 30
+#: Bytes at whose multiples torch begins its own tensors: one that begins elsewhere gives other last digits.
+ALIGNMENT = 64
+#: Key of a file's metadata that holds nothing but spaces.
+PADDING = "padding"
 
 
 def renamed_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,7 +88,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return _read_pickle(path), {}
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}, _said(file)  # noqa: SIM118
     except Exception as error:  # safetensors raises its own class for every kind of damage
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
@@ -112,9 +116,13 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
     try:
         with safe_open(first, framework="pt") as file:
-            return file.metadata() or {}
+            return _said(file)
     except Exception as error:  # as in read_file
         raise ValueError(f"{first} cannot be read as safetensors: {error}") from error
+
+
+def _said(file: Any) -> dict[str, str]:
+    return {key: value for key, value in (file.metadata() or {}).items() if key != PADDING}
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -183,12 +191,17 @@ def _some(title: str, rows: list[str]) -> str:
 
 
 def _place(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> tuple[Tensor, float, float]:
-    """A copy of a tensor on `device` in `dtype` (None: its own), with its least and greatest value; NaN if it has one.
+    """A tensor on `device` in `dtype` (None: its own), with its least and greatest value; NaN if it has one.
 
-    A copy, never a view of the mapped file: a view's odd alignment would change the last digits of every product, so
-    that the same weights would answer differently from another file; and nobody can pull the file away.
+    What is wanted as the mapped file has it stays there, and a write to it is private; unless it begins where torch
+    begins no tensor, which would change the last digits of every product: so from another file the same weights would
+    answer differently.
     """
-    placed = tensor.to(device, dtype or tensor.dtype, copy=True)
+    stays = torch.device(device).type == "cpu" and dtype in {None, tensor.dtype}
+    if stays and tensor.data_ptr() % ALIGNMENT == 0:
+        placed = tensor
+    else:
+        placed = tensor.to(device, dtype or tensor.dtype, copy=True)
     if placed.numel() == 0:
         return placed, 0.0, 1.0
     low, high = torch.stack(torch.aminmax(placed)).tolist()  # hands a NaN on
@@ -213,7 +226,7 @@ def write_part(
     where = {}
     for number, keys in enumerate(shards, 1):
         file = f"{name}.safetensors" if len(shards) == 1 else f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, {key: tensors[key] for key in keys}, metadata)
+        write_file(folder / file, {key: tensors[key] for key in keys}, metadata, aligned=True)
         where.update(dict.fromkeys(keys, file))
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -223,12 +236,30 @@ def write_part(
     world.write_json(folder / "config.json", dict(sorted(config.items())))
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> None:
-    """Write one safetensors file."""
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None, *, aligned: bool = False
+) -> None:
+    """Write one safetensors file; `aligned` lets whoever loads it as it is leave it mapped."""
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     about = {"format": "pt", **{key: str(value) for key, value in (metadata or {}).items() if value is not None}}
-    save_file(contiguous, path, metadata=about)
+    save_file(contiguous, path, metadata=_padded(contiguous, about) if aligned else about)
     path.chmod(0o644)  # safetensors makes files that nobody else on a shared disk can read
+
+
+def _padded(tensors: Mapping[str, Tensor], about: dict[str, str]) -> dict[str, str]:
+    """`about` with so many spaces beside that the first tensor begins at a multiple of ALIGNMENT and can stay mapped.
+
+    The header is reckoned as safetensors writes it: JSON without spaces, larger dtypes first, then by name. Were it
+    ever written otherwise, the file would be as good, and its tensors be copied.
+    """
+    header: dict[str, Any] = {"__metadata__": {**about, PADDING: ""}}
+    end = 0
+    for key in sorted(tensors, key=lambda key: (-tensors[key].itemsize, key)):
+        begin, end = end, end + tensors[key].nbytes
+        dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}.get(tensors[key].dtype, "I64")
+        header[key] = {"dtype": dtype, "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
+    length = 8 + len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return {**about, PADDING: " " * (-length % ALIGNMENT)}
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:

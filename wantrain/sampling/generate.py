@@ -54,7 +54,7 @@ class Settings:
     negative_prompt: str = ""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that an engine gathers here must serve in training again
 def generate(
     experts: Experts,
     *,

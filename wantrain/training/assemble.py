@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from wantrain import geometry, world
@@ -20,9 +21,18 @@ from wantrain.models.base import stated_expert
 from wantrain.models.lora import read_lora
 from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.generate import Velocity
+from wantrain.training import which_expert
+from wantrain.training.checkpoint import Checkpoints
+from wantrain.training.ema import Ema
 from wantrain.training.gather import build_sampler
 from wantrain.training.loop import Hook, Run
+from wantrain.training.member import Member, read_average
+from wantrain.training.optim import build_optimizer
+from wantrain.training.parallel import SHARDED, engine_of, from_main
 from wantrain.training.preview import Preview
+from wantrain.training.residence import Residence
+from wantrain.training.run import RunFolder
+from wantrain.training.stepper import Stepper
 from wantrain.training.trainee import Autoencoder, Trainee
 from wantrain.training.validate import ReconstructionValidator, Validator
 
@@ -48,14 +58,21 @@ class Start:
     device: torch.device
     dtype: torch.dtype
     recipe: str | None = None
+    gradient_checkpointing: bool = False
 
-    def trainee(self, *, gradient_checkpointing: bool) -> Trainee:
+    @classmethod
+    def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Start:
+        """A start by an expert's own settings, train.py's; `where` is base, device, dtype and recipe."""
+        parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed", "gradient_checkpointing")}
+        return cls(make, **parts, scratch=settings["init"] == "scratch", **where)
+
+    def trainee(self) -> Trainee:
         """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
         module = self.module()
         if isinstance(module, WanVAE):
             module = Autoencoder(module)
         else:
-            module.gradient_checkpointing = gradient_checkpointing  # type: ignore[assignment]
+            module.gradient_checkpointing = self.gradient_checkpointing  # type: ignore[assignment]
         settings = {key: value for key, value in self.adapter.items() if key not in {"name", "init"}}
         if self.adapter["name"] == "lora":
             settings |= self.adapt(module)
@@ -164,32 +181,25 @@ def check_encoders(manifest: Mapping[str, Any], base: Base, shards: str, dtype: 
             )
 
 
-def build_hooks(
-    run: Run,
-    *,
-    model: Mapping[str, Any],
-    base: Base,
-    folder: Path,
-    validation: Mapping[str, Any],
-    sample: Mapping[str, Any],
-) -> list[Hook]:
-    """What is asked after every step of a run: validation, and previews (into `folder`) if they are wanted."""
-    hooks: list[Hook] = [build_validator(run, **validation)]
-    if sample["every"] and isinstance(run.loss, FlowMatching):
+def build_hooks(run: Run, settings: Mapping[str, Any], *, base: Base, folder: Path) -> list[Hook]:
+    """What looks at a run: validation of each expert, and previews (into `folder`) if they are wanted."""
+    model, sample = settings["model"], settings["sample"]
+    hooks = build_validators(run, **settings["validation"])
+    law = next(iter(run.members.values())).loss
+    if sample["every"] and isinstance(law, FlowMatching):
         prompts = read_prompts(sample["prompts"]) if sample["prompts"] else run.data.captions()
-        settings = Settings(
+        how = Settings(
             guidance=model["guidance"],
-            shift=run.loss.shift,
+            shift=law.shift,
             steps=sample["steps"],
             negative_prompt=model["negative_prompt"],
         )
-        sampler = preview_sampler(run, model=model, base=base)
         size = geometry.sizes(model["area"], model["multiple"], [1.0])[0]
         hooks.append(
             Preview(
-                run.stepper,
-                sampler,
-                settings,
+                [member.stepper for member in run.members.values()],
+                preview_sampler(run, model=model, base=base),
+                how,
                 prompts=prompts[: sample["count"]],
                 bucket=geometry.Bucket(model["num_frames"], *size),
                 fps=model["fps"],
@@ -203,29 +213,110 @@ def build_hooks(
     return hooks
 
 
-def build_validator(run: Run, *, every: int, clips: int, points: int) -> Hook:
-    """The validation hook that goes with the run's loss, over at most `clips` held-out clips."""
+@dataclass(frozen=True)
+class Home:
+    """Where a run's experts live.
+
+    device     where weights are loaded to at first; an engine that cuts them up takes them from the host
+    residence  keeps the frozen weights of the expert whose turn it is not on the host, if that is wanted
+    """
+
+    accelerator: Accelerator
+    engine: str
+    device: torch.device
+    residence: Residence | None
+
+
+def find_home(accelerator: Accelerator, num_experts: int, *, idle: str, adapter: str) -> Home:
+    """The home of one expert or a pair. ValueError if a pair cannot be trained in one job here, or not as is asked."""
+    engine, pair = engine_of(accelerator), num_experts > 1
+    if pair and engine.startswith("zero"):
+        raise ValueError(
+            f"expert=both: DeepSpeed holds one model per job, and the launch file chose {engine}. Start two jobs, one "
+            f"per expert, with: bash launch/pair.sh launch/accelerate/{engine}.yaml data.shards=DIR (what follows is "
+            "train.py's); or train both in one job with launch/accelerate/fsdp2.yaml or ddp.yaml"
+        )
+    hosted = pair and idle == "cpu"
+    if hosted and engine == "fsdp2":
+        raise ValueError("experts.idle=cpu: fsdp2 keeps only parts of the weights on a device; give experts.idle=gpu")
+    if hosted and adapter in {"none", "partial"}:
+        raise ValueError(
+            f"experts.idle=cpu keeps frozen weights on the host, adapter={adapter} has none of both experts"
+        )
+    device = torch.device("cpu") if hosted or engine in SHARDED else accelerator.device
+    return Home(accelerator, engine, device, Residence(accelerator.device) if hosted else None)
+
+
+def open_run(folder: RunFolder, settings: Mapping[str, Any]) -> tuple[Checkpoints, Path | None]:
+    """Open a run's folder for `settings`; its checkpoints, and the newest good one, which all processes agree on."""
+    how = {key: value for key, value in settings["checkpoint"].items() if key != "every"}
+    checkpoints, newest = Checkpoints(folder.checkpoints, **how), None
+    if world.is_main():
+        folder.open(dict(settings))
+        checkpoints.prepare()
+        newest = checkpoints.newest()
+    return checkpoints, from_main(newest)
+
+
+def enlist(
+    trainee: Trainee,
+    home: Home,
+    *,
+    checkpoint: Path | None,
+    optimizer: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer],
+    how: Mapping[str, Any],
+    ema: float | None,
+    **own: Any,
+) -> Member:
+    """Make what is trained a member of a run: first its weights from the checkpoint if there is one, then its engine.
+
+    `optimizer` makes one over parameter groups; `how` is what a Stepper is told; `own` is the rest of a Member.
+    """
+    average = None if checkpoint is None else read_average(trainee, checkpoint / own["folder"])
+    stepper = Stepper(home.accelerator, trainee.module, build_optimizer(optimizer, trainee.module), **how)
+    if home.residence is not None:
+        home.residence.add(trainee.module)
+    kept = None if ema is None else Ema(stepper, ema, average)
+    return Member(trainee=trainee, stepper=stepper, ema=kept, **own)
+
+
+def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:
+    """Measure whether what was loaded is the expert it is taken for (see which_expert), where that can be known."""
+    batch = run.first_batch()
+    for name, member in run.members.items():
+        if starts[name].is_measurable():
+            which_expert.check(member.stepper, batch, model=starts[name].model, expert=name, how=how, seed=run.seed)
+
+
+def build_validators(run: Run, *, every: int, clips: int, points: int) -> list[Hook]:
+    """The validation that goes with each expert's loss, over at most `clips` held-out clips."""
     batches = run.data.heldout_batches(clips)
     if not batches:
         world.say("no clips are held out (data.holdout is 0, or there are too few files): there is no validation")
-    if isinstance(run.loss, FlowMatching):
-        return Validator(run.stepper, run.loss, batches, every, run.steps, points, run.seed)
-    return ReconstructionValidator(run.stepper, batches, every, run.steps)
+    hooks: list[Hook] = []
+    for member in run.members.values():
+        if isinstance(member.loss, FlowMatching):
+            prefix = f"{member.name}/" if len(run.members) > 1 else ""
+            validator = Validator(member.stepper, member.loss, batches, every, run.steps, points, run.seed, prefix)
+            hooks.append(validator)
+        else:
+            hooks.append(ReconstructionValidator(member.stepper, batches, every, run.steps))
+    return hooks
 
 
 def preview_sampler(run: Run, *, model: Mapping[str, Any], base: Base) -> Sampler:
-    """The expert in training together with the other one from the base folder.
+    """The experts in training, with the other one from the base folder where only one is.
 
     Where the base has no other expert, the one in training answers for every noise level; that is said once.
     """
-    expert = str(run.state["expert"])
-    others = [name for name in model["experts"] if name != expert]
-    models: dict[str, Velocity] = {expert: run.stepper.module}
+    device = next(iter(run.members.values())).stepper.device
+    models: dict[str, Velocity] = {name: member.stepper.module for name, member in run.members.items()}
+    others = [name for name in model["experts"] if name not in models]
     if all(base.holds(name) for name in others):
-        models.update({name: base.transformer(name, device=run.stepper.device) for name in others})
+        models.update({name: base.transformer(name, device=device) for name in others})
     else:
-        world.say(f"previews: {base} holds no {others[0]}, so {expert} answers for every noise level")
-    return build_sampler(models, boundary=model["boundary"], base=base, device=run.stepper.device)
+        world.say(f"previews: {base} holds no {others[0]}, so {', '.join(models)} answers for every noise level")
+    return build_sampler(models, boundary=model["boundary"], base=base, device=device)
 
 
 def read_prompts(path: str | Path) -> list[str]:

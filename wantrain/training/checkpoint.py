@@ -13,22 +13,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from wantrain import world
-from wantrain.models.weights import read_file
 from wantrain.world import file_hash
 
 STATE = "state.json"
-OPTIMIZER = "optimizer.safetensors"
 
 
 class Checkpoints:
     """The checkpoints of one run, in `folder`; the newest `keep` stay."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, **_: object) -> None:
         self.folder, self.keep = folder, keep
 
     def prepare(self) -> None:
@@ -37,7 +31,17 @@ class Checkpoints:
         for leftover in self.folder.glob(".*.tmp"):
             shutil.rmtree(leftover)
 
-    def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
+    def wait(self) -> None: ...
+
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        state: Mapping[str, Any],
+        *,
+        size: int = 0,
+        score: float | None = None,
+    ) -> Path:
         """Write checkpoint `step`: `write(folder)` puts the tensors in, `state` is what else a resume must know."""
         final = self.folder / f"step_{step:06d}"
         beside = self.folder / f".{final.name}.tmp"
@@ -90,35 +94,3 @@ def damaged_files(checkpoint: Path) -> list[str]:
 
 def _intact(path: Path, digest: str) -> bool:
     return path.is_file() and file_hash(path) == digest
-
-
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
-    """Write the optimizer's tensors under `parameter name/state key`. ValueError if it keeps anything else."""
-    tensors: dict[str, Tensor] = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key} as {type(value).__name__}; only tensors can be saved"
-                )
-            tensors[f"{names[parameter]}/{key}"] = value.detach().cpu().contiguous()
-    save_file(tensors, path)
-
-
-def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
-    """Give an optimizer over the same parameters the tensors that `save_optimizer` wrote."""
-    tensors, _ = read_file(path)
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.rpartition("/")
-        by_name.setdefault(name, {})[part] = tensor
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    if by_name.keys() != set(ordered):
-        raise ValueError(f"{path} holds the state of other parameters; it belongs to another run")
-    current = optimizer.state_dict()
-    optimizer.load_state_dict(
-        {
-            "state": {i: by_name[name] for i, name in enumerate(ordered)},
-            "param_groups": current["param_groups"],
-        }
-    )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from torch import nn
 
-from wantrain import geometry
+from wantrain import flow, geometry, world
 from wantrain.data import Plan
+from wantrain.losses import FlowMatching
+from wantrain.training.turns import Turns
 
 
 def run_length(plan: Plan, *, steps: int | None, epochs: float | None, default: int) -> int:
@@ -15,6 +18,18 @@ def run_length(plan: Plan, *, steps: int | None, epochs: float | None, default: 
     if epochs is not None:
         return plan.steps_for_epochs(epochs)
     return default if steps is None else steps
+
+
+def say_turns(turns: Turns, losses: Mapping[str, FlowMatching], steps: int) -> None:
+    """For a pair: each expert's steps, beside the share that the noise law alone would give it."""
+    if len(losses) == 1:
+        return
+    parts = []
+    for name, loss in losses.items():
+        law = flow.window_mass(loss.window, density=loss.density, shift=loss.shift)
+        own = turns.count(name, steps)
+        parts.append(f"{name} {own} of {steps} = {own / steps:.1%} (the noise law alone would give {law:.1%})")
+    world.say(f"optimizer steps     {'; '.join(parts)}")
 
 
 def describe(

@@ -15,7 +15,6 @@ from wantrain.models.base import PARTS
 from wantrain.models.lora import merge_lora
 from wantrain.sampling import Experts, Sampler
 from wantrain.sampling.generate import Velocity
-from wantrain.training.checkpoint import read_state
 from wantrain.training.run import TrainedExpert, trained_experts
 
 #: How a path in a config is found: from the current folder, or among what ships with the project.
@@ -51,7 +50,7 @@ class Found:
         """Where each expert came from, in words for its file and the card."""
         found: dict[str, dict[str, object]] = {name: {"base": self.base.name} for name in self.names}
         for expert in self.trained:
-            facts = {"run": expert.config["run"], "step": read_state(expert.checkpoint)["step"]}
+            facts = {"run": expert.config["run"], "step": expert.step}
             settings = {"recipe": expert.config.get("recipe"), "adapter": expert.config["adapter"]["name"]}
             found[expert.name] = {**facts, **settings, "base": Path(str(expert.config["weights"])).name}
         return found

@@ -96,7 +96,7 @@ class Metrics:
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
         world.write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
-    def add(self, step: int, values: Mapping[str, Tensor | float | int]) -> None:
+    def add(self, step: int, values: Mapping[str, Tensor | float | int | str]) -> None:
         """Remember one step's values; tensors stay where they are until `flush`."""
         now = time.perf_counter()
         self.pending.append({"step": step, **values, "seconds": now - self.lap})
@@ -131,7 +131,13 @@ class Metrics:
             file.flush()
             os.fsync(file.fileno())
         for row in rows:
-            scalars = {key: value for key, value in row.items() if isinstance(value, float | int) and key != "step"}
+            # A pair's two experts are two curves each.
+            prefix = f"{row['expert']}/" if "expert" in row else ""
+            scalars = {
+                key if "/" in key else f"{prefix}{key}": value
+                for key, value in row.items()
+                if isinstance(value, float | int) and key != "step"
+            }
             self.tracker.scalars(row["step"], scalars)
         losses = [row for row in rows if "loss" in row]
         if speak and losses:

@@ -1,4 +1,8 @@
-"""The one place that builds the Accelerator, and the Stepper that hides how an engine steps.
+"""The one place that builds the Accelerator, on the engine that the launcher asked for and no other.
+
+An engine is how several processes share the work: each with the whole model (DDP), or each with a part of the
+optimizer's state (ZeRO-1), of the gradients too (ZeRO-2), or of the weights too (ZeRO-3, FSDP2). Which one is said by
+the launch file alone.
 
 Precision is the model's own: accelerate runs with mixed_precision="no" and bf16 is torch.autocast here, around the
 forward pass, with Wan's float32 islands inside the model. accelerate's own bf16 would round the timestep.
@@ -7,40 +11,99 @@ forward pass, with Wan's float32 islands inside the model. accelerate's own bf16
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor, nn
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from wantrain import world
-from wantrain.models.adapters import keep_activation_dtype
+
+#: Engines that give each process only a part of the weights: every forward needs all processes.
+SHARDED = ("zero3", "fsdp2")
+#: What engines warn of in every step though nothing is wrong: DeepSpeed calls torch by names that will change; FSDP2
+#: fears for in-place changes of the model's answer, which nobody makes.
+NOISE = (r"`torch\.distributed\.\w+` is deprecated", r"FSDP2-wrapped module .* returned a view")
 
 
 def start_accelerator() -> Accelerator:
     """The Accelerator of this process, after making sure that it is the one the launcher meant.
 
-    Several CPU processes need their process group made first, or each would believe to be alone. ValueError if the
-    engine ends up with another number of processes than were started, or with one that is not supported yet.
+    ValueError if the engine ends up as another one or with another number of processes than were asked for.
     """
-    for engine in ("DEEPSPEED", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
-            raise ValueError(f"the engine {engine} is not supported yet; use one process or DDP (launch/README.md)")
     world.set_threads()
-    launched = "LOCAL_RANK" in os.environ and world.world_size() > 1
-    if launched and not torch.cuda.is_available():
-        PartialState(cpu=True)
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
+    wanted = _engine_asked_for()
+    if "LOCAL_RANK" in os.environ and not torch.cuda.is_available():
+        _make_group_on_cpu(wanted)
     accelerator = Accelerator(mixed_precision="no")
     if accelerator.num_processes != world.world_size():
         raise ValueError(
             f"{world.world_size()} processes were started but the engine holds {accelerator.num_processes}; "
             "launch with: accelerate launch --multi_gpu --num_processes N --num_machines 1 train.py ..."
         )
-    kind = accelerator.distributed_type.value
-    if kind not in {"NO", "MULTI_GPU", "MULTI_CPU"}:
-        raise ValueError(f"the engine {kind} is not supported; use one process or DDP (launch/README.md)")
+    if engine_of(accelerator) != wanted:
+        raise ValueError(
+            f"the launcher asked for {wanted}, but accelerate made {engine_of(accelerator)}; launch with one of the "
+            "files in launch/accelerate (launch/README.md)"
+        )
+    if wanted == "fsdp2":
+        # Parameters and activations keep the dtypes that the model gives them; gradients are summed in float32.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     return accelerator
+
+
+def engine_of(accelerator: Accelerator) -> str:
+    """single, ddp, zero1, zero2, zero3 or fsdp2; ValueError for what is not supported."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    names = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp"}
+    names |= {"FSDP": "fsdp2"} if accelerator.is_fsdp2 else {}
+    if kind.value not in names:
+        raise ValueError(f"the engine {kind.value} is not supported; use a file of launch/accelerate")
+    return names[kind.value]
+
+
+def _engine_asked_for() -> str:
+    """What the launcher's environment says."""
+
+    def says(engine: str) -> bool:
+        return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+    if says("DEEPSPEED"):
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        if stage not in {"1", "2", "3"}:
+            raise ValueError(f"DeepSpeed's ZeRO stage {stage} is not supported; choose launch/accelerate/zero1, 2 or 3")
+        return f"zero{stage}"
+    if says("FSDP"):
+        if os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError("FSDP's first version is not supported; use launch/accelerate/fsdp2.yaml")
+        return "fsdp2"
+    return "ddp" if "LOCAL_RANK" in os.environ and world.world_size() > 1 else "single"
+
+
+def _make_group_on_cpu(engine: str) -> None:
+    """Several CPU processes need their group made before the Accelerator, or each would believe to be alone."""
+    if engine == "ddp":
+        PartialState(cpu=True)
+    elif engine != "single":
+        PartialState(backend="gloo")
+        if engine == "fsdp2":  # accelerate takes up FSDP only where it believes in several GPUs
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def from_main(path: Path | None) -> Path | None:
+    """What the main process says, in all of them."""
+    said = [None if path is None else str(path)]
+    broadcast_object_list(said)
+    return None if said[0] is None else Path(said[0])
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext[None]:
@@ -48,64 +111,3 @@ def autocast(precision: str, device: torch.device) -> torch.autocast | nullconte
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-class Stepper:
-    """A model under an engine: forward in its precision, backward, and one update per optimizer step."""
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        accumulate: int,
-        clip: float,
-        precision: str,
-    ) -> None:
-        self.accelerator = accelerator
-        self.module = module
-        self.accumulate, self.clip, self.precision = accumulate, clip, precision
-        self.device = accelerator.device
-        self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
-
-    @contextmanager
-    def forward_context(self) -> Iterator[None]:
-        """How every forward of this run computes: also previews and validation enter it."""
-        with autocast(self.precision, self.device), keep_activation_dtype(self.module):
-            yield
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add one micro-step's share of the gradient; only the last one of a step synchronises ranks."""
-        with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-            self.accelerator.backward(loss / self.accumulate)
-
-    def update(self, learning_rate_scale: float) -> Tensor:
-        """Clip, step, clear. Returns the gradient norm before clipping (a scalar on the device)."""
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(parameters, self.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * learning_rate_scale
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over all processes of a scalar."""
-        return self.accelerator.reduce(value.detach().clone(), reduction="mean")
-
-    def agree(self, signal: int | None) -> int | None:
-        """The signal that any process has received: all of them must leave the loop at the same step, or one waits."""
-        if self.accelerator.num_processes == 1:
-            return signal
-        received = torch.tensor([signal or 0], device=self.device)
-        return int(self.accelerator.gather(received).max()) or None
-
-    def finish(self) -> None:
-        """Leave together: without this, a rank that is done first can abort the others. No step follows."""
-        self.accelerator.wait_for_everyone()
-        # The wrapper goes before the process group. As the group's last owner it would end the group's threads while
-        # it holds the interpreter, and one of them may be waiting for just that: 1 run in 50 never ended.
-        del self.wrapped
-        self.accelerator.free_memory()
-        self.accelerator.end_training()

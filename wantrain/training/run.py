@@ -15,8 +15,8 @@ from typing import IO, Any
 import yaml
 
 from wantrain import world
-from wantrain.training.checkpoint import Checkpoints
-from wantrain.training.trainee import ADAPTER
+from wantrain.training.checkpoint import Checkpoints, read_state
+from wantrain.training.trainee import ADAPTER, EMA
 
 CONFIG = "config.yaml"
 
@@ -118,11 +118,16 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainedExpert:
-    """What a run has made so far: the newest good checkpoint of one expert."""
+    """What a run has made so far of one expert: its place in the newest good checkpoint.
+
+    checkpoint  the folder that holds its weights: the average of them where one was kept
+    config      the run's stored config, as data
+    """
 
     name: str
     checkpoint: Path
-    config: dict[str, Any]  # the run's stored config, as data
+    config: dict[str, Any]
+    step: int
 
     @property
     def adapter(self) -> Path | None:
@@ -132,7 +137,7 @@ class TrainedExpert:
 
 
 def trained_experts(names: str, runs: str | Path) -> list[TrainedExpert]:
-    """The experts that the runs `names` ("one" or "one,other") have trained.
+    """The experts that the runs `names` ("one", which may have trained both, or "one,other") have trained.
 
     ValueError if a run is not there or has no checkpoint yet, or if two runs do not make a pair.
     """
@@ -143,7 +148,11 @@ def trained_experts(names: str, runs: str | Path) -> list[TrainedExpert]:
         newest = Checkpoints(folder.checkpoints, keep=1).newest()
         if newest is None:
             raise ValueError(f"run {folder.path} has no checkpoint yet; let it reach checkpoint.every steps")
-        found.append(TrainedExpert(config["expert"]["name"], newest, config))
+        pair = config["expert"]["name"] == "both"
+        for expert in config["model"]["experts"] if pair else [config["expert"]["name"]]:
+            place = newest / expert if pair else newest
+            place = place / EMA if (place / EMA).is_dir() else place
+            found.append(TrainedExpert(expert, place, config, read_state(newest)["step"]))
     twice = {expert.name for expert in found if sum(other.name == expert.name for other in found) > 1}
     if twice:
         raise ValueError(

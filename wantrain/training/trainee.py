@@ -11,10 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from wantrain.models import WanTransformer, WanVAE
-from wantrain.models.adapters import has_adapter, restore_adapter, save_adapter
+from wantrain.models.adapters import adapter_layers, has_adapter, restore_adapter
+from wantrain.models.lora import write_lora
 from wantrain.models.weights import read_tensors, renamed_to_diffusers, write_part
+from wantrain.training.optim import named_trainable
 
 ADAPTER = "adapter.safetensors"
+#: Folder of a checkpoint that holds the averaged weights, laid out as the weights beside it.
+EMA = "ema"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Weights as they were at one moment: their size in bytes, and what writes them into a folder."""
+
+    size: int
+    write: Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -29,17 +41,23 @@ class Trainee:
     part: str
     metadata: Mapping[str, str | float] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        """Put the trained weights into `folder`: the adapter alone, or the whole part in the diffusers layout."""
+    def snapshot(self, copy: Callable[[Tensor], Tensor]) -> Kept:
+        """The weights of this moment: the adapter alone, or the whole part in the diffusers layout.
+
+        `copy` makes of each parameter what is written.
+        """
         if has_adapter(self.module):
-            save_adapter(folder / ADAPTER, self.module, self.metadata)
-        else:
-            config, tensors = self._layout()
-            write_part(folder / self.part, config, tensors, metadata=self.metadata)
+            layers = adapter_layers(self.module, copy)
+            size = sum(layer.down.nbytes + layer.up.nbytes for layer in layers.values())
+            return Kept(size, lambda folder: write_lora(folder / ADAPTER, layers, metadata=self.metadata))
+        config, tensors = self._layout()
+        copies = {name: copy(tensor) for name, tensor in tensors.items()}
+        size = sum(tensor.nbytes for tensor in copies.values())
+        return Kept(size, lambda folder: write_part(folder / self.part, config, copies, metadata=self.metadata))
 
     @torch.no_grad()
     def read(self, folder: Path) -> None:
-        """Give the module the weights that `write` put into `folder`."""
+        """Give the module the weights that a snapshot wrote into `folder`. It is not under an engine yet."""
         if has_adapter(self.module):
             restore_adapter(folder / ADAPTER, self.module)
             return
@@ -47,12 +65,16 @@ class Trainee:
         for name, tensor in self._layout()[1].items():
             tensor.copy_(stored[name])
 
+    def trained(self) -> dict[str, Tensor]:
+        """Copies of the parameters that training moves, by name."""
+        return {name: parameter.detach().clone() for name, parameter in named_trainable(self.module).items()}
+
     def _layout(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """config.json and tensors under the names the diffusers layout gives them."""
+        """config.json and the parameters themselves, under the names the diffusers layout gives them."""
         if isinstance(self.module, WanTransformer):
-            return self.module.config(), renamed_to_diffusers(self.module.state_dict())
+            return self.module.config(), renamed_to_diffusers(self.module.state_dict(keep_vars=True))
         assert isinstance(self.module, Autoencoder)
-        return self.module.vae.config(), self.module.vae.state_dict()
+        return self.module.vae.config(), self.module.vae.state_dict(keep_vars=True)
 
 
 class Autoencoder(nn.Module):

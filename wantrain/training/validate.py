@@ -16,12 +16,15 @@ from torch import Tensor
 from wantrain import flow, world
 from wantrain.batch import Batch
 from wantrain.losses.flow_matching import FlowMatching, velocity_error
-from wantrain.training.parallel import Stepper
+from wantrain.training.stepper import Stepper
 
 
 @dataclass
 class Validator:
-    """Hook: the mean velocity error over held-out clips and noise levels, every `every` steps and at the ends."""
+    """Hook: the mean velocity error over held-out clips and noise levels, every `every` steps and at the ends.
+
+    Where there are several, `prefix` tells their results apart.
+    """
 
     stepper: Stepper
     loss: FlowMatching
@@ -30,23 +33,27 @@ class Validator:
     steps: int
     points: int
     seed: int
+    prefix: str = ""
     baseline: dict[str, Any] = field(default_factory=dict)
 
+    def due(self, step: int) -> bool:
+        """True at every `every`-th step and the last one, if there are clips."""
+        return bool(self.batches) and (step % self.every == 0 or step == self.steps)
+
     def __call__(self, step: int) -> dict[str, Any]:
-        if not self.batches or (step % self.every and step != self.steps):
-            return {}
         if not self.baseline:
             self.baseline = self.linear_baseline()
         by_level = self.measure()
         world.say(
-            f"step {step}: validation loss {by_level.mean():.4f} "
+            f"step {step}: {self.prefix}validation loss {by_level.mean():.4f} "
             f"(best linear predictor {self.baseline['validation_linear']:.4f})"
         )
-        return {
+        found = {
             "validation_loss": by_level.mean().item(),
             "validation_by_sigma": dict(zip(_keys(self.sigmas), by_level.tolist(), strict=True)),
             **self.baseline,
         }
+        return {f"{self.prefix}{key}": value for key, value in found.items()}
 
     @property
     def sigmas(self) -> Tensor:
@@ -56,7 +63,7 @@ class Validator:
     def measure(self) -> Tensor:
         """The model's mean velocity error at each level, (points,) float64."""
         errors = []
-        with torch.inference_mode(), self.stepper.forward_context():
+        with torch.no_grad(), self.stepper.forward_context():
             for batch in self.batches:
                 here = batch.to(self.stepper.device)
                 noises = self._noises(batch)
@@ -112,11 +119,13 @@ class ReconstructionValidator:
     every: int
     steps: int
 
+    def due(self, step: int) -> bool:
+        """True at every `every`-th step and the last one, if there are clips."""
+        return bool(self.batches) and (step % self.every == 0 or step == self.steps)
+
     def __call__(self, step: int) -> dict[str, Any]:
-        if not self.batches or (step % self.every and step != self.steps):
-            return {}
         errors = []
-        with torch.inference_mode(), self.stepper.forward_context():
+        with torch.no_grad(), self.stepper.forward_context():
             for batch in self.batches:
                 pixels = batch.latents_BCTHW.to(self.stepper.device)
                 rebuilt, _, _ = self.stepper.module(pixels, torch.zeros)

@@ -14,7 +14,7 @@ from typing import Any
 from wantrain import world
 from wantrain.batch import Batch
 from wantrain.losses import FlowMatching
-from wantrain.training.parallel import Stepper
+from wantrain.training.stepper import Stepper
 from wantrain.training.validate import Validator
 
 #: Noise levels measured in each window.

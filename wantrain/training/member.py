@@ -1,0 +1,87 @@
+"""A member of a run: one expert in training, with all that is its own. A pair run has two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from wantrain.data import Plan
+from wantrain.losses import Loss
+from wantrain.models.weights import read_file, write_file
+from wantrain.training.ema import Ema
+from wantrain.training.optim import Schedule
+from wantrain.training.stepper import Stepper
+from wantrain.training.trainee import EMA, Trainee
+
+OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass
+class Member:
+    """One expert in training.
+
+    name    high_noise, low_noise, dense, or vae
+    steps   optimizer steps that are its own in the whole run
+    folder  its place in a checkpoint: "" where it is alone there, else its name
+    """
+
+    name: str
+    trainee: Trainee
+    stepper: Stepper
+    loss: Callable[..., Loss]
+    schedule: Schedule
+    plan: Plan
+    steps: int
+    ema: Ema | None = None
+    folder: str = ""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """How it answers when it is looked at: in evaluation mode, with the averaged weights if they are kept."""
+        module = self.trainee.module
+        module.eval()
+        with nullcontext() if self.ema is None else self.ema.applied():
+            yield
+        module.train()
+
+    def snapshot(self) -> tuple[int, Callable[[Path], None]]:
+        """Its whole state as it is now, on the CPU: how many bytes, and what writes it into a checkpoint's folder.
+
+        All processes take part; only the main one may write.
+        """
+        weights = [self.trainee.snapshot(self.stepper.whole)]
+        if self.ema is not None:
+            with self.ema.applied():
+                weights.append(self.trainee.snapshot(self.stepper.whole))
+        optimizer = self.stepper.optimizer_state()
+
+        def write(checkpoint: Path) -> None:
+            own = checkpoint / self.folder
+            for kept, place in zip(weights, (own, own / EMA), strict=False):
+                place.mkdir(parents=True, exist_ok=True)
+                kept.write(place)
+            write_file(own / OPTIMIZER, optimizer)
+
+        return sum(kept.size for kept in weights) + sum(tensor.nbytes for tensor in optimizer.values()), write
+
+    def restore_optimizer(self, checkpoint: Path) -> None:
+        """Give the optimizer the state that a checkpoint holds, written under whatever engine and world."""
+        path = checkpoint / self.folder / OPTIMIZER
+        self.stepper.restore_optimizer_state(read_file(path)[0], path)
+
+
+def read_average(trainee: Trainee, checkpoint: Path) -> dict[str, Tensor] | None:
+    """The averaged weights in a checkpoint (a member's own folder), by parameter name; None if there are none.
+
+    Leaves the module with the checkpoint's weights, which are read after them.
+    """
+    average = None
+    if (checkpoint / EMA).is_dir():
+        trainee.read(checkpoint / EMA)
+        average = trainee.trained()
+    trainee.read(checkpoint)
+    return average
