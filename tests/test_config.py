@@ -1,5 +1,6 @@
 """The door: free text and paths are taken as typed, from a real shell too; problems are told all at once."""
 
+import inspect
 import json
 import random
 import shlex
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wantrain import config
 from wantrain.config import compose, quoted
+from wantrain.training.checkpoint import ON_FAILURE, Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [
@@ -139,6 +141,36 @@ def test_check_collects_every_problem_and_raises_once():
     ):
         assert sum(told in line for line in rest) == 1
     config.check(compose("train", ["steps=10", "batch_size=8", "accumulate=4"]))
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("on_failure=retry", "checkpoint.on_failure=retry is unknown; choose one of stop, continue"),
+        ("on_failure=null", "checkpoint.on_failure=null says nothing"),
+        ("keep_every=2.5", "checkpoint.keep_every=2.5 must be a whole number"),
+        ("keep_every=0", "checkpoint.keep_every=0 must be above 0"),
+        ("keep_every=true", "checkpoint.keep_every=True must be a whole number"),
+        ("keep=null", "checkpoint.keep=null says nothing"),
+        ("keep=0", "checkpoint.keep=0 must be above 0"),
+        ("keep_best=lowest", "checkpoint.keep_best=lowest must be true or false"),
+        ("background=1", "checkpoint.background=1 must be true or false"),
+    ],
+)
+def test_how_checkpoints_are_kept_is_judged(argument, told):
+    with pytest.raises(ValueError) as caught:
+        config.check(compose("train", [f"checkpoint.{argument}"]))
+    assert str(caught.value).startswith(told)
+
+
+def test_checkpoints_are_kept_as_the_store_understands_it():
+    config.check(
+        compose("train", [f"checkpoint.{given}" for given in ("keep_every=1000", "keep_best=true", "background=false")])
+    )
+    defaults = config.plain(compose("train"))["checkpoint"]
+    settings = {key: value for key, value in defaults.items() if key != "every"}
+    assert inspect.signature(Checkpoints).bind(Path(), **settings)
+    assert config._CHOICES["checkpoint.on_failure"] == ON_FAILURE
 
 
 def test_the_batch_divides_over_processes_too():

@@ -260,6 +260,13 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
             problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number")
         elif value is not None and not value > 0:
             problems.append(f"{key}={value} must be above 0")
+    for key in _SWITCHES:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not isinstance(value, bool):
+            problems.append(f"{key}={value} must be true or false")
+    for key in ("every", "keep", "keep_best", "background", "on_failure"):
+        if "checkpoint" in cfg and cfg.checkpoint[key] is None:
+            problems.append(f"checkpoint.{key}=null says nothing; leave it out for its default")
     if problems:
         many = f"{len(problems)} problems:\n  - " if len(problems) > 1 else ""
         raise ValueError(many + "\n  - ".join(problems))
@@ -275,14 +282,16 @@ _CHOICES = {
     "init": ("base", "scratch"),
     "check_expert": ("warn", "stop", "off"),
     "experts.idle": ("gpu", "cpu"),
+    "checkpoint.on_failure": ("stop", "continue"),
     "layout": ("diffusers", "official", "comfyui"),
     "lora.dialect": ("comfyui", "diffusers", "kohya"),
 }
 _WHOLE = (
     "steps", "batch_size", "accumulate", "count", "shard_mb", "area",
-    "checkpoint.every", "checkpoint.keep", "validation.every", "validation.clips", "validation.points",
-    "adapter.rank", "sample.steps", "sample.count",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
+    "validation.every", "validation.clips", "validation.points", "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
+_SWITCHES = ("checkpoint.keep_best", "checkpoint.background")
 _POSITIVE = ("epochs", "clip", "fps", "shift", "adapter.alpha", "optimizer.lr")
 
 

@@ -87,6 +87,7 @@ class Run:
     def save(self, step: int) -> None:
         """Begin a checkpoint; the log is flushed before, so that it never misses a committed step."""
         self.metrics.flush(speak=False)
+        self.checkpoints.wait()
         snapshots = [member.snapshot() for member in self.members.values()]
 
         def write(folder: Path) -> None:
@@ -179,4 +180,6 @@ def fit(run: Run, start: int) -> int | None:
             if done or step % run.checkpoint_every == 0:
                 run.save(step)
         run.checkpoints.wait()
+    if run.checkpoints.failure:
+        raise ValueError(f"the last checkpoint is missing: {run.checkpoints.failure}; the same command goes on from it")
     return stopped

@@ -51,8 +51,9 @@ class Member:
     def snapshot(self) -> tuple[int, Callable[[Path], None]]:
         """Its whole state as it is now, on the CPU: how many bytes, and what writes it into a checkpoint's folder.
 
-        All processes take part; only the main one may write.
+        All processes take part; only the main one may write. The snapshot before must have been written by now.
         """
+        self.stepper.copier.begin()
         weights = [self.trainee.snapshot(self.stepper.whole)]
         if self.ema is not None:
             with self.ema.applied():

@@ -77,10 +77,14 @@ class RunFolder:
         self.lock = (self.path / ".lock").open("a+")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.lock.seek(0)
             holder = self.lock.read().strip() or "another process"
             raise ValueError(f"run {self.path.name} is being trained by {holder}; wait or stop it") from None
+        except OSError as error:  # a network disk without locks: two runs in one folder would spoil each other
+            raise ValueError(
+                f"run {self.path.name} cannot be locked ({error}); give runs= a folder on a disk with locks"
+            ) from error
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         self.lock.flush()

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from wantrain import world
 from wantrain.models.adapters import keep_activation_dtype
+from wantrain.training.checkpoint import Copier
 from wantrain.training.optim import MuonAdamW, named_trainable
 from wantrain.training.parallel import SHARDED, autocast, engine_of
 
@@ -41,6 +42,7 @@ class Stepper:
         self.module = module
         self.accumulate, self.clip, self.precision = accumulate, clip, precision
         self.device = accelerator.device
+        self.copier = Copier()
         if isinstance(optimizer, MuonAdamW) and self.engine not in {"single", "ddp"}:
             raise ValueError(
                 f"optimizer=muon needs whole matrices, but {self.engine} cuts them; use optimizer=adamw, or "
@@ -114,7 +116,7 @@ class Stepper:
         return int(self.accelerator.gather(received).max()) or None
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """A copy of a parameter, or of a tensor of its optimizer's state, in one piece on the CPU.
+        """A copy of a parameter, or of a tensor of its optimizer's state, in one piece on the CPU (see Copier).
 
         All processes ask for the same tensors in the same order; only the main one gets the values.
         """
@@ -128,7 +130,7 @@ class Stepper:
         return self._copied(tensor)
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=True) if world.is_main() else tensor.new_empty(0)
+        return self.copier(tensor) if world.is_main() else tensor.new_empty(0)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors under `parameter name/state key`, each in one piece on the CPU (see `whole`).
