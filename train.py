@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     config.check(cfg, processes=world.world_size())
     accelerator = start_accelerator()
     experts, model = config.experts(cfg), config.plain(cfg.model)
-    home = assemble.find_home(accelerator, len(experts), idle=cfg.experts.idle, adapter=cfg.adapter.name)
+    home = assemble.find_home(accelerator, {name: config.plain(own) for name, own in experts.items()})
     with accelerator.main_process_first():
         wanted = [*(model["experts"] if cfg.sample.every else experts), "vae", "text_encoder", "tokenizer"]
         base = config.base(cfg, wanted)

@@ -133,6 +133,33 @@ def call(tmp_path):
     return functools.partial(run_inside, tmp_path)
 
 
+def launching(engine, *args, processes=2, script=ROOT / "train.py", file=None):
+    """The command that starts train.py (or a script around it) with launch/accelerate/cpu_ENGINE.yaml, or `file`."""
+    file = file or ROOT / "launch" / "accelerate" / f"cpu_{engine}.yaml"
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", "0")
+    return [str(part) for part in (*launcher, "--num_processes", processes, script, *args)]
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch("zero2", "steps=2", ..., processes=2, check=True): train.py in several CPU processes, in tmp_path."""
+
+    def run(engine, *args, check=True, **how):
+        command = launching(engine, *args, **how)
+        ended = subprocess.run(command, cwd=tmp_path, env=alone(), capture_output=True, text=True, timeout=300)
+        if check:
+            assert ended.returncode == 0, f"{engine} {args}\n{ended.stdout}\n{ended.stderr}"
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch_command():
+    """launch_command("ddp", "steps=2", processes=2): the same command, for tests that start their own processes."""
+    return launching
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The small world, made by the real verbs: 8 clips and 2 images, 32 pixels and 9 frames a clip."""

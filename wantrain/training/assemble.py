@@ -227,22 +227,35 @@ class Home:
     residence: Residence | None
 
 
-def find_home(accelerator: Accelerator, num_experts: int, *, idle: str, adapter: str) -> Home:
-    """The home of one expert or a pair. ValueError if a pair cannot be trained in one job here, or not as is asked."""
-    engine, pair = engine_of(accelerator), num_experts > 1
+def find_home(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]) -> Home:
+    """The home of the experts of a run, by their settings. ValueError if the engine cannot train them, or not so."""
+    engine, pair = engine_of(accelerator), len(experts) > 1
     if pair and engine.startswith("zero"):
         raise ValueError(
             f"expert=both: DeepSpeed holds one model per job, and the launch file chose {engine}. Start two jobs, one "
             f"per expert, with: bash launch/pair.sh launch/accelerate/{engine}.yaml data.shards=DIR (what follows is "
             "train.py's); or train both in one job with launch/accelerate/fsdp2.yaml or ddp.yaml"
         )
-    hosted = pair and idle == "cpu"
-    if hosted and engine == "fsdp2":
-        raise ValueError("experts.idle=cpu: fsdp2 keeps only parts of the weights on a device; give experts.idle=gpu")
-    if hosted and adapter in {"none", "partial"}:
-        raise ValueError(
-            f"experts.idle=cpu keeps frozen weights on the host, adapter={adapter} has none of both experts"
-        )
+    hosted = False
+    for own in experts.values():
+        if own["optimizer"]["_target_"].endswith("MuonAdamW") and engine not in {"single", "ddp"}:
+            raise ValueError(
+                f"optimizer=muon needs whole matrices, but {engine} cuts them; use optimizer=adamw, or "
+                "launch/accelerate/ddp.yaml"
+            )
+        if own["ema"] is not None and engine == "zero3":
+            raise ValueError(
+                f"ema={own['ema']} under ZeRO-3: DeepSpeed keeps the weights' parts where no average can follow; use "
+                "launch/accelerate/fsdp2.yaml or zero2.yaml, or ema=null"
+            )
+        hosted = pair and own["experts"]["idle"] == "cpu"
+        if hosted and engine == "fsdp2":
+            raise ValueError("experts.idle=cpu: fsdp2 keeps only parts of the weights anywhere; give experts.idle=gpu")
+        if hosted and own["adapter"]["name"] in {"none", "partial"}:
+            raise ValueError(
+                f"experts.idle=cpu keeps frozen weights on the host, but adapter={own['adapter']['name']} trains "
+                "them; give experts.idle=gpu, or adapter=lora"
+            )
     device = torch.device("cpu") if hosted or engine in SHARDED else accelerator.device
     return Home(accelerator, engine, device, Residence(accelerator.device) if hosted else None)
 

@@ -19,15 +19,11 @@ class Ema:
     """The average of the weights that a Stepper trains, after each step moved by 1 - decay towards them.
 
     In a young run it moves faster, by YOUNG / (YOUNG + 1 + steps): it would else remember the random start for long.
-    `start` is the average to go on from, whole tensors by name. ValueError under ZeRO-3.
+    `start` is the average to go on from, whole tensors by name. Not under ZeRO-3.
     """
 
     def __init__(self, stepper: Stepper, decay: float, start: Mapping[str, Tensor] | None = None) -> None:
-        if stepper.engine == "zero3":
-            raise ValueError(
-                "ema under ZeRO-3: DeepSpeed moves the weights' parts behind the model's back, where no average can "
-                "follow; use launch/accelerate/fsdp2.yaml or zero2.yaml, or ema=null"
-            )
+        assert stepper.engine != "zero3", "DeepSpeed moves parts of the weights behind the model's back"
         self.stepper, self.decay = stepper, decay
         self.average = {
             name: local_part(laid_out_like(p, start[name]) if start else p).detach().clone().float()

@@ -37,6 +37,7 @@ def start_accelerator() -> Accelerator:
     world.set_threads()
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
+    _refuse_hydras_knobs()
     wanted = _engine_asked_for()
     if "LOCAL_RANK" in os.environ and not torch.cuda.is_available():
         _make_group_on_cpu(wanted)
@@ -87,6 +88,35 @@ def _engine_asked_for() -> str:
             raise ValueError("FSDP's first version is not supported; use launch/accelerate/fsdp2.yaml")
         return "fsdp2"
     return "ddp" if "LOCAL_RANK" in os.environ and world.world_size() > 1 else "single"
+
+
+#: What a launch file can say that Hydra owns: the variable it becomes, what it must be, and where it belongs.
+_HYDRAS = {
+    "ACCELERATE_MIXED_PRECISION": ("mixed_precision", {"no"}, "precision="),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", {"1", "auto"}, "accumulate="),
+    "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", {"1.0", "auto", "none"}, "clip="),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", {"false"}, "gradient_checkpointing="),
+    "ACCELERATE_DYNAMO_BACKEND": (
+        "dynamo_backend",
+        {"no"},
+        "nothing here: compiling is not supported, so leave it at no",
+    ),
+}
+
+
+def _refuse_hydras_knobs() -> None:
+    """Raise ValueError where the launcher was told what train.py decides: one of the two would lose in silence."""
+    clashes = [
+        f"{key}: {os.environ[variable]} (give {hydras} to train.py)"
+        for variable, (key, allowed, hydras) in _HYDRAS.items()
+        if os.environ.get(variable, next(iter(allowed))).lower() not in allowed
+    ]
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
+        clashes.append(
+            "deepspeed_config_file (say stage and offload in the yaml, as launch/accelerate/zero3.yaml does)"
+        )
+    if clashes:
+        raise ValueError(f"the launch file holds what is not its own: {'; '.join(clashes)}; take it out there")
 
 
 def _make_group_on_cpu(engine: str) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from wantrain import world
 from wantrain.models.adapters import keep_activation_dtype
 from wantrain.training.checkpoint import Copier
-from wantrain.training.optim import MuonAdamW, named_trainable
+from wantrain.training.optim import named_trainable
 from wantrain.training.parallel import SHARDED, autocast, engine_of
 
 
@@ -43,11 +43,6 @@ class Stepper:
         self.accumulate, self.clip, self.precision = accumulate, clip, precision
         self.device = accelerator.device
         self.copier = Copier()
-        if isinstance(optimizer, MuonAdamW) and self.engine not in {"single", "ddp"}:
-            raise ValueError(
-                f"optimizer=muon needs whole matrices, but {self.engine} cuts them; use optimizer=adamw, or "
-                "launch/accelerate/ddp.yaml"
-            )
         if self._zero:
             self._configure_deepspeed()
         self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
