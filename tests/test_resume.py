@@ -383,6 +383,37 @@ def launched_twice(script, command, cwd, environment):
     )
 
 
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_signal_to_the_launcher_ends_all_processes_after_a_checkpoint(
+    engine, tiny, environment, launch_command, tmp_path
+):
+    """What a scheduler does: it signals the process that it started. More signals to the ranks change nothing."""
+    command = (*tiny.train, "batch_size=8", "steps=60", "checkpoint.every=1000", "run=r")
+    training = Training(launch_command(engine, *command), tmp_path, environment)
+    try:
+        training.wait_for(lambda: (training.run / "metrics.jsonl").is_file() and rows(training.run))
+        everybody = training.everybody()
+        training.process.terminate()
+        time.sleep(0.02)
+        for process in everybody[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        assert training.process.wait(timeout=60) != 0
+        _, alive = psutil.wait_procs(everybody, timeout=10)
+        assert not alive, "nothing is left behind"
+    finally:
+        training.clear()
+    assert "the same command continues" in training.log.read_text()
+    stopped = rows(training.run)[-1]["step"]
+    assert 10 <= stopped < 60 and saved(training.run) == [stopped]
+    training = Training(launch_command(engine, *command), tmp_path, environment)
+    try:
+        assert f"step {stopped} of 60" in training.end()
+    finally:
+        training.clear()
+    assert len(losses(training.run)) == 60
+
+
 SIGNALLED = """
 import os, runpy, signal, sys
 from wantrain.training.stepper import Stepper
