@@ -1,5 +1,6 @@
 """One model in every layout and dialect that people have: the same function, or one clear error."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wantrain.models import Base, load_text_encoder, load_transformer, names, open_base
@@ -399,3 +401,30 @@ def test_a_failed_write_leaves_what_stood_there(pair, experts, tmp_path):
     with pytest.raises(ValueError, match=r"holds no vae"):
         write_pipeline(out, experts.items(), base=Base(None), about=ABOUT)
     assert files_of(out) == before
+
+
+def test_what_is_loaded_as_it_lies_stays_mapped_and_the_file_stays_as_it_is(pair, tmp_path):
+    """A file of ours is aligned for that; one that is not gives the same values, in memory of their own."""
+    folder = tmp_path / "transformer"
+    shutil.copytree(pair / "transformer", folder)
+    (file,) = folder.glob("*.safetensors")
+    before = file.read_bytes()
+
+    def mapped():
+        return Path("/proc/self/maps").read_text().count(str(file))
+
+    aligned = load_transformer(folder)
+    assert mapped() == 1 and all(p.data_ptr() % 64 == 0 for p in aligned.parameters() if p.numel() % 16 == 0)
+    with torch.no_grad():
+        for parameter in aligned.parameters():
+            parameter.add_(1)
+    assert file.read_bytes() == before
+    del aligned, parameter
+    gc.collect()
+    save_file(read_file(file)[0], file, metadata={"format": "pt", "note": "one byte more or less"})
+    again = load_transformer(folder)
+    with safe_open(file, "pt") as raw:
+        shifted = any(raw.get_tensor(key).data_ptr() % 64 for key in raw.keys())  # noqa: SIM118
+    assert shifted and all(p.data_ptr() % 64 == 0 for p in again.parameters() if p.numel() > 64)
+    wanted = load_transformer(pair, part="transformer").state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in again.state_dict().items())

@@ -150,11 +150,15 @@ def load_strict(
     lists the ends of names that may be zero).
     """
     _check_keys(module, tensors, where)
-    placed, sick = {}, []
-    may_be_zero = getattr(module, "zero_at_start", ("bias",))
+    placed, ranges = {}, []
     for key, tensor in tensors.items():
         wanted = torch.float32 if any(part in key for part in fp32) else dtype
-        placed[key], low, high = _place(tensor, device, wanted if tensor.is_floating_point() else tensor.dtype)
+        placed[key] = _place(tensor, device, wanted if tensor.is_floating_point() else tensor.dtype)
+        ranges.append(_range(placed[key]))
+    sick = []
+    may_be_zero = getattr(module, "zero_at_start", ("bias",))
+    # One look at all of them: looking at each would let a GPU wait a thousand times.
+    for key, (low, high) in zip(placed, torch.stack(ranges).tolist(), strict=True):
         if not (low > -float("inf") and high < float("inf")):
             sick.append(f"{key} is NaN or infinite")
         elif low == high == 0 and not key.endswith(may_be_zero):
@@ -190,8 +194,8 @@ def _some(title: str, rows: list[str]) -> str:
     return f"{len(rows)} {title} ({', '.join(rows[:5])}{more})"
 
 
-def _place(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> tuple[Tensor, float, float]:
-    """A tensor on `device` in `dtype` (None: its own), with its least and greatest value; NaN if it has one.
+def _place(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
+    """A tensor on `device` in `dtype` (None: its own).
 
     What is wanted as the mapped file has it stays there, and a write to it is private; unless it begins where torch
     begins no tensor, which would change the last digits of every product: so from another file the same weights would
@@ -199,13 +203,15 @@ def _place(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None
     """
     stays = torch.device(device).type == "cpu" and dtype in {None, tensor.dtype}
     if stays and tensor.data_ptr() % ALIGNMENT == 0:
-        placed = tensor
-    else:
-        placed = tensor.to(device, dtype or tensor.dtype, copy=True)
-    if placed.numel() == 0:
-        return placed, 0.0, 1.0
-    low, high = torch.stack(torch.aminmax(placed)).tolist()  # hands a NaN on
-    return placed, low, high
+        return tensor
+    return tensor.to(device, dtype or tensor.dtype, copy=True)
+
+
+def _range(tensor: Tensor) -> Tensor:
+    """Least and greatest value, (2,) float32 on the tensor's device: NaN if it has one; (0, 1) where it is empty."""
+    if tensor.numel() == 0:
+        return torch.tensor([0.0, 1.0], device=tensor.device)
+    return torch.stack(torch.aminmax(tensor)).float()
 
 
 def write_part(
