@@ -456,3 +456,36 @@ def test_two_processes_train_as_one_does_and_one_takes_over(tiny, environment, c
     rewind(two, 3)
     assert "step 3 of 6" in call("train.py", *command, "run=two").stdout
     assert near(two, one) < 1e-5
+
+
+SMALL_FILES = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an error then, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_disk_that_refuses_a_checkpoint_is_one_error_and_the_one_before_stands(
+    background, tiny, environment, call, tmp_path
+):
+    run = tmp_path / "runs" / "r"
+    command = (*tiny.train, "run=r", "batch_size=2", "checkpoint.every=2", f"checkpoint.background={background}")
+    call("train.py", *command, "steps=2")
+    (tmp_path / "small.py").write_text(SMALL_FILES)
+
+    def limited(*more):
+        started = [sys.executable, "small.py", str(TRAIN), *command, "steps=8", *more]
+        return subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+
+    for more in ((), ("checkpoint.on_failure=continue",)):
+        ended = limited(*more)
+        (error,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
+        assert ended.returncode == 2 and "step_00000" in error and "could not be written" in error and "runs=" in error
+        assert bool(more) == ("the last checkpoint is missing" in error)
+        assert bool(more) == ("training goes on, and the next save tries again" in ended.stdout)
+        assert saved(run) == [2] and not list((run / "checkpoints").glob(".*"))
+    assert "step 2 of 8" in call("train.py", *command, "steps=8").stdout
+    assert saved(run)[-1] == 8 and len(losses(run)) == 8
