@@ -298,7 +298,8 @@ def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:
     batch = run.first_batch()
     for name, member in run.members.items():
         if starts[name].is_measurable():
-            which_expert.check(member.stepper, batch, model=starts[name].model, expert=name, how=how, seed=run.seed)
+            with member.watched():
+                which_expert.check(member.stepper, batch, model=starts[name].model, expert=name, how=how, seed=run.seed)
 
 
 def build_validators(run: Run, *, every: int, clips: int, points: int) -> list[Hook]:

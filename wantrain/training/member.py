@@ -46,6 +46,7 @@ class Member:
         module.eval()
         with nullcontext() if self.ema is None else self.ema.applied():
             yield
+            self.stepper.part()
         module.train()
 
     def snapshot(self) -> tuple[int, Callable[[Path], None]]:

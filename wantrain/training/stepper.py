@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from wantrain import world
@@ -109,6 +110,11 @@ class Stepper:
             return signal
         received = torch.tensor([signal or 0], device=self.device)
         return int(self.accelerator.gather(received).max()) or None
+
+    def part(self) -> None:
+        """After a forward that no backward follows: FSDP2 keeps its outermost weights in one piece for that one."""
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A copy of a parameter, or of a tensor of its optimizer's state, in one piece on the CPU (see Copier).
