@@ -1,11 +1,15 @@
 """LoRA: it starts as nothing, is all that trains, keeps float32, comes back from its file, and merges into the same."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 
 from wantrain.models import WanTransformer, adapters
-from wantrain.models.lora import merge_lora
+from wantrain.models.lora import merge_lora, read_lora
 from wantrain.models.weights import read_file
+from wantrain.training.optim import build_optimizer
 from wantrain.training.parallel import autocast
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 48, "num_layers": 2}
@@ -20,10 +24,10 @@ def plain():
     return model
 
 
-def adapted(*, rank=3, alpha=6, targets="attention+ffn", trained=True):
+def adapted(*, rank=3, alpha=6, targets="attention+ffn", trained=True, **more):
     """The same with a LoRA; `trained` gives it a change as training would."""
     model = plain()
-    adapters.inject(model, rank=rank, alpha=alpha, targets=targets, seed=1)
+    adapters.inject(model, rank=rank, alpha=alpha, targets=targets, seed=1, **more)
     if trained:
         generator = torch.Generator().manual_seed(2)
         for name, parameter in model.named_parameters():
@@ -44,17 +48,94 @@ def test_it_starts_as_the_model_it_was_put_into(inputs):
     assert (adapted()(*inputs) - plain()(*inputs)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("targets", "layers"), [("attention", 16), ("attention+ffn", 20)])
-def test_only_the_adapter_trains_on_the_layers_that_were_named(targets, layers, inputs):
+ATTENTION = [f"{kind}.{part}" for kind in ("self_attn", "cross_attn") for part in "qkvo"]
+OUTSIDE = {
+    "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1", "head.head",
+}  # fmt: skip
+GROUPS = {
+    "attention": {f"blocks.{block}.{part}" for block in (0, 1) for part in ATTENTION},
+    "attention+ffn": {f"blocks.{block}.{part}" for block in (0, 1) for part in [*ATTENTION, "ffn.0", "ffn.2"]},
+}
+GROUPS["all"] = GROUPS["attention+ffn"] | OUTSIDE
+
+
+@pytest.mark.parametrize("targets", GROUPS)
+def test_only_the_adapter_trains_on_the_layers_that_were_named(targets, inputs):
     model = adapted(targets=targets)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model(*inputs).square().sum().backward()
     graded = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert graded == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(graded) == 2 * layers and all("lora_" in name for name in graded)
+    wanted = {f"{layer}.lora_{side}.default.weight" for layer in GROUPS[targets] for side in "AB"}
+    assert graded == wanted and len(wanted) == 2 * {"attention": 16, "attention+ffn": 20, "all": 26}[targets]
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters() if parameter.requires_grad)
-    assert {name.split(".lora_")[0].split(".", 2)[2] for name in graded if "ffn" in name} == (
-        {"ffn.0", "ffn.2"} if "ffn" in targets else set()
-    )
+    build_optimizer(partial(torch.optim.AdamW, lr=1e-3), model).step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == wanted
+
+
+def test_all_is_every_linear_layer_that_the_forward_calls():
+    """What is not called as a module (the patches' convolution) would be given an adapter that nothing hears."""
+    model, called = plain(), set()
+    for name, layer in model.named_modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda layer, given, answer, name=name: called.add(name))
+    generator = torch.Generator().manual_seed(3)
+    model(torch.randn(1, 16, 1, 2, 2, generator=generator), torch.ones(1), torch.ones(1, 5, 8))
+    linear = {name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert linear == GROUPS["all"] and linear <= called and "patch_embedding" not in called
+
+
+def test_patterns_give_layers_their_own_rank_and_alpha(inputs, tmp_path):
+    own = {"rank_pattern": {"ffn": 8, "cross_attn.k": 1, "blocks.1": 2}, "alpha_pattern": {"cross_attn": 0.1}}
+    model = adapted(targets="all", **own)
+    layers = adapters.adapter_layers(model)
+    assert layers.keys() == GROUPS["all"]
+    for name, layer in layers.items():
+        rank = 2 if name.startswith("blocks.1.") else 8 if "ffn" in name else 1 if "cross_attn.k" in name else 3
+        alpha = torch.tensor(0.1).item() if "cross_attn" in name else 6.0
+        assert (layer.rank, layer.alpha) == (rank, alpha), name
+    file, fresh, merged = tmp_path / "lora.safetensors", adapted(targets="all", trained=False, **own), plain()
+    adapters.save_adapter(file, model, ABOUT)
+    adapters.restore_adapter(file, fresh)
+    assert torch.equal(fresh(*inputs), model(*inputs))
+    merge_lora(file, merged)
+    assert (merged(*inputs) - model(*inputs)).abs().max() < 1e-5
+    with pytest.raises(ValueError, match=r"has rank \d and alpha .*, in this run it has"):
+        adapters.restore_adapter(file, adapted(targets="all"))
+
+
+@pytest.mark.parametrize("what", ["rank", "alpha"])
+@pytest.mark.parametrize("part", ["fnn", "blocks.7", "block", "ffn.1", "text_embedding"])
+def test_a_pattern_that_fits_no_layer_is_named(what, part):
+    words = rf"adapter\.{what}_pattern: {re.escape(part)} is part of no layer's name .*first: blocks\.0\.self_attn\.q"
+    with pytest.raises(ValueError, match=words):
+        adapted(**{f"{what}_pattern": {part: 2}})
+
+
+def test_rank_stabilisation_divides_by_the_root_of_the_rank_and_files_say_so(inputs, tmp_path):
+    """rsLoRA (arXiv 2312.03732): alpha / sqrt(rank). In files it is an alpha that alpha / rank makes right."""
+    how = {"rank": 3, "alpha": 6, "rank_stabilized": True, "rank_pattern": {"ffn": 8}}
+    model, by_hand, merged = adapted(**how), plain(), plain()
+    for name, layer in adapters.adapter_layers(model).items():
+        scale = 6 / (8 if "ffn" in name else 3) ** 0.5
+        assert layer.scale == pytest.approx(scale, rel=1e-6)
+        weight = by_hand.get_submodule(name).weight
+        weight.data += scale * layer.up @ layer.down
+    wanted = by_hand(*inputs)
+    assert (model(*inputs) - wanted).abs().max() < 1e-5
+    assert (adapted(rank=3, alpha=6, rank_pattern={"ffn": 8})(*inputs) - wanted).abs().max() > 0.01
+    file = tmp_path / "lora.safetensors"
+    adapters.save_adapter(file, model, ABOUT)
+    assert read_lora(file).layers["blocks.0.ffn.0"].alpha == pytest.approx(6 * 8**0.5, rel=1e-6)
+    merge_lora(file, merged)
+    assert (merged(*inputs) - wanted).abs().max() < 1e-5
+    adapters.restore_adapter(file, adapted(trained=False, **how))
+
+
+def test_an_alpha_that_float32_does_not_hold_comes_back_as_it_was(tmp_path):
+    adapters.save_adapter(tmp_path / "lora.safetensors", adapted(alpha=0.1), ABOUT)
+    adapters.restore_adapter(tmp_path / "lora.safetensors", adapted(alpha=0.1, trained=False))
 
 
 def test_the_start_depends_on_its_seed_alone():
@@ -63,8 +144,12 @@ def test_the_start_depends_on_its_seed_alone():
     torch.manual_seed(456)
     two = adapters.adapter_layers(adapted(trained=False))
     assert all(torch.equal(one[name].down, two[name].down) for name in one)
-    with pytest.raises(ValueError, match=r"adapter\.targets='all' is unknown; choose one of attention, attention\+ffn"):
-        adapted(targets="all")
+    with pytest.raises(
+        ValueError, match=r"adapter\.targets='ffn' is unknown; choose one of attention, attention\+ffn, all"
+    ):
+        adapted(targets="ffn")
+    with pytest.raises(ValueError, match="this model has no such layers; it is no Wan transformer"):
+        adapters.inject(torch.nn.Conv1d(2, 2, 1), rank=1, alpha=1, targets="all", seed=0)
 
 
 def test_under_bf16_its_weights_and_gradients_are_float32_and_its_activations_bf16(inputs):
@@ -88,11 +173,35 @@ def test_under_bf16_its_weights_and_gradients_are_float32_and_its_activations_bf
     assert answer.dtype == torch.float32
 
 
-def test_a_frozen_bf16_base_keeps_a_float32_adapter():
-    model = plain().to(torch.bfloat16)
-    adapters.inject(model, rank=2, alpha=2, targets="attention", seed=0)
-    dtypes = {("lora" in name, parameter.dtype) for name, parameter in model.named_parameters()}
-    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+def half():
+    """`plain` as a run in bf16 loads a frozen base: what Wan keeps in float32 stays so."""
+    model = plain()
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in model.fp32_parts):
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def test_a_frozen_bf16_base_keeps_a_float32_adapter_and_its_float32_islands(inputs):
+    model, base = half(), half()
+    adapters.inject(model, rank=2, alpha=2, targets="all", seed=0)
+    of = {name.replace(".base_layer", ""): parameter.dtype for name, parameter in model.named_parameters()}
+    assert {of.pop(name) for name in list(of) if "lora_" in name} == {torch.float32}
+    assert of == {name: parameter.dtype for name, parameter in base.named_parameters()}
+    islands, seen = {"time_embedding.0", "time_embedding.2", "time_projection.1", "head.head"}, {}
+    for name in GROUPS["all"]:
+        for part in ("", ".lora_A.default", ".lora_B.default"):
+            layer = model.get_submodule(name + part)
+            layer.register_forward_hook(
+                lambda layer, given, answer, key=(name, part): seen.update({key: {given[0].dtype, answer.dtype}})
+            )
+    with autocast("bf16", torch.device("cpu")), adapters.keep_activation_dtype(model):
+        answer = model(*inputs)
+    assert len(seen) == 3 * 26
+    for (name, part), dtypes in seen.items():
+        assert dtypes == {torch.float32 if name in islands else torch.bfloat16}, (name, part)
+    answer.square().sum().backward()
+    assert {parameter.grad.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
 
 
 def test_it_comes_back_from_its_file_bit_for_bit(inputs, tmp_path):

@@ -19,20 +19,61 @@ from torch import nn
 
 from wantrain.models.lora import Layer, LoRA, check_fits, read_lora, write_lora
 
+#: Groups of linear layers, by name. "all" are those that the forward calls as modules; the patch embedding is none of
+#: them (the transformer multiplies by the convolution's weight itself), so nothing put beside it would be heard.
 TARGETS = {
     "attention": r".*(self_attn|cross_attn)\.(q|k|v|o)",
     "attention+ffn": r".*((self_attn|cross_attn)\.(q|k|v|o)|ffn\.(0|2))",
+    "all": r".*",
 }
 
 
-def inject(module: nn.Module, *, rank: int, alpha: int, targets: str, seed: int) -> None:
+def inject(
+    module: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str,
+    seed: int,
+    rank_stabilized: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> None:
     """Freeze `module` and put a float32 LoRA beside its target layers; the change starts at zero.
 
-    The whole scale alpha / rank applies. ValueError for an unknown target group.
+    The whole scale applies: alpha / rank, or alpha / sqrt(rank) if `rank_stabilized` (arXiv 2312.03732). The patterns
+    give layers their own rank or alpha by whole pieces of their name ("ffn", "blocks.1", "cross_attn.k"); where
+    several fit, the last one counts. ValueError for an unknown target group or a pattern that fits no target.
     """
     if targets not in TARGETS:
         raise ValueError(f"adapter.targets={targets!r} is unknown; choose one of {', '.join(TARGETS)}")
-    _put_in(module, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[targets]), seed)
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    names = [name for name in linear if re.fullmatch(TARGETS[targets], name)]
+    if not names:
+        raise ValueError(f"adapter.targets={targets}: this model has no such layers; it is no Wan transformer")
+    ranks = _by_pattern("rank", names, rank, rank_pattern or {})
+    alphas = _by_pattern("alpha", names, alpha, alpha_pattern or {})
+    sizes = {}
+    for name in names:
+        # Whoever reads the file divides alpha by the rank; what rank stabilisation adds goes into the alpha. It is
+        # rounded to the float32 that files hold, so that a resumed run finds its own strength in its checkpoint.
+        own = alphas[name] * (ranks[name] ** 0.5 if rank_stabilized else 1.0)
+        sizes[name] = (int(ranks[name]), torch.tensor(own, dtype=torch.float32).item())
+    _put_in(module, sizes, seed)
+
+
+def _by_pattern(what: str, names: list[str], default: float, pattern: Mapping[str, float]) -> dict[str, float]:
+    """A value for each layer: the last pattern's that fits whole pieces of its name, else the default."""
+    values = dict.fromkeys(names, default)
+    for part, value in pattern.items():
+        fitting = [name for name in names if f".{part}." in f".{name}."]
+        if not fitting:
+            raise ValueError(
+                f"adapter.{what}_pattern: {part} is part of no layer's name among adapter.targets (first: {names[0]}); "
+                "give whole pieces such as ffn, cross_attn.k or blocks.1"
+            )
+        values.update(dict.fromkeys(fitting, value))
+    return values
 
 
 def inject_lora(module: nn.Module, lora: LoRA, *, seed: int, where: str | Path = "the LoRA") -> None:
@@ -41,20 +82,21 @@ def inject_lora(module: nn.Module, lora: LoRA, *, seed: int, where: str | Path =
     ValueError (naming the file, `where`) if a layer or a shape does not fit the module.
     """
     check_fits(lora, module, where)
-    names = {name: f"^{re.escape(name)}$" for name in lora.layers}
-    config = LoraConfig(
-        target_modules="|".join(re.escape(name) for name in lora.layers),
-        rank_pattern={names[name]: layer.rank for name, layer in lora.layers.items()},
-        alpha_pattern={names[name]: layer.alpha for name, layer in lora.layers.items()},  # type: ignore[misc]
-    )
-    _put_in(module, config, seed)
+    _put_in(module, {name: (layer.rank, layer.alpha) for name, layer in lora.layers.items()}, seed)
     with torch.no_grad():
         for name, layer in adapter_layers(module).items():
             layer.down.copy_(lora.layers[name].down)
             layer.up.copy_(lora.layers[name].up)
 
 
-def _put_in(module: nn.Module, config: LoraConfig, seed: int) -> None:
+def _put_in(module: nn.Module, sizes: Mapping[str, tuple[int, float]], seed: int) -> None:
+    """Freeze everything and put trainable float32 matrices beside the layers named in `sizes`: (rank, alpha) each."""
+    whole = {name: f"^{re.escape(name)}$" for name in sizes}
+    config = LoraConfig(
+        target_modules="|".join(re.escape(name) for name in sizes),
+        rank_pattern={whole[name]: rank for name, (rank, _) in sizes.items()},
+        alpha_pattern={whole[name]: alpha for name, (_, alpha) in sizes.items()},  # type: ignore[misc]
+    )
     module.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -37,6 +37,8 @@ def convert_lora(
     write_lora(target, lora.layers, dialect=dialect, metadata={**about, **lora.metadata})
     if dialect == "kohya" and not is_complete(lora.layers):
         world.say(f"note: {target} is not all ten layers of every block: diffusers will refuse it in kohya's dialect")
+    if dialect == "comfyui" and not all(name.startswith("blocks.") for name in lora.layers):
+        world.say(f"note: {target} changes layers outside the blocks: diffusers takes those as lora.dialect=diffusers")
     world.say(f"wrote {target} ({dialect}; sample.py lora.EXPERT=FILE)")
 
 
