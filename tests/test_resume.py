@@ -217,6 +217,9 @@ def test_a_finished_run_says_so_and_larger_steps_extend_it(tiny, call, tmp_path)
         ("lora", ("adapter.rank=4", "precision=bf16")),
         ("lora", ("adapter.rank=3", "adapter.rank_stabilized=true", "adapter.targets=all", "precision=bf16",
                   "adapter.rank_pattern={ffn: 5, blocks.1: 2}", "adapter.alpha_pattern={cross_attn: 0.1}")),
+        ("dora", ("adapter.rank=4",)),
+        ("dora", ("adapter.rank=3", "adapter.rank_stabilized=true", "adapter.targets=all", "precision=bf16",
+                  "gradient_checkpointing=true", "accumulate=2")),
     ],
 )  # fmt: skip
 def test_a_run_of_an_adapter_resumes_bit_equal(adapter, more, tiny, pair, call, tmp_path):
