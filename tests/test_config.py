@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wantrain import config
 from wantrain.config import compose, quoted
+from wantrain.models import adapters
 from wantrain.training.checkpoint import ON_FAILURE, Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,6 +172,37 @@ def test_checkpoints_are_kept_as_the_store_understands_it():
     settings = {key: value for key, value in defaults.items() if key != "every"}
     assert inspect.signature(Checkpoints).bind(Path(), **settings)
     assert config._CHOICES["checkpoint.on_failure"] == ON_FAILURE
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["adapter.targets=ffn"], "adapter.targets=ffn is unknown; choose one of attention, attention+ffn, all"),
+        (["adapter.rank=0"], "adapter.rank=0 must be above 0"),
+        (["adapter.alpha=-1"], "adapter.alpha=-1 must be above 0"),
+        (["adapter.rank_stabilized=yes please"], "adapter.rank_stabilized=yes please must be true or false"),
+        (["adapter.rank_pattern=8"], "adapter.rank_pattern=8 must give numbers to parts of layer names: {ffn: 8}"),
+        (["adapter.rank_pattern={ffn: 1.5}"], "adapter.rank_pattern: ffn: 1.5 must be a whole number above 0"),
+        (["adapter.alpha_pattern={ffn: 0, blocks.1: 2.5}"], "adapter.alpha_pattern: ffn: 0 must be a number above 0"),
+        (
+            ["adapter.rank_pattern={ffn: 8}", "adapter.init=file"],
+            "adapter.rank_pattern and adapter.init: the file has its own; leave out one of them",
+        ),
+        (
+            ["recipe=wan_tiny_vae"],
+            "adapter=lora is for transformers; with expert=vae give adapter=none",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_adapter_is_one_clear_line(wrong, words):
+    with pytest.raises(ValueError) as caught:
+        config.check(compose("train", ["adapter=lora", *wrong]))
+    assert str(caught.value) == words
+    config.check(compose("train", ["adapter=lora", "adapter.rank_pattern={ffn: 8, blocks.1: 4}"]))
+
+
+def test_the_groups_of_layers_that_the_door_knows_are_those_that_there_are():
+    assert config._CHOICES["adapter.targets"] == tuple(adapters.TARGETS)
 
 
 def test_the_batch_divides_over_processes_too():

@@ -258,7 +258,7 @@ def test_a_lora_needs_a_base_and_a_base_of_the_same_boundary(tiny, pair, call, t
     error = call("train.py", *given, f"weights={pair}", "model.boundary=0.9", check=False).error
     assert "has boundary_ratio=0.875, the chosen model has boundary=0.9" in error
     assert (
-        "adapter.targets='ffn' is unknown"
+        "adapter.targets=ffn is unknown; choose one of attention, attention+ffn, all"
         in call("train.py", *given, f"weights={pair}", "adapter=lora", "adapter.targets=ffn", check=False).error
     )
     assert not (tmp_path / "runs").exists()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from wantrain.models import Base, load_transformer
+from wantrain.models import Base, adapters, load_transformer
 from wantrain.models.lora import read_lora, write_lora
 from wantrain.models.weights import read_metadata, read_tensors
 
@@ -146,6 +146,50 @@ def test_training_goes_on_from_a_lora_file(trained, tiny, pair, inside):
     other = [part.replace("low_noise", "high_noise") if part.startswith("expert") else part for part in run[:-1]]
     error = inside(trained, "train.py", *tiny.train, *other, "run=x", "steps=1", check=False).error
     assert f"adapter.init={file} was trained for low_noise, not for high_noise" in error
+
+
+ALL = ("adapter.rank=3", "adapter.targets=all", "adapter.rank_stabilized=true", "adapter.rank_pattern={ffn: 5}")
+
+
+@pytest.mark.parametrize(("adapter", "more"), [("lora", ALL), ("dora", ()), ("dora", ALL)])
+def test_every_kind_of_adapter_is_merged_exported_sampled_and_loaded_by_diffusers(
+    adapter, more, trained, tiny, pair, inside, tmp_path
+):
+    run = ("expert=low_noise", f"weights={pair}", "run=r", "steps=3", "batch_size=2", "optimizer.lr=3e-2")
+    inside(tmp_path, "train.py", *tiny.train, *run, f"adapter={adapter}", *more)
+    stored = read_lora(tmp_path / "runs" / "r" / "checkpoints" / "step_000003" / "adapter.safetensors")
+    assert stored.is_dora == (adapter == "dora") and len(stored.layers) == (26 if more else 20)
+    unmerged = Base(pair).transformer("low_noise")
+    adapters.inject_lora(unmerged, stored, seed=0)
+    said = inside(tmp_path, "export.py", "run=r", "out=out", "lora.dialect=diffusers").stdout
+    assert "note" not in said
+    wanted, merged = answer(unmerged), answer(Base(tmp_path / "out").transformer("low_noise"))
+    assert (
+        (merged - wanted).abs().max() < 1e-5 < 0.01 < (answer(Base(pair).transformer("low_noise")) - wanted).abs().max()
+    )
+    (file,) = (tmp_path / "out" / "lora").iterdir()
+    pipe = WanPipeline.from_pretrained(pair, torch_dtype=torch.float32)
+    pipe.load_lora_weights(file.parent, weight_name=file.name, load_into_transformer_2=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        noise, text = torch.randn(1, 16, 2, 4, 6, generator=generator), torch.zeros(1, 512, 64)
+        theirs = pipe.transformer_2(noise, torch.tensor([31.0]), text, return_dict=False)[0]
+    assert (theirs - wanted).abs().max() < 3e-5
+    inside(tmp_path, "export.py", f"weights={pair}", f"lora.low_noise={file}", "out=again", *MODEL)
+    assert torch.equal(answer(Base(tmp_path / "again").transformer("low_noise")), merged)
+    said = inside(tmp_path, "export.py", f"lora.low_noise={file}", "out=converted").stdout
+    assert ("ComfyUI divides by the" in said) == stored.is_dora
+    assert "diffusers takes those as lora.dialect=diffusers" in said
+    size = ("num_frames=5", "height=32", "width=48", "steps=1", "prompt=a ring")
+    inside(tmp_path, "sample.py", "run=r", *size)
+    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 1
+
+
+def test_a_lora_is_not_gone_on_from_as_a_dora(trained, tiny, pair, inside, tmp_path):
+    file = trained / "pipeline" / "lora" / "low_low_noise.safetensors"
+    run = ("expert=low_noise", f"weights={pair}", "adapter=dora", f"adapter.init={file}")
+    error = inside(tmp_path, "train.py", *tiny.train, *run, check=False).error
+    assert f"adapter.init={file} was trained with adapter=lora; give that, not adapter=dora" in error
 
 
 def test_inspect_says_it_in_a_few_lines(trained, call):

@@ -270,21 +270,34 @@ def test_a_finished_run_says_so_and_larger_steps_extend_it(tiny, call, tmp_path)
     assert equal_weights(tmp_path / "runs" / "short", tmp_path / "runs" / "long")
 
 
-@pytest.mark.parametrize("more", [(), ("accumulate=2", "gradient_checkpointing=true"), ("precision=bf16",)])
-def test_a_lora_run_resumes_bit_equal(more, tiny, pair, call, tmp_path):
+@pytest.mark.parametrize(
+    ("adapter", "more"),
+    [
+        ("lora", ("adapter.rank=4",)),
+        ("lora", ("adapter.rank=4", "accumulate=2", "gradient_checkpointing=true")),
+        ("lora", ("adapter.rank=4", "precision=bf16")),
+        ("lora", ("adapter.rank=3", "adapter.rank_stabilized=true", "adapter.targets=all", "precision=bf16",
+                  "adapter.rank_pattern={ffn: 5, blocks.1: 2}", "adapter.alpha_pattern={cross_attn: 0.1}")),
+        ("dora", ("adapter.rank=4",)),
+        ("dora", ("adapter.rank=3", "adapter.rank_stabilized=true", "adapter.targets=all", "precision=bf16",
+                  "gradient_checkpointing=true", "accumulate=2")),
+    ],
+)  # fmt: skip
+def test_a_run_of_an_adapter_resumes_bit_equal(adapter, more, tiny, pair, call, tmp_path):
     run = tmp_path / "runs" / "r"
     command = (
-        "train.py", *tiny.train, *more, f"weights={pair}", "adapter=lora", "adapter.rank=4", "run=r", "batch_size=2",
+        "train.py", *tiny.train, *more, f"weights={pair}", f"adapter={adapter}", "run=r", "batch_size=2",
         "steps=8", "checkpoint.every=3", "checkpoint.keep=9", "optimizer.lr=1e-2",
     )  # fmt: skip
     call(*command)
-    first, weights = losses(run), read_file(run / "checkpoints" / "step_000008" / "adapter.safetensors")
-    assert sorted(path.name for path in (run / "checkpoints" / "step_000008").iterdir()) == [
-        "adapter.safetensors", "optimizer.safetensors", "state.json",
-    ]  # fmt: skip
+    last, held = run / "checkpoints" / "step_000008", "adapter.safetensors"
+    first, weights = losses(run), read_file(last / held)
+    assert sorted(path.relative_to(last).as_posix() for path in last.rglob("*") if path.is_file()) == sorted(
+        [held, "optimizer.safetensors", "state.json"]
+    )
     rewind(run, 3)
     assert "step 3 of 8" in call(*command).stdout
-    again = read_file(run / "checkpoints" / "step_000008" / "adapter.safetensors")
+    again = read_file(last / held)
     assert losses(run) == first
     assert again[1] == weights[1] and all(torch.equal(again[0][key], weights[0][key]) for key in weights[0])
 

@@ -247,6 +247,7 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         judge(lambda: _check_experts(cfg))
         judge(lambda: _check_batch(cfg, processes))
         judge(lambda: _check_length(cfg))
+        problems.extend(_adapter_problems(cfg))
     if "guidance" in cfg and not isinstance(cfg.guidance, DictConfig):
         first = next(iter(cfg.model.experts))
         problems.append(f"guidance={cfg.guidance} must be given per expert: guidance.{first}=...")
@@ -285,6 +286,7 @@ _CHOICES = {
     "checkpoint.on_failure": ("stop", "continue"),
     "layout": ("diffusers", "official", "comfyui"),
     "lora.dialect": ("comfyui", "diffusers", "kohya"),
+    "adapter.targets": ("attention", "attention+ffn", "all"),
 }
 _WHOLE = (
     "steps", "batch_size", "accumulate", "count", "shard_mb", "area",
@@ -352,6 +354,30 @@ def _check_expert(cfg: DictConfig) -> None:
             f"expert={name}: model={cfg.model.name} has {', '.join(known)}; "
             f"use {' or '.join(f'expert={other}' for other in known)}, or another model="
         )
+
+
+def _adapter_problems(cfg: DictConfig) -> list[str]:
+    """What is wrong with the settings of the chosen adapter, numbers and choices apart, which all groups share."""
+    settings, problems = plain(cfg.adapter), []
+    if settings["name"] != "none" and cfg.expert.name == "vae":
+        problems.append(f"adapter={settings['name']} is for transformers; with expert=vae give adapter=none")
+    if not isinstance(settings.get("rank_stabilized", False), bool):
+        problems.append(f"adapter.rank_stabilized={settings['rank_stabilized']} must be true or false")
+    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        pattern = settings.get(key)
+        if pattern is None:
+            continue
+        if not isinstance(pattern, dict):
+            problems.append(f"adapter.{key}={pattern} must give numbers to parts of layer names: {{ffn: 8}}")
+            continue
+        wrong = [part for part, value in pattern.items() if not (_is_number(value, whole=whole) and value > 0)]
+        problems += [
+            f"adapter.{key}: {part}: {pattern[part]} must be a {'whole ' if whole else ''}number above 0"
+            for part in wrong
+        ]
+        if settings["init"] is not None:
+            problems.append(f"adapter.{key} and adapter.init: the file has its own; leave out one of them")
+    return problems
 
 
 def _check_batch(cfg: DictConfig, processes: int) -> None:

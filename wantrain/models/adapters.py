@@ -1,4 +1,5 @@
-"""Low-rank adapters through peft: inject, save, restore. Files are models/lora.py's, in the ComfyUI dialect.
+"""Low-rank adapters through peft, LoRA and DoRA: inject, save, restore. Files are models/lora.py's, in the ComfyUI
+dialect.
 
 Adapter weights are float32; activations keep the forward's own dtype.
 """
@@ -17,22 +18,64 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from wantrain.models.lora import Layer, LoRA, check_fits, read_lora, write_lora
+from wantrain.models.lora import Layer, LoRA, check_fits, read_lora, row_lengths
 
+#: Groups of linear layers, by name. "all" are those that the forward calls as modules; the patch embedding is none of
+#: them (the transformer multiplies by the convolution's weight itself), so nothing put beside it would be heard.
 TARGETS = {
     "attention": r".*(self_attn|cross_attn)\.(q|k|v|o)",
     "attention+ffn": r".*((self_attn|cross_attn)\.(q|k|v|o)|ffn\.(0|2))",
+    "all": r".*",
 }
 
 
-def inject(module: nn.Module, *, rank: int, alpha: int, targets: str, seed: int) -> None:
-    """Freeze `module` and put a float32 LoRA beside its target layers; the change starts at zero.
+def inject(
+    module: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str,
+    seed: int,
+    dora: bool = False,
+    rank_stabilized: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> None:
+    """Freeze `module` and put a float32 LoRA (or DoRA) beside its target layers; the change starts at zero.
 
-    The whole scale alpha / rank applies. ValueError for an unknown target group.
+    The whole scale applies: alpha / rank, or alpha / sqrt(rank) if `rank_stabilized` (arXiv 2312.03732). The patterns
+    give layers their own rank or alpha by whole pieces of their name ("ffn", "blocks.1", "cross_attn.k"); where
+    several fit, the last one counts. ValueError for an unknown target group or a pattern that fits no target.
     """
     if targets not in TARGETS:
         raise ValueError(f"adapter.targets={targets!r} is unknown; choose one of {', '.join(TARGETS)}")
-    _put_in(module, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[targets]), seed)
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    names = [name for name in linear if re.fullmatch(TARGETS[targets], name)]
+    if not names:
+        raise ValueError(f"adapter.targets={targets}: this model has no such layers; it is no Wan transformer")
+    ranks = _by_pattern("rank", names, rank, rank_pattern or {})
+    alphas = _by_pattern("alpha", names, alpha, alpha_pattern or {})
+    sizes = {}
+    for name in names:
+        # Whoever reads the file divides alpha by the rank; what rank stabilisation adds goes into the alpha. It is
+        # rounded to the float32 that files hold, so that a resumed run finds its own strength in its checkpoint.
+        own = alphas[name] * (ranks[name] ** 0.5 if rank_stabilized else 1.0)
+        sizes[name] = (int(ranks[name]), torch.tensor(own, dtype=torch.float32).item())
+    _put_in(module, sizes, seed, dora)
+
+
+def _by_pattern(what: str, names: list[str], default: float, pattern: Mapping[str, float]) -> dict[str, float]:
+    """A value for each layer: the last pattern's that fits whole pieces of its name, else the default."""
+    values = dict.fromkeys(names, default)
+    for part, value in pattern.items():
+        fitting = [name for name in names if f".{part}." in f".{name}."]
+        if not fitting:
+            raise ValueError(
+                f"adapter.{what}_pattern: {part} is part of no layer's name among adapter.targets (first: {names[0]}); "
+                "give whole pieces such as ffn, cross_attn.k or blocks.1"
+            )
+        values.update(dict.fromkeys(fitting, value))
+    return values
 
 
 def inject_lora(module: nn.Module, lora: LoRA, *, seed: int, where: str | Path = "the LoRA") -> None:
@@ -41,28 +84,67 @@ def inject_lora(module: nn.Module, lora: LoRA, *, seed: int, where: str | Path =
     ValueError (naming the file, `where`) if a layer or a shape does not fit the module.
     """
     check_fits(lora, module, where)
-    names = {name: f"^{re.escape(name)}$" for name in lora.layers}
+    sizes = {name: (layer.rank, layer.alpha) for name, layer in lora.layers.items()}
+    _put_in(module, sizes, seed, lora.is_dora)
+    for name, layer in adapter_layers(module).items():
+        _copy(lora.layers[name], layer)
+
+
+def _put_in(module: nn.Module, sizes: Mapping[str, tuple[int, float]], seed: int, dora: bool) -> None:
+    """Freeze everything and put trainable float32 tensors beside the layers named in `sizes`: (rank, alpha) each."""
+    whole = {name: f"^{re.escape(name)}$" for name in sizes}
     config = LoraConfig(
-        target_modules="|".join(re.escape(name) for name in lora.layers),
-        rank_pattern={names[name]: layer.rank for name, layer in lora.layers.items()},
-        alpha_pattern={names[name]: layer.alpha for name, layer in lora.layers.items()},  # type: ignore[misc]
+        target_modules="|".join(re.escape(name) for name in sizes),
+        rank_pattern={whole[name]: rank for name, (rank, _) in sizes.items()},
+        alpha_pattern={whole[name]: alpha for name, (_, alpha) in sizes.items()},  # type: ignore[misc]
+        use_dora=dora,
     )
-    _put_in(module, config, seed)
-    with torch.no_grad():
-        for name, layer in adapter_layers(module).items():
-            layer.down.copy_(lora.layers[name].down)
-            layer.up.copy_(lora.layers[name].up)
-
-
-def _put_in(module: nn.Module, config: LoraConfig, seed: int) -> None:
     module.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, module)
+    if dora:
+        for layer in _layers(module).values():
+            layer.lora_magnitude_vector["default"] = Magnitude(layer.get_base_layer().weight)
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+
+
+class Magnitude(nn.Module):
+    """The lengths of a DoRA layer's rows, and its part of the forward pass, in the place of peft's own.
+
+    peft computes the lengths of the changed weight in the activations' dtype: in bf16 each row's is rounded by up to
+    0.4 %, as much as a training changes it, so that the merged model is another one; and it lifts every activation to
+    float32. Here lengths are float32 and activations stay what they are.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(row_lengths(weight.detach()))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lora_A: nn.Linear,
+        lora_B: nn.Linear,
+        scaling: float,
+        base_layer: nn.Linear,
+        base_result: Tensor,
+        adapter_name: str = "default",
+    ) -> Tensor:
+        """What the DoRA adds to `base_result` (the frozen layer's answer, bias included), in its dtype."""
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            # The lengths count as constants for the gradient (arXiv 2402.09353, section 4.3).
+            change = lora_B.weight @ lora_A.weight
+            lengths = row_lengths(base_layer.weight.float() + scaling * change)
+        gain = self.weight / lengths
+        plain = base_result if base_layer.bias is None else base_result - base_layer.bias.to(base_result.dtype)
+        dtype = base_result.dtype
+        # What is small is rounded as something small: (gain - 1) and not gain, which bf16 would take for 1.
+        return (gain - 1).to(dtype) * plain + (gain * scaling).to(dtype) * lora_B(lora_A(x))
 
 
 def _layers(module: nn.Module) -> dict[str, Any]:
@@ -91,23 +173,22 @@ def adapter_layers(module: nn.Module, copy: Callable[[Tensor], Tensor] = Tensor.
             copy(layer.lora_A["default"].weight),
             copy(layer.lora_B["default"].weight),
             float(layer.lora_alpha["default"]),
+            copy(layer.lora_magnitude_vector["default"].weight) if layer.use_dora["default"] else None,
         )
         for name, layer in _layers(module).items()
     }
 
 
-def save_adapter(path: Path, module: nn.Module, metadata: Mapping[str, object]) -> None:
-    """Write the adapter as one file; `metadata` says for which expert of which model it is."""
-    write_lora(path, adapter_layers(module), metadata=metadata)
-
-
 def restore_adapter(path: Path, module: nn.Module) -> None:
-    """Load a file that `save_adapter` wrote into the adapter of a module of the same shape."""
+    """Load an adapter's own file (`write_lora` of its `adapter_layers`) into the adapter of a module of the same shape."""
     stored, current = read_lora(path).layers, adapter_layers(module)
     if stored.keys() != current.keys():
         raise ValueError(f"{path} holds an adapter of other layers; it belongs to another run")
     for name, layer in current.items():
         own = stored[name]
+        kinds = ["LoRA" if part.magnitude is None else "DoRA" for part in (own, layer)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{path} holds a {kinds[0]}, this run trains a {kinds[1]}; it belongs to another run")
         if (own.rank, own.alpha) != (layer.rank, layer.alpha):
             raise ValueError(
                 f"{path}: {name} has rank {own.rank} and alpha {own.alpha:g}, in this run it has {layer.rank} and "
@@ -119,5 +200,13 @@ def restore_adapter(path: Path, module: nn.Module) -> None:
                 f"{path}: {name} is {theirs[0]} x {theirs[1]}, in this run it is {ours[0]} x {ours[1]}; the adapter "
                 "belongs to another run"
             )
-        layer.down.copy_(own.down)
-        layer.up.copy_(own.up)
+        _copy(own, layer)
+
+
+@torch.no_grad()
+def _copy(stored: Layer, current: Layer) -> None:
+    """Give the tensors of a layer in training the values of a stored one."""
+    current.down.copy_(stored.down)
+    current.up.copy_(stored.up)
+    if current.magnitude is not None and stored.magnitude is not None:
+        current.magnitude.copy_(stored.magnitude)

@@ -76,7 +76,7 @@ def _lora(lora: LoRA, tensors: Mapping[str, Tensor]) -> list[str]:
         alphas = "not in the file (give lora.alpha=)"
     where = f"blocks {blocks[0]} to {blocks[-1]}" if blocks else "outside the blocks"
     return [
-        "kind      LoRA",
+        f"kind      {'DoRA' if lora.is_dora else 'LoRA'}",
         f"dialect   {lora.dialect}",
         f"expert    {lora.metadata.get('expert', 'not stated, and nothing in the tensors shows it')}",
         f"rank      {_list(map(str, ranks))}",

@@ -1,7 +1,8 @@
-"""LoRA files in every dialect that people use: read into one form, written, and merged into weights.
+"""LoRA and DoRA files in every dialect that people use: read into one form, written, and merged into weights.
 
 A layer's change is alpha / rank * up @ down. Where a file holds no alpha it is the rank, except in VideoX-Fun's files,
-which lose the alpha that they were trained with: there it must be given. Layers wear Wan's official module names here
+which lose the alpha that they were trained with: there it must be given. A DoRA has a magnitude besides: the length
+that each row of the changed weight is given (arXiv 2402.09353). Layers wear Wan's official module names here
 (`blocks.0.self_attn.q`); what a file calls them is its dialect. Sources: the tools' own conventions, checked by what
 diffusers makes of our files and we of its (docs/models.md).
 """
@@ -39,6 +40,12 @@ _PREFIXES = (
 )
 _MATRIX = re.compile(r"(?P<layer>.+?)\.lora(?:_|\.)(?P<side>A|B|down|up)(?P<default>\.default)?\.weight")
 _ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
+#: A DoRA's lengths of rows. peft and diffusers write (out,) as `lora_magnitude_vector`; LyCORIS writes, ComfyUI
+#: reads `dora_scale`, (out, 1) for rows (LyCORIS' `wd_on_out`) or (1, in) for columns. ComfyUI's weight_decompose in
+#: comfy/weight_adapter/base.py tells the two apart by this shape and multiplies a bare (out,) along the wrong axis
+#: (Comfy-Org/ComfyUI issue 12938); for rows it divides by the lengths in the base weight, where LyCORIS, peft and the
+#: paper divide by those in the changed one (its pull request 15458, open in August 2026).
+_MAGNITUDE = re.compile(r"(?P<layer>.+?)\.(?:dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?)")
 _OUTSIDE = (
     "text_embedding.0",
     "text_embedding.2",
@@ -50,7 +57,6 @@ _OUTSIDE = (
 _INSIDE = (*(f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.0", "ffn.2")
 #: What other kinds of adapters leave in a file (patterns), and what they are.
 _FOREIGN = {
-    r"dora_scale|lora_magnitude_vector": "a DoRA",
     r"\.hada_": "a LoHa",
     r"\.lokr_": "a LoKr",
     r"\.diff(_b)?$": "a LoRA that also replaces whole weights or biases",
@@ -60,16 +66,22 @@ _FOREIGN = {
 
 @dataclass(frozen=True)
 class Layer:
-    """The change of one linear layer: `down` (rank, in), `up` (out, rank), and the strength `alpha`."""
+    """The change of one linear layer: `down` (rank, in), `up` (out, rank), the strength `alpha`; in a DoRA also
+    `magnitude` (out,), the length of each row of the changed weight."""
 
     down: Tensor
     up: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Width of the change."""
         return self.down.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """What it is made of."""
+        return [self.down, self.up, *([] if self.magnitude is None else [self.magnitude])]
 
     @property
     def scale(self) -> float:
@@ -77,8 +89,26 @@ class Layer:
         return self.alpha / self.rank
 
     def change(self) -> Tensor:
-        """What is added to the weight, (out, in), float32."""
+        """What is added to the weight, (out, in), float32; in a DoRA before its rows get their length."""
         return (self.up.float() @ self.down.float()) * self.scale
+
+    def merged(self, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """`weight` (out, in) with `scale` times the change in it, float32 on the weight's device.
+
+        For a DoRA the way from the weight to the changed one is gone in a straight line, as ComfyUI does: 0 is the
+        weight itself, 1 the whole change. (diffusers' adapter weight leaves the magnitude whole, whatever the scale.)
+        """
+        before = weight.float()
+        if self.magnitude is None:
+            return before + (scale * self.change()).to(before.device)
+        changed = before + self.change().to(before.device)
+        changed *= (self.magnitude.float().to(before.device) / row_lengths(changed))[:, None]
+        return before + scale * (changed - before)
+
+
+def row_lengths(weight: Tensor) -> Tensor:
+    """Euclidean length of each row of a weight (out, in), float32: what a DoRA's magnitude starts from."""
+    return torch.linalg.vector_norm(weight.float(), dim=1)
 
 
 @dataclass(frozen=True)
@@ -88,6 +118,11 @@ class LoRA:
     layers: dict[str, Layer]
     dialect: str
     metadata: dict[str, str]
+
+    @property
+    def is_dora(self) -> bool:
+        """True if every layer has a magnitude; then all have."""
+        return any(layer.magnitude is not None for layer in self.layers.values())
 
 
 def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
@@ -101,6 +136,7 @@ def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
     dialect = _dialect(tensors)
     matrices: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
+    magnitudes: dict[str, Tensor] = {}
     strange = []
     for key, tensor in tensors.items():
         if match := _MATRIX.fullmatch(key):
@@ -111,11 +147,13 @@ def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
             pair[side] = tensor
         elif match := _ALPHA.fullmatch(key):
             alphas[match["layer"]] = _one_number(path, key, tensor)
+        elif match := _MAGNITUDE.fullmatch(key):
+            magnitudes[match["layer"]] = tensor
         else:
             strange.append(key)
     official = _official_names(matrices, dialect)
     strange += sorted(layer for layer in matrices if layer not in official)
-    strange += sorted(layer for layer in alphas if layer not in matrices)
+    strange += sorted(layer for layer in {**alphas, **magnitudes} if layer not in matrices)
     if strange or not matrices:
         example = strange[0] if strange else json.dumps(sorted(tensors)[:1])
         raise ValueError(
@@ -125,6 +163,7 @@ def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
     for layer, pair in matrices.items():
         _check_pair(path, layer, pair)
     _check_once(path, official)
+    magnitudes = _row_magnitudes(path, magnitudes, matrices)
     stated = {**_peft_alphas(path, metadata, matrices), **alphas}
     if dialect == "videox-fun" and alpha is None and not matrices.keys() <= stated.keys():
         raise ValueError(
@@ -138,7 +177,7 @@ def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
         if own is not None and alpha is not None and own != alpha:
             raise ValueError(f"{path} holds its own alpha, {own:g} for {official[layer]}; leave out alpha={alpha:g}")
         strength = own if own is not None else alpha if alpha is not None else float(pair["down"].shape[0])
-        layers[official[layer]] = Layer(pair["down"], pair["up"], strength)
+        layers[official[layer]] = Layer(pair["down"], pair["up"], strength, magnitudes.get(layer))
     about = {key: value for key, value in metadata.items() if key not in {"format", PEFT}}
     return LoRA(layers, dialect, about)
 
@@ -147,9 +186,9 @@ def _refuse_foreign(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     for key, tensor in tensors.items():
         for mark, what in _FOREIGN.items():
             if re.search(mark, key):
-                raise ValueError(f"{path} is {what} (it holds {key}), which is not supported; a plain LoRA is needed")
+                raise ValueError(f"{path} is {what} (it holds {key}), which is not supported; a LoRA or DoRA is needed")
         if tensor.ndim > 2:
-            raise ValueError(f"{path} changes a convolution ({key}), which is not supported; a plain LoRA is needed")
+            raise ValueError(f"{path} changes a convolution ({key}), which is not supported; a LoRA or DoRA is needed")
 
 
 def _dialect(tensors: Mapping[str, Tensor]) -> str:
@@ -205,6 +244,39 @@ def _check_once(path: str | Path, official: Mapping[str, str]) -> None:
         first[name] = layer
 
 
+def _row_magnitudes(
+    path: str | Path, magnitudes: Mapping[str, Tensor], matrices: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The magnitudes of a DoRA as (out,), by the file's own layer names; empty for a LoRA.
+
+    ValueError if only some layers have one, or if one is not a finite length for each row.
+    """
+    without = sorted(matrices.keys() - magnitudes.keys())
+    if magnitudes and without:
+        raise ValueError(
+            f"{path} is a DoRA, but {len(without)} of its {len(matrices)} layers have no magnitude (first: "
+            f"{without[0]}); the file is not whole"
+        )
+    rows = {}
+    for layer, magnitude in magnitudes.items():
+        after, before = matrices[layer]["up"].shape[0], matrices[layer]["down"].shape[1]
+        if tuple(magnitude.shape) == (1, before):
+            raise ValueError(
+                f"{path} is a DoRA that scales columns ({layer}: {tuple(magnitude.shape)}; LyCORIS without wd_on_out), "
+                "which is not supported; merge it with its own tool, or train it on the output axis"
+            )
+        if tuple(magnitude.shape) not in {(after,), (after, 1)}:
+            raise ValueError(
+                f"{path}: the magnitude of {layer} is {tuple(magnitude.shape)}, the layer has {after} rows"
+            )
+        if not torch.isfinite(magnitude).all():
+            raise ValueError(
+                f"{path}: {layer} holds NaN or infinity; its training went wrong, take an earlier checkpoint"
+            )
+        rows[layer] = magnitude.reshape(after)
+    return rows
+
+
 def _one_number(path: str | Path, key: str, tensor: Tensor) -> float:
     if tensor.numel() != 1 or not math.isfinite(float(tensor)):
         raise ValueError(f"{path}: {key} is not one finite number; the file is damaged, export it again")
@@ -245,8 +317,8 @@ def write_lora(
     """Write a LoRA file in one of `DIALECTS`, beside its name and then renamed.
 
     "comfyui" is loaded by ComfyUI, diffusers and us, "diffusers" by diffusers and us, its alphas in the header.
-    diffusers takes layers outside the blocks only as "diffusers", and "kohya" only if `is_complete`. ValueError for
-    another dialect, or where there are no layers.
+    diffusers takes layers outside the blocks and DoRAs only as "diffusers", and "kohya" only if `is_complete`.
+    ValueError for another dialect, or where there are no layers.
     """
     if dialect not in DIALECTS:
         raise ValueError(f"lora.dialect={dialect} is unknown; choose one of {', '.join(DIALECTS)}")
@@ -266,6 +338,10 @@ def write_lora(
         tensors[f"{key}.{ends[1]}.weight"] = layer.up
         if dialect != "diffusers":
             tensors[f"{key}.alpha"] = torch.tensor(float(layer.alpha))
+        if layer.magnitude is not None and dialect == "diffusers":
+            tensors[f"{key}.lora_magnitude_vector"] = layer.magnitude
+        elif layer.magnitude is not None:
+            tensors[f"{key}.dora_scale"] = layer.magnitude[:, None]
     if dialect == "diffusers":
         about[PEFT] = json.dumps(_peft_config(layers))
     beside = path.with_name(f".{path.name}.tmp")
@@ -299,7 +375,7 @@ def _peft_config(layers: Mapping[str, Layer]) -> dict[str, object]:
         "alpha_pattern": {name: layer.alpha for name, layer in by_name.items() if layer.alpha != first.alpha},
         "lora_dropout": 0.0,
         "bias": "none",
-        "use_dora": False,
+        "use_dora": first.magnitude is not None,
         "use_rslora": False,
     }
     return {f"transformer.{key}": value for key, value in facts.items()}
@@ -314,7 +390,7 @@ def merge_lora(
     base: str | None = None,
     alpha: float | None = None,
 ) -> int:
-    """Add a LoRA file's change, times `scale`, to a plain module's weights; returns how many layers changed.
+    """Merge a LoRA file's change, times `scale`, into a plain module's weights; returns how many layers changed.
 
     ValueError if the file says that it is for another expert or another model than `base`, or if a layer or a shape
     does not fit: a LoRA that half applies is worse than none.
@@ -330,8 +406,7 @@ def merge_lora(
     parameters = dict(module.named_parameters())
     for name, layer in lora.layers.items():
         weight = parameters[f"{name}.weight"]
-        change = (scale * layer.change()).to(weight.device)
-        weight.data = (weight.data.float() + change).to(weight.dtype)
+        weight.data = layer.merged(weight.data, scale).to(weight.dtype)
     return len(lora.layers)
 
 

@@ -73,12 +73,10 @@ class Start:
             module = Autoencoder(module)
         else:
             module.gradient_checkpointing = self.gradient_checkpointing  # type: ignore[assignment]
-        settings = {key: value for key, value in self.adapter.items() if key not in {"name", "init"}}
-        if self.adapter["name"] == "lora":
-            settings |= self.adapt(module)
+        settings = self.adapt(module) if self.adapter["name"] in {"lora", "dora"} else {}
         about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
         about |= {"base": self.base.name, "recipe": self.recipe, "made_by": world.made_by(), **settings}
-        known = {key: str(value) for key, value in about.items() if value is not None}
+        known = {key: str(value) for key, value in about.items() if value is not None and value is not False}
         return Trainee(module, self.expert["part"], known)
 
     def module(self) -> nn.Module:
@@ -121,13 +119,17 @@ class Start:
         return vae
 
     def adapt(self, module: nn.Module) -> dict[str, object]:
-        """Put the adapter in; returns rank and alpha as they are (a file to go on from has its own)."""
+        """Put the adapter in; returns its settings as they are (a file to go on from has its own)."""
         seed, given = world.seed_at(self.seed, "adapter"), self.adapter["init"]
+        kind = self.adapter["name"]
         if given is None:
-            size = {key: self.adapter[key] for key in ("rank", "alpha", "targets")}
-            adapters.inject(module, **size, seed=seed)
-            return {}
+            settings = {key: value for key, value in self.adapter.items() if key not in {"name", "init"}}
+            adapters.inject(module, **settings, seed=seed, dora=kind == "dora")
+            return settings
         lora = read_lora(given)
+        own = "dora" if lora.is_dora else "lora"
+        if own != kind:
+            raise ValueError(f"adapter.init={given} was trained with adapter={own}; give that, not adapter={kind}")
         stated = lora.metadata.get("expert", self.expert["name"])
         if stated != self.expert["name"]:
             raise ValueError(f"adapter.init={given} was trained for {stated}, not for {self.expert['name']}")

@@ -35,8 +35,15 @@ def convert_lora(
         raise ValueError(f"lora.{about['expert']}={source} was trained for {stated}; give it as lora.{stated}=")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_lora(target, lora.layers, dialect=dialect, metadata={**about, **lora.metadata})
-    if dialect == "kohya" and not is_complete(lora.layers):
+    if lora.is_dora and dialect != "diffusers":
+        world.say(
+            f"note: {target} is a DoRA: diffusers takes those as lora.dialect=diffusers; ComfyUI divides by the "
+            "lengths of the base's rows, not the changed ones (its pull request 15458): give it the merged model"
+        )
+    elif dialect == "kohya" and not is_complete(lora.layers):
         world.say(f"note: {target} is not all ten layers of every block: diffusers will refuse it in kohya's dialect")
+    elif dialect == "comfyui" and not all(name.startswith("blocks.") for name in lora.layers):
+        world.say(f"note: {target} changes layers outside the blocks: diffusers takes those as lora.dialect=diffusers")
     world.say(f"wrote {target} ({dialect}; sample.py lora.EXPERT=FILE)")
 
 

@@ -48,7 +48,7 @@ class Trainee:
         """
         if has_adapter(self.module):
             layers = adapter_layers(self.module, copy)
-            size = sum(layer.down.nbytes + layer.up.nbytes for layer in layers.values())
+            size = sum(tensor.nbytes for layer in layers.values() for tensor in layer.tensors())
             return Kept(size, lambda folder: write_lora(folder / ADAPTER, layers, metadata=self.metadata))
         config, tensors = self._layout()
         copies = {name: copy(tensor) for name, tensor in tensors.items()}
