@@ -19,8 +19,10 @@ WATCHED = ("data.holdout=0.2", "validation.every=25", "validation.clips=2", "val
 FULL = ("batch_size=8", f"steps={STEPS}", f"checkpoint.every={STEPS}", *WATCHED)
 LORA = (*FULL, "adapter=lora", "adapter.rank=4", "optimizer.lr=1e-2", "accumulate=2")
 STEADY = ("schedule=constant", "schedule.warmup=0")  # the same rate whatever length the run is said to have
+DORA = (*FULL, "adapter=dora", "adapter.rank=3", "optimizer.lr=1e-2")
 SAMPLED = ("sample.every=50", "sample.count=1", "sample.steps=2", "model.num_frames=5")
 PAIR = (*FULL, *SAMPLED, "expert=both", "experts.low_noise.lr=1e-3", "ema=0.9")
+WHAT = {"full": FULL, "lora": LORA, "dora": DORA, "pair": PAIR}
 
 
 def measured(run):
@@ -51,7 +53,7 @@ def difference(run, other):
 def alone(tiny, pair, inside, tmp_path_factory):
     """Runs of one process, which every engine is held against."""
     folder = tmp_path_factory.mktemp("alone")
-    for name, how in (("full", FULL), ("lora", LORA), ("pair", PAIR)):
+    for name, how in WHAT.items():
         inside(folder, "train.py", *tiny.train, f"weights={pair}", *how, f"run={name}")
     return folder / "runs"
 
@@ -62,14 +64,14 @@ def alone(tiny, pair, inside, tmp_path_factory):
         *((engine, "full") for engine in ENGINES),
         *((engine, "lora") for engine in ("ddp", "zero2", "fsdp2")),
         *(pytest.param(engine, "lora", marks=pytest.mark.slow) for engine in ("zero1", "zero3")),
+        *(pytest.param(engine, "dora", marks=pytest.mark.slow) for engine in ("zero3", "fsdp2")),
         pytest.param("zero3_offload", "full", marks=pytest.mark.slow),  # builds cpu_adam: a minute
         *((engine, "pair") for engine in ("ddp", "fsdp2")),
     ],
 )
 def test_fifty_steps_on_two_processes_are_those_of_one(engine, what, alone, tiny, pair, launch, tmp_path):
     """The engine table of docs/numerics.md; WANTRAIN_WRITE_DOCS=1 writes what is measured into it."""
-    how = {"full": FULL, "lora": LORA, "pair": PAIR}[what]
-    ended = launch(engine, *tiny.train, f"weights={pair}", *how, "run=two")
+    ended = launch(engine, *tiny.train, f"weights={pair}", *WHAT[what], "run=two")
     assert ended.stdout.count(f"step {STEPS}/{STEPS}  loss") == 1, "only the main process speaks"
     loss, moved = difference(tmp_path / "runs" / "two", alone / what)
     assert len(list((tmp_path / "runs" / "two" / "samples").glob("*.mp4"))) == (2 if what == "pair" else 0)

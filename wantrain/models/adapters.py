@@ -180,7 +180,7 @@ def adapter_layers(module: nn.Module, copy: Callable[[Tensor], Tensor] = Tensor.
 
 
 def restore_adapter(path: Path, module: nn.Module) -> None:
-    """Load an adapter's own file (`write_lora` of its `adapter_layers`) into the adapter of a module of the same shape."""
+    """Load what `write_lora` made of `adapter_layers` into the adapter of a module of the same shape."""
     stored, current = read_lora(path).layers, adapter_layers(module)
     if stored.keys() != current.keys():
         raise ValueError(f"{path} holds an adapter of other layers; it belongs to another run")
