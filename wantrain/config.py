@@ -45,6 +45,7 @@ TEXT_KEYS = frozenset(
 )
 PATH_KEYS = frozenset(
     ("source", "out", "shards", "data.shards", "weights", "runs", "prompts", "measure", "inspect", "adapter.init",
+     "experts.high_noise.init", "experts.low_noise.init",
      "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts",
      "parts.high_noise", "parts.low_noise", "parts.dense", "parts.vae", "parts.text_encoder", "parts.tokenizer")
 )  # fmt: skip
@@ -169,7 +170,8 @@ def experts(cfg: DictConfig) -> dict[str, DictConfig]:
             if value is None:
                 continue
             place = _OWN[key]
-            if OmegaConf.select(own, place) is None and key != "ema":
+            group, _, setting = place.rpartition(".")
+            if setting not in (OmegaConf.select(own, group) if group else own):
                 raise ValueError(f"experts.{name}.{key}={value}: there is no {place} to differ from")
             OmegaConf.update(own, place, value)
         found[name] = own
@@ -182,6 +184,7 @@ _OWN = {
     "muon_lr": "optimizer.muon_lr",
     "rank": "adapter.rank",
     "alpha": "adapter.alpha",
+    "init": "adapter.init",
     "ema": "ema",
 }
 

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -223,6 +225,18 @@ def test_launch_files_are_whole_have_cpu_twins_and_hold_no_knob_of_hydras():
         twin = files.get(f"cpu_{name}")
         if twin:
             assert {**twin, "num_processes": file["num_processes"]} == file and twin["num_processes"] == 2
+
+
+@pytest.mark.slow
+def test_the_two_jobs_of_a_pair_under_zero_make_a_pipeline(tiny, pair, environment, call, tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", ROOT / "launch" / "pair.sh", ROOT / "launch" / "accelerate" / "cpu_zero2.yaml"]
+    subprocess.run(
+        [*command, *tiny.train, f"weights={pair}", "batch_size=8", "steps=3"],
+        cwd=tmp_path, env={**environment, "PATH": path}, check=True, timeout=200,
+    )  # fmt: skip
+    call("export.py", "run=tiny_high_noise_none,tiny_low_noise_none", "out=pipeline")
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
 
 
 def test_the_weights_of_a_pair_are_read_by_export_and_sample(tiny, call, tmp_path):

@@ -17,6 +17,7 @@ from wantrain.training.residence import Residence
 from wantrain.training.stepper import Stepper
 from wantrain.training.turns import Turns
 
+NAMES = ("high_noise", "low_noise")
 SIZE = {"num_attention_heads": 1, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": 1}
 
 
@@ -197,3 +198,15 @@ def test_what_differs_for_one_expert_must_have_a_place(tiny, call):
     assert "ema=1.5 must lie between 0 and 1" in call(*command, "ema=1.5", check=False).error
     error = call(*command, "model=tiny_dense", check=False).error
     assert error.startswith("expert=both: model=tiny_dense has dense")
+
+
+def test_each_expert_of_a_pair_goes_on_from_a_lora_of_its_own(tiny, pair, call, tmp_path):
+    command = ("train.py", *tiny.train, f"weights={pair}", "batch_size=2", "check_expert=off", "adapter=lora")
+    call(*command, "expert=both", "run=first", "steps=4", "experts.high_noise.rank=3", "experts.low_noise.rank=5")
+    made = {name: tmp_path / "runs/first/checkpoints/step_000004" / name / "adapter.safetensors" for name in NAMES}
+    files = [f"experts.{name}.init={file}" for name, file in made.items()]
+    said = call(*command, "expert=both", "run=second", "steps=2", *files).stdout
+    assert "rank 3, alpha 16" in said and "rank 5, alpha 16" in said
+    swapped = [f"experts.{name}.init={made[other]}" for name, other in zip(NAMES, reversed(NAMES), strict=True)]
+    error = call(*command, "expert=both", "run=third", "steps=2", *swapped, check=False).error
+    assert "was trained for low_noise, not for high_noise" in error
