@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
-from wantrain.models import Base, open_base
+from wantrain.models import Base, open_base, partial
 from wantrain.world import errors_to_exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,6 +211,9 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         judge(lambda: _check_batch(cfg, processes))
         judge(lambda: _check_length(cfg))
         problems.extend(_adapter_problems(cfg))
+        if cfg.adapter.name == "partial":
+            part = plain(cfg.adapter)
+            judge(lambda: partial.check(part["layers"], part["tags"], cfg.model.transformer.num_layers))
     if "guidance" in cfg and not isinstance(cfg.guidance, DictConfig):
         first = next(iter(cfg.model.experts))
         problems.append(f"guidance={cfg.guidance} must be given per expert: guidance.{first}=...")

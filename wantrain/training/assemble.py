@@ -15,7 +15,7 @@ from torch import nn
 from wantrain import geometry, world
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
-from wantrain.models import Base, WanVAE, adapters, weights
+from wantrain.models import Base, WanVAE, adapters, partial, weights
 from wantrain.models.base import stated_expert
 from wantrain.models.lora import read_lora
 from wantrain.sampling import Sampler, Settings
@@ -56,7 +56,7 @@ class Start:
             module = Autoencoder(module)
         else:
             module.gradient_checkpointing = gradient_checkpointing  # type: ignore[assignment]
-        settings = self.adapt(module) if self.adapter["name"] in {"lora", "dora"} else {}
+        settings = self.adapt(module)
         about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
         about |= {"base": self.base.name, "recipe": self.recipe, "made_by": world.made_by(), **settings}
         known = {key: str(value) for key, value in about.items() if value is not None and value is not False}
@@ -92,8 +92,13 @@ class Start:
         return module
 
     def _open_transformer(self, name: str) -> nn.Module:
-        frozen = self.adapter["name"] != "none"
-        return self.base.transformer(name, device=self.device, dtype=self.dtype if frozen else torch.float32)
+        kind, fp32 = self.adapter["name"], []
+        if kind == "partial":
+            with torch.device("meta"):
+                names = [name for name, _ in self.make().named_parameters()]
+            fp32 = partial.choose(names, layers=self.adapter["layers"], tags=self.adapter["tags"])
+        dtype = torch.float32 if kind == "none" else self.dtype
+        return self.base.transformer(name, device=self.device, dtype=dtype, fp32=fp32)
 
     def _open_vae(self) -> nn.Module:
         vae = self.base.vae()
@@ -102,11 +107,17 @@ class Start:
         return vae
 
     def adapt(self, module: nn.Module) -> dict[str, object]:
-        """Put the adapter in; returns its settings as they are (a file to go on from has its own)."""
-        seed, given = world.seed_at(self.seed, "adapter"), self.adapter["init"]
+        """Put the adapter in, or freeze all but a part; returns the settings as they are (a file to go on from has its
+        own)."""
+        settings = {key: value for key, value in self.adapter.items() if key not in {"name", "init"}}
         kind = self.adapter["name"]
+        if kind == "none":
+            return {}
+        if kind == "partial":
+            partial.train_only(module, **settings)
+            return settings
+        seed, given = world.seed_at(self.seed, "adapter"), self.adapter["init"]
         if given is None:
-            settings = {key: value for key, value in self.adapter.items() if key not in {"name", "init"}}
             adapters.inject(module, **settings, seed=seed, dora=kind == "dora")
             return settings
         lora = read_lora(given)
