@@ -15,6 +15,7 @@ from wantrain.training.loop import Run, fit
 from wantrain.training.metrics import Metrics, build_tracker
 from wantrain.training.parallel import start_accelerator
 from wantrain.training.run import RunFolder
+from wantrain.training.start import Start
 from wantrain.training.stepper import finish
 from wantrain.training.turns import Turns
 
@@ -37,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
     where = {"base": base, "device": home.device, "dtype": config.dtype(cfg.precision), "recipe": config.recipe()}
-    starts = {name: assemble.Start.of(config.network(own), config.plain(own), **where) for name, own in experts.items()}
+    starts = {name: Start.of(config.network(own), config.plain(own), **where) for name, own in experts.items()}
     trainees = {name: start.trainee() for name, start in starts.items()}
     losses = {name: config.build(own.loss) for name, own in experts.items()}
     estimate.say_turns(turns, losses, steps)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -199,6 +200,21 @@ def test_what_is_wrong_with_an_adapter_is_one_clear_line(wrong, words):
         config.check(compose("train", ["adapter=lora", *wrong]))
     assert str(caught.value) == words
     config.check(compose("train", ["adapter=lora", "adapter.rank_pattern={ffn: 8, blocks.1: 4}"]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ([], "adapter=partial trains the part that adapter.layers= and adapter.tags= name; for every weight"),
+        (["adapter.layers=0-40"], "adapter.layers: 0-40 is out of range; this model has 40 blocks, 0 to 39"),
+        (["adapter.tags=[ffn,attn]"], "adapter.tags: attn is unknown; choose out of attention, self_attn, cross_attn"),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_told_before_any_work(wrong, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config.check(compose("train", ["model=t2v_a14b", "adapter=partial", *wrong]))
+    for right in (["adapter.layers=0-39"], ["adapter.layers=[0,1,20-29]", "adapter.tags=[ffn,head]"]):
+        config.check(compose("train", ["model=t2v_a14b", "adapter=partial", *right]))
 
 
 def test_the_groups_of_layers_that_the_door_knows_are_those_that_there_are():

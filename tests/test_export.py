@@ -185,6 +185,36 @@ def test_every_kind_of_adapter_is_merged_exported_sampled_and_loaded_by_diffuser
     assert len(list((tmp_path / "samples").glob("*.mp4"))) == 1
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_part_that_trained_is_exported_in_the_whole_and_the_rest_is_the_base(precision, tiny, pair, inside, tmp_path):
+    run = ("expert=low_noise", f"weights={pair}", "run=r", "steps=2", "batch_size=2", f"precision={precision}")
+    part = ("adapter=partial", "adapter.layers=1", "adapter.tags=[ffn,head]")
+    inside(tmp_path, "train.py", *tiny.train, *run, *part)
+    checkpoint = tmp_path / "runs" / "r" / "checkpoints" / "step_000002" / "transformer_2"
+    about = read_metadata(checkpoint)
+    assert (about["layers"], about["tags"]) == ("1", "['ffn', 'head']")
+    inside(tmp_path, "export.py", "run=r", "out=out")
+    was, held, now = (read_tensors(path / "transformer_2") for path in (pair, checkpoint.parent, tmp_path / "out"))
+    trained = {"scale_shift_table", "proj_out.weight", "proj_out.bias"} | {
+        f"blocks.1.ffn.net.{layer}.{end}" for layer in ("0.proj", "2") for end in ("weight", "bias")
+    }
+    assert {key for key in was if not torch.equal(held[key].float(), was[key].float())} >= trained
+    assert {held[key].dtype for key in trained} == {torch.float32}
+    for key in was.keys() - trained:
+        # A frozen weight lies in memory, and so in the checkpoint, as the run computes with it.
+        half = held[key].dtype == torch.bfloat16
+        assert half <= (precision == "bf16") and torch.equal(held[key], was[key].to(held[key].dtype))
+        assert torch.equal(now[key], held[key].float())
+    assert {key for key in held if held[key].dtype == torch.bfloat16} == (
+        set() if precision == "fp32" else {key for key in was.keys() - trained if not is_island(key)}
+    )
+
+
+def is_island(key):
+    """True for what Wan computes in float32: time, modulations, norms, head (names of the diffusers layout)."""
+    return any(part in key for part in ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out"))
+
+
 def test_a_lora_is_not_gone_on_from_as_a_dora(trained, tiny, pair, inside, tmp_path):
     file = trained / "pipeline" / "lora" / "low_low_noise.safetensors"
     run = ("expert=low_noise", f"weights={pair}", "adapter=dora", f"adapter.init={file}")

@@ -64,7 +64,8 @@ def test_every_link_leads_somewhere(page):
 def test_every_setting_named_in_the_text_exists(page):
     """`data.holdout`, `batch_size=32`, ...: dotted keys and key=value in backticks belong to some verb."""
     known = {key for verb in VERBS for key in config._all_keys(config.compose(verb))}
-    known |= set(config._all_keys(config.compose("train", ["adapter=lora"])))
+    for adapter in ("lora", "dora", "partial"):
+        known |= set(config._all_keys(config.compose("train", [f"adapter={adapter}"])))
     known |= set(config._all_keys(config.compose("train", ["recipe=wan_tiny_vae_images"])))
     for said in re.findall(r'(?<!`)`([a-z_.]+)=[^`"]*`(?!`)', page.read_text(encoding="utf-8")):
         assert said in known, f"{page.name}: {said}="

@@ -281,6 +281,8 @@ def test_a_finished_run_says_so_and_larger_steps_extend_it(tiny, call, tmp_path)
         ("dora", ("adapter.rank=4",)),
         ("dora", ("adapter.rank=3", "adapter.rank_stabilized=true", "adapter.targets=all", "precision=bf16",
                   "gradient_checkpointing=true", "accumulate=2")),
+        ("partial", ("adapter.layers=1", "adapter.tags=[attention,norm,head]", "optimizer=muon")),
+        ("partial", ("adapter.tags=[ffn,modulation,text_embedding]", "precision=bf16", "gradient_checkpointing=true")),
     ],
 )  # fmt: skip
 def test_a_run_of_an_adapter_resumes_bit_equal(adapter, more, tiny, pair, call, tmp_path):
@@ -290,10 +292,12 @@ def test_a_run_of_an_adapter_resumes_bit_equal(adapter, more, tiny, pair, call, 
         "steps=8", "checkpoint.every=3", "checkpoint.keep=9", "optimizer.lr=1e-2",
     )  # fmt: skip
     call(*command)
-    last, held = run / "checkpoints" / "step_000008", "adapter.safetensors"
+    last, part = run / "checkpoints" / "step_000008", "transformer_2/diffusion_pytorch_model.safetensors"
+    held = part if adapter == "partial" else "adapter.safetensors"
+    config = ["transformer_2/config.json"] if adapter == "partial" else []
     first, weights = losses(run), read_file(last / held)
     assert sorted(path.relative_to(last).as_posix() for path in last.rglob("*") if path.is_file()) == sorted(
-        [held, "optimizer.safetensors", "state.json"]
+        [held, *config, "optimizer.safetensors", "state.json"]
     )
     rewind(run, 3)
     assert "step 3 of 8" in call(*command).stdout

@@ -8,11 +8,11 @@ is data: read and compared (training/run.py), never built from.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
-from wantrain.models import Base, open_base
+from wantrain.models import Base, open_base, partial
 from wantrain.world import errors_to_exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +153,7 @@ def base(cfg: DictConfig, wanted: Iterable[str]) -> Base:
 
 def network(cfg: DictConfig) -> Callable[[], Any]:
     """What builds, with random values, the module that an expert's config trains."""
-    return partial(build, cfg.model.vae if cfg.expert.name == "vae" else cfg.model.transformer)
+    return functools.partial(build, cfg.model.vae if cfg.expert.name == "vae" else cfg.model.transformer)
 
 
 def experts(cfg: DictConfig) -> dict[str, DictConfig]:
@@ -251,6 +251,9 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         judge(lambda: _check_batch(cfg, processes))
         judge(lambda: _check_length(cfg))
         problems.extend(_adapter_problems(cfg))
+        if cfg.adapter.name == "partial":
+            part = plain(cfg.adapter)
+            judge(lambda: partial.check(part["layers"], part["tags"], cfg.model.transformer.num_layers))
     if "guidance" in cfg and not isinstance(cfg.guidance, DictConfig):
         first = next(iter(cfg.model.experts))
         problems.append(f"guidance={cfg.guidance} must be given per expert: guidance.{first}=...")

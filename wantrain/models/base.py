@@ -103,12 +103,18 @@ class Base:
             yield folder / "google" / "umt5-xxl"
 
     def transformer(
-        self, name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        fp32: Iterable[str] = (),
     ) -> WanTransformer:
-        """The expert `name`, after making sure that nothing says it is another one."""
+        """The expert `name`, after making sure that nothing says it is another one; parameters named in `fp32` are
+        float32 whatever `dtype` says."""
         path = self.need(name)
         check_stated(path, name)
-        return load_transformer(path, part=PARTS[name], like=self.like, device=device, dtype=dtype)
+        return load_transformer(path, part=PARTS[name], like=self.like, device=device, dtype=dtype, fp32=fp32)
 
     def vae(self, *, device: str | torch.device = "cpu") -> WanVAE:
         """The VAE, frozen, in float32."""

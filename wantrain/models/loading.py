@@ -6,7 +6,7 @@ the tensors' shapes. What is not supported is recognised by its keys and refused
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,16 @@ def load_transformer(
     like: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    fp32: Iterable[str] = (),
 ) -> WanTransformer:
     """A transformer from a single file, a part's folder, or a pipeline folder in the diffusers layout.
 
     part   of a pipeline folder: "transformer" (high noise, or the only one) or "transformer_2" (low noise)
     like   the keywords of the transformer that is expected: any other shape is refused
 
-    `fp32_parts` stay float32. ValueError names what is absent, does not fit, or is not supported.
+    fp32   names of parameters that are float32 whatever `dtype` says, as `fp32_parts` are
+
+    ValueError names what is absent, does not fit, or is not supported.
     """
     where = _part(path, part)
     tensors = read_tensors(where)
@@ -89,7 +92,7 @@ def load_transformer(
         model = WanTransformer(**sizes)
     official = {names.to_diffusers(key): key for key in model.state_dict()}
     tensors = {official.get(key, key): tensor for key, tensor in tensors.items()}
-    load_strict(model, tensors, where, device=device, dtype=dtype, fp32=WanTransformer.fp32_parts)
+    load_strict(model, tensors, where, device=device, dtype=dtype, fp32=(*WanTransformer.fp32_parts, *fp32))
     return model.eval()
 
 

@@ -16,9 +16,7 @@ from torch import nn
 from wantrain import geometry, world
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
-from wantrain.models import Base, WanVAE, adapters, weights
-from wantrain.models.base import stated_expert
-from wantrain.models.lora import read_lora
+from wantrain.models import Base, weights
 from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.generate import Velocity
 from wantrain.training import which_expert
@@ -32,123 +30,10 @@ from wantrain.training.parallel import SHARDED, engine_of, from_main
 from wantrain.training.preview import Preview
 from wantrain.training.residence import Residence
 from wantrain.training.run import RunFolder
+from wantrain.training.start import Start
 from wantrain.training.stepper import Stepper
-from wantrain.training.trainee import Autoencoder, Trainee
+from wantrain.training.trainee import Trainee
 from wantrain.training.validate import ReconstructionValidator, Validator
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run starts from, and what becomes of it.
-
-    make     builds the module with random values
-    base     where trained weights lie
-    scratch  True passes the base's weights by
-    recipe   the recipe's name, for the files that are written
-    device, dtype  what weights that stay frozen are loaded to; those that are trained are float32
-    """
-
-    make: Callable[[], nn.Module]
-    model: Mapping[str, Any]
-    expert: Mapping[str, Any]
-    adapter: Mapping[str, Any]
-    base: Base
-    scratch: bool
-    seed: int
-    device: torch.device
-    dtype: torch.dtype
-    recipe: str | None = None
-    gradient_checkpointing: bool = False
-
-    @classmethod
-    def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Start:
-        """A start by an expert's own settings, train.py's; `where` is base, device, dtype and recipe."""
-        parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed", "gradient_checkpointing")}
-        return cls(make, **parts, scratch=settings["init"] == "scratch", **where)
-
-    def trainee(self) -> Trainee:
-        """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
-        module = self.module()
-        if isinstance(module, WanVAE):
-            module = Autoencoder(module)
-        else:
-            module.gradient_checkpointing = self.gradient_checkpointing  # type: ignore[assignment]
-        settings = self.adapt(module) if self.adapter["name"] in {"lora", "dora"} else {}
-        about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
-        about |= {"base": self.base.name, "recipe": self.recipe, "made_by": world.made_by(), **settings}
-        known = {key: str(value) for key, value in about.items() if value is not None and value is not False}
-        return Trainee(module, self.expert["part"], known)
-
-    def module(self) -> nn.Module:
-        """What the expert starts from: the base's own part, else random values; says which it was.
-
-        ValueError if the base's boundary is not the model's, if what it holds is another expert, if there is neither a
-        part nor leave to start from random values, or if an adapter has no base.
-        """
-        name = self.expert["name"]
-        if not self.scratch and self.base.holds(name):
-            if name not in self.base.parts:
-                self.base.check_boundary(self.model["boundary"])
-            module = self._open_vae() if name == "vae" else self._open_transformer(name)
-            world.say(f"{name} starts from {self.base.find(name)}")
-            return module
-        if self.adapter["name"] != "none":
-            raise ValueError(
-                f"adapter={self.adapter['name']} changes a trained model, but {self.base} holds no {name}; "
-                "give weights=FOLDER with a pipeline (assets/wan-tiny is one)"
-            )
-        if not self.scratch and not self.model["scratch"]:
-            raise ValueError(
-                f"weights={self.base} holds no {name}; give the folder that does, parts.{name}=, or init=scratch"
-            )
-        # Parameters are drawn by what is trained, never by what else happened to ask for random numbers before.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(world.seed_at(self.seed, "weights", name))
-            module = self.make()
-        world.say(f"{name} starts from random values")
-        return module
-
-    def _open_transformer(self, name: str) -> nn.Module:
-        frozen = self.adapter["name"] != "none"
-        return self.base.transformer(name, device=self.device, dtype=self.dtype if frozen else torch.float32)
-
-    def _open_vae(self) -> nn.Module:
-        vae = self.base.vae()
-        for part in [vae] if self.expert["trains"] == "all" else [vae.decoder, vae.post_quant_conv]:
-            part.requires_grad_(True)
-        return vae
-
-    def adapt(self, module: nn.Module) -> dict[str, object]:
-        """Put the adapter in; returns its settings as they are (a file to go on from has its own)."""
-        seed, given = world.seed_at(self.seed, "adapter"), self.adapter["init"]
-        kind = self.adapter["name"]
-        if given is None:
-            settings = {key: value for key, value in self.adapter.items() if key not in {"name", "init"}}
-            adapters.inject(module, **settings, seed=seed, dora=kind == "dora")
-            return settings
-        lora = read_lora(given)
-        own = "dora" if lora.is_dora else "lora"
-        if own != kind:
-            raise ValueError(f"adapter.init={given} was trained with adapter={own}; give that, not adapter={kind}")
-        stated = lora.metadata.get("expert", self.expert["name"])
-        if stated != self.expert["name"]:
-            raise ValueError(f"adapter.init={given} was trained for {stated}, not for {self.expert['name']}")
-        model = lora.metadata.get("model", self.model["name"])
-        if model != self.model["name"]:
-            raise ValueError(f"adapter.init={given} was trained for model={model}, not for model={self.model['name']}")
-        adapters.inject_lora(module, lora, seed=seed, where=given)
-        first = next(iter(lora.layers.values()))
-        world.say(
-            f"the adapter goes on from {given}: {len(lora.layers)} layers, rank {first.rank}, alpha {first.alpha:g}"
-        )
-        return {"rank": first.rank, "alpha": first.alpha, "targets": "as in the file"}
-
-    def is_measurable(self) -> bool:
-        """True if what is trained is a base's own expert, so that its noise profile should be that expert's."""
-        path = None if self.scratch else self.base.find(self.expert["name"])
-        return (
-            path is not None and self.expert["name"] in {"high_noise", "low_noise"} and stated_expert(path) != "dense"
-        )
 
 
 def make_own_data(shards: Path, *, root: Path) -> None:
@@ -253,10 +138,10 @@ def find_home(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]
         hosted = pair and own["experts"]["idle"] == "cpu"
         if hosted and engine == "fsdp2":
             raise ValueError("experts.idle=cpu: fsdp2 keeps only parts of the weights anywhere; give experts.idle=gpu")
-        if hosted and own["adapter"]["name"] in {"none", "partial"}:
+        if hosted and own["adapter"]["name"] == "none":
             raise ValueError(
-                f"experts.idle=cpu keeps frozen weights on the host, but adapter={own['adapter']['name']} trains "
-                "them; give experts.idle=gpu, or adapter=lora"
+                "experts.idle=cpu keeps frozen weights on the host, but adapter=none trains them; give "
+                "experts.idle=gpu, or adapter=lora"
             )
     device = torch.device("cpu") if hosted or engine in SHARDED else accelerator.device
     return Home(accelerator, engine, device, Residence(accelerator.device) if hosted else None)
