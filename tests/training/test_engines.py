@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 
+from wantrain import config
+from wantrain.data import Plan
 from wantrain.models.weights import read_file, read_tensors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -109,6 +111,39 @@ def test_a_run_goes_through_engines_and_worlds_as_if_it_had_never_moved(stations
     state = [optimizer_state(tmp_path / "runs" / name, 2 * len(stations)) for name in ("moved", "still")]
     for key, value in state[1].items():
         assert torch.allclose(state[0][key], value, rtol=1e-3, atol=1e-9), key
+
+
+CONSUMED = """
+import json, os, runpy, sys
+from pathlib import Path
+from wantrain.data import loader
+
+load = loader.LatentData.load
+
+def noted(self, samples, positions):
+    with Path(f"consumed_{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
+        file.write(json.dumps([[int(s), int(p)] for s, p in zip(samples, positions)]) + "\\n")
+    return load(self, samples, positions)
+
+loader.LatentData.load = noted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_one_two_and_four_processes_consume_exactly_what_the_plan_has(tiny, launch, tmp_path):
+    """Each place in the run is taken once, by the sample that the plan has there: none is lost, none comes twice."""
+    (tmp_path / "consumed.py").write_text(CONSUMED)
+    command = (*tiny.train, "init=scratch", "batch_size=8", "accumulate=2", "check_expert=off", "run=r")
+    for count, (engine, processes) in enumerate((("zero2", 1), ("ddp", 2), ("ddp", 4)), 1):
+        launch(engine, ROOT / "train.py", *command, f"steps={2 * count}", script="consumed.py", processes=processes)
+    files = sorted(tmp_path.glob("consumed_*.jsonl"))
+    assert len(files) == 4, "four ranks in the end"
+    consumed = [pair for file in files for line in file.read_text().splitlines() for pair in json.loads(line)]
+    cfg = config.compose("train", [*command])
+    plan = Plan(config.build(cfg.data).buckets, batch_size=8, seed=0)
+    wanted = [[int(sample), step * 8 + i] for step in range(6) for i, sample in enumerate(plan.batch(step))]
+    assert sorted(consumed, key=lambda pair: pair[1]) == wanted
 
 
 def optimizer_state(run, step):

@@ -182,11 +182,11 @@ def enlist(
 
 def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:
     """Measure whether what was loaded is the expert it is taken for (see which_expert), where that can be known."""
-    batch = run.first_batch()
     for name, member in run.members.items():
         if starts[name].is_measurable():
+            told: dict[str, Any] = {"model": starts[name].model, "expert": name, "how": how, "seed": run.seed}
             with member.watched():
-                which_expert.check(member.stepper, batch, model=starts[name].model, expert=name, how=how, seed=run.seed)
+                which_expert.check(member.stepper, run.first_batch(), **told)
 
 
 def build_validators(run: Run, *, every: int, clips: int, points: int) -> list[Hook]:
