@@ -12,28 +12,91 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 from webdataset import tariterators
 
 from wantrain import world
-from wantrain.data.footage import Footage, Reject, cut_windows, probe
+from wantrain.data.footage import IMAGES, VIDEOS, Footage, Reject, cut_windows, probe
 from wantrain.world import file_hash
 
+#: Versions of the two formats: of folders of videos, and of folders of latents.
 SCHEMA = 1
+LATENT_SCHEMA = 2
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
-INDEX = "index.safetensors"
-EMPTY_TEXT = "empty_text.safetensors"
+#: The lists of a manifest that describe files.
+FILES = ("shards", "text_shards", "files")
 MADE_BY = {"video": "shard.py", "latent": "encode.py"}
-ID_LENGTH = 24
+
+
+class TarWriter:
+    """One tar, written at `beside` and given its name by `finish`; left without that, it is removed.
+
+    Equal samples give equal bytes. ValueError says what the disk refuses.
+    """
+
+    def __init__(self, beside: Path) -> None:
+        self.beside, self.samples = beside, 0
+        # TarInfo leaves time and owner at zero.
+        self._tar = tarfile.open(beside, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+
+    def __enter__(self) -> TarWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.beside.exists():
+            with suppress(OSError):  # what is buffered may not fit either
+                self._tar.close()
+            self.beside.unlink()
+
+    @property
+    def bytes(self) -> int:
+        """How many there are so far."""
+        return self._tar.offset
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> dict[str, tuple[int, int]]:
+        """Add one sample, its members by extension; (offset, size) of each one's content."""
+        places = {}
+        for extension, content in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(content)
+            with _disk(self.beside):
+                self._tar.addfile(info, io.BytesIO(content))
+            # The content ends at the last whole block; it began right after the header.
+            padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            places[extension] = (self._tar.offset - padded, len(content))
+        self.samples += 1
+        return places
+
+    def finish(self, final: Path) -> dict[str, Any]:
+        """Sync, rename to `final`; returns what a manifest says about the tar."""
+        with _disk(self.beside):
+            self._tar.close()
+            world.sync_file(self.beside)
+        row = {**describe_file(self.beside), "name": final.name, "samples": self.samples}
+        self.beside.replace(final)
+        return row
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """What the disk refuses is one error for people, with its mend."""
+    try:
+        yield
+    except OSError as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise ValueError(
+            f"{path.parent}: cannot write {path.name.removeprefix('.').removesuffix('.tmp')} ({error.strerror}, after "
+            f"{size} bytes); free some space and start the same command again"
+        ) from error
 
 
 class ShardWriter:
@@ -45,8 +108,7 @@ class ShardWriter:
     def __init__(self, folder: Path, kind: str, shard_bytes: int) -> None:
         self.folder, self.kind, self.shard_bytes = folder, kind, shard_bytes
         self.shards: list[dict[str, Any]] = []
-        self.tar: tarfile.TarFile | None = None
-        self.samples = 0
+        self.tar: TarWriter | None = None
         for leftover in folder.glob(f".{kind}-*.tar.tmp"):
             leftover.unlink()
 
@@ -59,45 +121,27 @@ class ShardWriter:
         if kind is None:
             self._finish()
         elif self.tar is not None:
-            self.tar.close()
-            self._beside.unlink()
+            self.tar.__exit__(kind, error, trace)
 
     @property
     def name(self) -> str:
         return f"{self.kind}-{len(self.shards):06d}.tar"
 
-    @property
-    def _beside(self) -> Path:
-        return self.folder / f".{self.name}.tmp"
-
     def write(self, key: str, members: Mapping[str, bytes]) -> dict[str, tuple[int, int, int]]:
         """Add one sample: its members by extension."""
         if self.tar is None:
-            # TarInfo leaves time and owner at zero: equal samples give equal bytes.
-            self.tar = tarfile.open(self._beside, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        places = {}
-        for extension, content in members.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size = len(content)
-            self.tar.addfile(info, io.BytesIO(content))
-            # The content ends at the last whole block; it began right after the header.
-            padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            places[extension] = (len(self.shards), self.tar.offset - padded, len(content))
-        self.samples += 1
-        if self.tar.offset >= self.shard_bytes:
+            self.tar = TarWriter(self.folder / f".{self.name}.tmp")
+        places = {
+            extension: (len(self.shards), *place) for extension, place in self.tar.write(key, members).items()
+        }
+        if self.tar.bytes >= self.shard_bytes:
             self._finish()
         return places
 
     def _finish(self) -> None:
-        if self.tar is None:
-            return
-        self.tar.close()
-        world.sync_file(self._beside)
-        final = self.folder / self.name
-        self._beside.replace(final)
-        row = {**describe_file(final), "samples": self.samples}
-        self.tar, self.samples = None, 0
-        self.shards.append(row)
+        if self.tar is not None:
+            self.shards.append(self.tar.finish(self.folder / self.name))
+            self.tar = None
 
 
 @dataclass(frozen=True)
@@ -201,9 +245,16 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
 
 
-def write_rejects(out: Path, rejects: list[Reject], total: int, limit: float, unit: str) -> None:
-    """Write rejects.jsonl, say the first; ValueError if the bad ones' share of `total` is above `limit`, or all go."""
+def write_rejects(
+    out: Path, rejects: list[Reject], total: int, limit: float, unit: str, identities: list[str] | None = None
+) -> None:
+    """Write rejects.jsonl, say the first; ValueError if the bad ones' share of `total` is above `limit`, or all go.
+
+    `identities` are noted beside, where rejects are known again by them.
+    """
     rows = [{"name": reject.name, "reason": reject.reason} for reject in rejects]
+    for row, identity in zip(rows, identities or [], strict=False):
+        row["identity"] = identity
     text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
     world.write_atomically(out / REJECTS, text)
     for reject in rejects[:5]:
@@ -230,7 +281,7 @@ def finished(out: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any
         for stale in out.glob(f"{kind}-*.tar"):
             stale.unlink()
         return None
-    if _load_manifest(out).get("kind") != kind:
+    if load_manifest(out).get("kind") != kind:
         raise ValueError(f"out={out} holds shards of another kind; give another out=")
     manifest = read_manifest(out, kind)
     differing = [key for key in settings if manifest["settings"].get(key) != settings[key]]
@@ -254,15 +305,20 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         what = "is not finished" if (folder / REJECTS).exists() else "holds no shards"
         raise ValueError(f"{folder} {what} (no {MANIFEST}); run python {verb} out={folder} ... first")
-    manifest = _load_manifest(folder)
-    if manifest.get("schema") != SCHEMA:
-        raise ValueError(f"{folder} has schema {manifest.get('schema')}, this version reads {SCHEMA}; run {verb} again")
-    if manifest["kind"] != kind:
-        raise ValueError(f"{folder} holds {manifest['kind']} shards, but {kind} shards are needed: run python {verb}")
+    manifest = load_manifest(folder)
+    if manifest.get("kind") != kind:
+        holds = manifest.get("kind")
+        raise ValueError(f"{folder} holds {holds} shards, but {kind} shards are needed: run python {verb}")
+    reads = {"video": SCHEMA, "latent": LATENT_SCHEMA}[kind]
+    if manifest.get("schema") != reads:
+        raise ValueError(
+            f"{folder} has schema {manifest.get('schema')}, this version reads {reads}; remove the folder and make it "
+            f"again: python {verb} out={folder} ..."
+        )
     return manifest
 
 
-def _load_manifest(folder: Path) -> dict[str, Any]:
+def load_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -279,12 +335,34 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def check_shards(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = True) -> None:
     """Raise ValueError if a file is absent or not what was written: by size, and by hash too if `hashes`."""
-    for shard in [*manifest["shards"], *manifest.get("files", [])]:
-        path = folder / shard["name"]
+    for file in files_of(manifest):
+        path = folder / file["name"]
         size = path.stat().st_size if path.is_file() else None
-        if size != shard["bytes"] or (hashes and file_hash(path) != shard["sha256"]):
-            state = "is missing" if size is None else f"is damaged ({size} bytes, written were {shard['bytes']})"
+        if size != file["bytes"] or (hashes and file_hash(path) != file["sha256"]):
+            state = "is missing" if size is None else f"is damaged ({size} bytes, written were {file['bytes']})"
             raise ValueError(f"{path} {state}; restore it, or make the shards again with {MADE_BY[manifest['kind']]}")
+
+
+def check_folder(folder: Path) -> None:
+    """Read every file of a finished folder of either kind and say so; ValueError names all that are damaged."""
+    if not (folder / MANIFEST).is_file():
+        read_manifest(folder, "latent")  # says what is missing
+    manifest = read_manifest(folder, str(load_manifest(folder).get("kind")))
+    files, damage = files_of(manifest), []
+    for file in tqdm(files, desc="check", unit="file", disable=not world.is_main()):
+        try:
+            check_shards(folder, {"kind": manifest["kind"], "files": [file]})
+        except ValueError as error:
+            damage.append(str(error))
+    if damage:
+        raise ValueError(f"{len(damage)} of {len(files)} files of {folder} are not as written:\n" + "\n".join(damage))
+    size = sum(file["bytes"] for file in files)
+    world.say(f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, {manifest['clips']} clips: all as written")
+
+
+def files_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a manifest says about every file beside it: name, bytes, sha256."""
+    return [file for group in FILES for file in manifest.get(group, [])]
 
 
 def read_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[VideoSample]:
@@ -301,44 +379,53 @@ def read_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Vid
 
 
 @dataclass(frozen=True)
-class Index:
-    """Where every latent lies, in columns of equal length (about 60 bytes a clip).
+class VideoEntry:
+    """One file of a video shard that has not been read: where its bytes lie, and what shard.py found out about it."""
 
-    shard, offset, size  the .safetensors member's bytes inside its tar
-    bucket               number into the manifest's list of buckets
-    source               the file a clip was cut from, as a number
-    ids                  (N, 24) bytes, zero padded
+    key: str
+    extension: str
+    tar: str
+    offset: int
+    size: int
+    about: dict[str, Any]
+
+
+def scan_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[VideoEntry]:
+    """Every file of a video folder, in order, without reading videos: headers and .json members only.
+
+    Sizes of the tars are checked, hashes are not. ValueError for a member that no video shard has: what is no video or
+    image, a link, a name that leads out of the folder.
     """
-
-    shard: NDArray[np.int32]
-    offset: NDArray[np.int64]
-    size: NDArray[np.int64]
-    bucket: NDArray[np.int32]
-    source: NDArray[np.uint64]
-    ids: NDArray[np.uint8]
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-    def name(self, sample: int) -> str:
-        """The id of one sample."""
-        return self.ids[sample].tobytes().rstrip(b"\0").decode()
-
-    def write(self, folder: Path) -> None:
-        """Write the index beside its name, then rename it."""
-        beside = folder / f".{INDEX}.tmp"
-        save_file(vars(self), beside)
-        world.sync_file(beside)
-        beside.replace(folder / INDEX)
-
-    @staticmethod
-    def read(folder: Path) -> Index:
-        """The index of a finished folder of latent shards."""
-        return Index(**load_file(folder / INDEX))
+    check_shards(folder, manifest, hashes=False)
+    for shard in manifest["shards"]:
+        with _reading(folder / shard["name"]) as tar:
+            found: dict[str, tarfile.TarInfo] = {}
+            for member in tar:
+                key, extension = _split_name(member, shard["name"])
+                if extension != "json":
+                    found[key] = member
+                    continue
+                video, opened = found.pop(key, None), tar.extractfile(member)
+                if video is None or opened is None:
+                    raise ValueError(f"{folder / shard['name']}: {member.name} comes without its video")
+                about = json.loads(opened.read())
+                extension = _split_name(video, shard["name"])[1]
+                yield VideoEntry(key, extension, shard["name"], video.offset_data, video.size, about)
 
 
-def pack_ids(names: list[str]) -> NDArray[np.uint8]:
-    """Names as rows of ID_LENGTH bytes."""
-    assert all(len(name.encode()) <= ID_LENGTH for name in names)
-    rows = b"".join(name.encode().ljust(ID_LENGTH, b"\0") for name in names)
-    return np.frombuffer(rows, dtype=np.uint8).reshape(-1, ID_LENGTH)
+def _split_name(member: tarfile.TarInfo, shard: str) -> tuple[str, str]:
+    """A member's key and extension; ValueError if no video shard has such a member."""
+    key, _, extension = member.name.partition(".")
+    if not member.isreg() or "/" in member.name or not (extension == "json" or f".{extension}" in VIDEOS | IMAGES):
+        raise ValueError(f"{shard} holds {member.name!r}, which is no video, image or .json: refused; make it with shard.py")
+    return key, extension
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar, opened; damage is a ValueError that names it."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield tar
+    except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or make the shards again with shard.py") from error

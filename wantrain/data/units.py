@@ -1,0 +1,146 @@
+"""What is to be encoded, as arithmetic: rows with an identity each, cut into units of work that become one tar each.
+
+An identity is the hash of all that makes a row's content. Where a unit ends depends on its own rows, so a clip that
+comes or goes changes one or two units and leaves the others, and with them their tars, as they are. A unit knows
+neither processes nor history: any number of processes, killed or not, ends with the same tars.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wantrain import geometry
+from wantrain.data.shards import VideoEntry
+
+#: Raise it whenever the same footage, choices and weights would give other latents or texts than before.
+CODE = 2
+#: What a file's `about` may say without changing its latents; everything else is part of their identity.
+WORDS = frozenset(("caption", "captions", "source", "weight", "tags", "windows"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of a tar: its key, its identity, and its .json member."""
+
+    key: str
+    identity: str
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ClipRow(Row):
+    """The latents of one window of a file; `number` counts the file's windows."""
+
+    entry: VideoEntry
+    number: int
+    bucket: geometry.Bucket
+
+    @property
+    def clip(self) -> tuple[str, int, str]:
+        """What the windows of one clip share: windows that carry the same number `clip` and have one bucket."""
+        return self.entry.key, self.entry.about["windows"][self.number].get("clip", self.number), str(self.bucket)
+
+    @property
+    def captions(self) -> list[str]:
+        """Its file's captions, each once: `captions` if there are several, else `caption`."""
+        about = self.entry.about
+        return list(dict.fromkeys(str(caption) for caption in about.get("captions") or [about["caption"]]))
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"{self.entry.about['source']} (clip {self.number})"
+
+
+@dataclass(frozen=True)
+class TextRow(Row):
+    """The embedding of one caption."""
+
+    @property
+    def caption(self) -> str:
+        return str(self.about["caption"])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows that are made together and lie in one tar (those of them that could be made)."""
+
+    kind: str
+    rows: tuple[Row, ...]
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Its name, a hash of what is wanted."""
+        return f"{self.kind}-{_content(self.rows)}"
+
+
+def tar_name(kind: str, rows: Iterable[Row]) -> str:
+    """The name of the tar that holds exactly these rows."""
+    return f"{kind}-{_content(rows)}.tar"
+
+
+def clip_rows(entry: VideoEntry, sizes: list[tuple[int, int]], vae_fingerprint: str) -> list[ClipRow]:
+    """The rows of a file's windows, each at the size of `sizes` (height, width) that is nearest in shape."""
+    about, rows = entry.about, []
+    height, width = geometry.nearest_size(about["height"], about["width"], sizes)
+    *_, cropped = geometry.cover(about["height"], about["width"], height, width)
+    made_of = {key: value for key, value in about.items() if key not in WORDS}
+    for number, window in enumerate(about["windows"]):
+        bucket = geometry.Bucket(window["num_frames"], height, width)
+        choices = {key: value for key, value in window.items() if key != "clip"}
+        identity = _hash(CODE, "latent", made_of, choices, [height, width], vae_fingerprint)[:32]
+        told = {"source": about["source"], "bucket": str(bucket), "cropped": round(cropped, 4), "identity": identity}
+        rows.append(ClipRow(f"{entry.key}-{number:04d}", identity, {**told, **window}, entry, number, bucket))
+    return rows
+
+
+def text_row(caption: str, text_fingerprint: str) -> TextRow:
+    """The row of one caption."""
+    identity = _hash(CODE, "text", caption, text_fingerprint)[:32]
+    return TextRow(identity[:24], identity, {"caption": caption, "identity": identity})
+
+
+def latent_units(files: Iterable[Sequence[ClipRow]], *, most: int, limit: int) -> list[Unit]:
+    """Units of about `most` clips at most and `limit` bytes; the clips of a file stay together, as it is read once."""
+    groups = [(int(rows[0].entry.key[:8], 16), rows, sum(_latent_bytes(row.bucket) for row in rows)) for rows in files]
+    return _cut("latent", groups, most, limit)
+
+
+def text_units(rows: Iterable[TextRow], *, most: int) -> list[Unit]:
+    """Units of about `most` texts at most, in the order of their identities."""
+    ordered = sorted(rows, key=lambda row: row.identity)
+    return _cut("text", [(int(row.identity[:8], 16), [row], 0) for row in ordered], most, 1)
+
+
+def _cut(kind: str, groups: Iterable[tuple[int, Sequence[Row], int]], most: int, limit: int) -> list[Unit]:
+    """Groups of rows, each with a number of its own and its bytes, gathered into units.
+
+    A unit ends where it is full; or, once a quarter full, after a group whose own number says so.
+    """
+    units, rows, size = [], list[Row](), 0
+    for number, group, more in groups:
+        rows.extend(group)
+        size += more
+        full = len(rows) >= most or size >= max(1, limit)
+        if full or (len(rows) >= most // 4 and number % max(1, most // 2) == 0):
+            units.append(Unit(kind, tuple(rows)))
+            rows, size = [], 0
+    return [*units, Unit(kind, tuple(rows))] if rows else units
+
+
+def _latent_bytes(bucket: geometry.Bucket) -> int:
+    """About what a clip's latents take: 16 channels in bf16 for 4x8x8 pixels. Only where units end depends on it."""
+    return bucket.num_frames * bucket.height * bucket.width // 8
+
+
+def _content(rows: Iterable[Row]) -> str:
+    return _hash([[row.key, row.identity, row.about] for row in rows])[:16]
+
+
+def _hash(*value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
