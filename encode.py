@@ -1,45 +1,72 @@
 """Turn video shards into latent shards: Wan-VAE latents and umT5 embeddings.
 
 python encode.py shards=DIR out=DIR model=tiny        python encode.py --help
+accelerate launch --num_processes 2 encode.py ...     python encode.py out=DIR check=true
 """
 
+import functools
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from wantrain import config, geometry, world
-from wantrain.data import encode_shards
+from wantrain.data import check_folder, encode_shards
+from wantrain.models.fingerprints import Fingerprints
 from wantrain.models.weights import fingerprint
 
 
 @config.app("encode")
 def main(cfg: DictConfig) -> None:
     """Decode every clip, bring it to its bucket, encode pixels and captions, write tars and a manifest."""
+    if cfg.check is True:
+        check_folder(config.needed_path(cfg, "out"))
+        return
     config.check(cfg)
-    world.single_process("encode.py")
     world.set_threads()
     device, base = config.device(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
-    vae, text = base.vae(device=device), base.text_encoder(device=device, dtype=config.dtype(cfg.precision))
+
+    # Loaded when they are first needed: not at all where nothing is to be encoded.
+    @functools.cache
+    def vae() -> Any:
+        return base.vae(device=device)
+
+    @functools.cache
+    def text() -> Any:
+        return base.text_encoder(device=device, dtype=config.dtype(cfg.precision))
+
+    def look_at_vae() -> dict[str, Any]:
+        strides = {"temporal_stride": vae().temporal_stride, "spatial_stride": vae().spatial_stride}
+        return {"vae_fingerprint": fingerprint(vae()), **strides}
+
+    def look_at_text() -> dict[str, Any]:
+        tokenizer = hashlib.sha256(text().tokenizer.to_str().encode()).hexdigest()[:16]
+        return {"text_fingerprint": fingerprint(text()), "tokenizer_fingerprint": tokenizer}
 
     @torch.inference_mode()
     def encode_pixels(pixels_BCTHW: torch.Tensor) -> torch.Tensor:
-        return vae.encode(pixels_BCTHW.to(device)).cpu()
+        return vae().encode(pixels_BCTHW.to(device)).cpu()
 
+    prints, words = Fingerprints(Path(cfg.out)), base.need("text_encoder")
+    tokenizer = base.find("tokenizer") or words.parent / "tokenizer"
     encode_shards(
         Path(cfg.shards),
         Path(cfg.out),
         encode_pixels=encode_pixels,
-        encode_texts=text.encode_unpadded,
+        encode_texts=lambda captions: text().encode_unpadded(captions),
+        **prints.of("vae", [base.need("vae")], look_at_vae),
+        **prints.of(f"text encoder in {cfg.precision}", [words, tokenizer], look_at_text),
         sizes=geometry.sizes(cfg.area, cfg.model.multiple, cfg.aspects),
-        temporal_stride=vae.temporal_stride,
-        spatial_stride=vae.spatial_stride,
         model=cfg.model.name,
-        vae_fingerprint=fingerprint(vae),
-        text_fingerprint=fingerprint(text),
         rejects_limit=cfg.rejects.limit,
         shard_bytes=cfg.shard_mb << 20,
+        shard_clips=cfg.shard_clips,
+        **cfg.decode,
+        patience=cfg.patience,
     )
+    prints.write()
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_what_a_kill_left_hidden_does_not_make_a_folder_foreign(tmp_path):
 
 
 def test_a_verb_that_works_alone_refuses_to_be_launched_as_several(monkeypatch):
-    world.single_process("encode.py")
+    world.single_process("shard.py")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"encode\.py runs as one process, but 2 were started"):
-        world.single_process("encode.py")
+    with pytest.raises(ValueError, match=r"shard\.py runs as one process, but 2 were started"):
+        world.single_process("shard.py")

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
 from wantrain.models import Base, open_base, partial
-from wantrain.world import errors_to_exit_code
+from wantrain.world import errors_to_exit_code, local_rank
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -295,12 +295,12 @@ _CHOICES = {
     "adapter.targets": ("attention", "attention+ffn", "all"),
 }
 _WHOLE = (
-    "steps", "batch_size", "accumulate", "count", "shard_mb", "area",
+    "steps", "batch_size", "accumulate", "count", "shard_mb", "shard_clips", "area", "decode.workers",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
     "validation.every", "validation.clips", "validation.points", "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
-_SWITCHES = ("checkpoint.keep_best", "checkpoint.background")
-_POSITIVE = ("epochs", "clip", "fps", "shift", "adapter.alpha", "optimizer.lr")
+_SWITCHES = ("check", "decode.retry", "checkpoint.keep_best", "checkpoint.background")
+_POSITIVE = ("decode.timeout", "patience", "epochs", "clip", "fps", "shift", "adapter.alpha", "optimizer.lr")
 
 
 def _is_number(value: object, *, whole: bool = False) -> bool:
@@ -404,11 +404,11 @@ def _check_length(cfg: DictConfig) -> None:
 
 
 def device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device; ValueError for a GPU that is not there."""
+    """`auto`, `cpu` or `cuda` (this process's own) as a device; ValueError for a GPU that is not there."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ValueError("device=cuda, but no GPU is visible; use device=cpu or device=auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    return torch.device("cuda", local_rank()) if available and name != "cpu" else torch.device("cpu")
 
 
 def dtype(name: str) -> torch.dtype:

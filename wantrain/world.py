@@ -32,6 +32,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """This process among those on its machine (0 without a launcher)."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """How many processes the launcher started on this machine (1 without one)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
 def is_main() -> bool:
     """True in the one process that writes and speaks."""
     return rank() == 0
@@ -49,15 +59,19 @@ def single_process(verb: str) -> None:
         raise ValueError(f"{verb} runs as one process, but {world_size()} were started; use python {verb}")
 
 
+def cores() -> int:
+    """This process's share of the cores of its machine."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, available // local_world_size())
+
+
 def set_threads() -> None:
     """Give each process its share of the cores.
 
     A bare `accelerate launch` sets OMP_NUM_THREADS=1 and `python` uses all cores: losses would then differ between
     the two in the last digits and the first be half as fast. WANTRAIN_THREADS overrides.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    torch.set_num_threads(int(os.environ.get("WANTRAIN_THREADS", max(1, cores // local))))
+    torch.set_num_threads(int(os.environ.get("WANTRAIN_THREADS", cores())))
 
 
 @functools.cache

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -99,7 +99,7 @@ class Decoders:
             end.close()
         self._folder.cleanup()
 
-    def decode(self, jobs: Iterable[Job]) -> Iterator[Decoded]:
+    def decode(self, jobs: Iterable[Job]) -> Generator[Decoded]:
         """Every clip of every job in order; of a job that fails, those before that and then one with the reason."""
         pump = _Pump(self._workers, self._replace, iter(jobs), self.timeout, self._woken)
         thread = threading.Thread(target=pump.run, name="decoders", daemon=True)
@@ -219,9 +219,9 @@ def _hand_over(answers: socket.socket, frames: Frames) -> None:
     """Put frames into a file that is nowhere but in memory, and pass it on."""
     file = os.memfd_create("frames")
     try:
-        rest = memoryview(np.ascontiguousarray(frames)).cast("B")
-        while rest:
-            rest = rest[os.write(file, rest) :]
+        content, done = np.ascontiguousarray(frames).reshape(-1).data, 0
+        while done < len(content):
+            done += os.write(file, content[done:])
         socket.send_fds(answers, [json.dumps({"shape": frames.shape}).encode()], [file])
     finally:
         os.close(file)
@@ -287,12 +287,12 @@ class _Pump:
             if reading.deadline is None and self._room(reading.number):
                 self._start(worker, reading, None)
         for worker in [worker for worker in self.workers if worker not in self.active]:
-            reading = self._next_reading()
-            if reading is None:
+            following = self._next_reading()
+            if following is None:
                 return
-            self.active[worker] = reading
-            windows = reading.job.request["windows"][reading.given :]
-            self._start(worker, reading, {**reading.job.request, "windows": windows})
+            self.active[worker] = following
+            windows = following.job.request["windows"][following.given :]
+            self._start(worker, following, {**following.job.request, "windows": windows})
 
     def _next_reading(self) -> _Reading | None:
         if self.again:

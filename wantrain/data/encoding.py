@@ -1,77 +1,51 @@
-"""Video shards to latent shards, given functions from pixels to latents and from texts to embeddings."""
+"""Video shards to latent shards, given functions from pixels to latents and from texts to embeddings.
+
+What there is to do is the business of units.py, where it goes of latents.py, who decodes of decoding.py; here is what
+happens in which order. Processes share the units by number, and know nothing of each other until all are done.
+"""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Callable, Iterator
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from wantrain import geometry, world
-from wantrain.data.footage import Reject, Window, fit_frame, probe, read_windows
+from wantrain.data.attendance import Attendance
+from wantrain.data.decoding import Decoded, Decoders, Job, Read
+from wantrain.data.footage import Reject
+from wantrain.data.latents import LatentFolder, UnitWriter, build_index
+from wantrain.data.pixels import read_clips, to_pixels
 from wantrain.data.shards import (
-    EMPTY_TEXT,
-    INDEX,
+    LATENT_SCHEMA,
     MANIFEST,
-    SCHEMA,
-    Index,
-    ShardWriter,
-    VideoSample,
-    describe_file,
+    check_shards,
     file_hash,
-    finished,
-    pack_ids,
     read_manifest,
-    read_video_shards,
-    to_json,
     write_rejects,
 )
+from wantrain.data.units import ClipRow, Row, TextRow, Unit, Work, plan_work
 from wantrain.video import Frames
 
 EncodePixels = Callable[[Tensor], Tensor]
 EncodeTexts = Callable[[list[str]], list[Tensor]]
 
-#: Encoded captions kept in memory: clips of one file share theirs, and a few thousand tokens x 4096 are a gigabyte.
-TEXTS_KEPT = 1000
 #: Clips are encoded together up to this many pixels: large ones one by one, small ones in batches, since a
 #: convolution over one small clip is six times slower per clip on a CPU.
 PIXELS_TOGETHER = 1 << 20
-
-
-def prepare_pixels(frames: Frames, size: tuple[int, int]) -> tuple[Tensor, float]:
-    """Frames (F, H, W, 3) uint8 -> pixels (3, F, height, width) in [-1, 1], and the share cropped away.
-
-    Every frame is scaled to cover the target without squeezing, and cropped at the centre (see `fit_frame`).
-    """
-    *_, cropped = geometry.cover(frames.shape[1], frames.shape[2], *size)
-    return to_pixels(np.stack([fit_frame(frame, size) for frame in frames])), cropped
-
-
-def to_pixels(frames: Frames) -> Tensor:
-    """Frames (F, H, W, 3) uint8 -> pixels (3, F, H, W) float32 in [-1, 1]."""
-    pixels_CFHW = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).float()
-    return (pixels_CFHW / 127.5 - 1).contiguous()
-
-
-def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Iterator[Frames]:
-    """The frames of every window of a video sample in turn, brought to `size` if one is given.
-
-    ValueError with the reason where decoding fails.
-    """
-    with tempfile.NamedTemporaryFile(suffix=f".{sample.extension}") as file:
-        file.write(sample.content)
-        file.flush()
-        path = Path(file.name)
-        windows = [Window(**window) for window in sample.about["windows"]]
-        yield from read_windows(path, probe(path), windows, sample.about["fps"], size)
+#: Captions are encoded so many together, those of like length, because they are padded to the longest.
+TEXTS_TOGETHER = 16
+#: Decoder processes, unless said otherwise: the cores but one, up to this many.
+MOST_WORKERS = 8
 
 
 def encode_shards(
@@ -86,14 +60,27 @@ def encode_shards(
     model: str,
     vae_fingerprint: str,
     text_fingerprint: str,
+    tokenizer_fingerprint: str = "",
     rejects_limit: float,
     shard_bytes: int,
-) -> dict[str, Any]:
-    """Encode every clip, and a caption that comes again soon only once; returns the manifest.
+    shard_clips: int = 64,
+    workers: int | None = None,
+    timeout: float = 120.0,
+    retry: bool = False,
+    patience: float = 1800.0,
+    read: Read = read_clips,
+) -> dict[str, Any] | None:
+    """Make `out` the latents and texts of these video shards; returns the manifest (None on ranks other than 0).
 
-    `encode_pixels(pixels_BCTHW in [-1, 1]) -> latents`; `encode_texts(list of str) -> list of (L, D)`. Latents and
-    texts are stored in bf16, texts without padding. A clip that cannot be decoded goes to rejects.jsonl. ValueError
-    if more than `rejects_limit` are, if the shards were made for another model, or if `out` holds something else.
+    Only what is not there yet is made: nothing is encoded or loaded for a clip or caption whose identity is in `out`,
+    and what no clip needs any more is removed at the end. `encode_pixels(pixels_BCTHW in [-1, 1]) -> latents`;
+    `encode_texts(list of str) -> list of (L, D)`. Both are stored in bf16, texts without padding. `read` is what runs
+    in `workers` processes (None: by the cores), `timeout` seconds a clip at most; what cannot be decoded goes to
+    rejects.jsonl, and is tried again only with `retry`. Each process of a launcher does its share of the units, and
+    rank 0 waits for the others, `patience` seconds without a sign of life at most.
+
+    ValueError if more than `rejects_limit` are rejected, if the shards were made for another model, if `out` holds
+    something else, or for what an encoder must not give.
     """
     video = read_manifest(shards, "video")
     if video["settings"]["model"] != model:
@@ -106,166 +93,247 @@ def encode_shards(
         "shards": file_hash(shards / MANIFEST),
         "vae_fingerprint": vae_fingerprint,
         "text_encoder_fingerprint": text_fingerprint,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
         "sizes": [list(size) for size in sizes],
+        "shard_bytes": shard_bytes,
+        "shard_clips": shard_clips,
     }
-    done = finished(out, "latent", settings)
-    if done is not None:
-        return done
-    encoder = _Encoder(encode_pixels, encode_texts, sizes, (temporal_stride, spatial_stride))
-    with ShardWriter(out, "latent", shard_bytes) as writer:
-        with tqdm(total=video["clips"], desc="encode", unit="clip", disable=not world.is_main()) as bar:
-            for sample in read_video_shards(shards, video):
-                encoder.add(sample)
-                bar.update(len(sample.about["windows"]))
-                encoder.write(writer)
-            encoder.write(writer, rest=True)
-        empty = encoder.text("")
-        save_file({"text": empty}, out / EMPTY_TEXT)
-    write_rejects(out, encoder.rejects, video["clips"], rejects_limit, "clip")
-    buckets = list(dict.fromkeys(row["bucket"] for row in encoder.rows))
-    encoder.index(buckets).write(out)
+    folder = LatentFolder(out, retry=retry)
+    if folder.is_finished(settings) and not (retry and folder.earlier.manifest["clips_rejected"]):
+        world.say(f"{out} is finished already: {folder.earlier.manifest['clips']} clips; nothing to do")
+        return folder.earlier.manifest
+    work = plan_work(shards, video, settings)
+    folder.check_same_footage(work.sources)
+    strides = temporal_stride, spatial_stride
+    with Attendance(out, work.name, patience=patience) as attendance:
+        encoder = _Encoder(folder, encode_pixels, encode_texts, strides, attendance)
+        encoder.check_sources(shards, video)
+        encoder.make(work.share(world.rank(), world.world_size()), _Reading(shards, read, workers, timeout), retry)
+    if not world.is_main():
+        return None
+    attendance.wait()
+    return _conclude(folder, work, settings, strides, [shard["sha256"] for shard in video["shards"]], rejects_limit)
+
+
+def _conclude(
+    folder: LatentFolder,
+    work: Work,
+    settings: Mapping[str, Any],
+    strides: tuple[int, int],
+    sources: list[str],
+    rejects_limit: float,
+) -> dict[str, Any]:
+    """Rank 0, when all units are made: count the rejects, write index and manifest."""
+    latents, texts = folder.gather(work.latents), folder.gather(work.texts)
+    rejected = [
+        (row, why) for unit, record in latents for row in unit.rows if (why := record.rejects.get(row.identity))
+    ]
+    seen = sum(len(unit.rows) for unit in work.latents)
+    write_rejects(
+        folder.out,
+        [Reject(row.name, why) for row, why in rejected if isinstance(row, ClipRow)],
+        seen,
+        rejects_limit,
+        "clip",
+        [row.identity for row, _ in rejected],
+    )
+    index, buckets = build_index(latents, texts, work.text_of)
     manifest = {
-        "schema": SCHEMA,
+        "schema": LATENT_SCHEMA,
         "kind": "latent",
-        "settings": settings,
-        "vae_fingerprint": vae_fingerprint,
-        "text_encoder_fingerprint": text_fingerprint,
-        "temporal_stride": temporal_stride,
-        "spatial_stride": spatial_stride,
-        "latent_channels": encoder.channels,
-        "text_dim": int(empty.shape[-1]),
+        "settings": dict(settings),
+        "vae_fingerprint": settings["vae_fingerprint"],
+        "text_encoder_fingerprint": settings["text_encoder_fingerprint"],
+        "temporal_stride": strides[0],
+        "spatial_stride": strides[1],
+        "latent_channels": max(record.width for _, record in latents),
+        "text_dim": max(record.width for _, record in texts),
         "buckets": buckets,
-        "clips": len(encoder.rows),
-        "clips_rejected": len(encoder.rejects),
-        "shards": writer.shards,
-        "files": [describe_file(out / INDEX), describe_file(out / EMPTY_TEXT)],
+        "clips": len(index),
+        "windows": len(index.shard),
+        "texts": len(index.text_shard),
+        "empty_text": index.text(work.text_of[""]),
+        "clips_rejected": len(rejected),
+        "sources": sources,
+        "shards": [record.tar for _, record in latents if record.tar],
+        "text_shards": [record.tar for _, record in texts if record.tar],
     }
-    world.write_json(out / MANIFEST, manifest)
-    world.say(f"{out}: {video['clips']} clips seen = {len(encoder.rows)} encoded + {len(encoder.rejects)} rejected")
+    manifest = folder.finish(manifest, index)
+    world.say(
+        f"{folder.out}: {seen} clips seen = {seen - len(rejected)} encoded + {len(rejected)} rejected; "
+        f"{len(index.text_shard)} texts"
+    )
     return manifest
 
 
 @dataclass(frozen=True)
-class _Clip:
-    """One window of a file, read and waiting to be encoded."""
+class _Reading:
+    """How files are read: from which folder, by what, in how many processes, and how long one may take."""
 
-    key: str
-    about: dict[str, Any]
-    number: int
-    frames: Frames
+    shards: Path
+    read: Read
+    workers: int | None
+    timeout: float
 
-    @property
-    def bucket(self) -> geometry.Bucket:
-        """Its length and size."""
-        return geometry.Bucket(*self.frames.shape[:3])
+    def job(self, rows: list[ClipRow]) -> Job:
+        """The job that reads these windows of one file."""
+        entry, bucket = rows[0].entry, rows[0].bucket
+        return Job(
+            {
+                "tar": str(self.shards / entry.tar),
+                "offset": entry.offset,
+                "bytes": entry.size,
+                "key": entry.key,
+                "extension": entry.extension,
+                "sha256": entry.about["sha256"],
+                "fps": entry.about["fps"],
+                "windows": [entry.about["windows"][row.number] for row in rows],
+                "size": [bucket.height, bucket.width],
+            }
+        )
 
-    @property
-    def pixels(self) -> int:
-        """Pixels of all its frames."""
-        return int(np.prod(self.frames.shape[:3]))
+    def begin(self, rows: list[ClipRow], stack: ExitStack) -> Iterator[Decoded]:
+        """Begin to decode these windows, file by file; what was begun ends with the stack."""
+        jobs = [self.job(list(group)) for _, group in itertools.groupby(rows, key=lambda row: row.entry.key)]
+        if not jobs:
+            return iter(())
+        workers = self.workers or min(max(1, world.cores() - 1), MOST_WORKERS)
+        decoders = stack.enter_context(Decoders(self.read, workers=min(workers, len(jobs)), timeout=self.timeout))
+        return stack.enter_context(closing(decoders.decode(jobs)))
 
 
 class _Encoder:
-    """One encoding run: what has been written, what was rejected, and texts that are already encoded."""
+    """One process's encoding: functions from pixels and texts, the folder they go to, and how far it is."""
 
     def __init__(
         self,
+        folder: LatentFolder,
         encode_pixels: EncodePixels,
         encode_texts: EncodeTexts,
-        sizes: list[tuple[int, int]],
         strides: tuple[int, int],
+        attendance: Attendance,
     ) -> None:
-        self.encode_pixels, self.encode_texts = encode_pixels, encode_texts
-        self.sizes, self.strides = sizes, strides
-        self.rows: list[dict[str, Any]] = []
-        self.rejects: list[Reject] = []
-        self.waiting: list[_Clip] = []
-        self.texts: dict[str, Tensor] = {}
-        self.channels = 0
+        self.folder, self.encode_pixels, self.encode_texts = folder, encode_pixels, encode_texts
+        self.strides, self.attendance = strides, attendance
+        self.bar = tqdm(desc="encode", unit="clip", disable=True)
+        self.began, self.frames = time.monotonic(), 0
 
-    def text(self, caption: str) -> Tensor:
-        """(L, D) bf16 of a caption, from memory if it is one of the last TEXTS_KEPT."""
-        if caption not in self.texts:
-            if len(self.texts) >= TEXTS_KEPT:
-                del self.texts[next(iter(self.texts))]
-            text = self.encode_texts([caption])[0].to(torch.bfloat16).cpu().contiguous()
-            if not torch.isfinite(text).all():
-                raise ValueError(f"the text encoder gave NaN or infinity for {caption!r}; try precision=fp32")
-            self.texts[caption] = text
-        return self.texts[caption]
+    def check_sources(self, shards: Path, video: Mapping[str, Any]) -> None:
+        """Check the hashes of this rank's share of the video shards, unless an earlier run did."""
+        known = set(self.folder.earlier.manifest.get("sources", []))
+        for shard in video["shards"][world.rank() :: world.world_size()]:
+            if shard["sha256"] not in known:
+                check_shards(shards, {"kind": "video", "shards": [shard]})
+                self.attendance.say("checking the video shards")
 
-    def add(self, sample: VideoSample) -> None:
-        """Read all windows of one file; from the first that cannot be decoded on, they are rejects."""
-        about = sample.about
-        size = geometry.nearest_size(about["height"], about["width"], self.sizes)
-        count, clips = len(about["windows"]), read_sample(sample, size)
-        for number in range(count):
-            try:
-                frames = next(clips)
-            except ValueError as error:
-                names = [f"{about['source']} (clip {left})" for left in range(number, count)]
-                self.rejects.extend(Reject(name, str(error)) for name in names)
-                return
-            self.waiting.append(_Clip(sample.key, about, number, frames))
+    def make(self, units: list[Unit], reading: _Reading, retry: bool) -> None:
+        """Make the units that are not done yet. Decoding begins while captions are being encoded."""
+        for unit in units if retry else []:
+            self.folder.forget_rejects(unit)
+        todo = [(unit, self._missing(unit)) for unit in units if self.folder.find(unit) is None]
+        texts = [(unit, rows) for unit, rows in todo if unit.kind == "text"]
+        latents = [(unit, rows) for unit, rows in todo if unit.kind == "latent"]
+        clips = [row for _, rows in latents for row in rows]
+        with ExitStack() as stack:
+            decoded = reading.begin(clips, stack)
+            self.bar = stack.enter_context(
+                tqdm(total=len(clips), desc="encode", unit="clip", disable=not world.is_main())
+            )
+            for unit, rows in texts:
+                self._make_texts(unit, rows)
+            for unit, rows in latents:
+                self._make_latents(unit, {row.identity for row in rows}, decoded)
+        if world.world_size() > 1:  # every rank says it, so that a log shows who did what
+            made = f"{len(clips)} clips, {sum(len(rows) for _, rows in texts)} texts"
+            print(f"rank {world.rank()} of {world.world_size()}: {made} encoded in {len(todo)} tars", flush=True)
 
-    def write(self, writer: ShardWriter, *, rest: bool = False) -> None:
-        """Encode and write the clips that wait, in their order, once they are enough for a batch (or the `rest`)."""
-        if not self.waiting or not (rest or sum(clip.pixels for clip in self.waiting) >= PIXELS_TOGETHER):
-            return
-        latents = self._latents()
-        for clip, latent in zip(self.waiting, latents, strict=True):
-            self._write_clip(clip, latent, writer)
-        self.waiting.clear()
+    def _missing(self, unit: Unit) -> list[Any]:
+        """The rows that have to be made: no earlier tar holds them, and no earlier run rejected them."""
+        return [row for row in unit.rows if self.folder.rejected(row) is None and self.folder.stored(row) is None]
 
-    def _latents(self) -> list[Tensor]:
-        """The latents of the waiting clips, those of one bucket encoded together: (C, T, H, W) bf16 each."""
-        latents: dict[int, Tensor] = {}
-        for bucket in dict.fromkeys(clip.bucket for clip in self.waiting):
-            members = [i for i, clip in enumerate(self.waiting) if clip.bucket == bucket]
-            together = max(1, PIXELS_TOGETHER // (bucket.num_frames * bucket.height * bucket.width))
-            for some in (members[start : start + together] for start in range(0, len(members), together)):
-                pixels = torch.stack([to_pixels(self.waiting[i].frames) for i in some])
-                latents.update(zip(some, self.encode_pixels(pixels).to(torch.bfloat16).cpu(), strict=True))
-        return [latents[i].contiguous() for i in range(len(self.waiting))]
+    def _make_texts(self, unit: Unit, rows: list[TextRow]) -> None:
+        """A unit of texts: what is missing is encoded in batches of like length, the rest taken over."""
+        made: dict[str, bytes] = {}
+        ordered = sorted(rows, key=lambda row: (len(row.caption), row.identity))
+        with self.folder.writer(unit) as writer:
+            for start in range(0, len(ordered), TEXTS_TOGETHER):
+                some = ordered[start : start + TEXTS_TOGETHER]
+                for row, text in zip(some, self.encode_texts([row.caption for row in some]), strict=True):
+                    if not torch.isfinite(text).all():
+                        raise ValueError(
+                            f"the text encoder gave NaN or infinity for {row.caption!r}; try precision=fp32"
+                        )
+                    made[row.identity] = save({"text": text.to(torch.bfloat16).cpu().contiguous()})
+                    writer.width = text.shape[-1]
+                self.attendance.say(f"encoding texts, {unit.name}")
+            for each in unit.rows:
+                writer.write(each, made[each.identity] if each.identity in made else self._stored(each))
+            writer.finish()
 
-    def _write_clip(self, clip: _Clip, latents: Tensor, writer: ShardWriter) -> None:
-        """Write one window's latents, text and origin."""
-        about, bucket = clip.about, clip.bucket
-        *_, cropped = geometry.cover(about["height"], about["width"], bucket.height, bucket.width)
-        shape = geometry.latent_shape(bucket, *self.strides)
+    def _make_latents(self, unit: Unit, missing: set[str], decoded: Iterator[Decoded]) -> None:
+        """A unit of latents, in order: rows that are missing from the frames that come, the rest taken over."""
+        failed: dict[str, str] = {}  # files by key, and why
+        waiting: list[tuple[ClipRow, Frames | None]] = []
+        with self.folder.writer(unit) as writer:
+            for row in unit.rows:
+                assert isinstance(row, ClipRow)
+                reason, frames = self.folder.rejected(row), None
+                if reason is None and row.identity in missing:
+                    self._step()
+                    reason = failed.get(row.entry.key)
+                    if reason is None:
+                        item = next(decoded)
+                        reason, frames = item.reason or None, item.frames
+                        failed.update({} if reason is None else {row.entry.key: reason})
+                if reason is not None:
+                    writer.reject(row, reason)
+                    continue
+                waiting.append((row, frames))
+                if sum(_pixels(row) for row, frames in waiting if frames is not None) >= PIXELS_TOGETHER:
+                    self._write(waiting, writer)
+            self._write(waiting, writer)
+            writer.finish()
+
+    def _step(self) -> None:
+        """One more clip on the bar."""
+        self.bar.update()
+        seconds = max(1e-3, time.monotonic() - self.began)
+        self.bar.set_postfix_str(f"{self.frames / seconds:.1f} frames/s", refresh=False)
+        self.attendance.say(f"encoding clips, {self.bar.n} of {self.bar.total}")
+
+    def _write(self, waiting: list[tuple[ClipRow, Frames | None]], writer: UnitWriter) -> None:
+        """Write the rows that wait, in their order; those with frames are encoded, in batches of one bucket."""
+        made: dict[int, bytes] = {}
+        given = [(place, row, frames) for place, (row, frames) in enumerate(waiting) if frames is not None]
+        for bucket in dict.fromkeys(row.bucket for _, row, _ in given):
+            members = [member for member in given if member[1].bucket == bucket]
+            together = max(1, PIXELS_TOGETHER // _pixels(members[0][1]))
+            for some in (members[at : at + together] for at in range(0, len(members), together)):
+                pixels = torch.stack([to_pixels(frames) for *_, frames in some])
+                for (place, row, _), latents in zip(some, self.encode_pixels(pixels), strict=True):
+                    made[place] = self._checked(row, latents, writer)
+        for place, (row, _) in enumerate(waiting):
+            writer.write(row, made[place] if place in made else self._stored(row))
+        waiting.clear()
+
+    def _checked(self, row: ClipRow, latents: Tensor, writer: UnitWriter) -> bytes:
+        """A row's latents as they are stored; ValueError if they are not what a VAE must give."""
+        shape = geometry.latent_shape(row.bucket, *self.strides)
         if tuple(latents.shape[1:]) != shape or not torch.isfinite(latents).all():
             raise ValueError(
-                f"{about['source']} (clip {clip.number}): the VAE gave NaN, infinity or the shape "
-                f"{tuple(latents.shape)}, wanted were {shape} per channel"
+                f"{row.name}: the VAE gave NaN, infinity or the shape {tuple(latents.shape)}, wanted were {shape} per "
+                "channel"
             )
-        self.channels = len(latents)
-        told = {
-            "caption": about["caption"],
-            "source": about["source"],
-            "start": about["windows"][clip.number]["start"],
-            "bucket": str(bucket),
-            "cropped": round(cropped, 4),
-        }
-        tensors = {"latents": latents, "text": self.text(about["caption"])}
-        key = f"{clip.key}-{clip.number:04d}"
-        places = writer.write(key, {"safetensors": save(tensors), "json": to_json(told)})
-        self.rows.append({"key": key, "bucket": str(bucket), "place": places["safetensors"]})
+        writer.width = len(latents)
+        self.frames += row.bucket.num_frames
+        return save({"latents": latents.to(torch.bfloat16).cpu().contiguous()})
 
-    def index(self, buckets: list[str]) -> Index:
-        """The columns of what has been written."""
-        shard, offset, size = (np.array([row["place"][i] for row in self.rows]) for i in range(3))
-        return Index(
-            shard=shard.astype(np.int32),
-            offset=offset.astype(np.int64),
-            size=size.astype(np.int64),
-            bucket=np.array([buckets.index(row["bucket"]) for row in self.rows], dtype=np.int32),
-            source=np.array([int(row["key"][:16], 16) for row in self.rows], dtype=np.uint64),
-            ids=pack_ids([row["key"] for row in self.rows]),
-        )
+    def _stored(self, row: Row) -> bytes:
+        read = self.folder.stored(row)
+        assert read is not None, "what is not missing is there"
+        return read()
 
 
-def read_about(content: bytes) -> dict[str, Any]:
-    """The .json member of a latent sample."""
-    about = json.loads(content)
-    assert isinstance(about, dict)
-    return about
+def _pixels(row: ClipRow) -> int:
+    """Pixels of all frames of a clip."""
+    return row.bucket.num_frames * row.bucket.height * row.bucket.width

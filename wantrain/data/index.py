@@ -56,6 +56,11 @@ class Index:
         """The id of one window."""
         return self.ids[window].tobytes().rstrip(b"\0").decode()
 
+    def text(self, identity: str) -> int:
+        """The number of a text, by its identity."""
+        (found,) = np.flatnonzero((self.text_identity == pack_identities([identity])).all(1)).tolist()
+        return int(found)
+
     def windows_of(self, clip: int) -> range:
         """The numbers of a clip's windows."""
         return range(int(self.windows[clip]), int(self.windows[clip + 1]))
@@ -68,6 +73,7 @@ class Index:
         """Write the index beside its name, then rename it."""
         beside = path.with_name(f".{path.name}.tmp")
         save_file({name: np.ascontiguousarray(column) for name, column in vars(self).items()}, beside)
+        beside.chmod(0o644)  # safetensors makes files that nobody else on a shared disk can read
         world.sync_file(beside)
         beside.replace(path)
 

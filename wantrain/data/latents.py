@@ -9,8 +9,6 @@ any moment; the next takes up all that was finished, by name.
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,9 +34,6 @@ from wantrain.data.units import Row, Unit, tar_name
 #: Where a manifest lists the tars of each kind, and where it says how wide their tensors are.
 _TARS = {"latent": "shards", "text": "text_shards"}
 _WIDTHS = {"latent": "latent_channels", "text": "text_dim"}
-#: A rank writes how far it is at most this often, and a failure counts once it has stood for so long (seconds): it may
-#: be one of an earlier run, which that rank has not removed yet.
-_BEAT, _GRACE = 2.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -89,8 +84,10 @@ class LatentFolder:
     def is_finished(self, settings: Mapping[str, Any]) -> bool:
         """True if the folder is what these settings give, and all its files are there in full size."""
         manifest = self.earlier.manifest
-        return bool(manifest) and manifest["settings"] == settings and len(_intact(self.out, manifest)) == len(
-            files_of(manifest)
+        return (
+            bool(manifest)
+            and manifest["settings"] == settings
+            and len(_intact(self.out, manifest)) == len(files_of(manifest))
         )
 
     def check_same_footage(self, sources: set[int]) -> None:
@@ -110,6 +107,13 @@ class LatentFolder:
             if record.tar is None or _has_size(self.out, record.tar):
                 return record
         return self._find_earlier(unit)
+
+    def gather(self, units: Sequence[Unit]) -> list[tuple[Unit, Record]]:
+        """All units with what became of them. ValueError if one is not there."""
+        found = [(unit, self.find(unit)) for unit in units]
+        if lost := [unit.name for unit, record in found if record is None]:
+            raise ValueError(f"{self.out}: {lost[0]} is not there any more; start the same command again")
+        return [(unit, record) for unit, record in found if record is not None]
 
     def _find_earlier(self, unit: Unit) -> Record | None:
         rejects = {row.identity: reason for row in unit.rows if (reason := self.earlier.rejects.get(row.identity))}
@@ -238,11 +242,11 @@ def _read_earlier(out: Path) -> _Earlier:
         return _Earlier({}, rejects=rejects)
     index = Index.read(out / described["name"])
     columns = {
-        "latent": (index.identity, index.shard, index.offset, index.size),
-        "text": (index.text_identity, index.text_shard, index.text_offset, index.text_size),
+        "latent": (index.identity, (index.shard, index.offset, index.size)),
+        "text": (index.text_identity, (index.text_shard, index.text_offset, index.text_size)),
     }
     places = {}
-    for kind, (identities, *where) in columns.items():
+    for kind, (identities, where) in columns.items():
         for identity, shard, offset, size in zip(identities, *(column.tolist() for column in where), strict=True):
             if (name := manifest[_TARS[kind]][shard]["name"]) in whole:
                 places[identity.tobytes().hex()] = (name, offset, size)
@@ -258,56 +262,6 @@ def _intact(out: Path, manifest: Mapping[str, Any]) -> set[str]:
 def _has_size(out: Path, file: Mapping[str, Any]) -> bool:
     path = out / file["name"]
     return path.is_file() and path.stat().st_size == file["bytes"]
-
-
-class Attendance:
-    """How far each process is, in small files, since there is no process group to ask.
-
-    plan      what is being done, in a word: what was said about another plan does not count
-    patience  seconds without a sign of life after which a rank counts as lost
-    """
-
-    def __init__(self, out: Path, plan: str, *, patience: float) -> None:
-        self.out, self.plan, self.patience = out, plan, patience
-        self._said = -_BEAT
-        self._path(world.rank()).unlink(missing_ok=True)
-
-    def say(self, state: str, *, now: bool = False) -> None:
-        """Note how far this rank is; not more often than every two seconds unless `now`."""
-        if world.world_size() == 1 or not (now or time.monotonic() - self._said >= _BEAT):
-            return
-        self._said = time.monotonic()
-        # The time makes each note another one; nobody compares it with a clock.
-        told = {"plan": self.plan, "state": state, "host": os.uname().nodename, "time": time.time()}
-        world.write_atomically(self._path(world.rank()), json.dumps(told))
-
-    def wait(self, others: Sequence[int]) -> None:
-        """Until all other ranks are done; ValueError names one that failed, or that has been silent for too long."""
-        heard = {rank: (self._read(rank), time.monotonic()) for rank in others}
-        while waiting := [rank for rank, (told, _) in heard.items() if told.get("state") != "done"]:
-            for rank in waiting:
-                told, since = self._read(rank), heard[rank][1]
-                if told != heard[rank][0]:
-                    heard[rank] = told, time.monotonic()
-                elif time.monotonic() - since > self.patience:
-                    raise ValueError(
-                        f"rank {rank} of {world.world_size()} has given no sign of life for {self.patience:g} s (its "
-                        f"last: {told.get('state', 'none')}); look at its output, and start the same command again: it "
-                        "goes on where this one ends"
-                    )
-                elif str(told.get("state")).startswith("failed") and time.monotonic() - since > _GRACE:
-                    raise ValueError(f"rank {rank} of {world.world_size()} {told['state']}")
-            time.sleep(0.1)
-
-    def _read(self, rank: int) -> dict[str, Any]:
-        try:
-            told = json.loads(self._path(rank).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        return told if told["plan"] == self.plan else {}
-
-    def _path(self, rank: int) -> Path:
-        return self.out / f".rank-{rank}.json"
 
 
 def build_index(

@@ -7,6 +7,7 @@ faster than the pipe of a worker process (measured: 1,500 clips a second against
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import queue
 import tarfile
@@ -14,25 +15,24 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from wantrain import geometry, world
 from wantrain.batch import Batch, pad_texts
-from wantrain.data.encoding import read_about, read_sample
+from wantrain.data.index import Index
+from wantrain.data.pixels import read_sample
 from wantrain.data.plan import Indices
 from wantrain.data.shards import (
-    EMPTY_TEXT,
     MANIFEST,
-    Index,
     VideoSample,
     check_shards,
     file_hash,
+    files_of,
     read_manifest,
     read_video_shards,
 )
@@ -62,11 +62,14 @@ def split_sources(sources: NDArray[np.uint64], share: float, seed: int) -> tuple
 
 
 class LatentData:
-    """Latent shards as samples by number.
+    """Latent shards as clips by number.
 
-    train, heldout   numbers of the training and of the held-out samples
-    buckets          bucket number of each training sample, in the order of `train`
+    train, heldout   numbers of the training and of the held-out clips
+    buckets          bucket number of each training clip, in the order of `train`
     bucket_names     its name, "FxHxW" in pixels
+    weights          how often each is drawn beside others, float32: 1 unless its footage says otherwise
+
+    Of a clip's windows and captions, one each is drawn by the place in the run.
     """
 
     def __init__(
@@ -77,83 +80,105 @@ class LatentData:
         self.folder, self.caption_dropout, self.seed = Path(shards).expanduser(), caption_dropout, seed
         self.manifest = read_manifest(self.folder, "latent")
         self.fingerprint = file_hash(self.folder / MANIFEST)
-        total = sum(shard["bytes"] for shard in self.manifest["shards"])
+        total = sum(file["bytes"] for file in files_of(self.manifest))
         check_shards(self.folder, self.manifest, hashes=total <= HASH_LIMIT)
-        self.index = Index.read(self.folder)
+        self.index = Index.read(self.folder / self.manifest["files"][0]["name"])
         self.train, self.heldout = split_sources(self.index.source, holdout, seed)
-        self.buckets = self.index.bucket[self.train]
-        self.empty_text: Tensor = load_file(self.folder / EMPTY_TEXT)["text"].float()
-        self._maps: dict[int, mmap.mmap] = {}
+        self.buckets, self.weights = self.index.bucket[self.train], self.index.weight[self.train]
+        self._maps: dict[str, mmap.mmap] = {}
+        self.empty_text: Tensor = self._text(self.manifest["empty_text"])
 
     @property
     def bucket_names(self) -> list[str]:
-        """The bucket of each training sample."""
+        """The bucket of each training clip."""
         return [self.manifest["buckets"][bucket] for bucket in self.buckets]
 
     def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
-        """Training samples (numbers into `train`) of one bucket, for places in the run; captions dropped by place."""
-        tensors = [self._read(int(self.train[sample])) for sample in samples]
-        texts = [
-            self.empty_text if self._dropped(int(position)) else text
-            for (_, text), position in zip(tensors, positions, strict=True)
-        ]
-        names = tuple(self.index.name(int(self.train[sample])) for sample in samples)
-        return self._batch([latents for latents, _ in tensors], texts, names, [int(p) for p in positions])
+        """Training clips (numbers into `train`) of one bucket, for places in the run, which draw what is drawn."""
+        latents, texts, names = [], [], []
+        for sample, position in zip(samples, positions, strict=True):
+            clip, place = int(self.train[sample]), int(position)
+            window = self._drawn(self.index.windows_of(clip), "window", place)
+            latents.append(self._latents(clip, window))
+            texts.append(self._drawn_text(clip, place))
+            names.append(self.index.name(window))
+        return Batch(torch.stack(latents), pad_texts(texts), tuple(names), tuple(int(place) for place in positions))
 
     def heldout_batches(self, count: int) -> list[Batch]:
-        """The first `count` held-out samples, one batch per bucket, captions as they are."""
+        """The first `count` held-out clips, one batch per bucket: of each the first window, with its first caption."""
         chosen, batches = self.heldout[:count], []
         for bucket in np.unique(self.index.bucket[chosen]):
-            samples = chosen[self.index.bucket[chosen] == bucket].tolist()
-            latents, texts = zip(*(self._read(sample) for sample in samples), strict=True)
-            names = tuple(self.index.name(sample) for sample in samples)
-            batches.append(self._batch(list(latents), list(texts), names, samples))
+            clips = chosen[self.index.bucket[chosen] == bucket].tolist()
+            windows = [self.index.windows_of(clip)[0] for clip in clips]
+            latents = [self._latents(clip, window) for clip, window in zip(clips, windows, strict=True)]
+            texts = [self._text(self.index.texts_of(clip)[0]) for clip in clips]
+            names = tuple(self.index.name(window) for window in windows)
+            batches.append(Batch(torch.stack(latents), pad_texts(texts), names, tuple(clips)))
         return batches
 
     def captions(self) -> list[str]:
         """Up to 200 distinct captions, those of held-out clips first: prompts for previews."""
         order = [*self.heldout[:100].tolist(), *self.train[:100].tolist()]
-        return list(dict.fromkeys(self._about(sample)["caption"] for sample in order))
+        return list(dict.fromkeys(self._caption(self.index.texts_of(clip)[0]) for clip in order))
 
-    def _batch(self, latents: list[Tensor], texts: list[Tensor], names: tuple[str, ...], positions: list[int]) -> Batch:
-        return Batch(torch.stack(latents), pad_texts(texts), names, tuple(positions))
+    def _drawn(self, choices: Sequence[int], purpose: str, position: int) -> int:
+        """One of the choices; nothing is drawn where there is one."""
+        if len(choices) == 1:
+            return choices[0]
+        return choices[int(torch.randint(len(choices), (), generator=world.generator(self.seed, purpose, position)))]
 
-    def _dropped(self, position: int) -> bool:
+    def _drawn_text(self, clip: int, position: int) -> Tensor:
+        """One of the clip's texts, or the empty one."""
         generator = world.generator(self.seed, "caption", position)
-        return bool(torch.rand((), generator=generator) < self.caption_dropout)
+        if torch.rand((), generator=generator) < self.caption_dropout:
+            return self.empty_text
+        return self._text(self._drawn(self.index.texts_of(clip), "which caption", position))
 
-    def _map(self, shard: int) -> mmap.mmap:
-        if shard not in self._maps:
-            with (self.folder / self.manifest["shards"][shard]["name"]).open("rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[shard]
+    def _map(self, name: str) -> mmap.mmap:
+        """A tar, mapped."""
+        if name not in self._maps:
+            with (self.folder / name).open("rb") as file:
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[name]
 
-    def _read(self, sample: int) -> tuple[Tensor, Tensor]:
-        """(latents (C, T, H, W), text (L, D)) float32 of one sample; ValueError if they are not what was promised."""
-        offset, size = int(self.index.offset[sample]), int(self.index.size[sample])
-        where = f"{self.manifest['shards'][self.index.shard[sample]]['name']}, {self.index.name(sample)}"
+    def _tensor(self, tar: str, offset: int, size: int, what: str, key: str) -> Tensor:
+        """A tensor out of a safetensors member, float32; ValueError if it is damaged, NaN or infinite."""
         try:
-            tensors = load(self._map(int(self.index.shard[sample]))[offset : offset + size])
+            tensor = load(self._map(tar)[offset : offset + size])[key].float()
         except Exception as error:  # safetensors raises its own class for every kind of damage
-            raise ValueError(f"{self.folder}/{where}: damaged ({error}); encode the shards again") from error
-        bucket = geometry.Bucket(*map(int, self.manifest["buckets"][self.index.bucket[sample]].split("x")))
+            raise ValueError(f"{self.folder}/{tar}, {what}: damaged ({error}); encode the shards again") from error
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{self.folder}/{tar}, {what}: {key} hold NaN or infinity; encode the shards again")
+        return tensor
+
+    def _latents(self, clip: int, window: int) -> Tensor:
+        """(C, T, H, W) of one window of a clip; ValueError if they are not what was promised."""
+        tar, name = self.manifest["shards"][self.index.shard[window]]["name"], self.index.name(window)
+        place = int(self.index.offset[window]), int(self.index.size[window])
+        latents = self._tensor(tar, *place, name, "latents")
+        bucket = geometry.Bucket(*map(int, self.manifest["buckets"][self.index.bucket[clip]].split("x")))
         strides = self.manifest["temporal_stride"], self.manifest["spatial_stride"]
         shape = (self.manifest["latent_channels"], *geometry.latent_shape(bucket, *strides))
-        latents, text = tensors["latents"].float(), tensors["text"].float()
-        if latents.shape != shape or not torch.isfinite(latents).all() or not torch.isfinite(text).all():
+        if latents.shape != shape:
             raise ValueError(
-                f"{self.folder}/{where}: latents {tuple(latents.shape)} (expected {shape}) or text hold NaN or "
-                "infinity, or have another shape; encode the shards again"
+                f"{self.folder}/{tar}, {name}: latents {tuple(latents.shape)} (expected {shape}); encode the shards "
+                "again"
             )
-        return latents, text
+        return latents
 
-    def _about(self, sample: int) -> dict[str, Any]:
-        """The .json member, which follows the .safetensors member in its tar."""
-        content, block = self._map(int(self.index.shard[sample])), tarfile.BLOCKSIZE
-        end = int(self.index.offset[sample] + self.index.size[sample])
+    def _text(self, text: int) -> Tensor:
+        """(L, D) of one text."""
+        tar = self.manifest["text_shards"][self.index.text_shard[text]]["name"]
+        place = int(self.index.text_offset[text]), int(self.index.text_size[text])
+        return self._tensor(tar, *place, f"text {text}", "text")
+
+    def _caption(self, text: int) -> str:
+        """What a text says: its .json member, which follows the .safetensors member in its tar."""
+        content = self._map(self.manifest["text_shards"][self.index.text_shard[text]]["name"])
+        end, block = int(self.index.text_offset[text] + self.index.text_size[text]), tarfile.BLOCKSIZE
         header = -(-end // block) * block
         info = tarfile.TarInfo.frombuf(content[header : header + block], "utf-8", "strict")
-        return read_about(content[header + block : header + block + info.size])
+        return str(json.loads(content[header + block : header + block + info.size])["caption"])
 
 
 class PixelData:

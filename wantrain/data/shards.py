@@ -58,8 +58,8 @@ class TarWriter:
             self.beside.unlink()
 
     @property
-    def bytes(self) -> int:
-        """How many there are so far."""
+    def size(self) -> int:
+        """Bytes so far."""
         return self._tar.offset
 
     def write(self, key: str, members: Mapping[str, bytes]) -> dict[str, tuple[int, int]]:
@@ -131,10 +131,8 @@ class ShardWriter:
         """Add one sample: its members by extension."""
         if self.tar is None:
             self.tar = TarWriter(self.folder / f".{self.name}.tmp")
-        places = {
-            extension: (len(self.shards), *place) for extension, place in self.tar.write(key, members).items()
-        }
-        if self.tar.bytes >= self.shard_bytes:
+        places = {extension: (len(self.shards), *place) for extension, place in self.tar.write(key, members).items()}
+        if self.tar.size >= self.shard_bytes:
             self._finish()
         return places
 
@@ -417,7 +415,9 @@ def _split_name(member: tarfile.TarInfo, shard: str) -> tuple[str, str]:
     """A member's key and extension; ValueError if no video shard has such a member."""
     key, _, extension = member.name.partition(".")
     if not member.isreg() or "/" in member.name or not (extension == "json" or f".{extension}" in VIDEOS | IMAGES):
-        raise ValueError(f"{shard} holds {member.name!r}, which is no video, image or .json: refused; make it with shard.py")
+        raise ValueError(
+            f"{shard} holds {member.name!r}, which is no video, image or .json: refused; make it with shard.py"
+        )
     return key, extension
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from wantrain import geometry
-from wantrain.data.shards import VideoEntry
+from wantrain.data.shards import VideoEntry, scan_video_shards
 
 #: Raise it whenever the same footage, choices and weights would give other latents or texts than before.
 CODE = 2
@@ -82,6 +84,51 @@ class Unit:
 def tar_name(kind: str, rows: Iterable[Row]) -> str:
     """The name of the tar that holds exactly these rows."""
     return f"{kind}-{_content(rows)}.tar"
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a latent folder is to hold.
+
+    latents, texts  units of the clips, and of the distinct captions, the empty one among them
+    text_of  a caption's identity
+    """
+
+    latents: list[Unit]
+    texts: list[Unit]
+    text_of: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """A word that is the same for the same work."""
+        return _hash([unit.name for unit in [*self.latents, *self.texts]])[:16]
+
+    @property
+    def sources(self) -> set[int]:
+        """The files that clips are cut from, as numbers."""
+        return {int(row.entry.key, 16) for unit in self.latents for row in unit.rows if isinstance(row, ClipRow)}
+
+    def share(self, rank: int, size: int) -> list[Unit]:
+        """The units that one of `size` processes makes."""
+        return [*self.texts[rank::size], *self.latents[rank::size]]
+
+
+def plan_work(shards: Path, video: Mapping[str, Any], settings: Mapping[str, Any]) -> Work:
+    """What the settings make of a folder of video shards, from its headers alone. ValueError for a key seen twice."""
+    sizes = [tuple(size) for size in settings["sizes"]]
+    files = [clip_rows(entry, sizes, settings["vae_fingerprint"]) for entry in scan_video_shards(shards, video)]
+    keys = Counter(rows[0].entry.key for rows in files if rows)
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise ValueError(f"{shards} holds {twice[0]} twice; make it again with shard.py")
+    encoder = f"{settings['text_encoder_fingerprint']} {settings['tokenizer_fingerprint']}"
+    captions = dict.fromkeys(["", *(caption for rows in files for caption in rows[0].captions)])
+    texts = {caption: text_row(caption, encoder) for caption in captions}
+    most = settings["shard_clips"]
+    return Work(
+        latent_units(files, most=most, limit=settings["shard_bytes"]),
+        text_units(texts.values(), most=most),
+        {caption: row.identity for caption, row in texts.items()},
+    )
 
 
 def clip_rows(entry: VideoEntry, sizes: list[tuple[int, int]], vae_fingerprint: str) -> list[ClipRow]:
