@@ -8,7 +8,6 @@ is data: read and compared (training/run.py), never built from.
 from __future__ import annotations
 
 import difflib
-import functools
 import os
 import re
 import sys
@@ -152,8 +151,17 @@ def base(cfg: DictConfig, wanted: Iterable[str]) -> Base:
 
 
 def network(cfg: DictConfig) -> Callable[[], Any]:
-    """What builds, with random values, the module that an expert's config trains."""
-    return functools.partial(build, cfg.model.vae if cfg.expert.name == "vae" else cfg.model.transformer)
+    """What builds, with random values, the module that an expert's config trains; ValueError when it is called for a
+    model whose config has no such part.
+    """
+    part = "vae" if cfg.expert.name == "vae" else "transformer"
+
+    def make() -> Any:
+        if part not in cfg.model:
+            raise ValueError(f"model={cfg.model.name} describes no {part} to start from scratch; give weights=FOLDER")
+        return build(cfg.model[part])
+
+    return make
 
 
 def experts(cfg: DictConfig) -> dict[str, DictConfig]:
