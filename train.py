@@ -73,6 +73,7 @@ def main(cfg: DictConfig) -> None:
         data=data,
         checkpoints=checkpoints,
         metrics=Metrics(folder.metrics, steps=steps),
+        **assemble.guards(folder, **settings["tripwires"]),
         steps=steps,
         seed=cfg.seed,
         checkpoint_every=cfg.checkpoint.every,

@@ -303,12 +303,12 @@ _CHOICES = {
     "adapter.targets": ("attention", "attention+ffn", "all"),
 }
 _WHOLE = (
-    "steps", "batch_size", "accumulate", "count", "shard_mb", "area",
+    "tripwires.patience", "steps", "batch_size", "accumulate", "count", "shard_mb", "area",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
     "validation.every", "validation.clips", "validation.points", "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
 _SWITCHES = ("checkpoint.keep_best", "checkpoint.background")
-_POSITIVE = ("epochs", "clip", "fps", "shift", "adapter.alpha", "optimizer.lr")
+_POSITIVE = ("tripwires.spike", "tripwires.hang", "epochs", "clip", "fps", "shift", "adapter.alpha", "optimizer.lr")
 
 
 def _is_number(value: object, *, whole: bool = False) -> bool:

@@ -33,7 +33,9 @@ from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
 from wantrain.training.stepper import Stepper
 from wantrain.training.trainee import Trainee
+from wantrain.training.tripwires import Tripwires
 from wantrain.training.validate import ReconstructionValidator, Validator
+from wantrain.training.watchdog import Watchdog
 
 
 def make_own_data(shards: Path, *, root: Path) -> None:
@@ -178,6 +180,11 @@ def enlist(
         home.residence.add(trainee.module)
     kept = None if ema is None else Ema(stepper, ema, average)
     return Member(trainee=trainee, stepper=stepper, ema=kept, **own)
+
+
+def guards(folder: RunFolder, *, patience: int, spike: float | None, hang: float | None) -> dict[str, Any]:
+    """What watches over a run: its tripwires and its watchdog, as a Run takes them."""
+    return {"tripwires": Tripwires(folder.tripped, patience, spike), "watchdog": Watchdog(hang)}
 
 
 def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:

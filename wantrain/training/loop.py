@@ -28,7 +28,9 @@ from wantrain.training.checkpoint import Checkpoints, read_state
 from wantrain.training.member import Member
 from wantrain.training.metrics import Metrics
 from wantrain.training.signals import Signals
+from wantrain.training.tripwires import Tripwires
 from wantrain.training.turns import Turns
+from wantrain.training.watchdog import Watchdog
 
 #: Optimizer steps between two lines on the console.
 LOG_EVERY = 10
@@ -61,6 +63,8 @@ class Run:
     data: Data
     checkpoints: Checkpoints
     metrics: Metrics
+    tripwires: Tripwires
+    watchdog: Watchdog
     steps: int
     seed: int
     checkpoint_every: int
@@ -86,6 +90,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """Begin a checkpoint; the log is flushed before, so that it never misses a committed step."""
+        self.watchdog.beat(f"saving step {step}")
         self.metrics.flush(speak=False)
         self.checkpoints.wait()
         snapshots = [member.snapshot() for member in self.members.values()]
@@ -106,6 +111,7 @@ class Run:
         due = [hook for hook in self.hooks if hook.due(step)]
         if not due:
             return
+        self.watchdog.beat(f"looking at step {step}: {', '.join(type(hook).__name__ for hook in due)}")
         with ExitStack() as watched:
             for member in self.members.values():
                 watched.enter_context(member.watched())
@@ -142,31 +148,35 @@ class Run:
 
 def fit(run: Run, start: int) -> int | None:
     """Train from step `start` to `run.steps`. Returns the signal that ended it early, if one did."""
-    metrics, step, stopped = run.metrics, start, None
+    metrics, wires, step, stopped = run.metrics, run.tripwires, start, None
     if step == 0:
         run.ask_hooks(step)
     for member in run.members.values():
         member.trainee.module.train()
     batches = run.batches(start)
-    with Signals() as signals:
+    with Signals() as signals, run.watchdog as watchdog, run.checkpoints:
         while step < run.steps and stopped is None:
             name, own = run.turns.at(step)
             member = run.members[name]
+            watchdog.beat(f"training step {step + 1}")
             stepper, scale = member.stepper, member.schedule(own, member.steps)
             stepper.begin(scale)
+            wires.begin(member)
             losses, parts = [], []
             for micro_step in range(stepper.accumulate):
                 batch = next(batches).to(stepper.device)
                 generators = [world.generator(run.seed, "noise", position) for position in batch.positions]
                 with stepper.forward_context():
                     record = member.loss(stepper.wrapped, batch, generators)
+                wires.drew(batch, record, generators)
                 stepper.backward(record.value, last=micro_step == stepper.accumulate - 1)
                 losses.append(record.value.detach())
                 parts.append(record.parts)
-            norm = stepper.update()
-            if member.ema is not None:
+            wires.before_update()
+            norm, step = stepper.update(), step + 1
+            moved = wires.updated(step, norm)
+            if moved and member.ema is not None:
                 member.ema.follow(own + 1)
-            step += 1
 
             loss, samples = stepper.mean(torch.stack(losses).mean()), step * member.plan.batch_size
             told = {key: stepper.mean(torch.stack([part[key] for part in parts]).mean()) for key in parts[0]}
@@ -179,7 +189,6 @@ def fit(run: Run, start: int) -> int | None:
                 metrics.flush()
             if done or step % run.checkpoint_every == 0:
                 run.save(step)
-        run.checkpoints.wait()
     if run.checkpoints.failure:
         raise ValueError(f"the last checkpoint is missing: {run.checkpoints.failure}; the same command goes on from it")
     return stopped

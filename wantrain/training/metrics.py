@@ -116,14 +116,6 @@ class Metrics:
             return
         rows = [{key: _plain(value) for key, value in row.items()} for row in self.pending]
         self.pending = []
-        for row in rows:
-            # Told at the flush, which comes before every save: such weights never become a checkpoint.
-            # A gradient that is no number spoils the weights one step before a loss shows it.
-            if not (math.isfinite(row.get("loss", 0.0)) and math.isfinite(row.get("grad_norm", 0.0))):
-                raise ValueError(
-                    f"the loss is {row['loss']} at step {row['step']} (gradient norm {row['grad_norm']:.3g}); none of "
-                    "it is saved and the last checkpoint is good. Lower optimizer.lr or clip, or look at the data"
-                )
         if not world.is_main():
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -139,7 +131,7 @@ class Metrics:
                 if isinstance(value, float | int) and key != "step"
             }
             self.tracker.scalars(row["step"], scalars)
-        losses = [row for row in rows if "loss" in row]
+        losses = [row for row in rows if row.get("loss") is not None]
         if speak and losses:
             self._speak(losses)
 
@@ -156,7 +148,9 @@ class Metrics:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
+    """A value as JSON has it: what is no number is null."""
+    number = value.item() if isinstance(value, Tensor) else value
+    return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
 def _step_of(line: str) -> float:

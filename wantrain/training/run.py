@@ -31,6 +31,7 @@ FREE = (
     "tracker",
     "checkpoint",
     "validation",
+    "tripwires",
     "sample",
     "dry_run",
     "data.shards",
@@ -51,6 +52,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    @property
+    def tripped(self) -> Path:
+        return self.path / "tripped.jsonl"
 
     @property
     def metrics(self) -> Path:
