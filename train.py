@@ -12,7 +12,7 @@ from wantrain import config, world
 from wantrain.data import Plan
 from wantrain.training import assemble, estimate
 from wantrain.training.loop import Run, fit
-from wantrain.training.metrics import Metrics, build_tracker
+from wantrain.training.metrics import build_tracker
 from wantrain.training.parallel import start_accelerator
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         return
 
     folder, settings = RunFolder(Path(cfg.runs) / cfg.run), {**config.plain(cfg), "recipe": config.recipe()}
-    checkpoints, newest = assemble.open_run(folder, settings)
+    checkpoints, newest = assemble.open_run(folder, settings, home, data=data.fingerprint, command=config.command())
     members = {
         name: assemble.enlist(
             trainees[name],
@@ -72,9 +72,9 @@ def main(cfg: DictConfig) -> None:
         turns=turns,
         data=data,
         checkpoints=checkpoints,
-        metrics=Metrics(folder.metrics, steps=steps),
-        **assemble.guards(folder, **settings["tripwires"]),
+        **assemble.guards(folder, steps, **settings["tripwires"]),
         steps=steps,
+        until=min(steps, cfg.stop_after or steps),
         seed=cfg.seed,
         checkpoint_every=cfg.checkpoint.every,
         state={"data": data.fingerprint, "engine": home.engine, "config": settings},
@@ -82,7 +82,7 @@ def main(cfg: DictConfig) -> None:
     start, ended_by = run.resume(newest), None
     over = "; this run is finished, a larger steps= continues it" if start >= steps else ""
     world.say(f"run {folder.path}: step {start} of {steps}{over}")
-    if start < steps:
+    if start < run.until:
         run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
         if start == 0 and cfg.check_expert != "off":
             assemble.check_experts(run, starts, how=cfg.check_expert)
@@ -90,6 +90,7 @@ def main(cfg: DictConfig) -> None:
         ended_by = fit(run, start)
         run.metrics.tracker.close()
     finish(member.stepper for member in members.values())
+    assemble.compare_replay(folder, settings)
     if ended_by is not None:
         world.say("stopped by a signal, after a checkpoint; the same command continues")
         sys.exit(128 + ended_by)

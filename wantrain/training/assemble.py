@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -19,12 +20,13 @@ from wantrain.losses import FlowMatching
 from wantrain.models import Base, weights
 from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.generate import Velocity
-from wantrain.training import which_expert
+from wantrain.training import replay, which_expert
 from wantrain.training.checkpoint import Checkpoints
 from wantrain.training.ema import Ema
 from wantrain.training.gather import build_sampler
 from wantrain.training.loop import Hook, Run
 from wantrain.training.member import Member, read_average
+from wantrain.training.metrics import Metrics
 from wantrain.training.optim import build_optimizer
 from wantrain.training.parallel import SHARDED, engine_of, from_main
 from wantrain.training.preview import Preview
@@ -149,15 +151,35 @@ def find_home(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]
     return Home(accelerator, engine, device, Residence(accelerator.device) if hosted else None)
 
 
-def open_run(folder: RunFolder, settings: Mapping[str, Any]) -> tuple[Checkpoints, Path | None]:
-    """Open a run's folder for `settings`; its checkpoints, and the newest good one, which all processes agree on."""
+def open_run(
+    folder: RunFolder, settings: Mapping[str, Any], home: Home, *, data: str, command: Iterable[str]
+) -> tuple[Checkpoints, Path | None]:
+    """Open a run's folder for `settings` and write down how it was started; its checkpoints, and the newest good one,
+    which all processes agree on. `data` is the manifest's hash, `command` what was typed.
+    """
     how = {key: value for key, value in settings["checkpoint"].items() if key != "every"}
     checkpoints, newest = Checkpoints(folder.checkpoints, **how), None
     if world.is_main():
         folder.open(dict(settings))
+        processes, device = home.accelerator.num_processes, device_name(home.accelerator.device)
+        start = replay.described(command, data=data, engine=home.engine, processes=processes, device=device)
+        if settings["replay"]:
+            replay.told(Path(settings["replay"]), start)
+        replay.record(folder.record, start, settings)
         checkpoints.prepare()
         newest = checkpoints.newest()
     return checkpoints, from_main(newest)
+
+
+def compare_replay(folder: RunFolder, settings: Mapping[str, Any]) -> None:
+    """Hold a replay's losses against those of the run it repeats. ValueError if they part."""
+    if settings["replay"] and world.is_main():
+        world.say(replay.compare(Path(settings["replay"]), folder.metrics))
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU's name, or the processor's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 def enlist(
@@ -182,9 +204,13 @@ def enlist(
     return Member(trainee=trainee, stepper=stepper, ema=kept, **own)
 
 
-def guards(folder: RunFolder, *, patience: int, spike: float | None, hang: float | None) -> dict[str, Any]:
-    """What watches over a run: its tripwires and its watchdog, as a Run takes them."""
-    return {"tripwires": Tripwires(folder.tripped, patience, spike), "watchdog": Watchdog(hang)}
+def guards(folder: RunFolder, steps: int, *, patience: int, spike: float | None, hang: float | None) -> dict[str, Any]:
+    """What watches over a run: its log, its tripwires and its watchdog, as a Run takes them."""
+    return {
+        "metrics": Metrics(folder.metrics, steps=steps),
+        "tripwires": Tripwires(folder.tripped, patience, spike),
+        "watchdog": Watchdog(hang),
+    }
 
 
 def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:
