@@ -286,6 +286,7 @@ _CHOICES = {
     "solver": ("unipc", "euler"),
     "caption.missing": ("error", "skip", "empty"),
     "clips": ("all", "first", "middle"),
+    "report": ("page", "decode", "none"),
     "init": ("base", "scratch"),
     "check_expert": ("warn", "stop", "off"),
     "experts.idle": ("gpu", "cpu"),
