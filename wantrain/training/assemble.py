@@ -17,7 +17,7 @@ from wantrain import geometry, world
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
 from wantrain.models import Base, weights
-from wantrain.sampling import Sampler, Settings
+from wantrain.sampling import Sampler, Settings, read_prompts
 from wantrain.sampling.generate import Velocity
 from wantrain.training import which_expert
 from wantrain.training.checkpoint import Checkpoints
@@ -218,14 +218,3 @@ def preview_sampler(run: Run, *, model: Mapping[str, Any], base: Base) -> Sample
     else:
         world.say(f"previews: {base} holds no {others[0]}, so {', '.join(models)} answers for every noise level")
     return build_sampler(models, boundary=model["boundary"], base=base, device=device)
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt per line; empty lines are skipped. ValueError for an absent or empty file."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"the prompt file {path} does not exist")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"the prompt file {path} holds no prompt; write one per line")
-    return prompts
