@@ -85,7 +85,9 @@ def main(cfg: DictConfig) -> None:
         run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
         if start == 0 and cfg.check_expert != "off":
             assemble.check_experts(run, starts, how=cfg.check_expert)
-        run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples)
+        run.hooks = assemble.build_hooks(
+            run, settings, base=base, folder=folder.samples, dtype=config.dtype(cfg.precision)
+        )
         ended_by = fit(run, start)
         run.metrics.tracker.close()
     finish(member.stepper for member in members.values())

@@ -292,6 +292,8 @@ _CHOICES = {
     "experts.idle": ("gpu", "cpu"),
     "idle": ("gpu", "cpu", "disk"),
     "offload": ("none", "blocks"),
+    "sample.idle": ("gpu", "cpu", "disk"),
+    "sample.offload": ("none", "blocks"),
     "checkpoint.on_failure": ("stop", "continue"),
     "layout": ("diffusers", "official", "comfyui"),
     "lora.dialect": ("comfyui", "diffusers", "kohya"),

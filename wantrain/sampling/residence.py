@@ -45,7 +45,7 @@ class House(Mapping[str, nn.Module]):
 
     def __getitem__(self, name: str) -> nn.Module:
         if name != self.inside:
-            self._send_out()
+            self.leave()
             if name not in self._loaded:
                 self._loaded[name] = self._take_in(name)
             if name in self._hosted:
@@ -68,8 +68,8 @@ class House(Mapping[str, nn.Module]):
             Hosted(outside_blocks(module), pinned=False).come(self.device)
         return module
 
-    def _send_out(self) -> None:
-        """The expert that answered leaves the device, unless it stays there."""
+    def leave(self) -> None:
+        """The expert that answered leaves the device, unless idle ones stay there."""
         if self.inside in self._hosted:
             self._hosted[self.inside].leave()
         if self.inside is not None and self.idle == "disk":
