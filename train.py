@@ -31,13 +31,13 @@ def main(cfg: DictConfig) -> None:
         wanted = [*(model["experts"] if cfg.sample.every else experts), "vae", "text_encoder", "tokenizer"]
         base = config.base(cfg, wanted)
         assemble.make_own_data(Path(cfg.data.shards), root=config.ROOT)
-    data = config.build(cfg.data)
+    data, dtype = config.build(cfg.data), config.dtype(cfg.precision)
     if "vae" not in experts:
-        assemble.check_encoders(data.manifest, base, cfg.data.shards, config.dtype(cfg.precision))
+        assemble.check_encoders(data.manifest, base, cfg.data.shards, dtype)
     plan = Plan(data.buckets, batch_size=cfg.batch_size, seed=cfg.seed)
     steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
-    where = {"base": base, "device": home.device, "dtype": config.dtype(cfg.precision), "recipe": config.recipe()}
+    where = {"base": base, "device": home.device, "dtype": dtype, "recipe": config.recipe()}
     starts = {name: Start.of(config.network(own), config.plain(own), **where) for name, own in experts.items()}
     trainees = {name: start.trainee() for name, start in starts.items()}
     losses = {name: config.build(own.loss) for name, own in experts.items()}
@@ -86,7 +86,7 @@ def main(cfg: DictConfig) -> None:
         run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
         if start == 0 and cfg.check_expert != "off":
             assemble.check_experts(run, starts, how=cfg.check_expert)
-        run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples)
+        run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples, dtype=dtype)
         ended_by = fit(run, start)
         run.metrics.tracker.close()
     finish(member.stepper for member in members.values())

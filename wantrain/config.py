@@ -302,16 +302,21 @@ _CHOICES = {
     "solver": ("unipc", "euler"),
     "caption.missing": ("error", "skip", "empty"),
     "clips": ("all", "first", "middle"),
+    "report": ("page", "decode", "none"),
     "init": ("base", "scratch"),
     "check_expert": ("warn", "stop", "off"),
     "experts.idle": ("gpu", "cpu"),
+    "idle": ("gpu", "cpu", "disk"),
+    "offload": ("none", "blocks"),
+    "sample.idle": ("gpu", "cpu", "disk"),
+    "sample.offload": ("none", "blocks"),
     "checkpoint.on_failure": ("stop", "continue"),
     "layout": ("diffusers", "official", "comfyui"),
     "lora.dialect": ("comfyui", "diffusers", "kohya"),
     "adapter.targets": ("attention", "attention+ffn", "all"),
 }
 _WHOLE = (
-    "tripwires.patience", "steps", "stop_after", "batch_size", "accumulate", "count", "shard_mb", "area",
+    "tripwires.patience", "steps", "stop_after", "batch_size", "accumulate", "count", "shard_mb", "area", "tile",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
     "validation.every", "validation.clips", "validation.points", "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
@@ -424,7 +429,10 @@ def device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ValueError("device=cuda, but no GPU is visible; use device=cpu or device=auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if available and name != "cpu":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # each process its own
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 def dtype(name: str) -> torch.dtype:

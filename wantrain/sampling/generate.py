@@ -94,7 +94,8 @@ class Sampler:
     """Prompts to frames, with everything a pipeline holds: experts, VAE, text encoder.
 
     `encode_texts(list of str) -> list of (L, D)`; `decode(latents) -> pixels in [-1, 1]`. Strides and channels are
-    the VAE's. Texts are encoded once and kept.
+    the VAE's. Texts are encoded once and kept; `warm` does it for all that will be asked for, before anything else
+    takes memory.
     """
 
     experts: Experts
@@ -127,7 +128,12 @@ class Sampler:
         seeds: Sequence[int],
         on_step: Callable[[int, str], None] | None = None,
     ) -> list[Frames]:
-        """A video for each prompt with its seed, all at once: for small models, where one by one is slow."""
+        """A video for each prompt with its seed, all at once: for small models, where one by one is slow.
+
+        ValueError for a size that VAE and transformer cannot take.
+        """
+        multiple = self.spatial_stride * geometry.PATCH[1]
+        geometry.check_size(bucket.height, bucket.width, multiple, key="height, width")
         shape = geometry.latent_shape(bucket, self.temporal_stride, self.spatial_stride)
         noise = [torch.randn((self.channels, *shape), generator=world.generator(seed, "sample")) for seed in seeds]
         latents = generate(
@@ -144,7 +150,7 @@ class Sampler:
             return [to_frames(pixels) for pixels in self.decode(latents)]
 
     def warm(self, prompts: Sequence[str]) -> None:
-        """Encode texts now, so that the text encoder can be let go."""
+        """Encode texts now, those that are not known yet."""
         fresh = [text for text in dict.fromkeys(prompts) if text not in self.texts]
         if fresh:
             self.texts.update(zip(fresh, self.encode_texts(fresh), strict=True))

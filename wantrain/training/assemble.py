@@ -5,10 +5,12 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +20,7 @@ from wantrain import geometry, world
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
 from wantrain.models import Base, weights
-from wantrain.sampling import Sampler, Settings
-from wantrain.sampling.generate import Velocity
+from wantrain.sampling import House, Sampler, Settings, read_prompts
 from wantrain.training import replay, which_expert
 from wantrain.training.checkpoint import Checkpoints
 from wantrain.training.ema import Ema
@@ -72,7 +73,9 @@ def check_encoders(manifest: Mapping[str, Any], base: Base, shards: str, dtype: 
             )
 
 
-def build_hooks(run: Run, settings: Mapping[str, Any], *, base: Base, folder: Path) -> list[Hook]:
+def build_hooks(
+    run: Run, settings: Mapping[str, Any], *, base: Base, folder: Path, dtype: torch.dtype = torch.float32
+) -> list[Hook]:
     """What looks at a run: validation of each expert, and previews (into `folder`) if they are wanted."""
     model, sample = settings["model"], settings["sample"]
     hooks = build_validators(run, **settings["validation"])
@@ -89,7 +92,9 @@ def build_hooks(run: Run, settings: Mapping[str, Any], *, base: Base, folder: Pa
         hooks.append(
             Preview(
                 [member.stepper for member in run.members.values()],
-                preview_sampler(run, model=model, base=base),
+                preview_sampler(
+                    run, model=model, base=base, dtype=dtype, idle=sample["idle"], offload=sample["offload"]
+                ),
                 how,
                 prompts=prompts[: sample["count"]],
                 bucket=geometry.Bucket(model["num_frames"], *size),
@@ -238,27 +243,34 @@ def build_validators(run: Run, *, every: int, clips: int, points: int) -> list[H
     return hooks
 
 
-def preview_sampler(run: Run, *, model: Mapping[str, Any], base: Base) -> Sampler:
-    """The experts in training, with the other one from the base folder where only one is.
+def preview_sampler(
+    run: Run, *, model: Mapping[str, Any], base: Base, dtype: torch.dtype, idle: str, offload: str
+) -> Callable[[], AbstractContextManager[Sampler]]:
+    """What opens a sampler over the experts in training, with the other one from the base where only one is.
 
-    Where the base has no other expert, the one in training answers for every noise level; that is said once.
+    The other one waits as `idle` says (see House) and is off the device between previews. Where the base has none, the
+    one in training answers for every noise level; that is said once.
     """
     device = next(iter(run.members.values())).stepper.device
-    models: dict[str, Velocity] = {name: member.stepper.module for name, member in run.members.items()}
-    others = [name for name in model["experts"] if name not in models]
-    if all(base.holds(name) for name in others):
-        models.update({name: base.transformer(name, device=device) for name in others})
-    else:
-        world.say(f"previews: {base} holds no {others[0]}, so {', '.join(models)} answers for every noise level")
-    return build_sampler(models, boundary=model["boundary"], base=base, device=device)
+    own: dict[str, nn.Module] = {name: member.stepper.module for name, member in run.members.items()}
+    others = [name for name in model["experts"] if name not in own]
+    if not all(base.holds(name) for name in others):
+        world.say(f"previews: {base} holds no {others[0]}, so {', '.join(own)} answers for every noise level")
+        others = []
+    house = House(
+        others,
+        lambda name, where: base.transformer(name, device=where, dtype=dtype),
+        device,
+        idle=idle,
+        offload=offload,
+    )
+    models = ChainMap(own, cast(dict[str, nn.Module], house))
 
+    @contextmanager
+    def open_sampler() -> Iterator[Sampler]:
+        try:
+            yield build_sampler(models, boundary=model["boundary"], base=base, device=device, dtype=dtype)
+        finally:
+            house.leave()
 
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt per line; empty lines are skipped. ValueError for an absent or empty file."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"the prompt file {path} does not exist")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"the prompt file {path} holds no prompt; write one per line")
-    return prompts
+    return open_sampler
