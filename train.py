@@ -72,7 +72,7 @@ def main(cfg: DictConfig) -> None:
         turns=turns,
         data=data,
         checkpoints=checkpoints,
-        **assemble.guards(folder, steps, **settings["tripwires"]),
+        **assemble.guards(folder, home, steps=steps, fps=model["fps"], **settings["tripwires"]),
         steps=steps,
         until=min(steps, cfg.stop_after or steps),
         seed=cfg.seed,

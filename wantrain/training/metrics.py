@@ -120,8 +120,9 @@ def build_tracker(name: str, *, project: str | None, run: str, folder: Path, con
 class Metrics:
     """One object per optimizer step into `path`, with what happened at it: loss, rates, validation."""
 
-    def __init__(self, path: Path, *, steps: int) -> None:
-        self.path, self.steps = path, steps
+    def __init__(self, path: Path, *, steps: int, peak: float | None = None) -> None:
+        self.path, self.steps, self.peak = path, steps, peak
+        self.noted: dict[str, float] = {}
         self.tracker: Tracker = NoTracker()
         self.pending: list[dict[str, Any]] = []
         self.lap = time.perf_counter()
@@ -133,11 +134,15 @@ class Metrics:
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
         world.write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
-    def add(self, step: int, values: Mapping[str, Tensor | float | int | str]) -> None:
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Remember one step's values; tensors stay where they are until `flush`."""
         now = time.perf_counter()
-        self.pending.append({"step": step, **values, "seconds": now - self.lap})
-        self.lap = now
+        self.pending.append({"step": step, **values, "seconds": now - self.lap, **self.noted})
+        self.lap, self.noted = now, {}
+
+    def note(self, key: str, value: float) -> None:
+        """Something that happened between two steps, for the object of the next one."""
+        self.noted[key] = value
 
     def annotate(self, step: int, values: Mapping[str, Any]) -> None:
         """Add to the object of `step` (made if there is none): results that came after its update."""
@@ -151,8 +156,11 @@ class Metrics:
         """Write what is pending, sync it, and say one line."""
         if not self.pending:
             return
-        rows = [{key: _plain(value) for key, value in row.items()} for row in self.pending]
+        rows = [_plain_row(row) for row in self.pending]
         self.pending = []
+        measured = [row for row in rows if "tokens" in row]
+        if measured:
+            measured[-1].update(rates(measured, peak=self.peak))
         if not world.is_main():
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -178,10 +186,35 @@ class Metrics:
         seconds = sum(row["seconds"] for row in rows) / len(rows)
         left = (self.steps - step) * seconds
         samples = rows[-1]["samples"] / step / seconds
+        last = rows[-1]
+        speed = f"  {last['tokens_per_second']:,.0f} tokens/s" if last.get("tokens_per_second") else ""
+        use = f"  MFU {100 * last['mfu']:.0f} %" if "mfu" in last else ""
         world.say(
-            f"step {step}/{self.steps}  loss {loss:.4f}  {seconds:.2f} s/step  {samples:.1f} samples/s  "
+            f"step {step}/{self.steps}  loss {loss:.4f}  {seconds:.2f} s/step  {samples:.1f} samples/s{speed}{use}  "
             f"{int(left) // 60}m{int(left) % 60:02d}s left"
         )
+
+
+def rates(rows: Sequence[Mapping[str, Any]], *, peak: float | None) -> dict[str, float]:
+    """How fast the steps of some rows were, over all processes; mfu where the device's peak (operations per second of
+    each process) is known.
+    """
+    seconds = sum(row["seconds"] for row in rows)
+    told = {
+        "tokens_per_second": sum(row["tokens"] for row in rows) / seconds,
+        "video_seconds_per_second": sum(row["video_seconds"] for row in rows) / seconds,
+        "tflops": sum(row["flops"] for row in rows) / seconds / 1e12,
+    }
+    if peak is not None:
+        told["mfu"] = told["tflops"] * 1e12 / peak / world.world_size()
+    return told
+
+
+def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it; a step's times become one value each."""
+    plain = {key: _plain(value) for key, value in row.items() if key != "times"}
+    times = row["times"].seconds() if "times" in row else {}
+    return plain | {f"time/{part}": took for part, took in times.items()}
 
 
 def _plain(value: Any) -> Any:
