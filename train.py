@@ -12,11 +12,11 @@ from wantrain import config, world
 from wantrain.data import Plan
 from wantrain.training import assemble, estimate
 from wantrain.training.loop import Run, fit
-from wantrain.training.metrics import build_tracker
 from wantrain.training.parallel import start_accelerator
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
 from wantrain.training.stepper import finish
+from wantrain.training.trackers import build_tracker
 from wantrain.training.turns import Turns
 
 

@@ -78,6 +78,6 @@ def _operations(module: WanTransformer, bucket: str, plan: Plan, temporal_stride
     each = training_flops(module, tokens=geometry.num_tokens(shape), text_rows=module.text_length)
     again = f" + {each.recompute / 1e12:.3g} computed again" if each.recompute else ""
     return (
-        f"TFLOP per step      {bucket}: ({each.forward / 1e12:.3g} forward + {each.backward / 1e12:.3g} backward{again}) "
-        f"x {plan.batch_size} samples = {each.executed * plan.batch_size / 1e12:.4g}"
+        f"TFLOP per step      {bucket}: ({each.forward / 1e12:.3g} forward + {each.backward / 1e12:.3g} backward"
+        f"{again}) x {plan.batch_size} samples = {each.executed * plan.batch_size / 1e12:.4g}"
     )
