@@ -283,7 +283,7 @@ _CHOICES = {
     "precision": ("fp32", "bf16"),
     "dtype": ("fp32", "bf16", "fp16"),
     "device": ("auto", "cpu", "cuda"),
-    "solver": ("unipc", "euler"),
+    "solver": ("unipc", "dpm++", "euler"),
     "caption.missing": ("error", "skip", "empty"),
     "clips": ("all", "first", "middle"),
     "init": ("base", "scratch"),

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
+#: Where the authors' 1,000-step training grid begins, one step below pure noise, and their UniPC with it.
+SECOND_NOISIEST = 1 - 1 / TIMESTEPS
 
 
 @dataclass(frozen=True)
@@ -184,14 +186,14 @@ def loss_weight(sigma: Tensor, scheme: str) -> Tensor:
     raise ValueError(f"loss weighting {scheme!r} is unknown; choose one of none, sigma_sqrt, cosmap")
 
 
-def sampling_sigmas(num_steps: int, shift: float) -> Tensor:
-    """Wan2.2's own inference schedule: `num_steps` shifted sigmas from about 0.999 down, then 0 (float64).
+def sampling_sigmas(num_steps: int, shift: float, *, start: float = SECOND_NOISIEST) -> Tensor:
+    """Wan2.2's own inference schedule: `num_steps` shifted sigmas from `start` down, then 0 (float64).
 
-    The base grid ends are those of the authors' 1,000-step training grid (0.999 and 0); the shift is applied once.
+    The shift is applied once, to an even grid that would reach 0 after as many steps.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps} must be at least 1")
-    base = torch.linspace(1 - 1 / TIMESTEPS, 0, num_steps + 1, dtype=torch.float64)[:-1]
+    base = torch.linspace(start, 0, num_steps + 1, dtype=torch.float64)[:-1]
     return torch.cat([shift_sigma(base, shift), torch.zeros(1, dtype=torch.float64)])
 
 
