@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from wantrain import config, world
 from wantrain.data import Plan
-from wantrain.training import assemble, estimate
+from wantrain.training import assemble, estimate, noise_report
 from wantrain.training.loop import Run, fit
 from wantrain.training.metrics import Metrics, build_tracker
 from wantrain.training.parallel import start_accelerator
@@ -85,6 +85,7 @@ def main(cfg: DictConfig) -> None:
         run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
         if start == 0 and cfg.check_expert != "off":
             assemble.check_experts(run, starts, how=cfg.check_expert)
+        noise_report.write(folder.path, losses, data.bucket_names, multiple=model["multiple"])
         run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples)
         ended_by = fit(run, start)
         run.metrics.tracker.close()

@@ -45,6 +45,7 @@ TEXT_KEYS = frozenset(
 )
 PATH_KEYS = frozenset(
     ("source", "out", "shards", "data.shards", "weights", "runs", "prompts", "measure", "inspect", "adapter.init",
+     "noise.density.file",
      "experts.high_noise.init", "experts.low_noise.init",
      "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts",
      "parts.high_noise", "parts.low_noise", "parts.dense", "parts.vae", "parts.text_encoder", "parts.tokenizer")
@@ -325,6 +326,7 @@ def _check_picture(cfg: DictConfig) -> None:
 def _check_experts(cfg: DictConfig) -> None:
     for own in experts(cfg).values():
         _check_expert(own)
+        build(own.loss)  # its own words on a noise law that cannot be
 
 
 def _check_expert(cfg: DictConfig) -> None:

@@ -77,7 +77,7 @@ def build_hooks(run: Run, settings: Mapping[str, Any], *, base: Base, folder: Pa
         prompts = read_prompts(sample["prompts"]) if sample["prompts"] else run.data.captions()
         how = Settings(
             guidance=model["guidance"],
-            shift=law.shift,
+            shift=model["shift"],
             steps=sample["steps"],
             negative_prompt=model["negative_prompt"],
         )

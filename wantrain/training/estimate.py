@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from wantrain import flow, geometry, world
+from wantrain import geometry, world
 from wantrain.data import Plan
 from wantrain.losses import FlowMatching
 from wantrain.training.turns import Turns
@@ -26,9 +26,8 @@ def say_turns(turns: Turns, losses: Mapping[str, FlowMatching], steps: int) -> N
         return
     parts = []
     for name, loss in losses.items():
-        law = flow.window_mass(loss.window, density=loss.density, shift=loss.shift)
         own = turns.count(name, steps)
-        parts.append(f"{name} {own} of {steps} = {own / steps:.1%} (the noise law alone would give {law:.1%})")
+        parts.append(f"{name} {own} of {steps} = {own / steps:.1%} (the noise law alone would give {loss.mass:.1%})")
     world.say(f"optimizer steps     {'; '.join(parts)}")
 
 
