@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wantrain import flow, geometry, world
 from wantrain.batch import pad_texts
-from wantrain.sampling.solvers import solver_named
+from wantrain.sampling.solvers import schedule, solver_named
 from wantrain.video import Frames, to_frames
 
 #: A velocity model: (latents, timestep, text) -> velocity.
@@ -41,7 +41,7 @@ class Settings:
     """How to sample; defaults of a model come from its conf/model file.
 
     guidance   guidance scale per expert name; 1 asks the model once per step instead of twice
-    solver     "unipc" or "euler"
+    solver     "unipc", "dpm++" or "euler"
     steps      solver steps, one call of the model (two with guidance) each
     shift      flow shift of the schedule; part of what the model was trained for
     negative_prompt  what guidance pushes away from
@@ -141,7 +141,7 @@ class Sampler:
             latents=torch.stack(noise).to(self.device),
             text_BLD=self._texts(prompts),
             negative_BLD=self._texts([settings.negative_prompt] * len(prompts)),
-            sigmas=flow.sampling_sigmas(settings.steps, settings.shift),
+            sigmas=schedule(settings.solver, settings.steps, settings.shift),
             guidance=settings.guidance,
             solver=settings.solver,
             on_step=on_step,

@@ -86,7 +86,7 @@ def build_hooks(
         prompts = read_prompts(sample["prompts"]) if sample["prompts"] else run.data.captions()
         how = Settings(
             guidance=model["guidance"],
-            shift=law.shift,
+            shift=model["shift"],
             steps=sample["steps"],
             negative_prompt=model["negative_prompt"],
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from wantrain import flow, geometry, world
+from wantrain import geometry, world
 from wantrain.data import Plan
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer
@@ -22,15 +22,20 @@ def run_length(plan: Plan, *, steps: int | None, epochs: float | None, default: 
     return default if steps is None else steps
 
 
+def progress(step: int, steps: int) -> str:
+    """Where a run stands."""
+    over = "; this run is finished, a larger steps= continues it" if step >= steps else ""
+    return f"step {step} of {steps}{over}"
+
+
 def say_turns(turns: Turns, losses: Mapping[str, FlowMatching], steps: int) -> None:
     """For a pair: each expert's steps, beside the share that the noise law alone would give it."""
     if len(losses) == 1:
         return
     parts = []
     for name, loss in losses.items():
-        law = flow.window_mass(loss.window, density=loss.density, shift=loss.shift)
         own = turns.count(name, steps)
-        parts.append(f"{name} {own} of {steps} = {own / steps:.1%} (the noise law alone would give {law:.1%})")
+        parts.append(f"{name} {own} of {steps} = {own / steps:.1%} (the noise law alone would give {loss.mass:.1%})")
     world.say(f"optimizer steps     {'; '.join(parts)}")
 
 
