@@ -20,7 +20,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
@@ -197,6 +197,22 @@ _OWN = {
 }
 
 
+def buckets(cfg: DictConfig, temporal_stride: int = 4) -> geometry.Buckets:
+    """The sizes that encode.py brings clips to; ValueError for areas or aspects that give none."""
+    areas = cfg.area if isinstance(cfg.area, ListConfig) else [cfg.area]
+    wrong = [value for value in [*areas, *cfg.aspects] if not _is_number(value)]
+    if wrong:
+        raise ValueError(f"area={cfg.area}, aspects={cfg.aspects} must be numbers, or lists of numbers")
+    return geometry.Buckets(
+        tuple(int(area) for area in areas),
+        tuple(cfg.aspects),
+        cfg.model.multiple,
+        cfg.tokens,
+        cfg.upscale.limit,
+        temporal_stride,
+    )
+
+
 def has_base(cfg: DictConfig) -> bool:
     """True if the command line names a base model, or parts of one."""
     return cfg.weights is not None or any(path is not None for path in cfg.parts.values())
@@ -247,6 +263,8 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         except ValueError as error:
             problems.append(str(error))
 
+    if "aspects" in cfg:
+        judge(lambda: buckets(cfg))
     judge(lambda: plain(cfg))  # missing values (???) and broken references
     if "num_frames" in cfg:
         judge(lambda: _check_num_frames(cfg, "num_frames"))
@@ -271,6 +289,8 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
             problems.append(f"{key}={value} is unknown; choose one of {', '.join(allowed)}")
     for key in (*_WHOLE, *_POSITIVE):
         value = OmegaConf.select(cfg, key)
+        if value in _WORDS.get(key, ()) or (key == "area" and isinstance(value, ListConfig)):
+            continue
         if value is not None and not _is_number(value, whole=key in _WHOLE):
             problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number")
         elif value is not None and not value > 0:
@@ -293,7 +313,7 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "solver": ("unipc", "euler"),
     "caption.missing": ("error", "skip", "empty"),
-    "clips": ("all", "first", "middle"),
+    "clips": ("all", "first", "middle", "random"),
     "init": ("base", "scratch"),
     "check_expert": ("warn", "stop", "off"),
     "experts.idle": ("gpu", "cpu"),
@@ -301,14 +321,30 @@ _CHOICES = {
     "layout": ("diffusers", "official", "comfyui"),
     "lora.dialect": ("comfyui", "diffusers", "kohya"),
     "adapter.targets": ("attention", "attention+ffn", "all"),
+    "scenes": ("off", "split"),
+    "static": ("report", "drop"),
+    "duplicates": ("report", "drop"),
 }
+#: Keys that hold a number or one of these words.
+_WORDS = {"fps": ("native", "resample")}
 _WHOLE = (
     "tripwires.patience", "steps", "batch_size", "accumulate", "count", "shard_mb", "area",
+    "stride", "tokens",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
     "validation.every", "validation.clips", "validation.points", "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
-_SWITCHES = ("checkpoint.keep_best", "checkpoint.background")
-_POSITIVE = ("tripwires.spike", "tripwires.hang", "epochs", "clip", "fps", "shift", "adapter.alpha", "optimizer.lr")
+_SWITCHES = ("stretch", "checkpoint.keep_best", "checkpoint.background")
+_POSITIVE = (
+    "upscale.limit",
+    "tripwires.spike",
+    "tripwires.hang",
+    "epochs",
+    "clip",
+    "fps",
+    "shift",
+    "adapter.alpha",
+    "optimizer.lr",
+)
 
 
 def _is_number(value: object, *, whole: bool = False) -> bool:

@@ -18,16 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wantrain.data.footage import (
-    EPSILON,
-    Probe,
-    Window,
-    cut_windows,
-    find_footage,
-    frames_on_screen,
-    probe,
-    read_windows,
-)
+from wantrain.data import find_footage
+from wantrain.data.footage import probe, read_windows
+from wantrain.data.windows import EPSILON, Cut, Probe, Window, cut_windows, frames_on_screen
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ("-pix_fmt", "yuv420p", "-bf", "3", "-g", "30")
@@ -102,7 +95,7 @@ def test_a_clip_is_what_a_player_shows(videos, name, num_frames):
     found = probe(path, whole=True)
     assert (found.height, found.width) == frames[0].shape[:2]
     np.testing.assert_allclose(found.times - found.times[0], times, atol=2e-3)
-    windows = cut_windows(found, num_frames=num_frames, fps=16)
+    windows = cut_windows(found, Cut(num_frames, 16))
     assert windows
     for window, clip in zip(windows, read_windows(path, found, windows, 16), strict=True):
         wanted = window.start - found.times[0] + np.arange(window.num_frames) / 16
@@ -114,7 +107,7 @@ def test_a_clip_is_what_a_player_shows(videos, name, num_frames):
 def test_frames_at_a_constant_rate_are_those_of_arithmetic(videos):
     for name, fps in [("plain.mp4", 24), ("eight.mp4", 8), ("thirty.mp4", 30)]:
         found = probe(videos / name)
-        windows = cut_windows(found, num_frames=9, fps=16)
+        windows = cut_windows(found, Cut(9, 16))
         clips = list(read_windows(videos / name, found, windows, 16))
         shown = [number_in(frame) for clip in clips for frame in clip]
         assert shown == [i * fps // 16 for i in range(len(shown))]
@@ -208,9 +201,9 @@ def test_windows_fill_the_file_and_never_more(rate, count, fps, num_frames):
     held = len([k for k in range(10000) if k / fps < found.end - EPSILON])  # frames that the file's time holds
     if held < min(5, num_frames):
         with pytest.raises(ValueError, match="less than 5 frames"):
-            cut_windows(found, num_frames=num_frames, fps=fps)
+            cut_windows(found, Cut(num_frames, fps))
         return
-    windows = cut_windows(found, num_frames=num_frames, fps=fps)
+    windows = cut_windows(found, Cut(num_frames, fps))
     lengths = {window.num_frames for window in windows}
     assert len(lengths) == 1
     (length,) = lengths
@@ -219,9 +212,9 @@ def test_windows_fill_the_file_and_never_more(rate, count, fps, num_frames):
     for before, after in itertools.pairwise(windows):
         assert after.start - before.start == pytest.approx(length / fps)
     assert windows[-1].start + (length - 1) / fps < found.end
-    (first,) = cut_windows(found, num_frames=num_frames, fps=fps, clips="first")
+    (first,) = cut_windows(found, Cut(num_frames, fps, clips="first"))
     assert first == windows[0]
-    (middle,) = cut_windows(found, num_frames=num_frames, fps=fps, clips="middle")
+    (middle,) = cut_windows(found, Cut(num_frames, fps, clips="middle"))
     margins = middle.start, found.end - middle.start - length / fps
     assert abs(margins[0] - margins[1]) <= 2 / fps + 1e-6
 
@@ -230,7 +223,7 @@ def test_a_video_of_one_frame_is_an_image(tmp_path):
     encode(tmp_path / "one.mp4", numbered(1), 24, *H264)
     found = probe(tmp_path / "one.mp4")
     assert found.is_image
-    windows = cut_windows(found, num_frames=17, fps=16)
+    windows = cut_windows(found, Cut(17, 16))
     assert windows == [Window(0.0, 1)]
     (clip,) = read_windows(tmp_path / "one.mp4", found, windows, 16)
     assert clip.shape == (1, 48, 112, 3)
@@ -240,7 +233,7 @@ def test_a_long_file_is_read_in_several_sittings(videos, monkeypatch):
     """Memory is bounded by the sitting; what is read does not depend on it."""
     for name in ("cut_hevc.mp4", "eight.mp4"):
         found = probe(videos / name)
-        windows = cut_windows(found, num_frames=5, fps=16)
+        windows = cut_windows(found, Cut(5, 16))
         assert len(windows) > 4
         whole = list(read_windows(videos / name, found, windows, 16))
         monkeypatch.setattr("wantrain.data.footage.SITTING_BYTES", 2 * whole[0].nbytes)
@@ -261,7 +254,7 @@ def test_no_reader_is_open_while_a_clip_is_used(videos, monkeypatch):
 
     monkeypatch.setattr("wantrain.data.footage.decord.VideoReader", spy)
     found = probe(videos / "plain.mp4")
-    for _ in read_windows(videos / "plain.mp4", found, cut_windows(found, num_frames=17, fps=16), 16):
+    for _ in read_windows(videos / "plain.mp4", found, cut_windows(found, Cut(17, 16)), 16):
         assert [reader for reader in opened if reader() is not None] == []
     assert len(opened) == 2
 
@@ -441,7 +434,7 @@ def test_the_shared_footage():
     for file in footage:
         found = probe(file.path)
         sizes[file.name] = found.height, found.width
-        windows = cut_windows(found, num_frames=9, fps=16, clips="first")
+        windows = cut_windows(found, Cut(9, 16, clips="first"))
         (clip,) = read_windows(file.path, found, windows, 16)
         assert clip.shape == (9, found.height, found.width, 3)
         assert clip[:, ::8, ::8].std() > 1
