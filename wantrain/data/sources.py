@@ -155,7 +155,8 @@ def _in_tar(path: Path, prefix: str) -> Iterator[Footage | Reject]:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, {stem}: {error}; its .json or .txt cannot be used") from error
     if empty:
-        yield Reject(prefix.rstrip("/") or path.name, "no sample of it holds a video or an image", kind="empty tar")
+        name = prefix.rstrip("/") or path.name
+        yield Reject(name, "no sample of it holds a video or an image", bad=False, kind="empty tar")
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
@@ -212,7 +213,7 @@ def _tars(source: str, downloads: Path | None) -> list[Path]:
     assert downloads is not None, "remote tars need a place"
     if any(sign in source for sign in "*[") or ("?" in source and not source.startswith("http")):
         names = [name for pattern in names for name in _remote_glob(pattern)]
-    return [_download(name, downloads / f"{place:06d}-{_last(name)}") for place, name in enumerate(names)]
+    return [_download(name, downloads / f"{place:06d}" / _last(name)) for place, name in enumerate(names)]
 
 
 def _glob(pattern: str) -> list[Path]:
