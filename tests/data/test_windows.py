@@ -87,7 +87,7 @@ def test_lengths_are_those_that_are_allowed():
     assert lengths(48) == [17, 17]
     assert lengths(49) == [49]
     assert lengths(200) == [49] * 4
-    with pytest.raises(ValueError, match=r"it lasts 1\.00 s, it less than 17 frames at 16 fps"):
+    with pytest.raises(ValueError, match=r"it lasts 1\.00 s, less than 17 frames at 16 fps"):
         lengths(16)
     with pytest.raises(ValueError, match="is one frame, lengths"):
         cut_windows(regular(1, 16), Cut(17, 16, lengths=(17,)))
@@ -106,7 +106,7 @@ def test_no_clip_goes_across_a_cut(fps, clips):
     assert set(taken) == {0, 2, 3}  # the scene of three frames holds no clip
     assert clips == "all" or taken == [0, 2, 3]
     assert windows == sorted(windows, key=lambda window: window.start)
-    with pytest.raises(ValueError, match="its longest scene less than 5 frames"):
+    with pytest.raises(ValueError, match="each of its scenes less than 5 frames"):
         cut_windows(regular(12, 24), Cut(9, fps), scenes=[4 / 24, 8 / 24])
 
 

@@ -52,8 +52,8 @@ class Probe:
 
     @property
     def rate(self) -> float:
-        """Its frames per second, on average; 0 of an image."""
-        return len(self.times) / self.seconds if self.seconds > 0 else 0.0
+        """Its frames per second, on average; 1 of an image."""
+        return len(self.times) / self.seconds if self.seconds > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -127,18 +127,17 @@ def cut_windows(found: Probe, cut: Cut, *, scenes: Sequence[float] = (), name: s
             raise ValueError(f"it is one frame, lengths={list(cut.lengths)} does not hold 1")
         return [Window(0.0, 1)]
     bounds = [found.start, *scenes, found.end]
-    windows, longest = [], 0
+    windows = []
     for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
         # The frame that begins a scene is not to be reached by the tolerance of the one before.
         steps = _Steps(found, cut, begin, end - (EPSILON if end < found.end else 0.0))
-        longest = max(longest, steps.available)
         windows.extend(steps.windows(world.seed_at(cut.seed, "clip", name, number)))
     if not windows:
-        whose = "its longest scene" if scenes else "it"
         rate = f"{cut.fps:g} fps" if cut.fps else "its own rate"
-        least = min(cut.lengths, default=min(5, cut.num_frames))
         every = f", every {cut.stride}th taken" if cut.stride > 1 else ""
-        raise ValueError(f"it lasts {found.seconds:.2f} s, {whose} less than {least} frames at {rate}{every}")
+        less = "each of its scenes less" if scenes else "less"
+        least = min(cut.lengths, default=min(5, cut.num_frames))
+        raise ValueError(f"it lasts {found.seconds:.2f} s, {less} than {least} frames at {rate}{every}")
     return windows
 
 
