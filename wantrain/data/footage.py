@@ -77,14 +77,29 @@ class Footage:
 
     @contextmanager
     def on_disk(self) -> Iterator[Path]:
-        """A file with its bytes, for as long as it is looked at."""
-        if self.member is None:
+        """A file with its bytes and a name that decoders take, for as long as it is looked at."""
+        if self.member is None and _is_utf8(self.path):
             yield self.path
+            return
+        if self.member is None:
+            with tempfile.TemporaryDirectory() as folder:
+                link = Path(folder, f"file.{self.extension}")
+                link.symlink_to(self.path.resolve())
+                yield link
             return
         with tempfile.NamedTemporaryFile(suffix=f".{self.extension}") as file:
             file.write(self.read())
             file.flush()
             yield Path(file.name)
+
+
+def _is_utf8(path: Path) -> bool:
+    """False for a path whose bytes are not UTF-8, which decord cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
