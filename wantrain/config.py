@@ -200,9 +200,11 @@ _OWN = {
 def buckets(cfg: DictConfig, temporal_stride: int = 4) -> geometry.Buckets:
     """The sizes that encode.py brings clips to; ValueError for areas or aspects that give none."""
     areas = cfg.area if isinstance(cfg.area, ListConfig) else [cfg.area]
-    wrong = [value for value in [*areas, *cfg.aspects] if not _is_number(value)]
-    if wrong:
-        raise ValueError(f"area={cfg.area}, aspects={cfg.aspects} must be numbers, or lists of numbers")
+    if not all(_is_number(value) for value in [*areas, *cfg.aspects, cfg.upscale.limit]):
+        raise ValueError(
+            f"area={cfg.area}, aspects={cfg.aspects}, upscale.limit={cfg.upscale.limit} must be numbers, the first two "
+            "also lists of numbers"
+        )
     return geometry.Buckets(
         tuple(int(area) for area in areas),
         tuple(cfg.aspects),
@@ -265,6 +267,8 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
 
     if "aspects" in cfg:
         judge(lambda: buckets(cfg))
+    if "lengths" in cfg:
+        judge(lambda: _check_lengths(cfg))
     judge(lambda: plain(cfg))  # missing values (???) and broken references
     if "num_frames" in cfg:
         judge(lambda: _check_num_frames(cfg, "num_frames"))
@@ -292,7 +296,8 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         if value in _WORDS.get(key, ()) or (key == "area" and isinstance(value, ListConfig)):
             continue
         if value is not None and not _is_number(value, whole=key in _WHOLE):
-            problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number")
+            words = f", or one of {', '.join(_WORDS[key])}" if key in _WORDS else ""
+            problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number{words}")
         elif value is not None and not value > 0:
             problems.append(f"{key}={value} must be above 0")
     for key in _SWITCHES:
@@ -335,7 +340,6 @@ _WHOLE = (
 )  # fmt: skip
 _SWITCHES = ("stretch", "checkpoint.keep_best", "checkpoint.background")
 _POSITIVE = (
-    "upscale.limit",
     "tripwires.spike",
     "tripwires.hang",
     "epochs",
@@ -356,6 +360,15 @@ def _check_num_frames(cfg: DictConfig, key: str) -> None:
     if not _is_number(value, whole=True):
         raise ValueError(f"{key}={value} must be a whole number")
     geometry.check_num_frames(value, key=key)
+
+
+def _check_lengths(cfg: DictConfig) -> None:
+    for length in cfg.lengths:
+        if not _is_number(length, whole=True):
+            raise ValueError(f"lengths={cfg.lengths} must be whole numbers of frames")
+        geometry.check_num_frames(length, key="lengths")
+    if not (_is_number(cfg.holdout) and 0 <= cfg.holdout < 1):
+        raise ValueError(f"holdout={cfg.holdout} must be in [0, 1)")
 
 
 def _check_picture(cfg: DictConfig) -> None:

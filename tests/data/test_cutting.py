@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -286,3 +287,51 @@ def test_a_header_that_changes_the_picture_is_refused_with_the_mend():
     with pytest.raises(ValueError, match=r"not square \(16:15\).*ffmpeg -i a\.mp4 .*a_square\.mp4"):
         refuse(Header("", (16, 15)), "a.mp4")
     assert read_header(Path("absent.mp4")) == Header()
+
+
+# ---------------------------------------------------------------------------------------------- by command
+
+
+def test_a_set_of_tars_at_an_address_becomes_video_shards(call, tmp_path):
+    """Also our own video shards: cut again, otherwise, with their captions, weights and tags."""
+    make_footage(tmp_path / "footage", num_videos=2, num_images=1)
+    call("shard.py", "source=footage", "out=first")
+    (tar,) = (tmp_path / "first").glob("*.tar")
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/set/videos-000.tar", tar.read_bytes())
+    said = call(
+        "shard.py", "source=memory://set/videos-{000..000}.tar", "out=second", "fps=native", "clips=middle"
+    ).stdout
+    assert "3 files seen = 3 used + 0 rejected; 3 clips" in said
+    assert [path.name for path in (tmp_path / "second").iterdir() if path.name.startswith(".")] == []
+    first, second = samples(tmp_path / "first"), samples(tmp_path / "second")
+    by_key = {sample.key: sample.about for sample in second.values()}
+    for sample in first.values():
+        about = by_key[sample.key]
+        assert about["captions"] == sample.about["captions"]
+        assert about["time"] == "native"
+        assert len(about["windows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "problem"),
+    [
+        ("shard.py", ["clips=last"], "clips=last is unknown; choose one of all, first, middle, random"),
+        ("shard.py", ["fps=fast"], "fps=fast must be a number, or one of native, resample"),
+        ("shard.py", ["fps=0"], "fps=0 must be above 0"),
+        ("shard.py", ["stretch=1"], "stretch=1 must be true or false"),
+        ("shard.py", ["stride=0"], "stride=0 must be above 0"),
+        ("shard.py", ["lengths=[6]"], "lengths=6 is not 4k+1"),
+        ("shard.py", ["holdout=1"], "holdout=1 must be in [0, 1)"),
+        ("shard.py", ["static=keep"], "static=keep is unknown; choose one of report, drop"),
+        ("encode.py", ["area=[100]"], "area=100 holds not even one 16x16 block"),
+        ("encode.py", ["area=[4096,many]"], "must be numbers, the first two also lists of numbers"),
+        ("encode.py", ["tokens=0"], "tokens=0 must be above 0"),
+        ("encode.py", ["upscale.limit=0"], "error: upscale.limit=0 must be above 0; 1 allows no enlarging"),
+    ],
+)
+def test_choices_that_are_none_are_told_before_any_work(call, tmp_path, verb, arguments, problem):
+    where = {"shard.py": ["source=."], "encode.py": ["shards=."]}[verb]
+    ended = call(verb, *where, "out=out", *arguments, check=False)
+    assert problem in ended.stderr
+    assert not (tmp_path / "out").exists()
