@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from wantrain import config, geometry, world
+from wantrain import config, world
 from wantrain.data import encode_shards, write_report
 from wantrain.models.weights import fingerprint
 
@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> None:
         Path(cfg.out),
         encode_pixels=encode_pixels,
         encode_texts=text.encode_unpadded,
-        sizes=geometry.sizes(cfg.area, cfg.model.multiple, cfg.aspects),
+        sizes=config.buckets(cfg, vae.temporal_stride),
         temporal_stride=vae.temporal_stride,
         spatial_stride=vae.spatial_stride,
         model=cfg.model.name,

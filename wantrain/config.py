@@ -20,7 +20,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
@@ -199,6 +199,24 @@ _OWN = {
 }
 
 
+def buckets(cfg: DictConfig, temporal_stride: int = 4) -> geometry.Buckets:
+    """The sizes that encode.py brings clips to; ValueError for areas or aspects that give none."""
+    areas = cfg.area if isinstance(cfg.area, ListConfig) else [cfg.area]
+    if not all(_is_number(value) for value in [*areas, *cfg.aspects, cfg.upscale.limit]):
+        raise ValueError(
+            f"area={cfg.area}, aspects={cfg.aspects}, upscale.limit={cfg.upscale.limit} must be numbers, the first two "
+            "also lists of numbers"
+        )
+    return geometry.Buckets(
+        tuple(int(area) for area in areas),
+        tuple(cfg.aspects),
+        cfg.model.multiple,
+        cfg.tokens,
+        cfg.upscale.limit,
+        temporal_stride,
+    )
+
+
 def has_base(cfg: DictConfig) -> bool:
     """True if the command line names a base model, or parts of one."""
     return cfg.weights is not None or any(path is not None for path in cfg.parts.values())
@@ -255,6 +273,10 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         except ValueError as error:
             problems.append(str(error))
 
+    if "aspects" in cfg:
+        judge(lambda: buckets(cfg))
+    if "lengths" in cfg:
+        judge(lambda: _check_lengths(cfg))
     judge(lambda: plain(cfg))  # missing values (???) and broken references
     if "num_frames" in cfg:
         judge(lambda: _check_num_frames(cfg, "num_frames"))
@@ -279,8 +301,11 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
             problems.append(f"{key}={value} is unknown; choose one of {', '.join(allowed)}")
     for key in (*_WHOLE, *_POSITIVE):
         value = OmegaConf.select(cfg, key)
+        if value in _WORDS.get(key, ()) or (key == "area" and isinstance(value, ListConfig)):
+            continue
         if value is not None and not _is_number(value, whole=key in _WHOLE):
-            problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number")
+            words = f", or one of {', '.join(_WORDS[key])}" if key in _WORDS else ""
+            problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number{words}")
         elif value is not None and not value > 0:
             problems.append(f"{key}={value} must be above 0")
     for key in _SWITCHES:
@@ -301,7 +326,7 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "solver": ("unipc", "dpm++", "euler"),
     "caption.missing": ("error", "skip", "empty"),
-    "clips": ("all", "first", "middle"),
+    "clips": ("all", "first", "middle", "random"),
     "report": ("page", "decode", "none"),
     "init": ("base", "scratch"),
     "check_expert": ("warn", "stop", "off"),
@@ -314,14 +339,29 @@ _CHOICES = {
     "layout": ("diffusers", "official", "comfyui"),
     "lora.dialect": ("comfyui", "diffusers", "kohya"),
     "adapter.targets": ("attention", "attention+ffn", "all"),
+    "scenes": ("off", "split"),
+    "static": ("report", "drop"),
+    "duplicates": ("report", "drop"),
 }
+#: Keys that hold a number or one of these words.
+_WORDS = {"fps": ("native", "resample")}
 _WHOLE = (
     "tripwires.patience", "steps", "stop_after", "batch_size", "accumulate", "count", "shard_mb", "area", "tile",
+    "stride", "tokens",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
     "validation.every", "validation.clips", "validation.points", "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
-_SWITCHES = ("checkpoint.keep_best", "checkpoint.background")
-_POSITIVE = ("tripwires.spike", "tripwires.hang", "epochs", "clip", "fps", "shift", "adapter.alpha", "optimizer.lr")
+_SWITCHES = ("stretch", "checkpoint.keep_best", "checkpoint.background")
+_POSITIVE = (
+    "tripwires.spike",
+    "tripwires.hang",
+    "epochs",
+    "clip",
+    "fps",
+    "shift",
+    "adapter.alpha",
+    "optimizer.lr",
+)
 
 
 def _is_number(value: object, *, whole: bool = False) -> bool:
@@ -333,6 +373,15 @@ def _check_num_frames(cfg: DictConfig, key: str) -> None:
     if not _is_number(value, whole=True):
         raise ValueError(f"{key}={value} must be a whole number")
     geometry.check_num_frames(value, key=key)
+
+
+def _check_lengths(cfg: DictConfig) -> None:
+    for length in cfg.lengths:
+        if not _is_number(length, whole=True):
+            raise ValueError(f"lengths={cfg.lengths} must be whole numbers of frames")
+        geometry.check_num_frames(length, key="lengths")
+    if not (_is_number(cfg.holdout) and 0 <= cfg.holdout < 1):
+        raise ValueError(f"holdout={cfg.holdout} must be in [0, 1)")
 
 
 def _check_picture(cfg: DictConfig) -> None:

@@ -28,10 +28,11 @@ from wantrain.data import (
 from wantrain.data.demo import Scene
 from wantrain.data.encoding import read_sample
 from wantrain.data.footage import probe
+from wantrain.data.likeness import GRID
 from wantrain.data.shards import Index, read_video_shards
 from wantrain.video import write_mp4
 
-SIZES = geometry.sizes(4096, 16, [1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16])
+SIZES = geometry.Buckets((4096,), (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16), 16)
 
 
 def encode_pixels(pixels_BCTHW):
@@ -105,7 +106,7 @@ def test_latents_are_those_of_the_right_pixels_and_captions(videos, latents):
         for number, frames in enumerate(read_sample(sample)):
             key = f"{sample.key}-{number:04d}"
             wanted |= {f"{key}.safetensors", f"{key}.json"}
-            size = geometry.nearest_size(sample.about["height"], sample.about["width"], SIZES)
+            size = SIZES.choose(len(frames), sample.about["height"], sample.about["width"])
             pixels, cropped = prepare_pixels(frames, size)
             tensors = load(found[f"{key}.safetensors"])
             assert set(tensors) == {"latents", "text"}
@@ -197,7 +198,7 @@ def test_pixels_cover_the_size_and_keep_their_levels(shape, size):
 def test_pixels_are_not_squeezed_and_the_centre_stays(height, width):
     """A circle in the middle stays a circle in the middle."""
     scene = Scene("circle", "red", "dark", "still", 0.5, 0.0, (0.5, 0.5))
-    for size in SIZES:
+    for size in SIZES.sizes(1)[0]:
         pixels, _ = prepare_pixels(scene.frames(height, width, fps=16, num_frames=1), size)
         # Red rises from 25 to 220 across the edge; the cover of each pixel is its share of that.
         cover = ((pixels[0, 0] + 1) * 127.5 - 25).clamp(min=0) / 195
@@ -240,7 +241,12 @@ def damaged(videos, tmp_path, monkeypatch):
     (footage / "damaged.txt").write_text("noise")
     with pytest.raises(ValueError, match=r"1 of 10 files are bad.*damaged\.mp4: cannot be decoded"):
         shard(footage, tmp_path / "videos", rejects_limit=0)
-    monkeypatch.setattr("wantrain.data.shards.probe", lambda path, whole: probe(path))
+
+    def unread(_, file):
+        found = probe(file.path)
+        return found, np.zeros((len(found.times), GRID, GRID, 3), np.uint8), []
+
+    monkeypatch.setattr("wantrain.data.cutting._Cutter._read", unread)
     shard(footage, tmp_path / "videos")
     return tmp_path / "videos"
 
@@ -299,7 +305,7 @@ def test_finished_latents_are_left_alone_and_others_refused(videos, latents, tmp
     with pytest.raises(ValueError, match=r"made otherwise \(vae_fingerprint: vae-1 -> vae-2\)"):
         encode(videos, latents, vae_fingerprint="vae-2")
     with pytest.raises(ValueError, match=r"made otherwise \(sizes: "):
-        encode(videos, latents, sizes=[(64, 64)])
+        encode(videos, latents, sizes=geometry.Buckets((4096,), (1.0,), 16))
     shard(videos.parent / "footage", tmp_path / "nine", num_frames=9)
     with pytest.raises(ValueError, match=r"made otherwise \(shards: other video shards\)"):
         encode(tmp_path / "nine", latents)

@@ -31,7 +31,7 @@ from wantrain.data.loader import split_sources
 from wantrain.data.shards import Index, describe_file
 from wantrain.video import write_mp4
 
-SIZES = geometry.sizes(4096, 16, [1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16])
+SIZES = geometry.Buckets((4096,), (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16), 16)
 
 
 def encode_texts(texts):
@@ -278,7 +278,7 @@ def pixels(videos):
 
 def test_pixels_are_clips_of_the_buckets(pixels, latents):
     assert len(pixels.train) + len(pixels.heldout) == pixels.manifest["clips"]
-    assert set(pixels.bucket_names) <= {f"{frames}x{h}x{w}" for h, w in SIZES for frames in (1, 9)}
+    assert set(pixels.bucket_names) <= {f"{frames}x{h}x{w}" for h, w in SIZES.sizes(1)[0] for frames in (1, 9)}
     for samples in all_of_one_bucket(pixels):
         batch = pixels.load(samples, samples)
         frames, height, width = map(int, pixels.bucket_names[samples[0]].split("x"))

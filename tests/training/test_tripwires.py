@@ -138,7 +138,7 @@ def test_what_is_usual_is_learned_for_each_noise_level():
 def test_a_draw_outside_the_window_ends_the_run_before_it_learns(tiny, call, monkeypatch):
     """The classic: the whole range for one expert."""
     whole = FlowMatching(density="uniform", shift=3.0)
-    monkeypatch.setattr(FlowMatching, "draw", lambda self, generator: DRAW(whole, generator))
+    monkeypatch.setattr(FlowMatching, "draw", lambda self, batch, generators: DRAW(whole, batch, generators))
     error = call("train.py", *tiny.train, *RUN, "batch_size=16", check=False).error
     assert re.search(r"low_noise drew sigma 0\.\d+, outside its window \[0, 0\.875\)", error)
 

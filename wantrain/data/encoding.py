@@ -80,7 +80,7 @@ def encode_shards(
     *,
     encode_pixels: EncodePixels,
     encode_texts: EncodeTexts,
-    sizes: list[tuple[int, int]],
+    sizes: geometry.Buckets,
     temporal_stride: int,
     spatial_stride: int,
     model: str,
@@ -106,7 +106,7 @@ def encode_shards(
         "shards": file_hash(shards / MANIFEST),
         "vae_fingerprint": vae_fingerprint,
         "text_encoder_fingerprint": text_fingerprint,
-        "sizes": [list(size) for size in sizes],
+        "sizes": sizes.told(),
     }
     done = finished(out, "latent", settings)
     if done is not None:
@@ -172,7 +172,7 @@ class _Encoder:
         self,
         encode_pixels: EncodePixels,
         encode_texts: EncodeTexts,
-        sizes: list[tuple[int, int]],
+        sizes: geometry.Buckets,
         strides: tuple[int, int],
     ) -> None:
         self.encode_pixels, self.encode_texts = encode_pixels, encode_texts
@@ -197,8 +197,14 @@ class _Encoder:
     def add(self, sample: VideoSample) -> None:
         """Read all windows of one file; from the first that cannot be decoded on, they are rejects."""
         about = sample.about
-        size = geometry.nearest_size(about["height"], about["width"], self.sizes)
-        count, clips = len(about["windows"]), read_sample(sample, size)
+        count, longest = len(about["windows"]), max(window["num_frames"] for window in about["windows"])
+        try:
+            size = self.sizes.choose(longest, about["height"], about["width"])
+        except ValueError as error:
+            names = [f"{about['source']} (clip {number})" for number in range(count)]
+            self.rejects.extend(Reject(name, str(error), bad=False, kind="too small") for name in names)
+            return
+        clips = read_sample(sample, size)
         for number in range(count):
             try:
                 frames = next(clips)

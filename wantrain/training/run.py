@@ -37,6 +37,7 @@ FREE = (
     "stop_after",
     "replay",
     "data.shards",
+    "loss.batch_size",  # follows batch_size, which is compared
 )
 
 
