@@ -88,7 +88,7 @@ class Counted:
     def __init__(self, value=0.0):
         self.value, self.asked = value, []
 
-    def __call__(self, x, timestep, text):
+    def __call__(self, x, timestep, text, condition):
         self.asked.append((timestep.tolist(), text.mean().item()))
         return torch.full_like(x, self.value + text.mean().item())
 
@@ -146,6 +146,6 @@ def test_each_expert_has_its_own_scale_and_none_is_guessed():
 
 def test_sampling_keeps_no_gradients_and_starts_from_float32():
     weight = torch.ones((), requires_grad=True)
-    latents, _ = sample({"dense": lambda x, timestep, text: x * weight}, steps=2, boundary=None)
+    latents, _ = sample({"dense": lambda x, timestep, text, condition: x * weight}, steps=2, boundary=None)
     assert latents.dtype == torch.float32 and not latents.requires_grad
     assert Settings(guidance={}, shift=3.0).solver == "unipc"

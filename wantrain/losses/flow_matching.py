@@ -64,10 +64,11 @@ def draw_noise(like_BCTHW: Tensor, generators: Sequence[torch.Generator]) -> Ten
 
 
 def velocity_error(model: Model, batch: Batch, sigma: Tensor, noise_BCTHW: Tensor) -> Tensor:
-    """Squared velocity error of each sample, (B,) float32, averaged over what its mask counts."""
+    """Squared velocity error of each sample, (B,) float32, averaged over the frames that its mask has noised."""
     x0 = batch.latents_BCTHW
-    noisy = flow.path(x0, noise_BCTHW, sigma)
-    timestep = (flow.TIMESTEPS * sigma).to(x0.device)
+    level = flow.noised(sigma.to(x0.device), batch.mask_BT)
+    noisy = flow.path(x0, noise_BCTHW, level)
+    timestep = flow.TIMESTEPS * level
     predicted = model(noisy, timestep, batch.text_BLD, batch.condition_BCTHW)
     error_BT = (predicted.float() - flow.velocity(x0, noise_BCTHW)).square().mean(dim=(1, 3, 4))
     if batch.mask_BT is None:
