@@ -124,7 +124,7 @@ def fitted_size(height: int, width: int, area: int, multiple: int) -> tuple[int,
         (max(1, int(area / columns // multiple)) * multiple, columns),
         (rows, max(1, int(area / rows // multiple)) * multiple),
     ]
-    apart = [abs(math.log(w / h) - math.log(width / height)) for h, w in choices]
+    apart = [max(width * h / (height * w), height * w / (width * h)) for h, w in choices]
     return choices[0] if apart[0] < apart[1] else choices[1]
 
 

@@ -88,7 +88,7 @@ def test_sizes_are_the_authors():
     assert fitted_size(720, 1280, 704 * 1280, 32) == (704, 1248), "nearer to 16:9 than 704x1280"
     assert fitted_size(1280, 720, 704 * 1280, 32) == (1248, 704)
     assert fitted_size(704, 1280, 704 * 1280, 32) == (704, 1280)
-    assert fitted_size(1000, 1000, 704 * 1280, 32) == (928, 928)
+    assert fitted_size(1000, 1000, 704 * 1280, 32) == (928, 960), "a tie goes to the height rounded first"
     for height, width in ((333, 1000), (1000, 700), (480, 832)):
         rows, columns = fitted_size(height, width, 704 * 1280, 32)
         assert rows % 32 == columns % 32 == 0 and 0.9 * 704 * 1280 < rows * columns <= 704 * 1280
