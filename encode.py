@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from wantrain import config, geometry, world
-from wantrain.data import encode_shards
+from wantrain.data import encode_shards, write_report
 from wantrain.models.weights import fingerprint
 
 
@@ -40,6 +40,9 @@ def main(cfg: DictConfig) -> None:
         rejects_limit=cfg.rejects.limit,
         shard_bytes=cfg.shard_mb << 20,
     )
+    if cfg.report != "none":
+        decode = (lambda latents: vae.decode(latents.to(device))) if cfg.report == "decode" else None
+        write_report(Path(cfg.out), "latent", decode=decode, count_tokens=text.count)
 
 
 if __name__ == "__main__":

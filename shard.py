@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from wantrain import config, world
-from wantrain.data import find_footage, write_video_shards
+from wantrain.data import find_footage, write_report, write_video_shards
 
 
 @config.app("shard")
@@ -33,6 +33,8 @@ def main(cfg: DictConfig) -> None:
         rejects_limit=cfg.rejects.limit,
         shard_bytes=cfg.shard_mb << 20,
     )
+    if cfg.report != "none":
+        write_report(Path(cfg.out), "video")
 
 
 if __name__ == "__main__":

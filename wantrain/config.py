@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
 from wantrain.models import Base, open_base, partial
+from wantrain.training import replay
 from wantrain.world import errors_to_exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +44,8 @@ TEXT_KEYS = frozenset(
     )
 )
 PATH_KEYS = frozenset(
-    ("source", "out", "shards", "data.shards", "weights", "runs", "prompts", "measure", "inspect", "adapter.init",
-     "experts.high_noise.init", "experts.low_noise.init",
+    ("source", "out", "replay", "shards", "data.shards", "weights", "runs", "prompts", "measure", "inspect",
+     "adapter.init", "experts.high_noise.init", "experts.low_noise.init",
      "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts",
      "parts.high_noise", "parts.low_noise", "parts.dense", "parts.vae", "parts.text_encoder", "parts.tokenizer")
 )  # fmt: skip
@@ -85,6 +86,7 @@ def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let composition errors reach us instead of exiting
             sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
             with errors_to_exit_code():
+                sys.argv[1:] = replay.arguments(sys.argv[1:], CONF)
                 try:
                     hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
                 except (HydraException, OmegaConfBaseException) as error:
@@ -214,6 +216,12 @@ def recipe() -> str | None:
     return HydraConfig.get().runtime.choices.get("recipe")
 
 
+def command() -> list[str]:
+    """What was typed, as Hydra was given it; without what belongs to this start alone."""
+    words = HydraConfig.get().overrides.task
+    return [word for word in words if word.split("=", 1)[0] not in {"replay", "stop_after", "dry_run"}]
+
+
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The config as plain dicts and values, every reference resolved."""
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -294,16 +302,21 @@ _CHOICES = {
     "solver": ("unipc", "euler"),
     "caption.missing": ("error", "skip", "empty"),
     "clips": ("all", "first", "middle"),
+    "report": ("page", "decode", "none"),
     "init": ("base", "scratch"),
     "check_expert": ("warn", "stop", "off"),
     "experts.idle": ("gpu", "cpu"),
+    "idle": ("gpu", "cpu", "disk"),
+    "offload": ("none", "blocks"),
+    "sample.idle": ("gpu", "cpu", "disk"),
+    "sample.offload": ("none", "blocks"),
     "checkpoint.on_failure": ("stop", "continue"),
     "layout": ("diffusers", "official", "comfyui"),
     "lora.dialect": ("comfyui", "diffusers", "kohya"),
     "adapter.targets": ("attention", "attention+ffn", "all"),
 }
 _WHOLE = (
-    "tripwires.patience", "steps", "batch_size", "accumulate", "count", "shard_mb", "area",
+    "tripwires.patience", "steps", "stop_after", "batch_size", "accumulate", "count", "shard_mb", "area", "tile",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
     "validation.every", "validation.clips", "validation.points", "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
@@ -416,7 +429,10 @@ def device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ValueError("device=cuda, but no GPU is visible; use device=cpu or device=auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if available and name != "cpu":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # each process its own
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 def dtype(name: str) -> torch.dtype:

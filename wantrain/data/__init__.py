@@ -6,6 +6,7 @@ from wantrain.data.footage import Footage, Reject, find_footage
 from wantrain.data.judge import Verdict, judge, scores, spared_scenes, wug_scenes
 from wantrain.data.loader import LatentData, PixelData, prefetch
 from wantrain.data.plan import Plan, share
+from wantrain.data.report import write_report
 from wantrain.data.shards import read_manifest, write_video_shards
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "scores",
     "share",
     "spared_scenes",
+    "write_report",
     "write_video_shards",
     "wug_scenes",
 ]

@@ -103,7 +103,7 @@ class Sampler:
 
     `encode_texts(list of str) -> list of (L, D)`; `decode(latents) -> pixels in [-1, 1]`. Strides and channels are
     the VAE's. `way` is how the experts are told what is known of a video (condition.py), None: not at all. Texts are
-    encoded once and kept.
+    encoded once and kept; `warm` does it for all that will be asked for, before anything else takes memory.
     """
 
     experts: Experts
@@ -141,8 +141,11 @@ class Sampler:
     ) -> list[Frames]:
         """A video for each prompt with its seed, all at once: for small models, where one by one is slow.
 
-        `known` is what is known of each of them, or (B = 1) of all.
+        `known` is what is known of each of them, or (B = 1) of all. ValueError for a size that VAE and transformer
+        cannot take, and for what the experts cannot be told.
         """
+        multiple = self.spatial_stride * geometry.PATCH[1]
+        geometry.check_size(bucket.height, bucket.width, multiple, key="height, width")
         shape = geometry.latent_shape(bucket, self.temporal_stride, self.spatial_stride)
         noise = [torch.randn((self.channels, *shape), generator=world.generator(seed, "sample")) for seed in seeds]
         latents, condition, mask = self._told(torch.stack(noise), known)
@@ -162,7 +165,7 @@ class Sampler:
             return [to_frames(pixels) for pixels in self.decode(latents)]
 
     def warm(self, prompts: Sequence[str]) -> None:
-        """Encode texts now, so that the text encoder can be let go."""
+        """Encode texts now, those that are not known yet."""
         fresh = [text for text in dict.fromkeys(prompts) if text not in self.texts]
         if fresh:
             self.texts.update(zip(fresh, self.encode_texts(fresh), strict=True))

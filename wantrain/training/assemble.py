@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,14 +20,14 @@ from wantrain import geometry, world
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
 from wantrain.models import Base, weights
-from wantrain.sampling import Sampler, Settings
-from wantrain.sampling.generate import Velocity
-from wantrain.training import which_expert
+from wantrain.sampling import House, Sampler, Settings, read_prompts
+from wantrain.training import replay, which_expert
 from wantrain.training.checkpoint import Checkpoints
 from wantrain.training.ema import Ema
 from wantrain.training.gather import build_sampler
 from wantrain.training.loop import Hook, Run
 from wantrain.training.member import Member, read_average
+from wantrain.training.metrics import Metrics
 from wantrain.training.optim import build_optimizer
 from wantrain.training.parallel import SHARDED, engine_of, from_main
 from wantrain.training.preview import Preview
@@ -70,7 +73,9 @@ def check_encoders(manifest: Mapping[str, Any], base: Base, shards: str, dtype: 
             )
 
 
-def build_hooks(run: Run, settings: Mapping[str, Any], *, base: Base, folder: Path) -> list[Hook]:
+def build_hooks(
+    run: Run, settings: Mapping[str, Any], *, base: Base, folder: Path, dtype: torch.dtype = torch.float32
+) -> list[Hook]:
     """What looks at a run: validation of each expert, and previews (into `folder`) if they are wanted."""
     model, sample = settings["model"], settings["sample"]
     hooks = build_validators(run, **settings["validation"])
@@ -87,7 +92,9 @@ def build_hooks(run: Run, settings: Mapping[str, Any], *, base: Base, folder: Pa
         hooks.append(
             Preview(
                 [member.stepper for member in run.members.values()],
-                preview_sampler(run, model=model, base=base),
+                preview_sampler(
+                    run, model=model, base=base, dtype=dtype, idle=sample["idle"], offload=sample["offload"]
+                ),
                 how,
                 prompts=prompts[: sample["count"]],
                 bucket=geometry.Bucket(model["num_frames"], *size),
@@ -149,15 +156,35 @@ def find_home(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]
     return Home(accelerator, engine, device, Residence(accelerator.device) if hosted else None)
 
 
-def open_run(folder: RunFolder, settings: Mapping[str, Any]) -> tuple[Checkpoints, Path | None]:
-    """Open a run's folder for `settings`; its checkpoints, and the newest good one, which all processes agree on."""
+def open_run(
+    folder: RunFolder, settings: Mapping[str, Any], home: Home, *, data: str, command: Iterable[str]
+) -> tuple[Checkpoints, Path | None]:
+    """Open a run's folder for `settings` and write down how it was started; its checkpoints, and the newest good one,
+    which all processes agree on. `data` is the manifest's hash, `command` what was typed.
+    """
     how = {key: value for key, value in settings["checkpoint"].items() if key != "every"}
     checkpoints, newest = Checkpoints(folder.checkpoints, **how), None
     if world.is_main():
         folder.open(dict(settings))
+        processes, device = home.accelerator.num_processes, device_name(home.accelerator.device)
+        start = replay.described(command, data=data, engine=home.engine, processes=processes, device=device)
+        if settings["replay"]:
+            replay.told(Path(settings["replay"]), start)
+        replay.record(folder.record, start, settings)
         checkpoints.prepare()
         newest = checkpoints.newest()
     return checkpoints, from_main(newest)
+
+
+def compare_replay(folder: RunFolder, settings: Mapping[str, Any]) -> None:
+    """Hold a replay's losses against those of the run it repeats. ValueError if they part."""
+    if settings["replay"] and world.is_main():
+        world.say(replay.compare(Path(settings["replay"]), folder.metrics))
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU's name, or the processor's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 def enlist(
@@ -182,9 +209,13 @@ def enlist(
     return Member(trainee=trainee, stepper=stepper, ema=kept, **own)
 
 
-def guards(folder: RunFolder, *, patience: int, spike: float | None, hang: float | None) -> dict[str, Any]:
-    """What watches over a run: its tripwires and its watchdog, as a Run takes them."""
-    return {"tripwires": Tripwires(folder.tripped, patience, spike), "watchdog": Watchdog(hang)}
+def guards(folder: RunFolder, steps: int, *, patience: int, spike: float | None, hang: float | None) -> dict[str, Any]:
+    """What watches over a run: its log, its tripwires and its watchdog, as a Run takes them."""
+    return {
+        "metrics": Metrics(folder.metrics, steps=steps),
+        "tripwires": Tripwires(folder.tripped, patience, spike),
+        "watchdog": Watchdog(hang),
+    }
 
 
 def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:
@@ -212,27 +243,34 @@ def build_validators(run: Run, *, every: int, clips: int, points: int) -> list[H
     return hooks
 
 
-def preview_sampler(run: Run, *, model: Mapping[str, Any], base: Base) -> Sampler:
-    """The experts in training, with the other one from the base folder where only one is.
+def preview_sampler(
+    run: Run, *, model: Mapping[str, Any], base: Base, dtype: torch.dtype, idle: str, offload: str
+) -> Callable[[], AbstractContextManager[Sampler]]:
+    """What opens a sampler over the experts in training, with the other one from the base where only one is.
 
-    Where the base has no other expert, the one in training answers for every noise level; that is said once.
+    The other one waits as `idle` says (see House) and is off the device between previews. Where the base has none, the
+    one in training answers for every noise level; that is said once.
     """
     device = next(iter(run.members.values())).stepper.device
-    models: dict[str, Velocity] = {name: member.stepper.module for name, member in run.members.items()}
-    others = [name for name in model["experts"] if name not in models]
-    if all(base.holds(name) for name in others):
-        models.update({name: base.transformer(name, device=device) for name in others})
-    else:
-        world.say(f"previews: {base} holds no {others[0]}, so {', '.join(models)} answers for every noise level")
-    return build_sampler(models, boundary=model["boundary"], base=base, device=device)
+    own: dict[str, nn.Module] = {name: member.stepper.module for name, member in run.members.items()}
+    others = [name for name in model["experts"] if name not in own]
+    if not all(base.holds(name) for name in others):
+        world.say(f"previews: {base} holds no {others[0]}, so {', '.join(own)} answers for every noise level")
+        others = []
+    house = House(
+        others,
+        lambda name, where: base.transformer(name, device=where, dtype=dtype),
+        device,
+        idle=idle,
+        offload=offload,
+    )
+    models = ChainMap(own, cast(dict[str, nn.Module], house))
 
+    @contextmanager
+    def open_sampler() -> Iterator[Sampler]:
+        try:
+            yield build_sampler(models, boundary=model["boundary"], base=base, device=device, dtype=dtype)
+        finally:
+            house.leave()
 
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt per line; empty lines are skipped. ValueError for an absent or empty file."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"the prompt file {path} does not exist")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"the prompt file {path} holds no prompt; write one per line")
-    return prompts
+    return open_sampler

@@ -56,7 +56,7 @@ class Hook(Protocol):
 
 @dataclass
 class Run:
-    """Everything a run consists of; `fit` moves it from the step it has reached to `steps`."""
+    """Everything a run consists of; `fit` moves it from the step it has reached to `until`."""
 
     members: Mapping[str, Member]
     turns: Turns
@@ -66,6 +66,7 @@ class Run:
     tripwires: Tripwires
     watchdog: Watchdog
     steps: int
+    until: int  # where this start of it ends: `steps`, or earlier
     seed: int
     checkpoint_every: int
     state: Mapping[str, Any]  # what a checkpoint says besides its tensors
@@ -128,7 +129,7 @@ class Run:
 
         def requests() -> Iterator[Callable[[], Batch]]:
             """What to load, in order."""
-            for step in range(start, self.steps):
+            for step in range(start, self.until):
                 name, own = self.turns.at(step)
                 plan, accumulate = self.members[name].plan, self.members[name].stepper.accumulate
                 samples = plan.batch(own)
@@ -147,7 +148,7 @@ class Run:
 
 
 def fit(run: Run, start: int) -> int | None:
-    """Train from step `start` to `run.steps`. Returns the signal that ended it early, if one did."""
+    """Train from step `start` to `run.until`. Returns the signal that ended it early, if one did."""
     metrics, wires, step, stopped = run.metrics, run.tripwires, start, None
     if step == 0:
         run.ask_hooks(step)
@@ -155,7 +156,7 @@ def fit(run: Run, start: int) -> int | None:
         member.trainee.module.train()
     batches = run.batches(start)
     with Signals() as signals, run.watchdog as watchdog, run.checkpoints:
-        while step < run.steps and stopped is None:
+        while step < run.until and stopped is None:
             name, own = run.turns.at(step)
             member = run.members[name]
             watchdog.beat(f"training step {step + 1}")
@@ -184,7 +185,7 @@ def fit(run: Run, start: int) -> int | None:
             metrics.add(step, {**whose, "loss": loss, "samples": samples, "lr_scale": scale, "grad_norm": norm, **told})
             run.ask_hooks(step)
             stopped = stepper.agree(signals.received)  # read once: no step ends the run without its checkpoint
-            done = step == run.steps or stopped is not None
+            done = step == run.until or stopped is not None
             if done or step % LOG_EVERY == 0:
                 metrics.flush()
             if done or step % run.checkpoint_every == 0:

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +19,24 @@ from torch import Tensor
 from wantrain import world
 
 
+@dataclass(frozen=True)
+class Look:
+    """One video of a preview: the prompt's place in the list, and what was measured on it."""
+
+    number: int
+    prompt: str
+    seed: int
+    file: Path
+    motion: float
+    flicker: float
+
+
 class Tracker(Protocol):
     """Where scalars and videos go besides the run folder."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def videos(self, step: int, files: Mapping[str, Path], fps: float) -> None: ...
+    def previews(self, step: int, looks: Sequence[Look]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -33,18 +46,22 @@ class NoTracker:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def videos(self, step: int, files: Mapping[str, Path], fps: float) -> None: ...
+    def previews(self, step: int, looks: Sequence[Look]) -> None: ...
 
     def close(self) -> None: ...
 
 
 class WandbTracker:
-    """Weights & Biases; offline into the run folder where there is no API key and no WANDB_MODE says otherwise."""
+    """Weights & Biases; offline into the run folder where there is no API key and no WANDB_MODE says otherwise.
+
+    A preview's videos wait for the scalars of their step, which come later: W&B drops what is behind its last step.
+    """
 
     def __init__(self, project: str, run: str, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb  # slow to import, and only this class needs it
 
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # else tables wait for their upload elsewhere
         offline = "WANDB_MODE" not in os.environ and not wandb.setup().settings.api_key
         if offline:
             world.say(f"W&B: no API key, logging offline into {folder / 'wandb'} (wandb sync uploads it)")
@@ -58,17 +75,37 @@ class WandbTracker:
             config=dict(config),
             mode="offline" if offline else None,
         )
+        self.waiting: dict[int, Sequence[Look]] = {}
+        self.tables: dict[int, Any] = {}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
+        for earlier in sorted(waiting for waiting in self.waiting if waiting < step):
+            self.run.log(self._media(earlier), step=earlier)
+        self.run.log({**values, **self._media(step)}, step=step)
 
-    def videos(self, step: int, files: Mapping[str, Path], fps: float) -> None:
-        # The file's path, not an array: W&B then copies our mp4 instead of encoding its own.
-        media = {f"samples/{name}": self.wandb.Video(str(path), format="mp4") for name, path in files.items()}
-        self.run.log(media, step=step)
+    def previews(self, step: int, looks: Sequence[Look]) -> None:
+        self.waiting[step] = looks
 
     def close(self) -> None:
+        for step in sorted(self.waiting):
+            self.run.log(self._media(step), step=step)
         self.run.finish()
+
+    def _media(self, step: int) -> dict[str, Any]:
+        """The videos of a preview, and for each prompt a table whose rows are steps."""
+        media: dict[str, Any] = {}
+        for look in self.waiting.pop(step, ()):
+            # The file's path, not an array: W&B then copies our mp4 instead of encoding its own.
+            video = self.wandb.Video(str(look.file), caption=look.prompt, format="mp4")
+            media[f"samples/{look.number}"] = video
+            if look.number not in self.tables:
+                columns: list[str | int] = ["step", "video", "prompt", "seed", "motion", "flicker"]
+                # Incremental: each log holds its new rows alone, not all videos so far once more.
+                self.tables[look.number] = self.wandb.Table(columns=columns, log_mode="INCREMENTAL")
+            row = (step, video, look.prompt, look.seed, look.motion, look.flicker)
+            self.tables[look.number].add_data(*row)
+            media[f"previews/{look.number}"] = self.tables[look.number]
+        return media
 
 
 def build_tracker(name: str, *, project: str | None, run: str, folder: Path, config: Mapping[str, Any]) -> Tracker:

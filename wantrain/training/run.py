@@ -1,4 +1,4 @@
-"""The run folder: `runs/<name>/` with config.yaml, metrics.jsonl, checkpoints/, samples/.
+"""The run folder: `runs/<name>/` with config.yaml, run.json, metrics.jsonl, checkpoints/, samples/.
 
 The same name and the same config continue a run; another config is refused, naming what differs. The stored config
 is data: it is compared and read, never built from.
@@ -34,6 +34,8 @@ FREE = (
     "tripwires",
     "sample",
     "dry_run",
+    "stop_after",
+    "replay",
     "data.shards",
 )
 
@@ -52,6 +54,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "run.json"
 
     @property
     def tripped(self) -> Path:
