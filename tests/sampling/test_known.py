@@ -11,7 +11,9 @@ from wantrain.sampling.known import Sources, check_told, fit_image, read_known
 from wantrain.video import write_mp4
 
 #: Half of what wan-tiny is given: 32x64 pixels at the aspect of the pictures below.
-ASKED = {"num_frames": 9, "size": None, "area": 2048, "multiple": 16, "fps": 16, "way": "channels"}
+MODEL = {"name": "some", "area": 2048, "multiple": 16, "fps": 16, "condition": "channels"}
+FRAMES = {**MODEL, "condition": "frames"}
+ASKED = {"num_frames": 9, "size": None}
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +41,22 @@ def level(pixels):
 
 
 def test_images_and_ends(files):
-    known = read_known(Sources(image=files / "picture.png", last_image=files / "last.png"), **ASKED)
+    known = read_known(Sources(image=files / "picture.png", last_image=files / "last.png"), MODEL, **ASKED)
     assert known.pixels_CFHW.shape == (3, 9, 32, 64), "the aspect of the picture at the model's area"
     assert known.known_1FHW.flatten(2).all(2)[0].nonzero().flatten().tolist() == [0, 8]
     assert level(known.pixels_CFHW)[::8] == pytest.approx([50, 110], abs=0.6)
-    only = read_known(Sources(last_image=files / "last.png"), **ASKED)
+    only = read_known(Sources(last_image=files / "last.png"), MODEL, **ASKED)
     assert only.known_1FHW.flatten(2).any(2)[0].nonzero().flatten().tolist() == [8]
-    sized = read_known(Sources(image=files / "picture.png"), **{**ASKED, "size": (64, 128)})
+    sized = read_known(Sources(image=files / "picture.png"), MODEL, **{**ASKED, "size": (64, 128)})
     assert sized.pixels_CFHW.shape == (3, 9, 64, 128)
 
 
 def test_continuation_and_regions(files):
-    known = read_known(Sources(video=files / "video.mp4", keep=5), **ASKED)
+    known = read_known(Sources(video=files / "video.mp4", keep=5), MODEL, **ASKED)
     assert known.known_1FHW.flatten(2).all(2)[0].tolist() == [True] * 5 + [False] * 4
     assert level(known.pixels_CFHW[:, :5]) == pytest.approx([20, 30, 40, 50, 60], abs=2)
     for mask in ("mask.png", "mask.mp4"):
-        known = read_known(Sources(video=files / "video.mp4", mask=files / mask), **ASKED)
+        known = read_known(Sources(video=files / "video.mp4", mask=files / mask), MODEL, **ASKED)
         assert known.known_1FHW[..., 32:].all() and not known.known_1FHW[..., :31].any(), "black stays"
         assert level(known.pixels_CFHW)[8] == pytest.approx(100, abs=2)
     seen = []
@@ -65,7 +67,7 @@ def test_continuation_and_regions(files):
 
 def test_clean_frames_encode_only_what_is_known(files):
     sources = Sources(video=files / "video.mp4", keep=5)
-    known = read_known(sources, **{**ASKED, "way": "frames"})
+    known = read_known(sources, FRAMES, **ASKED)
     seen = []
 
     def encode(pixels):
@@ -75,7 +77,7 @@ def test_clean_frames_encode_only_what_is_known(files):
     record = known.encode(encode, way="frames")
     assert seen == [5] and record.latents_BCTHW[0, 0, :, 0, 0].tolist() == [1, 1, 0]
     assert told(record, "frames")[1].tolist() == [[0, 0, 1]]
-    region = read_known(Sources(video=files / "video.mp4", mask=files / "mask.png"), **{**ASKED, "way": "frames"})
+    region = read_known(Sources(video=files / "video.mp4", mask=files / "mask.png"), FRAMES, **ASKED)
     with pytest.raises(ValueError, match="mask: this model is told by clean first frames and cannot take"):
         region.encode(encode, way="frames")
 
@@ -127,19 +129,19 @@ def test_pictures_are_scaled_or_scaled_and_cropped():
 def test_bad_input_is_one_clear_error(files, given, told_):
     paths = {key: value if key == "keep" else files / value for key, value in given.items()}
     with pytest.raises(ValueError, match=told_):
-        read_known(Sources(**paths), **ASKED)
+        read_known(Sources(**paths), MODEL, **ASKED)
 
 
 def test_another_aspect_than_was_asked_for_is_refused_with_the_mend(files):
     with pytest.raises(
         ValueError, match=r"square.png is 64x64 .* the video's 2.000; crop it, or give height= and width="
     ):
-        read_known(Sources(image=files / "square.png"), **{**ASKED, "size": (32, 64)})
+        read_known(Sources(image=files / "square.png"), MODEL, **{**ASKED, "size": (32, 64)})
     with pytest.raises(ValueError, match=r"video=.* is 64x128"):
-        read_known(Sources(video=files / "video.mp4", keep=5), **{**ASKED, "size": (64, 64)})
+        read_known(Sources(video=files / "video.mp4", keep=5), MODEL, **{**ASKED, "size": (64, 64)})
     long = {**ASKED, "num_frames": 21}
     with pytest.raises(ValueError, match="fewer than num_frames=21; give num_frames=13 or less"):
-        read_known(Sources(video=files / "video.mp4", mask=files / "mask.png"), **long)
+        read_known(Sources(video=files / "video.mp4", mask=files / "mask.png"), MODEL, **long)
 
 
 def test_a_model_is_told_only_what_it_can_be(files):

@@ -15,6 +15,7 @@ from torch import Tensor
 from wantrain import flow, geometry, world
 from wantrain.batch import pad_texts
 from wantrain.condition import Condition, told
+from wantrain.sampling.known import Known
 from wantrain.sampling.solvers import solver_named
 from wantrain.video import Frames, to_frames
 
@@ -102,8 +103,9 @@ class Sampler:
     """Prompts to frames, with everything a pipeline holds: experts, VAE, text encoder.
 
     `encode_texts(list of str) -> list of (L, D)`; `decode(latents) -> pixels in [-1, 1]`. Strides and channels are
-    the VAE's. `way` is how the experts are told what is known of a video (condition.py), None: not at all. Texts are
-    encoded once and kept; `warm` does it for all that will be asked for, before anything else takes memory.
+    the VAE's. `way` is how the experts are told what is known of a video (condition.py), None: not at all; what is
+    known goes through `encode_pixels(pixels in [-1, 1]) -> latents`. Texts are encoded once and kept; `warm` does it
+    for all that will be asked for, before anything else takes memory.
     """
 
     experts: Experts
@@ -114,6 +116,7 @@ class Sampler:
     spatial_stride: int = 8
     device: torch.device | str = "cpu"
     way: str | None = None
+    encode_pixels: Callable[[Tensor], Tensor] | None = None
     texts: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(
@@ -163,6 +166,13 @@ class Sampler:
         )
         with torch.inference_mode():
             return [to_frames(pixels) for pixels in self.decode(latents)]
+
+    @torch.no_grad()
+    def tell(self, known: Known) -> Condition:
+        """What the experts are told of a video that is partly known; ValueError if they cannot be told this."""
+        assert self.encode_pixels is not None and self.way is not None, "nothing is known without a way to tell it"
+        strides = {"temporal_stride": self.temporal_stride, "spatial_stride": self.spatial_stride}
+        return known.encode(self.encode_pixels, way=self.way, **strides)
 
     def warm(self, prompts: Sequence[str]) -> None:
         """Encode texts now, those that are not known yet."""

@@ -8,9 +8,11 @@ at the centre. Videos are scaled and cropped as training footage is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +74,19 @@ class Known:
     known_1FHW: Tensor
     key: str
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of the video."""
+        return self.known_1FHW.shape[1:]  # type: ignore[return-value]
+
+    @property
+    def identity(self) -> str:
+        """Sixteen hex digits for what is known and where."""
+        digest = hashlib.sha256()
+        for part in (self.pixels_CFHW, self.known_1FHW):
+            digest.update(part.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def encode(
         self, encode_pixels: Callable[[Tensor], Tensor], *, way: str, temporal_stride: int = 4, spatial_stride: int = 8
     ) -> Condition:
@@ -79,6 +94,15 @@ class Known:
         check_way(self.known_1FHW[None], way, key=self.key, temporal_stride=temporal_stride)
         strides = {"temporal_stride": temporal_stride, "spatial_stride": spatial_stride}
         return condition.encode(encode_pixels, self.pixels_CFHW[None], self.known_1FHW[None], way=way, **strides)
+
+
+def sources_from(given: Mapping[str, object]) -> Sources:
+    """From a config's values of image, last_image, video, mask (paths) and keep (a number)."""
+    paths = {key: Path(str(given[key])) for key in ("image", "last_image", "video", "mask") if given[key] is not None}
+    keep = given["keep"]
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int)):
+        raise ValueError(f"keep={keep} must be a whole number of frames, 4k+1")
+    return Sources(**paths, keep=keep)
 
 
 def check_told(sources: Sources, way: str | None, *, model: str) -> None:
@@ -100,21 +124,25 @@ def check_told(sources: Sources, way: str | None, *, model: str) -> None:
 
 
 def read_known(
-    sources: Sources, *, num_frames: int, size: tuple[int, int] | None, area: int, multiple: int, fps: float, way: str
-) -> Known:
-    """Pixels and mask from files, for a video of `num_frames` at `fps`.
+    sources: Sources, model: Mapping[str, Any], *, num_frames: int, size: tuple[int, int] | None
+) -> Known | None:
+    """Pixels and mask from files, for a video of `num_frames` by `model`, whose conf/model facts are given.
 
-    Without a `size` (height, width) the video takes the aspect of what is known, at about `area` pixels, as the authors
-    choose it. ValueError, naming the file and what would fit, for another aspect, a video that is too short, a mask of
-    another length or size, and where nothing would be left to make.
+    Without a `size` (height, width) the video takes the aspect of what is known, at about the model's area, as its
+    authors choose it. None if nothing is given, and nothing need be. ValueError, naming the file and what would fit, for what
+    the model cannot be told, another aspect, a video that is too short, a mask of another length or size, and where
+    nothing would be left to make.
     """
-    assert sources.first is not None
+    way, fps = model["condition"], model["fps"]
+    check_told(sources, way, model=model["name"])
+    if sources.first is None or way is None:
+        return None
     key, first = sources.first
     shape = _probe(key, first)
     aspect = size[1] / size[0] if size else shape.width / shape.height
     if size is None:
         choose = geometry.floored_size if way == "channels" else geometry.fitted_size
-        size = choose(shape.height, shape.width, area, multiple)
+        size = choose(shape.height, shape.width, model["area"], model["multiple"])
     known = torch.zeros(1, num_frames, *size, dtype=torch.bool)
     pixels = torch.zeros(3, num_frames, *size)
     for name, path, place in (("image", sources.image, 0), ("last_image", sources.last_image, -1)):
