@@ -65,7 +65,7 @@ def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], known: Kno
     if missing := gallery.missing(mine(jobs)):
         how = {"idle": cfg.idle, "offload": cfg.offload, "scale": scale, "alpha": alpha}
         experts = house(found, loras, cfg.model.name, device, dtype, **how)
-        facts = {"boundary": cfg.model.boundary, "way": cfg.model.condition, "tile": cfg.tile}
+        facts = {"boundary": cfg.model.boundary, "way": cfg.model.told_by, "tile": cfg.tile}
         sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, **facts)
         sampler.warm([*(job.prompt for job in missing), negative])
         fill(gallery, missing, sampler, batch_size=cfg.batch_size, known=known)

@@ -2,7 +2,7 @@
 
 Image-to-video knows frame 0, first-last-frame both ends, continuation the first frames, inpainting any region at any
 time, text-to-video nothing: for this file they are one task. Unknown pixels are mid-gray and really encoded, so their
-latents are not zero. A model is told in one of two ways (`condition:` of its conf/model file):
+latents are not zero. A model is told in one of two ways (`told_by:` of its conf/model file):
 
     channels  further input channels beside every noisy frame: mask, then latents (Wan2.2 I2V-A14B: 16 + 4 + 16)
     frames    latent frames that are known entirely stand clean in the input, at timestep 0 (Wan2.2 TI2V-5B)
@@ -112,7 +112,7 @@ def check_way(known_B1FHW: Tensor, way: str, *, key: str, temporal_stride: int =
     if bool((frames_F != some_F).any()) or int(some_F.sum()) != length:
         raise ValueError(
             f"{key}: this model is told by clean first frames and cannot take a last image or a region; give the first "
-            "image or frames alone, or choose a model with condition: channels (i2v_a14b)"
+            "image or frames alone, or choose a model that is told by channels (i2v_a14b)"
         )
     if length:
         geometry.check_num_frames(length, temporal_stride, key=f"{key}: known frames")
@@ -126,7 +126,7 @@ def told(condition: Condition | None, way: str | None) -> tuple[Tensor | None, T
         return condition.channels_BCTHW, None
     if way == "frames":
         return None, condition.noised_BT
-    raise ValueError("this model takes no condition: text is all that it is told (model.condition: null)")
+    raise ValueError("this model takes no condition: text is all that it is told (model.told_by: null)")
 
 
 def to_tensors(name: str, condition: Condition) -> dict[str, Tensor]:

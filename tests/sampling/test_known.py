@@ -11,8 +11,8 @@ from wantrain.sampling.known import Sources, check_told, fit_image, read_known
 from wantrain.video import write_mp4
 
 #: Half of what wan-tiny is given: 32x64 pixels at the aspect of the pictures below.
-MODEL = {"name": "some", "area": 2048, "multiple": 16, "fps": 16, "condition": "channels"}
-FRAMES = {**MODEL, "condition": "frames"}
+MODEL = {"name": "some", "area": 2048, "multiple": 16, "fps": 16, "told_by": "channels"}
+FRAMES = {**MODEL, "told_by": "frames"}
 ASKED = {"num_frames": 9, "size": None}
 
 
@@ -77,9 +77,9 @@ def test_clean_frames_encode_only_what_is_known(files):
     record = known.encode(encode, way="frames")
     assert seen == [5] and record.latents_BCTHW[0, 0, :, 0, 0].tolist() == [1, 1, 0]
     assert told(record, "frames")[1].tolist() == [[0, 0, 1]]
-    region = read_known(Sources(video=files / "video.mp4", mask=files / "mask.png"), FRAMES, **ASKED)
+    region = Sources(video=files / "video.mp4", mask=files / "mask.png")
     with pytest.raises(ValueError, match="mask: this model is told by clean first frames and cannot take"):
-        region.encode(encode, way="frames")
+        read_known(region, FRAMES, **ASKED)
 
 
 def test_sizes_are_the_authors():

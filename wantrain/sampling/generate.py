@@ -169,7 +169,7 @@ class Sampler:
 
     @torch.no_grad()
     def tell(self, known: Known) -> Condition:
-        """What the experts are told of a video that is partly known; ValueError if they cannot be told this."""
+        """What the experts are told of a video that is partly known."""
         assert self.encode_pixels is not None and self.way is not None, "nothing is known without a way to tell it"
         strides = {"temporal_stride": self.temporal_stride, "spatial_stride": self.spatial_stride}
         return known.encode(self.encode_pixels, way=self.way, **strides)

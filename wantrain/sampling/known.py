@@ -68,11 +68,10 @@ class Sources:
 
 @dataclass(frozen=True)
 class Known:
-    """Pixels (3, F, H, W) in [-1, 1] and where they are known, boolean (1, F, H, W); `key` names their source."""
+    """Pixels (3, F, H, W) in [-1, 1] and where they are known, boolean (1, F, H, W)."""
 
     pixels_CFHW: Tensor
     known_1FHW: Tensor
-    key: str
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -90,8 +89,7 @@ class Known:
     def encode(
         self, encode_pixels: Callable[[Tensor], Tensor], *, way: str, temporal_stride: int = 4, spatial_stride: int = 8
     ) -> Condition:
-        """The record for a model that is told in this way; ValueError if it cannot be told this."""
-        check_way(self.known_1FHW[None], way, key=self.key, temporal_stride=temporal_stride)
+        """The record for a model that is told in this way."""
         strides = {"temporal_stride": temporal_stride, "spatial_stride": spatial_stride}
         return condition.encode(encode_pixels, self.pixels_CFHW[None], self.known_1FHW[None], way=way, **strides)
 
@@ -129,11 +127,11 @@ def read_known(
     """Pixels and mask from files, for a video of `num_frames` by `model`, whose conf/model facts are given.
 
     Without a `size` (height, width) the video takes the aspect of what is known, at about the model's area, as its
-    authors choose it. None if nothing is given, and nothing need be. ValueError, naming the file and what would fit, for what
-    the model cannot be told, another aspect, a video that is too short, a mask of another length or size, and where
-    nothing would be left to make.
+    authors choose it. None if nothing is given, and nothing need be. ValueError, naming the file and what would fit,
+    for what the model cannot be told, another aspect, a video that is too short, a mask of another length or size,
+    and where nothing would be left to make.
     """
-    way, fps = model["condition"], model["fps"]
+    way, fps = model["told_by"], model["fps"]
     check_told(sources, way, model=model["name"])
     if sources.first is None or way is None:
         return None
@@ -159,7 +157,8 @@ def read_known(
             f"{key}: all {num_frames} frames are known and nothing is left to make; give a larger num_frames, or a "
             "mask with white in it"
         )
-    return Known(pixels, known, key)
+    check_way(known[None], way, key=key)
+    return Known(pixels, known)
 
 
 def fit_image(frame: Frames, size: tuple[int, int], way: str) -> Tensor:
