@@ -72,7 +72,7 @@ def test_borders_leave_a_picture_that_stays():
 
 def test_a_mix_chooses_by_weight():
     mix = Mix.read({"image": 3, "nothing": 1, "boxes": {"weight": 1, "side": [0.1, 0.2]}, "first_last": 0})
-    names = [mix.choose(generator(0, "condition", position)) for position in range(2000)]
+    names = [mix.choose(generator(0, "condition", position))[0] for position in range(2000)]
     shares = {name: names.count(name) / len(names) for name in mix.names}
     assert shares == pytest.approx({"image": 0.6, "nothing": 0.2, "boxes": 0.2, "first_last": 0.0}, abs=0.03)
     hidden = ~mix.draw("boxes", SHAPE, generator(1))
@@ -85,6 +85,7 @@ def test_a_mix_chooses_by_weight():
         ({"imag": 1}, "condition.imag is unknown; choose from nothing, image, first_last"),
         ({"image": -1}, "condition.image=-1 must be a weight"),
         ({"image": {"frames": 3}}, "condition.image.frames is unknown; it has no settings"),
+        ({"boxes": {"variants": 0}}, "condition.boxes.variants=0 must be a whole number"),
         ({"boxes": {"sides": 3}}, "condition.boxes.sides is unknown; it has count, side, lasting"),
         ({"boxes": {"side": [0.5, 0.2]}}, r"boxes.side=\[0.5, 0.2\] must be \[smallest, largest\]"),
         ({"boxes": {"lasting": 2}}, "lasting=2 must be a probability"),

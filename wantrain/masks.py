@@ -142,11 +142,13 @@ LEADING = ("nothing", "image", "continuation")
 class Mix:
     """Kinds by weight, with their settings.
 
-    `weights` need not sum to one. `settings` hold what differs from a kind's defaults.
+    `weights` need not sum to one. `settings` hold what differs from a kind's defaults, `variants` how many masks of a
+    kind each clip has where they are drawn before training, since the pixels are encoded then.
     """
 
     weights: Mapping[str, float]
     settings: Mapping[str, Mapping[str, Any]]
+    variants: Mapping[str, int]
 
     @staticmethod
     def read(spec: Mapping[str, Any], *, key: str = "condition") -> Mix:
@@ -154,27 +156,30 @@ class Mix:
 
         ValueError names every entry that is unknown or out of range.
         """
-        weights, settings, problems = {}, {}, []
+        weights, settings, variants, problems = {}, {}, {}, []
         for name, entry in spec.items():
             more = dict(entry) if isinstance(entry, Mapping) else {"weight": entry}
-            weight = more.pop("weight", 1.0)
+            weight, count = more.pop("weight", 1.0), more.pop("variants", 1)
             if name not in {*DRAWN, PAINTED}:
                 problems.append(f"{key}.{name} is unknown; choose from {', '.join((*DRAWN, PAINTED))}")
                 continue
             if not (_is_number(weight) and 0 <= weight < math.inf):
                 problems.append(f"{key}.{name}={weight} must be a weight: a number, 0 or above")
                 continue
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                problems.append(f"{key}.{name}.variants={count} must be a whole number, 1 or above")
+                continue
             known = list(inspect.signature(DRAWN[name]).parameters)[2:] if name in DRAWN else []
             if wrong := sorted(set(more) - set(known)):
                 has = f"; it has {', '.join(known)}" if known else "; it has no settings"
                 problems.append(f"{key}.{name}.{wrong[0]} is unknown{has}")
                 continue
-            weights[name], settings[name] = float(weight), more
+            weights[name], settings[name], variants[name] = float(weight), more, count
         if not problems and spec and sum(weights.values()) == 0:
             problems.append(f"{key}: all weights are 0; give one of {', '.join(weights)} more")
         if problems:
             raise ValueError("; ".join(problems))
-        mix = Mix(weights, settings)
+        mix = Mix(weights, settings, variants)
         for name in set(weights) & set(DRAWN):
             mix.draw(name, (81, 16, 16), torch.Generator().manual_seed(0))  # refuses a bad range at once
         return mix
@@ -184,11 +189,12 @@ class Mix:
         """The kinds, in the config's order."""
         return tuple(self.weights)
 
-    def choose(self, generator: torch.Generator) -> str:
-        """A kind, by weight."""
+    def choose(self, generator: torch.Generator) -> tuple[str, int]:
+        """A kind, by weight, and one of its variants."""
         shares = torch.tensor(list(self.weights.values()), dtype=torch.float64).cumsum(0)
         place = torch.rand((), dtype=torch.float64, generator=generator) * shares[-1]
-        return self.names[int(torch.searchsorted(shares, place, right=True))]
+        name = self.names[int(torch.searchsorted(shares, place, right=True))]
+        return name, _whole(0, self.variants[name] - 1, generator)
 
     def draw(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
         """Which pixels a kind knows of a clip of `shape`: boolean, broadcasts to it. Not for `mask`, which is read."""
