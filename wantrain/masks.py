@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wantrain import geometry
@@ -136,6 +138,11 @@ DRAWN: Mapping[str, Callable[..., Tensor]] = {
 PAINTED = "mask"
 #: Kinds that know whole latent frames from the first on: all that a model can be told by clean frames.
 LEADING = ("nothing", "image", "continuation")
+
+
+def painted(frames: NDArray[np.uint8]) -> Tensor:
+    """Where the frames (F, H, W, 3) of a mask are black, which is what is known: boolean (F, H, W)."""
+    return torch.from_numpy(frames.mean(axis=-1) < 127.5)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from wantrain import condition, geometry
 from wantrain.condition import Condition, check_way
 from wantrain.data.footage import Probe, Window, cut_windows, probe, read_windows
+from wantrain.masks import painted
 from wantrain.video import Frames
 
 #: Aspects up to this ratio apart count as the same: 480x832 and 720x1280 are 1.026 apart.
@@ -231,7 +232,7 @@ def _read_mask(path: Path, video: Path, clip: Probe, window: Window, fps: float,
             "each of the video's, or is one picture for all"
         )
     wanted = Window(0.0, 1) if found.is_image else window
-    stays = torch.from_numpy(next(read_windows(path, found, [wanted], fps, size)).mean(axis=-1) < 127.5)
+    stays = painted(next(read_windows(path, found, [wanted], fps, size)))
     if not stays.any():
         raise ValueError(f"mask={path} is white everywhere: nothing of the video would stay")
     return stays
