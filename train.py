@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 
 from wantrain import config, world
 from wantrain.data import Plan
-from wantrain.training import assemble, estimate
+from wantrain.training import assemble, estimate, noise_report
 from wantrain.training.loop import Run, fit
-from wantrain.training.metrics import build_tracker
 from wantrain.training.parallel import start_accelerator
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
 from wantrain.training.stepper import finish
+from wantrain.training.trackers import build_tracker
 from wantrain.training.turns import Turns
 
 
@@ -72,7 +72,7 @@ def main(cfg: DictConfig) -> None:
         turns=turns,
         data=data,
         checkpoints=checkpoints,
-        **assemble.guards(folder, steps, **settings["tripwires"]),
+        **assemble.guards(folder, home, steps=steps, fps=model["fps"], **settings["tripwires"]),
         steps=steps,
         until=min(steps, cfg.stop_after or steps),
         seed=cfg.seed,
@@ -80,12 +80,12 @@ def main(cfg: DictConfig) -> None:
         state={"data": data.fingerprint, "engine": home.engine, "config": settings},
     )
     start, ended_by = run.resume(newest), None
-    over = "; this run is finished, a larger steps= continues it" if start >= steps else ""
-    world.say(f"run {folder.path}: step {start} of {steps}{over}")
+    world.say(f"run {folder.path}: {estimate.progress(start, steps)}")
     if start < run.until:
         run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
         if start == 0 and cfg.check_expert != "off":
             assemble.check_experts(run, starts, how=cfg.check_expert)
+        noise_report.write(folder.path, losses, data.bucket_names, multiple=model["multiple"])
         run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples, dtype=dtype)
         ended_by = fit(run, start)
         run.metrics.tracker.close()

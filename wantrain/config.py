@@ -46,7 +46,7 @@ TEXT_KEYS = frozenset(
 PATH_KEYS = frozenset(
     ("source", "out", "replay", "shards", "data.shards", "weights", "runs", "prompts", "measure", "inspect",
      "image", "last_image", "video", "mask",
-     "adapter.init", "experts.high_noise.init", "experts.low_noise.init",
+     "adapter.init", "experts.high_noise.init", "experts.low_noise.init", "noise.density.file",
      "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts",
      "parts.high_noise", "parts.low_noise", "parts.dense", "parts.vae", "parts.text_encoder", "parts.tokenizer")
 )  # fmt: skip
@@ -300,7 +300,7 @@ _CHOICES = {
     "precision": ("fp32", "bf16"),
     "dtype": ("fp32", "bf16", "fp16"),
     "device": ("auto", "cpu", "cuda"),
-    "solver": ("unipc", "euler"),
+    "solver": ("unipc", "dpm++", "euler"),
     "caption.missing": ("error", "skip", "empty"),
     "clips": ("all", "first", "middle"),
     "report": ("page", "decode", "none"),
@@ -347,6 +347,7 @@ def _check_picture(cfg: DictConfig) -> None:
 def _check_experts(cfg: DictConfig) -> None:
     for own in experts(cfg).values():
         _check_expert(own)
+        build(own.loss)  # its own words on a noise law that cannot be
 
 
 def _check_expert(cfg: DictConfig) -> None:

@@ -15,8 +15,9 @@ import torch
 
 from wantrain.models import Base, WanTransformer
 from wantrain.training import assemble
-from wantrain.training.metrics import Look, Metrics, build_tracker
+from wantrain.training.metrics import Metrics
 from wantrain.training.preview import make_page, write_history
+from wantrain.training.trackers import Look, build_tracker
 from wantrain.video import write_mp4
 
 PROMPTS = ["a red ring", "一只猫 🐈 <b>"]
@@ -154,7 +155,7 @@ def test_wandb_offline_leaves_the_videos_and_a_table_per_prompt_in_the_run_folde
 
 def test_scalars_of_steps_before_a_preview_are_not_behind_it():
     """W&B drops what is logged for an earlier step than its last."""
-    from wantrain.training.metrics import WandbTracker
+    from wantrain.training.trackers import WandbTracker
 
     logged = []
 

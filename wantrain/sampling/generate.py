@@ -16,7 +16,7 @@ from wantrain import flow, geometry, world
 from wantrain.batch import pad_texts
 from wantrain.condition import Condition, told
 from wantrain.sampling.known import Known
-from wantrain.sampling.solvers import solver_named
+from wantrain.sampling.solvers import schedule, solver_named
 from wantrain.video import Frames, to_frames
 
 #: A velocity model: (latents, timestep, text, condition) -> velocity.
@@ -43,7 +43,7 @@ class Settings:
     """How to sample; defaults of a model come from its conf/model file.
 
     guidance   guidance scale per expert name; 1 asks the model once per step instead of twice
-    solver     "unipc" or "euler"
+    solver     "unipc", "dpm++" or "euler"
     steps      solver steps, one call of the model (two with guidance) each
     shift      flow shift of the schedule; part of what the model was trained for
     negative_prompt  what guidance pushes away from
@@ -157,7 +157,7 @@ class Sampler:
             latents=latents,
             text_BLD=self._texts(prompts),
             negative_BLD=self._texts([settings.negative_prompt] * len(prompts)),
-            sigmas=flow.sampling_sigmas(settings.steps, settings.shift),
+            sigmas=schedule(settings.solver, settings.steps, settings.shift),
             guidance=settings.guidance,
             solver=settings.solver,
             condition_BCTHW=condition,

@@ -25,12 +25,14 @@ from wantrain.training import replay, which_expert
 from wantrain.training.checkpoint import Checkpoints
 from wantrain.training.ema import Ema
 from wantrain.training.gather import build_sampler
-from wantrain.training.loop import Hook, Run
+from wantrain.training.loop import Run
 from wantrain.training.member import Member, read_average
+from wantrain.training.meter import Meter, peak_of
 from wantrain.training.metrics import Metrics
 from wantrain.training.optim import build_optimizer
 from wantrain.training.parallel import SHARDED, engine_of, from_main
 from wantrain.training.preview import Preview
+from wantrain.training.protocols import Hook
 from wantrain.training.residence import Residence
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
@@ -84,7 +86,7 @@ def build_hooks(
         prompts = read_prompts(sample["prompts"]) if sample["prompts"] else run.data.captions()
         how = Settings(
             guidance=model["guidance"],
-            shift=law.shift,
+            shift=model["shift"],
             steps=sample["steps"],
             negative_prompt=model["negative_prompt"],
         )
@@ -209,10 +211,13 @@ def enlist(
     return Member(trainee=trainee, stepper=stepper, ema=kept, **own)
 
 
-def guards(folder: RunFolder, steps: int, *, patience: int, spike: float | None, hang: float | None) -> dict[str, Any]:
-    """What watches over a run: its log, its tripwires and its watchdog, as a Run takes them."""
+def guards(
+    folder: RunFolder, home: Home, *, steps: int, fps: float, patience: int, spike: float | None, hang: float | None
+) -> dict[str, Any]:
+    """What watches over a run: its log, its meter, its tripwires and its watchdog, as a Run takes them."""
     return {
-        "metrics": Metrics(folder.metrics, steps=steps),
+        "metrics": Metrics(folder.metrics, steps=steps, peak=peak_of(home.accelerator.device)),
+        "meter": Meter(fps),
         "tripwires": Tripwires(folder.tripped, patience, spike),
         "watchdog": Watchdog(hang),
     }

@@ -10,23 +10,25 @@ is saved and a resumed run is the unbroken one, bit for bit.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from wantrain import world
 from wantrain.batch import Batch
 from wantrain.data import prefetch, share
 from wantrain.training.checkpoint import Checkpoints, read_state
 from wantrain.training.member import Member
+from wantrain.training.meter import Meter
 from wantrain.training.metrics import Metrics
+from wantrain.training.protocols import Data, Hook
 from wantrain.training.signals import Signals
 from wantrain.training.tripwires import Tripwires
 from wantrain.training.turns import Turns
@@ -34,24 +36,6 @@ from wantrain.training.watchdog import Watchdog
 
 #: Optimizer steps between two lines on the console.
 LOG_EVERY = 10
-
-
-class Data(Protocol):
-    """What the loop asks of a data set: samples by number, for places in the run."""
-
-    def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> Batch: ...
-
-    def heldout_batches(self, count: int) -> list[Batch]: ...
-
-    def captions(self) -> list[str]: ...
-
-
-class Hook(Protocol):
-    """Something that looks at the run after some steps, step 0 included; what it returns is logged with that step."""
-
-    def due(self, step: int) -> bool: ...
-
-    def __call__(self, step: int) -> Mapping[str, Any]: ...
 
 
 @dataclass
@@ -63,6 +47,7 @@ class Run:
     data: Data
     checkpoints: Checkpoints
     metrics: Metrics
+    meter: Meter
     tripwires: Tripwires
     watchdog: Watchdog
     steps: int
@@ -92,6 +77,7 @@ class Run:
     def save(self, step: int) -> None:
         """Begin a checkpoint; the log is flushed before, so that it never misses a committed step."""
         self.watchdog.beat(f"saving step {step}")
+        began = time.perf_counter()
         self.metrics.flush(speak=False)
         self.checkpoints.wait()
         snapshots = [member.snapshot() for member in self.members.values()]
@@ -105,6 +91,7 @@ class Run:
             samples = {name: own * self.members[name].plan.batch_size for name, own in taken.items()}
             state = {**self.state, "samples": sum(samples.values()), "experts": taken}
             self.checkpoints.save(step, write, state, size=sum(size for size, _ in snapshots), score=self.score)
+        self.metrics.note("save_seconds", time.perf_counter() - began)
 
     def ask_hooks(self, step: int) -> None:
         """Validation and previews, where they are due, with their results logged at `step`."""
@@ -149,7 +136,7 @@ class Run:
 
 def fit(run: Run, start: int) -> int | None:
     """Train from step `start` to `run.until`. Returns the signal that ended it early, if one did."""
-    metrics, wires, step, stopped = run.metrics, run.tripwires, start, None
+    metrics, step, stopped = run.metrics, start, None
     if step == 0:
         run.ask_hooks(step)
     for member in run.members.values():
@@ -158,38 +145,52 @@ def fit(run: Run, start: int) -> int | None:
     with Signals() as signals, run.watchdog as watchdog, run.checkpoints:
         while step < run.until and stopped is None:
             name, own = run.turns.at(step)
-            member = run.members[name]
             watchdog.beat(f"training step {step + 1}")
-            stepper, scale = member.stepper, member.schedule(own, member.steps)
-            stepper.begin(scale)
-            wires.begin(member)
-            losses, parts = [], []
-            for micro_step in range(stepper.accumulate):
-                batch = next(batches).to(stepper.device)
-                generators = [world.generator(run.seed, "noise", position) for position in batch.positions]
-                with stepper.forward_context():
-                    record = member.loss(stepper.wrapped, batch, generators)
-                wires.drew(batch, record, generators)
-                stepper.backward(record.value, last=micro_step == stepper.accumulate - 1)
-                losses.append(record.value.detach())
-                parts.append(record.parts)
-            wires.before_update()
-            norm, step = stepper.update(), step + 1
-            moved = wires.updated(step, norm)
-            if moved and member.ema is not None:
-                member.ema.follow(own + 1)
-
-            loss, samples = stepper.mean(torch.stack(losses).mean()), step * member.plan.batch_size
-            told = {key: stepper.mean(torch.stack([part[key] for part in parts]).mean()) for key in parts[0]}
+            told = take_step(run, run.members[name], own, step + 1, batches)
+            step += 1
             whose = {"expert": name} if len(run.members) > 1 else {}
-            metrics.add(step, {**whose, "loss": loss, "samples": samples, "lr_scale": scale, "grad_norm": norm, **told})
+            metrics.add(step, {**whose, "samples": step * run.members[name].plan.batch_size, **told})
             run.ask_hooks(step)
-            stopped = stepper.agree(signals.received)  # read once: no step ends the run without its checkpoint
+            stopped = run.members[name].stepper.agree(signals.received)  # once: no step ends without its checkpoint
             done = step == run.until or stopped is not None
             if done or step % LOG_EVERY == 0:
+                metrics.annotate(step, run.meter.report(run.members.values()))
                 metrics.flush()
             if done or step % run.checkpoint_every == 0:
                 run.save(step)
     if run.checkpoints.failure:
         raise ValueError(f"the last checkpoint is missing: {run.checkpoints.failure}; the same command goes on from it")
     return stopped
+
+
+def take_step(run: Run, member: Member, own: int, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
+    """One optimizer step of `member`, its own number `own`, which brings the run to `step`; returns what is logged."""
+    stepper, meter, wires = member.stepper, run.meter, run.tripwires
+    scale = member.schedule(own, member.steps)
+    stepper.begin(scale)
+    wires.begin(member)
+    meter.begin(member, watch=step % LOG_EVERY == 0)
+    losses, parts = [], []
+    for micro_step in range(stepper.accumulate):
+        batch = next(batches).to(stepper.device)
+        generators = [world.generator(run.seed, "noise", position) for position in batch.positions]
+        meter.mark("data")
+        with stepper.forward_context():
+            record = member.loss(stepper.wrapped, batch, generators)
+        meter.mark("forward")
+        wires.drew(batch, record, generators)
+        stepper.backward(record.value, last=micro_step == stepper.accumulate - 1)
+        meter.mark("backward")
+        meter.saw(batch, record)
+        losses.append(record.value.detach())
+        parts.append(record.parts)
+    wires.before_update()
+    norm = stepper.update()
+    if wires.updated(step, norm) and member.ema is not None:
+        member.ema.follow(own + 1)
+    meter.mark("optimizer")
+    told = {key: stepper.mean(torch.stack([part[key] for part in parts]).mean()) for key in parts[0]}
+    loss = stepper.mean(torch.stack(losses).mean())
+    meter.mark("communication")
+    rate = max(group["lr"] for group in stepper.optimizer.param_groups)
+    return {"loss": loss, "lr": rate, "lr_scale": scale, "grad_norm": norm, **told, **meter.over()}

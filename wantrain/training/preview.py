@@ -16,8 +16,8 @@ from wantrain import page, world
 from wantrain.geometry import Bucket
 from wantrain.page import Html, Row, Shown
 from wantrain.sampling import Sampler, Settings
-from wantrain.training.metrics import Look, Tracker
 from wantrain.training.stepper import Stepper
+from wantrain.training.trackers import Look, Tracker
 from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
 
 INDEX = "index.html"
