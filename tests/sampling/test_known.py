@@ -1,5 +1,8 @@
 """Files that hold what is known of a video: how they are prepared, what stays, and one clear error for each bad one."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -163,3 +166,19 @@ def test_a_model_is_told_only_what_it_can_be(files):
         check_told(Sources(), "channels", model="i2v_a14b")
     with pytest.raises(ValueError, match=r"last_image=.*: model=ti2v_5b is told by clean first frames"):
         check_told(both, "frames", model="ti2v_5b")
+
+
+def test_a_real_clip_with_its_mask():
+    """81 frames of 480x832 and a mask video of as many: the shared dog, whose middle is to be made anew."""
+    if "WANTRAIN_FOOTAGE" not in os.environ:
+        pytest.skip("WANTRAIN_FOOTAGE names no folder of real footage")
+    folder = Path(os.environ["WANTRAIN_FOOTAGE"])
+    model = {**MODEL, "area": 64 * 112}
+    known = read_known(
+        Sources(video=folder / "dog.mp4", mask=folder / "masks" / "dog.mp4"), model, num_frames=81, size=None
+    )
+    assert known.shape == (81, 64, 96)
+    hidden = (~known.known_1FHW).float().mean(dim=(0, 2, 3))
+    assert (hidden > 0.6).all() and (hidden < 0.8).all(), "the box in the middle of every frame"
+    assert known.known_1FHW[..., :4].all() and not known.known_1FHW[0, :, 32, 48].any()
+    assert 0.1 < known.pixels_CFHW[:, ::10].std() < 1
