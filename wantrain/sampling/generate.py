@@ -186,12 +186,11 @@ class Sampler:
 
     def _told(self, noise_BCTHW: Tensor, known: Condition | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What sampling starts from, condition and mask, for a batch of that much noise, on the device."""
+        start = noise_BCTHW.to(self.device)
         condition, mask = told(known, self.way)
-        start = noise_BCTHW
-        if known is not None and mask is not None:
-            start = torch.where(mask[:, None, :, None, None] > 0, start, known.latents_BCTHW)
         if condition is not None:
-            condition = condition.expand(len(start), *condition.shape[1:]).to(self.device)
-        if mask is not None:
-            mask = mask.expand(len(start), -1).to(self.device)
-        return start.to(self.device), condition, mask
+            condition = condition.to(self.device).expand(len(start), *condition.shape[1:])
+        if known is not None and mask is not None:
+            mask = mask.to(self.device).expand(len(start), -1)
+            start = torch.where(mask[:, None, :, None, None] > 0, start, known.latents_BCTHW.to(self.device))
+        return start, condition, mask
