@@ -14,6 +14,7 @@ from wantrain.models import Base, WanVAE
 from wantrain.models.vae import vae_keywords
 from wantrain.sampling import Settings, memory
 from wantrain.sampling.gallery import Gallery, fill, mine, write_comparison, write_index
+from wantrain.sampling.known import Known, read_known, sources_from
 from wantrain.sampling.prompts import Job, list_jobs, read_prompts
 from wantrain.training.gather import Found, build_sampler, check_loras, find_compared, find_experts, house
 
@@ -29,13 +30,13 @@ def main(cfg: DictConfig) -> None:
         raise ValueError('give prompt="..." or prompts=FILE (one prompt per line)')
     prompts = [cfg.prompt] if cfg.prompts is None else read_prompts(cfg.prompts)
     world.set_threads()
-    jobs = list_jobs(prompts, seed=cfg.seed, count=cfg.count)
+    jobs, known = list_jobs(prompts, seed=cfg.seed, count=cfg.count), what_is_known(cfg)
     if cfg.compare is None:
-        sample(cfg, find(cfg, cfg.run), Path(cfg.out or "samples"), jobs)
+        sample(cfg, find(cfg, cfg.run), Path(cfg.out or "samples"), jobs, known)
         return
     out = Path(cfg.out or "compare")
     found = find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
-    galleries = {name: sample(cfg, each, out / name, jobs) for name, each in found.items()}
+    galleries = {name: sample(cfg, each, out / name, jobs, known) for name, each in found.items()}
     write_comparison(out / "index.html", galleries, jobs)
 
 
@@ -47,7 +48,7 @@ def find(cfg: DictConfig, run: str | None, base: Base | None = None) -> Found:
     return find_experts(list(cfg.model.experts), **facts, run=run, runs=cfg.runs, base=base)
 
 
-def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job]) -> Gallery:
+def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], known: Known | None) -> Gallery:
     """Make what is missing of this process's share of `jobs`, and the page; nothing is loaded if nothing is missing."""
     loras = config.plain(cfg.lora)
     scale, alpha = loras.pop("scale"), loras.pop("alpha")
@@ -57,27 +58,31 @@ def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job]) -> Gallery
     guidance = {name: cfg.guidance[name] for name in found.names}
     settings = Settings(guidance, cfg.shift, cfg.steps, cfg.solver, negative)
     more = {"precision": cfg.precision, "tile": cfg.tile, "lora": [scale, alpha] if any(loras.values()) else None}
+    more |= {} if known is None else {"known": known.identity}
     identity = found.identity(file for file in loras.values() if file is not None)
-    gallery = Gallery(out, settings, bucket(cfg), cfg.model.fps, identity, found.label(), more)
-    missing = [job for job in mine(jobs) if not gallery.is_done(job)]
+    gallery = Gallery(out, settings, bucket(cfg, known), cfg.model.fps, identity, found.label(), more)
     world.say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
-    if done := len(mine(jobs)) - len(missing):
-        world.say(f"{out}: {done} of {done + len(missing)} videos are there already and are kept")
-    if missing:
+    if missing := gallery.missing(mine(jobs)):
         how = {"idle": cfg.idle, "offload": cfg.offload, "scale": scale, "alpha": alpha}
         experts = house(found, loras, cfg.model.name, device, dtype, **how)
-        facts = {"boundary": cfg.model.boundary, "tile": cfg.tile, "base": found.base}
-        sampler = build_sampler(experts, device=device, dtype=dtype, **facts)
+        facts = {"boundary": cfg.model.boundary, "way": cfg.model.told_by, "tile": cfg.tile}
+        sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, **facts)
         sampler.warm([*(job.prompt for job in missing), negative])
-        fill(gallery, missing, sampler, batch_size=cfg.batch_size)
+        fill(gallery, missing, sampler, batch_size=cfg.batch_size, known=known)
     write_index(gallery, jobs)
     return gallery
 
 
-def bucket(cfg: DictConfig) -> Bucket:
+def what_is_known(cfg: DictConfig) -> Known | None:
+    """What image=, last_image= and video= say of every video."""
+    size = (cfg.height, cfg.width) if cfg.height else None
+    return read_known(sources_from(cfg), config.plain(cfg.model), num_frames=cfg.num_frames, size=size)
+
+
+def bucket(cfg: DictConfig, known: Known | None = None) -> Bucket:
     """The size of every video."""
-    height, width = (cfg.height, cfg.width) if cfg.height else sizes(cfg.model.area, cfg.model.multiple, [1.0])[0]
-    return Bucket(cfg.num_frames, height, width)
+    size = (cfg.height, cfg.width) if cfg.height else sizes(cfg.model.area, cfg.model.multiple, [1.0])[0]
+    return Bucket(cfg.num_frames, *size) if known is None else Bucket(*known.shape)
 
 
 def memory_plan(cfg: DictConfig) -> str:

@@ -45,6 +45,7 @@ TEXT_KEYS = frozenset(
 )
 PATH_KEYS = frozenset(
     ("source", "out", "replay", "shards", "data.shards", "weights", "runs", "prompts", "measure", "inspect",
+     "image", "last_image", "video", "mask",
      "adapter.init", "experts.high_noise.init", "experts.low_noise.init", "noise.density.file",
      "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts",
      "parts.high_noise", "parts.low_noise", "parts.dense", "parts.vae", "parts.text_encoder", "parts.tokenizer")

@@ -105,6 +105,29 @@ def sizes(area: int, multiple: int, aspects: Iterable[float]) -> list[tuple[int,
     return found
 
 
+def floored_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
+    """A picture's own aspect at about `area` pixels, each side rounded down: the size of Wan2.2's image-to-video."""
+    sides = (math.sqrt(area * height / width), math.sqrt(area * width / height))
+    rows, columns = (max(1, int(side // multiple)) * multiple for side in sides)
+    return rows, columns
+
+
+def fitted_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
+    """The size within `area` whose aspect is nearer to a picture's, of rounding its width down first or its height.
+
+    The other side then takes what is left of the area. Source: how Wan2.2's TI2V-5B is given an image.
+    """
+    ideal_width = math.sqrt(area * width / height)
+    columns = max(1, int(ideal_width // multiple)) * multiple
+    rows = max(1, int(area / ideal_width // multiple)) * multiple
+    choices = [
+        (max(1, int(area / columns // multiple)) * multiple, columns),
+        (rows, max(1, int(area / rows // multiple)) * multiple),
+    ]
+    apart = [max(width * h / (height * w), height * w / (width * h)) for h, w in choices]
+    return choices[0] if apart[0] < apart[1] else choices[1]
+
+
 def nearest_size(height: int, width: int, choices: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """The choice whose aspect is nearest (in log) to height x width, so that the crop is smallest."""
     aspect = math.log(width / height)

@@ -100,6 +100,24 @@ def test_the_mask_leaves_frames_out_and_the_rest_counts_in_full():
     assert torch.allclose(counted, target.square().mean(dim=(1, 2, 3, 4)))
 
 
+def test_frames_that_are_given_stand_clean_at_timestep_0():
+    plain, seen = batch(), []
+    mask = torch.ones(4, 3)
+    mask[1:, 0] = 0
+
+    def spy(noisy, timestep, text, condition):
+        seen.append((noisy, timestep))
+        return torch.zeros_like(noisy)
+
+    losses = [FlowMatching(**LOW)(spy, replace(plain, mask_BT=each), generators(range(4))) for each in (None, mask)]
+    (free, levels), (noisy, given) = seen
+    assert torch.equal(noisy[1:, :, 0], plain.latents_BCTHW[1:, :, 0]) and not given[1:, 0].any()
+    assert torch.equal(noisy[:, :, 1:], free[:, :, 1:]) and torch.equal(noisy[:1], free[:1])
+    assert torch.equal(given[:, 1:], levels[:, None].expand(4, 2)) and torch.equal(losses[0].sigma, losses[1].sigma)
+    ones = replace(plain, mask_BT=torch.ones(4, 3))
+    assert torch.allclose(FlowMatching(**LOW)(spy, ones, generators(range(4))).value, losses[0].value)
+
+
 def test_condition_and_text_reach_the_model():
     given = {}
 

@@ -118,10 +118,11 @@ def distance(difference: Tensor, huber: float | None) -> Tensor:
 def velocity_error(
     model: Model, batch: Batch, sigma: Tensor, noise_BCTHW: Tensor, *, huber: float | None = None
 ) -> Tensor:
-    """Velocity error (squared, or Huber's) of each sample, (B,) float32, averaged over what its mask counts."""
+    """Velocity error (squared, or Huber's) of each sample, (B,) float32, over the frames that its mask has noised."""
     x0 = batch.latents_BCTHW
-    noisy = flow.path(x0, noise_BCTHW, sigma)
-    timestep = (flow.TIMESTEPS * sigma).to(x0.device)
+    level = flow.noised(sigma.to(x0.device), batch.mask_BT)
+    noisy = flow.path(x0, noise_BCTHW, level)
+    timestep = flow.TIMESTEPS * level
     predicted = model(noisy, timestep, batch.text_BLD, batch.condition_BCTHW)
     error_BT = distance(predicted.float() - flow.velocity(x0, noise_BCTHW), huber).mean(dim=(1, 3, 4))
     if batch.mask_BT is None:

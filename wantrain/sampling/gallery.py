@@ -21,6 +21,7 @@ from wantrain import page, world
 from wantrain.geometry import Bucket
 from wantrain.page import Row, Shown
 from wantrain.sampling.generate import Sampler, Settings
+from wantrain.sampling.known import Known
 from wantrain.sampling.prompts import Job
 from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
 
@@ -35,7 +36,7 @@ class Gallery:
     """Where samples go, and all that their identity depends on besides prompt and seed.
 
     weights  the identity of all weights; `label` says in words whose they are
-    more     what else changes the pixels: precision, tiling
+    more     what else changes the pixels: precision, tiling, what is known
     """
 
     folder: Path
@@ -62,6 +63,13 @@ class Gallery:
         """True if the video is there, whole: its JSON is written after it."""
         return self.file(job).with_suffix(".json").is_file() and self.file(job).is_file()
 
+    def missing(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those of `jobs` that are not done; says how many are."""
+        left = [job for job in jobs if not self.is_done(job)]
+        if done := len(jobs) - len(left):
+            world.say(f"{self.folder}: {done} of {len(jobs)} videos are there already and are kept")
+        return left
+
     def add(self, job: Job, frames: Frames) -> Path:
         """Write a finished sample."""
         file = self.file(job)
@@ -79,8 +87,11 @@ class Gallery:
         return file
 
 
-def fill(gallery: Gallery, jobs: Sequence[Job], sampler: Sampler, *, batch_size: int) -> None:
-    """Make what is missing of `jobs`, `batch_size` videos at once."""
+def fill(
+    gallery: Gallery, jobs: Sequence[Job], sampler: Sampler, *, batch_size: int, known: Known | None = None
+) -> None:
+    """Make what is missing of `jobs`, `batch_size` videos at once; `known` is what is known of each of them."""
+    record = None if known is None else sampler.tell(known)
     for first in range(0, len(jobs), batch_size):
         some = jobs[first : first + batch_size]
         title = f"{first + len(some)}/{len(jobs)} {some[0].prompt[:40]}"
@@ -91,6 +102,7 @@ def fill(gallery: Gallery, jobs: Sequence[Job], sampler: Sampler, *, batch_size:
                 bucket=gallery.bucket,
                 settings=gallery.settings,
                 seeds=seeds,
+                known=record,
                 on_step=partial(_show_step, bar),
             )
         for job, frames in zip(some, videos, strict=True):

@@ -148,11 +148,12 @@ def needs(experts: Mapping[str, nn.Module], beside: int, idle: str, offload: str
 
 def trace_step(expert: Any, latents: Tensor) -> int:
     """Peak bytes of one call of an expert beside its weights and its input."""
+    given = latents.new_empty(len(latents), expert.in_channels, *latents.shape[2:])
     text, timestep = (
         latents.new_empty(len(latents), expert.text_length, expert.text_dim),
         latents.new_empty(len(latents)),
     )
-    return peak_bytes(lambda: expert(latents, timestep, text))
+    return peak_bytes(lambda: expert(given, timestep, text))
 
 
 def trace_decoding(vae: Any, latents: Tensor, rows: int | None) -> int:

@@ -206,12 +206,13 @@ def build_sampler(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tile: int | None = None,
+    way: str | None = None,
 ) -> Sampler:
     """A Sampler over given experts, with VAE (always float32) and text encoder from the base.
 
     The text encoder is loaded when texts are encoded, on the host, and let go after: it takes more memory than an
     expert's half. `tile` is the side in pixels of the squares that are decoded one by one; None decodes whole frames.
-    ValueError for a tile that the VAE cannot take.
+    `way` is how the experts are told what is known (condition.py). ValueError for a tile that the VAE cannot take.
     """
     vae = base.vae(device=device)
     decode: Callable[[Tensor], Tensor] = vae.decode
@@ -232,6 +233,8 @@ def build_sampler(
         vae.temporal_stride,
         vae.spatial_stride,
         device,
+        way,
+        lambda pixels: vae.encode(pixels.to(device)),
     )
 
 
