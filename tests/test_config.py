@@ -237,8 +237,8 @@ def test_a_file_that_ships_with_the_project_is_found_from_anywhere(tmp_path, mon
 
 
 def test_a_constructors_own_words_reach_the_user():
-    cfg = compose("train", ["schedule.shape=linear"])
+    cfg = compose("train", ["schedule.shape=wsd"])
     assert isinstance(cfg.schedule, DictConfig)
     with pytest.raises(ValueError) as caught:
         config.build(cfg.schedule)
-    assert str(caught.value) == "schedule.shape='linear' is unknown; choose cosine or constant"
+    assert str(caught.value) == "schedule.shape='wsd' is unknown; choose one of constant, linear, cosine, sqrt"
