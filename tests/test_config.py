@@ -244,8 +244,8 @@ def test_what_a_model_does_not_describe_cannot_start_from_scratch():
 
 
 def test_a_constructors_own_words_reach_the_user():
-    cfg = compose("train", ["schedule.shape=linear"])
+    cfg = compose("train", ["schedule.shape=wsd"])
     assert isinstance(cfg.schedule, DictConfig)
     with pytest.raises(ValueError) as caught:
         config.build(cfg.schedule)
-    assert str(caught.value) == "schedule.shape='linear' is unknown; choose cosine or constant"
+    assert str(caught.value) == "schedule.shape='wsd' is unknown; choose one of constant, linear, cosine, sqrt"

@@ -8,6 +8,7 @@ is data: read and compared (training/run.py), never built from.
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -396,6 +397,8 @@ def _check_picture(cfg: DictConfig) -> None:
 def _check_experts(cfg: DictConfig) -> None:
     for own in experts(cfg).values():
         _check_expert(own)
+        _check_optimizer(own.optimizer)
+        build(own.schedule)
         build(own.loss)  # its own words on a noise law that cannot be
 
 
@@ -432,6 +435,20 @@ def _check_expert(cfg: DictConfig) -> None:
             f"expert={name}: model={cfg.model.name} has {', '.join(known)}; "
             f"use {' or '.join(f'expert={other}' for other in known)}, or another model="
         )
+
+
+def _check_optimizer(node: DictConfig) -> None:
+    """Raise ValueError if the optimizer's class cannot be imported, or has not the keywords that are given."""
+    name, given = node._target_, [str(key) for key in node if key != "_target_"]
+    try:
+        takes = inspect.signature(hydra.utils.get_object(name)).parameters
+    except Exception as error:  # whatever importing somebody's module raises
+        raise ValueError(f"optimizer._target_={name} is no class that can be imported: {error}") from error
+    known = [key for key in list(takes)[1:] if takes[key].kind not in {inspect.Parameter.VAR_KEYWORD}]
+    if len(known) == len(takes) - 1 and (wrong := [key for key in given if key not in known]):
+        raise ValueError(f"optimizer.{wrong[0]} is no keyword of {name}; it takes {', '.join(known)}")
+    if missing := [key for key in known if takes[key].default is inspect.Parameter.empty and key not in given]:
+        raise ValueError(f"{name} needs optimizer.{missing[0]}; give +optimizer.{missing[0]}=VALUE")
 
 
 def _adapter_problems(cfg: DictConfig) -> list[str]:

@@ -230,11 +230,11 @@ def test_the_model_keeps_its_own_precision_under_every_engine(engine, tiny, pair
 
 def drawn(count):
     """The timesteps of a run's first samples, low noise, seed 0, as the loss draws them in one process."""
-    from wantrain import world
-    from wantrain.losses import FlowMatching
+    from wantrain import flow, world
 
-    loss = FlowMatching(density="uniform", shift=3.0, low=0.0, high=0.875)
-    return [1000 * loss.draw(world.generator(0, "noise", position)).item() for position in range(count)]
+    law = {"density": "uniform", "shift": 3.0, "window": flow.NoiseWindow(0.0, 0.875)}
+    streams = [world.generator(0, "noise", position) for position in range(count)]
+    return [1000 * flow.draw_sigma(1, generator=stream, **law).item() for stream in streams]
 
 
 def test_a_pair_under_zero_is_one_error_that_names_the_two_jobs(tiny, launch, tmp_path):

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from wantrain import condition, geometry
 from wantrain.condition import Condition, check_way
-from wantrain.data.footage import Probe, Window, cut_windows, probe, read_windows
+from wantrain.data.footage import probe, read_windows
+from wantrain.data.windows import Cut, Probe, Window, cut_windows
 from wantrain.masks import painted
 from wantrain.video import Frames
 
@@ -205,7 +206,7 @@ def _read_video(
         raise ValueError(f"video={video} is a picture; give image=FILE")
     _check_aspect("video", video, (found.height, found.width), aspect)
     geometry.check_num_frames(num_frames, key="keep")
-    longest = cut_windows(found, num_frames=10**6, fps=fps, clips="first")[0].num_frames
+    longest = cut_windows(found, Cut(4 * 10**6 + 1, fps, clips="first"))[0].num_frames
     if longest < num_frames:
         key = "num_frames" if sources.keep is None else "keep"
         raise ValueError(

@@ -42,6 +42,9 @@ from wantrain.training.tripwires import Tripwires
 from wantrain.training.validate import ReconstructionValidator, Validator
 from wantrain.training.watchdog import Watchdog
 
+#: Optimizers that look at whole matrices, or at blocks of them, and not at each element: class -> what users call it.
+WHOLE = {"MuonAdamW": "muon", "Muon": "torch.optim.Muon", "Adafactor": "adafactor", "adamw_8bit": "adamw_8bit"}
+
 
 def make_own_data(shards: Path, *, root: Path) -> None:
     """Make the project's own footage and shards (data/NAME/latents) if they are asked for and not there, and say so.
@@ -136,9 +139,10 @@ def find_home(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]
         )
     hosted = False
     for own in experts.values():
-        if own["optimizer"]["_target_"].endswith("MuonAdamW") and engine not in {"single", "ddp"}:
+        whole = WHOLE.get(own["optimizer"]["_target_"].rpartition(".")[2])
+        if whole is not None and engine not in {"single", "ddp"}:
             raise ValueError(
-                f"optimizer=muon needs whole matrices, but {engine} cuts them; use optimizer=adamw, or "
+                f"optimizer={whole} needs whole matrices, but {engine} cuts them; use optimizer=adamw, or "
                 "launch/accelerate/ddp.yaml"
             )
         if own["ema"] is not None and engine == "zero3":

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from wantrain import world
 from wantrain.models.adapters import keep_activation_dtype
 from wantrain.training.checkpoint import Copier
-from wantrain.training.optim import named_trainable
+from wantrain.training.optim import fill_quantised, named_trainable, plain_tensors
 from wantrain.training.parallel import SHARDED, autocast, engine_of
 
 
@@ -172,15 +172,9 @@ class Stepper:
         self._link_zero_state()
         state = {}
         for name, parameter in named_trainable(self.module).items():
-            for key, value in (self._zero_state(parameter) if self._zero else self._state(parameter)).items():
+            own = self._zero_state(parameter) if self._zero else plain_tensors(self.optimizer.state[parameter])
+            for key, value in own.items():
                 state[f"{name}/{key}"] = self.whole(value)
-        return state
-
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state: dict[str, Any] = self.optimizer.state[parameter]
-        for key, value in state.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"the optimizer keeps {key} as {type(value).__name__}; only tensors can be saved")
         return state
 
     def _zero_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -226,6 +220,9 @@ class Stepper:
             raise ValueError(f"{where} holds the state of other parameters; it belongs to another run")
         if self._zero:
             self._fill_zero_state(by_name)
+            return
+        if any("." in part for own in by_name.values() for part in own):
+            fill_quantised(self.optimizer.optimizer, {parameters[name]: by_name[name] for name in parameters})
             return
         # The order of the groups is that of their parameters' numbers in a state dict.
         names = {parameter: name for name, parameter in parameters.items()}
