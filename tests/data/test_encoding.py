@@ -263,6 +263,33 @@ def test_a_clip_that_cannot_be_decoded_is_rejected_and_the_rest_goes_on(damaged,
     assert not (tmp_path / "other" / "manifest.json").exists()
 
 
+def test_every_clip_has_its_place_in_the_ledger(damaged, videos, tmp_path):
+    """Used and how much of it is cropped, undecodable, or too small for every bucket."""
+    write_mp4(tmp_path / "footage" / "tiny.mp4", np.zeros((40, 32, 32, 3), np.uint8), 16)
+    (tmp_path / "footage" / "tiny.txt").write_text("small")
+    shard(tmp_path / "footage", tmp_path / "more")
+    seen = read_manifest(tmp_path / "more", "video")["clips"]
+    sizes = geometry.Buckets((4096,), (1.0, 16 / 9), 16, upscale=1.5)
+    manifest = encode(tmp_path / "more", tmp_path / "out", rejects_limit=0.5, sizes=sizes)
+    clips, seconds, cropped = manifest["ledger"]["clips"], manifest["ledger"]["seconds"], manifest["cropped"]
+    assert clips == {
+        "given": seen,
+        "used": manifest["clips"],
+        "dropped": {"unreadable": 4, "too small": 2},
+    }
+    assert seen == manifest["clips"] + 6
+    parts = [seconds["used"], *seconds["dropped"].values()]
+    assert round(seconds["given"] * 1e6) == sum(round(part * 1e6) for part in parts)
+    assert seconds["dropped"]["too small"] == pytest.approx(2 * 17 / 16)
+    abouts = [json.loads(content) for name, content in members(tmp_path / "out").items() if name.endswith("json")]
+    shares = [about["cropped"] for about in abouts if about["cropped"] > 0]
+    assert cropped["clips"] == len(shares)
+    assert cropped["largest"] == max(shares)
+    assert cropped["mean"] == pytest.approx(np.mean(shares), abs=1e-4)
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert "32x32 would be enlarged 2.00 times" in {row["name"]: row["reason"] for row in rejects}["tiny.mp4 (clip 0)"]
+
+
 @pytest.mark.parametrize(
     ("broken", "problem"),
     [

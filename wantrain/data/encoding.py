@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from wantrain import geometry, world
 from wantrain.data.footage import Reject, Window, fit_frame, probe, read_windows
+from wantrain.data.ledger import Ledger
 from wantrain.data.shards import (
     EMPTY_TEXT,
     INDEX,
@@ -137,11 +138,15 @@ def encode_shards(
         "buckets": buckets,
         "clips": len(encoder.rows),
         "clips_rejected": len(encoder.rejects),
+        "ledger": encoder.ledger.told(),
+        "cropped": encoder.ledger.told_crops(),
         "shards": writer.shards,
         "files": [describe_file(out / INDEX), describe_file(out / EMPTY_TEXT)],
     }
     world.write_json(out / MANIFEST, manifest)
     world.say(f"{out}: {video['clips']} clips seen = {len(encoder.rows)} encoded + {len(encoder.rejects)} rejected")
+    for line in encoder.ledger.summary():
+        world.say(f"  {line}")
     return manifest
 
 
@@ -182,6 +187,7 @@ class _Encoder:
         self.waiting: list[_Clip] = []
         self.texts: dict[str, Tensor] = {}
         self.channels = 0
+        self.ledger = Ledger()
 
     def text(self, caption: str) -> Tensor:
         """(L, D) bf16 of a caption, from memory if it is one of the last TEXTS_KEPT."""
@@ -201,18 +207,22 @@ class _Encoder:
         try:
             size = self.sizes.choose(longest, about["height"], about["width"])
         except ValueError as error:
-            names = [f"{about['source']} (clip {number})" for number in range(count)]
-            self.rejects.extend(Reject(name, str(error), bad=False, kind="too small") for name in names)
+            self._reject(about, range(count), Reject("", str(error), bad=False, kind="too small"))
             return
         clips = read_sample(sample, size)
         for number in range(count):
             try:
                 frames = next(clips)
             except ValueError as error:
-                names = [f"{about['source']} (clip {left})" for left in range(number, count)]
-                self.rejects.extend(Reject(name, str(error)) for name in names)
+                self._reject(about, range(number, count), Reject("", str(error)))
                 return
             self.waiting.append(_Clip(sample.key, about, number, frames))
+
+    def _reject(self, about: dict[str, Any], numbers: Iterable[int], why: Reject) -> None:
+        """Some windows of a file are not used."""
+        for number in numbers:
+            self.rejects.append(replace(why, name=f"{about['source']} (clip {number})"))
+            self.ledger.drop_clip(why.kind, _seconds(about, number))
 
     def write(self, writer: ShardWriter, *, rest: bool = False) -> None:
         """Encode and write the clips that wait, in their order, once they are enough for a batch (or the `rest`)."""
@@ -245,6 +255,7 @@ class _Encoder:
                 f"{tuple(latents.shape)}, wanted were {shape} per channel"
             )
         self.channels = len(latents)
+        self.ledger.use_clip(_seconds(about, clip.number), cropped)
         told = {
             "caption": about["caption"],
             "source": about["source"],
@@ -268,6 +279,12 @@ class _Encoder:
             source=np.array([int(row["key"][:16], 16) for row in self.rows], dtype=np.uint64),
             ids=pack_ids([row["key"] for row in self.rows]),
         )
+
+
+def _seconds(about: dict[str, Any], number: int) -> float:
+    """How long a window is, at the rate that it was cut at; an image takes no time."""
+    window = Window(**about["windows"][number])
+    return 0.0 if window.num_frames == 1 else window.num_frames * window.stride / float(about["fps"])
 
 
 def read_about(content: bytes) -> dict[str, Any]:

@@ -56,11 +56,14 @@ class Ledger:
     files: Account = field(default_factory=Account)
     clips: Account = field(default_factory=Account)
     micros: Account = field(default_factory=Account)
+    cropped: list[float] = field(default_factory=list)
 
-    def use_clip(self, seconds: float) -> None:
-        """One clip that is used."""
+    def use_clip(self, seconds: float, cropped: float = 0.0) -> None:
+        """One clip that is used, and the share of its picture that is not."""
         self.clips.use(1)
         self.micros.use(round(seconds * MICRO))
+        if cropped > 0:
+            self.cropped.append(cropped)
 
     def drop_clip(self, reason: str, seconds: float) -> None:
         """One clip that is not."""
@@ -72,16 +75,25 @@ class Ledger:
         self.micros.drop(reason, max(0, round(seconds * MICRO)))
 
     def told(self) -> dict[str, Any]:
-        """For a manifest."""
-        return {
-            "files": self.files.told(),
-            "clips": self.clips.told(),
-            "seconds": self.micros.told(MICRO),
-        }
+        """For a manifest: the accounts that something was entered in."""
+        accounts = {"files": (self.files, 1), "clips": (self.clips, 1), "seconds": (self.micros, MICRO)}
+        return {name: account.told(scale) for name, (account, scale) in accounts.items() if account.given}
+
+    def told_crops(self) -> dict[str, Any]:
+        """For a manifest: how many of the used clips lose some of their picture, and which share of it."""
+        mean = sum(self.cropped) / len(self.cropped) if self.cropped else 0.0
+        return {"clips": len(self.cropped), "mean": round(mean, 4), "largest": round(max(self.cropped, default=0.0), 4)}
 
     def summary(self) -> list[str]:
-        """For people: one line for each account."""
-        return [_line(name, account) for name, account in self.told().items()]
+        """For people: one line for each account, and one for what is cropped."""
+        lines = [_line(name, account) for name, account in self.told().items()]
+        if self.cropped:
+            crops = self.told_crops()
+            lines.append(
+                f"cropped: {crops['clips']} of {self.clips.used} clips, {crops['mean']:.1%} of the picture on average, "
+                f"at most {crops['largest']:.1%}"
+            )
+        return lines
 
 
 def _line(name: str, account: dict[str, Any]) -> str:
