@@ -267,7 +267,6 @@ class Prefetch(Iterator[Batch]):
         self.close()
         raise StopIteration if item is None else item
 
-
     def _next_item(self) -> Batch | BaseException | None:
         """What comes next; ValueError if the thread is gone without a word, for then nothing ever would."""
         while True:
