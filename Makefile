@@ -1,5 +1,7 @@
 # Two commands do everything by themselves: `make demo` and `make test`. The rest is for people who work on wantrain.
 PYTHON ?= python3
+# Test processes beside each other, each with one thread and about 1.5 GB.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -11,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/python demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from wantrain import config, geometry, world
-from wantrain.data import check_folder, encode_shards
+from wantrain import config, world
+from wantrain.data import check_folder, encode_shards, write_report
 from wantrain.models.fingerprints import Fingerprints
 from wantrain.models.weights import fingerprint
 
@@ -51,14 +51,15 @@ def main(cfg: DictConfig) -> None:
 
     prints, words = Fingerprints(Path(cfg.out)), base.need("text_encoder")
     tokenizer = base.find("tokenizer") or words.parent / "tokenizer"
+    of_vae = prints.of("vae", [base.need("vae")], look_at_vae)
     encode_shards(
         Path(cfg.shards),
         Path(cfg.out),
         encode_pixels=encode_pixels,
         encode_texts=lambda captions: text().encode_unpadded(captions),
-        **prints.of("vae", [base.need("vae")], look_at_vae),
+        **of_vae,
         **prints.of(f"text encoder in {cfg.precision}", [words, tokenizer], look_at_text),
-        sizes=geometry.sizes(cfg.area, cfg.model.multiple, cfg.aspects),
+        sizes=config.buckets(cfg, of_vae["temporal_stride"]),
         model=cfg.model.name,
         rejects_limit=cfg.rejects.limit,
         shard_bytes=cfg.shard_mb << 20,
@@ -67,6 +68,9 @@ def main(cfg: DictConfig) -> None:
         patience=cfg.patience,
     )
     prints.write()
+    if cfg.report != "none" and world.is_main():
+        decode = (lambda latents: vae().decode(latents.to(device))) if cfg.report == "decode" else None
+        write_report(Path(cfg.out), "latent", decode=decode, count_tokens=lambda caption: text().count(caption))
 
 
 if __name__ == "__main__":

@@ -1,88 +1,99 @@
-"""Make videos from a prompt, with what a run has trained or with a pipeline folder.
+"""Make videos from prompts, with what a run has trained or with a pipeline folder; or show several side by side.
 
-python sample.py run=NAME prompt="..."        python sample.py weights=DIR prompts=FILE
+python sample.py run=NAME prompt="..."        python sample.py compare=[RUN,OTHER,base] prompts=FILE
 """
 
 from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from wantrain import config, world
 from wantrain.geometry import Bucket, sizes
-from wantrain.sampling import Settings
-from wantrain.training.assemble import read_prompts
-from wantrain.training.gather import add_loras, build_sampler, find_experts
-from wantrain.video import contact_sheet, write_mp4
-
-#: Videos on the contact sheet, at most.
-SHOWN = 24
+from wantrain.models import Base, WanVAE
+from wantrain.models.vae import vae_keywords
+from wantrain.sampling import Settings, memory
+from wantrain.sampling.gallery import Gallery, fill, mine, write_comparison, write_index
+from wantrain.sampling.known import Known, read_known, sources_from
+from wantrain.sampling.prompts import Job, list_jobs, read_prompts
+from wantrain.training.gather import Found, build_sampler, check_loras, find_compared, find_experts, house
 
 
 @config.app("sample")
 def main(cfg: DictConfig) -> None:
-    """Load the experts, sample `count` videos, write mp4 and a contact sheet."""
+    """Sample `count` videos per prompt into a folder with a page that shows them; with compare=, a folder for each."""
     config.check(cfg)
+    if cfg.dry_run:
+        world.say(memory_plan(cfg))
+        return
     if (cfg.prompt is None) == (cfg.prompts is None):
         raise ValueError('give prompt="..." or prompts=FILE (one prompt per line)')
     prompts = [cfg.prompt] if cfg.prompts is None else read_prompts(cfg.prompts)
     world.set_threads()
-    device = config.device(cfg.device)
-    dtype = config.dtype(cfg.precision)
-    wanted = [*cfg.model.experts, "vae", "text_encoder", "tokenizer"]
-    base = config.base(cfg, wanted) if config.has_base(cfg) else None
-    found = find_experts(
-        list(cfg.model.experts),
-        model=cfg.model.name,
-        boundary=cfg.model.boundary,
-        run=cfg.run,
-        runs=cfg.runs,
-        base=base,
-        locate=config.locate,
-        alone=cfg.alone,
-    )
-    experts = {name: found.load(name, device=device, dtype=dtype) for name in found.names}
-    lora = config.plain(cfg.lora)
-    how = {key: lora.pop(key) for key in ("scale", "alpha")}
-    add_loras(experts, lora, model=cfg.model.name, **how)
-    sampler = build_sampler(experts, boundary=cfg.model.boundary, base=found.base, device=device, dtype=dtype)
-    height, width = (cfg.height, cfg.width) if cfg.height else sizes(cfg.model.area, cfg.model.multiple, [1.0])[0]
+    jobs, known = list_jobs(prompts, seed=cfg.seed, count=cfg.count), what_is_known(cfg)
+    if cfg.compare is None:
+        sample(cfg, find(cfg, cfg.run), Path(cfg.out or "samples"), jobs, known)
+        return
+    out = Path(cfg.out or "compare")
+    found = find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
+    galleries = {name: sample(cfg, each, out / name, jobs, known) for name, each in found.items()}
+    write_comparison(out / "index.html", galleries, jobs)
+
+
+def find(cfg: DictConfig, run: str | None, base: Base | None = None) -> Found:
+    """Where the experts of a run, or of weights=, come from."""
+    if config.has_base(cfg):
+        base = config.base(cfg, [*cfg.model.experts, "vae", "text_encoder", "tokenizer"])
+    facts = {"model": cfg.model.name, "boundary": cfg.model.boundary, "locate": config.locate, "alone": cfg.alone}
+    return find_experts(list(cfg.model.experts), **facts, run=run, runs=cfg.runs, base=base)
+
+
+def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], known: Known | None) -> Gallery:
+    """Make what is missing of this process's share of `jobs`, and the page; nothing is loaded if nothing is missing."""
+    loras = config.plain(cfg.lora)
+    scale, alpha = loras.pop("scale"), loras.pop("alpha")
+    check_loras(loras, found.names)
+    device, dtype = config.device(cfg.device), config.dtype(cfg.precision)
     negative = cfg.model.negative_prompt if cfg.negative_prompt is None else cfg.negative_prompt
-    settings = Settings(
-        guidance=config.plain(cfg.guidance),
-        shift=cfg.shift,
-        steps=cfg.steps,
-        solver=cfg.solver,
-        negative_prompt=negative,
-    )
-    out, clips = Path(cfg.out or "samples"), {}
-    out.mkdir(parents=True, exist_ok=True)
-    world.say(f"experts {', '.join(sampler.experts.models)}; {settings}")
-    jobs = [(prompt, seed) for prompt in prompts for seed in range(cfg.seed, cfg.seed + cfg.count)]
-    for first in range(0, len(jobs), cfg.batch_size):
-        prompts, seeds = zip(*jobs[first : first + cfg.batch_size], strict=True)
-        with tqdm(total=cfg.steps, desc=prompts[0][:40], unit="step") as bar:
-            videos = sampler.batch(
-                prompts,
-                bucket=Bucket(cfg.num_frames, height, width),
-                settings=settings,
-                seeds=seeds,
-                on_step=partial(show_step, bar),
-            )
-        for number, (prompt, seed, frames) in enumerate(zip(prompts, seeds, videos, strict=True), first):
-            file = out / f"{number:03d}_seed_{seed}.mp4"
-            clips[f"{file.stem}: {prompt}"] = frames
-            write_mp4(file, frames, cfg.model.fps)
-            world.say(f"wrote {file}")
-    contact_sheet(out / "contact_sheet.png", dict(list(clips.items())[:SHOWN]))
-    world.say(f"wrote {out / 'contact_sheet.png'}")
+    guidance = {name: cfg.guidance[name] for name in found.names}
+    settings = Settings(guidance, cfg.shift, cfg.steps, cfg.solver, negative)
+    more = {"precision": cfg.precision, "tile": cfg.tile, "lora": [scale, alpha] if any(loras.values()) else None}
+    more |= {} if known is None else {"known": known.identity}
+    identity = found.identity(file for file in loras.values() if file is not None)
+    gallery = Gallery(out, settings, bucket(cfg, known), cfg.model.fps, identity, found.label(), more)
+    world.say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
+    if missing := gallery.missing(mine(jobs)):
+        how = {"idle": cfg.idle, "offload": cfg.offload, "scale": scale, "alpha": alpha}
+        experts = house(found, loras, cfg.model.name, device, dtype, **how)
+        facts = {"boundary": cfg.model.boundary, "way": cfg.model.told_by, "tile": cfg.tile}
+        sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, **facts)
+        sampler.warm([*(job.prompt for job in missing), negative])
+        fill(gallery, missing, sampler, batch_size=cfg.batch_size, known=known)
+    write_index(gallery, jobs)
+    return gallery
 
 
-def show_step(bar: tqdm, step: int, expert: str) -> None:
-    """Move the progress bar on, naming the expert that answers."""
-    bar.set_postfix_str(expert)
-    bar.update()
+def what_is_known(cfg: DictConfig) -> Known | None:
+    """What image=, last_image= and video= say of every video."""
+    size = (cfg.height, cfg.width) if cfg.height else None
+    return read_known(sources_from(cfg), config.plain(cfg.model), num_frames=cfg.num_frames, size=size)
+
+
+def bucket(cfg: DictConfig, known: Known | None = None) -> Bucket:
+    """The size of every video."""
+    size = (cfg.height, cfg.width) if cfg.height else sizes(cfg.model.area, cfg.model.multiple, [1.0])[0]
+    return Bucket(cfg.num_frames, *size) if known is None else Bucket(*known.shape)
+
+
+def memory_plan(cfg: DictConfig) -> str:
+    """What it will take, by arithmetic; of the weights only a VAE whose sizes no config says must be here."""
+    vae = config.plain(cfg.model.vae) if "vae" in cfg.model else config.base(cfg, ["vae"]).vae().config()
+    return memory.describe(
+        lambda: config.build(cfg.model.transformer),
+        lambda: WanVAE(**vae_keywords(vae, Path("model.vae"))),
+        names=list(cfg.model.experts), bucket=bucket(cfg), batch_size=cfg.batch_size,
+        dtype=config.dtype(cfg.precision), idle=cfg.idle, offload=cfg.offload, tile=cfg.tile,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

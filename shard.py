@@ -1,38 +1,56 @@
-"""Turn a folder of videos and images into video shards.
+"""Turn a folder of videos and images, or WebDataset tars, into video shards.
 
 python shard.py source=DIR out=DIR model=tiny        python shard.py --help
 """
 
+import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from wantrain import config, world
-from wantrain.data import find_footage, write_video_shards
+from wantrain.data import find_footage, write_report, write_video_shards
 
 
 @config.app("shard")
 def main(cfg: DictConfig) -> None:
-    """Find footage and captions, probe every file, choose windows by timestamp, write tars and a manifest."""
+    """Find footage and captions, read every file, choose clips by timestamp, write tars, a ledger and a manifest."""
     config.check(cfg)
     world.single_process("shard.py")
-    footage, rejects = find_footage(
-        Path(cfg.source),
-        caption_missing=cfg.caption.missing,
-        caption_prefix=cfg.caption.prefix,
-        caption_default=cfg.caption.default,
-    )
-    write_video_shards(
-        footage,
-        rejects,
-        Path(cfg.out),
-        model=cfg.model.name,
-        num_frames=cfg.num_frames,
-        fps=cfg.fps,
-        clips=cfg.clips,
-        rejects_limit=cfg.rejects.limit,
-        shard_bytes=cfg.shard_mb << 20,
-    )
+    out = Path(cfg.out)
+    downloads = out / ".downloads"
+    shutil.rmtree(downloads, ignore_errors=True)  # of a run that was killed
+    try:
+        footage, rejects = find_footage(
+            cfg.source,
+            caption_missing=cfg.caption.missing,
+            caption_prefix=cfg.caption.prefix,
+            caption_default=cfg.caption.default,
+            downloads=downloads,
+        )
+        write_video_shards(
+            footage,
+            rejects,
+            out,
+            model=cfg.model.name,
+            num_frames=cfg.num_frames,
+            fps={"native": None, "resample": cfg.model.fps}.get(cfg.fps, cfg.fps),
+            rejects_limit=cfg.rejects.limit,
+            shard_bytes=cfg.shard_mb << 20,
+            clips=cfg.clips,
+            stride=cfg.stride,
+            stretch=cfg.stretch,
+            lengths=cfg.lengths,
+            scenes=cfg.scenes,
+            static=cfg.static,
+            duplicates=cfg.duplicates,
+            holdout=cfg.holdout,
+            seed=cfg.seed,
+        )
+    finally:
+        shutil.rmtree(downloads, ignore_errors=True)
+    if cfg.report != "none":
+        write_report(out, "video")
 
 
 if __name__ == "__main__":

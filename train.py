@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 
 from wantrain import config, world
 from wantrain.data import Plan
-from wantrain.training import assemble, estimate
+from wantrain.training import assemble, estimate, noise_report
 from wantrain.training.loop import Run, fit
-from wantrain.training.metrics import Metrics, build_tracker
 from wantrain.training.parallel import start_accelerator
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
 from wantrain.training.stepper import finish
+from wantrain.training.trackers import build_tracker
 from wantrain.training.turns import Turns
 
 
@@ -31,13 +31,13 @@ def main(cfg: DictConfig) -> None:
         wanted = [*(model["experts"] if cfg.sample.every else experts), "vae", "text_encoder", "tokenizer"]
         base = config.base(cfg, wanted)
         assemble.make_own_data(Path(cfg.data.shards), root=config.ROOT)
-    data = config.build(cfg.data)
+    data, dtype = config.build(cfg.data), config.dtype(cfg.precision)
     if "vae" not in experts:
-        assemble.check_encoders(data.manifest, base, cfg.data.shards, config.dtype(cfg.precision))
+        assemble.check_encoders(data.manifest, base, cfg.data.shards, dtype)
     plan = Plan(data.buckets, batch_size=cfg.batch_size, seed=cfg.seed)
     steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
-    where = {"base": base, "device": home.device, "dtype": config.dtype(cfg.precision), "recipe": config.recipe()}
+    where = {"base": base, "device": home.device, "dtype": dtype, "recipe": config.recipe()}
     starts = {name: Start.of(config.network(own), config.plain(own), **where) for name, own in experts.items()}
     trainees = {name: start.trainee() for name, start in starts.items()}
     losses = {name: config.build(own.loss) for name, own in experts.items()}
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         return
 
     folder, settings = RunFolder(Path(cfg.runs) / cfg.run), {**config.plain(cfg), "recipe": config.recipe()}
-    checkpoints, newest = assemble.open_run(folder, settings)
+    checkpoints, newest = assemble.open_run(folder, settings, home, data=data.fingerprint, command=config.command())
     members = {
         name: assemble.enlist(
             trainees[name],
@@ -72,23 +72,25 @@ def main(cfg: DictConfig) -> None:
         turns=turns,
         data=data,
         checkpoints=checkpoints,
-        metrics=Metrics(folder.metrics, steps=steps),
+        **assemble.guards(folder, home, steps=steps, fps=model["fps"], **settings["tripwires"]),
         steps=steps,
+        until=min(steps, cfg.stop_after or steps),
         seed=cfg.seed,
         checkpoint_every=cfg.checkpoint.every,
         state={"data": data.fingerprint, "engine": home.engine, "config": settings},
     )
     start, ended_by = run.resume(newest), None
-    over = "; this run is finished, a larger steps= continues it" if start >= steps else ""
-    world.say(f"run {folder.path}: step {start} of {steps}{over}")
-    if start < steps:
+    world.say(f"run {folder.path}: {estimate.progress(start, steps)}")
+    if start < run.until:
         run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
         if start == 0 and cfg.check_expert != "off":
             assemble.check_experts(run, starts, how=cfg.check_expert)
-        run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples)
+        noise_report.write(folder.path, losses, data.bucket_names, multiple=model["multiple"])
+        run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples, dtype=dtype)
         ended_by = fit(run, start)
         run.metrics.tracker.close()
     finish(member.stepper for member in members.values())
+    assemble.compare_replay(folder, settings)
     if ended_by is not None:
         world.say("stopped by a signal, after a checkpoint; the same command continues")
         sys.exit(128 + ended_by)

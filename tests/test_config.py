@@ -236,9 +236,16 @@ def test_a_file_that_ships_with_the_project_is_found_from_anywhere(tmp_path, mon
     assert config.locate("nowhere") == Path("nowhere")
 
 
+def test_what_a_model_does_not_describe_cannot_start_from_scratch():
+    """A recipe that goes on from trained weights needs no description of the part; building one is an error."""
+    make = config.network(compose("train", ["expert=vae", "weights=somewhere"]))
+    with pytest.raises(ValueError, match="model=tiny describes no vae to start from scratch; give weights=FOLDER"):
+        make()
+
+
 def test_a_constructors_own_words_reach_the_user():
-    cfg = compose("train", ["schedule.shape=linear"])
+    cfg = compose("train", ["schedule.shape=wsd"])
     assert isinstance(cfg.schedule, DictConfig)
     with pytest.raises(ValueError) as caught:
         config.build(cfg.schedule)
-    assert str(caught.value) == "schedule.shape='linear' is unknown; choose cosine or constant"
+    assert str(caught.value) == "schedule.shape='wsd' is unknown; choose one of constant, linear, cosine, sqrt"

@@ -239,7 +239,7 @@ def test_sampling_says_what_it_lacks(tiny, trained, call, tmp_path):
     )
     assert not (tmp_path / "samples").exists()
     said = call("sample.py", prompt, "run=r", "alone=true", *small).stdout
-    assert "low_noise answers for every noise level" in said and (tmp_path / "samples" / "000_seed_0.mp4").is_file()
+    assert "low_noise answers for every noise level" in said and (tmp_path / "samples" / "contact_sheet.png").is_file()
 
 
 def test_a_run_without_a_checkpoint_and_half_a_pair_cannot_be_exported(trained, call, tmp_path):

@@ -1,13 +1,12 @@
 """The noise laws as distributions, and the flow's algebra."""
 
-import math
-
+import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import integrate, stats
 
 from wantrain import flow
-from wantrain.flow import LogitNormal, NoiseWindow
+from wantrain.flow import Beta, LogitNormal, Mode, NoiseWindow, Table
 
 DRAWS = 100_000
 MODELS = {"t2v": (12.0, 0.875), "i2v": (5.0, 0.9)}
@@ -23,19 +22,45 @@ class Triangle:
         return p.sqrt()
 
 
-DENSITIES = {"uniform": "uniform", "logit_normal": "logit_normal", "wide": LogitNormal(0.5, 1.5), "own": Triangle()}
+POINTS = [[0.0, 1.0], [0.3, 0.0], [0.5, 3.0], [0.9, 2.0], [1.0, 0.0]]
+DENSITIES = {
+    "uniform": "uniform",
+    "logit_normal": "logit_normal",
+    "wide": LogitNormal(0.5, 1.5),
+    "own": Triangle(),
+    "mode": Mode(1.29),
+    "ends": Mode(-0.8),
+    "beta": Beta(2.0, 5.0),
+    "poles": Beta(0.5, 0.5),
+    "table": Table(points=POINTS),
+}
 
 
-def cdf_of_sigma(sigma, density, shift):
-    """The unrestricted law of sigma, derived here on its own: P(shift(U) <= sigma)."""
-    u = sigma / (shift - (shift - 1) * sigma)
+def cdf_of_u(u, density):
+    """The law before the shift, derived here on its own."""
+    u = u.numpy()
+    fine = np.linspace(0, 1, 200_001)
     if density == "uniform":
         return u
     if density == "own":
         return u**2
+    if density in {"mode", "ends"}:  # SD3's formula as printed: t = 1 - u - s*(cos(pi*u/2)^2 - 1 + u), falling in u
+        scale = 1.29 if density == "mode" else -0.8
+        printed = 1 - fine - scale * (np.cos(np.pi * fine / 2) ** 2 - 1 + fine)
+        return np.interp(u, printed[::-1], 1 - fine[::-1])
+    if density in {"beta", "poles"}:
+        return stats.beta(*((2, 5) if density == "beta" else (0.5, 0.5))).cdf(u)
+    if density == "table":
+        height = np.interp(fine, *np.array(POINTS).T)
+        below = integrate.cumulative_trapezoid(height, fine, initial=0)
+        return np.interp(u, fine, below / below[-1])
     mean, std = (0.0, 1.0) if density == "logit_normal" else (0.5, 1.5)
-    with torch.no_grad():
-        return stats.norm.cdf((torch.log(u / (1 - u)).numpy() - mean) / std)
+    return stats.norm.cdf((np.log(u / (1 - u)) - mean) / std)
+
+
+def cdf_of_sigma(sigma, density, shift):
+    """The unrestricted law of sigma: P(shift(U) <= sigma)."""
+    return cdf_of_u(sigma / (shift - (shift - 1) * sigma), density)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -53,11 +78,15 @@ def test_draws_follow_the_truncated_law_without_an_atom_at_an_edge(model, expert
         x = torch.as_tensor(x, dtype=torch.float64).clamp(1e-15, 1 - 1e-15)
         ends = torch.tensor([max(window.low, 1e-15), min(window.high, 1 - 1e-15)], dtype=torch.float64)
         low, high = (float(v) for v in cdf_of_sigma(ends, density, shift))
-        return (torch.as_tensor(cdf_of_sigma(x, density, shift)).numpy() - low) / (high - low)
+        return (cdf_of_sigma(x, density, shift) - low) / (high - low)
 
     assert stats.kstest(sigma.double().numpy(), truncated).pvalue > 1e-3
-    # A clamped law piles up on one value; a continuous one repeats a float32 a few times at most.
-    assert torch.unique(sigma, return_counts=True)[1].max() < 20
+    levels = torch.linspace(window.low, window.high, 201, dtype=torch.float64)
+    ours = flow.sigma_cdf(levels, density=DENSITIES[density], shift=shift, window=window)
+    assert np.abs(ours.numpy() - truncated(levels)).max() < 1e-6
+    # A clamped law piles thousands on one value; a continuous one repeats a float32 a few times at most, more beside a
+    # pole of its density.
+    assert torch.unique(sigma, return_counts=True)[1].max() < (100 if density == "poles" else 20)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -147,11 +176,33 @@ def test_published_inference_timesteps_exactly(setting):
     assert flow.sampling_timesteps(sigmas).tolist() == [int(t) for t in GOLDEN[setting].split()]
 
 
-def test_loss_weights():
-    sigma = torch.tensor([0.25, 0.5])
-    assert flow.loss_weight(sigma, "none").tolist() == [1, 1]
-    assert flow.loss_weight(sigma, "sigma_sqrt").tolist() == [16, 4]
-    assert flow.loss_weight(sigma, "cosmap")[1].item() == pytest.approx(4 / math.pi)
+@pytest.mark.parametrize("density", DENSITIES)
+def test_quantile_inverts_cdf_and_the_ends_are_reached(density):
+    law = flow.density_named(DENSITIES[density])
+    p = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    u = law.quantile(p)
+    assert (u.diff() >= 0).all() and 0 <= u[0] < 1e-6 and 1 - 1e-6 < u[-1] <= 1
+    assert (law.cdf(u) - p).abs().max() < 1e-9
+    assert law.cdf(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() == pytest.approx([0, 1], abs=1e-12)
+
+
+@pytest.mark.parametrize("parameters", [(2, 2), (0.5, 0.5), (1, 1), (5, 2), (0.3, 0.7), (1000, 500), (30, 1.2)])
+def test_the_beta_law_is_scipys(parameters):
+    u = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    assert np.abs(Beta(*parameters).cdf(u).numpy() - stats.beta(*parameters).cdf(u.numpy())).max() < 1e-6
+
+
+def test_a_table_draws_nothing_where_it_is_zero_and_reads_a_file(tmp_path):
+    law = Table(points=[[0.1, 1.0], [0.3, 1.0], [0.3001, 0.0], [0.6, 0.0], [0.6001, 2.0], [0.8, 2.0]])
+    sigma = flow.draw_sigma(20_000, density=law, generator=torch.Generator().manual_seed(0))
+    assert sigma.min() >= 0.1 and sigma.max() <= 0.8 and not ((sigma > 0.3001) & (sigma < 0.6)).any()
+    assert (sigma > 0.5).double().mean().item() == pytest.approx(2 / 3, abs=0.01)
+    (tmp_path / "law.txt").write_text("# u height\n0 1\n\n0.3, 0\n.5 3\n0.9\t2\n1 0  # the end\n")
+    p = torch.linspace(0, 1, 101, dtype=torch.float64)
+    assert torch.equal(Table(file=str(tmp_path / "law.txt")).quantile(p), Table(points=POINTS).quantile(p))
+    (tmp_path / "bad.txt").write_text("0 1\none 2\n")
+    with pytest.raises(ValueError, match=r"bad\.txt: line 2 is not two numbers: 'one 2'"):
+        Table(file=str(tmp_path / "bad.txt"))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +211,20 @@ def test_loss_weights():
         (lambda: NoiseWindow(0.9, 0.9), "0 <= low < high <= 1"),
         (lambda: flow.draw_sigma(1, density="beta"), "density='beta' is unknown; choose one of uniform"),
         (lambda: flow.draw_sigma(1, density="uniform", shift=0), "shift=0 must be positive"),
-        (lambda: flow.loss_weight(torch.ones(1), "snr"), "'snr' is unknown"),
+        (lambda: LogitNormal(0.0, 0.0), r"density\.std=0\.0 must be above 0"),
+        (lambda: Beta(2.0, 0.0), r"alpha=2\.0 and beta=0\.0 must be above 0"),
+        (lambda: Mode(2.0), r"scale=2\.0 must lie between -1 and 1\.75"),
+        (lambda: Table(), r"give points=\[\[u, height\], \.\.\.\] or file=FILE, one of the two"),
+        (lambda: Table(file="nowhere.txt"), r"density\.file=nowhere\.txt: there is no such file"),
+        (lambda: Table(points=[[0.5, 1.0]]), "at least two points"),
+        (lambda: Table(points=[[0.0, 1.0, 2.0], [1.0, 1.0, 2.0]]), "of two numbers each"),
+        (lambda: Table(points=[[0.5, 1.0], [0.2, 1.0]]), "u must rise"),
+        (lambda: Table(points=[[0.0, 1.0], [2.0, 1.0]]), r"stay in \[0, 1\]"),
+        (lambda: Table(points=[[0.0, 1.0], [1.0, -1.0]]), "must not be negative"),
+        (
+            lambda: flow.draw_sigma(1, density=Table(points=[[0, 1], [0.2, 1]]), window=NoiseWindow(0.5, 1.0)),
+            r"no mass in \[0\.5, 1\.0\)",
+        ),
         (lambda: flow.sampling_sigmas(0, 3.0), "at least 1"),
     ],
 )

@@ -45,3 +45,59 @@ def test_cover_never_squeezes_and_states_the_crop():
     assert (height, width) == (64, 114) and cropped == pytest.approx(1 - 64 / 114)
     assert geometry.cover(64, 64, 64, 64) == (64, 64, 0.0)
     assert geometry.nearest_size(1024, 576, [(64, 64), (48, 80), (80, 48)]) == (80, 48)
+
+
+# ------------------------------------------------------------------------------------------------- buckets
+
+ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 17, 49, 81])
+@pytest.mark.parametrize("tokens", [100, 2_000, 32_760])
+def test_no_bucket_is_above_its_area_or_the_budget_of_tokens(tokens, num_frames):
+    buckets = geometry.Buckets((256 * 256, 480 * 832), ASPECTS, 16, tokens=tokens)
+    given = [size for choices in buckets.sizes(num_frames) for size in choices]
+    counts = [geometry.num_tokens(geometry.latent_shape(Bucket(num_frames, *size))) for size in given]
+    assert max(counts) <= tokens
+    assert all(height * width <= 480 * 832 and height % 16 == width % 16 == 0 for height, width in given)
+    # The budget is used, but for what whole blocks leave.
+    full = geometry.num_tokens(geometry.latent_shape(Bucket(num_frames, 480, 832)))
+    per_frame = min(tokens, full) // geometry.latent_frames(num_frames)
+    assert max(counts) >= 0.9 * per_frame * geometry.latent_frames(num_frames) - 3 * geometry.latent_frames(num_frames)
+
+
+def test_a_budget_too_small_for_a_length_is_refused():
+    with pytest.raises(ValueError, match="81 frames are more than tokens=20 allow"):
+        geometry.Buckets((4096,), ASPECTS, 16, tokens=20).choose(81, 64, 64)
+
+
+def test_a_small_picture_goes_to_a_smaller_area_or_nowhere():
+    buckets = geometry.Buckets((1024, 4096), (1.0,), 16, upscale=1.5)
+    assert [buckets.choose(1, side, side)[0] for side in (500, 64, 43, 42, 32, 22)] == [64, 64, 64, 32, 32, 32]
+    with pytest.raises(ValueError, match=r"21x40 would be enlarged 1\.52 times to fill 32x32.*upscale\.limit=1\.5"):
+        buckets.choose(1, 21, 40)
+    assert geometry.Buckets((1024, 4096), (1.0,), 16).choose(1, 4, 4) == (64, 64)
+
+
+@pytest.mark.parametrize("shape", [(2160, 3840), (1024, 576), (480, 640), (500, 500), (333, 777), (97, 31)])
+def test_the_chosen_size_costs_the_least_of_the_picture(shape):
+    """The nearest shape keeps the most; how much goes is known before."""
+    buckets = geometry.Buckets((4096,), ASPECTS, 16)
+    chosen = buckets.choose(17, *shape)
+    crops = {size: geometry.cover(*shape, *size)[2] for size in buckets.sizes(17)[0]}
+    assert crops[chosen] <= min(crops.values()) + 0.02
+    assert geometry.enlargement(*shape, *chosen) == pytest.approx(max(chosen[0] / shape[0], chosen[1] / shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("choice", "problem"),
+    [
+        ({"areas": ()}, "area and aspects need at least one value"),
+        ({"areas": (100,)}, "area=100 holds not even one 16x16 block"),
+        ({"aspects": (1.0, -1.0)}, "must all be above 0"),
+        ({"upscale": 0.0}, r"upscale\.limit=0\.0 must be above 0"),
+    ],
+)
+def test_buckets_that_are_none(choice, problem):
+    with pytest.raises(ValueError, match=problem):
+        geometry.Buckets(**{"areas": (4096,), "aspects": ASPECTS, "multiple": 16, **choice})

@@ -96,7 +96,7 @@ def test_each_library_is_known_to_its_own_room_alone():
         "accelerate": {f"wantrain/training/{name}.py" for name in ("parallel", "stepper", "assemble")},
         "deepspeed": {"wantrain/training/stepper.py"},
         "peft": {"wantrain/models/adapters.py"},
-        "wandb": {"wantrain/training/metrics.py"},
+        "wandb": {"wantrain/training/trackers.py"},
         "decord": {"wantrain/data/footage.py"},
         "webdataset": {"wantrain/data/shards.py"},
         "transformers": {"wantrain/models/text.py", "wantrain/models/loading.py", "assets/make_tiny_text_encoder.py"},

@@ -19,8 +19,10 @@ class Batch:
     text_BLD       text embeddings, zeros after each text; L is the longest text of the batch
     ids            one name per sample, as in the manifest
     positions      the place of each sample in the order of the whole run: what its randomness is drawn by
-    mask           (B, T): where the loss counts, 1 or 0; None counts everything
-    condition_BCTHW  further input channels (image conditioning); None for text-to-video
+    mask_BT        1 for latent frames that are noised and learned, 0 for those given clean, at timestep 0; None: all
+    condition_BCTHW  further input channels: what is known of the clips, and where; None: no such channels
+
+    Of the last two a model takes one at most, and nobody but condition.py (which makes them) knows for what task.
     """
 
     latents_BCTHW: Tensor

@@ -8,7 +8,7 @@ is data: read and compared (training/run.py), never built from.
 from __future__ import annotations
 
 import difflib
-import functools
+import inspect
 import os
 import re
 import sys
@@ -21,12 +21,13 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
 from wantrain.models import Base, open_base, partial
-from wantrain.world import errors_to_exit_code, local_rank
+from wantrain.training import replay
+from wantrain.world import errors_to_exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -44,8 +45,9 @@ TEXT_KEYS = frozenset(
     )
 )
 PATH_KEYS = frozenset(
-    ("source", "out", "shards", "data.shards", "weights", "runs", "prompts", "measure", "inspect", "adapter.init",
-     "experts.high_noise.init", "experts.low_noise.init",
+    ("source", "out", "replay", "shards", "data.shards", "weights", "runs", "prompts", "measure", "inspect",
+     "image", "last_image", "video", "mask",
+     "adapter.init", "experts.high_noise.init", "experts.low_noise.init", "noise.density.file",
      "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts",
      "parts.high_noise", "parts.low_noise", "parts.dense", "parts.vae", "parts.text_encoder", "parts.tokenizer")
 )  # fmt: skip
@@ -86,6 +88,7 @@ def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let composition errors reach us instead of exiting
             sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
             with errors_to_exit_code():
+                sys.argv[1:] = replay.arguments(sys.argv[1:], CONF)
                 try:
                     hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
                 except (HydraException, OmegaConfBaseException) as error:
@@ -152,8 +155,17 @@ def base(cfg: DictConfig, wanted: Iterable[str]) -> Base:
 
 
 def network(cfg: DictConfig) -> Callable[[], Any]:
-    """What builds, with random values, the module that an expert's config trains."""
-    return functools.partial(build, cfg.model.vae if cfg.expert.name == "vae" else cfg.model.transformer)
+    """What builds, with random values, the module that an expert's config trains; ValueError when it is called for a
+    model whose config has no such part.
+    """
+    part = "vae" if cfg.expert.name == "vae" else "transformer"
+
+    def make() -> Any:
+        if part not in cfg.model:
+            raise ValueError(f"model={cfg.model.name} describes no {part} to start from scratch; give weights=FOLDER")
+        return build(cfg.model[part])
+
+    return make
 
 
 def experts(cfg: DictConfig) -> dict[str, DictConfig]:
@@ -189,6 +201,24 @@ _OWN = {
 }
 
 
+def buckets(cfg: DictConfig, temporal_stride: int = 4) -> geometry.Buckets:
+    """The sizes that encode.py brings clips to; ValueError for areas or aspects that give none."""
+    areas = cfg.area if isinstance(cfg.area, ListConfig) else [cfg.area]
+    if not all(_is_number(value) for value in [*areas, *cfg.aspects, cfg.upscale.limit]):
+        raise ValueError(
+            f"area={cfg.area}, aspects={cfg.aspects}, upscale.limit={cfg.upscale.limit} must be numbers, the first two "
+            "also lists of numbers"
+        )
+    return geometry.Buckets(
+        tuple(int(area) for area in areas),
+        tuple(cfg.aspects),
+        cfg.model.multiple,
+        cfg.tokens,
+        cfg.upscale.limit,
+        temporal_stride,
+    )
+
+
 def has_base(cfg: DictConfig) -> bool:
     """True if the command line names a base model, or parts of one."""
     return cfg.weights is not None or any(path is not None for path in cfg.parts.values())
@@ -204,6 +234,12 @@ def needed_path(cfg: DictConfig, key: str) -> Path:
 def recipe() -> str | None:
     """The recipe that was chosen on the command line; None if there was none."""
     return HydraConfig.get().runtime.choices.get("recipe")
+
+
+def command() -> list[str]:
+    """What was typed, as Hydra was given it; without what belongs to this start alone."""
+    words = HydraConfig.get().overrides.task
+    return [word for word in words if word.split("=", 1)[0] not in {"replay", "stop_after", "dry_run"}]
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -239,6 +275,10 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         except ValueError as error:
             problems.append(str(error))
 
+    if "aspects" in cfg:
+        judge(lambda: buckets(cfg))
+    if "lengths" in cfg:
+        judge(lambda: _check_lengths(cfg))
     judge(lambda: plain(cfg))  # missing values (???) and broken references
     if "num_frames" in cfg:
         judge(lambda: _check_num_frames(cfg, "num_frames"))
@@ -263,8 +303,11 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
             problems.append(f"{key}={value} is unknown; choose one of {', '.join(allowed)}")
     for key in (*_WHOLE, *_POSITIVE):
         value = OmegaConf.select(cfg, key)
+        if value in _WORDS.get(key, ()) or (key == "area" and isinstance(value, ListConfig)):
+            continue
         if value is not None and not _is_number(value, whole=key in _WHOLE):
-            problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number")
+            words = f", or one of {', '.join(_WORDS[key])}" if key in _WORDS else ""
+            problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number{words}")
         elif value is not None and not value > 0:
             problems.append(f"{key}={value} must be above 0")
     for key in _SWITCHES:
@@ -283,24 +326,46 @@ _CHOICES = {
     "precision": ("fp32", "bf16"),
     "dtype": ("fp32", "bf16", "fp16"),
     "device": ("auto", "cpu", "cuda"),
-    "solver": ("unipc", "euler"),
+    "solver": ("unipc", "dpm++", "euler"),
     "caption.missing": ("error", "skip", "empty"),
-    "clips": ("all", "first", "middle"),
+    "clips": ("all", "first", "middle", "random"),
+    "report": ("page", "decode", "none"),
     "init": ("base", "scratch"),
     "check_expert": ("warn", "stop", "off"),
     "experts.idle": ("gpu", "cpu"),
+    "idle": ("gpu", "cpu", "disk"),
+    "offload": ("none", "blocks"),
+    "sample.idle": ("gpu", "cpu", "disk"),
+    "sample.offload": ("none", "blocks"),
     "checkpoint.on_failure": ("stop", "continue"),
     "layout": ("diffusers", "official", "comfyui"),
     "lora.dialect": ("comfyui", "diffusers", "kohya"),
     "adapter.targets": ("attention", "attention+ffn", "all"),
+    "scenes": ("off", "split"),
+    "static": ("report", "drop"),
+    "duplicates": ("report", "drop"),
 }
+#: Keys that hold a number or one of these words.
+_WORDS = {"fps": ("native", "resample")}
 _WHOLE = (
-    "steps", "batch_size", "accumulate", "count", "shard_mb", "shard_clips", "area", "decode.workers",
+    "tripwires.patience", "steps", "stop_after", "batch_size", "accumulate", "count", "shard_mb", "area", "tile",
+    "stride", "tokens", "shard_clips", "decode.workers",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
     "validation.every", "validation.clips", "validation.points", "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
-_SWITCHES = ("check", "decode.retry", "checkpoint.keep_best", "checkpoint.background")
-_POSITIVE = ("decode.timeout", "patience", "epochs", "clip", "fps", "shift", "adapter.alpha", "optimizer.lr")
+_SWITCHES = ("check", "decode.retry", "stretch", "checkpoint.keep_best", "checkpoint.background")
+_POSITIVE = (
+    "decode.timeout",
+    "patience",
+    "tripwires.spike",
+    "tripwires.hang",
+    "epochs",
+    "clip",
+    "fps",
+    "shift",
+    "adapter.alpha",
+    "optimizer.lr",
+)
 
 
 def _is_number(value: object, *, whole: bool = False) -> bool:
@@ -314,6 +379,15 @@ def _check_num_frames(cfg: DictConfig, key: str) -> None:
     geometry.check_num_frames(value, key=key)
 
 
+def _check_lengths(cfg: DictConfig) -> None:
+    for length in cfg.lengths:
+        if not _is_number(length, whole=True):
+            raise ValueError(f"lengths={cfg.lengths} must be whole numbers of frames")
+        geometry.check_num_frames(length, key="lengths")
+    if not (_is_number(cfg.holdout) and 0 <= cfg.holdout < 1):
+        raise ValueError(f"holdout={cfg.holdout} must be in [0, 1)")
+
+
 def _check_picture(cfg: DictConfig) -> None:
     if cfg.height is None or cfg.width is None:
         raise ValueError("height and width go together; give both, or neither for the model's own size")
@@ -325,6 +399,9 @@ def _check_picture(cfg: DictConfig) -> None:
 def _check_experts(cfg: DictConfig) -> None:
     for own in experts(cfg).values():
         _check_expert(own)
+        _check_optimizer(own.optimizer)
+        build(own.schedule)
+        build(own.loss)  # its own words on a noise law that cannot be
 
 
 def _check_expert(cfg: DictConfig) -> None:
@@ -360,6 +437,20 @@ def _check_expert(cfg: DictConfig) -> None:
             f"expert={name}: model={cfg.model.name} has {', '.join(known)}; "
             f"use {' or '.join(f'expert={other}' for other in known)}, or another model="
         )
+
+
+def _check_optimizer(node: DictConfig) -> None:
+    """Raise ValueError if the optimizer's class cannot be imported, or has not the keywords that are given."""
+    name, given = node._target_, [str(key) for key in node if key != "_target_"]
+    try:
+        takes = inspect.signature(hydra.utils.get_object(name)).parameters
+    except Exception as error:  # whatever importing somebody's module raises
+        raise ValueError(f"optimizer._target_={name} is no class that can be imported: {error}") from error
+    known = [key for key in list(takes)[1:] if takes[key].kind not in {inspect.Parameter.VAR_KEYWORD}]
+    if len(known) == len(takes) - 1 and (wrong := [key for key in given if key not in known]):
+        raise ValueError(f"optimizer.{wrong[0]} is no keyword of {name}; it takes {', '.join(known)}")
+    if missing := [key for key in known if takes[key].default is inspect.Parameter.empty and key not in given]:
+        raise ValueError(f"{name} needs optimizer.{missing[0]}; give +optimizer.{missing[0]}=VALUE")
 
 
 def _adapter_problems(cfg: DictConfig) -> list[str]:
@@ -408,7 +499,10 @@ def device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ValueError("device=cuda, but no GPU is visible; use device=cpu or device=auto")
-    return torch.device("cuda", local_rank()) if available and name != "cpu" else torch.device("cpu")
+    if available and name != "cpu":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # each process its own
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 def dtype(name: str) -> torch.dtype:

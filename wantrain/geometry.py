@@ -105,10 +105,97 @@ def sizes(area: int, multiple: int, aspects: Iterable[float]) -> list[tuple[int,
     return found
 
 
+def floored_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
+    """A picture's own aspect at about `area` pixels, each side rounded down: the size of Wan2.2's image-to-video."""
+    sides = (math.sqrt(area * height / width), math.sqrt(area * width / height))
+    rows, columns = (max(1, int(side // multiple)) * multiple for side in sides)
+    return rows, columns
+
+
+def fitted_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
+    """The size within `area` whose aspect is nearer to a picture's, of rounding its width down first or its height.
+
+    The other side then takes what is left of the area. Source: how Wan2.2's TI2V-5B is given an image.
+    """
+    ideal_width = math.sqrt(area * width / height)
+    columns = max(1, int(ideal_width // multiple)) * multiple
+    rows = max(1, int(area / ideal_width // multiple)) * multiple
+    choices = [
+        (max(1, int(area / columns // multiple)) * multiple, columns),
+        (rows, max(1, int(area / rows // multiple)) * multiple),
+    ]
+    apart = [max(width * h / (height * w), height * w / (width * h)) for h, w in choices]
+    return choices[0] if apart[0] < apart[1] else choices[1]
+
+
 def nearest_size(height: int, width: int, choices: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """The choice whose aspect is nearest (in log) to height x width, so that the crop is smallest."""
     aspect = math.log(width / height)
     return min(choices, key=lambda hw: (abs(math.log(hw[1] / hw[0]) - aspect), -hw[0] * hw[1]))
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The sizes that clips are brought to: each of `aspects` (width / height) at each of `areas` (pixels of one frame).
+
+    tokens   most tokens of one clip: a long one gets a smaller size than a short one. None: no such limit
+    upscale  how many times a picture may be enlarged; a smaller one goes to a smaller area
+    """
+
+    areas: tuple[int, ...]
+    aspects: tuple[float, ...]
+    multiple: int
+    tokens: int | None = None
+    upscale: float = math.inf
+    temporal_stride: int = 4
+
+    def __post_init__(self) -> None:
+        """ValueError if there is no area or no aspect, or a number is out of range."""
+        if not self.areas or not self.aspects:
+            raise ValueError("area and aspects need at least one value each")
+        if any(aspect <= 0 for aspect in self.aspects):
+            raise ValueError(f"aspects={list(self.aspects)} must all be above 0")
+        if not self.upscale > 0:
+            raise ValueError(f"upscale.limit={self.upscale} must be above 0; 1 allows no enlarging")
+        for area in self.areas:
+            sizes(area, self.multiple, self.aspects)
+
+    def told(self) -> dict[str, object]:
+        """For a manifest: plain values."""
+        limit = self.upscale if math.isfinite(self.upscale) else None
+        return {**vars(self), "areas": list(self.areas), "aspects": list(self.aspects), "upscale": limit}
+
+    def area(self, area: int, num_frames: int) -> int:
+        """Of `area`, what the budget of tokens leaves a clip of `num_frames`; a token is `multiple` pixels squared."""
+        if self.tokens is None:
+            return area
+        per_frame = self.tokens // latent_frames(num_frames, self.temporal_stride)
+        if per_frame < 1:
+            raise ValueError(f"{num_frames} frames are more than tokens={self.tokens} allow at any size; raise tokens=")
+        return min(area, per_frame * self.multiple**2)
+
+    def sizes(self, num_frames: int) -> list[list[tuple[int, int]]]:
+        """The (height, width) choices of a clip of `num_frames` frames, for each area, the largest first."""
+        areas = sorted({self.area(area, num_frames) for area in self.areas}, reverse=True)
+        return [sizes(area, self.multiple, self.aspects) for area in areas]
+
+    def choose(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) for a clip: of the largest area that it need not be enlarged for beyond the limit, the
+        one nearest in shape. ValueError with the numbers if even the smallest would enlarge it too much.
+        """
+        for choices in self.sizes(num_frames):
+            size = nearest_size(height, width, choices)
+            if (scale := enlargement(height, width, *size)) <= self.upscale:
+                return size
+        raise ValueError(
+            f"{height}x{width} would be enlarged {scale:.2f} times to fill {size[0]}x{size[1]}, the smallest that "
+            f"area= gives; upscale.limit={self.upscale:g}"
+        )
+
+
+def enlargement(height: int, width: int, target_height: int, target_width: int) -> float:
+    """How many times larger a picture becomes when it is scaled to cover the target; below 1 it shrinks."""
+    return max(target_height / height, target_width / width)
 
 
 def cover(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int, float]:
@@ -116,7 +203,7 @@ def cover(height: int, width: int, target_height: int, target_width: int) -> tup
 
     Returns (resized height, resized width, share of the resized picture that is cropped away, in [0, 1)).
     """
-    scale = max(target_height / height, target_width / width)
+    scale = enlargement(height, width, target_height, target_width)
     resized = max(target_height, round(height * scale)), max(target_width, round(width * scale))
     kept = target_height * target_width / (resized[0] * resized[1])
     return resized[0], resized[1], 1.0 - kept

@@ -1,7 +1,11 @@
-"""Frames to files: H.264 mp4 that every player opens, and contact sheets. Frames are uint8 (F, H, W, 3), RGB."""
+"""Frames to files and figures: H.264 mp4 that every player opens, filmstrips, contact sheets, motion and flicker.
+
+Frames are uint8 (F, H, W, 3), RGB.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +27,7 @@ def to_frames(pixels_CTHW: Tensor) -> Frames:
 def write_mp4(path: str | Path, frames: Frames, fps: float, *, quality: int = 18) -> None:
     """Write H.264, yuv420p, with the index in front (plays while it loads). `quality` is x264's crf, 0 is lossless.
 
-    Odd sides are extended by their last row or column, since yuv420p has none.
+    Odd sides are extended by their last row or column, since yuv420p has none. The file appears when it is whole.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
         raise ValueError(f"{path}: expected frames (F, H, W, 3), got {frames.shape}")
@@ -32,8 +36,9 @@ def write_mp4(path: str | Path, frames: Frames, fps: float, *, quality: int = 18
         frames = np.pad(frames, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp.mp4")
     iio.imwrite(
-        path,
+        beside,
         frames,
         plugin="FFMPEG",
         fps=fps,
@@ -42,13 +47,41 @@ def write_mp4(path: str | Path, frames: Frames, fps: float, *, quality: int = 18
         macro_block_size=1,
         output_params=["-crf", str(quality), "-movflags", "+faststart"],
     )
+    beside.replace(path)
+
+
+def read_mp4(path: str | Path) -> Frames:
+    """The frames of a video that `write_mp4` wrote."""
+    return iio.imread(path, plugin="FFMPEG")
+
+
+def motion(frames: Frames) -> float:
+    """How much a clip moves: the mean change of a pixel's brightness from one frame to the next, in grey levels."""
+    steps = np.diff(_brightness(frames), axis=0)
+    return float(np.abs(steps).mean()) if len(steps) else 0.0
+
+
+def flicker(frames: Frames) -> float:
+    """How much a clip flickers: the mean part of such a change that the next frame takes back, in grey levels.
+
+    Something that moves across a pixel changes it and is gone frames later; what flickers goes to and fro.
+    """
+    steps = np.diff(_brightness(frames), axis=0)
+    before, after = steps[:-1], steps[1:]
+    taken_back = np.where(before * after < 0, np.minimum(np.abs(before), np.abs(after)), 0.0)
+    return float(taken_back.mean()) if len(taken_back) else 0.0
+
+
+def _brightness(frames: Frames) -> NDArray[np.float32]:
+    """Luma (F, H, W) of BT.601, 0 to 255."""
+    return np.tensordot(frames.astype(np.float32), np.array([0.299, 0.587, 0.114], dtype=np.float32), axes=1)
 
 
 def contact_sheet(path: str | Path, clips: Mapping[str, Frames], *, columns: int = 8, cell: int = 128) -> None:
     """Write a PNG with one titled strip per clip: up to `columns` frames, evenly spaced, first and last included."""
     font = ImageFont.load_default(size=13)
     title = 18
-    rows = [(name, _strip(frames, columns, cell)) for name, frames in clips.items()]
+    rows = [(name, filmstrip(frames, columns=columns, cell=cell)) for name, frames in clips.items()]
     width = max(strip.width for _, strip in rows)
     sheet = Image.new("RGB", (width, sum(strip.height + title for _, strip in rows)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
@@ -63,13 +96,21 @@ def contact_sheet(path: str | Path, clips: Mapping[str, Frames], *, columns: int
     sheet.save(path)
 
 
-def _strip(frames: Frames, columns: int, cell: int) -> Image.Image:
-    """Some frames of one clip side by side, each `cell` pixels high."""
+def filmstrip(frames: Frames, *, columns: int = 8, cell: int = 128) -> Image.Image:
+    """Up to `columns` frames of one clip side by side, evenly spaced, each `cell` pixels high."""
     count = min(columns, len(frames))
     picks: Sequence[int] = np.linspace(0, len(frames) - 1, count).round().astype(int).tolist()
     width = max(1, round(frames.shape[2] * cell / frames.shape[1]))
+    # Small frames grow without a blur, large ones shrink without moire.
+    how = Image.Resampling.NEAREST if cell >= frames.shape[1] else Image.Resampling.BOX
     strip = Image.new("RGB", (count * (width + 2), cell), "white")
     for place, pick in enumerate(picks):
-        picture = Image.fromarray(frames[pick]).resize((width, cell), Image.Resampling.NEAREST)
-        strip.paste(picture, (place * (width + 2), 0))
+        strip.paste(Image.fromarray(frames[pick]).resize((width, cell), how), (place * (width + 2), 0))
     return strip
+
+
+def jpeg(image: Image.Image, *, quality: int = 75) -> bytes:
+    """A picture as the bytes of a JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

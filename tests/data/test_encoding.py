@@ -30,11 +30,12 @@ from wantrain.data import (
 from wantrain.data.demo import Scene
 from wantrain.data.footage import probe
 from wantrain.data.index import Index
+from wantrain.data.likeness import GRID
 from wantrain.data.pixels import read_clips, read_sample
 from wantrain.data.shards import describe_file, read_video_shards
 from wantrain.video import write_mp4
 
-SIZES = geometry.sizes(4096, 16, [1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16])
+SIZES = geometry.Buckets((4096,), (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16), 16)
 
 
 def encode_pixels(pixels_BCTHW):
@@ -164,7 +165,7 @@ def test_latents_and_texts_are_those_of_the_right_pixels_and_captions(videos, la
         for number, frames in enumerate(read_sample(sample)):
             key = f"{sample.key}-{number:04d}"
             wanted |= {f"{key}.safetensors", f"{key}.json"}
-            size = geometry.nearest_size(sample.about["height"], sample.about["width"], SIZES)
+            size = SIZES.choose(len(frames), sample.about["height"], sample.about["width"])
             pixels, cropped = prepare_pixels(frames, size)
             tensors = load(found[f"{key}.safetensors"])
             assert set(tensors) == {"latents"}
@@ -304,7 +305,7 @@ def test_clips_that_come_and_go_cost_what_is_new(footage, mine, tmp_path):
     ("change", "latents_again", "texts_again"),
     [
         ({"vae_fingerprint": "vae-2"}, True, False),
-        ({"sizes": [(48, 48)]}, True, False),
+        ({"sizes": geometry.Buckets((2304,), (1.0,), 16)}, True, False),
         ({"text_fingerprint": "text-2"}, False, True),
         ({"tokenizer_fingerprint": "words-2"}, False, True),
         ({"shard_clips": 8}, False, False),
@@ -409,7 +410,7 @@ def test_pixels_cover_the_size_and_keep_their_levels(shape, size):
 def test_pixels_are_not_squeezed_and_the_centre_stays(height, width):
     """A circle in the middle stays a circle in the middle."""
     scene = Scene("circle", "red", "dark", "still", 0.5, 0.0, (0.5, 0.5))
-    for size in SIZES:
+    for size in SIZES.sizes(1)[0]:
         pixels, _ = prepare_pixels(scene.frames(height, width, fps=16, num_frames=1), size)
         # Red rises from 25 to 220 across the edge; the cover of each pixel is its share of that.
         cover = ((pixels[0, 0] + 1) * 127.5 - 25).clamp(min=0) / 195
@@ -452,7 +453,12 @@ def damaged(videos, tmp_path, monkeypatch):
     (footage / "damaged.txt").write_text("noise")
     with pytest.raises(ValueError, match=r"1 of 10 files are bad.*damaged\.mp4: cannot be decoded"):
         shard(footage, tmp_path / "videos", rejects_limit=0)
-    monkeypatch.setattr("wantrain.data.shards.probe", lambda path, whole: probe(path))
+
+    def unread(_, file):
+        found = probe(file.path)
+        return found, np.zeros((len(found.times), GRID, GRID, 3), np.uint8), []
+
+    monkeypatch.setattr("wantrain.data.cutting._Cutter._read", unread)
     shard(footage, tmp_path / "videos")
     return tmp_path / "videos"
 
@@ -490,6 +496,33 @@ def test_rejects_are_remembered_until_they_are_to_be_tried_again(videos, latents
     pixels = Counting(encode_pixels)
     encode(videos, out, encode_pixels=pixels, encode_texts=never, retry=True)
     assert len(pixels.asked) == manifest["clips_rejected"] and contents(out) == contents(latents)
+
+
+def test_every_clip_has_its_place_in_the_ledger(damaged, videos, tmp_path):
+    """Used and how much of it is cropped, undecodable, or too small for every bucket."""
+    write_mp4(tmp_path / "footage" / "tiny.mp4", np.zeros((40, 32, 32, 3), np.uint8), 16)
+    (tmp_path / "footage" / "tiny.txt").write_text("small")
+    shard(tmp_path / "footage", tmp_path / "more")
+    seen = read_manifest(tmp_path / "more", "video")["clips"]
+    sizes = geometry.Buckets((4096,), (1.0, 16 / 9), 16, upscale=1.5)
+    manifest = encode(tmp_path / "more", tmp_path / "out", rejects_limit=0.5, sizes=sizes)
+    clips, seconds, cropped = manifest["ledger"]["clips"], manifest["ledger"]["seconds"], manifest["cropped"]
+    assert clips == {
+        "given": seen,
+        "used": manifest["clips"],
+        "dropped": {"unreadable": 4, "too small": 2},
+    }
+    assert seen == manifest["clips"] + 6
+    parts = [seconds["used"], *seconds["dropped"].values()]
+    assert round(seconds["given"] * 1e6) == sum(round(part * 1e6) for part in parts)
+    assert seconds["dropped"]["too small"] == pytest.approx(2 * 17 / 16)
+    abouts = [json.loads(content) for name, content in members(tmp_path / "out").items() if name.endswith("json")]
+    shares = [about["cropped"] for about in abouts if about["cropped"] > 0]
+    assert cropped["clips"] == len(shares)
+    assert cropped["largest"] == max(shares)
+    assert cropped["mean"] == pytest.approx(np.mean(shares), abs=1e-4)
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert "32x32 would be enlarged 2.00 times" in {row["name"]: row["reason"] for row in rejects}["tiny.mp4 (clip 0)"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ which reads every frame and hides those that an edit list hides.
 """
 
 import itertools
-import json
 import os
 import subprocess
 import weakref
@@ -18,16 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wantrain.data.footage import (
-    EPSILON,
-    Probe,
-    Window,
-    cut_windows,
-    find_footage,
-    frames_on_screen,
-    probe,
-    read_windows,
-)
+from wantrain.data import find_footage
+from wantrain.data.footage import probe, read_windows
+from wantrain.data.windows import EPSILON, Cut, Probe, Window, cut_windows, frames_on_screen
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ("-pix_fmt", "yuv420p", "-bf", "3", "-g", "30")
@@ -102,7 +94,7 @@ def test_a_clip_is_what_a_player_shows(videos, name, num_frames):
     found = probe(path, whole=True)
     assert (found.height, found.width) == frames[0].shape[:2]
     np.testing.assert_allclose(found.times - found.times[0], times, atol=2e-3)
-    windows = cut_windows(found, num_frames=num_frames, fps=16)
+    windows = cut_windows(found, Cut(num_frames, 16))
     assert windows
     for window, clip in zip(windows, read_windows(path, found, windows, 16), strict=True):
         wanted = window.start - found.times[0] + np.arange(window.num_frames) / 16
@@ -114,7 +106,7 @@ def test_a_clip_is_what_a_player_shows(videos, name, num_frames):
 def test_frames_at_a_constant_rate_are_those_of_arithmetic(videos):
     for name, fps in [("plain.mp4", 24), ("eight.mp4", 8), ("thirty.mp4", 30)]:
         found = probe(videos / name)
-        windows = cut_windows(found, num_frames=9, fps=16)
+        windows = cut_windows(found, Cut(9, 16))
         clips = list(read_windows(videos / name, found, windows, 16))
         shown = [number_in(frame) for clip in clips for frame in clip]
         assert shown == [i * fps // 16 for i in range(len(shown))]
@@ -208,9 +200,9 @@ def test_windows_fill_the_file_and_never_more(rate, count, fps, num_frames):
     held = len([k for k in range(10000) if k / fps < found.end - EPSILON])  # frames that the file's time holds
     if held < min(5, num_frames):
         with pytest.raises(ValueError, match="less than 5 frames"):
-            cut_windows(found, num_frames=num_frames, fps=fps)
+            cut_windows(found, Cut(num_frames, fps))
         return
-    windows = cut_windows(found, num_frames=num_frames, fps=fps)
+    windows = cut_windows(found, Cut(num_frames, fps))
     lengths = {window.num_frames for window in windows}
     assert len(lengths) == 1
     (length,) = lengths
@@ -219,9 +211,9 @@ def test_windows_fill_the_file_and_never_more(rate, count, fps, num_frames):
     for before, after in itertools.pairwise(windows):
         assert after.start - before.start == pytest.approx(length / fps)
     assert windows[-1].start + (length - 1) / fps < found.end
-    (first,) = cut_windows(found, num_frames=num_frames, fps=fps, clips="first")
+    (first,) = cut_windows(found, Cut(num_frames, fps, clips="first"))
     assert first == windows[0]
-    (middle,) = cut_windows(found, num_frames=num_frames, fps=fps, clips="middle")
+    (middle,) = cut_windows(found, Cut(num_frames, fps, clips="middle"))
     margins = middle.start, found.end - middle.start - length / fps
     assert abs(margins[0] - margins[1]) <= 2 / fps + 1e-6
 
@@ -230,7 +222,7 @@ def test_a_video_of_one_frame_is_an_image(tmp_path):
     encode(tmp_path / "one.mp4", numbered(1), 24, *H264)
     found = probe(tmp_path / "one.mp4")
     assert found.is_image
-    windows = cut_windows(found, num_frames=17, fps=16)
+    windows = cut_windows(found, Cut(17, 16))
     assert windows == [Window(0.0, 1)]
     (clip,) = read_windows(tmp_path / "one.mp4", found, windows, 16)
     assert clip.shape == (1, 48, 112, 3)
@@ -240,7 +232,7 @@ def test_a_long_file_is_read_in_several_sittings(videos, monkeypatch):
     """Memory is bounded by the sitting; what is read does not depend on it."""
     for name in ("cut_hevc.mp4", "eight.mp4"):
         found = probe(videos / name)
-        windows = cut_windows(found, num_frames=5, fps=16)
+        windows = cut_windows(found, Cut(5, 16))
         assert len(windows) > 4
         whole = list(read_windows(videos / name, found, windows, 16))
         monkeypatch.setattr("wantrain.data.footage.SITTING_BYTES", 2 * whole[0].nbytes)
@@ -261,7 +253,7 @@ def test_no_reader_is_open_while_a_clip_is_used(videos, monkeypatch):
 
     monkeypatch.setattr("wantrain.data.footage.decord.VideoReader", spy)
     found = probe(videos / "plain.mp4")
-    for _ in read_windows(videos / "plain.mp4", found, cut_windows(found, num_frames=17, fps=16), 16):
+    for _ in read_windows(videos / "plain.mp4", found, cut_windows(found, Cut(17, 16)), 16):
         assert [reader for reader in opened if reader() is not None] == []
     assert len(opened) == 2
 
@@ -296,136 +288,6 @@ def test_an_image_with_more_than_8_bits_is_refused(tmp_path):
         probe(tmp_path / "deep.png")
 
 
-# ------------------------------------------------------------------------------------------------- finding
-
-
-def folder_with(folder, **texts):
-    """Files named by keyword (`__` is a slash, `_` a dot) with these texts; empty videos and images do here."""
-    for name, text in texts.items():
-        path = folder / name.replace("__", "/").replace("_", ".")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return folder
-
-
-def captions(found):
-    return {file.name: file.caption for file in found[0]}
-
-
-def test_files_are_found_in_any_folder_sorted_with_the_text_beside_them(tmp_path):
-    folder_with(tmp_path, b_mp4="", b_txt="a dog\n runs", a__c_PNG="", a__c_txt="\ufeff一只猫", note_txt="no video")
-    folder_with(tmp_path, __hidden__x_mp4="", a__d_json="{}")
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden" / "x.mp4").touch()
-    (tmp_path / ".y.mp4").touch()
-    footage, rejects = find_footage(tmp_path)
-    assert [(file.name, file.caption) for file in footage] == [("a/c.PNG", "一只猫"), ("b.mp4", "a dog runs")]
-    assert rejects == []
-
-
-def test_what_to_do_without_a_caption(tmp_path):
-    folder_with(tmp_path, a_mp4="", b_mp4="", b_txt="told", c_mp4="", c_txt=" \n")
-    with pytest.raises(ValueError, match=r"2 of 3 files have no caption \(first: a\.mp4\)"):
-        find_footage(tmp_path)
-    footage, rejects = find_footage(tmp_path, caption_missing="skip")
-    assert [file.name for file in footage] == ["b.mp4"]
-    assert [(reject.name, reject.reason, reject.bad) for reject in rejects] == [
-        ("a.mp4", "no caption", False),
-        ("c.mp4", "no caption", False),
-    ]
-    assert captions(find_footage(tmp_path, caption_missing="empty")) == {"a.mp4": "", "b.mp4": "told", "c.mp4": ""}
-    assert captions(find_footage(tmp_path, caption_default="thing")) == {
-        "a.mp4": "thing",
-        "b.mp4": "told",
-        "c.mp4": "thing",
-    }
-
-
-@pytest.mark.parametrize(
-    ("prefix", "caption"),
-    [("ohwx", "ohwx a cat"), ("ohwx, ", "ohwx, a cat"), ("水墨画，", "水墨画，a cat"), ("", "a cat")],
-)
-def test_a_prefix_is_put_before_every_caption(tmp_path, prefix, caption):
-    folder_with(tmp_path, a_mp4="", a_txt="a cat")
-    assert captions(find_footage(tmp_path, caption_prefix=prefix)) == {"a.mp4": caption}
-
-
-def test_captions_from_metadata(tmp_path):
-    folder_with(tmp_path, a_mp4="", a_txt="beside", x__b_mp4="", c_png="", c_txt="from the text file")
-    rows = [
-        {"path": "x/b.mp4", "caption": "line\u2028separator"},
-        {"file_name": "./a.mp4", "text": "from metadata"},
-    ]
-    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "metadata.jsonl").write_text(f"\ufeff{lines}\n", encoding="utf-8")
-    assert captions(find_footage(tmp_path)) == {
-        "a.mp4": "from metadata",
-        "c.png": "from the text file",
-        "x/b.mp4": "line separator",
-    }
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("{", "line 2 is not"),
-        ('["a.mp4", "text"]', "line 2 is not"),
-        ('{"path": 3, "caption": "x"}', "line 2 is not"),
-        ('{"caption": "x"}', "line 2 is not .*path|line 2 is not .*file_name"),
-        ('{"path": "b.mp4"}', "line 2 is not"),
-        ('{"path": "gone.mp4", "caption": "x"}', "line 2 names gone.mp4, which is not in"),
-        ('{"path": "../other.mp4", "caption": "x"}', "line 2 names ../other.mp4, which is no video or image below"),
-        ('{"path": "note.md", "caption": "x"}', "line 2 names note.md, which is no video"),
-        ('{"path": "a.mp4", "caption": "x"}', "line 2 names a.mp4 for the second time"),
-    ],
-)
-def test_errors_in_metadata_name_the_line(tmp_path, line, problem):
-    source = folder_with(tmp_path / "source", a_mp4="", b_mp4="", note_md="")
-    (tmp_path / "other.mp4").touch()
-    (source / "metadata.jsonl").write_text('{"path": "a.mp4", "caption": "x"}\n' + line)
-    with pytest.raises(ValueError, match=problem):
-        find_footage(source, caption_missing="empty")
-
-
-def test_a_caption_that_is_not_utf8_is_an_error_with_its_file(tmp_path):
-    folder_with(tmp_path, a_mp4="")
-    (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
-        find_footage(tmp_path)
-
-
-def test_nothing_to_find(tmp_path):
-    with pytest.raises(ValueError, match="holds no videos or images"):
-        find_footage(tmp_path)
-    with pytest.raises(ValueError, match="is not a folder"):
-        find_footage(tmp_path / "absent")
-
-
-def test_names_that_are_no_files_are_rejected(tmp_path):
-    folder_with(tmp_path, folder_mp4__inside_mp4="", folder_mp4__inside_txt="fine")
-    os.mkfifo(tmp_path / "pipe.mp4")
-    (tmp_path / "broken.mp4").symlink_to(tmp_path / "gone.mp4")
-    footage, rejects = find_footage(tmp_path)
-    assert [file.name for file in footage] == ["folder.mp4/inside.mp4"]
-    assert [reject.name for reject in rejects] == ["broken.mp4", "folder.mp4", "pipe.mp4"]
-    assert all(reject.bad for reject in rejects)
-
-
-def test_masks_beside_footage_are_no_footage(tmp_path):
-    folder_with(tmp_path, a_mp4="", a_txt="a", masks__a_mp4="", masks__own_mp4="", masks__own_txt="a film about masks")
-    footage, rejects = find_footage(tmp_path, caption_default="thing")
-    assert [file.name for file in footage] == ["a.mp4", "masks/own.mp4"]
-    assert [(reject.name, reject.bad) for reject in rejects] == [("masks/a.mp4", False)]
-
-
-def test_names_that_are_not_utf8_can_be_written_down(tmp_path):
-    path = os.fsencode(tmp_path) + b"/n\xff\n.mp4"
-    Path(os.fsdecode(path)).touch()
-    footage, _ = find_footage(tmp_path, caption_default="x")
-    assert footage[0].name == "n\\xff\n.mp4"
-    json.dumps(footage[0].name, ensure_ascii=False).encode()
-
-
 @pytest.mark.skipif(SHARED is None, reason="set WANTRAIN_FOOTAGE to a folder with the shared real footage")
 def test_the_shared_footage():
     footage, rejects = find_footage(Path(SHARED))
@@ -441,7 +303,7 @@ def test_the_shared_footage():
     for file in footage:
         found = probe(file.path)
         sizes[file.name] = found.height, found.width
-        windows = cut_windows(found, num_frames=9, fps=16, clips="first")
+        windows = cut_windows(found, Cut(9, 16, clips="first"))
         (clip,) = read_windows(file.path, found, windows, 16)
         assert clip.shape == (9, found.height, found.width, 3)
         assert clip[:, ::8, ::8].std() > 1

@@ -17,7 +17,9 @@ def drawn(scene, num_frames=17):
     return scene.frames(64, 64, fps=16, num_frames=num_frames)
 
 
-@pytest.mark.parametrize(("scenes", "count"), [("plain", 120), ("wug", 25)])
+@pytest.mark.parametrize(
+    ("scenes", "count"), [pytest.param("plain", 120, marks=pytest.mark.slow), ("plain", 30), ("wug", 25)]
+)
 def test_held_out_footage_is_read_rightly(scenes, count, tmp_path):
     """At least 98 in 100 of real files, decoded, compression and odd sizes included."""
     make_footage(tmp_path / "footage", scenes=scenes, num_videos=count, num_images=0, seed=99)

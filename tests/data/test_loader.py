@@ -21,6 +21,7 @@ from wantrain.data import (
     Plan,
     encode_shards,
     find_footage,
+    loader,
     make_footage,
     prefetch,
     read_manifest,
@@ -32,7 +33,7 @@ from wantrain.data.loader import split_sources
 from wantrain.data.shards import describe_file, read_video_shards
 from wantrain.video import write_mp4
 
-SIZES = geometry.sizes(4096, 16, [1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16])
+SIZES = geometry.Buckets((4096,), (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16), 16)
 
 
 def encode_texts(texts):
@@ -284,7 +285,7 @@ def pixels(videos):
 
 def test_pixels_are_clips_of_the_buckets(pixels, latents):
     assert len(pixels.train) + len(pixels.heldout) == pixels.manifest["clips"]
-    assert set(pixels.bucket_names) <= {f"{frames}x{h}x{w}" for h, w in SIZES for frames in (1, 9)}
+    assert set(pixels.bucket_names) <= {f"{frames}x{h}x{w}" for h, w in SIZES.sizes(1)[0] for frames in (1, 9)}
     for samples in all_of_one_bucket(pixels):
         batch = pixels.load(samples, samples)
         frames, height, width = map(int, pixels.bucket_names[samples[0]].split("x"))
@@ -361,6 +362,15 @@ def test_answers_come_in_order_from_a_thread_that_is_ahead_by_depth():
     assert [batch.positions[0] for batch in answers] == list(range(1, 20))
     wait_for_the_end()
     assert list(answers) == []
+
+
+def test_a_thread_that_is_gone_without_a_word_is_an_error_and_no_wait_for_ever(monkeypatch):
+    """R15: what kills a thread of Python's own is not known; what then happens must be."""
+    monkeypatch.setattr(loader, "_answer", lambda requests, ready, stopped: ready.put(next(requests)()))
+    answers = prefetch(numbers(5))
+    assert next(answers).positions == (0,)
+    with pytest.raises(ValueError, match="the thread that loads data is gone"):
+        next(answers)
 
 
 def test_an_error_arrives_at_its_place_in_the_order():

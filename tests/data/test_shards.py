@@ -229,7 +229,7 @@ def test_an_error_leaves_no_half_shard(source, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wantrain.data.shards.to_json", fail)
+    monkeypatch.setattr("wantrain.data.cutting.to_json", fail)
     with pytest.raises(KeyboardInterrupt):
         shard(source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["rejects.jsonl"]

@@ -1,14 +1,17 @@
 """The velocity loss: what a perfect and a naive model score, where the noise levels fall, what the mask leaves out."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy import stats
 
 from wantrain import flow, world
 from wantrain.batch import Batch
-from wantrain.losses import FlowMatching
-from wantrain.losses.flow_matching import draw_noise, velocity_error
+from wantrain.losses import FlowMatching, FluxShift, RootShift
+from wantrain.losses.flow_matching import distance, draw_noise, velocity_error
 
 HIGH = {"shift": 3.0, "low": 0.875, "high": 1.0}
 LOW = {"shift": 3.0, "low": 0.0, "high": 0.875}
@@ -45,8 +48,7 @@ def test_a_perfect_model_has_no_loss_and_a_silent_one_the_velocitys_power(window
     assert loss(perfect(data), data, generators(range(4))).value < 1e-6  # dividing by a small sigma rounds
     record = loss(nothing, data, generators(range(4)))
     streams = generators(range(4))
-    for stream in streams:  # the sigma is drawn first, then the noise
-        loss.draw(stream)
+    loss.draw(data, streams)  # the sigma is drawn first, then the noise
     target = flow.velocity(data.latents_BCTHW, draw_noise(data.latents_BCTHW, streams))
     assert torch.allclose(record.per_sample, target.square().mean(dim=(1, 2, 3, 4)))
     assert torch.allclose(record.value, record.per_sample.mean())
@@ -98,6 +100,24 @@ def test_the_mask_leaves_frames_out_and_the_rest_counts_in_full():
     assert torch.allclose(counted, target.square().mean(dim=(1, 2, 3, 4)))
 
 
+def test_frames_that_are_given_stand_clean_at_timestep_0():
+    plain, seen = batch(), []
+    mask = torch.ones(4, 3)
+    mask[1:, 0] = 0
+
+    def spy(noisy, timestep, text, condition):
+        seen.append((noisy, timestep))
+        return torch.zeros_like(noisy)
+
+    losses = [FlowMatching(**LOW)(spy, replace(plain, mask_BT=each), generators(range(4))) for each in (None, mask)]
+    (free, levels), (noisy, given) = seen
+    assert torch.equal(noisy[1:, :, 0], plain.latents_BCTHW[1:, :, 0]) and not given[1:, 0].any()
+    assert torch.equal(noisy[:, :, 1:], free[:, :, 1:]) and torch.equal(noisy[:1], free[:1])
+    assert torch.equal(given[:, 1:], levels[:, None].expand(4, 2)) and torch.equal(losses[0].sigma, losses[1].sigma)
+    ones = replace(plain, mask_BT=torch.ones(4, 3))
+    assert torch.allclose(FlowMatching(**LOW)(spy, ones, generators(range(4))).value, losses[0].value)
+
+
 def test_condition_and_text_reach_the_model():
     given = {}
 
@@ -115,22 +135,114 @@ def test_weights_multiply_each_samples_error_but_not_what_is_logged():
     plain = FlowMatching(**LOW)(nothing, data, generators(range(4)))
     weighted = FlowMatching(weighting="sigma_sqrt", **LOW)(nothing, data, generators(range(4)))
     assert torch.equal(plain.per_sample, weighted.per_sample)
-    assert torch.allclose(weighted.value, (plain.per_sample / plain.sigma**2).mean())
+    assert torch.allclose(weighted.value, (plain.per_sample / plain.sigma.clamp(min=1e-3) ** 2).mean())
 
 
 @pytest.mark.parametrize(
-    "bad", [{"density": "normal"}, {"shift": 0.0}, {"low": 0.9, "high": 0.5}, {"weighting": "min_snr"}]
+    "bad",
+    [
+        {"density": "normal"},
+        {"shift": 0.0},
+        {"low": 0.9, "high": 0.5},
+        {"weighting": "snr"},
+        {"huber": 0.0},
+        {"density": flow.Table(points=[[0.0, 1.0], [0.2, 1.0]]), "low": 0.5},
+    ],
 )
 def test_bad_settings_are_refused_when_it_is_made(bad):
-    with pytest.raises(ValueError, match=r"unknown|must"):
+    with pytest.raises(ValueError, match=r"unknown|must|no mass"):
         FlowMatching(**bad)
 
 
-def test_the_fixed_levels_of_validation_are_the_laws_own_midpoints():
-    levels = FlowMatching(density="logit_normal", **HIGH).quadrature(8)
-    window = flow.NoiseWindow(0.875, 1.0)
+@pytest.mark.parametrize(
+    "density",
+    ["uniform", "logit_normal", flow.Mode(1.29), flow.Beta(2.0, 5.0), flow.Table(points=[[0, 1], [0.5, 0], [1, 3]])],
+    ids=lambda density: type(density).__name__ if not isinstance(density, str) else density,
+)
+@pytest.mark.parametrize("window", [HIGH, LOW])
+def test_the_fixed_levels_of_validation_are_the_laws_own_midpoints(density, window):
+    loss = FlowMatching(density=density, **window)
     draws = flow.draw_sigma(
-        200_000, density="logit_normal", shift=3.0, window=window, generator=torch.Generator().manual_seed(0)
+        200_000, density=density, shift=3.0, window=loss.window, generator=torch.Generator().manual_seed(0)
     )
-    shares = torch.stack([(draws < level).double().mean() for level in levels])
+    shares = torch.stack([(draws < level).double().mean() for level in loss.quadrature(8)])
     assert torch.allclose(shares, (torch.arange(8).double() + 0.5) / 8, atol=0.005)
+    # What it is for: the mean of a function of sigma over the law.
+    exact, fixed = (torch.sin(7 * sigma.double()).mean().item() for sigma in (draws, loss.quadrature(64)))
+    assert fixed == pytest.approx(exact, abs=0.006)
+
+
+def positioned(positions):
+    """Samples with nothing in them but their places in the run."""
+    count = len(positions)
+    return Batch(torch.zeros(count, 1, 1, 2, 2), torch.zeros(count, 1, 1), ("",) * count, tuple(positions))
+
+
+def draws(loss, positions):
+    return loss.draw(positioned(positions), generators(positions))
+
+
+def ranks(loss, sigma):
+    """Where draws lie in their law, in [0, 1]."""
+    return flow.sigma_cdf(sigma, density=loss.density, shift=loss.shift_for(), window=loss.window)
+
+
+@pytest.mark.parametrize("window", [HIGH, LOW])
+def test_stratified_draws_share_the_law_out_over_every_step_and_each_alone_still_follows_it(window):
+    loss = FlowMatching(density="logit_normal", stratified=True, batch_size=16, seed=5, **window)
+    steps = [ranks(loss, draws(loss, range(16 * step, 16 * step + 16))) for step in range(600)]
+    for step in steps[:50]:
+        assert sorted((step * 16).floor().int().tolist()) == list(range(16)), "one sample in each part"
+    assert len({tuple((step * 16).floor().int().tolist()) for step in steps}) == 600, "another order each step"
+    for place in (0, 7, 15):  # the marginal of one place in the batch is the law itself
+        assert stats.kstest([step[place].item() for step in steps], "uniform").pvalue > 1e-3
+    assert stats.kstest(torch.cat(steps).numpy(), "uniform").pvalue > 1e-3
+    plain = FlowMatching(density="logit_normal", **window)
+    loose = [ranks(plain, draws(plain, range(16 * step, 16 * step + 16))) for step in range(600)]
+    means = [torch.stack(each).mean(1).var().item() for each in (steps, loose)]
+    assert means[0] < means[1] / 100, "of 16 independent draws the mean varies 16^2 times as much"
+
+
+def test_stratified_draws_are_the_same_however_a_step_is_split_over_ranks_and_micro_steps():
+    loss = FlowMatching(stratified=True, batch_size=16, seed=5, **LOW)
+    whole = draws(loss, range(32, 48))
+    for parts in (2, 4, 8):
+        size = 16 // parts
+        split = [draws(loss, range(32 + size * part, 32 + size * part + size)) for part in range(parts)]
+        assert torch.equal(torch.cat(split), whole)
+    crossing = draws(loss, range(40, 56))  # a batch may reach over two steps, as the expert check's does
+    assert torch.equal(crossing[:8], whole[8:])
+    assert not torch.equal(draws(FlowMatching(stratified=True, batch_size=16, seed=6, **LOW), range(32, 48)), whole)
+
+
+def test_a_shift_by_tokens_follows_each_batchs_own_size():
+    shift = RootShift(base=3.0, num_frames=17, area=4096, multiple=16)
+    assert shift.reference_tokens == 5 * 16 and shift(80) == 3.0 and shift(320) == 6.0
+    loss = FlowMatching(shift=shift, low=0.0, high=0.875)
+    for size, expected in (((5, 8, 8), 3.0), ((5, 16, 16), 6.0), ((1, 8, 8), 3 / math.sqrt(5))):
+        count = 4000
+        data = Batch(torch.zeros(count, 1, *size), torch.zeros(count, 1, 1), ("",) * count, tuple(range(count)))
+        sigma = loss.draw(data, [torch.Generator().manual_seed(1)] * count)
+
+        def law(x, k=expected):
+            return (x / (k - (k - 1) * x)) / (0.875 / (k - (k - 1) * 0.875))
+
+        assert stats.kstest(sigma.numpy(), law).pvalue > 1e-3
+    assert torch.equal(loss.quadrature(8), FlowMatching(shift=3.0, low=0.0, high=0.875).quadrature(8))
+    flux = FluxShift()
+    assert flux(256) == pytest.approx(math.exp(0.5)) and flux(4096) == pytest.approx(math.exp(1.15)) == flux(flux.reference_tokens)  # fmt: skip
+
+
+def test_huber_is_the_square_up_to_its_delta_and_a_line_beyond():
+    difference = torch.linspace(-4, 4, 401, dtype=torch.float64, requires_grad=True)
+    ours = distance(difference, 0.7)
+    assert torch.allclose(ours, 2 * F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=0.7))
+    inside = difference.abs() <= 0.7
+    assert torch.equal(ours[inside], difference[inside] ** 2)
+    (slope,) = torch.autograd.grad(ours.sum(), difference)
+    assert slope.abs().max().item() == pytest.approx(2 * 0.7)
+    data = batch()
+    plain, robust, loose = (
+        FlowMatching(huber=huber, **LOW)(nothing, data, generators(range(4))).value.item() for huber in (None, 0.5, 1e3)
+    )
+    assert robust < 0.6 * plain and loose == plain

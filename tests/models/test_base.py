@@ -16,7 +16,7 @@ from wantrain.models import Base, load_text_encoder, load_transformer, names, op
 from wantrain.models.base import stated_expert
 from wantrain.models.inspect import describe
 from wantrain.models.pipeline import About, write_pipeline
-from wantrain.models.weights import read_file, read_metadata, read_tensors
+from wantrain.models.weights import read_file, read_metadata, read_tensors, write_file
 
 SIZE = {"num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16, "text_dim": 64, "ffn_dim": 64}
 ABOUT = About("tiny", 0.875, 3.0, {"high_noise": 2.0, "low_noise": 1.5}, origin={"low_noise": {"run": "r7"}})
@@ -428,3 +428,19 @@ def test_what_is_loaded_as_it_lies_stays_mapped_and_the_file_stays_as_it_is(pair
     assert shifted and all(p.data_ptr() % 64 == 0 for p in again.parameters() if p.numel() > 64)
     wanted = load_transformer(pair, part="transformer").state_dict()
     assert all(torch.equal(value, wanted[key]) for key, value in again.state_dict().items())
+
+
+def test_the_same_weights_and_notes_are_the_same_bytes(tmp_path):
+    """safetensors itself writes metadata in another order every time: with six notes, 1 in 720 by chance."""
+    notes = {
+        name: f'{name} \u00e9 \u4e2d \u2028 "quoted" \\ \n' for name in ("expert", "base", "rank", "alpha", "recipe")
+    }
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
+    written = set()
+    for again in range(4):
+        file = tmp_path / f"{again}.safetensors"
+        write_file(file, tensors, notes, aligned=bool(again % 2))
+        written.add((again % 2, file.read_bytes()))
+        assert all(torch.equal(value, tensors[key]) for key, value in load_file(file).items())
+        assert read_metadata(file) == {"format": "pt", **notes}
+    assert len(written) == 2

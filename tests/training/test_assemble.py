@@ -62,6 +62,8 @@ IMPOSSIBLE = [
     ("zero2", ["expert=both"], "bash launch/pair.sh launch/accelerate/zero2.yaml"),
     ("fsdp2", ["optimizer=muon"], "optimizer=muon needs whole matrices, but fsdp2 cuts them"),
     ("zero3", ["optimizer=muon"], "optimizer=muon needs whole matrices, but zero3 cuts them"),
+    ("fsdp2", ["optimizer=adamw_8bit"], "optimizer=adamw_8bit needs whole matrices, but fsdp2 cuts them"),
+    ("zero2", ["optimizer=adafactor"], "optimizer=adafactor needs whole matrices, but zero2 cuts them"),
     ("zero3", ["ema=0.9"], "ema=0.9 under ZeRO-3"),
     ("fsdp2", ["expert=both", "adapter=lora", "experts.idle=cpu"], "experts.idle=cpu: fsdp2 keeps only parts"),
     ("single", ["expert=both", "experts.idle=cpu"], "adapter=none trains them"),

@@ -1,13 +1,16 @@
 """The data room: footage -> video shards -> latent shards -> batches in a planned order."""
 
+from wantrain.data.cutting import write_video_shards
 from wantrain.data.demo import SETS, make_footage
 from wantrain.data.encoding import encode_shards
-from wantrain.data.footage import Footage, Reject, find_footage
+from wantrain.data.footage import Footage, Reject
 from wantrain.data.judge import Verdict, judge, scores, spared_scenes, wug_scenes
 from wantrain.data.loader import LatentData, PixelData, prefetch
 from wantrain.data.pixels import prepare_pixels
 from wantrain.data.plan import Plan, share
-from wantrain.data.shards import check_folder, read_manifest, write_video_shards
+from wantrain.data.report import write_report
+from wantrain.data.shards import check_folder, read_manifest
+from wantrain.data.sources import find_footage
 
 __all__ = [
     "SETS",
@@ -28,6 +31,7 @@ __all__ = [
     "scores",
     "share",
     "spared_scenes",
+    "write_report",
     "write_video_shards",
     "wug_scenes",
 ]

@@ -23,7 +23,8 @@ from wantrain import geometry, world
 from wantrain.data.attendance import Attendance
 from wantrain.data.decoding import Decoded, Decoders, Job, Read
 from wantrain.data.footage import Reject
-from wantrain.data.latents import LatentFolder, UnitWriter, build_index
+from wantrain.data.latents import LatentFolder, Record, UnitWriter, build_index
+from wantrain.data.ledger import Ledger
 from wantrain.data.pixels import read_clips, to_pixels
 from wantrain.data.shards import (
     LATENT_SCHEMA,
@@ -33,7 +34,7 @@ from wantrain.data.shards import (
     read_manifest,
     write_rejects,
 )
-from wantrain.data.units import ClipRow, Row, TextRow, Unit, Work, plan_work
+from wantrain.data.units import ClipRow, Row, TextRow, Unit, Work, clip_name, clip_seconds, plan_work
 from wantrain.video import Frames
 
 EncodePixels = Callable[[Tensor], Tensor]
@@ -54,7 +55,7 @@ def encode_shards(
     *,
     encode_pixels: EncodePixels,
     encode_texts: EncodeTexts,
-    sizes: list[tuple[int, int]],
+    sizes: geometry.Buckets,
     temporal_stride: int,
     spatial_stride: int,
     model: str,
@@ -94,7 +95,7 @@ def encode_shards(
         "vae_fingerprint": vae_fingerprint,
         "text_encoder_fingerprint": text_fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint,
-        "sizes": [list(size) for size in sizes],
+        "sizes": sizes.told(),
         "shard_bytes": shard_bytes,
         "shard_clips": shard_clips,
     }
@@ -102,7 +103,7 @@ def encode_shards(
     if folder.is_finished(settings) and not (retry and folder.earlier.manifest["clips_rejected"]):
         world.say(f"{out} is finished already: {folder.earlier.manifest['clips']} clips; nothing to do")
         return folder.earlier.manifest
-    work = plan_work(shards, video, settings)
+    work = plan_work(shards, video, sizes, settings)
     folder.check_same_footage(work.sources)
     strides = temporal_stride, spatial_stride
     with Attendance(out, work.name, patience=patience) as attendance:
@@ -125,18 +126,9 @@ def _conclude(
 ) -> dict[str, Any]:
     """Rank 0, when all units are made: count the rejects, write index and manifest."""
     latents, texts = folder.gather(work.latents), folder.gather(work.texts)
-    rejected = [
-        (row, why) for unit, record in latents for row in unit.rows if (why := record.rejects.get(row.identity))
-    ]
-    seen = sum(len(unit.rows) for unit in work.latents)
-    write_rejects(
-        folder.out,
-        [Reject(row.name, why) for row, why in rejected if isinstance(row, ClipRow)],
-        seen,
-        rejects_limit,
-        "clip",
-        [row.identity for row, _ in rejected],
-    )
+    ledger, rejects, identities = _accounts(work, latents)
+    seen = ledger.clips.given
+    write_rejects(folder.out, rejects, seen, rejects_limit, "clip", identities)
     index, buckets = build_index(latents, texts, work.text_of)
     manifest = {
         "schema": LATENT_SCHEMA,
@@ -146,24 +138,49 @@ def _conclude(
         "text_encoder_fingerprint": settings["text_encoder_fingerprint"],
         "temporal_stride": strides[0],
         "spatial_stride": strides[1],
-        "latent_channels": max(record.width for _, record in latents),
+        "latent_channels": max((record.width for _, record in latents), default=0),
         "text_dim": max(record.width for _, record in texts),
         "buckets": buckets,
         "clips": len(index),
         "windows": len(index.shard),
         "texts": len(index.text_shard),
         "empty_text": index.text(work.text_of[""]),
-        "clips_rejected": len(rejected),
+        "clips_rejected": len(rejects),
+        "ledger": ledger.told(),
+        "cropped": ledger.told_crops(),
         "sources": sources,
         "shards": [record.tar for _, record in latents if record.tar],
         "text_shards": [record.tar for _, record in texts if record.tar],
     }
     manifest = folder.finish(manifest, index)
     world.say(
-        f"{folder.out}: {seen} clips seen = {seen - len(rejected)} encoded + {len(rejected)} rejected; "
+        f"{folder.out}: {seen} clips seen = {seen - len(rejects)} encoded + {len(rejects)} rejected; "
         f"{len(index.text_shard)} texts"
     )
+    for line in ledger.summary():
+        world.say(f"  {line}")
     return manifest
+
+
+def _accounts(work: Work, latents: list[tuple[Unit, Record]]) -> tuple[Ledger, list[Reject], list[str]]:
+    """What became of every clip: the ledger, the rejects, and the identity of each ("" if it never had one)."""
+    ledger, rejects, identities = Ledger(), list[Reject](), list[str]()
+    for entry, why in work.too_small:
+        for number in range(len(entry.about["windows"])):
+            rejects.append(Reject(clip_name(entry, number), why, bad=False, kind="too small"))
+            identities.append("")
+            ledger.drop_clip("too small", clip_seconds(entry, number))
+    for unit, record in latents:
+        for row in unit.rows:
+            assert isinstance(row, ClipRow)
+            reason = record.rejects.get(row.identity)
+            if reason is None:
+                ledger.use_clip(row.seconds, row.about["cropped"])
+                continue
+            rejects.append(Reject(row.name, reason))
+            identities.append(row.identity)
+            ledger.drop_clip(rejects[-1].kind, row.seconds)
+    return ledger, rejects, identities
 
 
 @dataclass(frozen=True)

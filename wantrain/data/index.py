@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +85,20 @@ class Index:
     def read(path: Path) -> Index:
         """The index from its file."""
         return Index(**load_file(path))
+
+
+def captions_by_key(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The captions of every window of a latent folder, by its key in the tars."""
+    index, said = Index.read(folder / manifest["files"][0]["name"]), list[str]()
+    for shard in manifest["text_shards"]:  # in the index's order
+        with tarfile.open(folder / shard["name"], "r:") as tar:
+            opened = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
+            said += [json.loads(file.read())["caption"] for file in opened if file is not None]
+    return {
+        index.name(window): [said[text] for text in index.texts_of(clip)]
+        for clip in range(len(index))
+        for window in index.windows_of(clip)
+    }
 
 
 def pack_ids(names: list[str]) -> NDArray[np.uint8]:

@@ -279,17 +279,30 @@ class Prefetch(Iterator[Batch]):
         stopped = threading.Event()
         # The thread must not hold `self`, or it would never be the last reference that goes.
         thread = threading.Thread(target=_answer, args=(requests, self._ready, stopped), name="prefetch", daemon=True)
+        self._thread = thread
         self.close = weakref.finalize(self, _end, thread, stopped)
         thread.start()
 
     def __next__(self) -> Batch:
         if not self.close.alive:
             raise StopIteration
-        item = self._ready.get()
+        item = self._next_item()
         if item is not None and not isinstance(item, BaseException):
             return item
         self.close()
         raise StopIteration if item is None else item
+
+    def _next_item(self) -> Batch | BaseException | None:
+        """What comes next; ValueError if the thread is gone without a word, for then nothing ever would."""
+        while True:
+            try:
+                return self._ready.get(timeout=1.0)
+            except queue.Empty:
+                if not self._thread.is_alive() and self._ready.empty():
+                    raise ValueError(
+                        "the thread that loads data is gone, and has left no batch; the last checkpoint is good: the "
+                        "same command goes on from it"
+                    ) from None
 
 
 def _answer(

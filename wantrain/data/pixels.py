@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from wantrain import geometry
 from wantrain.data.decoding import Damaged
-from wantrain.data.footage import Window, fit_frame, probe, read_windows
+from wantrain.data.footage import fit_frame, probe, read_windows
 from wantrain.data.shards import VideoSample
+from wantrain.data.windows import Window
 from wantrain.video import Frames
 
 
@@ -44,9 +45,13 @@ def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Ite
         file.write(sample.content)
         file.flush()
         path = Path(file.name)
-        known = {field.name for field in fields(Window)}
-        windows = [Window(**{k: v for k, v in window.items() if k in known}) for window in sample.about["windows"]]
+        windows = [read_window(window) for window in sample.about["windows"]]
         yield from read_windows(path, probe(path), windows, sample.about["fps"], size)
+
+
+def read_window(told: Mapping[str, Any]) -> Window:
+    """A window as a video shard tells it; what it says besides (which clip it belongs to) is not the reader's."""
+    return Window(**{field.name: told[field.name] for field in fields(Window) if field.name in told})
 
 
 def read_clips(request: dict[str, Any]) -> Iterator[Frames]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wantrain import geometry
+from wantrain.data.pixels import read_window
 from wantrain.data.shards import VideoEntry, scan_video_shards
 
 #: Raise it whenever the same footage, choices and weights would give other latents or texts than before.
@@ -56,7 +56,12 @@ class ClipRow(Row):
     @property
     def name(self) -> str:
         """What people call it."""
-        return f"{self.entry.about['source']} (clip {self.number})"
+        return clip_name(self.entry, self.number)
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return clip_seconds(self.entry, self.number)
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,14 @@ class Work:
     """All that a latent folder is to hold.
 
     latents, texts  units of the clips, and of the distinct captions, the empty one among them
-    text_of  a caption's identity
+    text_of    a caption's identity
+    too_small  files that would have to be enlarged too much, with the numbers
     """
 
     latents: list[Unit]
     texts: list[Unit]
     text_of: dict[str, str]
+    too_small: list[tuple[VideoEntry, str]]
 
     @property
     def name(self) -> str:
@@ -113,13 +120,17 @@ class Work:
         return [*self.texts[rank::size], *self.latents[rank::size]]
 
 
-def plan_work(shards: Path, video: Mapping[str, Any], settings: Mapping[str, Any]) -> Work:
-    """What the settings make of a folder of video shards, from its headers alone. ValueError for a key seen twice."""
-    sizes = [tuple(size) for size in settings["sizes"]]
-    files = [clip_rows(entry, sizes, settings["vae_fingerprint"]) for entry in scan_video_shards(shards, video)]
-    keys = Counter(rows[0].entry.key for rows in files if rows)
-    if twice := [key for key, count in keys.items() if count > 1]:
-        raise ValueError(f"{shards} holds {twice[0]} twice; make it again with shard.py")
+def plan_work(shards: Path, video: Mapping[str, Any], sizes: geometry.Buckets, settings: Mapping[str, Any]) -> Work:
+    """What sizes and settings make of a folder of video shards, by its headers. ValueError for a key seen twice."""
+    files, too_small, seen = [], list[tuple[VideoEntry, str]](), set[str]()
+    for entry in scan_video_shards(shards, video):
+        if entry.key in seen:
+            raise ValueError(f"{shards} holds {entry.key} twice; make it again with shard.py")
+        seen.add(entry.key)
+        try:
+            files.append(clip_rows(entry, sizes, settings["vae_fingerprint"]))
+        except ValueError as error:
+            too_small.append((entry, str(error)))
     encoder = f"{settings['text_encoder_fingerprint']} {settings['tokenizer_fingerprint']}"
     captions = dict.fromkeys(["", *(caption for rows in files for caption in rows[0].captions)])
     texts = {caption: text_row(caption, encoder) for caption in captions}
@@ -128,13 +139,15 @@ def plan_work(shards: Path, video: Mapping[str, Any], settings: Mapping[str, Any
         latent_units(files, most=most, limit=settings["shard_bytes"]),
         text_units(texts.values(), most=most),
         {caption: row.identity for caption, row in texts.items()},
+        too_small,
     )
 
 
-def clip_rows(entry: VideoEntry, sizes: list[tuple[int, int]], vae_fingerprint: str) -> list[ClipRow]:
-    """The rows of a file's windows, each at the size of `sizes` (height, width) that is nearest in shape."""
+def clip_rows(entry: VideoEntry, sizes: geometry.Buckets, vae_fingerprint: str) -> list[ClipRow]:
+    """The rows of a file's windows, all at the size that its longest gets. ValueError if no size is small enough."""
     about, rows = entry.about, []
-    height, width = geometry.nearest_size(about["height"], about["width"], sizes)
+    longest = max(window["num_frames"] for window in about["windows"])
+    height, width = sizes.choose(longest, about["height"], about["width"])
     *_, cropped = geometry.cover(about["height"], about["width"], height, width)
     made_of = {key: value for key, value in about.items() if key not in WORDS}
     for number, window in enumerate(about["windows"]):
@@ -162,6 +175,17 @@ def text_units(rows: Iterable[TextRow], *, most: int) -> list[Unit]:
     """Units of about `most` texts at most, in the order of their identities."""
     ordered = sorted(rows, key=lambda row: row.identity)
     return _cut("text", [(int(row.identity[:8], 16), [row], 0) for row in ordered], most, 1)
+
+
+def clip_name(entry: VideoEntry, number: int) -> str:
+    """What people call a window of a file."""
+    return f"{entry.about['source']} (clip {number})"
+
+
+def clip_seconds(entry: VideoEntry, number: int) -> float:
+    """How long a window is, at the rate that it was cut at; an image takes no time."""
+    window = read_window(entry.about["windows"][number])
+    return 0.0 if window.num_frames == 1 else window.num_frames * window.stride / float(entry.about["fps"])
 
 
 def _cut(kind: str, groups: Iterable[tuple[int, Sequence[Row], int]], most: int, limit: int) -> list[Unit]:

@@ -3,5 +3,7 @@
 from wantrain.losses.flow_matching import FlowMatching
 from wantrain.losses.reconstruction import Reconstruction
 from wantrain.losses.record import Loss
+from wantrain.losses.shifts import FluxShift, RootShift
+from wantrain.losses.weighting import Gaussian, MinSNR
 
-__all__ = ["FlowMatching", "Loss", "Reconstruction"]
+__all__ = ["FlowMatching", "FluxShift", "Gaussian", "Loss", "MinSNR", "Reconstruction", "RootShift"]

@@ -6,55 +6,99 @@ window, a task is a mask and a condition that travel in the batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from wantrain import flow
+from wantrain import flow, world
 from wantrain.batch import Batch
+from wantrain.geometry import num_tokens
 from wantrain.losses.record import Loss, Model
+from wantrain.losses.shifts import ShiftByTokens
+from wantrain.losses.weighting import Weighting, weighting_named
 
 
 class FlowMatching:
-    """Mean squared error of the velocity at sigmas drawn from the expert's own law.
+    """Error of the velocity at sigmas drawn from the expert's own law.
 
-    density    law of u before the shift: "uniform", "logit_normal"
-    shift      flow shift k
-    low, high  the expert's noise window in sigma
-    weighting  "none" (Wan), "sigma_sqrt" or "cosmap": a weight per sample, by its sigma
+    density     law of u before the shift: "uniform", "logit_normal", or an object of wantrain.flow
+    shift       flow shift k, or a callable that gives one for a number of tokens
+    low, high   the expert's noise window in sigma
+    weighting   weight per sample by its sigma: "none" (Wan), another name of losses.weighting, or a callable
+    huber       null: squared error; else the error of an element above which it counts linearly (see `distance`)
+    stratified  share the law out over a step: each sample of the global batch draws from its own equal part
+    batch_size, seed  the run's, by which samples find their parts
     """
 
     def __init__(
         self,
         *,
-        density: str = "uniform",
-        shift: float = 1.0,
+        density: str | flow.Density = "uniform",
+        shift: float | ShiftByTokens = 1.0,
         low: float = 0.0,
         high: float = 1.0,
-        weighting: str = "none",
+        weighting: str | Weighting = "none",
+        huber: float | None = None,
+        stratified: bool = False,
+        batch_size: int = 1,
+        seed: int = 0,
     ) -> None:
-        self.density, self.shift, self.weighting = density, shift, weighting
+        if huber is not None and not huber > 0:
+            raise ValueError(f"loss.huber={huber} must be above 0; null is the squared error")
+        self.density, self.shift, self.weighting, self.huber = density, shift, weighting, huber
+        self.stratified, self.batch_size, self.seed = stratified, batch_size, seed
         self.window = flow.NoiseWindow(low, high)
-        flow.window_mass(self.window, density=density, shift=shift)  # refuses a bad density or shift at once
-        flow.loss_weight(torch.ones(1), weighting)
+        self.weight = weighting_named(weighting)
+        self.quadrature(1)  # refuses a bad density or shift, or a window without mass, at once
 
     def __call__(self, model: Model, batch: Batch, generators: Sequence[torch.Generator]) -> Loss:
         """Loss of one batch; sample i draws its sigma and its noise from generators[i]."""
-        sigma = torch.cat([self.draw(generator) for generator in generators])
+        sigma = self.draw(batch, generators)
         noise = draw_noise(batch.latents_BCTHW, generators)
-        error = velocity_error(model, batch, sigma, noise)
-        weighted = error * flow.loss_weight(sigma, self.weighting).to(error.device)
+        error = velocity_error(model, batch, sigma, noise, huber=self.huber)
+        weighted = error * self.weight(sigma).to(error.device)
         return Loss(weighted.mean(), error.detach(), sigma)
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """One sigma, (1,), from the expert's law."""
-        return flow.draw_sigma(1, density=self.density, shift=self.shift, window=self.window, generator=generator)
+    def draw(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
+        """The sigma of each sample, (B,), from the expert's law."""
+        p = torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+        if self.stratified:
+            p = (self._strata(batch.positions) + p) / self.batch_size
+        shift = self.shift_for(num_tokens(batch.latents_BCTHW.shape[2:]))
+        return flow.sigma_quantiles(p, density=self.density, shift=shift, window=self.window)
+
+    def _strata(self, positions: Sequence[int]) -> Tensor:
+        """Which of the `batch_size` equal parts of its step's law each position draws from: a permutation per step."""
+        steps = [divmod(position, self.batch_size) for position in positions]
+        return torch.tensor([_permutation(self.seed, step, self.batch_size)[place] for step, place in steps])
+
+    def shift_for(self, tokens: int | None = None) -> float:
+        """The flow shift for samples of that many tokens; None asks for the size that the shift was made for."""
+        if isinstance(self.shift, int | float):
+            return self.shift
+        return self.shift(self.shift.reference_tokens if tokens is None else tokens)
+
+    @property
+    def mass(self) -> float:
+        """Share of the unrestricted law that falls into the window."""
+        return flow.window_mass(self.window, density=self.density, shift=self.shift_for())
 
     def quadrature(self, num_points: int) -> Tensor:
-        """Sigmas at the midpoints of `num_points` equal slices of the law: a fixed stand-in for drawing."""
+        """Sigmas at the midpoints of `num_points` equal slices of the law: a fixed stand-in for drawing.
+
+        One list for all clips, so that levels compare: where the shift goes by tokens, it is that of `shift_for()`.
+        """
         p = (torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points
-        return flow.sigma_quantiles(p, density=self.density, shift=self.shift, window=self.window)
+        return flow.sigma_quantiles(p, density=self.density, shift=self.shift_for(), window=self.window)
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(seed: int, step: int, count: int) -> list[int]:
+    """A permutation of range(count) for one step of a run, the same on every rank."""
+    order: list[int] = torch.randperm(count, generator=world.generator(seed, "strata", step)).tolist()
+    return order
 
 
 def draw_noise(like_BCTHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -63,13 +107,24 @@ def draw_noise(like_BCTHW: Tensor, generators: Sequence[torch.Generator]) -> Ten
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(like_BCTHW.device)
 
 
-def velocity_error(model: Model, batch: Batch, sigma: Tensor, noise_BCTHW: Tensor) -> Tensor:
-    """Squared velocity error of each sample, (B,) float32, averaged over what its mask counts."""
+def distance(difference: Tensor, huber: float | None) -> Tensor:
+    """Elementwise: the square, or Huber's: the square up to |d| = huber, the tangent huber * (2|d| - huber) beyond."""
+    if huber is None:
+        return difference.square()
+    size = difference.abs()
+    return torch.where(size <= huber, difference.square(), huber * (2 * size - huber))
+
+
+def velocity_error(
+    model: Model, batch: Batch, sigma: Tensor, noise_BCTHW: Tensor, *, huber: float | None = None
+) -> Tensor:
+    """Velocity error (squared, or Huber's) of each sample, (B,) float32, over the frames that its mask has noised."""
     x0 = batch.latents_BCTHW
-    noisy = flow.path(x0, noise_BCTHW, sigma)
-    timestep = (flow.TIMESTEPS * sigma).to(x0.device)
+    level = flow.noised(sigma.to(x0.device), batch.mask_BT)
+    noisy = flow.path(x0, noise_BCTHW, level)
+    timestep = flow.TIMESTEPS * level
     predicted = model(noisy, timestep, batch.text_BLD, batch.condition_BCTHW)
-    error_BT = (predicted.float() - flow.velocity(x0, noise_BCTHW)).square().mean(dim=(1, 3, 4))
+    error_BT = distance(predicted.float() - flow.velocity(x0, noise_BCTHW), huber).mean(dim=(1, 3, 4))
     if batch.mask_BT is None:
         return error_BT.mean(dim=1)
     return (error_BT * batch.mask_BT).sum(dim=1) / batch.mask_BT.sum(dim=1)

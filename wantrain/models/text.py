@@ -90,10 +90,14 @@ class TextEncoder(nn.Module):
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of the cleaned prompt, at most `text_length`, the last one `</s>`."""
         ids: list[int] = self.tokenizer.encode(clean_prompt(prompt)).ids
-        if len(ids) > self.text_length:
-            world.say(f"a prompt of {len(ids)} tokens is cut to {self.text_length}: {prompt[:60]!r}...")
+        if (spare := len(ids) - self.text_length) > 0:
+            world.say(f"a prompt of {len(ids)} tokens is cut to {self.text_length} ({spare} lost): {prompt[:60]!r}...")
             ids = [*ids[: self.text_length - 1], self.end]
         return ids
+
+    def count(self, prompt: str) -> int:
+        """Tokens of the cleaned prompt before it is cut, `</s>` among them."""
+        return len(self.tokenizer.encode(clean_prompt(prompt)).ids)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

@@ -249,7 +249,22 @@ def write_file(
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     about = {"format": "pt", **{key: str(value) for key, value in (metadata or {}).items() if value is not None}}
     save_file(contiguous, path, metadata=_padded(contiguous, about) if aligned else about)
+    _put_in_order(path)
     path.chmod(0o644)  # safetensors makes files that nobody else on a shared disk can read
+
+
+def _put_in_order(path: Path) -> None:
+    """Sort the metadata in a file's header, which safetensors writes in another order every time: the same weights are
+    the same bytes.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:  # else some character is written otherwise here, and the file stays as it is
+            file.seek(8)
+            file.write(text)
 
 
 def _padded(tensors: Mapping[str, Tensor], about: dict[str, str]) -> dict[str, str]:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from wantrain import flow, geometry, world
 from wantrain.batch import pad_texts
-from wantrain.sampling.solvers import solver_named
+from wantrain.condition import Condition, told
+from wantrain.sampling.known import Known
+from wantrain.sampling.solvers import schedule, solver_named
 from wantrain.video import Frames, to_frames
 
-#: A velocity model: (latents, timestep, text) -> velocity.
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: A velocity model: (latents, timestep, text, condition) -> velocity.
+Velocity = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Settings:
     """How to sample; defaults of a model come from its conf/model file.
 
     guidance   guidance scale per expert name; 1 asks the model once per step instead of twice
-    solver     "unipc" or "euler"
+    solver     "unipc", "dpm++" or "euler"
     steps      solver steps, one call of the model (two with guidance) each
     shift      flow shift of the schedule; part of what the model was trained for
     negative_prompt  what guidance pushes away from
@@ -64,28 +66,35 @@ def generate(
     sigmas: Tensor,
     guidance: Mapping[str, float],
     solver: str = "unipc",
+    condition_BCTHW: Tensor | None = None,
+    mask_BT: Tensor | None = None,
     on_step: Callable[[int, str], None] | None = None,
 ) -> Tensor:
     """Follow the velocity from `latents` (noise, (B, C, T, H, W) float32) to clean latents of the same shape.
 
-    `sigmas` descends to 0 and sets the steps; models see integer timesteps floor(1000*sigma), as published samplers
-    do. `on_step(i, expert name)` is told about every step. ValueError for an unknown solver or absent guidance.
+    Condition and mask are a `Batch`'s, the same for every step, expert and branch of the guidance; frames that the
+    mask has 0 for are given clean in `latents`, and stay. `sigmas` descends to 0 and sets the steps; models see integer
+    timesteps floor(1000*sigma), as published samplers do. `on_step(i, expert name)` is told about every step.
+    ValueError for an unknown solver or absent guidance.
     """
     if absent := sorted(name for name in experts.models if guidance.get(name) is None):
         raise ValueError(f"guidance lacks a scale for {', '.join(absent)}")
     stepper = solver_named(solver, sigmas)
-    x = latents.float()
+    given = x = latents.float()
+    noised = None if mask_BT is None else (mask_BT > 0)[:, None, :, None, None]
     for i, timestep in enumerate(flow.sampling_timesteps(sigmas).tolist()):
         name = experts.name_at(timestep)
         if on_step is not None:
             on_step(i, name)
-        level = torch.full((len(x),), float(timestep), device=x.device)
-        velocity = experts.models[name](x, level, text_BLD)
+        level = flow.noised(torch.full((len(x),), float(timestep), device=x.device), mask_BT)
+        velocity = experts.models[name](x, level, text_BLD, condition_BCTHW)
         scale = guidance[name]
         if scale != 1.0:
-            away = experts.models[name](x, level, negative_BLD)
+            away = experts.models[name](x, level, negative_BLD, condition_BCTHW)
             velocity = away + scale * (velocity - away)
         x = stepper.step(i, x, velocity)
+        if noised is not None:
+            x = torch.where(noised, x, given)
     return x
 
 
@@ -94,7 +103,9 @@ class Sampler:
     """Prompts to frames, with everything a pipeline holds: experts, VAE, text encoder.
 
     `encode_texts(list of str) -> list of (L, D)`; `decode(latents) -> pixels in [-1, 1]`. Strides and channels are
-    the VAE's. Texts are encoded once and kept.
+    the VAE's. `way` is how the experts are told what is known of a video (condition.py), None: not at all; what is
+    known goes through `encode_pixels(pixels in [-1, 1]) -> latents`. Texts are encoded once and kept; `warm` does it
+    for all that will be asked for, before anything else takes memory.
     """
 
     experts: Experts
@@ -104,6 +115,8 @@ class Sampler:
     temporal_stride: int = 4
     spatial_stride: int = 8
     device: torch.device | str = "cpu"
+    way: str | None = None
+    encode_pixels: Callable[[Tensor], Tensor] | None = None
     texts: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(
@@ -113,10 +126,11 @@ class Sampler:
         bucket: geometry.Bucket,
         settings: Settings,
         seed: int,
+        known: Condition | None = None,
         on_step: Callable[[int, str], None] | None = None,
     ) -> Frames:
         """One video, uint8 frames (F, H, W, 3). The same seed gives the same noise on every machine."""
-        return self.batch([prompt], bucket=bucket, settings=settings, seeds=[seed], on_step=on_step)[0]
+        return self.batch([prompt], bucket=bucket, settings=settings, seeds=[seed], known=known, on_step=on_step)[0]
 
     def batch(
         self,
@@ -125,26 +139,43 @@ class Sampler:
         bucket: geometry.Bucket,
         settings: Settings,
         seeds: Sequence[int],
+        known: Condition | None = None,
         on_step: Callable[[int, str], None] | None = None,
     ) -> list[Frames]:
-        """A video for each prompt with its seed, all at once: for small models, where one by one is slow."""
+        """A video for each prompt with its seed, all at once: for small models, where one by one is slow.
+
+        `known` is what is known of each of them, or (B = 1) of all. ValueError for a size that VAE and transformer
+        cannot take, and for what the experts cannot be told.
+        """
+        multiple = self.spatial_stride * geometry.PATCH[1]
+        geometry.check_size(bucket.height, bucket.width, multiple, key="height, width")
         shape = geometry.latent_shape(bucket, self.temporal_stride, self.spatial_stride)
         noise = [torch.randn((self.channels, *shape), generator=world.generator(seed, "sample")) for seed in seeds]
+        latents, condition, mask = self._told(torch.stack(noise), known)
         latents = generate(
             self.experts,
-            latents=torch.stack(noise).to(self.device),
+            latents=latents,
             text_BLD=self._texts(prompts),
             negative_BLD=self._texts([settings.negative_prompt] * len(prompts)),
-            sigmas=flow.sampling_sigmas(settings.steps, settings.shift),
+            sigmas=schedule(settings.solver, settings.steps, settings.shift),
             guidance=settings.guidance,
             solver=settings.solver,
+            condition_BCTHW=condition,
+            mask_BT=mask,
             on_step=on_step,
         )
         with torch.inference_mode():
             return [to_frames(pixels) for pixels in self.decode(latents)]
 
+    @torch.no_grad()
+    def tell(self, known: Known) -> Condition:
+        """What the experts are told of a video that is partly known."""
+        assert self.encode_pixels is not None and self.way is not None, "nothing is known without a way to tell it"
+        strides = {"temporal_stride": self.temporal_stride, "spatial_stride": self.spatial_stride}
+        return known.encode(self.encode_pixels, way=self.way, **strides)
+
     def warm(self, prompts: Sequence[str]) -> None:
-        """Encode texts now, so that the text encoder can be let go."""
+        """Encode texts now, those that are not known yet."""
         fresh = [text for text in dict.fromkeys(prompts) if text not in self.texts]
         if fresh:
             self.texts.update(zip(fresh, self.encode_texts(fresh), strict=True))
@@ -152,3 +183,14 @@ class Sampler:
     def _texts(self, prompts: Sequence[str]) -> Tensor:
         self.warm(prompts)
         return pad_texts([self.texts[prompt] for prompt in prompts]).float().to(self.device)
+
+    def _told(self, noise_BCTHW: Tensor, known: Condition | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What sampling starts from, condition and mask, for a batch of that much noise, on the device."""
+        start = noise_BCTHW.to(self.device)
+        condition, mask = told(known, self.way)
+        if condition is not None:
+            condition = condition.to(self.device).expand(len(start), *condition.shape[1:])
+        if known is not None and mask is not None:
+            mask = mask.to(self.device).expand(len(start), -1)
+            start = torch.where(mask[:, None, :, None, None] > 0, start, known.latents_BCTHW.to(self.device))
+        return start, condition, mask

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,23 +20,30 @@ from wantrain import geometry, world
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
 from wantrain.models import Base, weights
-from wantrain.sampling import Sampler, Settings
-from wantrain.sampling.generate import Velocity
-from wantrain.training import which_expert
+from wantrain.sampling import House, Sampler, Settings, read_prompts
+from wantrain.training import replay, which_expert
 from wantrain.training.checkpoint import Checkpoints
 from wantrain.training.ema import Ema
 from wantrain.training.gather import build_sampler
-from wantrain.training.loop import Hook, Run
+from wantrain.training.loop import Run
 from wantrain.training.member import Member, read_average
+from wantrain.training.meter import Meter, peak_of
+from wantrain.training.metrics import Metrics
 from wantrain.training.optim import build_optimizer
 from wantrain.training.parallel import SHARDED, engine_of, from_main
 from wantrain.training.preview import Preview
+from wantrain.training.protocols import Hook
 from wantrain.training.residence import Residence
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
 from wantrain.training.stepper import Stepper
 from wantrain.training.trainee import Trainee
+from wantrain.training.tripwires import Tripwires
 from wantrain.training.validate import ReconstructionValidator, Validator
+from wantrain.training.watchdog import Watchdog
+
+#: Optimizers that look at whole matrices, or at blocks of them, and not at each element: class -> what users call it.
+WHOLE = {"MuonAdamW": "muon", "Muon": "torch.optim.Muon", "Adafactor": "adafactor", "adamw_8bit": "adamw_8bit"}
 
 
 def make_own_data(shards: Path, *, root: Path) -> None:
@@ -68,7 +78,9 @@ def check_encoders(manifest: Mapping[str, Any], base: Base, shards: str, dtype: 
             )
 
 
-def build_hooks(run: Run, settings: Mapping[str, Any], *, base: Base, folder: Path) -> list[Hook]:
+def build_hooks(
+    run: Run, settings: Mapping[str, Any], *, base: Base, folder: Path, dtype: torch.dtype = torch.float32
+) -> list[Hook]:
     """What looks at a run: validation of each expert, and previews (into `folder`) if they are wanted."""
     model, sample = settings["model"], settings["sample"]
     hooks = build_validators(run, **settings["validation"])
@@ -77,7 +89,7 @@ def build_hooks(run: Run, settings: Mapping[str, Any], *, base: Base, folder: Pa
         prompts = read_prompts(sample["prompts"]) if sample["prompts"] else run.data.captions()
         how = Settings(
             guidance=model["guidance"],
-            shift=law.shift,
+            shift=model["shift"],
             steps=sample["steps"],
             negative_prompt=model["negative_prompt"],
         )
@@ -85,7 +97,9 @@ def build_hooks(run: Run, settings: Mapping[str, Any], *, base: Base, folder: Pa
         hooks.append(
             Preview(
                 [member.stepper for member in run.members.values()],
-                preview_sampler(run, model=model, base=base),
+                preview_sampler(
+                    run, model=model, base=base, dtype=dtype, idle=sample["idle"], offload=sample["offload"]
+                ),
                 how,
                 prompts=prompts[: sample["count"]],
                 bucket=geometry.Bucket(model["num_frames"], *size),
@@ -125,9 +139,10 @@ def find_home(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]
         )
     hosted = False
     for own in experts.values():
-        if own["optimizer"]["_target_"].endswith("MuonAdamW") and engine not in {"single", "ddp"}:
+        whole = WHOLE.get(own["optimizer"]["_target_"].rpartition(".")[2])
+        if whole is not None and engine not in {"single", "ddp"}:
             raise ValueError(
-                f"optimizer=muon needs whole matrices, but {engine} cuts them; use optimizer=adamw, or "
+                f"optimizer={whole} needs whole matrices, but {engine} cuts them; use optimizer=adamw, or "
                 "launch/accelerate/ddp.yaml"
             )
         if own["ema"] is not None and engine == "zero3":
@@ -147,15 +162,35 @@ def find_home(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]
     return Home(accelerator, engine, device, Residence(accelerator.device) if hosted else None)
 
 
-def open_run(folder: RunFolder, settings: Mapping[str, Any]) -> tuple[Checkpoints, Path | None]:
-    """Open a run's folder for `settings`; its checkpoints, and the newest good one, which all processes agree on."""
+def open_run(
+    folder: RunFolder, settings: Mapping[str, Any], home: Home, *, data: str, command: Iterable[str]
+) -> tuple[Checkpoints, Path | None]:
+    """Open a run's folder for `settings` and write down how it was started; its checkpoints, and the newest good one,
+    which all processes agree on. `data` is the manifest's hash, `command` what was typed.
+    """
     how = {key: value for key, value in settings["checkpoint"].items() if key != "every"}
     checkpoints, newest = Checkpoints(folder.checkpoints, **how), None
     if world.is_main():
         folder.open(dict(settings))
+        processes, device = home.accelerator.num_processes, device_name(home.accelerator.device)
+        start = replay.described(command, data=data, engine=home.engine, processes=processes, device=device)
+        if settings["replay"]:
+            replay.told(Path(settings["replay"]), start)
+        replay.record(folder.record, start, settings)
         checkpoints.prepare()
         newest = checkpoints.newest()
     return checkpoints, from_main(newest)
+
+
+def compare_replay(folder: RunFolder, settings: Mapping[str, Any]) -> None:
+    """Hold a replay's losses against those of the run it repeats. ValueError if they part."""
+    if settings["replay"] and world.is_main():
+        world.say(replay.compare(Path(settings["replay"]), folder.metrics))
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU's name, or the processor's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 def enlist(
@@ -178,6 +213,18 @@ def enlist(
         home.residence.add(trainee.module)
     kept = None if ema is None else Ema(stepper, ema, average)
     return Member(trainee=trainee, stepper=stepper, ema=kept, **own)
+
+
+def guards(
+    folder: RunFolder, home: Home, *, steps: int, fps: float, patience: int, spike: float | None, hang: float | None
+) -> dict[str, Any]:
+    """What watches over a run: its log, its meter, its tripwires and its watchdog, as a Run takes them."""
+    return {
+        "metrics": Metrics(folder.metrics, steps=steps, peak=peak_of(home.accelerator.device)),
+        "meter": Meter(fps),
+        "tripwires": Tripwires(folder.tripped, patience, spike),
+        "watchdog": Watchdog(hang),
+    }
 
 
 def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:
@@ -205,27 +252,34 @@ def build_validators(run: Run, *, every: int, clips: int, points: int) -> list[H
     return hooks
 
 
-def preview_sampler(run: Run, *, model: Mapping[str, Any], base: Base) -> Sampler:
-    """The experts in training, with the other one from the base folder where only one is.
+def preview_sampler(
+    run: Run, *, model: Mapping[str, Any], base: Base, dtype: torch.dtype, idle: str, offload: str
+) -> Callable[[], AbstractContextManager[Sampler]]:
+    """What opens a sampler over the experts in training, with the other one from the base where only one is.
 
-    Where the base has no other expert, the one in training answers for every noise level; that is said once.
+    The other one waits as `idle` says (see House) and is off the device between previews. Where the base has none, the
+    one in training answers for every noise level; that is said once.
     """
     device = next(iter(run.members.values())).stepper.device
-    models: dict[str, Velocity] = {name: member.stepper.module for name, member in run.members.items()}
-    others = [name for name in model["experts"] if name not in models]
-    if all(base.holds(name) for name in others):
-        models.update({name: base.transformer(name, device=device) for name in others})
-    else:
-        world.say(f"previews: {base} holds no {others[0]}, so {', '.join(models)} answers for every noise level")
-    return build_sampler(models, boundary=model["boundary"], base=base, device=device)
+    own: dict[str, nn.Module] = {name: member.stepper.module for name, member in run.members.items()}
+    others = [name for name in model["experts"] if name not in own]
+    if not all(base.holds(name) for name in others):
+        world.say(f"previews: {base} holds no {others[0]}, so {', '.join(own)} answers for every noise level")
+        others = []
+    house = House(
+        others,
+        lambda name, where: base.transformer(name, device=where, dtype=dtype),
+        device,
+        idle=idle,
+        offload=offload,
+    )
+    models = ChainMap(own, cast(dict[str, nn.Module], house))
 
+    @contextmanager
+    def open_sampler() -> Iterator[Sampler]:
+        try:
+            yield build_sampler(models, boundary=model["boundary"], base=base, device=device, dtype=dtype)
+        finally:
+            house.leave()
 
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt per line; empty lines are skipped. ValueError for an absent or empty file."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"the prompt file {path} does not exist")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"the prompt file {path} holds no prompt; write one per line")
-    return prompts
+    return open_sampler

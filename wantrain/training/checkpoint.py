@@ -21,8 +21,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -130,6 +131,16 @@ class Checkpoints:
             futures.wait([self._under_way])  # forgotten only when it has ended: an interrupt may break this off
             under_way, self._under_way = self._under_way, None
             under_way.result()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """What is being written is a good checkpoint, also where the run ends with an error."""
+        with suppress(Exception) if error is not None else nullcontext():
+            self.wait()
 
     def complete(self) -> list[Path]:
         """All checkpoints under a final name, oldest first."""

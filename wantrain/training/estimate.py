@@ -7,9 +7,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from wantrain import flow, geometry, world
+from wantrain import geometry, world
 from wantrain.data import Plan
 from wantrain.losses import FlowMatching
+from wantrain.models import WanTransformer
+from wantrain.models.flops import training_flops
 from wantrain.training.turns import Turns
 
 
@@ -20,15 +22,20 @@ def run_length(plan: Plan, *, steps: int | None, epochs: float | None, default: 
     return default if steps is None else steps
 
 
+def progress(step: int, steps: int) -> str:
+    """Where a run stands."""
+    over = "; this run is finished, a larger steps= continues it" if step >= steps else ""
+    return f"step {step} of {steps}{over}"
+
+
 def say_turns(turns: Turns, losses: Mapping[str, FlowMatching], steps: int) -> None:
     """For a pair: each expert's steps, beside the share that the noise law alone would give it."""
     if len(losses) == 1:
         return
     parts = []
     for name, loss in losses.items():
-        law = flow.window_mass(loss.window, density=loss.density, shift=loss.shift)
         own = turns.count(name, steps)
-        parts.append(f"{name} {own} of {steps} = {own / steps:.1%} (the noise law alone would give {law:.1%})")
+        parts.append(f"{name} {own} of {steps} = {own / steps:.1%} (the noise law alone would give {loss.mass:.1%})")
     world.say(f"optimizer steps     {'; '.join(parts)}")
 
 
@@ -61,7 +68,21 @@ def describe(
     lines.append(
         f"epochs              {samples} / {plan.samples_per_epoch} clips = {samples / plan.samples_per_epoch:.2f}"
     )
+    if isinstance(module, WanTransformer):
+        lines.append(_operations(module, Counter(buckets).most_common(1)[0][0], plan, temporal_stride, spatial_stride))
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     total = sum(p.numel() for p in module.parameters())
     lines.append(f"trained parameters  {trained:,} of {total:,} ({100 * trained / total:.1f} %)")
     return "\n".join(lines)
+
+
+def _operations(module: WanTransformer, bucket: str, plan: Plan, temporal_stride: int, spatial_stride: int) -> str:
+    """The operations of a step in the commonest bucket, with texts as long as they may be."""
+    frames, height, width = (int(part) for part in bucket.split("x"))
+    shape = geometry.latent_shape(geometry.Bucket(frames, height, width), temporal_stride, spatial_stride)
+    each = training_flops(module, tokens=geometry.num_tokens(shape), text_rows=module.text_length)
+    again = f" + {each.recompute / 1e12:.3g} computed again" if each.recompute else ""
+    return (
+        f"TFLOP per step      {bucket}: ({each.forward / 1e12:.3g} forward + {each.backward / 1e12:.3g} backward"
+        f"{again}) x {plan.batch_size} samples = {each.executed * plan.batch_size / 1e12:.4g}"
+    )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from wantrain import world
+from wantrain import geometry, world
 from wantrain.models import Base, WanTransformer, load_transformer, open_base
 from wantrain.models.base import PARTS
 from wantrain.models.lora import merge_lora
-from wantrain.sampling import Experts, Sampler
+from wantrain.sampling import Experts, House, Sampler, Tiled
 from wantrain.sampling.generate import Velocity
-from wantrain.training.run import TrainedExpert, trained_experts
+from wantrain.training.run import TrainedExpert, read_config, trained_experts
 
 #: How a path in a config is found: from the current folder, or among what ships with the project.
 Locate = Callable[[str | Path], Path]
@@ -46,6 +49,27 @@ class Found:
         """True if the expert is a LoRA that loading merges."""
         return any(expert.name == name and expert.adapter is not None for expert in self.trained)
 
+    def identity(self, more: Iterable[str | Path] = ()) -> str:
+        """Changes when any file that sampling reads does, those of `more` (LoRA files) too: by name, size and time.
+
+        Hashing 100 GB would take longer than a video.
+        """
+        places = [part for name in ("vae", "text_encoder", "tokenizer") if (part := self.base.find(name)) is not None]
+        made = {expert.name: expert for expert in self.trained}
+        for name in self.names:
+            own = made.get(name)
+            if own is not None:
+                places.append(own.checkpoint if own.adapter is None else own.adapter)
+            if own is None or own.adapter is not None:
+                places += [path for path in [self.base.find(name)] if path is not None]
+        told = [_state_of(file) for place in [*places, *map(Path, more)] for file in _files_below(place)]
+        return hashlib.sha256(json.dumps([self.names, told]).encode()).hexdigest()[:12]
+
+    def label(self) -> str:
+        """Whose weights they are, in a few words."""
+        runs = dict.fromkeys(f"{expert.config['run']} step {expert.step}" for expert in self.trained)
+        return " + ".join(runs) or self.base.name
+
     def origin(self) -> dict[str, dict[str, object]]:
         """Where each expert came from, in words for its file and the card."""
         found: dict[str, dict[str, object]] = {name: {"base": self.base.name} for name in self.names}
@@ -54,6 +78,16 @@ class Found:
             settings = {"recipe": expert.config.get("recipe"), "adapter": expert.config["adapter"]["name"]}
             found[expert.name] = {**facts, **settings, "base": Path(str(expert.config["weights"])).name}
         return found
+
+
+def _files_below(place: Path) -> list[Path]:
+    """A file itself, or all files of a folder."""
+    return [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+
+
+def _state_of(file: Path) -> list[str | int]:
+    state = file.stat()
+    return [file.name, state.st_size, state.st_mtime_ns]
 
 
 def find_experts(
@@ -99,6 +133,23 @@ def find_experts(
     return Found(held, base, tuple(trained), locate)
 
 
+def find_compared(
+    names: list[str], find: Callable[[str | None, Base | None], Found], *, runs: str | Path, locate: Locate
+) -> dict[str, Found]:
+    """What is to be compared, all of it before the first video: a run, a pair of runs ("high+low"), or "base": what
+    weights= gives, or else what the first run began with. `find(run, base)` finds experts."""
+    first = next((name.split("+")[0] for name in names if name != "base"), None)
+    found: dict[str, Found] = {}
+    for name in map(str, names):
+        if name != "base" or first is None:
+            found[name] = find(None if name == "base" else name.replace("+", ","), None)
+            continue
+        settings = read_config(Path(runs).expanduser() / first)
+        wanted = [*settings["model"]["experts"], "vae", "text_encoder", "tokenizer"]
+        found[name] = find(None, base_of(settings, locate, wanted))
+    return found
+
+
 def base_of(settings: Mapping[str, Any], locate: Locate, wanted: Iterable[str]) -> Base:
     """The base that a run's stored config names."""
     return open_base(
@@ -139,11 +190,10 @@ def add_loras(
     alpha: float | None = None,
 ) -> None:
     """Merge LoRA files into the experts they are named for. ValueError for an expert that is not there."""
+    check_loras(files, experts)
     for name, file in files.items():
         if file is None:
             continue
-        if name not in experts:
-            raise ValueError(f"lora.{name}={file}: this model has {', '.join(experts)}, no {name}")
         count = merge_lora(file, experts[name], scale=scale, expert=name, base=model, alpha=alpha)
         world.say(f"{name}: {file} added to {count} layers at scale {scale}")
 
@@ -155,16 +205,64 @@ def build_sampler(
     base: Base,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    tile: int | None = None,
+    way: str | None = None,
 ) -> Sampler:
-    """A Sampler over given experts, with VAE (always float32) and text encoder from the base."""
-    # The text encoder stays on the host: it runs once per prompt, and its memory is the transformers'.
-    vae, text = base.vae(device=device), base.text_encoder(dtype=dtype)
+    """A Sampler over given experts, with VAE (always float32) and text encoder from the base.
+
+    The text encoder is loaded when texts are encoded, on the host, and let go after: it takes more memory than an
+    expert's half. `tile` is the side in pixels of the squares that are decoded one by one; None decodes whole frames.
+    `way` is how the experts are told what is known (condition.py). ValueError for a tile that the VAE cannot take.
+    """
+    vae = base.vae(device=device)
+    decode: Callable[[Tensor], Tensor] = vae.decode
+    if tile is not None:
+        geometry.check_size(tile, tile, vae.spatial_stride, key=f"tile={tile}")
+        decode = Tiled(vae.decode, tile // vae.spatial_stride)
+
+    def encode_texts(texts: list[str]) -> list[Tensor]:
+        """One by one, so that a text's embedding does not depend on the others' lengths."""
+        encoder = base.text_encoder(dtype=dtype)
+        return [encoder.encode_unpadded([text])[0] for text in texts]
+
     return Sampler(
         Experts(models, boundary),
-        text.encode_unpadded,
-        vae.decode,
+        encode_texts,
+        decode,
         vae.z_dim,
         vae.temporal_stride,
         vae.spatial_stride,
         device,
+        way,
+        lambda pixels: vae.encode(pixels.to(device)),
     )
+
+
+def house(
+    found: Found,
+    loras: Mapping[str, str | None],
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    idle: str = "gpu",
+    offload: str = "none",
+    scale: float = 1.0,
+    alpha: float | None = None,
+) -> House:
+    """The experts that were found, with LoRA files added, living as `idle` and `offload` say (see House)."""
+    check_loras(loras, found.names)
+
+    def load(name: str, where: torch.device) -> WanTransformer:
+        module = found.load(name, device=where, dtype=dtype)
+        add_loras({name: module}, {name: loras.get(name)}, model=model, scale=scale, alpha=alpha)
+        return module
+
+    return House(found.names, load, device, idle=idle, offload=offload)
+
+
+def check_loras(files: Mapping[str, str | None], names: Iterable[str]) -> None:
+    """Raise ValueError for the LoRA of an expert that is not there."""
+    for name, file in files.items():
+        if file is not None and name not in names:
+            raise ValueError(f"lora.{name}={file}: this model has {', '.join(names)}, no {name}")

@@ -10,58 +10,48 @@ is saved and a resumed run is the unbroken one, bit for bit.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from wantrain import world
 from wantrain.batch import Batch
 from wantrain.data import prefetch, share
 from wantrain.training.checkpoint import Checkpoints, read_state
 from wantrain.training.member import Member
+from wantrain.training.meter import Meter
 from wantrain.training.metrics import Metrics
+from wantrain.training.protocols import Data, Hook
 from wantrain.training.signals import Signals
+from wantrain.training.tripwires import Tripwires
 from wantrain.training.turns import Turns
+from wantrain.training.watchdog import Watchdog
 
 #: Optimizer steps between two lines on the console.
 LOG_EVERY = 10
 
 
-class Data(Protocol):
-    """What the loop asks of a data set: samples by number, for places in the run."""
-
-    def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> Batch: ...
-
-    def heldout_batches(self, count: int) -> list[Batch]: ...
-
-    def captions(self) -> list[str]: ...
-
-
-class Hook(Protocol):
-    """Something that looks at the run after some steps, step 0 included; what it returns is logged with that step."""
-
-    def due(self, step: int) -> bool: ...
-
-    def __call__(self, step: int) -> Mapping[str, Any]: ...
-
-
 @dataclass
 class Run:
-    """Everything a run consists of; `fit` moves it from the step it has reached to `steps`."""
+    """Everything a run consists of; `fit` moves it from the step it has reached to `until`."""
 
     members: Mapping[str, Member]
     turns: Turns
     data: Data
     checkpoints: Checkpoints
     metrics: Metrics
+    meter: Meter
+    tripwires: Tripwires
+    watchdog: Watchdog
     steps: int
+    until: int  # where this start of it ends: `steps`, or earlier
     seed: int
     checkpoint_every: int
     state: Mapping[str, Any]  # what a checkpoint says besides its tensors
@@ -86,6 +76,8 @@ class Run:
 
     def save(self, step: int) -> None:
         """Begin a checkpoint; the log is flushed before, so that it never misses a committed step."""
+        self.watchdog.beat(f"saving step {step}")
+        began = time.perf_counter()
         self.metrics.flush(speak=False)
         self.checkpoints.wait()
         snapshots = [member.snapshot() for member in self.members.values()]
@@ -99,6 +91,7 @@ class Run:
             samples = {name: own * self.members[name].plan.batch_size for name, own in taken.items()}
             state = {**self.state, "samples": sum(samples.values()), "experts": taken}
             self.checkpoints.save(step, write, state, size=sum(size for size, _ in snapshots), score=self.score)
+        self.metrics.note("save_seconds", time.perf_counter() - began)
 
     def ask_hooks(self, step: int) -> None:
         """Validation and previews, where they are due, with their results logged at `step`."""
@@ -106,6 +99,7 @@ class Run:
         due = [hook for hook in self.hooks if hook.due(step)]
         if not due:
             return
+        self.watchdog.beat(f"looking at step {step}: {', '.join(type(hook).__name__ for hook in due)}")
         with ExitStack() as watched:
             for member in self.members.values():
                 watched.enter_context(member.watched())
@@ -122,7 +116,7 @@ class Run:
 
         def requests() -> Iterator[Callable[[], Batch]]:
             """What to load, in order."""
-            for step in range(start, self.steps):
+            for step in range(start, self.until):
                 name, own = self.turns.at(step)
                 plan, accumulate = self.members[name].plan, self.members[name].stepper.accumulate
                 samples = plan.batch(own)
@@ -141,45 +135,62 @@ class Run:
 
 
 def fit(run: Run, start: int) -> int | None:
-    """Train from step `start` to `run.steps`. Returns the signal that ended it early, if one did."""
+    """Train from step `start` to `run.until`. Returns the signal that ended it early, if one did."""
     metrics, step, stopped = run.metrics, start, None
     if step == 0:
         run.ask_hooks(step)
     for member in run.members.values():
         member.trainee.module.train()
     batches = run.batches(start)
-    with Signals() as signals:
-        while step < run.steps and stopped is None:
+    with Signals() as signals, run.watchdog as watchdog, run.checkpoints:
+        while step < run.until and stopped is None:
             name, own = run.turns.at(step)
-            member = run.members[name]
-            stepper, scale = member.stepper, member.schedule(own, member.steps)
-            stepper.begin(scale)
-            losses, parts = [], []
-            for micro_step in range(stepper.accumulate):
-                batch = next(batches).to(stepper.device)
-                generators = [world.generator(run.seed, "noise", position) for position in batch.positions]
-                with stepper.forward_context():
-                    record = member.loss(stepper.wrapped, batch, generators)
-                stepper.backward(record.value, last=micro_step == stepper.accumulate - 1)
-                losses.append(record.value.detach())
-                parts.append(record.parts)
-            norm = stepper.update()
-            if member.ema is not None:
-                member.ema.follow(own + 1)
+            watchdog.beat(f"training step {step + 1}")
+            told = take_step(run, run.members[name], own, step + 1, batches)
             step += 1
-
-            loss, samples = stepper.mean(torch.stack(losses).mean()), step * member.plan.batch_size
-            told = {key: stepper.mean(torch.stack([part[key] for part in parts]).mean()) for key in parts[0]}
             whose = {"expert": name} if len(run.members) > 1 else {}
-            metrics.add(step, {**whose, "loss": loss, "samples": samples, "lr_scale": scale, "grad_norm": norm, **told})
+            metrics.add(step, {**whose, "samples": step * run.members[name].plan.batch_size, **told})
             run.ask_hooks(step)
-            stopped = stepper.agree(signals.received)  # read once: no step ends the run without its checkpoint
-            done = step == run.steps or stopped is not None
+            stopped = run.members[name].stepper.agree(signals.received)  # once: no step ends without its checkpoint
+            done = step == run.until or stopped is not None
             if done or step % LOG_EVERY == 0:
+                metrics.annotate(step, run.meter.report(run.members.values()))
                 metrics.flush()
             if done or step % run.checkpoint_every == 0:
                 run.save(step)
-        run.checkpoints.wait()
     if run.checkpoints.failure:
         raise ValueError(f"the last checkpoint is missing: {run.checkpoints.failure}; the same command goes on from it")
     return stopped
+
+
+def take_step(run: Run, member: Member, own: int, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
+    """One optimizer step of `member`, its own number `own`, which brings the run to `step`; returns what is logged."""
+    stepper, meter, wires = member.stepper, run.meter, run.tripwires
+    scale = member.schedule(own, member.steps)
+    stepper.begin(scale)
+    wires.begin(member)
+    meter.begin(member, watch=step % LOG_EVERY == 0)
+    losses, parts = [], []
+    for micro_step in range(stepper.accumulate):
+        batch = next(batches).to(stepper.device)
+        generators = [world.generator(run.seed, "noise", position) for position in batch.positions]
+        meter.mark("data")
+        with stepper.forward_context():
+            record = member.loss(stepper.wrapped, batch, generators)
+        meter.mark("forward")
+        wires.drew(batch, record, generators)
+        stepper.backward(record.value, last=micro_step == stepper.accumulate - 1)
+        meter.mark("backward")
+        meter.saw(batch, record)
+        losses.append(record.value.detach())
+        parts.append(record.parts)
+    wires.before_update()
+    norm = stepper.update()
+    if wires.updated(step, norm) and member.ema is not None:
+        member.ema.follow(own + 1)
+    meter.mark("optimizer")
+    told = {key: stepper.mean(torch.stack([part[key] for part in parts]).mean()) for key in parts[0]}
+    loss = stepper.mean(torch.stack(losses).mean())
+    meter.mark("communication")
+    rate = max(group["lr"] for group in stepper.optimizer.param_groups)
+    return {"loss": loss, "lr": rate, "lr_scale": scale, "grad_norm": norm, **told, **meter.over()}

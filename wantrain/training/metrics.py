@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl always (one object per optimizer step), one console line, W&B if wanted.
+"""What a run says: metrics.jsonl always (one object per optimizer step), one console line, a tracker if wanted.
 
 Values may live on the device until the line is flushed, so that a GPU is not stopped at every step.
 """
@@ -9,82 +9,25 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from wantrain import world
-
-
-class Tracker(Protocol):
-    """Where scalars and videos go besides the run folder."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def videos(self, step: int, files: Mapping[str, Path], fps: float) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class NoTracker:
-    """metrics.jsonl is enough."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def videos(self, step: int, files: Mapping[str, Path], fps: float) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class WandbTracker:
-    """Weights & Biases; offline into the run folder where there is no API key and no WANDB_MODE says otherwise."""
-
-    def __init__(self, project: str, run: str, folder: Path, config: Mapping[str, Any]) -> None:
-        import wandb  # slow to import, and only this class needs it
-
-        os.environ.setdefault("WANDB_SILENT", "true")
-        offline = "WANDB_MODE" not in os.environ and not wandb.setup().settings.api_key
-        if offline:
-            world.say(f"W&B: no API key, logging offline into {folder / 'wandb'} (wandb sync uploads it)")
-        self.wandb = wandb
-        self.run = wandb.init(
-            project=project,
-            name=run,
-            id=f"{run}-{world.seed_at(str(folder.resolve())) % 16**8:08x}",
-            resume="allow",
-            dir=str(folder),
-            config=dict(config),
-            mode="offline" if offline else None,
-        )
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def videos(self, step: int, files: Mapping[str, Path], fps: float) -> None:
-        # The file's path, not an array: W&B then copies our mp4 instead of encoding its own.
-        media = {f"samples/{name}": self.wandb.Video(str(path), format="mp4") for name, path in files.items()}
-        self.run.log(media, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def build_tracker(name: str, *, project: str | None, run: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """The tracker called `name`, on the main process; others get none."""
-    if name not in {"wandb", "jsonl"}:
-        raise ValueError(f"tracker={name!r} is unknown; choose wandb or jsonl")
-    if name == "wandb" and world.is_main():
-        return WandbTracker(project or "wantrain", run, folder, config)
-    return NoTracker()
+from wantrain.training.trackers import NoTracker, Tracker
 
 
 class Metrics:
     """One object per optimizer step into `path`, with what happened at it: loss, rates, validation."""
 
-    def __init__(self, path: Path, *, steps: int) -> None:
-        self.path, self.steps = path, steps
+    def __init__(self, path: Path, *, steps: int, peak: float | None = None) -> None:
+        self.path, self.steps, self.peak = path, steps, peak
+        self.noted: dict[str, float] = {}
+        self.unwritten: list[str] = []
+        self.refused = False
         self.tracker: Tracker = NoTracker()
         self.pending: list[dict[str, Any]] = []
         self.lap = time.perf_counter()
@@ -96,11 +39,15 @@ class Metrics:
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
         world.write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
-    def add(self, step: int, values: Mapping[str, Tensor | float | int | str]) -> None:
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Remember one step's values; tensors stay where they are until `flush`."""
         now = time.perf_counter()
-        self.pending.append({"step": step, **values, "seconds": now - self.lap})
-        self.lap = now
+        self.pending.append({"step": step, **values, "seconds": now - self.lap, **self.noted})
+        self.lap, self.noted = now, {}
+
+    def note(self, key: str, value: float) -> None:
+        """Something that happened between two steps, for the object of the next one."""
+        self.noted[key] = value
 
     def annotate(self, step: int, values: Mapping[str, Any]) -> None:
         """Add to the object of `step` (made if there is none): results that came after its update."""
@@ -114,22 +61,14 @@ class Metrics:
         """Write what is pending, sync it, and say one line."""
         if not self.pending:
             return
-        rows = [{key: _plain(value) for key, value in row.items()} for row in self.pending]
+        rows = [_plain_row(row) for row in self.pending]
         self.pending = []
-        for row in rows:
-            # Told at the flush, which comes before every save: such weights never become a checkpoint.
-            # A gradient that is no number spoils the weights one step before a loss shows it.
-            if not (math.isfinite(row.get("loss", 0.0)) and math.isfinite(row.get("grad_norm", 0.0))):
-                raise ValueError(
-                    f"the loss is {row['loss']} at step {row['step']} (gradient norm {row['grad_norm']:.3g}); none of "
-                    "it is saved and the last checkpoint is good. Lower optimizer.lr or clip, or look at the data"
-                )
+        measured = [row for row in rows if "tokens" in row]
+        if measured:
+            measured[-1].update(rates(measured, peak=self.peak))
         if not world.is_main():
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        self._write(rows)
         for row in rows:
             # A pair's two experts are two curves each.
             prefix = f"{row['expert']}/" if "expert" in row else ""
@@ -139,9 +78,30 @@ class Metrics:
                 if isinstance(value, float | int) and key != "step"
             }
             self.tracker.scalars(row["step"], scalars)
-        losses = [row for row in rows if "loss" in row]
+        losses = [row for row in rows if row.get("loss") is not None]
         if speak and losses:
             self._speak(losses)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows; where the disk refuses them they wait for the next time. A log never ends a run."""
+        self.unwritten += [json.dumps(row) + "\n" for row in rows]
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(self.unwritten)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with suppress(OSError):  # not half a line, and nothing twice
+                os.truncate(self.path, size)
+            if not self.refused:
+                world.say(
+                    f"warning: {self.path} cannot be written ({error}); the run goes on, and what it could not say "
+                    f"waits in memory. Free disk space"
+                )
+            self.refused = True
+            return
+        self.unwritten, self.refused = [], False
 
     def _speak(self, rows: list[dict[str, Any]]) -> None:
         step = rows[-1]["step"]
@@ -149,14 +109,41 @@ class Metrics:
         seconds = sum(row["seconds"] for row in rows) / len(rows)
         left = (self.steps - step) * seconds
         samples = rows[-1]["samples"] / step / seconds
+        last = rows[-1]
+        speed = f"  {last['tokens_per_second']:,.0f} tokens/s" if last.get("tokens_per_second") else ""
+        use = f"  MFU {100 * last['mfu']:.0f} %" if "mfu" in last else ""
         world.say(
-            f"step {step}/{self.steps}  loss {loss:.4f}  {seconds:.2f} s/step  {samples:.1f} samples/s  "
+            f"step {step}/{self.steps}  loss {loss:.4f}  {seconds:.2f} s/step  {samples:.1f} samples/s{speed}{use}  "
             f"{int(left) // 60}m{int(left) % 60:02d}s left"
         )
 
 
+def rates(rows: Sequence[Mapping[str, Any]], *, peak: float | None) -> dict[str, float]:
+    """How fast the steps of some rows were, over all processes; mfu where the device's peak (operations per second of
+    each process) is known.
+    """
+    seconds = sum(row["seconds"] for row in rows)
+    told = {
+        "tokens_per_second": sum(row["tokens"] for row in rows) / seconds,
+        "video_seconds_per_second": sum(row["video_seconds"] for row in rows) / seconds,
+        "tflops": sum(row["flops"] for row in rows) / seconds / 1e12,
+    }
+    if peak is not None:
+        told["mfu"] = told["tflops"] * 1e12 / peak / world.world_size()
+    return told
+
+
+def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it; a step's times become one value each."""
+    plain = {key: _plain(value) for key, value in row.items() if key != "times"}
+    times = row["times"].seconds() if "times" in row else {}
+    return plain | {f"time/{part}": took for part, took in times.items()}
+
+
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
+    """A value as JSON has it: what is no number is null."""
+    number = value.item() if isinstance(value, Tensor) else value
+    return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
 def _step_of(line: str) -> float:

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wantrain import world
+import torch
+from torch import Tensor
+
+from wantrain import page, world
 from wantrain.geometry import Bucket
+from wantrain.page import Html, Row, Shown
 from wantrain.sampling import Sampler, Settings
-from wantrain.training.metrics import Tracker
 from wantrain.training.stepper import Stepper
-from wantrain.video import Frames, contact_sheet, write_mp4
+from wantrain.training.trackers import Look, Tracker
+from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
+
+INDEX = "index.html"
+#: What has been previewed so far, one object per video: what the page is made from.
+HISTORY = "previews.jsonl"
 
 
 @dataclass
 class Preview:
-    """Hook: every `every` steps, step 0 included, one mp4 per prompt and a contact sheet; the tracker gets the mp4s.
+    """Hook: every `every` steps, step 0 included, one mp4 per prompt and a contact sheet; index.html shows the first
+    preview beside the newest, and the tracker gets the mp4s.
 
     The main process samples and the others wait, so ranks stay together; where each holds only a part of the weights,
-    all sample the same.
+    all sample the same. `open_sampler` makes what a preview needs and takes it away again: between previews nothing of
+    it but the prompts' embeddings is in memory.
     """
 
     steppers: Sequence[Stepper]  # of the experts in training
-    sampler: Sampler
+    open_sampler: Callable[[], AbstractContextManager[Sampler]]
     settings: Settings
     prompts: list[str]
     bucket: Bucket
@@ -35,31 +46,97 @@ class Preview:
     steps: int
     folder: Path
     tracker: Tracker
+    texts: dict[str, Tensor] = field(default_factory=dict)
 
     def due(self, step: int) -> bool:
         """True at every `every`-th step and the last one."""
         return step % self.every == 0 or step == self.steps
 
     def __call__(self, step: int) -> Mapping[str, Any]:
+        found: dict[str, float] = {}
         if world.is_main() or any(stepper.sharded for stepper in self.steppers):
-            clips = [self._sample(prompt, self.seed + number) for number, prompt in enumerate(self.prompts)]
+            clips = self._sample()
             if world.is_main():
-                self._write(step, clips)
+                looks = self._write(step, clips)
+                self.tracker.previews(step, looks)
+                found = {
+                    what: sum(getattr(look, what) for look in looks) / len(looks) for what in ("motion", "flicker")
+                }
         self.steppers[0].accelerator.wait_for_everyone()
-        return {}
+        return {f"preview_{what}": value for what, value in found.items()}
 
-    def _sample(self, prompt: str, seed: int) -> Frames:
-        with ExitStack() as contexts:
-            for stepper in self.steppers:
-                contexts.enter_context(stepper.forward_context())
-            return self.sampler(prompt, bucket=self.bucket, settings=self.settings, seed=seed)
+    def _sample(self) -> list[Frames]:
+        """A video for each prompt."""
+        with self.open_sampler() as sampler:
+            sampler.texts = self.texts
+            sampler.warm([*self.prompts, self.settings.negative_prompt])
+            with ExitStack() as contexts:
+                for stepper in self.steppers:
+                    contexts.enter_context(stepper.forward_context())
+                clips = [
+                    sampler(prompt, bucket=self.bucket, settings=self.settings, seed=self.seed + number)
+                    for number, prompt in enumerate(self.prompts)
+                ]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # blocks of the preview's sizes are of no use to training
+        return clips
 
-    def _write(self, step: int, clips: Sequence[Frames]) -> None:
-        files = {}
-        for number, frames in enumerate(clips):
-            files[f"{number}"] = self.folder / f"step_{step:06d}_{number}.mp4"
-            write_mp4(files[f"{number}"], frames, self.fps)
+    def _write(self, step: int, clips: Sequence[Frames]) -> list[Look]:
+        """Everything that a preview leaves in the run folder."""
+        looks = []
+        for number, (prompt, frames) in enumerate(zip(self.prompts, clips, strict=True)):
+            file = self.folder / f"step_{step:06d}_{number}.mp4"
+            write_mp4(file, frames, self.fps)
+            looks.append(
+                Look(number, prompt, self.seed + number, file, round(motion(frames), 4), round(flicker(frames), 4))
+            )
         titled = {f"step {step}: {prompt}": frames for prompt, frames in zip(self.prompts, clips, strict=True)}
         contact_sheet(self.folder / f"step_{step:06d}.png", titled)
-        self.tracker.videos(step, files, self.fps)
-        world.say(f"step {step}: {len(files)} previews in {self.folder}")
+        history = write_history(self.folder / HISTORY, step, looks)
+        title = f"{self.folder.parent.name}: step {step} of {self.steps}"
+        world.write_atomically(self.folder.parent / INDEX, make_page(title, history, self.folder))
+        world.say(f"step {step}: {len(looks)} previews, shown by {self.folder.parent / INDEX}")
+        return looks
+
+
+def write_history(path: Path, step: int, looks: Sequence[Look]) -> list[tuple[int, Look]]:
+    """All looks up to `step`, which are added; later ones, of a run that has gone back to a checkpoint, are dropped."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    kept = [row for row in rows if row["step"] < step]
+    kept += [{"step": step, **asdict(replace(look, file=Path(look.file.name)))} for look in looks]
+    lines = [json.dumps({**row, "file": str(row["file"])}, ensure_ascii=False) for row in kept]
+    world.write_atomically(path, "".join(f"{line}\n" for line in lines))
+    return [(row.pop("step"), Look(**{**row, "file": path.parent / row["file"]})) for row in kept]
+
+
+def make_page(title: str, history: Sequence[tuple[int, Look]], folder: Path) -> str:
+    """A row for each prompt and seed: its first preview beside its newest, and those between, smaller."""
+    by_prompt: dict[tuple[str, int], list[tuple[int, Look]]] = {}
+    for step, look in history:
+        by_prompt.setdefault((look.prompt, look.seed), []).append((step, look))
+    rows = []
+    for (prompt, seed), looks in sorted(by_prompt.items(), key=lambda item: -item[1][-1][0]):
+        first, *between, last = looks if len(looks) > 1 else [*looks, looks[0]]
+        shown = [first] if first == last else [first, last]
+        strips = Html("".join(page.figure(_strip(look), f"step {step}") for step, look in shown))
+        rows.append(
+            Row(
+                prompt,
+                f"seed {seed}",
+                [_shown(step, look, folder) for step, look in shown],
+                [_shown(step, look, folder) for step, look in between],
+                f"{len(between)} between",
+                strips,
+            )
+        )
+    note = "Motion is the mean change of brightness per frame, flicker what the next frame takes back (grey levels)."
+    return page.page(title, page.paragraph(note, quiet=True), page.comparison(rows))
+
+
+def _shown(step: int, look: Look, folder: Path) -> Shown:
+    label = "step 0: before training" if step == 0 else f"step {step}"
+    return Shown(f"{folder.name}/{look.file.name}", label, f"motion {look.motion:.2f}, flicker {look.flicker:.2f}")
+
+
+def _strip(look: Look) -> Html:
+    return page.picture(jpeg(filmstrip(read_mp4(look.file), cell=96)), look.prompt)

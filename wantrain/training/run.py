@@ -1,4 +1,4 @@
-"""The run folder: `runs/<name>/` with config.yaml, metrics.jsonl, checkpoints/, samples/.
+"""The run folder: `runs/<name>/` with config.yaml, run.json, metrics.jsonl, checkpoints/, samples/.
 
 The same name and the same config continue a run; another config is refused, naming what differs. The stored config
 is data: it is compared and read, never built from.
@@ -31,9 +31,13 @@ FREE = (
     "tracker",
     "checkpoint",
     "validation",
+    "tripwires",
     "sample",
     "dry_run",
+    "stop_after",
+    "replay",
     "data.shards",
+    "loss.batch_size",  # follows batch_size, which is compared
 )
 
 
@@ -51,6 +55,14 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def tripped(self) -> Path:
+        return self.path / "tripped.jsonl"
 
     @property
     def metrics(self) -> Path:

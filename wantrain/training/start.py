@@ -53,6 +53,7 @@ class Start:
         else:
             module.gradient_checkpointing = self.gradient_checkpointing  # type: ignore[assignment]
         settings = self.adapt(module)
+        self.check_trained(module)
         about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
         about |= {"base": self.base.name, "recipe": self.recipe, "made_by": world.made_by(), **settings}
         known = {key: str(value) for key, value in about.items() if value is not None and value is not False}
@@ -132,6 +133,26 @@ class Start:
             f"the adapter goes on from {given}: {len(lora.layers)} layers, rank {first.rank}, alpha {first.alpha:g}"
         )
         return {"rank": first.rank, "alpha": first.alpha, "targets": "as in the file"}
+
+    def check_trained(self, module: nn.Module) -> None:
+        """ValueError unless what is trained is what the adapter says: its own weights and no other, or every weight."""
+        trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        kind = self.adapter["name"]
+        if kind in {"lora", "dora"}:
+            wrong = [name for name, moves in trained.items() if moves != (".lora_" in name)]
+        else:
+            wrong = [name for name, moves in trained.items() if not moves and kind == "none" and self.is_transformer]
+        if wrong:
+            state = "is trained" if trained[wrong[0]] else "is frozen"
+            raise ValueError(
+                f"adapter={kind}: {wrong[0]} {state}, as are {len(wrong) - 1} other parameters; it should not be. "
+                "This is a fault of the program, please report it"
+            )
+
+    @property
+    def is_transformer(self) -> bool:
+        """False where a recipe trains a VAE, parts of which may stay as they are."""
+        return bool(self.expert["name"] != "vae")
 
     def is_measurable(self) -> bool:
         """True if what is trained is a base's own expert, so that its noise profile should be that expert's."""

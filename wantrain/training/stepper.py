@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from wantrain import world
 from wantrain.models.adapters import keep_activation_dtype
 from wantrain.training.checkpoint import Copier
-from wantrain.training.optim import named_trainable
+from wantrain.training.optim import fill_quantised, named_trainable, plain_tensors
 from wantrain.training.parallel import SHARDED, autocast, engine_of
 
 
@@ -46,7 +46,20 @@ class Stepper:
         self.copier = Copier()
         if self._zero:
             self._configure_deepspeed()
+        trained = {name: parameter.numel() for name, parameter in named_trainable(module).items()}
         self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
+        self._check_trained(trained)
+
+    def _check_trained(self, wanted: Mapping[str, int]) -> None:
+        """ValueError unless the engine's optimizer moves just the parameters that training was to move."""
+        # ZeRO-3 leaves an empty tensor with the whole's size beside it.
+        found = {name: getattr(p, "ds_numel", p.numel()) for name, p in named_trainable(self.module).items()}
+        groups = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        if found != dict(wanted) or (not self._zero and groups != sum(wanted.values())):
+            raise ValueError(
+                f"{sum(wanted.values()):,} parameters were to be trained, {self.engine} trains {sum(found.values()):,} "
+                f"and its optimizer holds {groups:,}: some would never move"
+            )
 
     @property
     def _zero(self) -> bool:
@@ -81,7 +94,11 @@ class Stepper:
             group["lr"] = group["peak_lr"] * learning_rate_scale
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add one micro-step's share of the gradient; DDP synchronises ranks only in the last one of a step."""
+        """Add one micro-step's share of the gradient; DDP synchronises ranks only in the last one of a step.
+
+        A loss that is no number becomes a gradient that is none, on every rank, whatever the slope there: see `update`.
+        """
+        loss = loss * (1 + 0 * loss.detach())
         if self._zero:
             self.accelerator.gradient_state._set_sync_gradients(last)
             self.accelerator.backward(loss)
@@ -91,14 +108,18 @@ class Stepper:
             self.accelerator.backward(loss / self.accumulate)
 
     def update(self) -> Tensor:
-        """Clip, step, clear. Returns the gradient norm before clipping (a scalar on the device)."""
+        """Clip, step, clear. Returns the gradient norm before clipping, the same on every rank; where it is no number
+        no rank steps, and weights and optimizer stay as they were.
+        """
         if self._zero:  # its last backward has done all of it
             return torch.as_tensor(self.wrapped.get_global_grad_norm(), device=self.device)
         parameters = list(named_trainable(self.module).values())
         norm = nn.utils.clip_grad_norm_(parameters, self.clip)
-        self.optimizer.step()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if torch.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all processes of a scalar."""
@@ -115,6 +136,16 @@ class Stepper:
         """After a forward that no backward follows: FSDP2 keeps its outermost weights in one piece for that one."""
         if isinstance(self.module, FSDPModule):
             self.module.reshard()
+
+    def local_parts(self) -> dict[str, Tensor]:
+        """What this process holds of each parameter that training moves, by name: with its gradient, if it has one."""
+        return {name: self._local_part(parameter) for name, parameter in named_trainable(self.module).items()}
+
+    def _local_part(self, parameter: nn.Parameter) -> Tensor:
+        if self.engine == "zero3":
+            part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            return part
+        return local_part(parameter)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A copy of a parameter, or of a tensor of its optimizer's state, in one piece on the CPU (see Copier).
@@ -141,15 +172,9 @@ class Stepper:
         self._link_zero_state()
         state = {}
         for name, parameter in named_trainable(self.module).items():
-            for key, value in (self._zero_state(parameter) if self._zero else self._state(parameter)).items():
+            own = self._zero_state(parameter) if self._zero else plain_tensors(self.optimizer.state[parameter])
+            for key, value in own.items():
                 state[f"{name}/{key}"] = self.whole(value)
-        return state
-
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state: dict[str, Any] = self.optimizer.state[parameter]
-        for key, value in state.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"the optimizer keeps {key} as {type(value).__name__}; only tensors can be saved")
         return state
 
     def _zero_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -195,6 +220,9 @@ class Stepper:
             raise ValueError(f"{where} holds the state of other parameters; it belongs to another run")
         if self._zero:
             self._fill_zero_state(by_name)
+            return
+        if any("." in part for own in by_name.values() for part in own):
+            fill_quantised(self.optimizer.optimizer, {parameters[name]: by_name[name] for name in parameters})
             return
         # The order of the groups is that of their parameters' numbers in a state dict.
         names = {parameter: name for name, parameter in parameters.items()}

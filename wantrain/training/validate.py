@@ -78,13 +78,15 @@ class Validator:
         elements = 0.0
         for batch in self.batches:
             x0 = batch.latents_BCTHW
+            mask_BT = torch.ones(len(x0), x0.shape[2]) if batch.mask_BT is None else batch.mask_BT
+            # Clips weigh the same whatever their size, and of each only the noised frames count, as in the loss above.
+            counted = mask_BT.sum(dim=1, keepdim=True) * x0[0, :, 0].numel()
+            weight = flow.over_frames(mask_BT.double() / counted, x0)
             for i, (level, noise) in enumerate(zip(sigmas, self._noises(batch), strict=True)):
-                noisy = flow.path(x0, noise, level.expand(len(batch))).double()
+                noisy = flow.path(x0, noise, flow.noised(level.expand(len(batch)), batch.mask_BT)).double()
                 target = flow.velocity(x0, noise).double()
-                # Clips weigh the same whatever their size, as in the loss above.
-                scale = 1 / x0[0].numel()
-                terms = [(noisy * target).sum(), (noisy * noisy).sum(), (target * target).sum()]
-                sums[i] += scale * torch.stack(terms)
+                terms = [noisy * target, noisy * noisy, target * target]
+                sums[i] += torch.stack([(weight * term).sum() for term in terms])
             elements += len(batch)
         cross, noisy_power, target_power = sums.unbind(1)
         by_level = (target_power - cross**2 / noisy_power) / elements

@@ -1,0 +1,203 @@
+"""What all that is on by default costs: python benchmarks/overhead.py [--pairs 10] [--steps 3]
+
+The same transformer (W-S: 6 layers, 384 wide, 14.8 M parameters, float32) learns from the same batches (one sample of
+2,048 tokens and 512 rows of text) in two ways, turn by turn: `bare`, a plain accelerate loop (forward, backward, clip,
+AdamW), and `wantrain`, the project's own loop with its log, meter, tripwires, watchdog and prefetching, but without
+checkpoints and validation, which are choices. Reported are CPU seconds of the process per step, and the median over the
+pairs of their ratio. Before anything is timed both must have come to the same loss. Writes overhead.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from wantrain import flow, world
+from wantrain.batch import Batch
+from wantrain.data import Plan
+from wantrain.losses import FlowMatching
+from wantrain.models import WanTransformer
+from wantrain.training.loop import Run, fit
+from wantrain.training.member import Member
+from wantrain.training.meter import Meter
+from wantrain.training.metrics import Metrics
+from wantrain.training.optim import Schedule
+from wantrain.training.stepper import Stepper
+from wantrain.training.trainee import Trainee
+from wantrain.training.tripwires import Tripwires
+from wantrain.training.turns import Turns
+from wantrain.training.watchdog import Watchdog
+
+WS: dict[str, Any] = {
+    "num_attention_heads": 3, "attention_head_dim": 128, "text_dim": 4096, "ffn_dim": 1024, "num_layers": 6,
+}  # fmt: skip
+RATE, CLIP, SEED = 1e-4, 1.0, 0
+
+
+class Samples:
+    """One latent and one text, whatever is asked for: what the loop takes for a data set."""
+
+    def __init__(self) -> None:
+        random = torch.Generator().manual_seed(1)
+        self.latents = torch.randn(1, 16, 8, 32, 32, generator=random)
+        self.text = 0.1 * torch.randn(1, 512, 4096, generator=random)
+
+    def load(self, samples: Any, positions: Any) -> Batch:
+        count = len(positions)
+        names = tuple(f"clip-{sample}" for sample in samples)
+        return Batch(self.latents[:count], self.text[:count], names, tuple(int(place) for place in positions))
+
+    def heldout_batches(self, count: int) -> list[Batch]:
+        return []
+
+    def captions(self) -> list[str]:
+        return []
+
+
+class NoCheckpoints(nullcontext[None]):
+    """A store that keeps nothing."""
+
+    failure = None
+
+    def wait(self) -> None: ...
+
+    def save(self, *_: Any, **__: Any) -> None: ...
+
+
+def model() -> WanTransformer:
+    torch.manual_seed(0)
+    built = WanTransformer(**WS)
+    torch.nn.init.normal_(built.head.head.weight, std=0.02)  # zero would leave the blocks without a gradient
+    return built
+
+
+class Bare:
+    """The loop that anybody writes."""
+
+    def __init__(self, data: Samples) -> None:
+        self.data, self.accelerator, self.step = data, Accelerator(), 0
+        module = model()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, fused=True)
+        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.law = FlowMatching(density="uniform", shift=3.0)
+
+    def run(self, steps: int) -> float:
+        loss = torch.zeros(())
+        for _ in range(steps):
+            batch = self.data.load([0], [self.step])
+            generator = world.generator(SEED, "noise", self.step)
+            sigma = self.law.draw(generator)
+            noise = torch.randn(batch.latents_BCTHW.shape[1:], generator=generator)[None]
+            noisy = flow.path(batch.latents_BCTHW, noise, sigma)
+            predicted = self.module(noisy, 1000 * sigma, batch.text_BLD)
+            loss = (predicted - (noise - batch.latents_BCTHW)).square().mean()
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.module.parameters(), CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+        return loss.item()
+
+
+class Ours:
+    """The project's loop."""
+
+    def __init__(self, data: Samples, folder: Path, steps: int) -> None:
+        module = model()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, fused=True)
+        for group in optimizer.param_groups:
+            group["peak_lr"] = RATE
+        stepper = Stepper(Accelerator(), module, optimizer, accumulate=1, clip=CLIP, precision="fp32")
+        member = Member(
+            name="dense",
+            trainee=Trainee(module, "transformer"),
+            stepper=stepper,
+            loss=FlowMatching(density="uniform", shift=3.0),
+            schedule=Schedule("constant"),
+            plan=Plan(np.zeros(64, dtype=np.int64), batch_size=1, seed=SEED),
+            steps=steps,
+        )
+        self.run_ = Run(
+            members={"dense": member},
+            turns=Turns({"dense": 1.0}),
+            data=data,
+            checkpoints=NoCheckpoints(),  # type: ignore[arg-type]
+            metrics=Metrics(folder / "metrics.jsonl", steps=steps),
+            meter=Meter(16),
+            tripwires=Tripwires(folder / "tripped.jsonl"),
+            watchdog=Watchdog(3600.0),
+            steps=steps,
+            until=0,
+            seed=SEED,
+            checkpoint_every=10**9,
+            state={},
+        )
+        self.folder = folder
+
+    def run(self, steps: int) -> float:
+        start = self.run_.until
+        self.run_.until = start + steps
+        fit(self.run_, start)
+        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return float(rows[-1]["loss"])
+
+
+def timed(loop: Bare | Ours, steps: int) -> float:
+    """CPU seconds of this process, all its threads, per step."""
+    began = time.process_time()
+    loop.run(steps)
+    return (time.process_time() - began) / steps
+
+
+def main() -> None:
+    """Hold the two loops against each other, then time them in turn."""
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--pairs", type=int, default=10)
+    asked.add_argument("--steps", type=int, default=3)
+    given = asked.parse_args()
+    torch.set_num_threads(2)
+    world.say = lambda message: None  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        data, total = Samples(), 2 + given.pairs * given.steps
+        bare, ours = Bare(data), Ours(data, Path(folder), total)
+        losses = bare.run(2), ours.run(2)
+        assert abs(losses[0] - losses[1]) <= 1e-5 * losses[0], f"the loops differ: {losses}"
+        pairs = []
+        for number in range(given.pairs):
+            order: list[Bare | Ours] = [bare, ours] if number % 2 else [ours, bare]
+            took = {type(loop).__name__: timed(loop, given.steps) for loop in order}
+            pairs.append((took["Ours"], took["Bare"]))
+    ratios = [mine / theirs for mine, theirs in pairs]
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "shape": {**WS, "latents": [1, 16, 8, 32, 32], "text": [1, 512, 4096], "steps": given.steps},
+        "versions": {"torch": torch.__version__, "accelerate": accelerate.__version__},
+        "machine": f"{platform.machine()}, 2 threads",
+        "losses_after_2_steps": losses,
+        "cpu_seconds_per_step": {
+            "wantrain": statistics.median(mine for mine, _ in pairs),
+            "bare": statistics.median(theirs for _, theirs in pairs),
+        },
+        "ratio_median": statistics.median(ratios),
+        "ratios": ratios,
+        "command": f"python benchmarks/overhead.py --pairs {given.pairs} --steps {given.steps}",
+    }
+    out = Path(__file__).with_suffix(".json")
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({key: result[key] for key in ("cpu_seconds_per_step", "ratio_median")}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""report.html: totals over everything, a bounded sample of clips, and what text there is, safe and whole."""
+
+import base64
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wantrain import page
+from wantrain.data import read_manifest, report
+from wantrain.data.report import REPORT, write_report
+from wantrain.models import load_vae
+
+
+def pictures(document):
+    found = re.findall(r"data:image/jpeg;base64,([^\"]+)", document)
+    return [Image.open(io.BytesIO(base64.b64decode(each))) for each in found]
+
+
+@pytest.fixture
+def folders(tiny, tmp_path):
+    for name in ("videos", "latents"):
+        shutil.copytree(getattr(tiny, name), tmp_path / name)
+        (tmp_path / name / REPORT).unlink(missing_ok=True)
+    return tmp_path
+
+
+def test_a_video_report_shows_every_clip_and_counts_all_of_them(folders):
+    videos = folders / "videos"
+    manifest = json.loads((videos / "manifest.json").read_text())
+    document = write_report(videos, "video").read_text(encoding="utf-8")
+    assert f"videos: {manifest['clips']} video clips" in document
+    strips = pictures(document)
+    assert len(strips) == manifest["clips"]
+    assert {strip.height for strip in strips} == {report.CELL}
+    assert sum(np.asarray(strip.convert("L")).std() > 5 for strip in strips) == len(strips), "frames, not grey boxes"
+    assert ">9 frames</text>" in document and ">1 frames</text>" in document and "Clips by size" in document
+    counted = re.findall(r">(\d+) frames</text>.*?<text[^>]*>(\d+)</text>", document)
+    assert sum(int(count) for _, count in counted) == manifest["clips"]
+
+
+def test_a_latent_report_decodes_on_demand_and_counts_tokens(folders, tiny):
+    latents = folders / "latents"
+    text = write_report(latents, "latent").read_text(encoding="utf-8")
+    assert pictures(text) == [] and "report=decode shows them" in text and "Captions by words" in text
+    clips = json.loads((latents / "manifest.json").read_text())["clips"]
+    vae = load_vae(tiny.base)
+    samples = report._samples(latents, read_manifest(latents, "latent"))
+    captions = [caption for sample in samples for caption in report.captions_of(sample.about)]
+    long = captions[0]
+    how = {"decode": vae.decode, "count_tokens": lambda caption: 513 if caption == long else 512}
+    document = write_report(latents, "latent", **how).read_text(encoding="utf-8")
+    assert len(pictures(document)) == clips == len(captions) > captions.count(long) > 0
+    assert f"{captions.count(long)} of {clips} are longer than 512 tokens and are cut there" in document
+    assert "the longest has 513 tokens" in document
+
+
+def test_the_same_folder_is_reported_once(folders):
+    videos = folders / "videos"
+    write_report(videos, "video")
+    before = (videos / REPORT).read_bytes()
+    assert write_report(videos, "video") is None
+    (videos / REPORT).unlink()
+    write_report(videos, "video")
+    assert (videos / REPORT).read_bytes() == before, "nothing in it depends on when it was made"
+
+
+def test_a_large_set_is_a_fixed_sample_with_totals_over_all(folders, monkeypatch):
+    videos = folders / "videos"
+    everything = write_report(videos, "video").stat().st_size
+    monkeypatch.setattr(report, "SHOWN", 3)
+    (videos / REPORT).unlink()
+    document = write_report(videos, "video").read_text(encoding="utf-8")
+    clips = json.loads((videos / "manifest.json").read_text())["clips"]
+    assert len(pictures(document)) == 3 and f"3 of {clips} clips, chosen by hash" in document
+    assert len(document) < everything
+
+
+def test_rejects_are_counted_by_reason_and_named_safely(folders):
+    videos = folders / "videos"
+    rows = [{"name": f"<b>{i}</b>.mp4", "reason": "no caption" if i % 3 else "the file is <empty>"} for i in range(500)]
+    (videos / "rejects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    document = write_report(videos, "video").read_text(encoding="utf-8")
+    assert "<b>0" not in document and "&lt;b&gt;0&lt;/b&gt;.mp4" in document
+    assert '<td class="number">333</td><td dir="auto">no caption</td>' in document
+    assert '<td class="number">167</td><td dir="auto">the file is &lt;empty&gt;</td>' in document
+    assert "the first 200 of 500 by name" in document
+
+
+def test_several_captions_and_a_ledger_are_shown_if_they_are_there():
+    about = {"captions": ["one", {"text": "two"}], "caption": "one"}
+    assert report.captions_of(about) == ["one", "two"]
+    assert report.captions_of({"caption": "just one"}) == ["just one"] and report.captions_of({}) == [""]
+    ledger = {"clips": 3, "schema": 1, "seconds": {"given": 12.345, "used": 4}, "ok": True, "files_seen": 2}
+    assert dict(report._numbers(ledger)) == {"seconds: given": 12.35, "seconds: used": 4, "files_seen": 2}
+
+
+def test_a_clip_that_cannot_be_read_is_told_and_the_page_is_written(folders, monkeypatch):
+    def broken(*_):
+        raise ValueError("cannot be decoded, <damaged>")
+
+    monkeypatch.setattr(report, "_window", broken)
+    document = write_report(folders / "videos", "video").read_text(encoding="utf-8")
+    assert "cannot be shown: cannot be decoded, &lt;damaged&gt;" in document and page.mark_of(document)

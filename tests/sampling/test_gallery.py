@@ -1,0 +1,174 @@
+"""A list of prompts resumes, is shared by processes, never writes over a video, and is shown on a page."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from wantrain.sampling import gallery as room
+from wantrain.sampling.generate import Sampler
+
+PROMPTS = ["a red ring", "一只猫 <b>&</b>", "חתול 🐈 drei", "a red ring"]
+#: A small video of the micro model.
+SMALL = (
+    *("height=32", "width=32", "num_frames=5", "steps=2"),
+    *("model.transformer.num_layers=2", "model.transformer.ffn_dim=64", "model.transformer.attention_head_dim=32"),
+)
+
+
+@pytest.fixture
+def listed(pair, call, tmp_path):
+    """listed(...): samples the file of prompts; says which videos there are with their times."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+
+    def run(*more, check=True):
+        ended = call("sample.py", f"weights={pair}", "prompts=prompts.txt", *SMALL, *more, check=check)
+        return ended, {path.name: path.stat().st_mtime_ns for path in (tmp_path / "samples").glob("*.mp4")}
+
+    return run
+
+
+def test_a_finished_list_is_not_made_again_and_nothing_is_loaded(listed, monkeypatch, tmp_path):
+    _, first = listed("count=2")
+    assert [name[:11] for name in sorted(first)] == [f"{i:03d}_seed_{i % 2}_" for i in range(6)]
+    monkeypatch.setattr(Sampler, "batch", lambda *_, **__: pytest.fail("it was made again"))
+    monkeypatch.setattr("wantrain.training.gather.load_transformer", lambda *_, **__: pytest.fail("it was loaded"))
+    ended, again = listed("count=2")
+    assert again == first and "samples: 6 of 6 videos are there already and are kept" in ended.stdout
+
+
+def test_a_list_that_was_stopped_goes_on_where_it_was(listed, monkeypatch, tmp_path):
+    made, batch = [], Sampler.batch
+
+    def dies(self, prompts, **how):
+        if len(made) == 2:
+            raise ValueError("the lights went out")
+        made.extend(prompts)
+        return batch(self, prompts, **how)
+
+    monkeypatch.setattr(Sampler, "batch", dies)
+    ended, before = listed(check=False)
+    assert "the lights went out" in ended.error and len(before) == 2
+    half = tmp_path / "samples" / (sorted(before)[1])
+    half.with_suffix(".json").unlink()  # as if it had died between the two
+    made.clear()
+    _, after = listed()
+    assert made == PROMPTS[1:3] and len(after) == 3
+    assert after[sorted(before)[0]] == before[sorted(before)[0]]
+
+
+def test_other_settings_prompts_or_weights_never_write_over_a_video(listed, call, pair, tmp_path):
+    _, first = listed()
+    contents = {name: (tmp_path / "samples" / name).read_bytes() for name in first}
+    listed("guidance.low_noise=5")
+    call("sample.py", f"weights={pair}", "prompt=something else", *SMALL)
+    config = pair / "transformer" / "config.json"
+    before = config.stat()
+    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # other weights, for all that anybody can see
+    _, last = listed()
+    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(last) == 3 + 3 + 1 + 3
+    assert all((tmp_path / "samples" / name).read_bytes() == content for name, content in contents.items())
+
+
+def test_a_prompt_put_into_the_list_is_all_that_is_made(listed, tmp_path, monkeypatch):
+    _, before = listed()
+    made, batch = [], Sampler.batch
+    monkeypatch.setattr(
+        Sampler, "batch", lambda self, prompts, **how: made.extend(prompts) or batch(self, prompts, **how)
+    )
+    (tmp_path / "prompts.txt").write_text("\n".join(["new", *PROMPTS]), encoding="utf-8")
+    _, after = listed()
+    assert made == ["new"] and before.items() <= after.items() and len(after) == 4
+
+
+def test_two_processes_make_the_list_once_between_them(listed, monkeypatch, tmp_path):
+    made, batch = {}, Sampler.batch
+    for rank in ("0", "1"):
+
+        def note(self, prompts, *, rank=rank, **how):
+            made.setdefault(rank, []).extend(prompts)
+            return batch(self, prompts, **how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Sampler, "batch", note)
+            # As a launcher sets them, inside the verb's own environment.
+            patch.setattr("wantrain.world.rank", lambda rank=rank: int(rank))
+            patch.setattr("wantrain.world.world_size", lambda: 2)
+            listed()
+    assert made == {"0": [PROMPTS[0], PROMPTS[2]], "1": [PROMPTS[1]]}
+    page = (tmp_path / "samples" / "index.html").read_text(encoding="utf-8")
+    assert page.count("<video") == 3
+    monkeypatch.setattr(Sampler, "batch", lambda *_, **__: pytest.fail("it was made again"))
+    _, files = listed()
+    assert len(files) == 3
+
+
+def test_the_page_shows_every_prompt_in_its_own_script_with_what_made_it(listed, tmp_path):
+    _, files = listed("count=2")
+    page = (tmp_path / "samples" / "index.html").read_text(encoding="utf-8")
+    assert sorted(re.findall(r'<video src="([^"]+)"', page)) == sorted(files)
+    assert "一只猫 &lt;b&gt;&amp;&lt;/b&gt;" in page and "חתול 🐈 drei" in page and "<b>" not in page
+    assert "5x32x32, 2 steps of unipc, shift 3, guidance 2, 2" in page
+    about = json.loads(next((tmp_path / "samples").glob("000_*.json")).read_text(encoding="utf-8"))
+    assert f"motion {about['motion']:.2f}, flicker {about['flicker']:.2f}; pipeline" in page
+    assert (about["prompt"], about["seed"], about["size"]) == (PROMPTS[0], 0, "5x32x32")
+
+
+def test_runs_are_shown_side_by_side(tiny, pair, call, tmp_path):
+    train = (*tiny.train, f"weights={pair}", "batch_size=2", "steps=1", "optimizer.lr=1e-2")
+    call("train.py", *train, "expert=low_noise", "run=low")
+    call("train.py", *train, "expert=high_noise", "run=high")
+    (tmp_path / "p.txt").write_text("a red ring\na cat\n")
+    said = call("sample.py", "compare=[low,high+low,base]", "prompts=p.txt", *SMALL).stdout
+    out = tmp_path / "compare"
+    page = (out / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<video src="([^"]+)"', page)
+    assert [Path(file).parent.name for file in shown] == ["low", "high%2Blow", "base"] * 2
+    assert all((out / file.replace("%2B", "+")).is_file() for file in shown)
+    assert "low step 1" in page and "high step 1 + low step 1" in page and "compare/index.html shows low beside" in said
+    videos = [(out / file.replace("%2B", "+")).read_bytes() for file in shown]
+    assert len(set(videos)) == 6, "a run, a pair and the base give different videos"
+    call("sample.py", f"weights={pair}", "prompts=p.txt", "out=alone", *SMALL)
+    assert videos[2] == next((tmp_path / "alone").glob("000_*.mp4")).read_bytes()
+    error = call("sample.py", "compare=[low,nothing]", "prompts=p.txt", "out=none", *SMALL, check=False).error
+    assert "there is no run nothing in runs" in error and not (tmp_path / "none").exists()
+
+
+def test_a_sheet_shows_at_most_so_many(listed, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(room, "SHOWN", 2)
+    monkeypatch.setattr(room, "contact_sheet", lambda path, clips: seen.append(list(clips)))
+    listed()
+    assert len(seen[0]) == 2 and seen[0][0].endswith(": a red ring")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("height=40", "width=32"), "height, width: height x width 40x32 must be multiples of 16"),
+        (("num_frames=6",), "num_frames=6 is not 4k+1"),
+        (
+            ("tile=100",),
+            "tile=100: height x width 100x100 must be multiples of 8 (VAE stride times patch); the nearest",
+        ),
+        (("tile=-8",), "tile=-8 must be above 0"),
+        (("idle=ram",), "idle=ram is unknown; choose one of gpu, cpu, disk"),
+        (("offload=all",), "offload=all is unknown; choose one of none, blocks"),
+        (("lora.dense=x",), "lora.dense=x: this model has high_noise, low_noise, no dense"),
+    ],
+)
+def test_what_cannot_be_made_is_one_clear_error_before_anything_is_written(more, said, listed, tmp_path):
+    ended, files = listed(*more, check=False)
+    assert said in ended.error and files == {} and not (tmp_path / "samples").exists()
+
+
+@pytest.mark.slow
+def test_every_way_of_living_and_a_single_tile_make_the_same_video(listed, tmp_path):
+    contents = set()
+    for way in (("idle=gpu",), ("idle=cpu", "offload=blocks"), ("idle=disk",), ("tile=32",)):
+        listed(*way, f"out={'_'.join(way)}")
+        contents.add(b"".join(path.read_bytes() for path in sorted((tmp_path / "_".join(way)).glob("*.mp4"))))
+    assert len(contents) == 1

@@ -1,0 +1,100 @@
+"""The memory plan: what is traced without values is what real tensors take, and the sums add up."""
+
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wantrain.geometry import Bucket
+from wantrain.models import WanTransformer, WanVAE
+from wantrain.sampling import memory
+
+SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 64, "num_layers": 3}
+
+
+def test_bytes_alive_are_counted_and_let_go():
+    def work():
+        a = torch.ones(1000)  # 4000
+        b = a.view(10, 100) + 1  # 8000
+        del a
+        c = b.double()  # 4000 + 8000
+        c += 1
+        return (c[0], c.T)
+
+    assert memory.peak_bytes(work) == 12000
+
+
+def test_what_a_trace_without_values_says_is_what_real_tensors_take():
+    def peaks():
+        torch.manual_seed(0)
+        model, vae = WanTransformer(**SIZE).eval(), WanVAE(base_dim=4).eval()
+        latents = torch.zeros(1, 16, 3, 8, 10)
+        return memory.trace_step(model, latents), memory.trace_decoding(vae, latents, None)
+
+    with FakeTensorMode():
+        traced = peaks()
+    for without, real in zip(traced, peaks(), strict=True):
+        assert abs(without - real) <= 256 and real > 10_000  # a constant or two
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's memory; there is none")
+def test_on_a_gpu_a_step_and_a_decoding_take_what_was_traced():
+    model, vae = WanTransformer(num_layers=2).cuda().bfloat16().eval(), WanVAE().cuda().eval()
+    latents = torch.zeros(1, 16, 5, 30, 52, device="cuda")
+    text = torch.zeros(1, 512, 4096, device="cuda")
+    work = {
+        memory.trace_step(model, latents): lambda: model(latents, torch.zeros(1, device="cuda"), text),
+        memory.trace_decoding(vae, latents, None): lambda: vae.decode(latents),
+    }
+    for traced, run in work.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            run()
+        taken = torch.cuda.max_memory_allocated() - before
+        assert 0.8 < taken / traced < 1.25, (taken, traced)
+
+
+def plan(expert=WanTransformer, vae=WanVAE, **more):
+    how = {"names": ["high_noise", "low_noise"], "bucket": Bucket(81, 480, 832), "batch_size": 1, "tile": None}
+    how |= {"dtype": torch.bfloat16, "idle": "gpu", "offload": "none"} | more
+    return memory.describe(expert, vae, **how)
+
+
+def gib(line):
+    return [float(number) for number in re.findall(r"([\d.]+) GiB", line)]
+
+
+def test_the_14b_pair_is_planned_onto_one_24_gb_card():
+    """The published sizes, 81x480x832; the sums of the printed parts are the printed sums."""
+    text = plan(idle="disk", offload="blocks")
+    lines = {line[:20].strip(): line[20:] for line in text.splitlines() if line[:20].strip()}
+    assert "21 x 30 x 52 = 32760" in lines["tokens per video"]
+    block, outside, whole = gib(lines["an expert"])
+    # 14.29 billion parameters in bf16, the float32 parts with twice that
+    assert 40 * block + outside == pytest.approx(whole, abs=0.25) and 26.6 < whole < 27.3
+    vae, _, step, decoding, beside = [*gib(lines["beside them"])[:1], 0, *gib(lines["beside them"])[1:]]
+    latents = 5 * float(re.search(r"5 x ([\d.]+) MiB", lines["beside them"])[1]) / 1024
+    assert vae + latents + max(step, decoding) == pytest.approx(beside, abs=0.02)
+    experts, _, cuda, device = gib(lines["device"])
+    assert (experts + beside) * 1.1 + cuda == pytest.approx(device, abs=0.02)
+    assert device < 24 and experts == pytest.approx(2 * block + outside, abs=0.02)
+    ways = {tuple(line.split()[:2]): line for line in text.splitlines()[-6:]}
+    assert gib(ways["disk", "blocks"])[0] == device and "80 GB card" in ways["gpu", "none"]
+    assert gib(ways["cpu", "none"])[1] == pytest.approx(2 * whole, abs=0.02)
+
+
+def test_tiles_take_less_and_more_pixels_more():
+    small = {"expert": lambda: WanTransformer(**SIZE), "vae": lambda: WanVAE(base_dim=4), "bucket": Bucket(9, 480, 832)}
+
+    def parts(**more):
+        line = plan(**(small | more)).splitlines()[3]
+        return [float(re.search(rf"{what} ([\d.]+) [MG]iB", line)[1]) for what in ("step", "decoding")], line
+
+    (step, decoding), line = parts()
+    (_, tiled), said = parts(tile=256)
+    assert "in tiles of 256 pixels" in said and "tiles" not in line
+    assert tiled / decoding == pytest.approx(256 * 256 / (480 * 832), rel=0.05)
+    (larger, _), _ = parts(bucket=Bucket(9, 720, 1280))
+    assert larger / step == pytest.approx(720 * 1280 / (480 * 832), rel=0.02), "a step's memory grows with its tokens"

@@ -1,0 +1,99 @@
+"""Masks: what each kind knows, how often a mix chooses it, and that all of it is a function of the generator alone."""
+
+import pytest
+import torch
+
+from wantrain.masks import DRAWN, LEADING, Mix
+from wantrain.world import generator
+
+SHAPE = (17, 32, 48)
+
+
+def draw(name, seed=0, shape=SHAPE, **settings):
+    return DRAWN[name](shape, generator(seed, name), **settings).expand(shape)
+
+
+def frames(known):
+    """Which frames are known entirely; none is known in part."""
+    assert torch.equal(known.flatten(1).all(1), known.flatten(1).any(1))
+    return known.flatten(1).all(1).nonzero().flatten().tolist()
+
+
+def test_kinds_of_whole_frames_know_just_those():
+    assert frames(draw("nothing")) == []
+    assert frames(draw("image")) == [0]
+    assert frames(draw("first_last")) == [0, 16]
+    lengths = {len(frames(draw("continuation", seed, frames=(2, 13)))) for seed in range(60)}
+    assert lengths == {5, 9, 13}, "4k+1 within the range, ends included"
+    assert frames(draw("continuation", shape=(5, 8, 8), frames=(9, 13))) == [0], "a short clip keeps something to make"
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_mask_is_a_function_of_its_position(name):
+    masks = [draw(name, seed) for seed in range(8)]
+    assert all(torch.equal(mask, draw(name, seed)) for seed, mask in enumerate(masks))
+    if name not in {"nothing", "image", "first_last"}:
+        assert len({mask.numpy().tobytes() for mask in masks}) > 1
+    assert name in LEADING or not any(torch.equal(mask, draw("image")) for mask in masks)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("boxes", 0.01, 0.8), ("brushes", 0.005, 0.7), ("borders", 0.05, 0.9)]
+)
+def test_regions_leave_something_known_and_something_to_make(name, least, most):
+    hidden = torch.tensor([(~draw(name, seed)).float().mean() for seed in range(60)])
+    assert (hidden > 0).all() and hidden.max() < 1
+    assert least < hidden.mean() < most
+    touched = sum((~draw(name, seed)).float() for seed in range(60)) > 0
+    assert touched.float().mean() > 0.85, "no place is always known, the middle of a picture with borders apart"
+
+
+def test_boxes_have_the_sides_that_were_asked_for_move_and_may_last():
+    moved, lasted = 0, 0
+    for seed in range(40):
+        hidden = ~draw("boxes", seed, count=(1, 1), side=(0.25, 0.5), lasting=0.5)
+        there = hidden.flatten(1).any(1)
+        lasted += bool(there.all())
+        boxes = hidden[there]
+        for box in boxes[:: max(1, len(boxes) - 1)]:
+            rows, columns = box.any(1).sum().item(), box.any(0).sum().item()
+            assert box.sum() == rows * columns and 3 <= rows <= 17 and 5 <= columns <= 25
+        moved += not torch.equal(boxes[0], boxes[-1])
+    assert moved > 20 and 10 < lasted < 35
+
+
+def test_borders_leave_a_picture_that_stays():
+    for seed in range(20):
+        known = draw("borders", seed)
+        assert torch.equal(known[:1].expand(SHAPE), known)
+        rows, columns = known[0].any(1), known[0].any(0)
+        assert known[0].sum() == rows.sum() * columns.sum() and (~known[0]).any()
+
+
+def test_a_mix_chooses_by_weight():
+    mix = Mix.read({"image": 3, "nothing": 1, "boxes": {"weight": 1, "side": [0.1, 0.2]}, "first_last": 0})
+    names = [mix.choose(generator(0, "condition", position))[0] for position in range(2000)]
+    shares = {name: names.count(name) / len(names) for name in mix.names}
+    assert shares == pytest.approx({"image": 0.6, "nothing": 0.2, "boxes": 0.2, "first_last": 0.0}, abs=0.03)
+    hidden = ~mix.draw("boxes", SHAPE, generator(1))
+    assert 0 < hidden.float().mean() < 3 * 0.2**2 + 0.05, "the settings are the kind's"
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({"imag": 1}, "condition.imag is unknown; choose from nothing, image, first_last"),
+        ({"image": -1}, "condition.image=-1 must be a weight"),
+        ({"image": {"frames": 3}}, "condition.image.frames is unknown; it has no settings"),
+        ({"boxes": {"variants": 0}}, "condition.boxes.variants=0 must be a whole number"),
+        ({"boxes": {"sides": 3}}, "condition.boxes.sides is unknown; it has count, side, lasting"),
+        ({"boxes": {"side": [0.5, 0.2]}}, r"boxes.side=\[0.5, 0.2\] must be \[smallest, largest\]"),
+        ({"boxes": {"lasting": 2}}, "lasting=2 must be a probability"),
+        ({"continuation": {"frames": [2, 4]}}, "holds no length 4k"),
+        ({"image": 0, "nothing": 0}, "all weights are 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_mix_is_one_clear_error(spec, told):
+    with pytest.raises(ValueError, match=told):
+        Mix.read(spec)

@@ -1,0 +1,269 @@
+"""report.html: what is in a finished folder of shards, as one page that holds all it shows.
+
+The totals are over everything; filmstrips and captions are of a fixed sample of clips, chosen by their names' hashes,
+so that the page stays small and shows the same clips each time. It is made from what lies in the folder: manifest,
+tars (of which only the JSON and the sampled clips are read), rejects.jsonl.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load
+from torch import Tensor
+
+from wantrain import page, world
+from wantrain.data.index import captions_by_key
+from wantrain.data.pixels import read_sample
+from wantrain.data.shards import MANIFEST, REJECTS, VideoSample, read_manifest
+from wantrain.page import Html
+from wantrain.video import Frames, filmstrip, jpeg, to_frames
+
+REPORT = "report.html"
+#: Clips that are shown, rejects that are named, rows of a histogram: what bounds the page's size.
+SHOWN, NAMED, ROWS = 48, 200, 24
+#: Height of a filmstrip, and frames in it.
+CELL, COLUMNS = 80, 8
+#: Rows of text that a Wan transformer takes.
+TEXT_LENGTH = 512
+#: Numbers in a manifest that count nothing.
+_FACTS = {
+    "schema",
+    "temporal_stride",
+    "spatial_stride",
+    "latent_channels",
+    "text_dim",
+    "settings",
+    "files",
+    "clips",
+    "empty_text",
+}
+
+#: A word, or a character of a script that puts no space between words.
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
+
+CountTokens = Callable[[str], int]
+Decode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One sample of a tar: its JSON, and where its other member lies."""
+
+    key: str
+    about: dict[str, Any]
+    tar: Path
+    member: str
+
+    def content(self) -> bytes:
+        """The bytes of its other member."""
+        with tarfile.open(self.tar) as tar:
+            file = tar.extractfile(self.member)
+            assert file is not None
+            return file.read()
+
+    @property
+    def extension(self) -> str:
+        """Of the other member."""
+        return self.member.removeprefix(f"{self.key}.")
+
+
+def write_report(
+    folder: Path, kind: str, *, decode: Decode | None = None, count_tokens: CountTokens | None = None
+) -> Path | None:
+    """Write report.html into a finished folder of `kind` ("video" or "latent"); None if it is there already.
+
+    `decode(latents) -> pixels in [-1, 1]` shows the clips of a latent folder too; `count_tokens(caption)` tells how
+    long captions are for the text encoder, before they are cut (without it words are counted).
+    """
+    mark = f"{world.file_hash(folder / MANIFEST)} {'decoded' if decode else 'text'}"
+    out = folder / REPORT
+    if out.is_file() and page.mark_of(out.read_text(encoding="utf-8")) == mark:
+        return None
+    manifest = read_manifest(folder, kind)
+    samples = list(_samples(folder, manifest))
+    rejects = [json.loads(line) for line in (folder / REJECTS).read_text(encoding="utf-8").split("\n") if line]
+    pieces = [
+        _totals(kind, manifest, samples, rejects),
+        _histograms(kind, manifest, samples, count_tokens),
+        _rejects(rejects),
+        _clips(kind, samples, decode),
+    ]
+    world.write_atomically(out, page.page(f"{folder.name}: {manifest['clips']} {kind} clips", *pieces, mark=mark))
+    world.say(f"wrote {out}")
+    return out
+
+
+def _samples(folder: Path, manifest: Mapping[str, Any]) -> Iterator[_Sample]:
+    """Every sample of a folder, in order; tars are read by seeking from header to header."""
+    captions = captions_by_key(folder, manifest) if manifest["kind"] == "latent" else {}
+    for shard in manifest["shards"]:
+        path = folder / shard["name"]
+        with tarfile.open(path) as tar:
+            others: dict[str, str] = {}
+            for info in tar:
+                key, _, extension = info.name.partition(".")
+                if extension != "json":
+                    others[key] = info.name
+                    continue
+                file = tar.extractfile(info)
+                assert file is not None
+                about = json.loads(file.read())
+                told = {"captions": captions[key]} if key in captions else {}
+                yield _Sample(key, {**about, **told}, path, others[key])
+
+
+def captions_of(about: Mapping[str, Any]) -> list[str]:
+    """The captions of a clip, whether it has one or several."""
+    several = about.get("captions")
+    if not several:
+        return [str(about.get("caption", ""))]
+    return [str(each["text"] if isinstance(each, dict) else each) for each in several]
+
+
+def _clip_seconds(about: Mapping[str, Any]) -> float:
+    """Seconds of a video sample that its clips show; an image shows none."""
+    frames = (window["num_frames"] for window in about["windows"])
+    return sum((count if count > 1 else 0) for count in frames) / about["fps"]
+
+
+def _totals(
+    kind: str, manifest: Mapping[str, Any], samples: Sequence[_Sample], rejects: Sequence[Mapping[str, Any]]
+) -> Html:
+    """The counts that add up, from the manifest and from what lies there."""
+    rows: list[tuple[str, str | int | float]] = [("clips", manifest["clips"]), ("rejects", len(rejects))]
+    rows += [(name.replace("_", " "), value) for name, value in _numbers(manifest)]
+    if kind == "video":
+        rows.append(("seconds that clips use", round(sum(_clip_seconds(sample.about) for sample in samples), 1)))
+    else:
+        cropped = [float(sample.about["cropped"]) for sample in samples if "cropped" in sample.about]
+        rows.append(("mean share of the picture cropped away", round(float(np.mean(cropped or [0])), 4)))
+    rows.append(("gigabytes", round(sum(shard["bytes"] for shard in manifest["shards"]) / 1e9, 3)))
+    settings = [(key, json.dumps(value, ensure_ascii=False)) for key, value in manifest["settings"].items()]
+    made = page.element("details", page.element("summary", "made with"), page.table(("setting", "value"), settings))
+    return page.section("Totals", page.table(("", ""), rows), made)
+
+
+def _numbers(manifest: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every count in a manifest, those of a ledger inside it too, in its order."""
+    for key, value in manifest.items():
+        if key in _FACTS:
+            continue
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}: ")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", round(value, 2)
+
+
+def _histograms(
+    kind: str, manifest: Mapping[str, Any], samples: Sequence[_Sample], count_tokens: CountTokens | None
+) -> Html:
+    """Buckets, lengths, captions: over all clips."""
+    if kind == "latent":
+        shapes = Counter(str(sample.about["bucket"]) for sample in samples)
+        lengths = Counter(int(str(sample.about["bucket"]).split("x")[0]) for sample in samples)
+    else:
+        shapes, lengths = Counter(), Counter()
+        for sample in samples:
+            about = sample.about
+            shapes[f"{about['height']}x{about['width']}"] += len(about["windows"])
+            lengths.update(int(window["num_frames"]) for window in about["windows"])
+    frames = {f"{length} frames": count for length, count in sorted(lengths.items())}
+    what = "bucket (frames x height x width)" if kind == "latent" else "size (height x width)"
+    return page.section(
+        "Histograms",
+        page.bars(f"Clips by {what}", _most(shapes)),
+        page.bars("Clips by length", _most(frames)),
+        _caption_lengths(samples, count_tokens),
+    )
+
+
+def _most(counts: Mapping[str, int]) -> dict[str, int]:
+    """At most ROWS entries: the largest in the order given, the others together."""
+    kept = set(sorted(counts, key=lambda name: -counts[name])[: ROWS - 1]) if len(counts) > ROWS else set(counts)
+    rest = sum(count for name, count in counts.items() if name not in kept)
+    return {name: count for name, count in counts.items() if name in kept} | ({"others": rest} if rest else {})
+
+
+def _caption_lengths(samples: Sequence[_Sample], count_tokens: CountTokens | None) -> Html:
+    """Captions by length: in tokens against what the model takes, or else in words."""
+    captions = [caption for sample in samples for caption in captions_of(sample.about)]
+    count = count_tokens or (lambda caption: len(_WORDS.findall(caption)))
+    known = {caption: count(caption) for caption in dict.fromkeys(captions)}
+    lengths = np.array([known[caption] for caption in captions] or [0])
+    edges = [0, 16, 32, 64, 128, 256, TEXT_LENGTH + 1, max(TEXT_LENGTH + 2, int(lengths.max()) + 1)]
+    counted, _ = np.histogram(lengths, bins=edges)
+    labels = [*(f"{low} to {high - 1}" for low, high in pairwise(edges[:-1])), f"{edges[-2]} and more"]
+    told = dict(zip(labels, counted.tolist(), strict=True))
+    cut = int((lengths > TEXT_LENGTH).sum())
+    unit = "tokens" if count_tokens else "words"
+    over = f"{cut} of {len(captions)} are longer than {TEXT_LENGTH} tokens and are cut there; " if count_tokens else ""
+    empty = sum(not caption for caption in captions)
+    return page.bars(
+        f"Captions by {unit}", told, note=f"{over}the longest has {int(lengths.max())} {unit}; {empty} are empty"
+    )
+
+
+def _rejects(rejects: Sequence[Mapping[str, Any]]) -> Html:
+    """Rejects by reason, and the first of them by name."""
+    reasons = Counter(str(row["reason"]) for row in rejects)
+    by_reason = [(count, reason) for reason, count in reasons.most_common(ROWS)]
+    named = [(str(row["name"]), str(row["reason"])) for row in rejects[:NAMED]]
+    if not rejects:
+        return page.section("Rejects", "None.")
+    title = f"the first {len(named)} of {len(rejects)} by name"
+    return page.section(
+        "Rejects",
+        page.table(("clips or files", "reason"), by_reason),
+        page.element("details", page.element("summary", title), page.table(("name", "reason"), named)),
+    )
+
+
+def _clips(kind: str, samples: Sequence[_Sample], decode: Decode | None) -> Html:
+    """The sampled clips, each with a filmstrip if it can be seen, its captions and where it comes from."""
+    places = [(sample, i) for sample in samples for i in range(len(sample.about.get("windows", [None])))]
+    chosen = heapq.nsmallest(SHOWN, places, key=lambda place: world.seed_at("report", place[0].key, place[1]))
+    chosen.sort(key=lambda place: (place[0].key, place[1]))
+    shown = []
+    for sample, number in chosen:
+        about = sample.about
+        tags = " ".join(f"{key}={about[key]}" for key in ("tags", "weight") if about.get(key))
+        start = about["windows"][number]["start"] if kind == "video" else about.get("start", 0.0)
+        origin = f"{about['source']} from {start:.2f} s {tags}".strip()
+        strip = _strip(sample, number, decode) if kind == "video" or decode else Html("")
+        shown.append(page.figure(strip, " / ".join(captions_of(about)) or "(no caption)", origin))
+    note = f"{len(chosen)} of {len(places)} clips, chosen by hash."
+    if kind == "latent" and not decode:
+        note += " report=decode shows them, decoded back through the VAE."
+    return page.section("Clips", page.paragraph(note, quiet=True), page.element("div", *shown, class_="row"))
+
+
+def _strip(sample: _Sample, number: int, decode: Decode | None) -> Html:
+    """A filmstrip of one clip; where it cannot be read, the reason."""
+    try:
+        frames = _decoded(sample, decode) if decode else _window(sample, number)
+    except ValueError as error:
+        return page.paragraph(f"cannot be shown: {error}", quiet=True)
+    return page.picture(jpeg(filmstrip(frames, columns=COLUMNS, cell=CELL)), sample.key)
+
+
+def _decoded(sample: _Sample, decode: Decode) -> Frames:
+    """The frames that a clip's latents decode to."""
+    return to_frames(decode(load(sample.content())["latents"][None].float())[0])
+
+
+def _window(sample: _Sample, number: int) -> Frames:
+    """The frames of one clip of a file."""
+    about = {**sample.about, "windows": [sample.about["windows"][number]]}
+    video = VideoSample(sample.key, sample.extension, sample.content(), about)
+    return next(iter(read_sample(video)))

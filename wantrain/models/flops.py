@@ -1,0 +1,128 @@
+"""Floating-point operations of a training step of a transformer, counted from its layers.
+
+A multiplication with an addition counts as two; only matrix products and attention count, the rest is below 1 %. Each
+layer is looked at by itself: a gradient of its input is computed where something before it trains, one of its weight
+where that trains. So full fine-tuning, LoRA and partial training need no formula of their own. Attention's backward
+counts as twice its forward (flash kernels execute 2.5 times, which is their choice). Text rows are those that are
+really computed: the padding is one row (see WanTransformer).
+Source: the layer shapes; for the whole formula, PaLM (arXiv 2204.02311) appendix B counts likewise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from wantrain.models.transformer import Attention, Block, WanTransformer
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one sample: forward, backward, and what gradient checkpointing computes again."""
+
+    forward: int
+    backward: int
+    recompute: int
+
+    @property
+    def model(self) -> int:
+        """What training needs, however it is done: the convention of MFU."""
+        return self.forward + self.backward
+
+    @property
+    def executed(self) -> int:
+        """What is done, with what is computed twice."""
+        return self.model + self.recompute
+
+
+class Count:
+    """A sum over layers in the order of the forward, which knows whether a gradient flows."""
+
+    def __init__(self) -> None:
+        self.forward = self.backward = 0
+
+    def linear(self, layer: nn.Module, rows: int, flows: bool) -> bool:
+        """Rows through a linear layer (or one with a LoRA beside it); `flows`: its input has a gradient.
+
+        Returns whether its output has one.
+        """
+        base: nn.Module = getattr(layer, "base_layer", layer)
+        weight = base.weight
+        products = 2 * rows * _size(base)
+        trains = bool(weight.requires_grad)
+        self.forward += products
+        self.backward += products * (flows + trains)
+        for name in ("lora_A", "lora_B"):
+            beside = getattr(layer, name, None)
+            for part in beside.values() if isinstance(beside, nn.ModuleDict) else ():
+                # What follows A needs its input's gradient, for A trains; A's own input only if something before does.
+                own = 2 * rows * _size(part)
+                self.forward += own
+                self.backward += own * (1 + (flows or name == "lora_B"))
+                trains = True
+        return flows or trains
+
+    def attention(self, queries: int, keys: int, dim: int, flows: bool) -> None:
+        """Softmax attention over all heads."""
+        self.forward += 4 * queries * keys * dim
+        self.backward += 8 * queries * keys * dim * flows
+
+
+def training_flops(module: WanTransformer, *, tokens: int, text_rows: int, timesteps: int = 1) -> Flops:
+    """Operations of one sample's forward and backward, by what trains in `module`.
+
+    tokens     video tokens
+    text_rows  rows that the text embedding is computed for
+    timesteps  noise levels per sample: 1, or one per latent frame
+    """
+    count = Count()
+    x = count.linear(module.patch_embedding, tokens, False)
+    text = False
+    for layer in module.text_embedding:
+        text = count.linear(layer, text_rows, text) if _is_linear(layer) else text
+    time = False
+    for layer in (*module.time_embedding, *module.time_projection):
+        time = count.linear(layer, timesteps, time) if _is_linear(layer) else time
+    again = 0
+    for block in module.blocks:
+        assert isinstance(block, Block)
+        before = count.forward
+        x = _block(count, block, tokens, text_rows, x, time, text)
+        if module.gradient_checkpointing and x:
+            again += count.forward - before
+    flows = x or time or module.head.modulation.requires_grad
+    count.linear(module.head.head, tokens, flows)
+    return Flops(count.forward, count.backward, again)
+
+
+def _block(count: Count, block: Block, tokens: int, text_rows: int, x: bool, time: bool, text: bool) -> bool:
+    """Add one block; whether its output has a gradient."""
+    moved = time or block.modulation.requires_grad
+    x = _attention(count, block.self_attn, tokens, tokens, x or moved, x or moved) or x or moved
+    normed = x or block.norm3.weight.requires_grad
+    x = _attention(count, block.cross_attn, tokens, text_rows, normed, text) or x
+    inner = count.linear(block.ffn[0], tokens, x or moved)
+    return count.linear(block.ffn[2], tokens, inner) or x or moved
+
+
+def _attention(count: Count, layer: Attention, queries: int, keys: int, x: bool, context: bool) -> bool:
+    q = count.linear(layer.q, queries, x) or layer.norm_q.weight.requires_grad
+    k = count.linear(layer.k, keys, context) or layer.norm_k.weight.requires_grad
+    v = count.linear(layer.v, keys, context)
+    flows = q or k or v
+    count.attention(queries, keys, layer.q.out_features, flows)
+    return count.linear(layer.o, queries, flows)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "base_layer", layer), nn.Linear)
+
+
+def _size(layer: nn.Module) -> int:
+    """Elements of a weight matrix, also where an engine keeps only a part of it here."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features * layer.out_features
+    assert isinstance(layer, nn.Conv3d)
+    depth, height, width = layer.kernel_size
+    return layer.in_channels * depth * height * width * layer.out_channels

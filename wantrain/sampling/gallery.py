@@ -1,0 +1,184 @@
+"""A folder of finished samples: an mp4 each, a JSON beside it that says what it is, and a page that shows all.
+
+A sample is what prompt, seed, settings and weights make of it; their hash is its identity and part of its name. So the
+same command goes on where it was stopped, a finished video is never made again, and no video is written over another.
+Several processes share a list by its numbers (RANK and WORLD_SIZE) and do not need to know of each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from wantrain import page, world
+from wantrain.geometry import Bucket
+from wantrain.page import Row, Shown
+from wantrain.sampling.generate import Sampler, Settings
+from wantrain.sampling.known import Known
+from wantrain.sampling.prompts import Job
+from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
+
+INDEX = "index.html"
+SHEET = "contact_sheet.png"
+#: Videos on the contact sheet, at most.
+SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Where samples go, and all that their identity depends on besides prompt and seed.
+
+    weights  the identity of all weights; `label` says in words whose they are
+    more     what else changes the pixels: precision, tiling, what is known
+    """
+
+    folder: Path
+    settings: Settings
+    bucket: Bucket
+    fps: float
+    weights: str
+    label: str
+    more: Mapping[str, Any]
+
+    def identity(self, job: Job) -> str:
+        """Twelve hex digits for what makes the pixels of a sample."""
+        told = [job.prompt, job.seed, asdict(self.settings), str(self.bucket), self.weights, dict(self.more)]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+    def file(self, job: Job) -> Path:
+        """The video of a job: the finished one, whatever its number, or the name that it will have."""
+        identity = self.identity(job)
+        done = [path.with_suffix(".mp4") for path in sorted(self.folder.glob(f"*_{identity}.json"))]
+        found = next((path for path in done if path.is_file()), None)
+        return found or self.folder / f"{job.number:03d}_seed_{job.seed}_{identity}.mp4"
+
+    def is_done(self, job: Job) -> bool:
+        """True if the video is there, whole: its JSON is written after it."""
+        return self.file(job).with_suffix(".json").is_file() and self.file(job).is_file()
+
+    def missing(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those of `jobs` that are not done; says how many are."""
+        left = [job for job in jobs if not self.is_done(job)]
+        if done := len(jobs) - len(left):
+            world.say(f"{self.folder}: {done} of {len(jobs)} videos are there already and are kept")
+        return left
+
+    def add(self, job: Job, frames: Frames) -> Path:
+        """Write a finished sample."""
+        file = self.file(job)
+        write_mp4(file, frames, self.fps)
+        about = {
+            **asdict(job),
+            "identity": self.identity(job),
+            "size": str(self.bucket),
+            "settings": asdict(self.settings) | dict(self.more),
+            "weights": self.label,
+            "motion": round(motion(frames), 3),
+            "flicker": round(flicker(frames), 3),
+        }
+        world.write_json(file.with_suffix(".json"), about)
+        return file
+
+
+def fill(
+    gallery: Gallery, jobs: Sequence[Job], sampler: Sampler, *, batch_size: int, known: Known | None = None
+) -> None:
+    """Make what is missing of `jobs`, `batch_size` videos at once; `known` is what is known of each of them."""
+    record = None if known is None else sampler.tell(known)
+    for first in range(0, len(jobs), batch_size):
+        some = jobs[first : first + batch_size]
+        title = f"{first + len(some)}/{len(jobs)} {some[0].prompt[:40]}"
+        with tqdm(total=gallery.settings.steps, desc=title, unit="step", disable=not world.is_main()) as bar:
+            prompts, seeds = [job.prompt for job in some], [job.seed for job in some]
+            videos = sampler.batch(
+                prompts,
+                bucket=gallery.bucket,
+                settings=gallery.settings,
+                seeds=seeds,
+                known=record,
+                on_step=partial(_show_step, bar),
+            )
+        for job, frames in zip(some, videos, strict=True):
+            world.say(f"wrote {gallery.add(job, frames)}")
+
+
+def mine(jobs: Sequence[Job]) -> list[Job]:
+    """This process's share of a list; the same whatever the others have done already."""
+    return list(jobs[world.rank() :: world.world_size()])
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """What the JSON files of a folder say of its finished samples, in order of their names; `file` is the video's."""
+    found = []
+    for path in sorted(folder.glob("*_seed_*.json")):
+        if path.with_suffix(".mp4").is_file():
+            about = json.loads(path.read_text(encoding="utf-8"))
+            found.append({**about, "file": path.with_suffix(".mp4").name})
+    return found
+
+
+def write_index(gallery: Gallery, jobs: Iterable[Job]) -> None:
+    """The page of all samples in the folder, and a contact sheet of those of `jobs` that are done."""
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for about in read_samples(gallery.folder):
+        by_prompt.setdefault(about["prompt"], []).append(about)
+    rows = []
+    for prompt, samples in by_prompt.items():
+        shown = [Shown(each["file"], f"seed {each['seed']}", in_words(each)) for each in samples]
+        rows.append(Row(prompt, "", shown))
+    write_page(gallery.folder / INDEX, f"Samples in {gallery.folder.name}", rows)
+    done = [job for job in jobs if gallery.is_done(job)][:SHOWN]
+    clips = {f"{gallery.file(job).stem}: {job.prompt}": read_mp4(gallery.file(job)) for job in done}
+    if clips:
+        contact_sheet(gallery.folder / SHEET, clips)
+    world.say(f"{gallery.folder / INDEX} shows {sum(map(len, by_prompt.values()))} videos")
+
+
+def write_comparison(path: Path, galleries: Mapping[str, Gallery], jobs: Sequence[Job]) -> None:
+    """A page with the same prompts and seeds side by side, a column for each gallery; videos lie below `path`."""
+    rows = []
+    for job in jobs:
+        shown = []
+        for name, gallery in galleries.items():
+            if gallery.is_done(job):
+                file = gallery.file(job)
+                about = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+                shown.append(Shown(file.relative_to(path.parent).as_posix(), name, in_words(about)))
+        rows.append(Row(job.prompt, f"seed {job.seed}", shown))
+    write_page(path, " | ".join(galleries), rows)
+    world.say(f"{path} shows {' beside '.join(galleries)}: {len(jobs)} videos each")
+
+
+def write_page(path: Path, title: str, rows: Iterable[Row]) -> None:
+    """Rows of videos as a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    note = "Motion is the mean change of brightness per frame, flicker what the next frame takes back (grey levels)."
+    world.write_atomically(path, page.page(title, page.paragraph(note, quiet=True), page.comparison(rows)))
+
+
+def in_words(about: Mapping[str, Any]) -> str:
+    """One line under a video."""
+    settings = about["settings"]
+    guidance = ", ".join(f"{scale:g}" for scale in settings["guidance"].values() if scale is not None)
+    return (
+        f"motion {about['motion']:.2f}, flicker {about['flicker']:.2f}; {about['weights']}; {about['size']}, "
+        f"{settings['steps']} steps of {settings['solver']}, shift {settings['shift']:g}, guidance {guidance}"
+    )
+
+
+def strip_picture(frames: Frames) -> page.Html:
+    """A filmstrip for a page."""
+    return page.picture(jpeg(filmstrip(frames, cell=96)))
+
+
+def _show_step(bar: tqdm, step: int, expert: str) -> None:
+    """Move the progress bar on, naming the expert that answers."""
+    bar.set_postfix_str(expert)
+    bar.update()

@@ -1,0 +1,58 @@
+"""What is to be sampled: prompts from a file, and the list of jobs that prompts and seeds make."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wantrain import world
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to be made; `number` is its place in the list."""
+
+    number: int
+    prompt: str
+    seed: int
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """One prompt per line, in any language; lines of white space are skipped.
+
+    ValueError for a file that is absent, holds no prompt, or is no UTF-8 text, naming the line.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"the prompt file {path} does not exist")
+    prompts = []
+    # Not splitlines(): it also ends lines at U+2028, U+0085 and others, which a prompt may hold.
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        try:
+            prompt = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"the prompt file {path}, line {number}, is not UTF-8 text ({error.reason} at byte {error.start} of "
+                "it); save the file as UTF-8"
+            ) from error
+        if strange := next((sign for sign in prompt if unicodedata.category(sign) == "Cc" and sign != "\t"), None):
+            raise ValueError(
+                f"the prompt file {path}, line {number}, holds the control character U+{ord(strange):04X}: it is no "
+                "text, or was saved as UTF-16; save it as UTF-8, one prompt per line"
+            )
+        if prompt:
+            prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"the prompt file {path} holds no prompt; write one per line")
+    return prompts
+
+
+def list_jobs(prompts: Sequence[str], *, seed: int, count: int) -> list[Job]:
+    """Each prompt with the seeds `seed`, `seed` + 1, ...: `count` videos of each; a prompt that comes twice, once."""
+    different = list(dict.fromkeys(prompts))
+    if len(different) < len(prompts):
+        world.say(f"{len(prompts) - len(different)} of {len(prompts)} prompts come more than once; each is made once")
+    pairs = [(prompt, own) for prompt in different for own in range(seed, seed + count)]
+    return [Job(number, prompt, own) for number, (prompt, own) in enumerate(pairs)]

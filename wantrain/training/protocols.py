@@ -1,0 +1,28 @@
+"""What the loop asks of what it is given: data by number, and hooks that look at the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from wantrain.batch import Batch
+
+
+class Data(Protocol):
+    """What the loop asks of a data set: samples by number, for places in the run."""
+
+    def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> Batch: ...
+
+    def heldout_batches(self, count: int) -> list[Batch]: ...
+
+    def captions(self) -> list[str]: ...
+
+
+class Hook(Protocol):
+    """Something that looks at the run after some steps, step 0 included; what it returns is logged with that step."""
+
+    def due(self, step: int) -> bool: ...
+
+    def __call__(self, step: int) -> Mapping[str, Any]: ...
