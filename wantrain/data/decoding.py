@@ -34,7 +34,8 @@ import torch
 
 from wantrain.video import Frames
 
-#: Decoded clips that may wait to be used, in bytes, beside one of each worker.
+#: Decoded clips that may wait to be used, in bytes, and as many behind a file whose turn comes first; beside them one
+#: of each worker.
 WAITING_BYTES = 1 << 30
 #: A worker that dies is replaced, and its file tried again, until it has died this often without giving a clip.
 ATTEMPTS = 2
@@ -77,6 +78,7 @@ class Decoders:
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._workers: list[_Worker] = []
+        self._stop: Callable[[], None] = lambda: None  # ends the thread that is at work
         try:
             for _ in range(workers):
                 self._workers.append(_Worker(read, self._folder.name, self._workers))
@@ -92,6 +94,7 @@ class Decoders:
 
     def close(self) -> None:
         """Kill the workers, whatever they are doing."""
+        self._stop()
         for worker in self._workers:
             worker.kill()
         self._workers.clear()
@@ -104,6 +107,13 @@ class Decoders:
         pump = _Pump(self._workers, self._replace, iter(jobs), self.timeout, self._woken)
         thread = threading.Thread(target=pump.run, name="decoders", daemon=True)
         thread.start()
+
+        def stop() -> None:
+            pump.stopped.set()
+            self._rouse()
+            thread.join()
+
+        self._stop = stop
         try:
             while (item := pump.ready.get()) is not None:
                 if isinstance(item, BaseException):
@@ -113,13 +123,11 @@ class Decoders:
                     self._rouse()
                 yield item
         finally:
-            pump.stopped.set()
-            self._rouse()
-            thread.join()
+            stop()
 
     def _rouse(self) -> None:
         """Let the thread look again."""
-        with suppress(BlockingIOError):  # it has plenty of calls to answer already
+        with suppress(OSError):  # it has plenty of calls to answer already, or is gone with all else
             self._wake.send(b"x")
 
     def _replace(self, worker: _Worker) -> None:

@@ -24,6 +24,7 @@ from wantrain.data.shards import (
     REJECTS,
     TarWriter,
     describe_file,
+    disk_errors,
     file_hash,
     files_of,
     load_manifest,
@@ -169,12 +170,14 @@ class LatentFolder:
     def finish(self, manifest: dict[str, Any], index: Index) -> dict[str, Any]:
         """Write index and manifest, which make the folder what they say, and remove everything else of ours."""
         beside = self.out / ".index.new"
-        index.write(beside)
+        with disk_errors(beside):
+            index.write(beside)
         described = describe_file(beside)
         described["name"] = f"index-{described['sha256'][:16]}.safetensors"
         beside.replace(self.out / described["name"])
         manifest = {**manifest, "files": [described]}
-        world.write_json(self.out / MANIFEST, manifest)
+        with disk_errors(self.out / MANIFEST):
+            world.write_json(self.out / MANIFEST, manifest)
         keep = {file["name"] for file in files_of(manifest)}
         for pattern in ("latent-*.tar", "text-*.tar", "index*.safetensors", "empty_text.safetensors", ".index.new"):
             for path in self.out.glob(pattern):
@@ -218,7 +221,8 @@ class UnitWriter:
         if self.written:
             tar = self._tar.finish(self._out / tar_name(self.unit.kind, self.written))
         record = Record(tar, self.places, self.rejects, self.width if self.written else 0)
-        world.write_atomically(self._path, json.dumps(asdict(record)))
+        with disk_errors(self._path):
+            world.write_atomically(self._path, json.dumps(asdict(record)))
         return record
 
 

@@ -67,7 +67,7 @@ class TarWriter:
         for extension, content in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(content)
-            with _disk(self.beside):
+            with disk_errors(self.beside):
                 self._tar.addfile(info, io.BytesIO(content))
             # The content ends at the last whole block; it began right after the header.
             padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -77,7 +77,7 @@ class TarWriter:
 
     def finish(self, final: Path) -> dict[str, Any]:
         """Sync, rename to `final`; returns what a manifest says about the tar."""
-        with _disk(self.beside):
+        with disk_errors(self.beside):
             self._tar.close()
             world.sync_file(self.beside)
         row = {**describe_file(self.beside), "name": final.name, "samples": self.samples}
@@ -86,7 +86,7 @@ class TarWriter:
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """What the disk refuses is one error for people, with its mend."""
     try:
         yield
@@ -167,7 +167,8 @@ def write_rejects(
     for row, identity in zip(rows, identities or [], strict=False):
         row["identity"] = identity
     text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-    world.write_atomically(out / REJECTS, text)
+    with disk_errors(out / REJECTS):
+        world.write_atomically(out / REJECTS, text)
     for reject in rejects[:5]:
         world.say(f"rejected {reject.name}: {reject.reason}")
     bad = [reject for reject in rejects if reject.bad]
