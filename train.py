@@ -30,10 +30,10 @@ def main(cfg: DictConfig) -> None:
     with accelerator.main_process_first():
         wanted = [*(model["experts"] if cfg.sample.every else experts), "vae", "text_encoder", "tokenizer"]
         base = config.base(cfg, wanted)
-        assemble.make_own_data(Path(cfg.data.shards), root=config.ROOT)
+        assemble.make_own_data(config.shards(cfg), root=config.ROOT)
     data, dtype = config.build(cfg.data), config.dtype(cfg.precision)
     if "vae" not in experts:
-        assemble.check_encoders(data.manifest, base, cfg.data.shards, dtype)
+        assemble.check_encoders(data.manifest, base, config.shards(cfg), dtype)
     plan = Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed)
     steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))

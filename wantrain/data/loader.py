@@ -7,7 +7,6 @@ faster than the pipe of a worker process (measured: 1,500 clips a second against
 from __future__ import annotations
 
 import hashlib
-import mmap
 import queue
 import tarfile
 import threading
@@ -26,20 +25,17 @@ from wantrain import geometry, world
 from wantrain.batch import Batch, pad_texts
 from wantrain.data.encoding import read_about, read_sample
 from wantrain.data.plan import Indices
+from wantrain.data.remote import CACHE, open_shards
 from wantrain.data.shards import (
     EMPTY_TEXT,
     MANIFEST,
     Index,
     VideoSample,
-    check_shards,
     file_hash,
     read_manifest,
     read_video_shards,
 )
 from wantrain.video import Frames
-
-#: Shards up to this many bytes are hashed when they are opened; larger sets are checked by size (a minute per 60 GB).
-HASH_LIMIT = 2 << 30
 
 
 def split_sources(sources: NDArray[np.uint64], share: float, seed: int) -> tuple[Indices, Indices]:
@@ -70,20 +66,26 @@ class LatentData:
     """
 
     def __init__(
-        self, *, shards: str | Path, holdout: float = 0.05, caption_dropout: float = 0.1, seed: int = 0
+        self,
+        *,
+        shards: str | Path,
+        cache: str | Path = CACHE,
+        cache_gb: float = 100.0,
+        holdout: float = 0.05,
+        caption_dropout: float = 0.1,
+        seed: int = 0,
     ) -> None:
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout={caption_dropout} must be in [0, 1]")
-        self.folder, self.caption_dropout, self.seed = Path(shards).expanduser(), caption_dropout, seed
+        self.files = open_shards(shards, cache=cache, cache_gb=cache_gb)
+        self.folder, self.caption_dropout, self.seed = self.files.folder, caption_dropout, seed
         self.manifest = read_manifest(self.folder, "latent")
         self.fingerprint = file_hash(self.folder / MANIFEST)
-        total = sum(shard["bytes"] for shard in self.manifest["shards"])
-        check_shards(self.folder, self.manifest, hashes=total <= HASH_LIMIT)
+        self.files.check(self.manifest)
         self.index = Index.read(self.folder)
         self.train, self.heldout = split_sources(self.index.source, holdout, seed)
         self.buckets = self.index.bucket[self.train]
         self.empty_text: Tensor = load_file(self.folder / EMPTY_TEXT)["text"].float()
-        self._maps: dict[int, mmap.mmap] = {}
 
     @property
     def bucket_names(self) -> list[str]:
@@ -122,18 +124,17 @@ class LatentData:
         generator = world.generator(self.seed, "caption", position)
         return bool(torch.rand((), generator=generator) < self.caption_dropout)
 
-    def _map(self, shard: int) -> mmap.mmap:
-        if shard not in self._maps:
-            with (self.folder / self.manifest["shards"][shard]["name"]).open("rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[shard]
+    def _bytes(self, sample: int, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of the shard that holds a sample."""
+        return self.files.read(self.manifest["shards"][self.index.shard[sample]]["name"], start, stop)
 
     def _read(self, sample: int) -> tuple[Tensor, Tensor]:
         """(latents (C, T, H, W), text (L, D)) float32 of one sample; ValueError if they are not what was promised."""
         offset, size = int(self.index.offset[sample]), int(self.index.size[sample])
         where = f"{self.manifest['shards'][self.index.shard[sample]]['name']}, {self.index.name(sample)}"
+        content = self._bytes(sample, offset, offset + size)
         try:
-            tensors = load(self._map(int(self.index.shard[sample]))[offset : offset + size])
+            tensors = load(content)
         except Exception as error:  # safetensors raises its own class for every kind of damage
             raise ValueError(f"{self.folder}/{where}: damaged ({error}); encode the shards again") from error
         bucket = geometry.Bucket(*map(int, self.manifest["buckets"][self.index.bucket[sample]].split("x")))
@@ -149,11 +150,10 @@ class LatentData:
 
     def _about(self, sample: int) -> dict[str, Any]:
         """The .json member, which follows the .safetensors member in its tar."""
-        content, block = self._map(int(self.index.shard[sample])), tarfile.BLOCKSIZE
-        end = int(self.index.offset[sample] + self.index.size[sample])
-        header = -(-end // block) * block
-        info = tarfile.TarInfo.frombuf(content[header : header + block], "utf-8", "strict")
-        return read_about(content[header + block : header + block + info.size])
+        block = tarfile.BLOCKSIZE
+        header = -(-int(self.index.offset[sample] + self.index.size[sample]) // block) * block
+        info = tarfile.TarInfo.frombuf(self._bytes(sample, header, header + block), "utf-8", "strict")
+        return read_about(self._bytes(sample, header + block, header + block + info.size))
 
 
 class PixelData:

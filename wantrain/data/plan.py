@@ -29,7 +29,7 @@ PARTS = 1000
 
 
 class Planned(Protocol):
-    """What a plan asks of a data set; `weights`, `sets` and `shares` may be missing (see Plan)."""
+    """What a plan asks of a data set; `weights`, `sets` and `shares` may be missing or None (see Plan)."""
 
     @property
     def buckets(self) -> NDArray[np.integer]: ...
@@ -81,7 +81,8 @@ class Plan:
     @classmethod
     def of(cls, data: Planned, *, batch_size: int, seed: int) -> Plan:
         """The plan of a data set, with the weights and shares that it has."""
-        told = {name: getattr(data, name) for name in ("weights", "sets", "shares") if hasattr(data, name)}
+        found = {name: getattr(data, name, None) for name in ("weights", "sets", "shares")}
+        told = {name: value for name, value in found.items() if value is not None}
         return cls(data.buckets, batch_size=batch_size, seed=seed, **told)
 
     def batch(self, step: int) -> Indices:
