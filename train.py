@@ -30,11 +30,11 @@ def main(cfg: DictConfig) -> None:
     with accelerator.main_process_first():
         wanted = [*(model["experts"] if cfg.sample.every else experts), "vae", "text_encoder", "tokenizer"]
         base = config.base(cfg, wanted)
-        assemble.make_own_data(Path(cfg.data.shards), root=config.ROOT)
+        assemble.make_own_data(config.shards(cfg), root=config.ROOT)
     data, dtype = config.build(cfg.data), config.dtype(cfg.precision)
     if "vae" not in experts:
-        assemble.check_encoders(data.manifest, base, cfg.data.shards, dtype)
-    plan = Plan(data.buckets, batch_size=cfg.batch_size, seed=cfg.seed)
+        assemble.check_encoders(data.manifest, base, config.shards(cfg), dtype)
+    plan = Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed)
     steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
     where = {"base": base, "device": home.device, "dtype": dtype, "recipe": config.recipe()}
@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
             name=name,
             loss=losses[name],
             schedule=config.build(own.schedule),
-            plan=Plan(data.buckets, batch_size=cfg.batch_size, seed=cfg.seed),
+            plan=Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed),
             steps=turns.count(name, steps),
             folder=name if len(experts) > 1 else "",
         )

@@ -89,7 +89,9 @@ def test_an_option_is_built_with_the_values_it_names(option):
     cfg = compose("train", [f"{group}={name}"])
     if group == "data":
         with pytest.raises(ValueError, match="nowhere holds no shards"):  # it has taken all of its keywords by then
-            config.build(cfg.data, shards="nowhere")
+            config.build(
+                cfg.data, **({"sets": {"a": {"shards": "nowhere"}}} if name == "mixed" else {"shards": "nowhere"})
+            )
     elif option == "optimizer/adamw_8bit" and importlib.util.find_spec("torchao") is None:
         pytest.skip("torchao is not installed")
     elif group == "optimizer":

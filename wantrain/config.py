@@ -25,6 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
+from wantrain.data import check_sets
 from wantrain.models import Base, open_base, partial
 from wantrain.training import replay
 from wantrain.world import errors_to_exit_code
@@ -45,8 +46,8 @@ TEXT_KEYS = frozenset(
     )
 )
 PATH_KEYS = frozenset(
-    ("source", "out", "replay", "shards", "data.shards", "weights", "runs", "prompts", "measure", "inspect",
-     "image", "last_image", "video", "mask",
+    ("source", "out", "replay", "shards", "data.shards", "data.cache", "weights", "runs", "prompts", "measure",
+     "inspect", "image", "last_image", "video", "mask",
      "adapter.init", "experts.high_noise.init", "experts.low_noise.init", "noise.density.file",
      "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts",
      "parts.high_noise", "parts.low_noise", "parts.dense", "parts.vae", "parts.text_encoder", "parts.tokenizer")
@@ -219,6 +220,12 @@ def buckets(cfg: DictConfig, temporal_stride: int = 4) -> geometry.Buckets:
     )
 
 
+def shards(cfg: DictConfig) -> list[str]:
+    """Where the shards of a training lie: one place, or one of each set with data=mixed."""
+    own = plain(cfg.data)
+    return [own["shards"]] if "shards" in own else [one["shards"] for one in check_sets(own["sets"]).values()]
+
+
 def has_base(cfg: DictConfig) -> bool:
     """True if the command line names a base model, or parts of one."""
     return cfg.weights is not None or any(path is not None for path in cfg.parts.values())
@@ -291,6 +298,7 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         judge(lambda: _check_batch(cfg, processes))
         judge(lambda: _check_length(cfg))
         problems.extend(_adapter_problems(cfg))
+        judge(lambda: shards(cfg))
         if cfg.adapter.name == "partial":
             part = plain(cfg.adapter)
             judge(lambda: partial.check(part["layers"], part["tags"], cfg.model.transformer.num_layers))
@@ -365,6 +373,7 @@ _POSITIVE = (
     "shift",
     "adapter.alpha",
     "optimizer.lr",
+    "data.cache_gb",
 )
 
 

@@ -1,7 +1,6 @@
 """A run's pieces: the project's own data are made when they are asked for and absent, and never otherwise."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ def root(tmp_path, monkeypatch):
 
 
 def made(root, name):
-    make_own_data(Path(name), root=root)
+    make_own_data([name], root=root)
     file = root / name / "manifest.json"
     return file.read_text() if file.is_file() else None
 

@@ -6,6 +6,7 @@ from wantrain.data.encoding import encode_shards
 from wantrain.data.footage import Footage, Reject
 from wantrain.data.judge import Verdict, judge, scores, spared_scenes, wug_scenes
 from wantrain.data.loader import LatentData, PixelData, prefetch
+from wantrain.data.mix import MixedData, check_sets
 from wantrain.data.pixels import prepare_pixels
 from wantrain.data.plan import Plan, share
 from wantrain.data.report import write_report
@@ -16,11 +17,13 @@ __all__ = [
     "SETS",
     "Footage",
     "LatentData",
+    "MixedData",
     "PixelData",
     "Plan",
     "Reject",
     "Verdict",
     "check_folder",
+    "check_sets",
     "encode_shards",
     "find_footage",
     "judge",

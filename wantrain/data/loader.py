@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import queue
 import tarfile
 import threading
@@ -27,19 +26,15 @@ from wantrain.batch import Batch, pad_texts
 from wantrain.data.index import Index
 from wantrain.data.pixels import read_sample
 from wantrain.data.plan import Indices
+from wantrain.data.remote import CACHE, open_shards
 from wantrain.data.shards import (
     MANIFEST,
     VideoSample,
-    check_shards,
     file_hash,
-    files_of,
     read_manifest,
     read_video_shards,
 )
 from wantrain.video import Frames
-
-#: Shards up to this many bytes are hashed when they are opened; larger sets are checked by size (a minute per 60 GB).
-HASH_LIMIT = 2 << 30
 
 
 def split_sources(sources: NDArray[np.uint64], share: float, seed: int) -> tuple[Indices, Indices]:
@@ -73,19 +68,25 @@ class LatentData:
     """
 
     def __init__(
-        self, *, shards: str | Path, holdout: float = 0.05, caption_dropout: float = 0.1, seed: int = 0
+        self,
+        *,
+        shards: str | Path,
+        cache: str | Path = CACHE,
+        cache_gb: float = 100.0,
+        holdout: float = 0.05,
+        caption_dropout: float = 0.1,
+        seed: int = 0,
     ) -> None:
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout={caption_dropout} must be in [0, 1]")
-        self.folder, self.caption_dropout, self.seed = Path(shards).expanduser(), caption_dropout, seed
+        self.files = open_shards(shards, cache=cache, cache_gb=cache_gb)
+        self.folder, self.caption_dropout, self.seed = self.files.folder, caption_dropout, seed
         self.manifest = read_manifest(self.folder, "latent")
         self.fingerprint = file_hash(self.folder / MANIFEST)
-        total = sum(file["bytes"] for file in files_of(self.manifest))
-        check_shards(self.folder, self.manifest, hashes=total <= HASH_LIMIT)
+        self.files.check(self.manifest)
         self.index = Index.read(self.folder / self.manifest["files"][0]["name"])
         self.train, self.heldout = split_sources(self.index.source, holdout, seed)
         self.buckets, self.weights = self.index.bucket[self.train], self.index.weight[self.train]
-        self._maps: dict[str, mmap.mmap] = {}
         self.empty_text: Tensor = self._text(self.manifest["empty_text"])
 
     @property
@@ -134,17 +135,11 @@ class LatentData:
             return self.empty_text
         return self._text(self._drawn(self.index.texts_of(clip), "which caption", position))
 
-    def _map(self, name: str) -> mmap.mmap:
-        """A tar, mapped."""
-        if name not in self._maps:
-            with (self.folder / name).open("rb") as file:
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[name]
-
     def _tensor(self, tar: str, offset: int, size: int, what: str, key: str) -> Tensor:
         """A tensor out of a safetensors member, float32; ValueError if it is damaged, NaN or infinite."""
+        content = self.files.read(tar, offset, offset + size)
         try:
-            tensor = load(self._map(tar)[offset : offset + size])[key].float()
+            tensor = load(content)[key].float()
         except Exception as error:  # safetensors raises its own class for every kind of damage
             raise ValueError(f"{self.folder}/{tar}, {what}: damaged ({error}); encode the shards again") from error
         if not torch.isfinite(tensor).all():
@@ -174,11 +169,11 @@ class LatentData:
 
     def _caption(self, text: int) -> str:
         """What a text says: its .json member, which follows the .safetensors member in its tar."""
-        content = self._map(self.manifest["text_shards"][self.index.text_shard[text]]["name"])
+        tar = self.manifest["text_shards"][self.index.text_shard[text]]["name"]
         end, block = int(self.index.text_offset[text] + self.index.text_size[text]), tarfile.BLOCKSIZE
         header = -(-end // block) * block
-        info = tarfile.TarInfo.frombuf(content[header : header + block], "utf-8", "strict")
-        return str(json.loads(content[header + block : header + block + info.size])["caption"])
+        info = tarfile.TarInfo.frombuf(self.files.read(tar, header, header + block), "utf-8", "strict")
+        return str(json.loads(self.files.read(tar, header + block, header + block + info.size))["caption"])
 
 
 class PixelData:

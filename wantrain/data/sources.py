@@ -8,12 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import urlsplit
 
 import fsspec
@@ -22,9 +19,7 @@ from braceexpand import braceexpand
 from wantrain.data import captions
 from wantrain.data.captions import Told
 from wantrain.data.footage import IMAGES, VIDEOS, Footage, Reject
-
-#: Seconds without an answer after which an address is given up.
-PATIENCE = 60
+from wantrain.data.remote import open_url, reaching
 
 
 def find_footage(
@@ -223,7 +218,7 @@ def _glob(pattern: str) -> list[Path]:
 
 
 def _remote_glob(pattern: str) -> list[str]:
-    with _remote(pattern):
+    with reaching(pattern):
         system, path = fsspec.core.url_to_fs(pattern)
         found = sorted(system.unstrip_protocol(name) for name in system.glob(path))
     if not found:
@@ -238,27 +233,6 @@ def _last(url: str) -> str:
 def _download(url: str, target: Path) -> Path:
     """Copy a remote file to `target`. ValueError if it cannot be had whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _remote(url), _open(url) as remote, target.open("wb") as file:
+    with reaching(url), open_url(url) as remote, target.open("wb") as file:
         shutil.copyfileobj(remote, file, 1 << 20)
     return target
-
-
-def _open(url: str) -> BinaryIO:
-    # fsspec's driver for http needs a further package; the standard library's does not.
-    if url.startswith(("http://", "https://")):
-        return urllib.request.urlopen(url, timeout=PATIENCE)  # type: ignore[no-any-return]
-    return fsspec.open(url, "rb").open()  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _remote(url: str) -> Iterator[None]:
-    """What an address refuses is one error with its mend."""
-    try:
-        yield
-    except ImportError as error:
-        scheme = url.partition(":")[0]
-        raise ValueError(
-            f"{url}: reading {scheme}:// needs a driver that is not installed ({error}); pip install 'wantrain[remote]'"
-        ) from error
-    except Exception as error:  # every driver has classes of its own
-        raise ValueError(f"{url} cannot be read ({type(error).__name__}: {error})") from error

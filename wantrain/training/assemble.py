@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import subprocess
 import sys
@@ -46,21 +47,26 @@ from wantrain.training.watchdog import Watchdog
 WHOLE = {"MuonAdamW": "muon", "Muon": "torch.optim.Muon", "Adafactor": "adafactor", "adamw_8bit": "adamw_8bit"}
 
 
-def make_own_data(shards: Path, *, root: Path) -> None:
+def make_own_data(places: Iterable[str], *, root: Path) -> None:
     """Make the project's own footage and shards (data/NAME/latents) if they are asked for and not there, and say so.
 
     Main process only; leaves with the child's exit code where that fails. `root` is the folder of demo.py.
     """
-    ours = shards.parent in {Path("data", name) for name in SETS}
-    if world.is_main() and ours and not (shards / "manifest.json").is_file():
-        world.say(f"making {shards.parent} (procedural clips; once)")
-        make = [sys.executable, str(root / "demo.py"), "data", shards.parent.name]
-        if code := subprocess.run(make, check=False, env=world.alone()).returncode:
-            sys.exit(code)  # the child has said what is wrong
+    for shards in map(Path, places):
+        ours = shards.parent in {Path("data", name) for name in SETS}
+        if world.is_main() and ours and not (shards / "manifest.json").is_file():
+            world.say(f"making {shards.parent} (procedural clips; once)")
+            make = [sys.executable, str(root / "demo.py"), "data", shards.parent.name]
+            if code := subprocess.run(make, check=False, env=world.alone()).returncode:
+                sys.exit(code)  # the child has said what is wrong
 
 
-def check_encoders(manifest: Mapping[str, Any], base: Base, shards: str, dtype: torch.dtype) -> None:
-    """Raise ValueError unless the latents were made by the VAE and text encoder of the base (those that it holds)."""
+def check_encoders(manifest: Mapping[str, Any], base: Base, places: Iterable[str], dtype: torch.dtype) -> None:
+    """Raise ValueError unless the latents were made by the VAE and text encoder of the base (those that it holds).
+
+    `places` are where they come from, for what is said.
+    """
+    shards = ", ".join(places)
     loads: dict[str, Callable[[], nn.Module]] = {
         "vae": base.vae,
         "text_encoder": lambda: base.text_encoder(dtype=dtype),
@@ -237,14 +243,15 @@ def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:
 
 
 def build_validators(run: Run, *, every: int, clips: int, points: int) -> list[Hook]:
-    """The validation that goes with each expert's loss, over at most `clips` held-out clips."""
-    batches = run.data.heldout_batches(clips)
-    if not batches:
+    """The validation that goes with each expert's loss, over at most `clips` held-out clips; each set for itself."""
+    found = getattr(run.data, "heldout_of_sets", None)
+    groups = {"": run.data.heldout_batches(clips)} if found is None else found(clips)
+    if not any(groups.values()):
         world.say("no clips are held out (data.holdout is 0, or there are too few files): there is no validation")
     hooks: list[Hook] = []
-    for member in run.members.values():
+    for member, (name, batches) in itertools.product(run.members.values(), groups.items()):
         if isinstance(member.loss, FlowMatching):
-            prefix = f"{member.name}/" if len(run.members) > 1 else ""
+            prefix = (f"{member.name}/" if len(run.members) > 1 else "") + (f"{name}/" if name else "")
             validator = Validator(member.stepper, member.loss, batches, every, run.steps, points, run.seed, prefix)
             hooks.append(validator)
         else:

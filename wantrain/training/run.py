@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +38,8 @@ FREE = (
     "stop_after",
     "replay",
     "data.shards",
+    "data.cache",
+    "data.cache_gb",
     "loss.batch_size",  # follows batch_size, which is compared
 )
 
@@ -118,8 +121,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old -> new` of every setting that differs and may not."""
     before, after = _flat(old), _flat(new)
-    keys = sorted(key for key in before.keys() | after.keys() if key not in FREE and key.split(".")[0] not in FREE)
+    keys = sorted(key for key in before.keys() | after.keys() if not _is_free(key))
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def _is_free(key: str) -> bool:
+    moved = re.fullmatch(r"data\.sets\.[^.]+\.(shards|cache|cache_gb)", key) is not None
+    return key in FREE or key.split(".")[0] in FREE or moved
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

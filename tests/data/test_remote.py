@@ -1,0 +1,275 @@
+"""Shards from an address: what was promised or nothing, within the cache's size, and shared by many processes."""
+
+import contextlib
+import fcntl
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import fsspec
+import numpy as np
+import pytest
+
+from wantrain.data import LatentData, remote
+from wantrain.data.remote import Cache, RemoteShards, open_shards
+
+SHARDS, SIZE = 5, 40_000
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder; notes what was asked for, and cuts short what `cut` names, that many times."""
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        self.server.asked.append(name)
+        if self.server.cut.get(name, 0) > 0:
+            self.server.cut[name] -= 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(SIZE))
+            self.end_headers()
+            self.wfile.write(b"x" * 1000)
+            self.close_connection = True
+            return
+        super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    """tmp_path/shards, at server.url."""
+    (tmp_path / "shards").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as server:
+        server.asked, server.cut, server.url = [], {}, f"http://127.0.0.1:{server.server_port}/shards"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def content(number):
+    return np.random.default_rng(number).bytes(SIZE)
+
+
+def describe(name, data):
+    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.fixture
+def shards(tmp_path, server):
+    """Five shards of 40 kB and one small file, served; returns their manifest."""
+    folder = tmp_path / "shards"
+    for number in range(SHARDS):
+        (folder / f"latent-{number:06d}.tar").write_bytes(content(number))
+    (folder / "index.safetensors").write_bytes(b"index")
+    rows = [describe(f"latent-{number:06d}.tar", content(number)) for number in range(SHARDS)]
+    manifest = {"kind": "latent", "shards": rows, "files": [describe("index.safetensors", b"index")]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return manifest
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(remote, "PATIENCE", 0.5)
+
+
+def name_of(number):
+    return f"latent-{number:06d}.tar"
+
+
+def tars(cache):
+    return sorted(path.name for path in cache.rglob("*.tar"))
+
+
+def size_of(cache):
+    """Bytes in the cache; a file that gets its name while we look counts once."""
+    found = {}
+    for path in cache.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path.stat().st_ino] = 0 if path.is_dir() else path.stat().st_size
+    return sum(found.values())
+
+
+def test_a_shard_is_fetched_once_when_it_is_asked_for(tmp_path, server, shards):
+    files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
+    assert (files.folder / "manifest.json").read_bytes() == (tmp_path / "shards" / "manifest.json").read_bytes()
+    assert (files.folder / "index.safetensors").read_bytes() == b"index"
+    assert tars(tmp_path / "cache") == []
+    for start, stop in ((0, 10), (100, 30_000), (SIZE - 5, SIZE)):
+        assert files.read(name_of(3), start, stop) == content(3)[start:stop]
+    again = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
+    assert again.read(name_of(3), 0, SIZE) == content(3)
+    assert server.asked == ["manifest.json", "index.safetensors", name_of(3), "manifest.json"]
+
+
+def test_other_shards_at_the_same_address_are_other_files(tmp_path, server, shards):
+    old = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
+    assert old.read(name_of(0), 0, SIZE) == content(0)
+    (tmp_path / "shards" / name_of(0)).write_bytes(content(9))
+    shards["shards"][0] = describe(name_of(0), content(9))
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(shards))
+    new = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
+    assert new.read(name_of(0), 0, SIZE) == content(9)
+    assert old.read(name_of(0), 0, SIZE) == content(0)
+
+
+def test_the_cache_keeps_to_its_size_and_what_was_read_last(tmp_path, server, shards, capsys):
+    limit = 2.5 * SIZE
+    files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=limit / 1e9)
+    assert "shards will be fetched again and again" in capsys.readouterr().out
+    order = np.random.default_rng(0).integers(SHARDS, size=60).tolist()
+    for number in order:
+        assert files.read(name_of(number), 0, SIZE) == content(number)
+        assert size_of(tmp_path / "cache") <= limit
+    last_two = sorted({name_of(number) for number in list(dict.fromkeys(reversed(order)))[:2]})
+    assert tars(tmp_path / "cache") == last_two
+    assert (files.folder / "manifest.json").is_file()
+    assert (files.folder / "index.safetensors").is_file()
+
+
+def test_what_is_read_is_never_removed(tmp_path, server, shards):
+    """Readers of two shards hold them; the third has no room until one lets go, and the error says how much is needed."""
+    files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=2.5 * SIZE / 1e9)
+    held = [files._open(name_of(number)) for number in (0, 1)]
+    with pytest.raises(ValueError, match=r"full of files that processes are reading .*data\.cache_gb="):
+        files.read(name_of(2), 0, SIZE)
+    assert [os.pread(handle, SIZE, 0) for handle in held] == [content(0), content(1)]
+    assert tars(tmp_path / "cache") == [name_of(0), name_of(1)]
+    os.close(held[1])
+    assert files.read(name_of(2), 0, SIZE) == content(2)
+    assert tars(tmp_path / "cache") == [name_of(0), name_of(2)]
+    os.close(held[0])
+
+
+def test_what_comes_short_is_asked_for_again_and_never_used(tmp_path, server, shards):
+    files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
+    server.cut[name_of(1)] = 2
+    assert files.read(name_of(1), 0, SIZE) == content(1)
+    assert server.asked.count(name_of(1)) == 3
+    server.cut[name_of(2)] = 3
+    with pytest.raises(
+        ValueError, match=rf"{name_of(2)} is not what its manifest says \(1000 bytes, .*asked for 3 times"
+    ):
+        files.read(name_of(2), 0, SIZE)
+    for damage in (content(8), content(3) + b"more", content(3)[:-1]):
+        (tmp_path / "shards" / name_of(3)).write_bytes(damage)
+        with pytest.raises(ValueError, match="is not what its manifest says"):
+            files.read(name_of(3), 0, SIZE)
+    (tmp_path / "shards" / name_of(3)).unlink()
+    with pytest.raises(ValueError, match=r"cannot be read .*404"):
+        files.read(name_of(3), 0, SIZE)
+    assert tars(tmp_path / "cache") == [name_of(1)]
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_what_a_killed_process_left_is_no_file_and_takes_no_room(tmp_path, server, shards):
+    files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1.5 * SIZE / 1e9)
+    for number in (0, 1):
+        (files.folder / f".{name_of(number)}.tmp").write_bytes(bytes(SIZE))
+    assert files.read(name_of(0), 0, SIZE) == content(0)
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["../evil.tar", "/etc/passwd", "a/b.tar", ".hidden", "manifest.json", ".."])
+def test_names_that_lead_elsewhere_are_refused(tmp_path, server, shards, name):
+    shards["shards"].append(describe(name, b""))
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(shards))
+    with pytest.raises(ValueError, match=r"is no manifest .*is no shard's name"):
+        open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
+
+
+def test_bad_places_and_sizes_are_one_error(tmp_path, server, shards):
+    with pytest.raises(ValueError, match=r"nowhere/manifest\.json cannot be read"):
+        open_shards(f"{server.url}/nowhere", cache=tmp_path / "cache", cache_gb=1)
+    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9/manifest\.json cannot be read"):
+        open_shards("http://127.0.0.1:9", cache=tmp_path / "cache", cache_gb=1)
+    with pytest.raises(ValueError, match=r"s3://bucket/manifest.json.*needs a driver .*wantrain\[remote\]"):
+        open_shards("s3://bucket", cache=tmp_path / "cache", cache_gb=1)
+    with pytest.raises(ValueError, match=r"data\.cache_gb=0 must be above 0"):
+        open_shards(server.url, cache=tmp_path / "cache", cache_gb=0)
+    small = open_shards(server.url, cache=tmp_path / "cache", cache_gb=SIZE / 2e9)
+    with pytest.raises(ValueError, match=r"data\.cache_gb=2e-05 has no room for latent-000000\.tar"):
+        small.read(name_of(0), 0, SIZE)
+    for text in (b"not json", b"[1]", b'{"files": [{}]}', b'{"files": 3}', b"\xff\xfe"):
+        (tmp_path / "shards" / "manifest.json").write_bytes(text)
+        with pytest.raises(ValueError, match="is no manifest"):
+            open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data\.cache=.*cannot be made"):
+        open_shards(server.url, cache=tmp_path / "file" / "cache", cache_gb=1)
+
+
+CHILD = """
+import hashlib, random, sys
+from pathlib import Path
+from wantrain.data.remote import Cache, RemoteShards
+url, cache, limit, seed = sys.argv[1:]
+files = RemoteShards(url, Cache(Path(cache), float(limit) / 1e9))
+for number in random.Random(int(seed)).choices(range(5), k=120):
+    name = f"latent-{number:06d}.tar"
+    data = files.read(name, 0, 40_000)
+    assert hashlib.sha256(data).hexdigest() == files.files[name]["sha256"]
+"""
+
+
+def test_many_processes_share_one_cache(tmp_path, server, shards):
+    """Three read at random through a cache of four of the five shards: all right, within its size, nothing left over."""
+    limit, cache = 4.2 * SIZE, tmp_path / "cache"
+    command = [sys.executable, "-c", CHILD, server.url, str(cache), str(limit)]
+    children = [subprocess.Popen([*command, str(seed)], stderr=subprocess.PIPE, text=True) for seed in range(3)]
+    largest = 0
+    while any(child.poll() is None for child in children):
+        if cache.is_dir() and (cache / ".lock").exists():
+            with (cache / ".lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # nobody reserves or removes while we look
+                largest = max(largest, size_of(cache))
+    assert [child.stderr.read() for child in children] == [""] * 3
+    assert [child.returncode for child in children] == [0] * 3
+    assert 0 < largest <= limit
+    assert not list(cache.rglob("*.tmp"))
+    assert len(tars(cache)) >= 3
+
+
+def test_processes_that_want_the_same_shard_fetch_it_once(tmp_path, server, shards):
+    cache = tmp_path / "cache"
+    files = [RemoteShards(server.url, Cache(cache, 1)) for _ in range(8)]
+    found = [None] * 8
+
+    def read(number):
+        found[number] = files[number].read(name_of(4), 0, SIZE)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [content(4)] * 8
+    assert server.asked.count(name_of(4)) == 1
+
+
+def test_latents_from_an_address_are_those_of_the_folder(tmp_path, tiny):
+    """The same samples through http:// and memory:// as from the disk."""
+    memory = fsspec.filesystem("memory")
+    for path in tiny.latents.iterdir():
+        if path.is_file():
+            memory.pipe(f"/bucket/latents/{path.name}", path.read_bytes())
+    here = LatentData(shards=tiny.latents, holdout=0.2)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tiny.latents)) as server:
+        server.asked, server.cut = [], {}
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        for place in (f"http://127.0.0.1:{server.server_port}", "memory://bucket/latents/"):
+            data = LatentData(shards=place, holdout=0.2, cache=tmp_path / place[:4], cache_gb=1)
+            assert data.fingerprint == here.fingerprint
+            assert data.captions() == here.captions()
+            for sample in range(len(here.train)):
+                ours, theirs = here.load([sample], [sample]), data.load([sample], [sample])
+                assert ours.ids == theirs.ids
+                assert (ours.latents_BCTHW == theirs.latents_BCTHW).all()
+                assert (ours.text_BLD == theirs.text_BLD).all()
+        server.shutdown()

@@ -1,0 +1,189 @@
+"""Several sets of latents behind the face of one: what MixedData answers, LatentData would.
+
+Which set a sample comes from is plan.py's business; here are the sets' numbers put after each other, their buckets
+under common names, and what must be equal in all of them compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wantrain import world
+from wantrain.batch import Batch, pad_texts
+from wantrain.data.loader import LatentData
+from wantrain.data.plan import Indices
+from wantrain.data.remote import CACHE
+
+#: What the manifests of all sets must agree on: who made the latents and texts, and their geometry.
+COMMON = (
+    "vae_fingerprint",
+    "text_encoder_fingerprint",
+    "latent_channels",
+    "temporal_stride",
+    "spatial_stride",
+    "text_dim",
+)
+
+
+class MixedData:
+    """Sets of latent shards, each with a share of the samples. Same methods as LatentData.
+
+    sets     given by name: `shards`, `weight` (1 unless given; a set's share is its weight over their sum), and
+             whatever else of LatentData's settings is to differ for it; kept as the set of each training sample
+    shares   of the sets
+    buckets  of each training sample: a number into the names of the buckets of all sets
+    weights  how often each comes beside others of its set
+
+    Clips whose file another set trains on are no held-out clips: they are left out of validation, and that is said.
+    """
+
+    def __init__(
+        self,
+        *,
+        sets: Mapping[str, Mapping[str, Any]] | None,
+        cache: str | Path = CACHE,
+        cache_gb: float = 100.0,
+        holdout: float = 0.05,
+        caption_dropout: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        common = {"cache": cache, "cache_gb": cache_gb, "holdout": holdout, "caption_dropout": caption_dropout}
+        told = check_sets(sets)
+        self.parts = {name: _open(name, own, {**common, "seed": seed}) for name, own in told.items()}
+        self.shares = tuple(float(own.get("weight", 1)) for own in told.values())
+        self.manifest = _common_facts(self.parts)
+        names = sorted({name for part in self.parts.values() for name in part.bucket_names})
+        number = {name: place for place, name in enumerate(names)}
+        self._names = names
+        sizes = [len(part.train) for part in self.parts.values()]
+        self.sets = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
+        self.buckets: NDArray[np.integer] = np.array(
+            [number[name] for part in self.parts.values() for name in part.bucket_names], dtype=np.int32
+        )
+        self.weights: NDArray[np.float32] = np.concatenate([part.weights for part in self.parts.values()])
+        self._first = np.cumsum([0, *sizes])
+        self.train = np.arange(self._first[-1])
+        self._drop_trained()
+        self.heldout = np.arange(sum(len(part.heldout) for part in self.parts.values()))
+        told_apart = sorted((name, part.fingerprint) for name, part in self.parts.items())
+        self.fingerprint = hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
+        self._say()
+
+    @property
+    def bucket_names(self) -> list[str]:
+        """The bucket of each training sample."""
+        return [self._names[bucket] for bucket in self.buckets]
+
+    def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
+        """Training samples of one bucket, of any sets, for places in the run; ids begin with the set's name."""
+        wanted, places = np.asarray(samples), np.asarray(positions)
+        owners, batches, order = self.sets[wanted], [], []
+        for number, (name, part) in enumerate(self.parts.items()):
+            own = np.flatnonzero(owners == number)
+            if len(own):
+                batches.append(_named(part.load(wanted[own] - self._first[number], places[own]), name))
+                order.append(own)
+        return _joined(batches, np.argsort(np.concatenate(order)))
+
+    def heldout_of_sets(self, count: int) -> dict[str, list[Batch]]:
+        """Of each set that has any the first held-out samples, one batch per bucket: `count` in all, at least one."""
+        own = max(1, count // len(self.parts)) if count else 0
+        found = {name: part.heldout_batches(own) for name, part in self.parts.items()}
+        return {name: [_named(batch, name) for batch in batches] for name, batches in found.items() if batches}
+
+    def heldout_batches(self, count: int) -> list[Batch]:
+        """The same of all sets, one after another."""
+        return list(itertools.chain.from_iterable(self.heldout_of_sets(count).values()))
+
+    def captions(self) -> list[str]:
+        """Distinct captions, the sets' taking turns: prompts for previews."""
+        turns = itertools.zip_longest(*(part.captions() for part in self.parts.values()))
+        return list(dict.fromkeys(caption for turn in turns for caption in turn if caption is not None))
+
+    def _drop_trained(self) -> None:
+        """Take held-out clips of which another set trains on the same file out of validation."""
+        for name, part in self.parts.items():
+            trained = [other.index.source[other.train] for key, other in self.parts.items() if key != name]
+            leaked = np.isin(part.index.source[part.heldout], np.concatenate([np.empty(0, np.uint64), *trained]))
+            if leaked.any():
+                world.say(
+                    f"data.sets.{name}: {leaked.sum()} held-out clips are trained on in another set: not validated"
+                )
+                part.heldout = part.heldout[~leaked]
+
+    def _say(self) -> None:
+        whole, epoch = sum(self.shares), self.weights.sum()
+        for share, (name, part) in zip(self.shares, self.parts.items(), strict=True):
+            passes = share / whole * epoch / part.weights.sum()
+            world.say(
+                f"data.sets.{name}: {len(part.train)} clips, {share / whole:.1%} of the samples, {passes:.3g} passes "
+                "an epoch"
+            )
+
+
+def check_sets(sets: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    """The sets as they are told, if they can be; ValueError names the one that cannot, before any is opened."""
+    if not isinstance(sets, Mapping) or not sets:
+        raise ValueError("data=mixed needs sets: data.sets={cats: {shards: DIR, weight: 0.7}, dogs: {shards: DIR}}")
+    known = {"weight", *inspect.signature(LatentData).parameters}
+    for name, own in sets.items():
+        if not isinstance(own, Mapping) or not own.get("shards"):
+            raise ValueError(f"data.sets.{name}={own} has no shards; give data.sets.{name}={{shards: DIR}}")
+        if wrong := sorted(set(own) - known):
+            raise ValueError(f"data.sets.{name}.{wrong[0]} is no setting of a set; it takes {', '.join(sorted(known))}")
+        weight = own.get("weight", 1)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ValueError(f"data.sets.{name}.weight={weight} must be a number above 0")
+    return {str(name): dict(own) for name, own in sets.items()}
+
+
+def _open(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> LatentData:
+    try:
+        return LatentData(**{**common, **{key: value for key, value in own.items() if key != "weight"}})
+    except ValueError as error:
+        raise ValueError(f"data.sets.{name}: {error}") from error
+
+
+def _common_facts(parts: Mapping[str, LatentData]) -> dict[str, Any]:
+    """What all manifests say alike. ValueError names two sets that do not go together, and the mend."""
+    (first, one), *others = parts.items()
+    for name, other in others:
+        for key in COMMON:
+            ours, theirs = one.manifest.get(key), other.manifest.get(key)
+            if ours != theirs:
+                raise ValueError(
+                    f"data.sets: {first} and {name} were not encoded alike ({key} {ours} and {theirs}), so one model "
+                    f"cannot learn from both; encode {name} again with the weights= and parts.*= that {first} was "
+                    "encoded with: python encode.py"
+                )
+    return {key: one.manifest[key] for key in COMMON if key in one.manifest}
+
+
+def _named(batch: Batch, name: str) -> Batch:
+    return replace(batch, ids=tuple(f"{name}/{own}" for own in batch.ids))
+
+
+def _joined(batches: list[Batch], order: Indices) -> Batch:
+    """Batches of one shape as one, its samples taken in `order`."""
+    if len(batches) == 1:
+        return batches[0]  # in order already
+    ids = [name for batch in batches for name in batch.ids]
+    positions = [position for batch in batches for position in batch.positions]
+    texts = [text for batch in batches for text in batch.text_BLD]
+    return Batch(
+        torch.cat([batch.latents_BCTHW for batch in batches])[order],
+        pad_texts([texts[place] for place in order]),
+        tuple(ids[place] for place in order),
+        tuple(positions[place] for place in order),
+    )
