@@ -351,7 +351,8 @@ _WHOLE = (
     "tripwires.patience", "steps", "stop_after", "batch_size", "accumulate", "count", "shard_mb", "area", "tile",
     "stride", "tokens",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
-    "validation.every", "validation.clips", "validation.points", "adapter.rank", "sample.steps", "sample.count",
+    "validation.every", "validation.clips", "validation.points", "validation.together",
+    "validation.stop_after", "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
 _SWITCHES = ("stretch", "checkpoint.keep_best", "checkpoint.background")
 _POSITIVE = (

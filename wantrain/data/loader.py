@@ -61,6 +61,15 @@ def split_sources(sources: NDArray[np.uint64], share: float, seed: int) -> tuple
     return np.flatnonzero(place < 0), held[np.argsort(place[held], kind="stable")]
 
 
+def one_per_file(samples: Indices, sources: NDArray[np.uint64]) -> Indices:
+    """Samples in another order: of each file the first one, then of each the second, and so on. `sources` by sample."""
+    order = np.argsort(sources[samples], kind="stable")
+    _, counts = np.unique(sources[samples], return_counts=True)
+    turn = np.empty(len(samples), dtype=np.int64)
+    turn[order] = np.concatenate([np.arange(count) for count in counts]) if len(counts) else []
+    return samples[np.argsort(turn, kind="stable")]
+
+
 class LatentData:
     """Latent shards as samples by number.
 
@@ -101,8 +110,27 @@ class LatentData:
         return self._batch([latents for latents, _ in tensors], texts, names, [int(p) for p in positions])
 
     def heldout_batches(self, count: int) -> list[Batch]:
-        """The first `count` held-out samples, one batch per bucket, captions as they are."""
-        chosen, batches = self.heldout[:count], []
+        """`count` held-out samples at most, of as many files as there are; one batch per bucket, captions as they are.
+
+        The positions of their batches are their numbers in the index, also below.
+        """
+        return self._bucketed(one_per_file(self.heldout, self.index.source)[:count])
+
+    def train_batches(self, count: int) -> list[Batch]:
+        """`count` training samples chosen alike, to be measured beside them; files in the order of their hashes."""
+        by_file = self.train[np.argsort(self.index.source[self.train], kind="stable")]
+        return self._bucketed(one_per_file(by_file, self.index.source)[:count])
+
+    def files(self, samples: Sequence[int]) -> list[int]:
+        """The file that each sample (a number in the index) was cut from, as a number."""
+        return [int(self.index.source[sample]) for sample in samples]
+
+    def tags(self, samples: Sequence[int]) -> list[tuple[str, ...]]:
+        """The tags of each sample (a number in the index), if its footage came with any."""
+        return [tuple(self._about(sample).get("tags") or ()) for sample in samples]
+
+    def _bucketed(self, chosen: Indices) -> list[Batch]:
+        batches = []
         for bucket in np.unique(self.index.bucket[chosen]):
             samples = chosen[self.index.bucket[chosen] == bucket].tolist()
             latents, texts = zip(*(self._read(sample) for sample in samples), strict=True)
@@ -266,7 +294,6 @@ class Prefetch(Iterator[Batch]):
             return item
         self.close()
         raise StopIteration if item is None else item
-
 
     def _next_item(self) -> Batch | BaseException | None:
         """What comes next; ValueError if the thread is gone without a word, for then nothing ever would."""

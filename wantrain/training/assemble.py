@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from wantrain import geometry, world
+from wantrain.batch import Batch
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
 from wantrain.models import Base, weights
@@ -26,20 +27,22 @@ from wantrain.training.checkpoint import Checkpoints
 from wantrain.training.ema import Ema
 from wantrain.training.gather import build_sampler
 from wantrain.training.loop import Run
+from wantrain.training.measure import Clips, Probe, one_by_one
 from wantrain.training.member import Member, read_average
 from wantrain.training.meter import Meter, peak_of
 from wantrain.training.metrics import Metrics
 from wantrain.training.optim import build_optimizer
 from wantrain.training.parallel import SHARDED, engine_of, from_main
 from wantrain.training.preview import Preview
-from wantrain.training.protocols import Hook
+from wantrain.training.protocols import Hook, Latents
+from wantrain.training.readings import Readings
 from wantrain.training.residence import Residence
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
 from wantrain.training.stepper import Stepper
 from wantrain.training.trainee import Trainee
 from wantrain.training.tripwires import Tripwires
-from wantrain.training.validate import ReconstructionValidator, Validator
+from wantrain.training.validate import ReconstructionValidator, Validator, describe
 from wantrain.training.watchdog import Watchdog
 
 #: Optimizers that look at whole matrices, or at blocks of them, and not at each element: class -> what users call it.
@@ -236,20 +239,45 @@ def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:
                 which_expert.check(member.stepper, run.first_batch(), **told)
 
 
-def build_validators(run: Run, *, every: int, clips: int, points: int) -> list[Hook]:
-    """The validation that goes with each expert's loss, over at most `clips` held-out clips."""
+def build_validators(
+    run: Run, *, every: int, clips: int, points: int, together: int, stop_after: int | None
+) -> list[Hook]:
+    """The validation that goes with each expert's loss, over at most `clips` held-out clips; it may end the run."""
     batches = run.data.heldout_batches(clips)
     if not batches:
         world.say("no clips are held out (data.holdout is 0, or there are too few files): there is no validation")
+        return []
     hooks: list[Hook] = []
+    if not all(isinstance(member.loss, FlowMatching) for member in run.members.values()):
+        singles = one_by_one(batches)
+        return [ReconstructionValidator(member.stepper, singles, every, run.steps) for member in run.members.values()]
+    data = cast(Latents, run.data)
+    heldout, train = (measured_clips(data, some) for some in (batches, data.train_batches(clips)))
+    world.say(describe(heldout, train, points))
+    readings = Readings(run.metrics.path.with_name("validation.jsonl"))
     for member in run.members.values():
-        if isinstance(member.loss, FlowMatching):
-            prefix = f"{member.name}/" if len(run.members) > 1 else ""
-            validator = Validator(member.stepper, member.loss, batches, every, run.steps, points, run.seed, prefix)
-            hooks.append(validator)
-        else:
-            hooks.append(ReconstructionValidator(member.stepper, batches, every, run.steps))
+        probe = Probe(member.stepper, cast(FlowMatching, member.loss).quadrature(points), run.seed, together)
+        validator = Validator(
+            member,
+            probe,
+            heldout,
+            train,
+            readings,
+            every=every,
+            steps=run.steps,
+            stop_after=stop_after,
+            prefix=f"{member.name}/" if len(run.members) > 1 else "",
+        )
+        hooks.append(validator)
+        run.stops.append(validator.settled)
     return hooks
+
+
+def measured_clips(data: Latents, batches: list[Batch]) -> Clips:
+    """Clips as validation takes them: each alone, with the file that it is of and its tags."""
+    singles = one_by_one(batches)
+    samples = [clip.positions[0] for clip in singles]
+    return Clips(singles, data.files(samples), data.tags(samples))
 
 
 def preview_sampler(
