@@ -9,6 +9,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +43,7 @@ from wantrain.training.start import Start
 from wantrain.training.stepper import Stepper
 from wantrain.training.trainee import Trainee
 from wantrain.training.tripwires import Tripwires
-from wantrain.training.validate import ReconstructionValidator, Validator, describe
+from wantrain.training.validate import ReconstructionValidator, Validator, describe, settled
 from wantrain.training.watchdog import Watchdog
 
 #: Optimizers that look at whole matrices, or at blocks of them, and not at each element: class -> what users call it.
@@ -244,17 +245,21 @@ def build_validators(
 ) -> list[Hook]:
     """The validation that goes with each expert's loss, over at most `clips` held-out clips; it may end the run."""
     batches = run.data.heldout_batches(clips)
+    if stop_after is not None and not (batches and all(isinstance(m.loss, FlowMatching) for m in run.members.values())):
+        raise ValueError(
+            f"validation.stop_after={stop_after} asks held-out clips of a transformer when to end, but there are none; "
+            "raise data.holdout, or give validation.stop_after=null"
+        )
     if not batches:
         world.say("no clips are held out (data.holdout is 0, or there are too few files): there is no validation")
         return []
-    hooks: list[Hook] = []
     if not all(isinstance(member.loss, FlowMatching) for member in run.members.values()):
         singles = one_by_one(batches)
         return [ReconstructionValidator(member.stepper, singles, every, run.steps) for member in run.members.values()]
     data = cast(Latents, run.data)
     heldout, train = (measured_clips(data, some) for some in (batches, data.train_batches(clips)))
     world.say(describe(heldout, train, points))
-    readings = Readings(run.metrics.path.with_name("validation.jsonl"))
+    validators, readings = [], Readings(run.metrics.path.with_name("validation.jsonl"))
     for member in run.members.values():
         probe = Probe(member.stepper, cast(FlowMatching, member.loss).quadrature(points), run.seed, together)
         validator = Validator(
@@ -265,12 +270,11 @@ def build_validators(
             readings,
             every=every,
             steps=run.steps,
-            stop_after=stop_after,
             prefix=f"{member.name}/" if len(run.members) > 1 else "",
         )
-        hooks.append(validator)
-        run.stops.append(validator.settled)
-    return hooks
+        validators.append(validator)
+    run.settled = partial(settled, validators, stop_after)
+    return [*validators]
 
 
 def measured_clips(data: Latents, batches: list[Batch]) -> Clips:

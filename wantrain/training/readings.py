@@ -91,6 +91,6 @@ def _read(path: Path) -> list[Reading]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(ValueError):
             row = json.loads(line)
-            errors = {key: torch.tensor(row.pop(key), dtype=torch.float64) for key in ("heldout", "train")}
-            found.append(Reading(**row, **errors))
+            row |= {key: torch.tensor(row[key], dtype=torch.float64) for key in ("heldout", "train")}
+            found.append(Reading(**row))
     return found

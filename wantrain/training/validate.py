@@ -32,9 +32,8 @@ class Validator:
     """Hook: the mean velocity error over held-out clips and noise levels, every `every` steps and at the ends.
 
     Read are the weights that are shown (the average where one is kept), the live ones beside them, and once the base: a
-    model with its adapter off, or as it was at step 0. `train` are as many training clips, for the gap. `stop_after`
-    validations in a row that are not distinguishably better than the best before them settle the matter.
-    Where there are several validators, `prefix` tells their results apart.
+    model with its adapter off, or as it was at step 0. `train` are as many training clips, for the gap. Where there are
+    several validators, `prefix` tells their results apart.
     """
 
     member: Member
@@ -44,7 +43,6 @@ class Validator:
     readings: Readings
     every: int
     steps: int
-    stop_after: int | None = None
     prefix: str = ""
     linear: Tensor | None = None
     patience: Patience | None = None
@@ -56,29 +54,17 @@ class Validator:
     def __call__(self, step: int) -> dict[str, Any]:
         if self.linear is None:
             self.linear = self.probe.linear(self.heldout.batches)
-        if self.patience is None:
-            self.readings.cut_back(self.member.name, step)
-            self.patience = self._patience(step)
+        patience = self._patience(step)
         shown, live = self._read(step)
         base = self._base(step)
-        self.patience.see(shown)
+        patience.see(shown)
         found = self._told(shown, live, base)
         self._say(shown, base, found)
         return {f"{self.prefix}{key}": value for key, value in found.items()}
 
-    def settled(self, step: int) -> bool:
-        """True if the run may end at `step`, because the last validations found nothing better."""
-        if self.stop_after is None:
-            return False
-        patience = self._patience(step + 1) if self.patience is None else self.patience
-        if patience.stale < self.stop_after:
-            return False
-        best = patience.best.step if patience.best is not None else step
-        world.say(
-            f"{self.prefix}validation: {patience.stale} in a row not distinguishably better than step {best}, "
-            f"so there is no need to go on (validation.stop_after={self.stop_after})"
-        )
-        return True
+    def stale(self, step: int) -> int:
+        """Validations in a row, up to `step`, that were not distinguishably better than the best before them."""
+        return self._patience(step + 1).stale
 
     @property
     def ruler(self) -> str:
@@ -91,12 +77,13 @@ class Validator:
         return "live" if self.member.ema is None else "ema"
 
     def _patience(self, step: int) -> Patience:
-        """What the readings before `step` left of it."""
-        patience = Patience(self.heldout.files)
-        for reading in self.readings.of(self.member.name, self._shown, self.ruler):
-            if reading.step < step:
-                patience.see(reading)
-        return patience
+        """How patient the readings before `step` have left it; the first time those after are of an earlier life."""
+        if self.patience is None:
+            self.readings.cut_back(self.member.name, step)
+            self.patience = Patience(self.heldout.files)
+            for reading in self.readings.of(self.member.name, self._shown, self.ruler):
+                self.patience.see(reading)
+        return self.patience
 
     def _read(self, step: int) -> tuple[Reading, Reading | None]:
         """Readings of the shown weights, and of the live ones where those are others."""
@@ -130,7 +117,7 @@ class Validator:
         moved, moved_train = shown.heldout - base.heldout, shown.train - base.train
         since = change(moved.mean(dim=1), self.heldout.files)
         gap = contrast(moved.mean(dim=1), self.heldout.files, moved_train.mean(dim=1), self.train.files)
-        found = {
+        found: dict[str, Any] = {
             "validation_loss": shown.heldout.mean().item(),
             "validation_by_sigma": self._by_sigma(shown.heldout),
             "validation_linear": self.linear.mean().item(),
@@ -203,6 +190,17 @@ class Patience:
     def _is_better(self, reading: Reading, best: Reading) -> bool:
         since = change((reading.heldout - best.heldout).mean(dim=1), self.files)
         return since.distinct and since.mean < 0
+
+
+def settled(validators: Sequence[Validator], stop_after: int | None, step: int) -> bool:
+    """True if a run may end at `step`: each validator's last `stop_after` validations found nothing better."""
+    if stop_after is None or not all(validator.stale(step) >= stop_after for validator in validators):
+        return False
+    world.say(
+        f"step {step}: {stop_after} validations in a row were not distinguishably better than the best before them, so "
+        f"the run ends here; more patience: validation.stop_after"
+    )
+    return True
 
 
 def describe(heldout: Clips, train: Clips, points: int) -> str:
