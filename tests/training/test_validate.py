@@ -23,7 +23,7 @@ from wantrain.models.weights import read_file
 from wantrain.training.bootstrap import FEWEST_FILES, LEVEL, change, contrast
 from wantrain.training.measure import Clips, Probe, one_by_one, over_ranks
 from wantrain.training.readings import Reading, Readings
-from wantrain.training.validate import Patience, Validator
+from wantrain.training.validate import Patience, ReconstructionValidator, Validator
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "wan-tiny"
 SIZE = {"num_attention_heads": 1, "attention_head_dim": 32, "text_dim": 8, "ffn_dim": 32, "num_layers": 1}
@@ -322,6 +322,8 @@ def test_what_is_logged_adds_up_and_a_new_start_reads_the_base_from_the_run_fold
         tags = row["validation_by_tag"]
         assert [(tag, about["clips"]) for tag, about in tags.items()] == [("day", 8), ("near", 4)]
         assert tags["day"]["loss"] == pytest.approx(shown) and tags["day"]["change"] == pytest.approx(shown - base)
+        reach = row["validation_change_high"] is None, row["validation_gap_change_p"] > LEVEL
+        assert reach == (True, True), "four files tell nothing"
         json.dumps(row, allow_nan=False)
     assert [one.step for one in Readings(tmp_path / "validation.jsonl").all] == [0, 10], "10 was read anew"
     said = capsys.readouterr().out.splitlines()
@@ -353,6 +355,16 @@ def test_a_lora_is_held_against_its_base_switched_off(tmp_path):
     validator(tmp_path, model)(20)
     measured = [(one.step, one.weights) for one in Readings(tmp_path / "validation.jsonl").all]
     assert measured == [(10, "live"), (10, "base"), (20, "live")], "once in a run"
+
+
+def test_the_psnr_of_a_vae_is_the_mean_over_clips_each_measured_alone(capsys):
+    pixels = [torch.rand(1, 3, 1 + number, 8, 8) * 2 - 1 for number in range(3)]
+    some = [Batch(clip, torch.zeros(1, 1, 1), (f"{number}",), (number,)) for number, clip in enumerate(pixels)]
+    halves = mock.Mock(side_effect=lambda clip, draw: (clip / 2, None, None))
+    found = ReconstructionValidator(alone(halves), some, every=1, steps=1)(0)["validation_psnr"]
+    wanted = np.mean([10 * np.log10(4 / (clip / 2).square().mean().item()) for clip in pixels])
+    assert found == pytest.approx(wanted) and "validation PSNR" in capsys.readouterr().out
+    assert [call.args[0].shape[2] for call in halves.call_args_list] == [1, 2, 3]
 
 
 def reading(step, losses):

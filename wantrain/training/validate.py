@@ -58,8 +58,12 @@ class Validator:
         shown, live = self._read(step)
         base = self._base(step)
         patience.see(shown)
-        found = self._told(shown, live, base)
-        self._say(shown, base, found)
+        moved, moved_train = (shown.heldout - base.heldout).mean(dim=1), (shown.train - base.train).mean(dim=1)
+        since = change(moved, self.heldout.files)
+        gap = contrast(moved, self.heldout.files, moved_train, self.train.files)
+        found = self._told(shown, live, base) | _keys("validation_change", since) | _keys("validation_gap_change", gap)
+        found |= {"validation_verdict": since.verdict, "validation_stale": patience.stale}
+        self._say(shown, base, since, gap)
         return {f"{self.prefix}{key}": value for key, value in found.items()}
 
     def stale(self, step: int) -> int:
@@ -113,22 +117,16 @@ class Validator:
 
     def _told(self, shown: Reading, live: Reading | None, base: Reading) -> dict[str, Any]:
         """What is logged; see docs/numerics.md for the keys."""
-        assert self.linear is not None and self.patience is not None
-        moved, moved_train = shown.heldout - base.heldout, shown.train - base.train
-        since = change(moved.mean(dim=1), self.heldout.files)
-        gap = contrast(moved.mean(dim=1), self.heldout.files, moved_train.mean(dim=1), self.train.files)
+        assert self.linear is not None
+        moved = shown.heldout - base.heldout
         found: dict[str, Any] = {
             "validation_loss": shown.heldout.mean().item(),
             "validation_by_sigma": self._by_sigma(shown.heldout),
             "validation_linear": self.linear.mean().item(),
             "validation_linear_by_sigma": self._by_sigma(self.linear[None]),
-            **_keys("validation_change", since),
             "validation_change_by_sigma": self._by_sigma(moved),
-            "validation_verdict": since.verdict,
             "validation_train_loss": shown.train.mean().item(),
             "validation_gap": (shown.heldout.mean() - shown.train.mean()).item(),
-            **_keys("validation_gap_change", gap),
-            "validation_stale": self.patience.stale,
         }
         if live is not None:
             found |= {
@@ -160,15 +158,16 @@ class Validator:
         since = change(moved[clips], [self.heldout.files[clip] for clip in clips])
         return {"clips": len(clips), "loss": _number(losses[clips].mean().item()), **_keys("change", since)}
 
-    def _say(self, shown: Reading, base: Reading, found: dict[str, Any]) -> None:
-        """One line for people: the loss, and whether it is better, worse or neither."""
-        told = f"step {shown.step}: {self.prefix}validation loss {found['validation_loss']:.4f}"
-        told += f" (best linear predictor {found['validation_linear']:.4f})"
+    def _say(self, shown: Reading, base: Reading, since: Change, gap: Change) -> None:
+        """One line for people: the loss, whether it is better, worse or neither, and whether training clips gain more."""
+        assert self.linear is not None
+        told = f"step {shown.step}: {self.prefix}validation loss {shown.heldout.mean():.4f}"
+        told += f" (best linear predictor {self.linear.mean():.4f})"
         if shown is not base and shown.step:
-            since = change((shown.heldout - base.heldout).mean(dim=1), self.heldout.files)
-            than = "from" if not since.distinct else "than"
             origin = "the base" if base.weights == "base" or base.step == 0 else f"step {base.step}"
-            told += f": {since.verdict} {than} {origin} ({since})"
+            told += f": {since.verdict} {'than' if since.distinct else 'from'} {origin} ({since})"
+        if gap.distinct and gap.mean > 0:
+            told += f"; it does better on what it trains on, by {gap.mean:.4f} more than at first"
         world.say(told)
 
 
