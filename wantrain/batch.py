@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,15 @@ class Batch:
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+    def take(self, samples: Sequence[int]) -> Batch:
+        """Some of the samples, by number; one may come several times."""
+        chosen: dict[str, Any] = {
+            name: value[list(samples)] if isinstance(value, Tensor) else tuple(value[sample] for sample in samples)
+            for name, value in vars(self).items()
+            if value is not None
+        }
+        return replace(self, **chosen)
 
     @property
     def num_tokens(self) -> int:

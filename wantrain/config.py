@@ -359,7 +359,8 @@ _WHOLE = (
     "tripwires.patience", "steps", "stop_after", "batch_size", "accumulate", "count", "shard_mb", "area", "tile",
     "stride", "tokens", "shard_clips", "decode.workers",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
-    "validation.every", "validation.clips", "validation.points", "adapter.rank", "sample.steps", "sample.count",
+    "validation.every", "validation.clips", "validation.points", "validation.together",
+    "validation.stop_after", "adapter.rank", "sample.steps", "sample.count",
 )  # fmt: skip
 _SWITCHES = ("check", "decode.retry", "stretch", "checkpoint.keep_best", "checkpoint.background")
 _POSITIVE = (

@@ -1,5 +1,6 @@
 """Several sets behind the face of one: the same samples, each set's own validation, and what does not fit refused."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -70,16 +71,18 @@ def test_a_batch_of_several_sets_is_in_the_plans_order(tiny, other):
     assert np.mean(np.array(owners) == 0) == pytest.approx(0.75, abs=0.03)
 
 
-def test_each_set_is_validated_for_itself(tiny, other):
+def test_each_set_is_validated_and_told_apart(tiny, other):
     data = mixed(tiny, other, holdout=0.3)
-    groups = data.heldout_of_sets(4)
-    assert list(groups) == ["ours", "theirs"]
-    for name, batches in groups.items():
-        held = {own for batch in batches for own in batch.ids}
-        assert held <= {f"{name}/{data.parts[name].index.name(n)}" for n in data.parts[name].heldout}
-        assert len(held) <= 2
-    together = [batch.ids for batch in data.heldout_batches(4)]
-    assert together == [batch.ids for batches in groups.values() for batch in batches]
+    for batches, side in ((data.heldout_batches(4), "heldout"), (data.train_batches(4), "train")):
+        ids, clips = (list(itertools.chain(*own)) for own in zip(*((b.ids, b.positions) for b in batches), strict=True))
+        tags, files = data.tags_of(clips), data.files_of(clips)
+        assert [own.split("/")[0] for own in ids] == [first for first, *_ in tags]
+        assert {name: sum(first == name for first, *_ in tags) for name in data.parts} == {"ours": 2, "theirs": 2}
+        for own, file in zip(ids, files, strict=True):
+            name, clip = own.split("/")
+            part = data.parts[name]
+            (number,) = [n for n in getattr(part, side) if part.index.name(part.index.windows_of(n)[0]) == clip]
+            assert file == part.index.source[number]
     assert set(data.captions()) == {caption for part in data.parts.values() for caption in part.captions()}
 
 
@@ -155,7 +158,7 @@ def test_a_run_on_a_mix_validates_each_set_and_resumes_bit_for_bit(tiny, other, 
     train("whole", 6)
     train("parts", 3)
     train("parts", 6, theirs=moved)
-    assert {"ours/validation_loss", "theirs/validation_loss"} <= log("whole")[0].keys()
+    assert log("whole")[0]["validation_by_tag"].keys() == {"ours", "theirs"}
     whole, parts = ([row["loss"] for row in log(name) if "loss" in row] for name in ("whole", "parts"))
     assert whole == parts
     assert "data.sets.theirs.weight: 0.3 -> 0.4" in train("parts", 7, weight=0.4, check=False).error

@@ -37,7 +37,13 @@ def profiles(latents):
 
     def of(name):
         module = Base(ASSETS).transformer(name)
-        stepper = SimpleNamespace(module=module, device=torch.device("cpu"), forward_context=nullcontext)
+        stepper = SimpleNamespace(
+            module=module,
+            device=torch.device("cpu"),
+            forward_context=nullcontext,
+            gather=lambda x: x,
+            part=lambda: None,
+        )
         return which_expert.measure(stepper, batch, boundary=0.875, shift=3.0, seed=0)
 
     return {name: of(name) for name in EXPERTS}

@@ -129,7 +129,7 @@ def _conclude(
     ledger, rejects, identities = _accounts(work, latents)
     seen = ledger.clips.given
     write_rejects(folder.out, rejects, seen, rejects_limit, "clip", identities)
-    index, buckets = build_index(latents, texts, work.text_of)
+    index, names = build_index(latents, texts, work.text_of)
     manifest = {
         "schema": LATENT_SCHEMA,
         "kind": "latent",
@@ -140,7 +140,7 @@ def _conclude(
         "spatial_stride": strides[1],
         "latent_channels": max((record.width for _, record in latents), default=0),
         "text_dim": max(record.width for _, record in texts),
-        "buckets": buckets,
+        **names,
         "clips": len(index),
         "windows": len(index.shard),
         "texts": len(index.text_shard),

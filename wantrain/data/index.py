@@ -24,12 +24,13 @@ class Index:
     """Three tables in columns: N clips (what a plan orders), M windows (their latents), and T distinct texts.
 
     Clip n has the windows windows[n] to windows[n+1] (one, unless several were asked for: they share its bucket), and
-    the texts caption[captions[n]] to caption[captions[n+1]].
+    the texts caption[captions[n]] to caption[captions[n+1]], and so its tags.
 
     bucket    (N,) number into the manifest's list of buckets
     source    (N,) the file a clip was cut from, as a number
     weight    (N,) how often it is drawn beside others; 1 unless the footage says otherwise
     windows   (N+1,) and captions (N+1,), see above; caption, a number into the texts for each
+    tags      (N+1,) likewise; tag, a number into the manifest's list of tags for each
     shard, offset, size  (M,) a window's .safetensors member inside its tar (number into the manifest's `shards`)
     ids       (M, 24) its name, zero padded
     identity  (M, 16) hash of all that made it
@@ -42,6 +43,8 @@ class Index:
     windows: NDArray[np.int64]
     captions: NDArray[np.int64]
     caption: NDArray[np.int32]
+    tags: NDArray[np.int64]
+    tag: NDArray[np.int32]
     shard: NDArray[np.int32]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
@@ -72,6 +75,10 @@ class Index:
     def texts_of(self, clip: int) -> list[int]:
         """The numbers of a clip's texts."""
         return self.caption[self.captions[clip] : self.captions[clip + 1]].tolist()  # type: ignore[no-any-return]
+
+    def tags_of(self, clip: int) -> list[int]:
+        """The numbers of a clip's tags."""
+        return self.tag[self.tags[clip] : self.tags[clip + 1]].tolist()  # type: ignore[no-any-return]
 
     def write(self, path: Path) -> None:
         """Write the index beside its name, then rename it."""

@@ -270,8 +270,8 @@ def _has_size(out: Path, file: Mapping[str, Any]) -> bool:
 
 def build_index(
     latents: Sequence[tuple[Unit, Record]], texts: Sequence[tuple[Unit, Record]], text_of: Mapping[str, str]
-) -> tuple[Index, list[str]]:
-    """The index of what has been made, and the names of its buckets; `text_of` is a caption's identity."""
+) -> tuple[Index, dict[str, list[str]]]:
+    """The index of what has been made, and the names of its `buckets` and `tags`; `text_of` is a caption's identity."""
     text_places = [
         (number, *record.places[row.identity], row.identity)
         for number, (unit, record) in enumerate(texts)
@@ -290,16 +290,21 @@ def build_index(
     firsts = [members[0][0] for members in clips.values()]
     said = [dict.fromkeys(text_of[caption] for caption in first.captions) for first in firsts]
     buckets = list(dict.fromkeys(str(first.bucket) for first in firsts))
-    number_of = {bucket: number for number, bucket in enumerate(buckets)}
+    bucket_number = {bucket: number for number, bucket in enumerate(buckets)}
+    worn = [first.entry.about.get("tags", []) for first in firsts]
+    tags = list(dict.fromkeys(tag for own in worn for tag in own))
+    tag_number = {tag: number for number, tag in enumerate(tags)}
     shards, offsets, sizes = _columns(places, 3)
     text_shards, text_offsets, text_sizes = _columns([place[:3] for place in text_places], 3)
     index = Index(
-        bucket=np.array([number_of[str(first.bucket)] for first in firsts], dtype=np.int32),
+        bucket=np.array([bucket_number[str(first.bucket)] for first in firsts], dtype=np.int32),
         source=np.array([int(first.entry.key, 16) for first in firsts], dtype=np.uint64),
         weight=np.array([first.entry.about.get("weight", 1.0) for first in firsts], dtype=np.float32),
         windows=_ends([len(members) for members in clips.values()]),
         captions=_ends([len(own) for own in said]),
         caption=np.array([text_number[identity] for own in said for identity in own], dtype=np.int32),
+        tags=_ends([len(own) for own in worn]),
+        tag=np.array([tag_number[tag] for own in worn for tag in own], dtype=np.int32),
         shard=shards.astype(np.int32),
         offset=offsets,
         size=sizes,
@@ -310,7 +315,7 @@ def build_index(
         text_size=text_sizes,
         text_identity=pack_identities([identity for *_, identity in text_places]),
     )
-    return index, buckets
+    return index, {"buckets": buckets, "tags": tags}
 
 
 def _columns(rows: Sequence[Sequence[int]], count: int) -> Any:

@@ -56,6 +56,15 @@ def split_sources(sources: NDArray[np.uint64], share: float, seed: int) -> tuple
     return np.flatnonzero(place < 0), held[np.argsort(place[held], kind="stable")]
 
 
+def one_per_file(samples: Indices, sources: NDArray[np.uint64]) -> Indices:
+    """Samples in another order: of each file the first one, then of each the second, and so on. `sources` by sample."""
+    order = np.argsort(sources[samples], kind="stable")
+    _, counts = np.unique(sources[samples], return_counts=True)
+    turn = np.empty(len(samples), dtype=np.int64)
+    turn[order] = np.concatenate([np.arange(count) for count in counts]) if len(counts) else []
+    return samples[np.argsort(turn, kind="stable")]
+
+
 class LatentData:
     """Latent shards as clips by number.
 
@@ -106,8 +115,28 @@ class LatentData:
         return Batch(torch.stack(latents), pad_texts(texts), tuple(names), tuple(int(place) for place in positions))
 
     def heldout_batches(self, count: int) -> list[Batch]:
-        """The first `count` held-out clips, one batch per bucket: of each the first window, with its first caption."""
-        chosen, batches = self.heldout[:count], []
+        """`count` held-out clips at most, of as many files as there are; one batch per bucket.
+
+        Of each the first window, with its first caption. The positions of their batches are their numbers in the
+        index, also below.
+        """
+        return self._bucketed(one_per_file(self.heldout, self.index.source)[:count])
+
+    def train_batches(self, count: int) -> list[Batch]:
+        """`count` training clips chosen alike, to be measured beside them; files in the order of their hashes."""
+        by_file = self.train[np.argsort(self.index.source[self.train], kind="stable")]
+        return self._bucketed(one_per_file(by_file, self.index.source)[:count])
+
+    def files_of(self, clips: Sequence[int]) -> list[int]:
+        """The file that each clip (a number in the index) was cut from, as a number."""
+        return [int(self.index.source[clip]) for clip in clips]
+
+    def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
+        """The tags of each clip (a number in the index), if its footage came with any."""
+        return [tuple(self.manifest["tags"][tag] for tag in self.index.tags_of(clip)) for clip in clips]
+
+    def _bucketed(self, chosen: Indices) -> list[Batch]:
+        batches = []
         for bucket in np.unique(self.index.bucket[chosen]):
             clips = chosen[self.index.bucket[chosen] == bucket].tolist()
             windows = [self.index.windows_of(clip)[0] for clip in clips]

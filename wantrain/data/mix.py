@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,20 +96,46 @@ class MixedData:
                 order.append(own)
         return _joined(batches, np.argsort(np.concatenate(order)))
 
-    def heldout_of_sets(self, count: int) -> dict[str, list[Batch]]:
-        """Of each set that has any the first held-out samples, one batch per bucket: `count` in all, at least one."""
-        own = max(1, count // len(self.parts)) if count else 0
-        found = {name: part.heldout_batches(own) for name, part in self.parts.items()}
-        return {name: [_named(batch, name) for batch in batches] for name, batches in found.items() if batches}
-
     def heldout_batches(self, count: int) -> list[Batch]:
-        """The same of all sets, one after another."""
-        return list(itertools.chain.from_iterable(self.heldout_of_sets(count).values()))
+        """Held-out clips of each set that has any, one batch per bucket: `count` in all, at least one of a set.
+
+        The positions of their batches number the clips of all indexes, one after another, also below.
+        """
+        return self._numbered(count, lambda part, own: part.heldout_batches(own))
+
+    def train_batches(self, count: int) -> list[Batch]:
+        """Training clips chosen alike."""
+        return self._numbered(count, lambda part, own: part.train_batches(own))
+
+    def files_of(self, clips: Sequence[int]) -> list[int]:
+        """The file that each clip was cut from, as a number."""
+        return [part.files_of([own])[0] for _, part, own in map(self._owner, clips)]
+
+    def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
+        """The tags of each clip, the name of its set first: so a set's validation is told apart."""
+        return [(name, *part.tags_of([own])[0]) for name, part, own in map(self._owner, clips)]
 
     def captions(self) -> list[str]:
         """Distinct captions, the sets' taking turns: prompts for previews."""
         turns = itertools.zip_longest(*(part.captions() for part in self.parts.values()))
         return list(dict.fromkeys(caption for turn in turns for caption in turn if caption is not None))
+
+    def _numbered(self, count: int, batches: Callable[[LatentData, int], list[Batch]]) -> list[Batch]:
+        own, found, first = max(1, count // len(self.parts)) if count else 0, [], 0
+        for name, part in self.parts.items():
+            for batch in batches(part, own):
+                places = tuple(first + place for place in batch.positions)
+                found.append(replace(_named(batch, name), positions=places))
+            first += len(part.index)
+        return found
+
+    def _owner(self, clip: int) -> tuple[str, LatentData, int]:
+        """A clip's set, and its number in there."""
+        for name, part in self.parts.items():
+            if clip < len(part.index):
+                return name, part, clip
+            clip -= len(part.index)
+        raise IndexError(clip)
 
     def _drop_trained(self) -> None:
         """Take held-out clips of which another set trains on the same file out of validation."""

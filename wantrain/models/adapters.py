@@ -166,6 +166,19 @@ def keep_activation_dtype(module: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def switched_off(module: nn.Module) -> Iterator[None]:
+    """While active, the module answers as its base does; peft keeps an adapter that is off from being trained."""
+    layers = _layers(module).values()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 def adapter_layers(module: nn.Module, copy: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Layer]:
     """The adapter, by official module name; its tensors are the module's own, or what `copy` makes of them."""
     return {

@@ -56,6 +56,7 @@ class Run:
     checkpoint_every: int
     state: Mapping[str, Any]  # what a checkpoint says besides its tensors
     hooks: list[Hook] = field(default_factory=list)
+    settled: Callable[[int], bool] = lambda step: False  # validation's word that the run may end at a step
     score: float | None = None  # validation loss of the step the run is at, if it was measured
 
     def resume(self, checkpoint: Path | None) -> int:
@@ -143,7 +144,8 @@ def fit(run: Run, start: int) -> int | None:
         member.trainee.module.train()
     batches = run.batches(start)
     with Signals() as signals, run.watchdog as watchdog, run.checkpoints:
-        while step < run.until and stopped is None:
+        done = step >= run.until or run.settled(step)
+        while not done:
             name, own = run.turns.at(step)
             watchdog.beat(f"training step {step + 1}")
             told = take_step(run, run.members[name], own, step + 1, batches)
@@ -152,7 +154,7 @@ def fit(run: Run, start: int) -> int | None:
             metrics.add(step, {**whose, "samples": step * run.members[name].plan.batch_size, **told})
             run.ask_hooks(step)
             stopped = run.members[name].stepper.agree(signals.received)  # once: no step ends without its checkpoint
-            done = step == run.until or stopped is not None
+            done = step == run.until or stopped is not None or run.settled(step)
             if done or step % LOG_EVERY == 0:
                 metrics.annotate(step, run.meter.report(run.members.values()))
                 metrics.flush()

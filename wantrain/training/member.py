@@ -49,6 +49,13 @@ class Member:
             self.stepper.part()
         module.train()
 
+    @contextmanager
+    def unaveraged(self) -> Iterator[None]:
+        """Inside `watched`, where an average is kept: the weights in training again."""
+        assert self.ema is not None
+        with self.ema.applied():  # it exchanges the two, so that a second time undoes the first
+            yield
+
     def snapshot(self) -> tuple[int, Callable[[Path], None]]:
         """Its whole state as it is now, on the CPU: how many bytes, and what writes it into a checkpoint's folder.
 

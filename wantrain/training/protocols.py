@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -18,6 +18,16 @@ class Data(Protocol):
     def heldout_batches(self, count: int) -> list[Batch]: ...
 
     def captions(self) -> list[str]: ...
+
+
+class Latents(Data, Protocol):
+    """What validation of a velocity asks besides, of the clips that are the positions of such batches."""
+
+    def train_batches(self, count: int) -> list[Batch]: ...
+
+    def files_of(self, clips: Sequence[int]) -> list[int]: ...
+
+    def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]: ...
 
 
 class Hook(Protocol):

@@ -125,6 +125,11 @@ class Stepper:
         """The mean over all processes of a scalar."""
         return self.accelerator.reduce(value.detach().clone(), reduction="mean")
 
+    def gather(self, values: Tensor) -> Tensor:
+        """The rows of all processes, those of the first one first."""
+        gathered: Tensor = self.accelerator.gather(values)
+        return gathered
+
     def agree(self, signal: int | None) -> int | None:
         """The signal that any process has received: all of them must leave the loop at the same step, or one waits."""
         if self.accelerator.num_processes == 1:

@@ -14,8 +14,8 @@ from typing import Any
 from wantrain import world
 from wantrain.batch import Batch
 from wantrain.losses import FlowMatching
+from wantrain.training.measure import Probe, one_by_one
 from wantrain.training.stepper import Stepper
-from wantrain.training.validate import Validator
 
 #: Noise levels measured in each window.
 POINTS = 3
@@ -58,9 +58,9 @@ def measure(stepper: Stepper, batch: Batch, *, boundary: float, shift: float, se
     errors = {}
     for expert, (low, high) in {"high_noise": (boundary, 1.0), "low_noise": (0.0, boundary)}.items():
         loss = FlowMatching(shift=shift, low=low, high=high)
-        validator = Validator(stepper, loss, [batch], every=1, steps=0, points=POINTS, seed=seed)
-        linear = validator.linear_baseline()["validation_linear_by_sigma"].values()
-        measured = zip(validator.sigmas.tolist(), validator.measure().tolist(), linear, strict=True)
+        probe, clips = Probe(stepper, loss.quadrature(POINTS), seed), one_by_one([batch])
+        levels = probe.errors(clips).mean(dim=0), probe.linear(clips)
+        measured = zip(probe.sigmas.tolist(), *(level.tolist() for level in levels), strict=True)
         errors[expert] = {sigma: error / straight for sigma, error, straight in measured}
     return Profile(errors)
 
