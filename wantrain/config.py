@@ -367,6 +367,7 @@ _POSITIVE = (
     "decode.timeout",
     "patience",
     "tripwires.spike",
+    "tripwires.refuse",
     "tripwires.hang",
     "epochs",
     "clip",

@@ -43,6 +43,7 @@ def test_two_thousand_steps_with_everything_on_leak_nothing(tiny, environment, t
     assert len(steps) > 30, "looked often enough to say something"
     slope = np.polyfit(steps, memory, 1)[0]
     half = len(steps) // 2
+    print(f"memory grows by {slope:.0f} bytes a step; {np.median(files):.0f} files, {np.median(threads):.0f} threads")
     assert slope <= 1024, f"memory grows by {slope:.0f} bytes a step"
     assert np.median(files[half:]) <= np.median(files[:half]) + 1 and np.median(threads[half:]) <= np.median(
         threads[:half]

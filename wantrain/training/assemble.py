@@ -225,13 +225,13 @@ def enlist(
 
 
 def guards(
-    folder: RunFolder, home: Home, *, steps: int, fps: float, patience: int, spike: float | None, hang: float | None
+    folder: RunFolder, home: Home, *, steps: int, fps: float, hang: float | None, **wires: Any
 ) -> dict[str, Any]:
     """What watches over a run: its log, its meter, its tripwires and its watchdog, as a Run takes them."""
     return {
         "metrics": Metrics(folder.metrics, steps=steps, peak=peak_of(home.accelerator.device)),
         "meter": Meter(fps),
-        "tripwires": Tripwires(folder.tripped, patience, spike),
+        "tripwires": Tripwires(folder.tripped, **wires),
         "watchdog": Watchdog(hang),
     }
 

@@ -72,6 +72,7 @@ class Run:
             )
         for member in self.members.values():
             member.restore_optimizer(checkpoint)
+        self.tripwires.restore(state["usual"], self.members)
         self.metrics.cut_back(state["step"])
         return int(state["step"])
 
@@ -90,7 +91,7 @@ class Run:
         if world.is_main():
             taken = {name: self.turns.count(name, step) for name in self.members}
             samples = {name: own * self.members[name].plan.batch_size for name, own in taken.items()}
-            state = {**self.state, "samples": sum(samples.values()), "experts": taken}
+            state = {**self.state, "samples": sum(samples.values()), "experts": taken, "usual": self.tripwires.state()}
             self.checkpoints.save(step, write, state, size=sum(size for size, _ in snapshots), score=self.score)
         self.metrics.note("save_seconds", time.perf_counter() - began)
 
@@ -116,7 +117,6 @@ class Run:
         rank, processes = world.rank(), world.world_size()
 
         def requests() -> Iterator[Callable[[], Batch]]:
-            """What to load, in order."""
             for step in range(start, self.until):
                 name, own = self.turns.at(step)
                 plan, accumulate = self.members[name].plan, self.members[name].stepper.accumulate
@@ -181,7 +181,8 @@ def take_step(run: Run, member: Member, own: int, step: int, batches: Iterator[B
             record = member.loss(stepper.wrapped, batch, generators)
         meter.mark("forward")
         wires.drew(batch, record, generators)
-        stepper.backward(record.value, last=micro_step == stepper.accumulate - 1)
+        value = wires.judge(record.value) if (last := micro_step == stepper.accumulate - 1) else record.value
+        stepper.backward(value, last=last)
         meter.mark("backward")
         meter.saw(batch, record)
         losses.append(record.value.detach())

@@ -6,7 +6,8 @@ ranks     at the first step no two samples of a batch share their place or their
 moves     at the first step something that is trained moves; every LoRA's B, or it is said which do not
 gradient  one that is no number updates nothing, on any rank; its samples are written down, `patience` such steps in a
           row end the run
-spike     a batch `spike` times as wrong as is usual for its noise levels is said and written down
+spike     a batch `spike` times as wrong as is usual for its noise levels is said and written down; one that is so
+          `refuse` times updates nothing, on any rank
 
 What is written down goes to tripped.jsonl in the run's folder: each rank's own samples with their noise levels, whose
 noise anybody can draw again from (seed, "noise", position). The first two and the third raise ValueError.
@@ -39,30 +40,35 @@ RATE = 0.02
 
 @dataclass
 class Usual:
-    """The usual loss of each slice of a window, as a running mean of logarithms. A resumed run learns it anew."""
+    """The usual loss of each slice of a window, as a running mean of logarithms.
+
+    Everything is computed where the losses are, so that nobody waits for a GPU.
+    """
 
     window: flow.NoiseWindow
-    means: list[float] = field(default_factory=lambda: [0.0] * SLICES)
-    counts: list[int] = field(default_factory=lambda: [0] * SLICES)
+    means: Tensor = field(default_factory=lambda: torch.zeros(SLICES, dtype=torch.float64))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(SLICES, dtype=torch.float64))
 
-    def excess(self, sigmas: Sequence[float], errors: Sequence[float]) -> float:
-        """How many times the usual a batch's losses are, as a geometric mean; 1 where too little has been seen."""
-        known = [(slot, error) for slot, error in self._slots(sigmas, errors) if self.counts[slot] >= SEEN]
-        if not known:
-            return 1.0
-        return math.exp(sum(math.log(error) - self.means[slot] for slot, error in known) / len(known))
+    def excess(self, sigmas: Tensor, errors: Tensor) -> Tensor:
+        """How many times the usual a batch's losses (B,) are, as a geometric mean; 1 where too little has been seen."""
+        self.means, self.counts = self.means.to(errors.device), self.counts.to(errors.device)
+        slots = self._slots(sigmas)
+        known = (self.counts[slots] >= SEEN) & (errors > 0) & errors.isfinite()
+        above = torch.where(known, errors.double().log() - self.means[slots], 0.0)
+        return (above.sum() / known.sum().clamp(min=1)).exp()
 
-    def learn(self, sigmas: Sequence[float], errors: Sequence[float]) -> None:
+    def learn(self, sigmas: Tensor, errors: Tensor) -> None:
         """Take a batch's losses as usual."""
-        for slot, error in self._slots(sigmas, errors):
-            self.counts[slot] += 1
-            rate = max(RATE, 1 / self.counts[slot])
-            self.means[slot] += rate * (math.log(error) - self.means[slot])
+        kept = (errors > 0) & errors.isfinite()
+        places = torch.nn.functional.one_hot(self._slots(sigmas[kept]), SLICES).double()
+        more, sums = places.sum(0), errors[kept].double().log() @ places
+        self.counts += more
+        rates = torch.maximum(1 - (1 - RATE) ** more, more / self.counts.clamp(min=1))
+        self.means += rates * (sums / more.clamp(min=1) - self.means)
 
-    def _slots(self, sigmas: Sequence[float], errors: Sequence[float]) -> list[tuple[int, float]]:
+    def _slots(self, sigmas: Tensor) -> Tensor:
         width = (self.window.high - self.window.low) / SLICES
-        places = (min(SLICES - 1, int((sigma - self.window.low) / width)) for sigma in sigmas)
-        return [(slot, error) for slot, error in zip(places, errors, strict=True) if error > 0]
+        return ((sigmas.double() - self.window.low) / width).long().clamp(0, SLICES - 1)
 
 
 @dataclass
@@ -72,11 +78,13 @@ class Tripwires:
     path      tripped.jsonl
     patience  steps in a row without an update until the run ends
     spike     how many times the usual loss is one; None: nothing is
+    refuse    how many times the usual loss is not learned from; None: all is
     """
 
     path: Path
     patience: int = 3
     spike: float | None = 10.0
+    refuse: float | None = 100.0
     in_a_row: int = 0
     proved: set[str] = field(default_factory=set)
     usual: dict[str, Usual] = field(default_factory=dict)
@@ -85,6 +93,8 @@ class Tripwires:
         """A step of `member` begins."""
         self.member, self.samples = member, list[dict[str, Any]]()
         self.noises: list[int] = []
+        self.levels, self.losses = list[Tensor](), list[Tensor]()
+        self.excess: Tensor | None = None  # how many times the usual this step's losses are, over all ranks
         self.first = member.name not in self.proved
         if self.first:
             self.before = digests(member.stepper)
@@ -105,11 +115,24 @@ class Tripwires:
                 )
             for row, sigma in zip(rows, record.sigma.tolist(), strict=True):
                 row["sigma"] = sigma
+            self.levels.append(record.sigma.detach())
+            self.losses.append(record.per_sample.detach())
         for row, error in zip(rows, record.per_sample, strict=True):
             row["loss"] = error  # on the device until the step is over
         self.samples += rows
         if self.first:
             self.noises += [_number(generator.get_state().numpy().tobytes()) for generator in generators]
+
+    def judge(self, value: Tensor) -> Tensor:
+        """The loss of a step's last micro-step as it may go backward: NaN, which updates nothing, if it is refused."""
+        if not self.levels or (self.spike is None and self.refuse is None):
+            return value
+        mine = torch.stack([torch.cat(self.levels).double(), torch.cat(self.losses).double()], dim=1)
+        self.levels, self.losses = [self.member.stepper.gather(mine)], []
+        self.excess = self._usual(self.member.name, self.member.loss.window).excess(*self.levels[0].unbind(1))  # type: ignore[attr-defined]
+        if self.refuse is None:
+            return value
+        return value * torch.where(self.excess > self.refuse, math.nan, 1.0).to(value.dtype)
 
     def before_update(self) -> None:
         """All gradients are there. ValueError if it is the first time and the ranks do not belong together."""
@@ -133,11 +156,13 @@ class Tripwires:
         finite = bool(torch.isfinite(norm))
         for row in self.samples:
             row["loss"] = float(row["loss"])
+        excess = 1.0 if self.excess is None else float(self.excess)
         if not finite:
-            self._no_update(step, float(norm))
+            self._no_update(step, float(norm), excess)
             return False
         self.in_a_row = 0
-        self._compare(step)
+        if self.excess is not None:
+            self._compare(step, excess)
         if self.first:
             after = digests(stepper)
             if stepper.engine in {"ddp", "zero1", "zero2"} and stepper.accelerator.num_processes > 1:
@@ -146,12 +171,30 @@ class Tripwires:
             self.proved.add(self.member.name)
         return True
 
-    def _no_update(self, step: int, norm: float) -> None:
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to know of this one: the usual losses, by expert."""
+        return {name: [own.means.tolist(), own.counts.tolist()] for name, own in self.usual.items()}
+
+    def restore(self, state: Mapping[str, Any], members: Mapping[str, Member]) -> None:
+        """Go on from a `state`."""
+        for name, told in state.items():
+            own = self._usual(name, members[name].loss.window)  # type: ignore[attr-defined]
+            own.means, own.counts = (torch.tensor(column, dtype=torch.float64) for column in told)
+
+    def _usual(self, name: str, window: flow.NoiseWindow) -> Usual:
+        return self.usual.setdefault(name, Usual(window))
+
+    def _no_update(self, step: int, norm: float, excess: float) -> None:
         self.in_a_row += 1
-        self._write_down(step, "gradient", grad_norm=norm)
-        bad = [row for row in self.samples if not math.isfinite(row["loss"])]
+        if self.refuse is not None and excess > self.refuse:
+            self._write_down(step, "spike", times_usual=excess)
+            why = f"the loss is {excess:.0f} times what is usual for its noise (tripwires.refuse={self.refuse:g})"
+            bad = [max(self.samples, key=lambda row: row["loss"])]
+        else:
+            self._write_down(step, "gradient", grad_norm=norm)
+            why, bad = f"the gradient's norm is {norm}", [x for x in self.samples if not math.isfinite(x["loss"])]
         which = f"; first such sample: {bad[0]['id']}" if bad else ""
-        told = f"step {step}: the gradient's norm is {norm}, so nothing was updated{which}; see {self.path}"
+        told = f"step {step}: {why}, so nothing was updated{which}; see {self.path}"
         if self.in_a_row >= self.patience:
             raise ValueError(
                 f"{told}. That is {self.in_a_row} steps in a row (tripwires.patience={self.patience}); the last "
@@ -159,22 +202,16 @@ class Tripwires:
             )
         world.say(told)
 
-    def _compare(self, step: int) -> None:
-        rows = [row for row in self.samples if "sigma" in row]
-        if not rows or self.spike is None:
-            return
-        sigmas, errors = [row["sigma"] for row in rows], [row["loss"] for row in rows]
-        usual = self.usual.setdefault(self.member.name, Usual(self.member.loss.window))  # type: ignore[attr-defined]
-        excess = usual.excess(sigmas, errors)
-        if excess > self.spike:
+    def _compare(self, step: int, excess: float) -> None:
+        if self.spike is not None and excess > self.spike:
             self._write_down(step, "spike", times_usual=excess)
-            worst = max(rows, key=lambda row: row["loss"])
+            worst = max(self.samples, key=lambda row: row["loss"])
             world.say(
                 f"step {step}: the loss is {excess:.0f} times what is usual for its noise, the worst sample "
                 f"{worst['id']} ({worst['loss']:.3g} at sigma {worst['sigma']:.3f}); see {self.path}"
             )
         else:
-            usual.learn(sigmas, errors)
+            self.usual[self.member.name].learn(*self.levels[0].unbind(1))
 
     def _write_down(self, step: int, wire: str, **more: float) -> None:
         samples = [{key: _plain(value) for key, value in row.items()} for row in self.samples]
