@@ -44,7 +44,6 @@ def main(cfg: DictConfig) -> None:
             scenes=cfg.scenes,
             static=cfg.static,
             duplicates=cfg.duplicates,
-            holdout=cfg.holdout,
             seed=cfg.seed,
         )
     finally:

@@ -395,8 +395,6 @@ def _check_lengths(cfg: DictConfig) -> None:
         if not _is_number(length, whole=True):
             raise ValueError(f"lengths={cfg.lengths} must be whole numbers of frames")
         geometry.check_num_frames(length, key="lengths")
-    if not (_is_number(cfg.holdout) and 0 <= cfg.holdout < 1):
-        raise ValueError(f"holdout={cfg.holdout} must be in [0, 1)")
 
 
 def _check_picture(cfg: DictConfig) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from wantrain.data import find_footage, make_footage, read_manifest, write_video_shards
 from wantrain.data.headers import Header, parse, read_header, refuse
-from wantrain.data.likeness import Memory, is_still, look, remember
-from wantrain.data.loader import split_sources
+from wantrain.data.likeness import Memory, group_of, is_still, look, remember
+from wantrain.data.loader import PixelData
 from wantrain.data.pixels import read_sample
 from wantrain.data.shards import read_video_shards
 from wantrain.video import write_mp4
@@ -151,20 +151,26 @@ def test_look_alikes_are_found_and_dropped_if_asked_for(footage, tmp_path, capsy
     assert [row["start"] for row in samples(tmp_path / "dropped")["long.mp4"].about["windows"]] == [34 / 16]
 
 
-def test_look_alikes_on_both_sides_of_the_holdout_are_counted(footage, tmp_path):
-    """The side is that of training, for its own seed and share."""
-    sides = set()
+def test_look_alikes_stay_on_one_side_of_the_holdout(footage, tmp_path):
+    """again.mp4 and long.mp4 are two files, yet of both or of none are clips held out, whatever the seed."""
+    out = tmp_path / "videos"
+    manifest = cut(footage, out)
+    keys = {name: sample.key for name, sample in samples(out).items()}
+    assert manifest["alike"] == [[keys["long.mp4"], keys["again.mp4"]]]
+    together = 0
     for seed in range(8):
-        out = tmp_path / f"{seed}"
-        found = cut(footage, out, holdout=0.4, seed=seed)["findings"]["duplicates"]
-        names = {sample.key: name for name, sample in samples(out).items()}
-        keys = sorted(names)
-        held = split_sources(np.array([int(key, 16) for key in keys], dtype=np.uint64), 0.4, seed)[1]
-        held_names = {names[keys[place]] for place in held}
-        apart = ("long.mp4" in held_names) != ("again.mp4" in held_names)
-        assert found["split_by_holdout"] == (2 if apart else 0)
-        sides.add(apart)
-    assert sides == {True, False}
+        data = PixelData(shards=out, num_frames=9, area=1024, multiple=16, holdout=0.4, seed=seed)
+        held = {data.names[number].split("-")[0] for number in data.heldout}
+        assert (keys["long.mp4"] in held) == (keys["again.mp4"] in held)
+        together += keys["long.mp4"] in held
+    assert 0 < together < 8
+
+
+def test_a_group_is_all_that_look_alike_also_through_others():
+    pairs = [(5, 3), (9, 8), (3, 7), (8, 1), (1, 2)]
+    manifest = {"alike": [[f"{one:016x}", f"{other:016x}"] for one, other in pairs]}
+    assert group_of(manifest) == {3: 3, 5: 3, 7: 3, 1: 1, 2: 1, 8: 1, 9: 1}
+    assert group_of({"alike": []}) == {}
 
 
 def test_clips_of_different_things_are_not_alike(tmp_path):
@@ -322,7 +328,6 @@ def test_a_set_of_tars_at_an_address_becomes_video_shards(call, tmp_path):
         ("shard.py", ["stretch=1"], "stretch=1 must be true or false"),
         ("shard.py", ["stride=0"], "stride=0 must be above 0"),
         ("shard.py", ["lengths=[6]"], "lengths=6 is not 4k+1"),
-        ("shard.py", ["holdout=1"], "holdout=1 must be in [0, 1)"),
         ("shard.py", ["static=keep"], "static=keep is unknown; choose one of report, drop"),
         ("encode.py", ["area=[100]"], "area=100 holds not even one 16x16 block"),
         ("encode.py", ["area=[4096,many]"], "must be numbers, the first two also lists of numbers"),

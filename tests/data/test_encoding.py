@@ -252,6 +252,18 @@ def test_the_same_shards_give_the_same_bytes_with_any_number_of_workers(videos, 
         assert contents(tmp_path / str(workers)) == contents(latents)
 
 
+def test_clips_of_files_that_look_alike_are_one_group(videos, latents, tmp_path):
+    index = read_index(latents)
+    assert (index.group == index.source).all()
+    shards = Path(shutil.copytree(videos, tmp_path / "videos"))
+    manifest = read_manifest(shards, "video")
+    one, other, *_ = sorted({f"{source:016x}" for source in index.source})
+    (shards / "manifest.json").write_text(json.dumps({**manifest, "alike": [[other, one]]}))
+    encode(shards, tmp_path / "alike", encode_pixels=encode_pixels)
+    index = read_index(tmp_path / "alike")
+    assert (index.group == np.where(index.source == int(other, 16), int(one, 16), index.source)).all()
+
+
 def test_each_caption_is_encoded_once_and_together(videos, tmp_path):
     calls = []
 

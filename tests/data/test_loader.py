@@ -29,7 +29,7 @@ from wantrain.data import (
 )
 from wantrain.data.demo import draw_shot
 from wantrain.data.index import Index
-from wantrain.data.loader import split_sources
+from wantrain.data.loader import split_groups
 from wantrain.data.shards import describe_file, read_video_shards
 from wantrain.video import write_mp4
 
@@ -100,7 +100,7 @@ def all_of_one_bucket(data):
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.9])
 def test_a_file_is_held_out_whole_or_not_at_all(share):
     sources = np.random.default_rng(0).integers(0, 2**64, 200, dtype=np.uint64)[np.arange(1000) % 200]
-    train, held = split_sources(sources, share, seed=0)
+    train, held = split_groups(sources, share, seed=0)
     assert sorted([*train, *held]) == list(range(1000))
     assert not set(sources[train].tolist()) & set(sources[held].tolist())
     assert len(set(sources[held].tolist())) == round(share * 200)
@@ -108,14 +108,14 @@ def test_a_file_is_held_out_whole_or_not_at_all(share):
 
 def test_the_split_is_fixed_by_the_seed_and_changes_little_with_more_files():
     sources = np.random.default_rng(1).integers(0, 2**64, 1000, dtype=np.uint64)
-    held = set(sources[split_sources(sources, 0.1, seed=0)[1]].tolist())
+    held = set(sources[split_groups(sources, 0.1, seed=0)[1]].tolist())
     again = np.random.default_rng(2).permutation(sources)
-    assert set(again[split_sources(again, 0.1, seed=0)[1]].tolist()) == held
-    assert set(sources[split_sources(sources, 0.1, seed=1)[1]].tolist()) != held
+    assert set(again[split_groups(again, 0.1, seed=0)[1]].tolist()) == held
+    assert set(sources[split_groups(sources, 0.1, seed=1)[1]].tolist()) != held
     more = np.concatenate([sources, np.arange(100, dtype=np.uint64)])
-    assert len(held & set(more[split_sources(more, 0.1, seed=0)[1]].tolist())) > 80
+    assert len(held & set(more[split_groups(more, 0.1, seed=0)[1]].tolist())) > 80
     # The first few are of all kinds, not those that happen to lie in the first shard.
-    order = split_sources(np.sort(sources), 0.1, seed=0)[1]
+    order = split_groups(np.sort(sources), 0.1, seed=0)[1]
     assert np.abs(np.diff(order)).mean() > 100
 
 
@@ -123,9 +123,9 @@ def test_a_bad_share_is_refused():
     sources = np.arange(4, dtype=np.uint64)
     for share in (-0.1, 1.0):
         with pytest.raises(ValueError, match=r"data\.holdout"):
-            split_sources(sources, share, seed=0)
+            split_groups(sources, share, seed=0)
     with pytest.raises(ValueError, match="holds out all 4 files"):
-        split_sources(sources, 0.95, seed=0)
+        split_groups(sources, 0.95, seed=0)
 
 
 # ------------------------------------------------------------------------------------------------- latents

@@ -75,14 +75,14 @@ def test_each_set_is_validated_and_told_apart(tiny, other):
     data = mixed(tiny, other, holdout=0.3)
     for batches, side in ((data.heldout_batches(4), "heldout"), (data.train_batches(4), "train")):
         ids, clips = (list(itertools.chain(*own)) for own in zip(*((b.ids, b.positions) for b in batches), strict=True))
-        tags, files = data.tags_of(clips), data.files_of(clips)
+        tags, files = data.tags_of(clips), data.groups_of(clips)
         assert [own.split("/")[0] for own in ids] == [first for first, *_ in tags]
         assert {name: sum(first == name for first, *_ in tags) for name in data.parts} == {"ours": 2, "theirs": 2}
         for own, file in zip(ids, files, strict=True):
             name, clip = own.split("/")
             part = data.parts[name]
             (number,) = [n for n in getattr(part, side) if part.index.name(part.index.windows_of(n)[0]) == clip]
-            assert file == part.index.source[number]
+            assert file == part.index.group[number]
     assert set(data.captions()) == {caption for part in data.parts.values() for caption in part.captions()}
 
 

@@ -15,7 +15,7 @@ import torch
 from wantrain import world
 from wantrain.batch import Batch
 from wantrain.data import LatentData, make_footage
-from wantrain.data.loader import one_per_file
+from wantrain.data.loader import one_per_group
 from wantrain.losses import FlowMatching
 from wantrain.losses.flow_matching import velocity_error
 from wantrain.models import Base, WanTransformer, adapters
@@ -150,15 +150,15 @@ def test_the_linear_predictor_is_the_least_squares_fit():
 
 def test_clips_are_of_as_many_files_as_there_are():
     sources = np.array([7, 7, 7, 3, 3, 9], dtype=np.uint64)
-    assert one_per_file(np.array([1, 0, 2, 5, 3, 4]), sources).tolist() == [1, 5, 3, 0, 4, 2]
-    assert one_per_file(np.array([], dtype=np.int64), sources).tolist() == []
+    assert one_per_group(np.array([1, 0, 2, 5, 3, 4]), sources).tolist() == [1, 5, 3, 0, 4, 2]
+    assert one_per_group(np.array([], dtype=np.int64), sources).tolist() == []
 
 
 def test_training_clips_are_measured_with_their_captions_and_never_held_out(tiny):
     data = LatentData(shards=tiny.latents, holdout=0.3, caption_dropout=1.0)
     batches = data.train_batches(4)
     samples = [place for batch in batches for place in batch.positions]
-    assert len(samples) == len(set(data.files_of(samples))) == 4, "of four files"
+    assert len(samples) == len(set(data.groups_of(samples))) == 4, "of four files"
     assert set(samples) <= set(data.train.tolist()) and not set(samples) & set(data.heldout.tolist())
     assert all(batch.text_BLD[:, 0].any() for batch in batches)
     assert data.tags_of(samples) == [()] * 4, "this footage has none"

@@ -20,7 +20,6 @@ from wantrain import world
 from wantrain.data import headers, likeness
 from wantrain.data.footage import IMAGES, Footage, Reject, probe
 from wantrain.data.ledger import Ledger
-from wantrain.data.loader import split_sources
 from wantrain.data.scenes import SceneDetector, library
 from wantrain.data.shards import MANIFEST, SCHEMA, ShardWriter, finished, to_json, write_rejects
 from wantrain.data.windows import Cut, Probe, Window, cut_windows, frames_on_screen, spans
@@ -47,16 +46,14 @@ def write_video_shards(
     scenes: str = "off",
     static: str = "report",
     duplicates: str = "report",
-    holdout: float = 0.05,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Probe every file, choose its windows and write the files with captions into shards; returns the manifest.
 
     `fps=None` takes every file's own frames; for num_frames to lengths and seed see `windows.Cut`. `scenes="split"`
     cuts each scene by itself. Clips that stand still (`static`) and those that look like an earlier one (`duplicates`)
-    are found; "drop" leaves them out. `holdout` and `seed` are training's: look-alikes that it would put on both sides
-    are counted apart. Rejected files go to rejects.jsonl with the reason. ValueError if more than `rejects_limit` of
-    them are (no manifest then), or if `out` holds something else.
+    are found; "drop" leaves them out. Rejected files go to rejects.jsonl with the reason. ValueError if more than
+    `rejects_limit` of them are (no manifest then), or if `out` holds something else.
     """
     cut = Cut(num_frames, fps, clips, stride, stretch, tuple(sorted(lengths)), seed)
     for key, choice, choices in [
@@ -99,7 +96,6 @@ def write_video_shards(
             if about is not None:
                 writer.write(digest[:16], {file.extension: file.read(), "json": to_json(about)})
     write_rejects(out, cutter.rejects, total, rejects_limit, "file")
-    findings = cutter.findings(holdout, seed)
     manifest = {
         "schema": SCHEMA,
         "kind": "video",
@@ -109,7 +105,8 @@ def write_video_shards(
         "files_rejected": len(cutter.rejects),
         "clips": cutter.ledger.clips.used,
         "ledger": cutter.ledger.told(),
-        "findings": findings,
+        "findings": cutter.findings(),
+        "alike": cutter.alike_files(),
         "shards": writer.shards,
     }
     world.write_json(out / MANIFEST, manifest)
@@ -131,8 +128,8 @@ def _say(out: Path, manifest: dict[str, Any], ledger: Ledger) -> None:
     if alike["clips"]:
         one, other = alike["first"][0]
         world.say(
-            f"  {alike['clips']} clips look like one of another file (first: {one}, like {other}), "
-            f"{alike['split_by_holdout']} across training and validation; duplicates=drop leaves them out"
+            f"  {alike['clips']} clips look like one of another file (first: {one}, like {other}); training keeps such "
+            "files on one side of data.holdout, duplicates=drop leaves them out"
         )
 
 
@@ -262,24 +259,22 @@ class _Cutter:
                 return "static"
         clip = likeness.remember(int(digest[:16], 16), name, looks)
         other = self.memory.find(clip)
-        # Clips of one file stay on one side of a holdout, and often look alike.
+        # Clips of one file often look alike, and stay together anyway.
         if other is not None and other.file != clip.file:
             self.alike.append((clip, other))
             if self.drops["duplicate"]:
                 return "duplicate"
         return None
 
-    def findings(self, holdout: float, seed: int) -> dict[str, Any]:
-        """For a manifest: clips that stand still, and look-alikes, also across training's holdout."""
-        files = np.array([int(digest[:16], 16) for digest in self.used], dtype=np.uint64)
-        held = set(files[split_sources(files, holdout, seed)[1]].tolist()) if len(files) else set()
-        pairs = [] if self.drops["duplicate"] else self.alike
-        apart = [pair for pair in pairs if (pair[0].file in held) != (pair[1].file in held)]
+    def findings(self) -> dict[str, Any]:
+        """For a manifest: clips that stand still, and look-alikes."""
+        first = [[clip.name, other.name] for clip, other in self.alike[:NAMED]]
         return {
             "static": {"clips": len(self.still), "first": self.still[:NAMED]},
-            "duplicates": {
-                "clips": len(self.alike),
-                "split_by_holdout": len(apart),
-                "first": [[clip.name, other.name] for clip, other in (apart + self.alike)[:NAMED]],
-            },
+            "duplicates": {"clips": len(self.alike), "first": first},
         }
+
+    def alike_files(self) -> list[list[str]]:
+        """For a manifest: pairs of files, by key, of which clips look alike."""
+        pairs = {(clip.file, other.file) for clip, other in self.alike}
+        return sorted([f"{one:016x}", f"{other:016x}"] for one, other in pairs)

@@ -129,7 +129,7 @@ def _conclude(
     ledger, rejects, identities = _accounts(work, latents)
     seen = ledger.clips.given
     write_rejects(folder.out, rejects, seen, rejects_limit, "clip", identities)
-    index, names = build_index(latents, texts, work.text_of)
+    index, names = build_index(latents, texts, work.text_of, work.group_of)
     manifest = {
         "schema": LATENT_SCHEMA,
         "kind": "latent",

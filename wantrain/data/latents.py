@@ -269,9 +269,15 @@ def _has_size(out: Path, file: Mapping[str, Any]) -> bool:
 
 
 def build_index(
-    latents: Sequence[tuple[Unit, Record]], texts: Sequence[tuple[Unit, Record]], text_of: Mapping[str, str]
+    latents: Sequence[tuple[Unit, Record]],
+    texts: Sequence[tuple[Unit, Record]],
+    text_of: Mapping[str, str],
+    group_of: Mapping[int, int],
 ) -> tuple[Index, dict[str, list[str]]]:
-    """The index of what has been made, and the names of its `buckets` and `tags`; `text_of` is a caption's identity."""
+    """The index of what has been made, and the names of its `buckets` and `tags`.
+
+    `text_of` is a caption's identity, `group_of` the group of each file that looks like another.
+    """
     text_places = [
         (number, *record.places[row.identity], row.identity)
         for number, (unit, record) in enumerate(texts)
@@ -288,6 +294,7 @@ def build_index(
     rows = [row for members in clips.values() for row, _ in members]
     places = [place for members in clips.values() for _, place in members]
     firsts = [members[0][0] for members in clips.values()]
+    sources = [int(first.entry.key, 16) for first in firsts]
     said = [dict.fromkeys(text_of[caption] for caption in first.captions) for first in firsts]
     buckets = list(dict.fromkeys(str(first.bucket) for first in firsts))
     bucket_number = {bucket: number for number, bucket in enumerate(buckets)}
@@ -298,7 +305,8 @@ def build_index(
     text_shards, text_offsets, text_sizes = _columns([place[:3] for place in text_places], 3)
     index = Index(
         bucket=np.array([bucket_number[str(first.bucket)] for first in firsts], dtype=np.int32),
-        source=np.array([int(first.entry.key, 16) for first in firsts], dtype=np.uint64),
+        source=np.array(sources, dtype=np.uint64),
+        group=np.array([group_of.get(source, source) for source in sources], dtype=np.uint64),
         weight=np.array([first.entry.about.get("weight", 1.0) for first in firsts], dtype=np.float32),
         windows=_ends([len(members) for members in clips.values()]),
         captions=_ends([len(own) for own in said]),

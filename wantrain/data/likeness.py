@@ -3,14 +3,17 @@
 Every frame is kept as GRID x GRID colours while its file is read. A clip is known by three of its frames; two clips are
 alike if a frame's hash shares a part with the other's, and all three frames differ by a few levels only. So the same
 footage in another size or quality is found; cropped by more than a little, mirrored, recoloured or recut it is not.
+
+Files with clips that are alike are one group: validation never holds out one of them while another is trained on.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +80,21 @@ class Memory:
         for place in places:
             self._clips[place].append(clip)
         return None
+
+
+def group_of(video: Mapping[str, Any]) -> dict[int, int]:
+    """The group of each file that looks like another, by the manifest of their shards: the smallest number in it."""
+    found: dict[int, int] = {}
+
+    def first(file: int) -> int:
+        while found.setdefault(file, file) != file:
+            file = found[file]
+        return file
+
+    for pair in video["alike"]:
+        low, high = sorted(first(int(key, 16)) for key in pair)
+        found[high] = low
+    return {file: first(file) for file in found}
 
 
 def _differ(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:

@@ -24,6 +24,7 @@ from torch import Tensor
 from wantrain import geometry, world
 from wantrain.batch import Batch, pad_texts
 from wantrain.data.index import Index
+from wantrain.data.likeness import group_of
 from wantrain.data.pixels import read_sample
 from wantrain.data.plan import Indices
 from wantrain.data.remote import CACHE, open_shards
@@ -37,29 +38,33 @@ from wantrain.data.shards import (
 from wantrain.video import Frames
 
 
-def split_sources(sources: NDArray[np.uint64], share: float, seed: int) -> tuple[Indices, Indices]:
-    """(train, held-out) sample numbers: whole files are held out, so that clips of one file never straddle.
+def split_groups(groups: NDArray[np.uint64], share: float, seed: int) -> tuple[Indices, Indices]:
+    """(train, held-out) sample numbers: whole groups of files are held out, so that what is alike never straddles.
 
-    The round(share * files) files with the smallest hash of (seed, file) are held out: a fixed choice that adding
-    files changes little. They come in the order of their hashes, so that the first few are of all kinds. ValueError
-    if `share` is not in [0, 1) or leaves nothing to train on.
+    A file is a group, unless it looks like others (likeness.py). The round(share * groups) groups with the smallest
+    hash of (seed, group) are held out: a fixed choice that adding files changes little. They come in the order of their
+    hashes, so that the first few are of all kinds. ValueError if `share` is not in [0, 1) or leaves nothing to train
+    on.
     """
     if not 0 <= share < 1:
         raise ValueError(f"data.holdout={share} must be in [0, 1)")
-    unique = np.unique(sources)
-    ranked = sorted(unique.tolist(), key=lambda source: hashlib.sha256(f"{seed}:{source}".encode()).digest())
-    places = {source: place for place, source in enumerate(ranked[: round(share * len(unique))])}
-    place = np.array([places.get(source, -1) for source in sources.tolist()])
+    unique = np.unique(groups)
+    ranked = sorted(unique.tolist(), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    places = {group: place for place, group in enumerate(ranked[: round(share * len(unique))])}
+    place = np.array([places.get(group, -1) for group in groups.tolist()])
     held = np.flatnonzero(place >= 0)
-    if len(held) == len(sources):
-        raise ValueError(f"data.holdout={share} holds out all {len(unique)} files; make it smaller, or add footage")
+    if len(held) == len(groups):
+        raise ValueError(
+            f"data.holdout={share} holds out all {len(unique)} files (those that look alike counted as one); make it "
+            "smaller, or add footage"
+        )
     return np.flatnonzero(place < 0), held[np.argsort(place[held], kind="stable")]
 
 
-def one_per_file(samples: Indices, sources: NDArray[np.uint64]) -> Indices:
-    """Samples in another order: of each file the first one, then of each the second, and so on. `sources` by sample."""
-    order = np.argsort(sources[samples], kind="stable")
-    _, counts = np.unique(sources[samples], return_counts=True)
+def one_per_group(samples: Indices, groups: NDArray[np.uint64]) -> Indices:
+    """Samples in another order: of each group the first one, then of each the second, and so on. `groups` by sample."""
+    order = np.argsort(groups[samples], kind="stable")
+    _, counts = np.unique(groups[samples], return_counts=True)
     turn = np.empty(len(samples), dtype=np.int64)
     turn[order] = np.concatenate([np.arange(count) for count in counts]) if len(counts) else []
     return samples[np.argsort(turn, kind="stable")]
@@ -94,7 +99,7 @@ class LatentData:
         self.fingerprint = file_hash(self.folder / MANIFEST)
         self.files.check(self.manifest)
         self.index = Index.read(self.folder / self.manifest["files"][0]["name"])
-        self.train, self.heldout = split_sources(self.index.source, holdout, seed)
+        self.train, self.heldout = split_groups(self.index.group, holdout, seed)
         self.buckets, self.weights = self.index.bucket[self.train], self.index.weight[self.train]
         self.empty_text: Tensor = self._text(self.manifest["empty_text"])
 
@@ -120,16 +125,16 @@ class LatentData:
         Of each the first window, with its first caption. The positions of their batches are their numbers in the
         index, also below.
         """
-        return self._bucketed(one_per_file(self.heldout, self.index.source)[:count])
+        return self._bucketed(one_per_group(self.heldout, self.index.group)[:count])
 
     def train_batches(self, count: int) -> list[Batch]:
         """`count` training clips chosen alike, to be measured beside them; files in the order of their hashes."""
-        by_file = self.train[np.argsort(self.index.source[self.train], kind="stable")]
-        return self._bucketed(one_per_file(by_file, self.index.source)[:count])
+        by_group = self.train[np.argsort(self.index.group[self.train], kind="stable")]
+        return self._bucketed(one_per_group(by_group, self.index.group)[:count])
 
-    def files_of(self, clips: Sequence[int]) -> list[int]:
-        """The file that each clip (a number in the index) was cut from, as a number."""
-        return [int(self.index.source[clip]) for clip in clips]
+    def groups_of(self, clips: Sequence[int]) -> list[int]:
+        """The group of files that look alike that each clip (a number in the index) was cut from, as a number."""
+        return [int(self.index.group[clip]) for clip in clips]
 
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
         """The tags of each clip (a number in the index), if its footage came with any."""
@@ -232,16 +237,16 @@ class PixelData:
         self.clips: list[Tensor] = []
         self.names: list[str] = []
         lengths: list[str] = []
-        sources: list[int] = []
+        groups, group_of_file = list[int](), group_of(self.manifest)
         for sample in read_video_shards(self.folder, self.manifest):
             size = geometry.nearest_size(sample.about["height"], sample.about["width"], sizes)
             for number, frames in enumerate(self._decode(sample, size)):
                 self.clips.append(torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).contiguous())
                 self.names.append(f"{sample.key}-{number:04d}")
                 lengths.append(str(geometry.Bucket(min(len(frames), num_frames), *size)))
-                sources.append(int(sample.key, 16))
+                groups.append(group_of_file.get(int(sample.key, 16), int(sample.key, 16)))
         self._lengths, self._bucket_list = lengths, list(dict.fromkeys(lengths))
-        self.train, self.heldout = split_sources(np.array(sources, dtype=np.uint64), holdout, seed)
+        self.train, self.heldout = split_groups(np.array(groups, dtype=np.uint64), holdout, seed)
         self.buckets = np.array([self._bucket_list.index(lengths[sample]) for sample in self.train])
 
     @staticmethod

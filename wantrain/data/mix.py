@@ -107,9 +107,9 @@ class MixedData:
         """Training clips chosen alike."""
         return self._numbered(count, lambda part, own: part.train_batches(own))
 
-    def files_of(self, clips: Sequence[int]) -> list[int]:
-        """The file that each clip was cut from, as a number."""
-        return [part.files_of([own])[0] for _, part, own in map(self._owner, clips)]
+    def groups_of(self, clips: Sequence[int]) -> list[int]:
+        """The group of files that look alike that each clip was cut from, as a number."""
+        return [part.groups_of([own])[0] for _, part, own in map(self._owner, clips)]
 
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
         """The tags of each clip, the name of its set first: so a set's validation is told apart."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wantrain import geometry
+from wantrain.data.likeness import group_of
 from wantrain.data.pixels import read_window
 from wantrain.data.shards import VideoEntry, scan_video_shards
 
@@ -97,12 +98,14 @@ class Work:
 
     latents, texts  units of the clips, and of the distinct captions, the empty one among them
     text_of    a caption's identity
+    group_of   the group of each file that looks like another (likeness.py)
     too_small  files that would have to be enlarged too much, with the numbers
     """
 
     latents: list[Unit]
     texts: list[Unit]
     text_of: dict[str, str]
+    group_of: dict[int, int]
     too_small: list[tuple[VideoEntry, str]]
 
     @property
@@ -139,6 +142,7 @@ def plan_work(shards: Path, video: Mapping[str, Any], sizes: geometry.Buckets, s
         latent_units(files, most=most, limit=settings["shard_bytes"]),
         text_units(texts.values(), most=most),
         {caption: row.identity for caption, row in texts.items()},
+        group_of(video),
         too_small,
     )
 

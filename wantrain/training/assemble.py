@@ -286,7 +286,7 @@ def measured_clips(data: Latents, batches: list[Batch]) -> Clips:
     """Clips as validation takes them: each alone, with the file that it is of and its tags."""
     singles = one_by_one(batches)
     numbers = [clip.positions[0] for clip in singles]
-    return Clips(singles, data.files_of(numbers), data.tags_of(numbers))
+    return Clips(singles, data.groups_of(numbers), data.tags_of(numbers))
 
 
 def preview_sampler(
