@@ -38,7 +38,7 @@ WAYS = ("clone", "copy", "background", "plain", "at once")
 def state_of(gib: float) -> dict[str, Tensor]:
     """Tensors like those of a transformer in training: a few large, many small, each with two moments."""
     shapes = [(1024, 4096), (4096, 1024), (1024, 1024), *[(1024,)] * 8]
-    wanted, state, block = int(gib * 2**30), {}, 0
+    wanted, state, block = int(gib * 2**30), dict[str, Tensor](), 0
     while sum(tensor.nbytes for tensor in state.values()) < wanted:
         for number, shape in enumerate(shapes):
             for part in ("weight", "exp_avg", "exp_avg_sq"):
@@ -201,7 +201,7 @@ def main() -> None:
         results = measure(scratch, options.gib, options.rounds)
     finally:
         shutil.rmtree(scratch)
-    about = {"torch": torch.__version__, "safetensors": safetensors.__version__, "machine": platform.machine()}
+    about: dict[str, Any] = {"torch": torch.__version__, "safetensors": safetensors.__version__, "machine": platform.machine()}
     about |= {"cores": os.cpu_count(), "threads": options.threads, "rounds": options.rounds}
     about |= {"load": round(os.getloadavg()[0], 2), "date": time.strftime("%Y-%m-%d")}
     text = json.dumps({"about": about, **results}, indent=2)

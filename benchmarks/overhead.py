@@ -98,7 +98,7 @@ class Bare:
         for _ in range(steps):
             batch = self.data.load([0], [self.step])
             generator = world.generator(SEED, "noise", self.step)
-            sigma = self.law.draw(generator)
+            sigma = self.law.draw(batch, [generator])
             noise = torch.randn(batch.latents_BCTHW.shape[1:], generator=generator)[None]
             noisy = flow.path(batch.latents_BCTHW, noise, sigma)
             predicted = self.module(noisy, 1000 * sigma, batch.text_BLD)
