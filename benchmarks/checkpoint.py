@@ -201,7 +201,8 @@ def main() -> None:
         results = measure(scratch, options.gib, options.rounds)
     finally:
         shutil.rmtree(scratch)
-    about: dict[str, Any] = {"torch": torch.__version__, "safetensors": safetensors.__version__, "machine": platform.machine()}
+    about: dict[str, Any] = {"torch": torch.__version__, "safetensors": safetensors.__version__}
+    about |= {"machine": platform.machine()}
     about |= {"cores": os.cpu_count(), "threads": options.threads, "rounds": options.rounds}
     about |= {"load": round(os.getloadavg()[0], 2), "date": time.strftime("%Y-%m-%d")}
     text = json.dumps({"about": about, **results}, indent=2)

@@ -139,7 +139,8 @@ def main() -> None:
         results = measure(folder)
     import diffusers
 
-    about: dict[str, Any] = {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine()}
+    about: dict[str, Any] = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    about |= {"machine": platform.machine()}
     about |= {"date": time.strftime("%Y-%m-%d"), "threads": 2, "repeats": REPEATS, "parameters": "1.42 billion"}
     text = json.dumps({"about": about, **results}, indent=2)
     Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
