@@ -52,6 +52,7 @@ def main(cfg: DictConfig) -> None:
     prints, words = Fingerprints(Path(cfg.out)), base.need("text_encoder")
     tokenizer = base.find("tokenizer") or words.parent / "tokenizer"
     of_vae = prints.of("vae", [base.need("vae")], look_at_vae)
+    strides = {key: of_vae.pop(key) for key in ("temporal_stride", "spatial_stride")}
     encode_shards(
         Path(cfg.shards),
         Path(cfg.out),
@@ -59,7 +60,8 @@ def main(cfg: DictConfig) -> None:
         encode_texts=lambda captions: text().encode_unpadded(captions),
         **of_vae,
         **prints.of(f"text encoder in {cfg.precision}", [words, tokenizer], look_at_text),
-        sizes=config.buckets(cfg, of_vae["temporal_stride"]),
+        sizes=config.buckets(cfg, strides["temporal_stride"]),
+        conditions=config.conditions(cfg, **strides),
         model=cfg.model.name,
         rejects_limit=cfg.rejects.limit,
         shard_bytes=cfg.shard_mb << 20,

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
-from wantrain.data import check_sets
+from wantrain.data import Conditions, check_sets
 from wantrain.models import Base, open_base, partial
 from wantrain.training import replay
 from wantrain.world import errors_to_exit_code
@@ -220,6 +220,11 @@ def buckets(cfg: DictConfig, temporal_stride: int = 4) -> geometry.Buckets:
     )
 
 
+def conditions(cfg: DictConfig, **strides: Any) -> Conditions:
+    """What encode.py stores of clips beside their latents; ValueError for what such a model cannot be told."""
+    return Conditions(plain(cfg.condition), cfg.model.told_by, **strides)
+
+
 def shards(cfg: DictConfig) -> list[str]:
     """Where the shards of a training lie: one place, or one of each set with data=mixed."""
     own = plain(cfg.data)
@@ -284,6 +289,8 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
 
     if "aspects" in cfg:
         judge(lambda: buckets(cfg))
+    if "condition" in cfg:
+        judge(lambda: conditions(cfg))
     if "lengths" in cfg:
         judge(lambda: _check_lengths(cfg))
     judge(lambda: plain(cfg))  # missing values (???) and broken references
@@ -299,6 +306,8 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         judge(lambda: _check_length(cfg))
         problems.extend(_adapter_problems(cfg))
         judge(lambda: shards(cfg))
+        if "condition" in cfg.data:
+            judge(lambda: Conditions(plain(cfg.data.condition), cfg.data.told_by, key="data.condition"))
         if cfg.adapter.name == "partial":
             part = plain(cfg.adapter)
             judge(lambda: partial.check(part["layers"], part["tags"], cfg.model.transformer.num_layers))
@@ -426,11 +435,6 @@ def _check_expert(cfg: DictConfig) -> None:
         raise ValueError(
             "weights=null: VAE and text encoder must come from somewhere; give a model's folder, or parts.vae= and "
             "parts.text_encoder="
-        )
-    if name in known and cfg.model.transformer.in_channels != cfg.model.transformer.out_channels:
-        raise ValueError(
-            f"model={cfg.model.name} takes an image or a video as condition, which cannot be trained here yet; its "
-            "weights can be inspected and exported. For text-to-video choose model=t2v_a14b"
         )
     if (name == "vae") != cfg.data.get("_target_", "").endswith("PixelData"):
         raise ValueError(

@@ -18,6 +18,7 @@ from safetensors.torch import load
 
 from wantrain import geometry
 from wantrain.data import (
+    Conditions,
     LatentData,
     encode_shards,
     encoding,
@@ -80,8 +81,7 @@ def encode(shards, out, **changes):
         "encode_pixels": encode_pixels,
         "encode_texts": encode_texts,
         "sizes": SIZES,
-        "temporal_stride": 4,
-        "spatial_stride": 8,
+        "conditions": Conditions({}, None),
         "model": "tiny",
         "vae_fingerprint": "vae-1",
         "text_fingerprint": "text-1",

@@ -16,6 +16,7 @@ import torch
 from wantrain import geometry
 from wantrain.batch import Batch
 from wantrain.data import (
+    Conditions,
     LatentData,
     PixelData,
     Plan,
@@ -71,8 +72,7 @@ def latents(videos):
         encode_pixels=lambda pixels: pixels[:, :, ::4, ::8, ::8],
         encode_texts=encode_texts,
         sizes=SIZES,
-        temporal_stride=4,
-        spatial_stride=8,
+        conditions=Conditions({}, None),
         model="tiny",
         vae_fingerprint="vae",
         text_fingerprint="text",

@@ -1,20 +1,23 @@
 """The data room: footage -> video shards -> latent shards -> batches in a planned order."""
 
+from wantrain.data.conditions import Conditions
 from wantrain.data.cutting import write_video_shards
 from wantrain.data.demo import SETS, make_footage
 from wantrain.data.encoding import encode_shards
 from wantrain.data.footage import Footage, Reject
 from wantrain.data.judge import Verdict, judge, scores, spared_scenes, wug_scenes
-from wantrain.data.loader import LatentData, PixelData, prefetch
+from wantrain.data.loader import LatentData, PixelData
 from wantrain.data.mix import MixedData, check_sets
 from wantrain.data.pixels import prepare_pixels
 from wantrain.data.plan import Plan, share
+from wantrain.data.prefetch import prefetch
 from wantrain.data.report import write_report
 from wantrain.data.shards import check_folder, read_manifest
 from wantrain.data.sources import find_footage
 
 __all__ = [
     "SETS",
+    "Conditions",
     "Footage",
     "LatentData",
     "MixedData",

@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from wantrain import world
 from wantrain.data import headers, likeness
-from wantrain.data.footage import IMAGES, Footage, Reject, probe
+from wantrain.data.footage import IMAGES, Footage, Reject, probe, probe_mask
 from wantrain.data.ledger import Ledger
 from wantrain.data.scenes import SceneDetector, library
-from wantrain.data.shards import MANIFEST, SCHEMA, ShardWriter, finished, to_json, write_rejects
+from wantrain.data.shards import MANIFEST, MASK, SCHEMA, ShardWriter, finished, to_json, write_rejects
 from wantrain.data.windows import Cut, Probe, Window, cut_windows, frames_on_screen, spans
 from wantrain.video import Frames
+from wantrain.world import file_hash
 
 #: Findings that a manifest lists by name, of each kind.
 NAMED = 100
@@ -66,7 +67,8 @@ def write_video_shards(
     if scenes == "split":
         library()  # says what is missing before any work
     digests = [_digest(file) for file in footage]
-    told = [[file.name, asdict(file.told), digest] for file, digest in zip(footage, digests, strict=True)]
+    masks = [None if file.mask is None else file_hash(file.mask) for file in footage]
+    told = [[file.name, asdict(file.told), *hashes] for file, *hashes in zip(footage, digests, masks, strict=True)]
     settings = {
         "model": model,
         "num_frames": num_frames,
@@ -94,7 +96,7 @@ def write_video_shards(
         ):
             about = cutter.take(file, digest)
             if about is not None:
-                writer.write(digest[:16], {file.extension: file.read(), "json": to_json(about)})
+                writer.write(digest[:16], {file.extension: file.read(), **_mask_member(file), "json": to_json(about)})
     write_rejects(out, cutter.rejects, total, rejects_limit, "file")
     manifest = {
         "schema": SCHEMA,
@@ -133,12 +135,28 @@ def _say(out: Path, manifest: dict[str, Any], ledger: Ledger) -> None:
         )
 
 
+def _mask_member(file: Footage) -> dict[str, bytes]:
+    """The mask of a file, by its extension in a tar."""
+    return {} if file.mask is None else {f"{MASK}{file.mask.suffix.lower()[1:]}": file.mask.read_bytes()}
+
+
 def _digest(file: Footage) -> str:
     """The hash of its bytes, or the error of a file that cannot be read: the probe will then reject it."""
     try:
         return file.digest()
     except OSError as error:
         return f"{file.path}: {error}"
+
+
+def _about_mask(file: Footage, found: Probe) -> dict[str, str]:
+    """The hash of a file's mask, if it has one. ValueError with the reason if the two do not belong together."""
+    if file.mask is None:
+        return {}
+    try:
+        probe_mask(file.mask, found)
+    except ValueError as error:
+        raise ValueError(f"its mask {file.mask.parent.name}/{file.mask.name} {error}") from error
+    return {"mask": file_hash(file.mask)}
 
 
 @dataclass(frozen=True)
@@ -177,6 +195,7 @@ class _Cutter:
             return None
         try:
             found, looks, begins = self._read(file)
+            masked = _about_mask(file, found)
         except ValueError as error:
             self.reject(Reject(file.name, str(error)))
             return None
@@ -195,6 +214,7 @@ class _Cutter:
         self.used[digest] = _Copy(file.name, found.seconds)
         self.ledger.files.use(1)
         return {
+            **masked,
             "caption": file.caption,
             "captions": list(file.told.captions) or [""],
             "weight": file.told.weight,

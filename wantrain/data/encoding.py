@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from wantrain import geometry, world
 from wantrain.data.attendance import Attendance
+from wantrain.data.conditions import Conditions
 from wantrain.data.decoding import Decoded, Decoders, Job, Read
 from wantrain.data.footage import Reject
 from wantrain.data.latents import LatentFolder, Record, UnitWriter, build_index
@@ -29,12 +30,14 @@ from wantrain.data.pixels import read_clips, to_pixels
 from wantrain.data.shards import (
     LATENT_SCHEMA,
     MANIFEST,
+    VideoEntry,
     check_shards,
     file_hash,
     read_manifest,
     write_rejects,
 )
-from wantrain.data.units import ClipRow, Row, TextRow, Unit, Work, clip_name, clip_seconds, plan_work
+from wantrain.data.units import ClipRow, Row, TextRow, Unit, Work, plan_work
+from wantrain.masks import PAINTED, painted
 from wantrain.video import Frames
 
 EncodePixels = Callable[[Tensor], Tensor]
@@ -56,8 +59,7 @@ def encode_shards(
     encode_pixels: EncodePixels,
     encode_texts: EncodeTexts,
     sizes: geometry.Buckets,
-    temporal_stride: int,
-    spatial_stride: int,
+    conditions: Conditions,
     model: str,
     vae_fingerprint: str,
     text_fingerprint: str,
@@ -75,7 +77,8 @@ def encode_shards(
 
     Only what is not there yet is made: nothing is encoded or loaded for a clip or caption whose identity is in `out`,
     and what no clip needs any more is removed at the end. `encode_pixels(pixels_BCTHW in [-1, 1]) -> latents`;
-    `encode_texts(list of str) -> list of (L, D)`. Both are stored in bf16, texts without padding. `read` is what runs
+    `encode_texts(list of str) -> list of (L, D)`. Both are stored in bf16, texts without padding, and beside a clip's
+    latents those of what is known under the `conditions`, which also know the VAE's strides. `read` is what runs
     in `workers` processes (None: by the cores), `timeout` seconds a clip at most; what cannot be decoded goes to
     rejects.jsonl, and is tried again only with `retry`. Each process of a launcher does its share of the units, and
     rank 0 waits for the others, `patience` seconds without a sign of life at most.
@@ -96,6 +99,7 @@ def encode_shards(
         "text_encoder_fingerprint": text_fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint,
         "sizes": sizes.told(),
+        "condition": conditions.identity(),
         "shard_bytes": shard_bytes,
         "shard_clips": shard_clips,
     }
@@ -103,24 +107,26 @@ def encode_shards(
     if folder.is_finished(settings) and not (retry and folder.earlier.manifest["clips_rejected"]):
         world.say(f"{out} is finished already: {folder.earlier.manifest['clips']} clips; nothing to do")
         return folder.earlier.manifest
-    work = plan_work(shards, video, sizes, settings)
+    work = plan_work(shards, video, sizes, conditions, settings)
     folder.check_same_footage(work.sources)
-    strides = temporal_stride, spatial_stride
     with Attendance(out, work.name, patience=patience) as attendance:
-        encoder = _Encoder(folder, encode_pixels, encode_texts, strides, attendance)
+        encoder = _Encoder(folder, encode_pixels, encode_texts, conditions, attendance)
         encoder.check_sources(shards, video)
-        encoder.make(work.share(world.rank(), world.world_size()), _Reading(shards, read, workers, timeout), retry)
+        reading = _Reading(shards, read, workers, timeout, masks=PAINTED in conditions.identity())
+        encoder.make(work.share(world.rank(), world.world_size()), reading, retry)
     if not world.is_main():
         return None
     attendance.wait()
-    return _conclude(folder, work, settings, strides, [shard["sha256"] for shard in video["shards"]], rejects_limit)
+    return _conclude(
+        folder, work, settings, conditions.strides, [shard["sha256"] for shard in video["shards"]], rejects_limit
+    )
 
 
 def _conclude(
     folder: LatentFolder,
     work: Work,
     settings: Mapping[str, Any],
-    strides: tuple[int, int],
+    strides: Mapping[str, int],
     sources: list[str],
     rejects_limit: float,
 ) -> dict[str, Any]:
@@ -136,8 +142,8 @@ def _conclude(
         "settings": dict(settings),
         "vae_fingerprint": settings["vae_fingerprint"],
         "text_encoder_fingerprint": settings["text_encoder_fingerprint"],
-        "temporal_stride": strides[0],
-        "spatial_stride": strides[1],
+        **strides,
+        "condition": settings["condition"],
         "latent_channels": max((record.width for _, record in latents), default=0),
         "text_dim": max(record.width for _, record in texts),
         **names,
@@ -165,11 +171,10 @@ def _conclude(
 def _accounts(work: Work, latents: list[tuple[Unit, Record]]) -> tuple[Ledger, list[Reject], list[str]]:
     """What became of every clip: the ledger, the rejects, and the identity of each ("" if it never had one)."""
     ledger, rejects, identities = Ledger(), list[Reject](), list[str]()
-    for entry, why in work.too_small:
-        for number in range(len(entry.about["windows"])):
-            rejects.append(Reject(clip_name(entry, number), why, bad=False, kind="too small"))
-            identities.append("")
-            ledger.drop_clip("too small", clip_seconds(entry, number))
+    for clip in work.left_out:
+        rejects.append(Reject(clip.name, clip.reason, bad=False, kind=clip.kind))
+        identities.append("")
+        ledger.drop_clip(clip.kind, clip.seconds)
     for unit, record in latents:
         for row in unit.rows:
             assert isinstance(row, ClipRow)
@@ -185,12 +190,19 @@ def _accounts(work: Work, latents: list[tuple[Unit, Record]]) -> tuple[Ledger, l
 
 @dataclass(frozen=True)
 class _Reading:
-    """How files are read: from which folder, by what, in how many processes, and how long one may take."""
+    """How files are read: from which folder, by what, in how many processes, and how long one may take; with masks?"""
 
     shards: Path
     read: Read
     workers: int | None
     timeout: float
+    masks: bool
+
+    @staticmethod
+    def _mask(entry: VideoEntry) -> dict[str, Any]:
+        assert entry.mask is not None, "check_clip has let it through"
+        extension, offset, size = entry.mask
+        return {"extension": extension, "offset": offset, "bytes": size, "sha256": entry.about["mask"]}
 
     def job(self, rows: list[ClipRow]) -> Job:
         """The job that reads these windows of one file."""
@@ -206,6 +218,7 @@ class _Reading:
                 "fps": entry.about["fps"],
                 "windows": [entry.about["windows"][row.number] for row in rows],
                 "size": [bucket.height, bucket.width],
+                "mask": self._mask(entry) if self.masks else None,
             }
         )
 
@@ -227,11 +240,11 @@ class _Encoder:
         folder: LatentFolder,
         encode_pixels: EncodePixels,
         encode_texts: EncodeTexts,
-        strides: tuple[int, int],
+        conditions: Conditions,
         attendance: Attendance,
     ) -> None:
         self.folder, self.encode_pixels, self.encode_texts = folder, encode_pixels, encode_texts
-        self.strides, self.attendance = strides, attendance
+        self.conditions, self.attendance = conditions, attendance
         self.bar = tqdm(desc="encode", unit="clip", disable=True)
         self.began, self.frames = time.monotonic(), 0
 
@@ -326,24 +339,33 @@ class _Encoder:
             members = [member for member in given if member[1].bucket == bucket]
             together = max(1, PIXELS_TOGETHER // _pixels(members[0][1]))
             for some in (members[at : at + together] for at in range(0, len(members), together)):
-                pixels = torch.stack([to_pixels(frames) for *_, frames in some])
-                for (place, row, _), latents in zip(some, self.encode_pixels(pixels), strict=True):
-                    made[place] = self._checked(row, latents, writer)
+                places, rows, frames = zip(*some, strict=True)
+                made.update(zip(places, self._encode(rows, frames, writer), strict=True))
         for place, (row, _) in enumerate(waiting):
             writer.write(row, made[place] if place in made else self._stored(row))
         waiting.clear()
 
-    def _checked(self, row: ClipRow, latents: Tensor, writer: UnitWriter) -> bytes:
-        """A row's latents as they are stored; ValueError if they are not what a VAE must give."""
-        shape = geometry.latent_shape(row.bucket, *self.strides)
+    def _encode(self, rows: Sequence[ClipRow], clips: Sequence[Frames], writer: UnitWriter) -> Iterator[bytes]:
+        """What is stored of clips of one bucket, given their frames (F, H, W, 3), or with a mask (F, H, W, 4)."""
+        pixels = torch.stack([to_pixels(frames[..., :3]) for frames in clips])
+        masked = clips[0].shape[-1] > 3
+        known_B1FHW = torch.stack([painted(frames[..., 3:])[None] for frames in clips]) if masked else None
+        names = [row.key for row in rows]
+        beside = self.conditions.encode(names, pixels, self.encode_pixels, known_B1FHW)
+        for row, latents, known in zip(rows, self.encode_pixels(pixels), beside, strict=True):
+            self._check(row, latents)
+            writer.width = len(latents)
+            self.frames += row.bucket.num_frames
+            yield save({"latents": latents.to(torch.bfloat16).cpu().contiguous(), **known})
+
+    def _check(self, row: ClipRow, latents: Tensor) -> None:
+        """ValueError if a row's latents are not what a VAE must give."""
+        shape = geometry.latent_shape(row.bucket, **self.conditions.strides)
         if tuple(latents.shape[1:]) != shape or not torch.isfinite(latents).all():
             raise ValueError(
                 f"{row.name}: the VAE gave NaN, infinity or the shape {tuple(latents.shape)}, wanted were {shape} per "
                 "channel"
             )
-        writer.width = len(latents)
-        self.frames += row.bucket.num_frames
-        return save({"latents": latents.to(torch.bfloat16).cpu().contiguous()})
 
     def _stored(self, row: Row) -> bytes:
         read = self.folder.stored(row)

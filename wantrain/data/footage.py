@@ -35,6 +35,8 @@ from wantrain.world import file_hash
 VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"))
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 
+#: The folder beside footage that holds its masks.
+MASKS = "masks"
 #: Frames read in one go, in bytes; a longer file is opened again for the rest and read forwards to it.
 SITTING_BYTES = 2 << 30
 
@@ -63,6 +65,13 @@ class Footage:
     def extension(self) -> str:
         """What its name ends in, without the dot."""
         return Path(self.name).suffix.lower().removeprefix(".")
+
+    @property
+    def mask(self) -> Path | None:
+        """The mask beside it, if there is one: masks/NAME, or masks/ and its name ending in .mp4 or .png."""
+        names = [self.path.name, f"{self.path.stem}.mp4", f"{self.path.stem}.png"]
+        paths = [self.path.parent / MASKS / name for name in names] if self.member is None else []
+        return next((path for path in paths if path.is_file()), None)
 
     def read(self) -> bytes:
         """Its bytes."""
@@ -192,6 +201,33 @@ def _read_frames(path: Path, chosen: list[list[int]], size: tuple[int, int] | No
             frames.append(fitted)
         clips.append(np.stack(frames))
     return clips
+
+
+def probe_mask(path: Path, clip: Probe) -> Probe:
+    """Look into the mask of a clip. ValueError, to follow its name, unless they are of one size and length.
+
+    One picture is a mask for all frames.
+    """
+    found = probe(path)
+    if (found.height, found.width) != (clip.height, clip.width):
+        raise ValueError(
+            f"is {found.height}x{found.width} (height x width), its video {clip.height}x{clip.width}; a mask has the "
+            "size of its video"
+        )
+    if not found.is_image and len(found.times) != len(clip.times):
+        raise ValueError(
+            f"has {len(found.times)} frames, its video {len(clip.times)}; a mask has a frame for each of the video's, "
+            "or is one picture for all"
+        )
+    return found
+
+
+def read_mask_windows(
+    path: Path, found: Probe, clip: Probe, windows: list[Window], fps: float, size: tuple[int, int] | None = None
+) -> Iterator[Frames]:
+    """The frames (F, H, W, 3) of a clip's mask in each window of the clip; one frame (1, H, W, 3) of a picture."""
+    # Frames belong together by number: a mask need not have the timestamps of its clip.
+    return read_windows(path, found if found.is_image else clip, windows, fps, size)
 
 
 def fit_frame(frame: Frames, size: tuple[int, int] | None) -> Frames:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import queue
 import tarfile
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from wantrain import geometry, world
 from wantrain.batch import Batch, pad_texts
+from wantrain.data.conditions import Conditions
 from wantrain.data.index import Index
 from wantrain.data.likeness import group_of
 from wantrain.data.pixels import read_sample
@@ -78,7 +77,8 @@ class LatentData:
     bucket_names     its name, "FxHxW" in pixels
     weights          how often each is drawn beside others, float32: 1 unless its footage says otherwise
 
-    Of a clip's windows and captions, one each is drawn by the place in the run.
+    Of a clip's windows and captions, and of the kinds of `condition` (data/conditions.py), one each is drawn by the
+    place in the run.
     """
 
     def __init__(
@@ -89,6 +89,8 @@ class LatentData:
         cache_gb: float = 100.0,
         holdout: float = 0.05,
         caption_dropout: float = 0.1,
+        condition: Mapping[str, Any] | None = None,
+        told_by: str | None = None,
         seed: int = 0,
     ) -> None:
         if not 0 <= caption_dropout <= 1:
@@ -102,6 +104,9 @@ class LatentData:
         self.train, self.heldout = split_groups(self.index.group, holdout, seed)
         self.buckets, self.weights = self.index.bucket[self.train], self.index.weight[self.train]
         self.empty_text: Tensor = self._text(self.manifest["empty_text"])
+        strides = {key: self.manifest[key] for key in ("temporal_stride", "spatial_stride")}
+        self.conditions = Conditions(condition or {}, told_by, key="data.condition", seed=seed, **strides)
+        self.conditions.adopt(self.manifest["condition"], self.folder, model=self.manifest["settings"]["model"])
 
     @property
     def bucket_names(self) -> list[str]:
@@ -110,14 +115,11 @@ class LatentData:
 
     def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
         """Training clips (numbers into `train`) of one bucket, for places in the run, which draw what is drawn."""
-        latents, texts, names = [], [], []
-        for sample, position in zip(samples, positions, strict=True):
-            clip, place = int(self.train[sample]), int(position)
-            window = self._drawn(self.index.windows_of(clip), "window", place)
-            latents.append(self._latents(clip, window))
-            texts.append(self._drawn_text(clip, place))
-            names.append(self.index.name(window))
-        return Batch(torch.stack(latents), pad_texts(texts), tuple(names), tuple(int(place) for place in positions))
+        clips, places = [int(self.train[sample]) for sample in samples], [int(place) for place in positions]
+        pairs = list(zip(clips, places, strict=True))
+        windows = [self._drawn(self.index.windows_of(clip), "window", place) for clip, place in pairs]
+        texts = [self._drawn_text(clip, place) for clip, place in pairs]
+        return self._batch(clips, windows, texts, places, draws=places)
 
     def heldout_batches(self, count: int) -> list[Batch]:
         """`count` held-out clips at most, of as many files as there are; one batch per bucket.
@@ -145,16 +147,41 @@ class LatentData:
         for bucket in np.unique(self.index.bucket[chosen]):
             clips = chosen[self.index.bucket[chosen] == bucket].tolist()
             windows = [self.index.windows_of(clip)[0] for clip in clips]
-            latents = [self._latents(clip, window) for clip, window in zip(clips, windows, strict=True)]
             texts = [self._text(self.index.texts_of(clip)[0]) for clip in clips]
-            names = tuple(self.index.name(window) for window in windows)
-            batches.append(Batch(torch.stack(latents), pad_texts(texts), names, tuple(clips)))
+            names = [self.index.name(window) for window in windows]
+            batches.append(self._batch(clips, windows, texts, clips, draws=names))
         return batches
 
     def captions(self) -> list[str]:
         """Up to 200 distinct captions, those of held-out clips first: prompts for previews."""
         order = [*self.heldout[:100].tolist(), *self.train[:100].tolist()]
         return list(dict.fromkeys(self._caption(self.index.texts_of(clip)[0]) for clip in order))
+
+    def _batch(
+        self,
+        clips: Sequence[int],
+        windows: Sequence[int],
+        texts: list[Tensor],
+        positions: Sequence[int],
+        *,
+        draws: Sequence[int | str],
+    ) -> Batch:
+        """Windows of clips of one bucket; `draws` is what draws the kind of condition of each."""
+        latents, records = [], []
+        for clip, window, draw in zip(clips, windows, draws, strict=True):
+            tensors, name = self._tensors_of(clip, window), self.index.name(window)
+            kind, length = self.conditions.choose(draw), self._bucket(clip).num_frames
+            try:
+                records.append(self.conditions.read(kind, tensors, num_frames=length, position=draw))
+            except ValueError as error:
+                raise ValueError(f"{self.folder}, {name}: {error}; encode the shards again") from error
+            latents.append(tensors["latents"].float())
+        condition, mask = self.conditions.tell(records)
+        names = tuple(self.index.name(window) for window in windows)
+        return Batch(torch.stack(latents), pad_texts(texts), names, tuple(positions), mask, condition)
+
+    def _bucket(self, clip: int) -> geometry.Bucket:
+        return geometry.Bucket(*map(int, self.manifest["buckets"][self.index.bucket[clip]].split("x")))
 
     def _drawn(self, choices: Sequence[int], purpose: str, position: int) -> int:
         """One of the choices; nothing is drawn where there is one."""
@@ -169,37 +196,41 @@ class LatentData:
             return self.empty_text
         return self._text(self._drawn(self.index.texts_of(clip), "which caption", position))
 
-    def _tensor(self, tar: str, offset: int, size: int, what: str, key: str) -> Tensor:
-        """A tensor out of a safetensors member, float32; ValueError if it is damaged, NaN or infinite."""
+    def _tensors(self, tar: str, offset: int, size: int, what: str, key: str) -> dict[str, Tensor]:
+        """A safetensors member, `key` among its tensors; ValueError if it is damaged, or holds NaN or infinity."""
         content = self.files.read(tar, offset, offset + size)
         try:
-            tensor = load(content)[key].float()
+            tensors = load(content)
+            tensors[key]
         except Exception as error:  # safetensors raises its own class for every kind of damage
             raise ValueError(f"{self.folder}/{tar}, {what}: damaged ({error}); encode the shards again") from error
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{self.folder}/{tar}, {what}: {key} hold NaN or infinity; encode the shards again")
-        return tensor
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{self.folder}/{tar}, {what}: {name} hold NaN or infinity; encode the shards again")
+        return tensors
 
-    def _latents(self, clip: int, window: int) -> Tensor:
-        """(C, T, H, W) of one window of a clip; ValueError if they are not what was promised."""
+    def _tensors_of(self, clip: int, window: int) -> dict[str, Tensor]:
+        """What is stored of one window of a clip: `latents` (C, T, H, W), and those of what is known of it.
+
+        ValueError if they are not what was promised.
+        """
         tar, name = self.manifest["shards"][self.index.shard[window]]["name"], self.index.name(window)
         place = int(self.index.offset[window]), int(self.index.size[window])
-        latents = self._tensor(tar, *place, name, "latents")
-        bucket = geometry.Bucket(*map(int, self.manifest["buckets"][self.index.bucket[clip]].split("x")))
+        tensors = self._tensors(tar, *place, name, "latents")
         strides = self.manifest["temporal_stride"], self.manifest["spatial_stride"]
-        shape = (self.manifest["latent_channels"], *geometry.latent_shape(bucket, *strides))
-        if latents.shape != shape:
+        shape = (self.manifest["latent_channels"], *geometry.latent_shape(self._bucket(clip), *strides))
+        if tensors["latents"].shape != shape:
             raise ValueError(
-                f"{self.folder}/{tar}, {name}: latents {tuple(latents.shape)} (expected {shape}); encode the shards "
-                "again"
+                f"{self.folder}/{tar}, {name}: latents {tuple(tensors['latents'].shape)} (expected {shape}); encode "
+                "the shards again"
             )
-        return latents
+        return tensors
 
     def _text(self, text: int) -> Tensor:
         """(L, D) of one text."""
         tar = self.manifest["text_shards"][self.index.text_shard[text]]["name"]
         place = int(self.index.text_offset[text]), int(self.index.text_size[text])
-        return self._tensor(tar, *place, f"text {text}", "text")
+        return self._tensors(tar, *place, f"text {text}", "text")["text"].float()
 
     def _caption(self, text: int) -> str:
         """What a text says: its .json member, which follows the .safetensors member in its tar."""
@@ -289,77 +320,3 @@ class PixelData:
         pixels = torch.stack(cut).float() / 127.5 - 1
         names = tuple(self.names[number] for number in numbers)
         return Batch(pixels, pixels.new_zeros(len(numbers), 1, 1), names, tuple(positions))
-
-
-def prefetch(requests: Iterator[Callable[[], Batch]], depth: int = 2) -> Prefetch:
-    """Answer requests in order, one thread ahead of the consumer by up to `depth`; its errors are raised here."""
-    return Prefetch(requests, depth)
-
-
-class Prefetch(Iterator[Batch]):
-    """Batches in order from one thread that loads ahead. `close` ends the thread; so do the last reference and exit.
-
-    The thread is waited for, because one that is inside torch while the interpreter is taken down aborts the process
-    with another exit code.
-    """
-
-    def __init__(self, requests: Iterator[Callable[[], Batch]], depth: int) -> None:
-        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-        stopped = threading.Event()
-        # The thread must not hold `self`, or it would never be the last reference that goes.
-        thread = threading.Thread(target=_answer, args=(requests, self._ready, stopped), name="prefetch", daemon=True)
-        self._thread = thread
-        self.close = weakref.finalize(self, _end, thread, stopped)
-        thread.start()
-
-    def __next__(self) -> Batch:
-        if not self.close.alive:
-            raise StopIteration
-        item = self._next_item()
-        if item is not None and not isinstance(item, BaseException):
-            return item
-        self.close()
-        raise StopIteration if item is None else item
-
-    def _next_item(self) -> Batch | BaseException | None:
-        """What comes next; ValueError if the thread is gone without a word, for then nothing ever would."""
-        while True:
-            try:
-                return self._ready.get(timeout=1.0)
-            except queue.Empty:
-                if not self._thread.is_alive() and self._ready.empty():
-                    raise ValueError(
-                        "the thread that loads data is gone, and has left no batch; the last checkpoint is good: the "
-                        "same command goes on from it"
-                    ) from None
-
-
-def _answer(
-    requests: Iterator[Callable[[], Batch]],
-    ready: queue.Queue[Batch | BaseException | None],
-    stopped: threading.Event,
-) -> None:
-    """The thread of a Prefetch: answers in order, then an error or None."""
-
-    def put(item: Batch | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-
-    try:
-        for request in requests:
-            put(request())
-            if stopped.is_set():
-                return
-        put(None)
-    except BaseException as error:  # handed to the consumer, who raises it
-        put(error)
-
-
-def _end(thread: threading.Thread, stopped: threading.Event) -> None:
-    stopped.set()
-    if thread is not threading.current_thread():
-        thread.join()

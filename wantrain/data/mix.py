@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from wantrain import world
 from wantrain.batch import Batch, pad_texts
@@ -56,9 +57,17 @@ class MixedData:
         cache_gb: float = 100.0,
         holdout: float = 0.05,
         caption_dropout: float = 0.1,
+        condition: Mapping[str, Any] | None = None,
+        told_by: str | None = None,
         seed: int = 0,
     ) -> None:
-        common = {"cache": cache, "cache_gb": cache_gb, "holdout": holdout, "caption_dropout": caption_dropout}
+        common: dict[str, Any] = {
+            "cache": cache,
+            "cache_gb": cache_gb,
+            "holdout": holdout,
+            "caption_dropout": caption_dropout,
+        }
+        common |= {"condition": condition, "told_by": told_by}
         told = check_sets(sets)
         self.parts = {name: _open(name, own, {**common, "seed": seed}) for name, own in told.items()}
         self.shares = tuple(float(own.get("weight", 1)) for own in told.values())
@@ -212,4 +221,12 @@ def _joined(batches: list[Batch], order: Indices) -> Batch:
         pad_texts([texts[place] for place in order]),
         tuple(ids[place] for place in order),
         tuple(positions[place] for place in order),
+        _together([batch.mask_BT for batch in batches], order),
+        _together([batch.condition_BCTHW for batch in batches], order),
     )
+
+
+def _together(parts: Sequence[Tensor | None], order: Indices) -> Tensor | None:
+    """Parts of several batches as one, in `order`; all have it, or none, since they have one model."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there)[order] if there else None

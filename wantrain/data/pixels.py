@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from wantrain import geometry
 from wantrain.data.decoding import Damaged
-from wantrain.data.footage import fit_frame, probe, read_windows
+from wantrain.data.footage import fit_frame, probe, read_mask_windows, read_windows
 from wantrain.data.shards import VideoSample
 from wantrain.data.windows import Window
 from wantrain.video import Frames
@@ -41,10 +42,7 @@ def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Ite
 
     ValueError with the reason where decoding fails.
     """
-    with tempfile.NamedTemporaryFile(suffix=f".{sample.extension}") as file:
-        file.write(sample.content)
-        file.flush()
-        path = Path(file.name)
+    with _as_file(sample.content, sample.extension) as path:
         windows = [read_window(window) for window in sample.about["windows"]]
         yield from read_windows(path, probe(path), windows, sample.about["fps"], size)
 
@@ -57,15 +55,42 @@ def read_window(told: Mapping[str, Any]) -> Window:
 def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
     """What a decoder process does: the wanted windows of one file of a video shard (`request`), at their size.
 
+    With a mask, which `request["mask"]` describes, frames have a fourth channel: its brightness.
     ValueError with the reason where decoding fails; `Damaged` if the bytes are not those that were sharded.
     """
+    windows, size = [read_window(window) for window in request["windows"]], tuple(request["size"])
+    with _member(request, request) as path:
+        found = probe(path)
+        clips = read_windows(path, found, windows, request["fps"], size)
+        if request["mask"] is None:
+            yield from clips
+            return
+        with _member(request, request["mask"]) as mask:
+            masks = read_mask_windows(mask, probe(mask), found, windows, request["fps"], size)
+            for frames, painted in zip(clips, masks, strict=True):
+                gray = painted.mean(axis=-1, keepdims=True).round().astype(np.uint8)
+                yield np.concatenate([frames, np.broadcast_to(gray, (*frames.shape[:3], 1))], axis=-1)
+
+
+@contextmanager
+def _member(request: Mapping[str, Any], member: Mapping[str, Any]) -> Iterator[Path]:
+    """A member of a tar (offset, bytes, extension, sha256) as a file of its own."""
     with Path(request["tar"]).open("rb") as file:
-        file.seek(request["offset"])
-        content = file.read(request["bytes"])
-    if hashlib.sha256(content).hexdigest() != request["sha256"]:
+        file.seek(member["offset"])
+        content = file.read(member["bytes"])
+    if hashlib.sha256(content).hexdigest() != member["sha256"]:
         raise Damaged(
             f"{request['tar']} is damaged ({request['key']} has another hash); restore it, or make the shards again "
             "with shard.py"
         )
-    about = {"windows": request["windows"], "fps": request["fps"]}
-    yield from read_sample(VideoSample(request["key"], request["extension"], content, about), tuple(request["size"]))
+    with _as_file(content, member["extension"]) as path:
+        yield path
+
+
+@contextmanager
+def _as_file(content: bytes, extension: str) -> Iterator[Path]:
+    """Bytes as a file with a name that decoders take."""
+    with tempfile.NamedTemporaryFile(suffix=f".{extension}") as file:
+        file.write(content)
+        file.flush()
+        yield Path(file.name)

@@ -31,6 +31,8 @@ MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
 #: The lists of a manifest that describe files.
 FILES = ("shards", "text_shards", "files")
+#: What the extension of a mask begins with, which lies beside its video in a tar: KEY.mask.mp4.
+MASK = "mask."
 MADE_BY = {"video": "shard.py", "latent": "encode.py"}
 
 
@@ -286,13 +288,16 @@ def read_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Vid
             # .pickle and .pth members, its opener runs paths that begin with "pipe:", its splitter looks at ranks.
             members = tariterators.tar_file_expander([{"url": shard["name"], "stream": file}])
             for sample in tariterators.group_by_keys(members):
-                (extension,) = [key for key in sample if not key.startswith("__") and key != "json"]
+                (extension,) = [key for key in sample if not key.startswith(("__", MASK)) and key != "json"]
                 yield VideoSample(sample["__key__"], extension, sample[extension], json.loads(sample["json"]))
 
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """One file of a video shard that has not been read: where its bytes lie, and what shard.py found out about it."""
+    """One file of a video shard that has not been read: where its bytes lie, and what shard.py found out about it.
+
+    `mask` is (extension, offset, size) of the mask that came with it, or None.
+    """
 
     key: str
     extension: str
@@ -300,6 +305,7 @@ class VideoEntry:
     offset: int
     size: int
     about: dict[str, Any]
+    mask: tuple[str, int, int] | None = None
 
 
 def scan_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[VideoEntry]:
@@ -311,24 +317,29 @@ def scan_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Vid
     check_shards(folder, manifest, hashes=False)
     for shard in manifest["shards"]:
         with _reading(folder / shard["name"]) as tar:
-            found: dict[str, tarfile.TarInfo] = {}
+            videos, masks = dict[str, tarfile.TarInfo](), dict[str, tuple[str, int, int]]()
             for member in tar:
                 key, extension = _split_name(member, shard["name"])
-                if extension != "json":
-                    found[key] = member
+                if extension.startswith(MASK):
+                    masks[key] = extension.removeprefix(MASK), member.offset_data, member.size
                     continue
-                video, opened = found.pop(key, None), tar.extractfile(member)
+                if extension != "json":
+                    videos[key] = member
+                    continue
+                video, opened = videos.pop(key, None), tar.extractfile(member)
                 if video is None or opened is None:
                     raise ValueError(f"{folder / shard['name']}: {member.name} comes without its video")
                 about = json.loads(opened.read())
                 extension = _split_name(video, shard["name"])[1]
-                yield VideoEntry(key, extension, shard["name"], video.offset_data, video.size, about)
+                place = shard["name"], video.offset_data, video.size
+                yield VideoEntry(key, extension, *place, about, masks.pop(key, None))
 
 
 def _split_name(member: tarfile.TarInfo, shard: str) -> tuple[str, str]:
     """A member's key and extension; ValueError if no video shard has such a member."""
     key, _, extension = member.name.partition(".")
-    if not member.isreg() or "/" in member.name or not (extension == "json" or f".{extension}" in VIDEOS | IMAGES):
+    known = extension == "json" or f".{extension.removeprefix(MASK)}" in VIDEOS | IMAGES
+    if not member.isreg() or "/" in member.name or not known:
         raise ValueError(
             f"{shard} holds {member.name!r}, which is no video, image or .json: refused; make it with shard.py"
         )

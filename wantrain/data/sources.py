@@ -5,6 +5,7 @@ Nothing is passed over in silence: what is named like footage is found, or is a 
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tarfile
@@ -18,7 +19,7 @@ from braceexpand import braceexpand
 
 from wantrain.data import captions
 from wantrain.data.captions import Told
-from wantrain.data.footage import IMAGES, VIDEOS, Footage, Reject
+from wantrain.data.footage import IMAGES, MASKS, VIDEOS, Footage, Reject
 from wantrain.data.remote import open_url, reaching
 
 
@@ -122,8 +123,9 @@ def _name(path: Path, source: Path) -> str:
 
 
 def _is_mask(path: Path) -> bool:
-    """True for masks/NAME where NAME lies beside masks/: a mask of that footage, by the field's convention."""
-    return path.parent.name == "masks" and (path.parent.parent / path.name).is_file()
+    """True for a file in masks/ whose footage lies beside masks/ (see Footage.mask), by the field's convention."""
+    beside = path.parent.parent.glob(f"{glob.escape(path.stem)}.*")
+    return path.parent.name == MASKS and any(_is_footage(other) for other in beside)
 
 
 # ---------------------------------------------------------------------------------------------------- tars

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from wantrain import geometry
+from wantrain.data.conditions import Conditions
 from wantrain.data.likeness import group_of
 from wantrain.data.pixels import read_window
 from wantrain.data.shards import VideoEntry, scan_video_shards
+from wantrain.masks import PAINTED
 
 #: Raise it whenever the same footage, choices and weights would give other latents or texts than before.
 CODE = 2
 #: What a file's `about` may say without changing its latents; everything else is part of their identity.
-WORDS = frozenset(("caption", "captions", "source", "weight", "tags", "windows"))
+WORDS = frozenset(("caption", "captions", "source", "weight", "tags", "windows", "mask"))
 
 
 @dataclass(frozen=True)
@@ -93,20 +95,30 @@ def tar_name(kind: str, rows: Iterable[Row]) -> str:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A clip that is not encoded, and why: in full, and as a word that is counted."""
+
+    name: str
+    seconds: float
+    reason: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Work:
     """All that a latent folder is to hold.
 
     latents, texts  units of the clips, and of the distinct captions, the empty one among them
     text_of    a caption's identity
     group_of   the group of each file that looks like another (likeness.py)
-    too_small  files that would have to be enlarged too much, with the numbers
+    left_out   clips that are not encoded, with the reason: they would have to be enlarged too much, or are not told of
     """
 
     latents: list[Unit]
     texts: list[Unit]
     text_of: dict[str, str]
     group_of: dict[int, int]
-    too_small: list[tuple[VideoEntry, str]]
+    left_out: list[LeftOut]
 
     @property
     def name(self) -> str:
@@ -123,17 +135,34 @@ class Work:
         return [*self.texts[rank::size], *self.latents[rank::size]]
 
 
-def plan_work(shards: Path, video: Mapping[str, Any], sizes: geometry.Buckets, settings: Mapping[str, Any]) -> Work:
+def plan_work(
+    shards: Path,
+    video: Mapping[str, Any],
+    sizes: geometry.Buckets,
+    conditions: Conditions,
+    settings: Mapping[str, Any],
+) -> Work:
     """What sizes and settings make of a folder of video shards, by its headers. ValueError for a key seen twice."""
-    files, too_small, seen = [], list[tuple[VideoEntry, str]](), set[str]()
+    files, left_out, seen = list[list[ClipRow]](), list[LeftOut](), set[str]()
     for entry in scan_video_shards(shards, video):
         if entry.key in seen:
             raise ValueError(f"{shards} holds {entry.key} twice; make it again with shard.py")
         seen.add(entry.key)
         try:
-            files.append(clip_rows(entry, sizes, settings["vae_fingerprint"]))
+            rows = clip_rows(entry, sizes, conditions, settings["vae_fingerprint"])
         except ValueError as error:
-            too_small.append((entry, str(error)))
+            clips = range(len(entry.about["windows"]))
+            left_out += [_left_out(entry, number, error, "too small") for number in clips]
+            continue
+        kept = []
+        for row in rows:
+            try:
+                conditions.check_clip(row.bucket.num_frames, entry.mask is not None)
+                kept.append(row)
+            except ValueError as error:
+                left_out.append(_left_out(entry, row.number, error, "not for this condition"))
+        if kept:
+            files.append(kept)
     encoder = f"{settings['text_encoder_fingerprint']} {settings['tokenizer_fingerprint']}"
     captions = dict.fromkeys(["", *(caption for rows in files for caption in rows[0].captions)])
     texts = {caption: text_row(caption, encoder) for caption in captions}
@@ -143,17 +172,25 @@ def plan_work(shards: Path, video: Mapping[str, Any], sizes: geometry.Buckets, s
         text_units(texts.values(), most=most),
         {caption: row.identity for caption, row in texts.items()},
         group_of(video),
-        too_small,
+        left_out,
     )
 
 
-def clip_rows(entry: VideoEntry, sizes: geometry.Buckets, vae_fingerprint: str) -> list[ClipRow]:
+def _left_out(entry: VideoEntry, number: int, why: ValueError, kind: str) -> LeftOut:
+    return LeftOut(clip_name(entry, number), clip_seconds(entry, number), str(why), kind)
+
+
+def clip_rows(
+    entry: VideoEntry, sizes: geometry.Buckets, conditions: Conditions, vae_fingerprint: str
+) -> list[ClipRow]:
     """The rows of a file's windows, all at the size that its longest gets. ValueError if no size is small enough."""
     about, rows = entry.about, []
     longest = max(window["num_frames"] for window in about["windows"])
     height, width = sizes.choose(longest, about["height"], about["width"])
     *_, cropped = geometry.cover(about["height"], about["width"], height, width)
     made_of = {key: value for key, value in about.items() if key not in WORDS}
+    if stored := conditions.identity():
+        made_of["condition"] = {**stored, **({PAINTED: about.get("mask")} if PAINTED in stored else {})}
     for number, window in enumerate(about["windows"]):
         bucket = geometry.Bucket(window["num_frames"], height, width)
         choices = {key: value for key, value in window.items() if key != "clip"}

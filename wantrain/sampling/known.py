@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wantrain import condition, geometry
 from wantrain.condition import Condition, check_way
-from wantrain.data.footage import probe, read_windows
+from wantrain.data.footage import probe, probe_mask, read_mask_windows, read_windows
 from wantrain.data.windows import Cut, Probe, Window, cut_windows
 from wantrain.masks import painted
 from wantrain.video import Frames
@@ -215,25 +215,19 @@ def _read_video(
         )
     window, stays = Window(float(found.times[0]), num_frames), torch.ones(1, 1, 1, dtype=torch.bool)
     if sources.mask is not None:
-        stays = _read_mask(sources.mask, video, found, window, fps, size)
+        stays = _read_mask(sources.mask, found, window, fps, size)
     return next(read_windows(video, found, [window], fps, size)), stays
 
 
-def _read_mask(path: Path, video: Path, clip: Probe, window: Window, fps: float, size: tuple[int, int]) -> Tensor:
+def _read_mask(path: Path, clip: Probe, window: Window, fps: float, size: tuple[int, int]) -> Tensor:
     """Where a mask is black, boolean (F or 1, height, width)."""
-    found = _probe("mask", path)
-    if (found.height, found.width) != (clip.height, clip.width):
-        raise ValueError(
-            f"mask={path} is {found.height}x{found.width} (height x width) and video={video} "
-            f"{clip.height}x{clip.width}; a mask has the size of its video"
-        )
-    if not found.is_image and len(found.times) != len(clip.times):
-        raise ValueError(
-            f"mask={path} has {len(found.times)} frames and video={video} {len(clip.times)}; a mask has a frame for "
-            "each of the video's, or is one picture for all"
-        )
-    wanted = Window(0.0, 1) if found.is_image else window
-    stays = painted(next(read_windows(path, found, [wanted], fps, size)))
+    if not path.is_file():
+        raise ValueError(f"mask={path} is not there")
+    try:
+        found = probe_mask(path, clip)
+        stays = painted(next(read_mask_windows(path, found, clip, [window], fps, size)))
+    except ValueError as error:
+        raise ValueError(f"mask={path} {error}") from error
     if not stays.any():
         raise ValueError(f"mask={path} is white everywhere: nothing of the video would stay")
     return stays

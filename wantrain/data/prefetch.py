@@ -1,0 +1,88 @@
+"""Batches ahead of the consumer: one thread that loads, in order.
+
+A thread, not processes: reading a mapped file and stacking arrays hold the interpreter only briefly, and a pipe to
+another process costs more than the work.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+from wantrain.batch import Batch
+
+
+def prefetch(requests: Iterator[Callable[[], Batch]], depth: int = 2) -> Prefetch:
+    """Answer requests in order, one thread ahead of the consumer by up to `depth`; its errors are raised here."""
+    return Prefetch(requests, depth)
+
+
+class Prefetch(Iterator[Batch]):
+    """Batches in order from one thread that loads ahead. `close` ends the thread; so do the last reference and exit.
+
+    The thread is waited for, because one that is inside torch while the interpreter is taken down aborts the process
+    with another exit code.
+    """
+
+    def __init__(self, requests: Iterator[Callable[[], Batch]], depth: int) -> None:
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+        stopped = threading.Event()
+        # The thread must not hold `self`, or it would never be the last reference that goes.
+        thread = threading.Thread(target=_answer, args=(requests, self._ready, stopped), name="prefetch", daemon=True)
+        self._thread = thread
+        self.close = weakref.finalize(self, _end, thread, stopped)
+        thread.start()
+
+    def __next__(self) -> Batch:
+        if not self.close.alive:
+            raise StopIteration
+        item = self._next_item()
+        if item is not None and not isinstance(item, BaseException):
+            return item
+        self.close()
+        raise StopIteration if item is None else item
+
+    def _next_item(self) -> Batch | BaseException | None:
+        """What comes next; ValueError if the thread is gone without a word, for then nothing ever would."""
+        while True:
+            try:
+                return self._ready.get(timeout=1.0)
+            except queue.Empty:
+                if not self._thread.is_alive() and self._ready.empty():
+                    raise ValueError(
+                        "the thread that loads data is gone, and has left no batch; the last checkpoint is good: the "
+                        "same command goes on from it"
+                    ) from None
+
+
+def _answer(
+    requests: Iterator[Callable[[], Batch]],
+    ready: queue.Queue[Batch | BaseException | None],
+    stopped: threading.Event,
+) -> None:
+    """The thread of a Prefetch: answers in order, then an error or None."""
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+
+    try:
+        for request in requests:
+            put(request())
+            if stopped.is_set():
+                return
+        put(None)
+    except BaseException as error:  # handed to the consumer, who raises it
+        put(error)
+
+
+def _end(thread: threading.Thread, stopped: threading.Event) -> None:
+    stopped.set()
+    if thread is not threading.current_thread():
+        thread.join()
