@@ -21,6 +21,7 @@ from torch import Tensor
 
 from wantrain import geometry, world
 from wantrain.batch import Batch, pad_texts
+from wantrain.condition import Condition
 from wantrain.data.conditions import Conditions
 from wantrain.data.index import Index
 from wantrain.data.likeness import group_of
@@ -157,6 +158,16 @@ class LatentData:
         order = [*self.heldout[:100].tolist(), *self.train[:100].tolist()]
         return list(dict.fromkeys(self._caption(self.index.texts_of(clip)[0]) for clip in order))
 
+    def examples(self, count: int) -> list[tuple[str, geometry.Bucket, Condition | None]]:
+        """Held-out clips, or training clips where none are: caption, size, what is known of it. For previews."""
+        clips = one_per_group(self.heldout if len(self.heldout) else self.train, self.index.group)[:count].tolist()
+        found = []
+        for clip in clips:
+            window, bucket = self.index.windows_of(clip)[0], self._bucket(clip)
+            known = self._known(window, self._tensors_of(clip, window), bucket, self.index.name(window))
+            found.append((self._caption(self.index.texts_of(clip)[0]), bucket, known))
+        return found
+
     def _batch(
         self,
         clips: Sequence[int],
@@ -169,16 +180,22 @@ class LatentData:
         """Windows of clips of one bucket; `draws` is what draws the kind of condition of each."""
         latents, records = [], []
         for clip, window, draw in zip(clips, windows, draws, strict=True):
-            tensors, name = self._tensors_of(clip, window), self.index.name(window)
-            kind, length = self.conditions.choose(draw), self._bucket(clip).num_frames
-            try:
-                records.append(self.conditions.read(kind, tensors, num_frames=length, position=draw))
-            except ValueError as error:
-                raise ValueError(f"{self.folder}, {name}: {error}; encode the shards again") from error
+            tensors = self._tensors_of(clip, window)
+            records.append(self._known(window, tensors, self._bucket(clip), draw))
             latents.append(tensors["latents"].float())
         condition, mask = self.conditions.tell(records)
         names = tuple(self.index.name(window) for window in windows)
         return Batch(torch.stack(latents), pad_texts(texts), names, tuple(positions), mask, condition)
+
+    def _known(
+        self, window: int, tensors: Mapping[str, Tensor], bucket: geometry.Bucket, draw: int | str
+    ) -> Condition | None:
+        """What is known of a window, of the kind that `draw` draws."""
+        try:
+            kind = self.conditions.choose(draw)
+            return self.conditions.read(kind, tensors, num_frames=bucket.num_frames, position=draw)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}, {self.index.name(window)}: {error}; encode the shards again") from error
 
     def _bucket(self, clip: int) -> geometry.Bucket:
         return geometry.Bucket(*map(int, self.manifest["buckets"][self.index.bucket[clip]].split("x")))
