@@ -59,9 +59,8 @@ def main(cfg: DictConfig) -> None:
             add_loras({name: module}, {name: files.get(name)}, model=model["name"], **how)
             yield name, module
 
-    about = About(
-        **facts, shift=model["shift"], guidance=model["guidance"], steps=model["sampling_steps"], origin=origin
-    )
+    more = {"shift": model["shift"], "guidance": model["guidance"], "told_by": model.get("told_by")}
+    about = About(**facts, **more, steps=model["sampling_steps"], origin=origin)
     size = int(cfg.shard_gb * 2**30)
     write_pipeline(out, experts(), base=found.base, about=about, layout=cfg.layout, dtype=dtype, shard_bytes=size)
     world.say(f"wrote {out}: {', '.join(found.names)}; {out / CARD} says how to load and sample it")

@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         size = {"steps": steps, "accumulate": cfg.accumulate, "processes": accelerator.num_processes}
         world.say(config.to_yaml(cfg))
-        world.say(estimate.describe(plan, data.bucket_names, next(iter(trainees.values())).module, **size))
+        world.say(estimate.describe(plan, data, next(iter(trainees.values())).module, **size))
         return
 
     folder, settings = RunFolder(Path(cfg.runs) / cfg.run), {**config.plain(cfg), "recipe": config.recipe()}

@@ -21,14 +21,16 @@ SAMPLE = ("prompt=a red circle", "num_frames=9", "model.area=2048", "steps=2", *
 def models(tiny, tmp_path_factory):
     """Pipeline folders of a scrambled micro model for each way of telling."""
     folder = tmp_path_factory.mktemp("told")
-    for name, channels in (("tiny_i2v", 36), ("tiny_ti2v", 16)):
+    for name, channels, boundary, experts in (
+        ("tiny_i2v", 36, 0.875, ("high_noise", "low_noise")),
+        ("tiny_ti2v", 16, None, ("dense",)),
+    ):
         torch.manual_seed(0)
         size = {"num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 64, "num_layers": 2}
         model = WanTransformer(**size, in_channels=channels)
         torch.nn.init.normal_(model.head.head.weight, std=0.05)
-        write_pipeline(
-            folder / name, [("dense", model)], base=Base(tiny.base), about=About(name, None, 3.0, {"dense": 2.0})
-        )
+        about = About(name, boundary, 3.0, dict.fromkeys(experts, 2.0))
+        write_pipeline(folder / name, [(expert, model) for expert in experts], base=Base(tiny.base), about=about)
     return folder
 
 

@@ -261,6 +261,8 @@ def test_the_5b_with_its_own_vae_goes_the_same_way(tiny, call, tmp_path):
     call("shard.py", "model=ti2v_5b", "source=footage", "out=videos", "num_frames=9", "clips=first")
     call("encode.py", *model, "shards=videos", "out=latents", "area=4096", "precision=fp32")
     run = ("expert=dense", "init=scratch", "data.shards=latents", "steps=2", "batch_size=2", "tracker=jsonl")
+    said = call("train.py", *model, *small, *run, "run=five", "precision=fp32", "dry_run=true").stdout
+    assert "tokens per sample   9x64x64: 3 x 2 x 2 = 12 " in said, "a token is 32 pixels a side"
     call("train.py", *model, *small, *run, "run=five", "precision=fp32")
     call("export.py", "run=five", "out=pipeline", "model=ti2v_5b")
     pipe = WanPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float32)

@@ -196,7 +196,7 @@ TWENTY = ("early", *itertools.islice(itertools.cycle(("step", "save", "step", "s
 @pytest.mark.parametrize(
     ("engine", "kinds", "steps"),
     [
-        *((engine, ("save",), 20) for engine in ("ddp", "zero2")),
+        ("ddp", ("save",), 20),
         *(
             pytest.param(engine, TWENTY, 220, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
             for engine in ("single", "ddp", "zero2", "zero3", "fsdp2")
@@ -484,7 +484,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_disk_that_refuses_a_checkpoint_is_one_error_and_the_one_before_stands(
     background, tiny, environment, call, tmp_path
 ):

@@ -306,6 +306,11 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         judge(lambda: _check_length(cfg))
         problems.extend(_adapter_problems(cfg))
         judge(lambda: shards(cfg))
+        if cfg.sample.prompts is not None and cfg.model.told_by == "channels":
+            problems.append(
+                f"sample.prompts={cfg.sample.prompts}: model={cfg.model.name} makes videos of what is known, so its "
+                "previews go on from held-out clips; leave it out"
+            )
         if "condition" in cfg.data:
             judge(lambda: Conditions(plain(cfg.data.condition), cfg.data.told_by, key="data.condition"))
         if cfg.adapter.name == "partial":
@@ -347,7 +352,7 @@ _CHOICES = {
     "caption.missing": ("error", "skip", "empty"),
     "clips": ("all", "first", "middle", "random"),
     "report": ("page", "decode", "none"),
-    "init": ("base", "scratch"),
+    "init": ("base", "widen", "scratch"),
     "check_expert": ("warn", "stop", "off"),
     "experts.idle": ("gpu", "cpu"),
     "idle": ("gpu", "cpu", "disk"),
@@ -426,6 +431,13 @@ def _check_expert(cfg: DictConfig) -> None:
     name, known = cfg.expert.name, list(cfg.model.experts)
     if cfg.ema is not None and not (_is_number(cfg.ema, whole=False) and 0 < cfg.ema < 1):
         raise ValueError(f"ema={cfg.ema} must lie between 0 and 1, e.g. 0.999; null keeps no average")
+    further = cfg.model.transformer.in_channels - cfg.model.transformer.out_channels
+    if cfg.init == "widen" and name in known and (not further or cfg.adapter.name != "none"):
+        raise ValueError(
+            f"init=widen with model={cfg.model.name} (which has {further} further input channels) and "
+            f"adapter={cfg.adapter.name}: it is for a model that is told by further channels, all of whose weights are "
+            "trained; give init=base, or adapter=none"
+        )
     if cfg.init == "scratch" and cfg.adapter.name != "none":
         raise ValueError(
             f"init=scratch with adapter={cfg.adapter.name}: an adapter changes a trained model; give init=base"

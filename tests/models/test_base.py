@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -363,6 +364,26 @@ def test_the_model_that_fits_a_published_file_is_named():
 
 def files_of(out):
     return {file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("told_by", "opener", "expands", "kind"),
+    [
+        (None, "WanPipeline", False, "t2v"),
+        ("channels", "WanImageToVideoPipeline", False, "i2v"),
+        ("frames", "WanPipeline", True, "ti2v"),
+    ],
+)
+def test_how_a_model_is_told_says_which_pipeline_opens_it(pair, experts, tmp_path, told_by, opener, expands, kind):
+    """Not its channels: a model that is told by clean frames may have as many as one that is told nothing."""
+    about = replace(ABOUT, told_by=told_by)
+    for layout in ("diffusers", "official"):
+        write_pipeline(tmp_path / layout, experts.items(), base=Base(pair), about=about, layout=layout)
+    index = json.loads((tmp_path / "diffusers" / "model_index.json").read_text(encoding="utf-8"))
+    assert (index["_class_name"], index["expand_timesteps"]) == (opener, expands)
+    assert f"`{opener}.from_pretrained(FOLDER)`" in (tmp_path / "diffusers" / "README.md").read_text(encoding="utf-8")
+    official = json.loads((tmp_path / "official" / "low_noise_model" / "config.json").read_text(encoding="utf-8"))
+    assert official["model_type"] == kind
 
 
 @pytest.mark.parametrize("stop", [1, 4, 9, 14])

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from wantrain import world
 from wantrain.batch import Batch, pad_texts
+from wantrain.condition import Condition
 from wantrain.data.loader import LatentData
 from wantrain.data.plan import Indices
 from wantrain.data.remote import CACHE
+from wantrain.geometry import Bucket
 
 #: What the manifests of all sets must agree on: who made the latents and texts, and their geometry.
 COMMON = (
@@ -115,6 +117,11 @@ class MixedData:
     def train_batches(self, count: int) -> list[Batch]:
         """Training clips chosen alike."""
         return self._numbered(count, lambda part, own: part.train_batches(own))
+
+    def examples(self, count: int) -> list[tuple[str, Bucket, Condition | None]]:
+        """The sets' examples, taking turns."""
+        turns = itertools.zip_longest(*(part.examples(count) for part in self.parts.values()))
+        return [example for turn in turns for example in turn if example is not None][:count]
 
     def groups_of(self, clips: Sequence[int]) -> list[int]:
         """The group of files that look alike that each clip was cut from, as a number."""

@@ -7,7 +7,7 @@ hosted schedulers carry another shift than Wan's authors sample at, so ours are 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ class About:
     guidance  guidance scale to sample with, per expert
     steps     solver steps to sample with
     origin    per expert: run, step, recipe, base, commit, adapter (whatever is known)
+    told_by   how it is told what is known of a video (condition.py): "channels", "frames", None: not at all
     """
 
     model: str
@@ -49,6 +50,7 @@ class About:
     guidance: Mapping[str, float | None] = field(default_factory=dict)
     steps: int = 30
     origin: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    told_by: str | None = None
 
     def metadata(self, expert: str) -> dict[str, object]:
         """What an expert's files say about themselves."""
@@ -72,10 +74,10 @@ def write_pipeline(
     Parameters that Wan keeps in float32 stay so whatever `dtype` says, as diffusers keeps them too. What stood in
     `out` before is replaced part by part only when all is written.
     """
-    channels: dict[str, int] = {}
+    names: list[str] = []
     with staged(out) as folder:
         for name, model in experts:
-            channels[name] = model.in_channels
+            names.append(name)
             tensors = {
                 key: tensor if any(part in key for part in model.fp32_parts) else tensor.to(dtype)
                 for key, tensor in model.state_dict().items()
@@ -84,14 +86,14 @@ def write_pipeline(
             if layout == "diffusers":
                 write_part(folder / PARTS[name], model.config(), renamed_to_diffusers(tensors), **how)
             elif layout == "official":
-                write_part(folder / OFFICIAL[name], official_config(model), tensors, **how)
+                write_part(folder / OFFICIAL[name], official_config(model, about.told_by), tensors, **how)
             else:
                 (folder / "diffusion_models").mkdir(exist_ok=True)
                 file = folder / "diffusion_models" / f"{out.name}_{name}.safetensors"
                 write_file(file, tensors, about.metadata(name), aligned=True)
         if layout == "diffusers":
-            _write_surroundings(folder, channels, base, about)
-        (folder / CARD).write_text(card(out.name, channels, base, about, layout), encoding="utf-8")
+            _write_surroundings(folder, names, base, about)
+        (folder / CARD).write_text(card(out.name, names, base, about, layout), encoding="utf-8")
 
 
 def mark(layout: str) -> str | None:
@@ -103,32 +105,31 @@ def mark(layout: str) -> str | None:
     return "model_index.json" if layout == "diffusers" else None
 
 
-def _write_surroundings(folder: Path, channels: Mapping[str, int], base: Base, about: About) -> None:
-    """Everything of a diffusers pipeline but its transformers, of which `channels` counts the inputs."""
+def _write_surroundings(folder: Path, experts: Sequence[str], base: Base, about: About) -> None:
+    """Everything of a diffusers pipeline but its transformers."""
     copy_parts(folder, base)
     (folder / "scheduler").mkdir()
     world.write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(about.shift))
     classes: dict[str, Any] = dict(_CLASSES)
     stated = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
     classes["tokenizer"] = ["transformers", stated or "T5TokenizerFast"]
-    if "low_noise" in channels:
+    if "low_noise" in experts:
         classes["transformer_2"] = classes["transformer"]
-    inputs = next(iter(channels.values()))
     index = {
-        "_class_name": _pipeline_class(inputs),
+        "_class_name": _pipeline_class(about.told_by),
         "_diffusers_version": "0.36.0",
         "boundary_ratio": about.boundary,
-        "expand_timesteps": inputs == 48,
+        "expand_timesteps": about.told_by == "frames",
         **classes,
     }
-    if inputs == 36:
+    if about.told_by == "channels":
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     world.write_json(folder / "model_index.json", index)
 
 
-def _pipeline_class(in_channels: int) -> str:
-    """diffusers' pipeline for a transformer: one with a mask and an image's latents among its inputs has its own."""
-    return "WanImageToVideoPipeline" if in_channels == 36 else "WanPipeline"
+def _pipeline_class(told_by: str | None) -> str:
+    """diffusers' pipeline: a transformer with a mask and an image's latents among its inputs has its own."""
+    return "WanImageToVideoPipeline" if told_by == "channels" else "WanPipeline"
 
 
 def copy_parts(folder: Path, base: Base) -> None:
@@ -187,12 +188,11 @@ def _put_back(aside: Path) -> None:
         aside.rmdir()
 
 
-def official_config(model: WanTransformer) -> dict[str, Any]:
+def official_config(model: WanTransformer, told_by: str | None) -> dict[str, Any]:
     """config.json of the official layout, which leaves out what is the same in every model."""
-    kind = "t2v" if model.in_channels == model.out_channels else "i2v"
     return {
         "_class_name": "WanModel",
-        "model_type": "ti2v" if model.in_channels == 48 else kind,
+        "model_type": {"channels": "i2v", "frames": "ti2v"}.get(told_by or "", "t2v"),
         "text_len": model.text_length,
         "in_dim": model.in_channels,
         "dim": model.dim,
@@ -205,9 +205,8 @@ def official_config(model: WanTransformer) -> dict[str, Any]:
     }
 
 
-def card(name: str, channels: Mapping[str, int], base: Base, about: About, layout: str) -> str:
-    """The card of a written model, in Markdown; `channels` counts the inputs of each expert."""
-    experts = tuple(channels)
+def card(name: str, experts: Sequence[str], base: Base, about: About, layout: str) -> str:
+    """The card of a written model, in Markdown."""
     where = {
         "diffusers": PARTS,
         "official": OFFICIAL,
@@ -224,9 +223,10 @@ def card(name: str, channels: Mapping[str, int], base: Base, about: About, layou
         values.append(f"| boundary between the experts | sigma {about.boundary} (ties are high noise) |")
     first, second = (*scales.values(), None)[:2]
     passed = [f"guidance_scale={first}"] + ([f"guidance_scale_2={second}"] if second is not None else [])
-    opener = _pipeline_class(channels[experts[0]])
+    opener = _pipeline_class(about.told_by)
+    with_image = " (from an image: `WanImageToVideoPipeline`)" if about.told_by == "frames" else ""
     use = {
-        "diffusers": f"`{opener}.from_pretrained(FOLDER)`; pass {', '.join(passed)} (high noise first) and "
+        "diffusers": f"`{opener}.from_pretrained(FOLDER)`{with_image}; pass {', '.join(passed)} (high noise first) and "
         f"num_inference_steps={about.steps}. The scheduler here carries flow_shift={about.shift}; schedulers of the "
         "published pairs carry 3.0, which is not what their authors sample at.",
         "official": "The transformers alone. VAE and text encoder are those of the base and stay in its folder: "

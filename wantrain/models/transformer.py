@@ -245,6 +245,21 @@ class WanTransformer(nn.Module):
         nn.init.zeros_(self.patch_embedding.bias)
         nn.init.zeros_(self.head.head.weight)
 
+    def widen(self, in_channels: int) -> None:
+        """Take further input channels, with weights of zero: the function stays what it is until they are trained.
+
+        So an image-to-video model starts from a text-to-video one. ValueError if it has more channels than that.
+        """
+        old = self.patch_embedding
+        more = in_channels - old.in_channels
+        if more < 0:
+            raise ValueError(f"a transformer of {old.in_channels} input channels cannot be made one of {in_channels}")
+        weight = old.weight.detach()
+        new = nn.Conv3d(in_channels, old.out_channels, PATCH, PATCH, device=weight.device, dtype=weight.dtype)
+        new.weight = nn.Parameter(torch.cat([weight, weight.new_zeros(len(weight), more, *PATCH)], dim=1))
+        new.bias = old.bias
+        self.patch_embedding, self.in_channels = new, in_channels
+
     def forward(
         self,
         latents_BCTHW: Tensor,

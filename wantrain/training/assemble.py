@@ -34,8 +34,8 @@ from wantrain.training.meter import Meter, peak_of
 from wantrain.training.metrics import Metrics
 from wantrain.training.optim import build_optimizer
 from wantrain.training.parallel import SHARDED, engine_of, from_main
-from wantrain.training.preview import Preview
-from wantrain.training.protocols import Hook, Latents
+from wantrain.training.preview import Asked, Preview
+from wantrain.training.protocols import Data, Hook, Latents
 from wantrain.training.readings import Readings
 from wantrain.training.residence import Residence
 from wantrain.training.run import RunFolder
@@ -95,23 +95,26 @@ def build_hooks(
     hooks = build_validators(run, **settings["validation"])
     law = next(iter(run.members.values())).loss
     if sample["every"] and isinstance(law, FlowMatching):
-        prompts = read_prompts(sample["prompts"]) if sample["prompts"] else run.data.captions()
         how = Settings(
             guidance=model["guidance"],
             shift=model["shift"],
             steps=sample["steps"],
             negative_prompt=model["negative_prompt"],
         )
-        size = geometry.sizes(model["area"], model["multiple"], [1.0])[0]
         hooks.append(
             Preview(
                 [member.stepper for member in run.members.values()],
                 preview_sampler(
-                    run, model=model, base=base, dtype=dtype, idle=sample["idle"], offload=sample["offload"]
+                    run,
+                    model=model,
+                    base=base,
+                    dtype=dtype,
+                    idle=sample["idle"],
+                    offload=sample["offload"],
+                    widen=settings["init"] == "widen",
                 ),
                 how,
-                prompts=prompts[: sample["count"]],
-                bucket=geometry.Bucket(model["num_frames"], *size),
+                asked=what_to_show(run.data, model, sample["prompts"], sample["count"]),
                 fps=model["fps"],
                 seed=sample["seed"],
                 every=sample["every"],
@@ -121,6 +124,17 @@ def build_hooks(
             )
         )
     return hooks
+
+
+def what_to_show(data: Data, model: Mapping[str, Any], prompts: str | None, count: int) -> list[Asked]:
+    """What previews show: a file's prompts or held-out captions, at the model's size; a model that must be told what is
+    known of a video goes on from what it knows of held-out clips, at their sizes.
+    """
+    if model["told_by"] == "channels":
+        return [Asked(*example) for example in cast(Latents, data).examples(count)]
+    size = geometry.sizes(model["area"], model["multiple"], [1.0])[0]
+    bucket = geometry.Bucket(model["num_frames"], *size)
+    return [Asked(prompt, bucket) for prompt in (read_prompts(prompts) if prompts else data.captions())[:count]]
 
 
 @dataclass(frozen=True)
@@ -290,7 +304,7 @@ def measured_clips(data: Latents, batches: list[Batch]) -> Clips:
 
 
 def preview_sampler(
-    run: Run, *, model: Mapping[str, Any], base: Base, dtype: torch.dtype, idle: str, offload: str
+    run: Run, *, model: Mapping[str, Any], base: Base, dtype: torch.dtype, idle: str, offload: str, widen: bool = False
 ) -> Callable[[], AbstractContextManager[Sampler]]:
     """What opens a sampler over the experts in training, with the other one from the base where only one is.
 
@@ -305,7 +319,7 @@ def preview_sampler(
         others = []
     house = House(
         others,
-        lambda name, where: base.transformer(name, device=where, dtype=dtype),
+        lambda name, where: base.transformer(name, widen=widen, device=where, dtype=dtype),
         device,
         idle=idle,
         offload=offload,
@@ -315,7 +329,8 @@ def preview_sampler(
     @contextmanager
     def open_sampler() -> Iterator[Sampler]:
         try:
-            yield build_sampler(models, boundary=model["boundary"], base=base, device=device, dtype=dtype)
+            facts = {"boundary": model["boundary"], "way": model["told_by"]}
+            yield build_sampler(models, base=base, device=device, dtype=dtype, **facts)
         finally:
             house.leave()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from wantrain import geometry, world
-from wantrain.data import Plan
+from wantrain.data import LatentData, MixedData, PixelData, Plan
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer
 from wantrain.models.flops import training_flops
@@ -41,22 +42,22 @@ def say_turns(turns: Turns, losses: Mapping[str, FlowMatching], steps: int) -> N
 
 def describe(
     plan: Plan,
-    buckets: list[str],
+    data: LatentData | MixedData | PixelData,
     module: nn.Module,
     *,
     steps: int,
     accumulate: int,
     processes: int,
-    temporal_stride: int = 4,
-    spatial_stride: int = 8,
 ) -> str:
     """Lines for `dry_run=true`: tokens per sample, samples per step, steps, epochs, trained parameters."""
-    lines = []
-    for name, count in sorted(Counter(buckets).items(), key=lambda item: -item[1]):
-        frames, height, width = (int(part) for part in name.split("x"))
-        shape = geometry.latent_shape(geometry.Bucket(frames, height, width), temporal_stride, spatial_stride)
-        tokens = geometry.num_tokens(shape)
+    lines, counts = [], Counter(data.bucket_names)
+    for name, count in counts.most_common():
+        if "spatial_stride" not in data.manifest:
+            lines.append(f"clips               {name}: {count}")
+            continue
+        shape = _latent_shape(name, data.manifest)
         patches = [side // part for side, part in zip(shape, geometry.PATCH, strict=True)]
+        tokens = geometry.num_tokens(shape)
         lines.append(f"tokens per sample   {name}: {' x '.join(map(str, patches))} = {tokens}   ({count} clips)")
     micro = plan.batch_size // accumulate // processes
     lines.append(
@@ -69,17 +70,23 @@ def describe(
         f"epochs              {samples} / {plan.samples_per_epoch} clips = {samples / plan.samples_per_epoch:.2f}"
     )
     if isinstance(module, WanTransformer):
-        lines.append(_operations(module, Counter(buckets).most_common(1)[0][0], plan, temporal_stride, spatial_stride))
+        name = counts.most_common(1)[0][0]
+        lines.append(_operations(module, name, _latent_shape(name, data.manifest), plan))
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     total = sum(p.numel() for p in module.parameters())
     lines.append(f"trained parameters  {trained:,} of {total:,} ({100 * trained / total:.1f} %)")
     return "\n".join(lines)
 
 
-def _operations(module: WanTransformer, bucket: str, plan: Plan, temporal_stride: int, spatial_stride: int) -> str:
-    """The operations of a step in the commonest bucket, with texts as long as they may be."""
+def _latent_shape(bucket: str, manifest: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Of the clips of a bucket, by the VAE that encoded them."""
     frames, height, width = (int(part) for part in bucket.split("x"))
-    shape = geometry.latent_shape(geometry.Bucket(frames, height, width), temporal_stride, spatial_stride)
+    strides = manifest["temporal_stride"], manifest["spatial_stride"]
+    return geometry.latent_shape(geometry.Bucket(frames, height, width), *strides)
+
+
+def _operations(module: WanTransformer, bucket: str, shape: tuple[int, int, int], plan: Plan) -> str:
+    """The operations of a step in the commonest bucket, with texts as long as they may be."""
     each = training_flops(module, tokens=geometry.num_tokens(shape), text_rows=module.text_length)
     again = f" + {each.recompute / 1e12:.3g} computed again" if each.recompute else ""
     return (

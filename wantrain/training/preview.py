@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wantrain import page, world
+from wantrain.condition import Condition
 from wantrain.geometry import Bucket
 from wantrain.page import Html, Row, Shown
 from wantrain.sampling import Sampler, Settings
@@ -25,9 +26,18 @@ INDEX = "index.html"
 HISTORY = "previews.jsonl"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is previewed: a prompt, the video's size, and what is known of it, if anything is (one clip's record)."""
+
+    prompt: str
+    bucket: Bucket
+    known: Condition | None = None
+
+
 @dataclass
 class Preview:
-    """Hook: every `every` steps, step 0 included, one mp4 per prompt and a contact sheet; index.html shows the first
+    """Hook: every `every` steps, step 0 included, one mp4 of each asked and a contact sheet; index.html shows the first
     preview beside the newest, and the tracker gets the mp4s.
 
     The main process samples and the others wait, so ranks stay together; where each holds only a part of the weights,
@@ -38,8 +48,7 @@ class Preview:
     steppers: Sequence[Stepper]  # of the experts in training
     open_sampler: Callable[[], AbstractContextManager[Sampler]]
     settings: Settings
-    prompts: list[str]
-    bucket: Bucket
+    asked: Sequence[Asked]
     fps: float
     seed: int
     every: int
@@ -69,13 +78,13 @@ class Preview:
         """A video for each prompt."""
         with self.open_sampler() as sampler:
             sampler.texts = self.texts
-            sampler.warm([*self.prompts, self.settings.negative_prompt])
+            sampler.warm([*(asked.prompt for asked in self.asked), self.settings.negative_prompt])
             with ExitStack() as contexts:
                 for stepper in self.steppers:
                     contexts.enter_context(stepper.forward_context())
                 clips = [
-                    sampler(prompt, bucket=self.bucket, settings=self.settings, seed=self.seed + number)
-                    for number, prompt in enumerate(self.prompts)
+                    sampler(each.prompt, bucket=each.bucket, known=each.known, settings=self.settings, seed=seed)
+                    for seed, each in enumerate(self.asked, start=self.seed)
                 ]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # blocks of the preview's sizes are of no use to training
@@ -84,13 +93,14 @@ class Preview:
     def _write(self, step: int, clips: Sequence[Frames]) -> list[Look]:
         """Everything that a preview leaves in the run folder."""
         looks = []
-        for number, (prompt, frames) in enumerate(zip(self.prompts, clips, strict=True)):
+        prompts = [asked.prompt for asked in self.asked]
+        for number, (prompt, frames) in enumerate(zip(prompts, clips, strict=True)):
             file = self.folder / f"step_{step:06d}_{number}.mp4"
             write_mp4(file, frames, self.fps)
             looks.append(
                 Look(number, prompt, self.seed + number, file, round(motion(frames), 4), round(flicker(frames), 4))
             )
-        titled = {f"step {step}: {prompt}": frames for prompt, frames in zip(self.prompts, clips, strict=True)}
+        titled = {f"step {step}: {prompt}": frames for prompt, frames in zip(prompts, clips, strict=True)}
         contact_sheet(self.folder / f"step_{step:06d}.png", titled)
         history = write_history(self.folder / HISTORY, step, looks)
         title = f"{self.folder.parent.name}: step {step} of {self.steps}"

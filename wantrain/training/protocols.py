@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from wantrain.batch import Batch
+from wantrain.condition import Condition
+from wantrain.geometry import Bucket
 
 
 class Data(Protocol):
@@ -21,9 +23,11 @@ class Data(Protocol):
 
 
 class Latents(Data, Protocol):
-    """What validation of a velocity asks besides, of the clips that are the positions of such batches."""
+    """What validation of a velocity asks besides, of the clips that are the positions of such batches, and previews."""
 
     def train_batches(self, count: int) -> list[Batch]: ...
+
+    def examples(self, count: int) -> list[tuple[str, Bucket, Condition | None]]: ...
 
     def groups_of(self, clips: Sequence[int]) -> list[int]: ...
 

@@ -22,7 +22,7 @@ class Start:
 
     make     builds the module with random values
     base     where trained weights lie
-    scratch  True passes the base's weights by
+    init     base: the base's weights; widen: those, with zeros for input channels that it has not; scratch: none
     recipe   the recipe's name, for the files that are written
     device, dtype  what weights that stay frozen are loaded to; those that are trained are float32
     """
@@ -32,7 +32,7 @@ class Start:
     expert: Mapping[str, Any]
     adapter: Mapping[str, Any]
     base: Base
-    scratch: bool
+    init: str
     seed: int
     device: torch.device
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Start:
     def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Start:
         """A start by an expert's own settings, train.py's; `where` is base, device, dtype and recipe."""
         parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed", "gradient_checkpointing")}
-        return cls(make, **parts, scratch=settings["init"] == "scratch", **where)
+        return cls(make, **parts, init=settings["init"], **where)
 
     def trainee(self) -> Trainee:
         """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
@@ -66,7 +66,7 @@ class Start:
         part nor leave to start from random values, or if an adapter has no base.
         """
         name = self.expert["name"]
-        if not self.scratch and self.base.holds(name):
+        if self.init != "scratch" and self.base.holds(name):
             if name not in self.base.parts:
                 self.base.check_boundary(self.model["boundary"])
             module = self._open_vae() if name == "vae" else self._open_transformer(name)
@@ -77,7 +77,7 @@ class Start:
                 f"adapter={self.adapter['name']} changes a trained model, but {self.base} holds no {name}; "
                 "give weights=FOLDER with a pipeline (assets/wan-tiny is one)"
             )
-        if not self.scratch and not self.model["scratch"]:
+        if self.init == "widen" or (self.init == "base" and not self.model["scratch"]):
             raise ValueError(
                 f"weights={self.base} holds no {name}; give the folder that does, parts.{name}=, or init=scratch"
             )
@@ -95,7 +95,7 @@ class Start:
                 names = [name for name, _ in self.make().named_parameters()]
             fp32 = partial.choose(names, layers=self.adapter["layers"], tags=self.adapter["tags"])
         dtype = torch.float32 if kind == "none" else self.dtype
-        return self.base.transformer(name, device=self.device, dtype=dtype, fp32=fp32)
+        return self.base.transformer(name, widen=self.init == "widen", device=self.device, dtype=dtype, fp32=fp32)
 
     def _open_vae(self) -> nn.Module:
         vae = self.base.vae()
@@ -156,7 +156,7 @@ class Start:
 
     def is_measurable(self) -> bool:
         """True if what is trained is a base's own expert, so that its noise profile should be that expert's."""
-        path = None if self.scratch else self.base.find(self.expert["name"])
+        path = None if self.init == "scratch" else self.base.find(self.expert["name"])
         return (
             path is not None and self.expert["name"] in {"high_noise", "low_noise"} and stated_expert(path) != "dense"
         )
