@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from wantrain import geometry, world
 from wantrain.batch import Batch
 from wantrain.data import Conditions, LatentData, encode_shards, prefetch
-from wantrain.data.shards import MANIFEST, SCHEMA, ShardWriter, to_json
+from wantrain.data.shards import MANIFEST, SCHEMA, TarWriter, to_json
 
 CLIPS, SHAPE, TEXT = 64, (16, 21, 60, 104), (128, 4096)
 #: One element to a pixel, so that frames as small as latents give latents as large as the 14B's.
@@ -42,14 +42,15 @@ STEP, STEPS = 0.1, 60
 def write_videos(folder: Path) -> None:
     """Video shards that say what clips there are; nobody decodes them here."""
     folder.mkdir()
-    with ShardWriter(folder, "video", 1 << 30) as writer:
+    with TarWriter(folder / "beside") as writer:
         for clip in range(CLIPS):
             about = {
                 "caption": f"clip {clip}", "source": f"{clip}.mp4", "sha256": f"{clip:064x}", "fps": 16.0,
                 "height": SHAPE[2], "width": SHAPE[3], "windows": [{"start": 0.0, "num_frames": SHAPE[1]}],
             }  # fmt: skip
             writer.write(f"{clip:016x}", {"mp4": b"", "json": to_json(about)})
-    shards = {"schema": SCHEMA, "kind": "video", "settings": {"model": "any"}, "alike": [], "shards": writer.shards}
+        tar = writer.finish(folder / "video.tar")
+    shards = {"schema": SCHEMA, "kind": "video", "settings": {"model": "any"}, "alike": [], "shards": [tar]}
     world.write_json(folder / MANIFEST, shards)
 
 
@@ -78,12 +79,12 @@ def write_tar(data: LatentData, path: Path) -> None:
     """The same tensors as people store them for webdataset: latents and text of a clip in one sample of one tar."""
     from safetensors.torch import save
 
-    with ShardWriter(path.parent, "theirs", 1 << 40) as writer:
+    with TarWriter(path.with_suffix(".tmp")) as writer:
         for clip in range(CLIPS):
             batch = data.load([clip], [clip])
             tensors = {"latents": batch.latents_BCTHW[0].bfloat16(), "text": batch.text_BLD[0].bfloat16()}
             writer.write(f"{clip:06d}", {"safetensors": save(tensors)})
-    (path.parent / writer.shards[0]["name"]).rename(path)
+        writer.finish(path)
 
 
 def ours(data: LatentData, ahead: bool) -> Iterator[Batch]:

@@ -32,8 +32,8 @@ from safetensors.numpy import save  # noqa: E402
 
 from wantrain import geometry, world  # noqa: E402
 from wantrain.data import LatentData, Plan, share  # noqa: E402
-from wantrain.data.index import Index, pack_ids, pack_identities  # noqa: E402
-from wantrain.data.shards import LATENT_SCHEMA, MANIFEST, ShardWriter, describe_file  # noqa: E402
+from wantrain.data.index import Index, pack_identities, pack_ids  # noqa: E402
+from wantrain.data.shards import LATENT_SCHEMA, MANIFEST, TarWriter, describe_file  # noqa: E402
 
 COUNTS, IN_A_TAR, BATCH, LATE = (10**3, 10**6), 1000, 8, 10**6
 BUCKET = geometry.Bucket(1, 64, 64)
@@ -43,12 +43,14 @@ def write(folder: Path, count: int) -> None:
     """A latent folder of so many clips, each of an own file and with one caption of 1,000."""
     folder.mkdir()
     names = [f"{clip:016x}-0000" for clip in range(IN_A_TAR)]
-    with ShardWriter(folder, "latent", 1 << 40) as latents:
+    with TarWriter(folder / "beside") as tar:
         member = save({"latents": np.zeros((16, 1, 8, 8), np.float32)})
-        places = [latents.write(name, {"safetensors": member})["safetensors"] for name in names]
-    with ShardWriter(folder, "text", 1 << 40) as texts:
+        places = [tar.write(name, {"safetensors": member})["safetensors"] for name in names]
+        latents = tar.finish(folder / "latents.tar")
+    with TarWriter(folder / "beside") as tar:
         member = save({"text": np.zeros((8, 16), np.float32)})
-        text_places = [texts.write(name, {"safetensors": member})["safetensors"] for name in names]
+        text_places = [tar.write(name, {"safetensors": member})["safetensors"] for name in names]
+        texts = tar.finish(folder / "texts.tar")
     clips, rng = np.arange(count), np.random.default_rng(0)
     identities = pack_identities([f"{clip:032x}" for clip in range(IN_A_TAR)])
     which = clips % IN_A_TAR
@@ -63,20 +65,20 @@ def write(folder: Path, count: int) -> None:
         tags=np.zeros(count + 1, np.int64),
         tag=np.zeros(0, np.int32),
         shard=np.zeros(count, np.int32),
-        offset=np.array([place[1] for place in places])[which],
-        size=np.array([place[2] for place in places])[which],
+        offset=np.array([place[0] for place in places])[which],
+        size=np.array([place[1] for place in places])[which],
         ids=pack_ids(names)[which],
         identity=identities[which],
         text_shard=np.zeros(IN_A_TAR, np.int32),
-        text_offset=np.array([place[1] for place in text_places]),
-        text_size=np.array([place[2] for place in text_places]),
+        text_offset=np.array([place[0] for place in text_places]),
+        text_size=np.array([place[1] for place in text_places]),
         text_identity=identities,
     )
     index.write(folder / "index.safetensors")
     manifest = {
         "schema": LATENT_SCHEMA, "kind": "latent", "settings": {"model": "any"}, "condition": {},
         "temporal_stride": 4, "spatial_stride": 8, "latent_channels": 16, "text_dim": 16, "empty_text": 0,
-        "buckets": [str(BUCKET)], "tags": [], "clips": count, "shards": latents.shards, "text_shards": texts.shards,
+        "buckets": [str(BUCKET)], "tags": [], "clips": count, "shards": [latents], "text_shards": [texts],
         "files": [describe_file(folder / "index.safetensors")],
     }  # fmt: skip
     world.write_json(folder / MANIFEST, manifest)
@@ -144,7 +146,7 @@ def mixed() -> dict[str, Any]:
     work = (
         tokens * 6 * 14.3e9 + 12.0 * 40 * 5120 * tokens.astype(float) ** 2
     )  # linear layers, attention: forward+backward
-    plan, batch, ranks = Plan(buckets, batch_size=16, seed=0), 16, 8
+    plan, ranks = Plan(buckets, batch_size=16, seed=0), 8
     steps = plan.steps_for_epochs(4)
     order = [plan.batch(step) for step in range(steps)]
     imbalance = 0.0

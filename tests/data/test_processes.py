@@ -1,5 +1,6 @@
 """encode.py as several processes, killed at any moment: what is left in the end is what one unbroken run writes."""
 
+import contextlib
 import hashlib
 import os
 import random
@@ -65,7 +66,8 @@ class Encoding:
     def kill(self):
         """kill -9 of both, their decoders included."""
         for process in self.processes:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and its decoders with it
+                os.killpg(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.wait()
 
