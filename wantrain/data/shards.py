@@ -83,8 +83,8 @@ class TarWriter:
         with disk_errors(self.beside):
             self._tar.close()
             world.sync_file(self.beside)
-        row = {**describe_file(self.beside), "name": final.name, "samples": self.samples}
-        self.beside.replace(final)
+            row = {**describe_file(self.beside), "name": final.name, "samples": self.samples}
+            self.beside.replace(final)
         return row
 
 
