@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from wantrain import config, world
+from wantrain import checks, config, world
 from wantrain.data import check_folder, encode_shards, write_report
 from wantrain.models.fingerprints import Fingerprints
 from wantrain.models.weights import fingerprint
@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.check is True:
         check_folder(config.needed_path(cfg, "out"))
         return
-    config.check(cfg)
+    checks.check(cfg)
     world.set_threads()
     device, base = config.device(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from wantrain import config, world
+from wantrain import checks, config, world
 from wantrain.models import WanTransformer
 from wantrain.models.inspect import describe
 from wantrain.models.pipeline import CARD, About, mark, write_pipeline
@@ -21,7 +21,7 @@ from wantrain.training.run import trained_experts
 @config.app("export")
 def main(cfg: DictConfig) -> None:
     """Gather the experts (LoRAs merged), write them in the layout asked for, and each LoRA as a file of its own."""
-    config.check(cfg)
+    checks.check(cfg)
     if cfg.inspect is not None:
         world.say(describe(config.locate(cfg.inspect)))
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from wantrain import config, world
+from wantrain import checks, config, world
 from wantrain.geometry import Bucket, sizes
 from wantrain.models import Base, WanVAE
 from wantrain.models.vae import vae_keywords
@@ -22,7 +22,7 @@ from wantrain.training.gather import Found, build_sampler, check_loras, find_com
 @config.app("sample")
 def main(cfg: DictConfig) -> None:
     """Sample `count` videos per prompt into a folder with a page that shows them; with compare=, a folder for each."""
-    config.check(cfg)
+    checks.check(cfg)
     if cfg.dry_run:
         world.say(memory_plan(cfg))
         return

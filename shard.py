@@ -8,14 +8,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from wantrain import config, world
+from wantrain import checks, config, world
 from wantrain.data import find_footage, write_report, write_video_shards
 
 
 @config.app("shard")
 def main(cfg: DictConfig) -> None:
     """Find footage and captions, read every file, choose clips by timestamp, write tars, a ledger and a manifest."""
-    config.check(cfg)
+    checks.check(cfg)
     world.single_process("shard.py")
     out = Path(cfg.out)
     downloads = out / ".downloads"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from wantrain import config, world
+from wantrain import checks, config, world
 from wantrain.data import Plan
 from wantrain.training import assemble, estimate, noise_report
 from wantrain.training.loop import Run, fit
@@ -23,7 +23,7 @@ from wantrain.training.turns import Turns
 @config.app("train")
 def main(cfg: DictConfig) -> None:
     """Train one expert or both, or continue the run of that name."""
-    config.check(cfg, processes=world.world_size())
+    checks.check(cfg, processes=world.world_size())
     accelerator = start_accelerator()
     experts, model = config.experts(cfg), config.plain(cfg.model)
     home = assemble.find_home(accelerator, {name: config.plain(own) for name, own in experts.items()})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from wantrain import config, flow
+from wantrain import checks, config, flow
 from wantrain.config import CONF, compose
 from wantrain.models.pipeline import PARTS
 
@@ -47,7 +47,7 @@ def test_every_option_composes_and_every_reference_in_it_resolves(option):
     cfg = compose("train", [f"{group}={name}"])
     values = config.plain(cfg)
     if group == "recipe":
-        config.check(cfg)
+        checks.check(cfg)
     elif group == "model":
         assert values["model"]["name"] == name
     elif group in {"expert", "adapter", "tracker"}:
@@ -143,7 +143,7 @@ def test_the_experts_of_a_model_cover_all_noise_once(model):
 def test_the_keys_that_the_door_treats_specially_exist(composed):
     known = {key for cfg in composed.values() for key in config._all_keys(cfg)}
     lora = set(config._all_keys(compose("train", ["adapter=lora", "noise=table"])))
-    for keys in (config.TEXT_KEYS, config.PATH_KEYS, config._CHOICES, config._WHOLE, config._POSITIVE):
+    for keys in (config.TEXT_KEYS, config.PATH_KEYS, checks._CHOICES, checks._WHOLE, checks._POSITIVE):
         assert not set(keys) - known - lora, "a key is judged or quoted that no verb has"
 
 

@@ -14,7 +14,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from wantrain import config
+from wantrain import checks, config
 from wantrain.config import compose, quoted
 from wantrain.models import adapters
 from wantrain.training.checkpoint import ON_FAILURE, Checkpoints
@@ -131,7 +131,7 @@ def test_a_real_shell_hands_on_paths_and_captions_as_typed(tiny, environment, tm
 def test_check_collects_every_problem_and_raises_once():
     bad = ["steps=10", "epochs=2", "batch_size=6", "accumulate=4", "precision=fp8", "model.num_frames=10", "clip=0"]
     with pytest.raises(ValueError) as caught:
-        config.check(compose("train", bad))
+        checks.check(compose("train", bad))
     first, *rest = str(caught.value).splitlines()
     assert first == "5 problems:"
     for told in (
@@ -142,7 +142,7 @@ def test_check_collects_every_problem_and_raises_once():
         "clip=0 must be above 0",
     ):
         assert sum(told in line for line in rest) == 1
-    config.check(compose("train", ["steps=10", "batch_size=8", "accumulate=4"]))
+    checks.check(compose("train", ["steps=10", "batch_size=8", "accumulate=4"]))
 
 
 @pytest.mark.parametrize(
@@ -161,18 +161,18 @@ def test_check_collects_every_problem_and_raises_once():
 )
 def test_how_checkpoints_are_kept_is_judged(argument, told):
     with pytest.raises(ValueError) as caught:
-        config.check(compose("train", [f"checkpoint.{argument}"]))
+        checks.check(compose("train", [f"checkpoint.{argument}"]))
     assert str(caught.value).startswith(told)
 
 
 def test_checkpoints_are_kept_as_the_store_understands_it():
-    config.check(
+    checks.check(
         compose("train", [f"checkpoint.{given}" for given in ("keep_every=1000", "keep_best=true", "background=false")])
     )
     defaults = config.plain(compose("train"))["checkpoint"]
     settings = {key: value for key, value in defaults.items() if key != "every"}
     assert inspect.signature(Checkpoints).bind(Path(), **settings)
-    assert config._CHOICES["checkpoint.on_failure"] == ON_FAILURE
+    assert checks._CHOICES["checkpoint.on_failure"] == ON_FAILURE
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,9 @@ def test_checkpoints_are_kept_as_the_store_understands_it():
 )
 def test_what_is_wrong_with_an_adapter_is_one_clear_line(wrong, words):
     with pytest.raises(ValueError) as caught:
-        config.check(compose("train", ["adapter=lora", *wrong]))
+        checks.check(compose("train", ["adapter=lora", *wrong]))
     assert str(caught.value) == words
-    config.check(compose("train", ["adapter=lora", "adapter.rank_pattern={ffn: 8, blocks.1: 4}"]))
+    checks.check(compose("train", ["adapter=lora", "adapter.rank_pattern={ffn: 8, blocks.1: 4}"]))
 
 
 @pytest.mark.parametrize(
@@ -212,20 +212,20 @@ def test_what_is_wrong_with_an_adapter_is_one_clear_line(wrong, words):
 )
 def test_what_is_wrong_with_a_part_is_told_before_any_work(wrong, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        config.check(compose("train", ["model=t2v_a14b", "adapter=partial", *wrong]))
+        checks.check(compose("train", ["model=t2v_a14b", "adapter=partial", *wrong]))
     for right in (["adapter.layers=0-39"], ["adapter.layers=[0,1,20-29]", "adapter.tags=[ffn,head]"]):
-        config.check(compose("train", ["model=t2v_a14b", "adapter=partial", *right]))
+        checks.check(compose("train", ["model=t2v_a14b", "adapter=partial", *right]))
 
 
 def test_the_groups_of_layers_that_the_door_knows_are_those_that_there_are():
-    assert config._CHOICES["adapter.targets"] == tuple(adapters.TARGETS)
+    assert checks._CHOICES["adapter.targets"] == tuple(adapters.TARGETS)
 
 
 def test_the_batch_divides_over_processes_too():
     cfg = compose("train", ["batch_size=8", "accumulate=2"])
-    config.check(cfg, processes=4)
+    checks.check(cfg, processes=4)
     with pytest.raises(ValueError, match="2 x 3; the nearest are 6 and 12"):
-        config.check(cfg, processes=3)
+        checks.check(cfg, processes=3)
 
 
 def test_a_file_that_ships_with_the_project_is_found_from_anywhere(tmp_path, monkeypatch):

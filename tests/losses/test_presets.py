@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from wantrain import config
+from wantrain import checks, config
 from wantrain.batch import Batch
 from wantrain.config import CONF, compose
 from wantrain.losses import FlowMatching
@@ -57,7 +57,7 @@ def test_every_preset_is_held_here():
 
 def built(preset, model="tiny", expert="low_noise", *more):
     cfg = compose("train", [f"noise={preset}", f"model={model}", f"expert={expert}", *more])
-    config.check(cfg)
+    checks.check(cfg)
     loss = config.build(cfg.loss)
     assert isinstance(loss, FlowMatching)
     return loss, cfg

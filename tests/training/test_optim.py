@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from wantrain import config
+from wantrain import checks, config
 from wantrain.models import WanTransformer, adapters
 from wantrain.training.optim import (
     FALLS,
@@ -252,12 +252,12 @@ def test_a_state_that_is_no_tensor_is_refused():
 )  # fmt: skip
 def test_an_optimizer_or_schedule_that_cannot_be_is_one_error_before_work_starts(settings, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        config.check(config.compose("train", settings))
+        checks.check(config.compose("train", settings))
 
 
 def test_an_optimizer_of_the_users_own_choice_is_built_from_the_command_line():
     cfg = config.compose("train", ["optimizer=other", "+optimizer.momentum=0.9", "optimizer.lr=0.5"])
-    config.check(cfg)
+    checks.check(cfg)
     optimizer = build_optimizer(config.build(cfg.optimizer, _partial_=True), WanTransformer(**SIZE))
     assert isinstance(optimizer, torch.optim.SGD)
     assert {(group["momentum"], group["lr"]) for group in optimizer.param_groups} == {(0.9, 0.5)}
