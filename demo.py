@@ -1,7 +1,7 @@
 """A LoRA on somebody's own footage, from clips to files that others load, on one CPU: what people come for.
 
 python demo.py              everything; `make demo` installs first (under ten minutes on two cores after that)
-python demo.py data NAME    only footage and shards, into data/NAME: demo, wug, wan_tiny, vae
+python demo.py data NAME    only footage and shards, into data/NAME: demo, wug, wan_tiny, wan_tiny_i2v, vae
 
 The footage shows a wug, a thing that the shipped model wan-tiny has never seen, and beside it a few clips of what it
 knows, so that it does not forget. Both experts learn from it; the same prompts and seeds are sampled before and after,
@@ -29,6 +29,8 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent
 DATA, RUN = Path("data"), Path("runs/demo")
+#: Sets that are not for the shipped model: whose they are, and what encode.py stores beside their latents.
+TOLD = {"wan_tiny_i2v": ("model=tiny_i2v", "condition={image: 1, boxes: 1}")}
 EXPERTS = ("high_noise", "low_noise")
 STEPS = 500
 WUGS, OTHERS = wug_scenes(20), spared_scenes(40)
@@ -50,9 +52,10 @@ def make_data(name: str) -> None:
     folder = DATA / name
     for scenes, amount in SETS[name].items():
         make_footage(folder / "footage" / scenes, scenes=scenes, **amount)
-    verb("shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}", "model=tiny")
+    model, *condition = TOLD.get(name, ("model=tiny",))
+    verb("shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}", model)
     if name != "vae":
-        verb("encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", "model=tiny")
+        verb("encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", model, *condition)
 
 
 def main() -> None:

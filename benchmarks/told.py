@@ -1,0 +1,135 @@
+"""How faithful a tiny model is to what it is told: python benchmarks/told.py FOLDER [--kinds image boxes] [--sheet PNG]
+
+FOLDER is a pipeline that export.py wrote of a model that is told by further channels (recipe=wan_tiny_i2v). Of clips
+that nothing was trained on it is told a part, and their captions. Are the known pixels kept, as well as the VAE can
+show them? Does what is seen (wantrain/data/judge.py) stay, and go on in the direction of the caption? Is a hole filled?
+Prints a table in Markdown and writes told.json beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wantrain import condition, geometry, world
+from wantrain.data import judge, prepare_pixels, scores
+from wantrain.data.demo import Shot, draw_shot
+from wantrain.masks import Mix
+from wantrain.models import Base
+from wantrain.sampling import Sampler, Settings
+from wantrain.training.gather import build_sampler
+from wantrain.video import Frames, contact_sheet, to_frames
+
+CLIPS, TOGETHER = 32, 16
+BUCKET = geometry.Bucket(17, 64, 64)
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kinds", nargs="+", default=["image", "boxes"])
+    parser.add_argument("--clips", type=int, default=CLIPS)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--sheet", type=Path, help="write the first videos of each kind as one picture")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    world.set_threads()
+    sampler, settings = open_sampler(options.folder, steps=options.steps, guidance=options.guidance)
+    results: dict[str, Any] = {"folder": options.folder.name, "clips": options.clips, "settings": str(settings)}
+    for kind in options.kinds:
+        results[kind] = measure(kind, sampler, settings, count=options.clips, sheet=options.sheet)
+    print(in_markdown({kind: results[kind] for kind in options.kinds}))
+    world.write_json(options.out, results)
+
+
+def open_sampler(folder: Path, *, steps: int = 30, guidance: float = 2.0) -> tuple[Sampler, Settings]:
+    """The pipeline, and how it is sampled: its own shift, the same guidance for each expert."""
+    boundary = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["boundary_ratio"]
+    shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["flow_shift"]
+    base = Base(folder)
+    experts: dict[str, Any] = {
+        name: base.transformer(name) for name in (("high_noise", "low_noise") if boundary else ("dense",))
+    }
+    sampler = build_sampler(experts, boundary=boundary, base=base, way="channels")
+    return sampler, Settings(dict.fromkeys(experts, guidance), shift, steps)
+
+
+@torch.no_grad()
+def measure(
+    kind: str, sampler: Sampler, settings: Settings, *, count: int = CLIPS, sheet: Path | None = None
+) -> dict[str, float]:
+    """What becomes of `count` clips of which a kind of mask (wantrain/masks.py) leaves a part known.
+
+    kept, limit, lost   PSNR in dB of the known pixels; of the same pixels through the VAE alone; the difference
+    hole, hole_gray     PSNR of the other pixels; with mid-gray in their place
+    colour, shape, direction, all   shares of videos that show what the clip does; told_...: of the clips as told
+    """
+    shots = [draw_shot(number, seed=1000, size=64) for number in range(count)]
+    mix, made, true, seen, told, known = Mix.read({kind: 1.0}), list[Frames](), [], [], [], []
+    assert sampler.encode_pixels is not None
+    for first in range(0, count, TOGETHER):
+        some = shots[first : first + TOGETHER]
+        pixels, known_B1FHW = pixels_of(some), masks_of(mix, kind, range(first, first + len(some)))
+        record = condition.encode(sampler.encode_pixels, pixels, known_B1FHW)
+        prompts, seeds = [shot.caption for shot in some], list(range(first, first + len(some)))
+        made += sampler.batch(prompts, bucket=BUCKET, settings=settings, seeds=seeds, known=record)
+        true += [to_frames(clip) for clip in pixels]
+        seen += [to_frames(clip) for clip in sampler.decode(sampler.encode_pixels(pixels))]
+        told += [to_frames(clip) for clip in condition.only_known(pixels, known_B1FHW)]
+        known += list(known_B1FHW[:, 0].numpy())
+    if sheet is not None:
+        rows = {f"{shot.caption} ({what})": clips[n] for n, shot in enumerate(shots[:6])
+                for what, clips in (("true", true), ("told", told), ("made", made))}  # fmt: skip
+        contact_sheet(sheet.with_stem(f"{sheet.stem}_{kind}"), rows, columns=6, cell=96)
+    kept, limit = mean_psnr(made, true, known), mean_psnr(seen, true, known)
+    holes = [~each for each in known]
+    found = {"kept": kept, "limit": limit, "lost": limit - kept}
+    found |= {"hole": mean_psnr(made, true, holes), "hole_gray": mean_psnr(told, true, holes)}
+    scenes = [shot.scene for shot in shots]
+    found |= scores([judge(clip) for clip in made], scenes)
+    return found | {f"told_{what}": share for what, share in scores([judge(clip) for clip in told], scenes).items()}
+
+
+def pixels_of(shots: Sequence[Shot]) -> Tensor:
+    """The clips drawn at the model's size and rate: (B, 3, F, H, W) in [-1, 1]."""
+    size = BUCKET.height, BUCKET.width
+    drawn = [shot.scene.frames(*size, fps=16, num_frames=BUCKET.num_frames) for shot in shots]
+    return torch.stack([prepare_pixels(frames, size)[0] for frames in drawn])
+
+
+def masks_of(mix: Mix, kind: str, numbers: range) -> Tensor:
+    """Which pixels are known of the clips of these numbers: boolean (B, 1, F, H, W)."""
+    shape = BUCKET.num_frames, BUCKET.height, BUCKET.width
+    drawn = [mix.draw(kind, shape, world.generator("told", kind, number)) for number in numbers]
+    return torch.stack([mask.expand(shape)[None] for mask in drawn])
+
+
+def mean_psnr(made: Sequence[Frames], true: Sequence[Frames], where: Sequence[np.ndarray]) -> float:
+    """The mean over clips of the PSNR in dB of the pixels where a mask (F, H, W) holds."""
+    errors = [
+        ((one.astype(float) - other) ** 2)[mask].mean() for one, other, mask in zip(made, true, where, strict=True)
+    ]
+    return float(np.mean(-10 * np.log10(np.array(errors) / 255**2)))
+
+
+def in_markdown(results: dict[str, dict[str, float]]) -> str:
+    """A row for each kind."""
+    rows = ["| told | known pixels | VAE's own | hole | gray hole | colour | shape | direction |", "|---" * 8 + "|"]
+    for kind, found in results.items():
+        decibels = " | ".join(f"{found[what]:.1f} dB" for what in ("kept", "limit", "hole", "hole_gray"))
+        shares = " | ".join(f"{found[what]:.0%}" for what in ("colour", "shape", "direction"))
+        rows.append(f"| {kind} | {decibels} | {shares} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
