@@ -45,6 +45,7 @@ def main(cfg: DictConfig) -> None:
             static=cfg.static,
             duplicates=cfg.duplicates,
             seed=cfg.seed,
+            **cfg.decode,
         )
     finally:
         shutil.rmtree(downloads, ignore_errors=True)

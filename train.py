@@ -83,12 +83,12 @@ def main(cfg: DictConfig) -> None:
     world.say(f"run {folder.path}: {estimate.progress(start, steps)}")
     if start < run.until:
         run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
-        if start == 0 and cfg.check_expert != "off":
-            assemble.check_experts(run, starts, how=cfg.check_expert)
-        noise_report.write(folder.path, losses, data.bucket_names, multiple=model["multiple"])
-        run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples, dtype=dtype)
-        ended_by = fit(run, start)
-        run.metrics.tracker.close()
+        with run.metrics:
+            if start == 0 and cfg.check_expert != "off":
+                assemble.check_experts(run, starts, how=cfg.check_expert)
+            noise_report.write(folder.path, losses, data.bucket_names, multiple=model["multiple"])
+            run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples, dtype=dtype)
+            ended_by = fit(run, start)
     finish(member.stepper for member in members.values())
     assemble.compare_replay(folder, settings)
     if ended_by is not None:

@@ -47,7 +47,7 @@ def test_the_recipe_makes_a_model_that_keeps_what_it_is_told_and_goes_on_from_it
         subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path, env=environment, check=True)
     told = measuring()
     sampler, settings = told.open_sampler(tmp_path / "pipeline")
-    # The aim is 1 dB below the VAE's own; docs/log.md has why so short a training does not reach it.
+    # The aim is 1 dB below the VAE's own; docs/log.md has why this training does not reach it.
     image, boxes = (told.measure(kind, sampler, settings) for kind in ("image", "boxes"))
     assert image["lost"] < 6.5 and boxes["lost"] < 5.5, (image, boxes)
     for found in (image, boxes):

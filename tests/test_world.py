@@ -1,5 +1,7 @@
 """Randomness by position, folders that are claimed, files that are whole or absent."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -69,3 +71,12 @@ def test_a_verb_that_works_alone_refuses_to_be_launched_as_several(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"shard\.py runs as one process, but 2 were started"):
         world.single_process("shard.py")
+
+
+@pytest.mark.parametrize("above", ["file", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_made_is_one_error_that_names_the_key(tmp_path, monkeypatch, above):
+    """R22."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(ValueError, match=rf"out={above}/deeper cannot be made \(.+\); give a folder that can be"):
+        world.claim_folder(Path(above) / "deeper", mark=None, key="out")

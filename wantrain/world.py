@@ -140,7 +140,10 @@ def claim_folder(folder: Path, *, mark: str | None, key: str) -> None:
     if holds and (mark is None or not (folder / mark).exists()):
         why = "" if mark is None else f" (no {mark} in it)"
         raise ValueError(f"{key}={folder} holds something else{why}; give a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{key}={folder} cannot be made ({error.strerror}); give a folder that can be") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from wantrain.data import find_footage
-from wantrain.data.footage import probe, read_windows
+from wantrain.data.footage import probe, read_whole, read_windows
 from wantrain.data.windows import EPSILON, Cut, Probe, Window, cut_windows, frames_on_screen
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -91,7 +91,7 @@ def videos(tmp_path_factory):
 def test_a_clip_is_what_a_player_shows(videos, name, num_frames):
     path = videos / name
     times, frames = displayed(path)
-    found = probe(path, whole=True)
+    found = probe(path)
     assert (found.height, found.width) == frames[0].shape[:2]
     np.testing.assert_allclose(found.times - found.times[0], times, atol=2e-3)
     windows = cut_windows(found, Cut(num_frames, 16))
@@ -182,7 +182,7 @@ def test_damaged_files_are_refused_with_a_reason(videos, tmp_path, name, reason)
     path = tmp_path / name
     write_damaged(videos, path)
     with pytest.raises(ValueError, match=reason) as caught:
-        probe(path, whole=True)
+        list(read_whole(path, probe(path)))
     # Reasons go into files that are the same for the same footage: no clock times, no paths of this machine.
     assert str(tmp_path) not in str(caught.value)
     assert "/project/" not in str(caught.value)

@@ -22,7 +22,6 @@ from wantrain.data import (
     Plan,
     encode_shards,
     find_footage,
-    loader,
     make_footage,
     prefetch,
     read_manifest,
@@ -366,7 +365,8 @@ def test_answers_come_in_order_from_a_thread_that_is_ahead_by_depth():
 
 def test_a_thread_that_is_gone_without_a_word_is_an_error_and_no_wait_for_ever(monkeypatch):
     """R15: what kills a thread of Python's own is not known; what then happens must be."""
-    monkeypatch.setattr(loader, "_answer", lambda requests, ready, stopped: ready.put(next(requests)()))
+    answers = sys.modules["wantrain.data.prefetch"]
+    monkeypatch.setattr(answers, "_answer", lambda requests, ready, stopped: ready.put(next(requests)()))
     answers = prefetch(numbers(5))
     assert next(answers).positions == (0,)
     with pytest.raises(ValueError, match="the thread that loads data is gone"):

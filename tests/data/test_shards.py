@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import webdataset
 
-from wantrain.data import find_footage, make_footage, read_manifest, write_video_shards
-from wantrain.data.shards import check_shards, read_video_shards
+from wantrain.data import check_folder, find_footage, make_footage, read_manifest, write_video_shards
+from wantrain.data.footage import probe, read_whole
+from wantrain.data.shards import TarWriter, check_shards, read_video_shards
+from wantrain.data.survey import Surveys
 
 SETTINGS = {
     "model": "tiny",
@@ -63,7 +68,8 @@ def read_rejects(folder):
 
 
 def contents(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def test_a_sample_is_the_file_with_what_was_found_out(source, shards):
@@ -93,16 +99,13 @@ def test_counts_and_hashes_are_in_the_manifest(shards):
     assert manifest["files_seen"] == manifest["files_used"] + manifest["files_rejected"] == 7
     assert manifest["clips"] == sum(len(sample.about["windows"]) for sample in samples(shards))
     assert sum(row["samples"] for row in manifest["shards"]) == 7
-    assert [row["name"] for row in manifest["shards"]] == [f"video-{n:06d}.tar" for n in range(len(manifest["shards"]))]
-    assert len(manifest["shards"]) >= 3
+    assert len({row["name"] for row in manifest["shards"]}) == len(manifest["shards"]) >= 3
     for row in manifest["shards"]:
         content = (shards / row["name"]).read_bytes()
         assert (row["bytes"], row["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    assert sorted(path.name for path in shards.iterdir()) == [
-        "manifest.json",
-        "rejects.jsonl",
-        *(row["name"] for row in manifest["shards"]),
-    ]
+    assert sorted(contents(shards)) == sorted(
+        ["manifest.json", "rejects.jsonl", *(row["name"] for row in manifest["shards"])]
+    )
 
 
 def test_the_same_footage_gives_the_same_bytes(source, shards, tmp_path):
@@ -118,7 +121,7 @@ def test_the_same_footage_gives_the_same_bytes(source, shards, tmp_path):
 
 
 def test_others_can_read_the_tars(shards):
-    names = [str(path) for path in sorted(shards.glob("*.tar"))]
+    names = [str(shards / row["name"]) for row in read_manifest(shards, "video")["shards"]]
     theirs = list(webdataset.WebDataset(names, shardshuffle=False))
     for their, our in zip(theirs, samples(shards), strict=True):
         assert their["__key__"] == our.key
@@ -208,9 +211,9 @@ def test_finished_shards_are_left_alone(source, mine, capsys):
 def test_shards_made_otherwise_are_refused(source, footage, mine, tmp_path):
     with pytest.raises(ValueError, match=r"made otherwise \(num_frames: 17 -> 9; fps: 16\.0 -> 8\.0\)"):
         shard(source, mine, num_frames=9, fps=8)
-    (footage / "clip-0000.txt").write_text("another caption")
-    with pytest.raises(ValueError, match=r"made otherwise \(footage: other files, bytes or captions\)"):
-        shard(footage, mine)
+    make_footage(tmp_path / "other", num_videos=2, num_images=0, seed=7)
+    with pytest.raises(ValueError, match=r"made otherwise \(footage: other files altogether\)"):
+        shard(tmp_path / "other", mine)
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds something else"):
@@ -229,10 +232,104 @@ def test_an_error_leaves_no_half_shard(source, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wantrain.data.cutting.to_json", fail)
+    monkeypatch.setattr("wantrain.data.shards.TarWriter.write", fail)
     with pytest.raises(KeyboardInterrupt):
         shard(source, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rejects.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".surveys", "rejects.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------- only what changed
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of files that were decoded, in order."""
+    names, job = [], Surveys._job
+    monkeypatch.setattr(Surveys, "_job", lambda self, file: (names.append(file.name), job(self, file))[1])
+    return names
+
+
+def test_an_edited_caption_writes_one_tar_and_decodes_nothing(footage, mine, read, tmp_path):
+    (footage / "clip-0001.txt").write_text("another caption")
+    before = {path: path.stat().st_mtime_ns for path in mine.glob("*.tar")}
+    shard(footage, mine, shard_bytes=10_000)
+    after = {path: path.stat().st_mtime_ns for path in mine.glob("*.tar")}
+    assert read == [] and len(dict(after.items() - before.items())) == 1
+    shard(footage, tmp_path / "fresh", shard_bytes=10_000)
+    assert contents(mine) == contents(tmp_path / "fresh"), "history leaves no trace"
+
+
+def test_files_that_come_and_go_cost_what_is_new(footage, mine, read, tmp_path):
+    (footage / "clip-0001.mp4").unlink()
+    (footage / "clip-0002.mp4").rename(footage / "clip-0009.mp4")
+    (footage / "clip-0002.txt").rename(footage / "clip-0009.txt")
+    make_footage(tmp_path / "more", num_videos=1, num_images=0, seed=7)
+    shutil.copy(tmp_path / "more" / "clip-0000.mp4", footage / "clip-0003a.mp4")
+    (footage / "clip-0003a.txt").write_text("new")
+    shard(footage, mine, shard_bytes=10_000)
+    assert read == ["clip-0003a.mp4"]
+    assert len(list((mine / ".surveys").iterdir())) == read_manifest(mine, "video")["files_used"]
+    shard(footage, tmp_path / "fresh", shard_bytes=10_000)
+    assert contents(mine) == contents(tmp_path / "fresh")
+
+
+def test_until_the_end_the_folder_is_what_it_was(footage, mine, monkeypatch):
+    """A kill anywhere: every name that the manifest knows has its bytes; the next run ends it and decodes nothing."""
+    for path in footage.glob("*.txt"):
+        path.write_text(f"other words for {path.stem}")
+    before, write, written = contents(mine), TarWriter.write, []
+
+    def stop(self, *given):
+        written.append(given)
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        return write(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TarWriter, "write", stop)
+        shard(footage, mine, shard_bytes=10_000)
+    assert before.items() <= contents(mine).items()
+    check_folder(mine)
+    shard(footage, mine, shard_bytes=10_000)
+    check_folder(mine)
+    assert not before.keys() & {path.name for path in mine.glob("*.tar")}
+
+
+def test_a_tar_that_is_lost_is_made_again(source, shards, mine, read):
+    (mine / read_manifest(mine, "video")["shards"][1]["name"]).unlink()
+    shard(source, mine, shard_bytes=10_000)
+    assert contents(mine) == contents(shards) and read == []
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies"])
+def test_a_file_that_hangs_or_kills_its_decoder_is_a_reject(source, tmp_path, monkeypatch, how):
+    def bad(path):
+        if path.name == "clip-0001.mp4":
+            time.sleep(60) if how == "hangs" else os.kill(os.getpid(), signal.SIGKILL)
+        return probe(path)
+
+    monkeypatch.setattr("wantrain.data.survey.probe", bad)
+    manifest = shard(source, tmp_path / "out", timeout=1.0, workers=2, rejects_limit=0.5)
+    ((name, reason),) = [row.values() for row in read_rejects(tmp_path / "out")]
+    assert name == "clip-0001.mp4" and reason.startswith(
+        "its decoder gave no" if how == "hangs" else "its decoder died"
+    )
+    assert manifest["files_used"] == 6
+
+
+def test_a_long_file_has_its_time_as_long_as_frames_come(source, tmp_path, monkeypatch):
+    def slow(path, found):
+        for frame in read_whole(path, found):
+            time.sleep(0.1)
+            yield frame
+
+    monkeypatch.setattr("wantrain.data.survey.read_whole", slow)
+    monkeypatch.setattr("wantrain.data.survey.BEAT", 0.2)
+    only = tmp_path / "one"
+    only.mkdir()
+    for suffix in ("mp4", "txt"):
+        shutil.copy(source / f"clip-0000.{suffix}", only)
+    assert shard(only, tmp_path / "out", timeout=0.8)["files_used"] == 1
 
 
 # -------------------------------------------------------------------------------------------------- damage
@@ -275,7 +372,7 @@ def test_a_damaged_shard_is_an_error_never_a_shorter_epoch(mine, damage, number)
 
 def test_by_size_alone_a_cut_is_still_seen(mine):
     manifest = read_manifest(mine, "video")
-    damage_between_members(mine / "video-000000.tar")
+    damage_between_members(mine / manifest["shards"][0]["name"])
     with pytest.raises(ValueError, match="is damaged"):
         check_shards(mine, manifest, hashes=False)
 

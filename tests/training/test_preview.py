@@ -164,7 +164,7 @@ def test_scalars_of_steps_before_a_preview_are_not_behind_it():
             assert not logged or step >= logged[-1][0], "W&B would drop this"
             logged.append((step, sorted(values)))
 
-        def finish(self):
+        def finish(self, exit_code):
             logged.append((99, []))
 
     class Wandb:

@@ -11,6 +11,7 @@ import pytest
 
 from wantrain.training import trackers
 from wantrain.training.metrics import Metrics
+from wantrain.training.stepper import Stepper
 from wantrain.training.trackers import Behind, build_tracker
 
 
@@ -27,8 +28,8 @@ class Kept:
     def previews(self, step, looks):
         self.told.append((step, looks))
 
-    def close(self):
-        self.told.append("closed")
+    def close(self, *, failed=False):
+        self.told.append("failed" if failed else "closed")
 
 
 def steps(metrics, count):
@@ -100,6 +101,24 @@ def test_a_run_with_a_broken_tracker_ends_well(tiny, call, tmp_path, monkeypatch
     ended = call("train.py", *run, "tracker=wandb")
     assert "warning: the tracker failed (OSError: proxy refused)" in ended.stdout
     assert logged(tmp_path / "runs" / "r" / "metrics.jsonl")[-1] == 3
+
+
+def test_an_error_that_ends_a_run_is_told_to_its_tracker_with_the_last_steps(tiny, call, tmp_path, monkeypatch):
+    """Steps since the last line on the console are in the log and with the tracker, and it is told how it ended."""
+    kept, update, calls = Kept(), Stepper.update, iter(range(1, 100))
+
+    def breaking(self):
+        if next(calls) == 4:
+            raise ValueError("the device is gone")
+        return update(self)
+
+    monkeypatch.setattr(trackers, "WandbTracker", lambda *_: kept)
+    monkeypatch.setattr(Stepper, "update", breaking)
+    run = (*tiny.train, "init=scratch", "batch_size=4", "steps=8", "run=r")
+    ended = call("train.py", *run, "tracker=wandb", check=False)
+    assert ended.returncode == 2 and "the device is gone" in ended.error
+    assert kept.told[-1] == "failed" and [told[0] for told in kept.told[:-1]] == [1, 2, 3]
+    assert logged(tmp_path / "runs" / "r" / "metrics.jsonl") == [1, 2, 3]
 
 
 def test_a_log_that_the_disk_refuses_waits_and_is_whole_later(tmp_path, capsys, monkeypatch):

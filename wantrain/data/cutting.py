@@ -5,10 +5,12 @@ The ledger has a place for every file, clip and second.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from wantrain import world
-from wantrain.data import headers, likeness
-from wantrain.data.footage import IMAGES, Footage, Reject, probe, probe_mask
+from wantrain.data import likeness
+from wantrain.data.footage import Footage, Reject, probe_mask
 from wantrain.data.ledger import Ledger
-from wantrain.data.scenes import SceneDetector, library
-from wantrain.data.shards import MANIFEST, MASK, SCHEMA, ShardWriter, finished, to_json, write_rejects
+from wantrain.data.scenes import library
+from wantrain.data.shards import MANIFEST, SCHEMA, VideoTars, claim, is_whole, write_rejects
+from wantrain.data.survey import Survey, Surveys
 from wantrain.data.windows import Cut, Probe, Window, cut_windows, frames_on_screen, spans
-from wantrain.video import Frames
 from wantrain.world import file_hash
 
+#: The hidden folder of a folder of shards that keeps what its files show.
+SURVEYS = ".surveys"
 #: Findings that a manifest lists by name, of each kind.
 NAMED = 100
 
@@ -48,13 +52,17 @@ def write_video_shards(
     static: str = "report",
     duplicates: str = "report",
     seed: int = 0,
+    workers: int | None = None,
+    timeout: float = 120.0,
 ) -> dict[str, Any]:
     """Probe every file, choose its windows and write the files with captions into shards; returns the manifest.
 
-    `fps=None` takes every file's own frames; for num_frames to lengths and seed see `windows.Cut`. `scenes="split"`
-    cuts each scene by itself. Clips that stand still (`static`) and those that look like an earlier one (`duplicates`)
-    are found; "drop" leaves them out. Rejected files go to rejects.jsonl with the reason. ValueError if more than
-    `rejects_limit` of them are (no manifest then), or if `out` holds something else.
+    `fps=None` takes every file's own frames; for num_frames to lengths and seed see `windows.Cut`, for workers and
+    timeout `survey.Surveys`. `scenes="split"` cuts each scene by itself. Clips that stand still (`static`) and those
+    that look like an earlier one (`duplicates`) are found; "drop" leaves them out. Rejected files go to rejects.jsonl
+    with the reason. Where `out` is finished, with the same settings and some of the same files, only what differs is
+    made, and until the end it stays what it was. ValueError if more than `rejects_limit` are rejected (no manifest
+    then), or if `out` holds something else.
     """
     cut = Cut(num_frames, fps, clips, stride, stretch, tuple(sorted(lengths)), seed)
     for key, choice, choices in [
@@ -83,20 +91,27 @@ def write_video_shards(
         "seed": seed,
         "footage": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
     }
-    done = finished(out, "video", settings)
-    if done is not None:
-        return done
-    cutter = _Cutter(cut, scenes == "split", {"static": static == "drop", "duplicate": duplicates == "drop"})
+    surveys = functools.partial(Surveys, out / SURVEYS, split=scenes == "split", workers=workers, timeout=timeout)
+    earlier = claim(out, "video", settings, same_footage=lambda: surveys().know_one_of(digests))
+    if earlier is not None and earlier["settings"] == settings and is_whole(out, earlier):
+        world.say(f"{out} is finished already: {earlier['clips']} clips; nothing to do")
+        return earlier
+    cutter = _Cutter(cut, {"static": static == "drop", "duplicate": duplicates == "drop"})
     for reject in rejects:
         cutter.reject(reject)
-    total = len(footage) + len(rejects)
-    with ShardWriter(out, "video", shard_bytes) as writer:
+    total, tars = len(footage) + len(rejects), VideoTars(out, shard_bytes, earlier)
+    firsts = {digest: file for file, digest in reversed(list(zip(footage, digests, strict=True)))}
+    order = [(file, digest) for file, digest in zip(footage, digests, strict=True) if firsts[digest] is file]
+    made = surveys()
+    with closing(made.of(order)) as found:
         for file, digest in zip(
             tqdm(footage, desc="shard", unit="file", disable=not world.is_main()), digests, strict=True
         ):
-            about = cutter.take(file, digest)
-            if about is not None:
-                writer.write(digest[:16], {file.extension: file.read(), **_mask_member(file), "json": to_json(about)})
+            if firsts[digest] is not file:
+                cutter.take_copy(file, digest)
+            elif (about := cutter.take(file, digest, next(found))) is not None:
+                tars.add(file, digest[:16], about)
+    shards = tars.finish()
     write_rejects(out, cutter.rejects, total, rejects_limit, "file")
     manifest = {
         "schema": SCHEMA,
@@ -109,9 +124,11 @@ def write_video_shards(
         "ledger": cutter.ledger.told(),
         "findings": cutter.findings(),
         "alike": cutter.alike_files(),
-        "shards": writer.shards,
+        "shards": shards,
     }
     world.write_json(out / MANIFEST, manifest)
+    tars.remove_others()
+    made.forget_all_but(set(digests))
     _say(out, manifest, cutter.ledger)
     return manifest
 
@@ -133,11 +150,6 @@ def _say(out: Path, manifest: dict[str, Any], ledger: Ledger) -> None:
             f"  {alike['clips']} clips look like one of another file (first: {one}, like {other}); training keeps such "
             "files on one side of data.holdout, duplicates=drop leaves them out"
         )
-
-
-def _mask_member(file: Footage) -> dict[str, bytes]:
-    """The mask of a file, by its extension in a tar."""
-    return {} if file.mask is None else {f"{MASK}{file.mask.suffix.lower()[1:]}": file.mask.read_bytes()}
 
 
 def _digest(file: Footage) -> str:
@@ -172,11 +184,11 @@ class _Cutter:
     """One run over footage: what is entered in the ledger, what was rejected, what was found."""
 
     cut: Cut
-    split: bool
     drops: dict[str, bool]
     ledger: Ledger = field(default_factory=Ledger)
     rejects: list[Reject] = field(default_factory=list)
     used: dict[str, _Copy] = field(default_factory=dict)
+    failed: dict[str, tuple[Reject, float]] = field(default_factory=dict)
     memory: likeness.Memory = field(default_factory=likeness.Memory)
     still: list[str] = field(default_factory=list)
     alike: list[tuple[likeness.Clip, likeness.Clip]] = field(default_factory=list)
@@ -186,30 +198,44 @@ class _Cutter:
         self.rejects.append(reject)
         self.ledger.files.drop(reject.kind, 1)
 
-    def take(self, file: Footage, digest: str) -> dict[str, Any] | None:
+    def take_copy(self, file: Footage, digest: str) -> None:
+        """A file with the bytes of an earlier one: it is not used, nor looked into."""
+        if digest in self.failed:
+            reject, seconds = self.failed[digest]
+            self.reject(replace(reject, name=file.name))
+            self.ledger.drop_seconds(reject.kind, seconds)
+            return
+        copy = self.used[digest]
+        self.reject(Reject(file.name, f"same bytes as {copy.name}", bad=False, kind="copy"))
+        self.ledger.drop_seconds("copy", copy.seconds)
+
+    def _fail(self, reject: Reject, digest: str, seconds: float) -> None:
+        """A file that cannot be used; whatever has its bytes cannot either."""
+        self.failed[digest] = reject, seconds
+        self.reject(reject)
+
+    def take(self, file: Footage, digest: str, survey: Survey | str) -> dict[str, Any] | None:
         """What a video shard says about a file; None if it is not used, which is noted with the reason."""
-        if digest in self.used:
-            copy = self.used[digest]
-            self.reject(Reject(file.name, f"same bytes as {copy.name}", bad=False, kind="copy"))
-            self.ledger.drop_seconds("copy", copy.seconds)
+        if isinstance(survey, str):
+            self._fail(Reject(file.name, survey), digest, 0.0)
             return None
+        found = survey.found
         try:
-            found, looks, begins = self._read(file)
             masked = _about_mask(file, found)
         except ValueError as error:
-            self.reject(Reject(file.name, str(error)))
+            self._fail(Reject(file.name, str(error)), digest, 0.0)
             return None
         try:
-            windows = cut_windows(found, self.cut, scenes=begins, name=digest)
+            windows = cut_windows(found, self.cut, scenes=survey.begins, name=digest)
         except ValueError as error:
-            self.reject(Reject(file.name, str(error), kind="too short"))
             self.ledger.drop_seconds("too short", found.seconds)
+            self._fail(Reject(file.name, str(error), kind="too short"), digest, found.seconds)
             return None
         fps = self.cut.fps or found.rate
-        kept = self._choose(file, digest, found, looks, windows, fps)
+        kept = self._choose(file, digest, survey, windows, fps)
         if not kept:
             reason = "none of its clips is used: they stand still, or look like others"
-            self.reject(Reject(file.name, reason, bad=False, kind="no clip used"))
+            self._fail(Reject(file.name, reason, bad=False, kind="no clip used"), digest, found.seconds)
             return None
         self.used[digest] = _Copy(file.name, found.seconds)
         self.ledger.files.use(1)
@@ -228,40 +254,20 @@ class _Cutter:
             "windows": [asdict(window) for window in kept],
         }
 
-    def _read(self, file: Footage) -> tuple[Probe, NDArray[np.uint8], list[float]]:
-        """A file read to its end: what it shows, how each frame looks from afar, when its scenes begin.
-
-        ValueError with the reason if it cannot be used.
-        """
-        looks: list[likeness.Look] = []
-        scenes = SceneDetector() if self.split and f".{file.extension}" not in IMAGES else None
-
-        def watch(frame: Frames) -> None:
-            looks.append(likeness.look(frame))
-            if scenes is not None:
-                scenes.watch(frame)
-
-        with file.on_disk() as path:
-            found = probe(path, whole=True, watch=watch)
-            if not found.is_image:
-                headers.refuse(headers.read_header(path), Path(file.name).name)
-        return found, np.stack(looks), scenes.begins(found.times) if scenes is not None else []
-
     def _choose(
         self,
         file: Footage,
         digest: str,
-        found: Probe,
-        looks: NDArray[np.uint8],
+        survey: Survey,
         windows: list[Window],
         fps: float,
     ) -> list[Window]:
         """The windows that are used; each one, and what none of them covers, is entered in the ledger."""
-        kept, rest = [], found.seconds
+        found, kept, rest = survey.found, [], survey.found.seconds
         for number, (window, seconds) in enumerate(zip(windows, spans(found, windows, fps), strict=True)):
             rest -= seconds
             name = f"{file.name} (clip {number})"
-            reason = self._finding(digest, name, looks[frames_on_screen(found, window, fps)])
+            reason = self._finding(digest, name, survey.looks[frames_on_screen(found, window, fps)])
             if reason is not None:
                 self.ledger.drop_clip(reason, seconds)
             else:

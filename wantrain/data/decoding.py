@@ -41,7 +41,8 @@ WAITING_BYTES = 1 << 30
 ATTEMPTS = 2
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
-Read = Callable[[dict[str, Any]], Iterator[Frames]]
+#: None is a sign of life of a reader that has nothing to give yet.
+Read = Callable[[dict[str, Any]], Iterator[Frames | None]]
 
 
 class Damaged(ValueError):
@@ -69,7 +70,8 @@ class Decoders:
     timeout  seconds that a file may take to give its next clip, and as much again for each whole minute of footage
              before that clip, which has to be read first
 
-    A ValueError of `read` is a reject, `Damaged` and every other exception are raised here.
+    A reader that yields None begins its time anew. A ValueError of `read` is a reject, `Damaged` and every other
+    exception are raised here.
     """
 
     def __init__(self, read: Read, *, workers: int, timeout: float) -> None:
@@ -210,6 +212,9 @@ def _serve(
         said: dict[str, Any] = {"end": True}
         try:
             for frames in read(request):
+                if frames is None:
+                    answers.send(json.dumps({"alive": True}).encode())
+                    continue
                 _hand_over(answers, frames)
                 requests.recv_bytes()  # leave to go on
         except Damaged as error:
@@ -353,6 +358,9 @@ class _Pump:
         if file is not None:
             reading.given, reading.deaths, reading.deadline = reading.given + 1, 0, None
             return self._give(reading, Decoded(_mapped(file, said["shape"])))
+        if "alive" in said:
+            reading.deadline = time.monotonic() + self.timeout
+            return None
         if "damaged" in said:
             raise Damaged(said["damaged"])
         if "bug" in said:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,11 @@ class Footage:
         paths = [self.path.parent / MASKS / name for name in names] if self.member is None else []
         return next((path for path in paths if path.is_file()), None)
 
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+        return self.path.stat().st_size if self.member is None else self.member[1]
+
     def read(self) -> bytes:
         """Its bytes."""
         offset, size = self.member or (0, -1)
@@ -129,27 +134,17 @@ def _open(path: Path) -> decord.VideoReader:
     return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
 
 
-def probe(path: Path, *, whole: bool = False, watch: Callable[[Frames], object] | None = None) -> Probe:
-    """Look into a file and decode its first frame, or all of them if `whole`. ValueError with the reason if it fails.
-
-    `watch` is shown every frame (H, W, 3) that is decoded. A damaged file is refused as a whole: how many frames decord
-    gives before it reports damage is a race.
-    """
-    watch = watch or (lambda _: None)
+def probe(path: Path) -> Probe:
+    """Look into a file and decode its first frame. ValueError with the reason if it fails."""
     if path.suffix.lower() in IMAGES:
         image = _read_image(path)
-        watch(image)
         return Probe(image.shape[0], image.shape[1], np.zeros(1), 0.0)
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
     try:
         reader = _open(path)
         spans = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64).reshape(-1, 2)
-        frame = _next_frame(reader)
-        height, width = frame.shape[:2]
-        watch(frame)
-        for _ in range(int((spans[:, 0] > -EPSILON).sum()) - 1 if whole else 0):
-            watch(_next_frame(reader))
+        height, width = _next_frame(reader).shape[:2]
     except Exception as error:  # every decoder failure has a class of its own
         raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
     if not (np.abs(spans) < 1e8).all():
@@ -162,6 +157,22 @@ def probe(path: Path, *, whole: bool = False, watch: Callable[[Frames], object] 
         raise ValueError("has no frame that is displayed")
     times = np.sort(shown[:, 0])
     return Probe(height, width, times, max(float(shown[:, 1].max()), float(times[-1])))
+
+
+def read_whole(path: Path, found: Probe) -> Iterator[Frames]:
+    """Every displayed frame (H, W, 3) of a file, in order. ValueError with the reason if one cannot be decoded.
+
+    A damaged file is to be refused as a whole: how many frames decord gives before it reports damage is a race.
+    """
+    if path.suffix.lower() in IMAGES:
+        yield _read_image(path)
+        return
+    try:
+        reader = _open(path)
+        for _ in found.times:
+            yield _next_frame(reader)
+    except Exception as error:  # every decoder failure has a class of its own
+        raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
 
 
 def read_windows(

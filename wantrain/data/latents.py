@@ -183,7 +183,7 @@ class LatentFolder:
             for path in self.out.glob(pattern):
                 if path.name not in keep:
                     path.unlink()
-        for pattern in (".latent-*", ".text-*", ".rank-*.json*"):
+        for pattern in (".latent-*", ".text-*", ".rank-*.json", ".*.tmp"):  # the last: what a kill left half written
             for path in self.out.glob(pattern):
                 path.unlink(missing_ok=True)
         return manifest

@@ -6,7 +6,6 @@ faster than the pipe of a worker process (measured: 1,500 clips a second against
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,17 +47,27 @@ def split_groups(groups: NDArray[np.uint64], share: float, seed: int) -> tuple[I
     """
     if not 0 <= share < 1:
         raise ValueError(f"data.holdout={share} must be in [0, 1)")
-    unique = np.unique(groups)
-    ranked = sorted(unique.tolist(), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
-    places = {group: place for place, group in enumerate(ranked[: round(share * len(unique))])}
-    place = np.array([places.get(group, -1) for group in groups.tolist()])
-    held = np.flatnonzero(place >= 0)
-    if len(held) == len(groups):
+    hashes = _hashes(groups, seed)
+    ranked = np.sort(hashes)
+    ranked = ranked[np.diff(ranked, prepend=~ranked[:1]) != 0]  # each group once
+    count = round(share * len(ranked))
+    if 0 < len(ranked) == count:
         raise ValueError(
-            f"data.holdout={share} holds out all {len(unique)} files (those that look alike counted as one); make it "
+            f"data.holdout={share} holds out all {len(ranked)} files (those that look alike counted as one); make it "
             "smaller, or add footage"
         )
-    return np.flatnonzero(place < 0), held[np.argsort(place[held], kind="stable")]
+    held = hashes < ranked[count] if len(ranked) else np.zeros(0, dtype=bool)
+    order = np.argsort(hashes[held], kind="stable")
+    return np.flatnonzero(~held), np.flatnonzero(held)[order]
+
+
+def _hashes(groups: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """A 64-bit hash of (seed, group) for each; another group never has the same."""
+    mixed = groups + np.uint64(world.seed_at(seed, "holdout"))
+    # The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): a million take 20 ms.
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def one_per_group(samples: Indices, groups: NDArray[np.uint64]) -> Indices:
@@ -178,14 +187,16 @@ class LatentData:
         draws: Sequence[int | str],
     ) -> Batch:
         """Windows of clips of one bucket; `draws` is what draws the kind of condition of each."""
-        latents, records = [], []
-        for clip, window, draw in zip(clips, windows, draws, strict=True):
+        latents_BCTHW, records = torch.empty(0), []
+        for number, (clip, window, draw) in enumerate(zip(clips, windows, draws, strict=True)):
             tensors = self._tensors_of(clip, window)
             records.append(self._known(window, tensors, self._bucket(clip), draw))
-            latents.append(tensors["latents"].float())
+            if number == 0:
+                latents_BCTHW = torch.empty(len(clips), *tensors["latents"].shape)
+            latents_BCTHW[number] = tensors["latents"]  # from bf16 to its place in one go: new memory is what costs
         condition, mask = self.conditions.tell(records)
         names = tuple(self.index.name(window) for window in windows)
-        return Batch(torch.stack(latents), pad_texts(texts), names, tuple(positions), mask, condition)
+        return Batch(latents_BCTHW, pad_texts(texts), names, tuple(positions), mask, condition)
 
     def _known(
         self, window: int, tensors: Mapping[str, Tensor], bucket: geometry.Bucket, draw: int | str
@@ -222,7 +233,7 @@ class LatentData:
         except Exception as error:  # safetensors raises its own class for every kind of damage
             raise ValueError(f"{self.folder}/{tar}, {what}: damaged ({error}); encode the shards again") from error
         for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # of bf16 ten times as fast as asking each
                 raise ValueError(f"{self.folder}/{tar}, {what}: {name} hold NaN or infinity; encode the shards again")
         return tensors
 

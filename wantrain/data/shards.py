@@ -7,10 +7,11 @@ short reads as a shorter epoch without an error.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from webdataset import tariterators
 
 from wantrain import world
-from wantrain.data.footage import IMAGES, VIDEOS, Reject
+from wantrain.data.footage import IMAGES, VIDEOS, Footage, Reject
 from wantrain.world import file_hash
 
 #: Versions of the two formats: of folders of videos, and of folders of latents.
@@ -82,8 +83,8 @@ class TarWriter:
         with disk_errors(self.beside):
             self._tar.close()
             world.sync_file(self.beside)
-        row = {**describe_file(self.beside), "name": final.name, "samples": self.samples}
-        self.beside.replace(final)
+            row = {**describe_file(self.beside), "name": final.name, "samples": self.samples}
+            self.beside.replace(final)
         return row
 
 
@@ -100,47 +101,57 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-class ShardWriter:
-    """Writes samples into numbered tars of about `shard_bytes`; `shards` describes the finished ones.
+class VideoTars:
+    """Files of footage gathered into tars of about `shard_bytes`, each named after what is in it.
 
-    `write` returns where a member's bytes lie: (shard number, offset, size).
+    A tar that is there already, of `earlier` (the manifest of a finished run) or of one that was killed, is not written
+    again; none is written over.
     """
 
-    def __init__(self, folder: Path, kind: str, shard_bytes: int) -> None:
-        self.folder, self.kind, self.shard_bytes = folder, kind, shard_bytes
-        self.shards: list[dict[str, Any]] = []
-        self.tar: TarWriter | None = None
-        for leftover in folder.glob(f".{kind}-*.tar.tmp"):
+    def __init__(self, out: Path, shard_bytes: int, earlier: Mapping[str, Any] | None) -> None:
+        self.out, self.shard_bytes = out, shard_bytes
+        self._earlier = {tar["name"]: tar for tar in (earlier or {"shards": []})["shards"]}
+        self._samples: list[tuple[Footage, str, bytes]] = []
+        self._size = 0
+        self._shards: list[dict[str, Any]] = []
+        for leftover in out.glob(".video-*.tmp"):
             leftover.unlink()
 
-    def __enter__(self) -> ShardWriter:
-        return self
+    def add(self, file: Footage, key: str, about: Mapping[str, Any]) -> None:
+        """Add a file, its mask if it has one, and what is said about it."""
+        self._samples.append((file, key, to_json(about)))
+        self._size += file.size + len(self._samples[-1][2])
+        if self._size >= self.shard_bytes:
+            self._end()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._finish()
-        elif self.tar is not None:
-            self.tar.__exit__(kind, error, trace)
+    def finish(self) -> list[dict[str, Any]]:
+        """What a manifest says about each tar."""
+        if self._samples:
+            self._end()
+        return self._shards
 
-    @property
-    def name(self) -> str:
-        return f"{self.kind}-{len(self.shards):06d}.tar"
+    def remove_others(self) -> None:
+        """Remove tars that are none of these."""
+        mine = {tar["name"] for tar in self._shards}
+        for path in self.out.glob("video-*.tar"):
+            if path.name not in mine:
+                path.unlink()
 
-    def write(self, key: str, members: Mapping[str, bytes]) -> dict[str, tuple[int, int, int]]:
-        """Add one sample: its members by extension."""
-        if self.tar is None:
-            self.tar = TarWriter(self.folder / f".{self.name}.tmp")
-        places = {extension: (len(self.shards), *place) for extension, place in self.tar.write(key, members).items()}
-        if self.tar.size >= self.shard_bytes:
-            self._finish()
-        return places
-
-    def _finish(self) -> None:
-        if self.tar is not None:
-            self.shards.append(self.tar.finish(self.folder / self.name))
-            self.tar = None
+    def _end(self) -> None:
+        content = "\n".join(f"{key}.{file.extension} {about.decode()}" for file, key, about in self._samples)
+        path = self.out / f"video-{hashlib.sha256(content.encode()).hexdigest()[:16]}.tar"
+        told = self._earlier.get(path.name)
+        if told is not None and path.is_file() and path.stat().st_size == told["bytes"]:
+            self._shards.append(told)
+        elif told is None and path.is_file():  # of a run that was killed: a tar has its name only when it is whole
+            self._shards.append({**describe_file(path), "samples": len(self._samples)})
+        else:
+            with TarWriter(path.with_name(f".{path.name}.tmp")) as tar:
+                for file, key, about in self._samples:
+                    mask = {} if file.mask is None else {MASK + file.mask.suffix.lower()[1:]: file.mask.read_bytes()}
+                    tar.write(key, {file.extension: file.read(), **mask, "json": about})
+                self._shards.append(tar.finish(path))
+        self._samples, self._size = [], 0
 
 
 @dataclass(frozen=True)
@@ -184,32 +195,42 @@ def write_rejects(
         raise ValueError(f"all {total} {unit}s are rejected; the reasons are in {out / REJECTS}")
 
 
-def finished(out: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of `out` if this very work is done already; None after claiming the folder for it.
+def claim(
+    out: Path, kind: str, settings: Mapping[str, Any], *, same_footage: Callable[[], bool]
+) -> dict[str, Any] | None:
+    """The manifest of `out`, made with these settings or with other footage; None, and claimed, if it is not finished.
 
-    ValueError if the folder holds something else, or the same kind of shards made with other settings.
+    `same_footage` says if an earlier run had some of the files. ValueError if the folder holds something else, or the
+    same kind of shards made with other settings.
     """
     if not (out / MANIFEST).is_file():
         world.claim_folder(out, mark=REJECTS, key="out")
         world.write_atomically(out / REJECTS, "")  # from here on the folder is ours, also after a kill
-        for stale in out.glob(f"{kind}-*.tar"):
-            stale.unlink()
         return None
     if load_manifest(out).get("kind") != kind:
         raise ValueError(f"out={out} holds shards of another kind; give another out=")
     manifest = read_manifest(out, kind)
     differing = [key for key in settings if manifest["settings"].get(key) != settings[key]]
-    if differing:
+    if differing and not (differing == ["footage"] and same_footage()):
         changes = "; ".join(_change(key, manifest["settings"].get(key), settings[key]) for key in differing)
         raise ValueError(f"out={out} holds {kind} shards made otherwise ({changes}); give another out=, or remove it")
-    world.say(f"{out} is finished already: {manifest['clips']} clips; nothing to do")
     return manifest
+
+
+def is_whole(out: Path, manifest: Mapping[str, Any]) -> bool:
+    """True if all files of a manifest are there in full size."""
+    return all(_has_size(out, file) for file in files_of(manifest))
+
+
+def _has_size(out: Path, file: Mapping[str, Any]) -> bool:
+    path = out / file["name"]
+    return path.is_file() and path.stat().st_size == file["bytes"]
 
 
 def _change(key: str, before: Any, now: Any) -> str:
     """One difference between settings, for people: hashes are not shown."""
     if key in {"footage", "shards"}:
-        return "footage: other files, bytes or captions" if key == "footage" else "shards: other video shards"
+        return "footage: other files altogether" if key == "footage" else "shards: other video shards"
     return f"{key}: {before} -> {now}"
 
 

@@ -21,7 +21,10 @@ from wantrain.training.trackers import NoTracker, Tracker
 
 
 class Metrics:
-    """One object per optimizer step into `path`, with what happened at it: loss, rates, validation."""
+    """One object per optimizer step into `path`, with what happened at it: loss, rates, validation.
+
+    A `with` around a run closes its tracker, and writes what an error has left pending.
+    """
 
     def __init__(self, path: Path, *, steps: int, peak: float | None = None) -> None:
         self.path, self.steps, self.peak = path, steps, peak
@@ -31,6 +34,15 @@ class Metrics:
         self.tracker: Tracker = NoTracker()
         self.pending: list[dict[str, Any]] = []
         self.lap = time.perf_counter()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            with suppress(Exception):  # a device that has failed gives no values; the error itself goes on
+                self.flush(speak=False)
+        self.tracker.close(failed=kind is not None)
 
     def cut_back(self, step: int) -> None:
         """Drop what was logged after the checkpoint that the run continues from (main process only)."""

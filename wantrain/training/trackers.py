@@ -45,8 +45,8 @@ class Tracker(Protocol):
     def previews(self, step: int, looks: Sequence[Look]) -> None:
         """Videos of one step, before its scalars."""
 
-    def close(self) -> None:
-        """Hand over what is still here."""
+    def close(self, *, failed: bool = False) -> None:
+        """Hand over what is still here; `failed` if an error ends the run."""
 
 
 class NoTracker:
@@ -56,7 +56,7 @@ class NoTracker:
 
     def previews(self, step: int, looks: Sequence[Look]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool = False) -> None: ...
 
 
 class WandbTracker:
@@ -94,10 +94,10 @@ class WandbTracker:
     def previews(self, step: int, looks: Sequence[Look]) -> None:
         self.waiting[step] = looks
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         for step in sorted(self.waiting):
             self.run.log(self._media(step), step=step)
-        self.run.finish()
+        self.run.finish(exit_code=1 if failed else 0)
 
     def _media(self, step: int) -> dict[str, Any]:
         """The videos of a preview, and for each prompt a table whose rows are steps."""
@@ -132,7 +132,7 @@ class TensorBoardTracker:
         for look in looks:
             self.writer.add_text(f"previews/{look.number}", f"{look.prompt} (seed {look.seed}): {look.file}", step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         self.writer.close()
 
 
@@ -152,9 +152,9 @@ class Behind:
     def previews(self, step: int, looks: Sequence[Look]) -> None:
         self._put(lambda tracker: tracker.previews(step, looks))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Wait until everything is told, up to `patience` seconds."""
-        self._put(lambda tracker: tracker.close())
+        self._put(lambda tracker: tracker.close(failed=failed))
         self._put(None)
         self.thread.join(self.patience)
         if self.thread.is_alive():
