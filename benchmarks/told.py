@@ -27,7 +27,7 @@ from wantrain.sampling import Sampler, Settings
 from wantrain.training.gather import build_sampler
 from wantrain.video import Frames, contact_sheet, to_frames
 
-CLIPS, TOGETHER = 32, 16
+CLIPS, STEPS, TOGETHER = 24, 20, 12
 BUCKET = geometry.Bucket(17, 64, 64)
 
 
@@ -37,21 +37,21 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kinds", nargs="+", default=["image", "boxes"])
     parser.add_argument("--clips", type=int, default=CLIPS)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--sheet", type=Path, help="write the first videos of each kind as one picture")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     world.set_threads()
     sampler, settings = open_sampler(options.folder, steps=options.steps, guidance=options.guidance)
-    results: dict[str, Any] = {"folder": options.folder.name, "clips": options.clips, "settings": str(settings)}
+    results: dict[str, Any] = {"clips": options.clips, "settings": str(settings)}
     for kind in options.kinds:
         results[kind] = measure(kind, sampler, settings, count=options.clips, sheet=options.sheet)
     print(in_markdown({kind: results[kind] for kind in options.kinds}))
     world.write_json(options.out, results)
 
 
-def open_sampler(folder: Path, *, steps: int = 30, guidance: float = 2.0) -> tuple[Sampler, Settings]:
+def open_sampler(folder: Path, *, steps: int = STEPS, guidance: float = 2.0) -> tuple[Sampler, Settings]:
     """The pipeline, and how it is sampled: its own shift, the same guidance for each expert."""
     boundary = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["boundary_ratio"]
     shift = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["flow_shift"]

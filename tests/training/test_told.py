@@ -107,7 +107,9 @@ def test_what_cannot_be_is_one_error_before_work_starts(train, told):
 
 def test_a_model_told_by_clean_frames_trains_on_plain_latents(tiny, call, tmp_path):
     own = (*tiny.train, "model=tiny_ti2v", "expert=dense", "init=scratch", "batch_size=4", "data.holdout=0.3")
-    call("train.py", *own, "data.condition={image: 1.0, nothing: 1.0}", "steps=2", "run=r")
+    seen = ("sample.every=2", "sample.count=2", "sample.steps=2")
+    call("train.py", *own, "data.condition={image: 1.0, nothing: 1.0}", "steps=2", "run=r", *seen)
+    assert len(list((tmp_path / "runs/r/samples").glob("*.mp4"))) == 4, "two clips, before and after"
     rows = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
 

@@ -127,10 +127,10 @@ def build_hooks(
 
 
 def what_to_show(data: Data, model: Mapping[str, Any], prompts: str | None, count: int) -> list[Asked]:
-    """What previews show: a file's prompts or held-out captions, at the model's size; a model that must be told what is
-    known of a video goes on from what it knows of held-out clips, at their sizes.
+    """What previews show: a file's prompts or held-out captions, at the model's size; without a file a model that is
+    told what is known of a video goes on from what it knows of held-out clips, at their sizes.
     """
-    if model["told_by"] == "channels":
+    if model["told_by"] is not None and prompts is None:
         return [Asked(*example) for example in cast(Latents, data).examples(count)]
     size = geometry.sizes(model["area"], model["multiple"], [1.0])[0]
     bucket = geometry.Bucket(model["num_frames"], *size)
