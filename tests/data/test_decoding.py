@@ -76,8 +76,10 @@ def test_many_clips_that_nobody_has_taken_yet_block_nobody():
         assert numbers([first, *found]) == wanted(jobs)
 
 
-def test_what_waits_is_bounded(monkeypatch, tmp_path):
-    monkeypatch.setattr(decoding, "WAITING_BYTES", 3 * frames_of(0, 0).nbytes)
+@pytest.mark.parametrize("least", [0, 4 << 20], ids=["bytes", "small clips by number"])
+def test_what_waits_is_bounded(least, monkeypatch, tmp_path):
+    monkeypatch.setattr(decoding, "LEAST_BYTES", least)
+    monkeypatch.setattr(decoding, "WAITING_BYTES", 3 * max(least, frames_of(0, 0).nbytes))
 
     def counted(request):
         for frames in read(request):

@@ -37,6 +37,8 @@ from wantrain.video import Frames
 #: Decoded clips that may wait to be used, in bytes, and as many behind a file whose turn comes first; beside them one
 #: of each worker.
 WAITING_BYTES = 1 << 30
+#: What a small clip counts as: so not more than 256 wait, and a long list of small ones takes no more memory.
+LEAST_BYTES = 4 << 20
 #: A worker that dies is replaced, and its file tried again, until it has died this often without giving a clip.
 ATTEMPTS = 2
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -121,7 +123,7 @@ class Decoders:
                 if isinstance(item, BaseException):
                     raise item
                 if item.frames is not None:
-                    pump.take(item.frames.nbytes)
+                    pump.take(_size(item))
                     self._rouse()
                 yield item
         finally:
@@ -411,7 +413,7 @@ class _Pump:
 
 
 def _size(item: Decoded | None) -> int:
-    return 0 if item is None or item.frames is None else item.frames.nbytes
+    return 0 if item is None or item.frames is None else max(LEAST_BYTES, item.frames.nbytes)
 
 
 def _mapped(file: int, shape: list[int]) -> Frames:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ PICKLES = frozenset((".pth", ".pt", ".bin"))
 SHARD_BYTES = 5 << 30
 #: Bytes at whose multiples torch begins its own tensors: one that begins elsewhere gives other last digits.
 ALIGNMENT = 64
+#: Tensors that are read at once on a CPU, at most: more memory traffic than that brings nothing.
+MOST_THREADS = 8
 #: Key of a file's metadata that holds nothing but spaces.
 PADDING = "padding"
 
@@ -150,12 +153,19 @@ def load_strict(
     lists the ends of names that may be zero).
     """
     _check_keys(module, tensors, where)
-    placed, ranges = {}, []
-    for key, tensor in tensors.items():
+
+    def prepare(item: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
+        key, tensor = item
         wanted = torch.float32 if any(part in key for part in fp32) else dtype
-        placed[key] = _place(tensor, device, wanted if tensor.is_floating_point() else tensor.dtype)
-        ranges.append(_range(placed[key]))
-    sick = []
+        own = _place(tensor, device, wanted if tensor.is_floating_point() else tensor.dtype)
+        return own, _range(own)
+
+    # Several at once: much of the time goes into pages that the kernel makes when they are first touched.
+    workers = min(world.cores(), MOST_THREADS) if torch.device(device).type == "cpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        prepared = list(pool.map(prepare, tensors.items()))
+    placed = dict(zip(tensors, (own for own, _ in prepared), strict=True))
+    ranges, sick = [found for _, found in prepared], []
     may_be_zero = getattr(module, "zero_at_start", ("bias",))
     # One look at all of them: looking at each would let a GPU wait a thousand times.
     for key, (low, high) in zip(placed, torch.stack(ranges).tolist(), strict=True):
