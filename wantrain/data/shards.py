@@ -26,7 +26,7 @@ from wantrain.data.footage import IMAGES, VIDEOS, Footage, Reject
 from wantrain.world import file_hash
 
 #: Versions of the two formats: of folders of videos, and of folders of latents.
-SCHEMA = 1
+SCHEMA = 2
 LATENT_SCHEMA = 2
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"

@@ -72,7 +72,7 @@ class Run:
             )
         for member in self.members.values():
             member.restore_optimizer(checkpoint)
-        self.tripwires.restore(state["usual"], self.members)
+        self.tripwires.restore(state.get("usual", {}), self.members)  # older runs learn it anew
         self.metrics.cut_back(state["step"])
         return int(state["step"])
 
