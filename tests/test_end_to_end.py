@@ -187,7 +187,9 @@ def test_a_negative_prompt_and_guidance_change_the_video_and_scale_one_ignores_i
     assert not np.array_equal(plain, video("other", "negative_prompt=blurry, dark"))
     assert not np.array_equal(plain, video("stronger", "guidance.low_noise=5"))
     scale_one = ("guidance.high_noise=1", "guidance.low_noise=1")
-    assert np.array_equal(video("one", *scale_one), video("one_negative", *scale_one, "negative_prompt=blurry"))
+    assert np.array_equal(
+        video("scale_one", *scale_one), video("scale_one_negative", *scale_one, "negative_prompt=blurry")
+    )
 
 
 def test_exported_loras_load_in_diffusers_and_equal_our_merged_experts(loras, pair):
