@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from wantrain.data import read_manifest
+from wantrain import world
+from wantrain.data import latents, read_manifest
 from wantrain.models import WanVAE
 from wantrain.models.text import TextEncoder
 
@@ -26,7 +28,8 @@ def mine(tiny, tmp_path):
 
 @pytest.fixture
 def encode(tiny, call):
-    return lambda *more: call("encode.py", "shards=videos", "out=latents", f"weights={tiny.base}", "area=1024", *more)
+    fixed = ("shards=videos", "out=latents", f"weights={tiny.base}", "area=1024")
+    return lambda *more, **options: call("encode.py", *fixed, *more, **options)
 
 
 def tars(folder):
@@ -95,8 +98,39 @@ def test_times_of_files_mean_nothing(mine, call, encode):
         assert "nothing to do" in encode().stdout
 
 
-def test_a_rename_that_takes_its_time_or_fails_leaves_the_folder_whole(mine, call, encode):
-    """A disk on the network: names appear late, and one day not at all."""
+def test_names_that_appear_late_are_waited_for(mine, call, encode):
+    """A disk on the network: what has been written is seen a second later."""
+    late, write = [], world.write_atomically
+
+    def slow(path, content):
+        if path.name.startswith((".latent-", ".text-")):
+            late.append(threading.Timer(1, write, (path, content)))
+            late[-1].start()
+        else:
+            write(path, content)
+
+    shutil.move(mine / "latents", mine / "before")
+    with mock.patch.object(world, "write_atomically", slow):
+        encode("report=none")
+    assert len(late) > 1
+    before, after = (read_manifest(mine / name, "latent") for name in ("before", "latents"))
+    assert before == after
+    assert not [path for path in (mine / "latents").iterdir() if path.name.startswith((".latent-", ".text-"))]
+
+
+def test_a_name_that_never_appears_is_one_error(mine, encode, monkeypatch):
+    monkeypatch.setattr(latents, "PATIENCE", 0.5)
+    shutil.rmtree(mine / "latents")
+    write = world.write_atomically
+    with mock.patch.object(
+        world, "write_atomically", lambda path, said: None if path.name.startswith(".text-") else write(path, said)
+    ):
+        error = encode("report=none", check=False).error
+    assert "is not there any more; start the same command again" in error
+
+
+def test_a_rename_that_fails_leaves_the_folder_whole(mine, call, encode):
+    """A disk on the network, one day."""
     (mine / "footage" / "clip-0003.txt").write_text("another caption")
     before, replace = json.loads((mine / "videos" / "manifest.json").read_text()), Path.replace
 

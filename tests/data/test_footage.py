@@ -103,6 +103,24 @@ def test_a_clip_is_what_a_player_shows(videos, name, num_frames):
         np.testing.assert_array_equal(clip, np.stack([frames[i] for i in on_screen]))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["plain.mp4", "open_gop.mp4", "hevc.mp4", "vp9.webm", "moving.gif", "cut_plain.mp4", "cut_open_gop.mp4",
+     "cut_hevc.mp4", "late.mkv", "variable.mp4"],
+)  # fmt: skip
+def test_a_clip_from_anywhere_shows_the_frames_of_the_whole(videos, name):
+    """What lies before a clip is skipped where that is right, also across keyframes and between two clips."""
+    path = videos / name
+    found = probe(path)
+    whole = list(read_whole(path, found))
+    assert len(whole) == len(found.times)
+    last = len(whole) - 5
+    for first, second in [(1, last), (17, 29), (24, 30), (29, 34), (30, 36), (last - 7, last)]:
+        windows = [Window(float(found.times[number]), 5, native=True) for number in (first, second)]
+        for number, clip in zip((first, second), read_windows(path, found, windows, 16), strict=True):
+            np.testing.assert_array_equal(clip, np.stack(whole[number : number + 5]))
+
+
 def test_frames_at_a_constant_rate_are_those_of_arithmetic(videos):
     for name, fps in [("plain.mp4", 24), ("eight.mp4", 8), ("thirty.mp4", 30)]:
         found = probe(videos / name)

@@ -5,6 +5,7 @@ The encoders are simple on purpose: a latent is a pixel, so what a model is told
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from wantrain.data import (
     encode_shards,
     find_footage,
     read_manifest,
+    survey,
     write_video_shards,
 )
 from wantrain.data.ledger import MICRO
@@ -215,6 +217,27 @@ def test_a_mask_that_is_not_of_its_clip_rejects_the_file_with_the_numbers(footag
     reasons = {row["name"]: row["reason"] for row in rows}
     assert "its mask masks/0.mp4 has 20 frames, its video 34" in reasons["0.mp4"]
     assert "its mask masks/1.mp4 is 32x64 (height x width), its video 64x64" in reasons["1.mp4"]
+
+
+def test_a_mask_that_is_damaged_or_hangs_its_decoder_rejects_its_file_and_no_other(footage, tmp_path, monkeypatch):
+    """Masks are read to their end in processes that can be killed, as footage is."""
+    source = shutil.copytree(footage, tmp_path / "footage")
+    whole = (source / "masks" / "1.mp4").read_bytes()
+    (source / "masks" / "1.mp4").write_bytes(whole[: len(whole) // 2])
+    read = survey.read_survey
+
+    def hangs(request):
+        if request["name"] == "masks/0.mp4":
+            time.sleep(60)
+        yield from read(request)
+
+    monkeypatch.setattr(survey, "read_survey", hangs)
+    manifest = shard(source, tmp_path / "videos", timeout=1.0)
+    rows = (tmp_path / "videos" / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    reasons = {row["name"]: row["reason"] for row in map(json.loads, rows)}
+    assert manifest["files_used"] == 4
+    assert "its mask masks/0.mp4 its decoder gave no clip within 1 s" in reasons["0.mp4"]
+    assert "its mask masks/1.mp4 cannot be decoded" in reasons["1.mp4"]
 
 
 def test_another_mask_is_another_latent_and_nothing_else_is(footage, videos, tmp_path):

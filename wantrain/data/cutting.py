@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from wantrain import world
 from wantrain.data import likeness
-from wantrain.data.footage import Footage, Reject, probe_mask
+from wantrain.data.captions import Told
+from wantrain.data.footage import Footage, Reject, check_mask
 from wantrain.data.ledger import Ledger
 from wantrain.data.scenes import library
 from wantrain.data.shards import MANIFEST, SCHEMA, VideoTars, claim, is_whole, write_rejects
 from wantrain.data.survey import Survey, Surveys
-from wantrain.data.windows import Cut, Probe, Window, cut_windows, frames_on_screen, spans
-from wantrain.world import file_hash
+from wantrain.data.windows import Cut, Window, cut_windows, frames_on_screen, spans
 
 #: The hidden folder of a folder of shards that keeps what its files show.
 SURVEYS = ".surveys"
@@ -75,8 +75,9 @@ def write_video_shards(
     if scenes == "split":
         library()  # says what is missing before any work
     digests = [_digest(file) for file in footage]
-    masks = [None if file.mask is None else file_hash(file.mask) for file in footage]
-    told = [[file.name, asdict(file.told), *hashes] for file, *hashes in zip(footage, digests, masks, strict=True)]
+    masks = [_mask_of(file) for file in footage]
+    mask_digests = [None if mask is None else _digest(mask) for mask in masks]
+    told = [[file.name, asdict(file.told), *own] for file, *own in zip(footage, digests, mask_digests, strict=True)]
     settings = {
         "model": model,
         "num_frames": num_frames,
@@ -101,16 +102,22 @@ def write_video_shards(
         cutter.reject(reject)
     total, tars = len(footage) + len(rejects), VideoTars(out, shard_bytes, earlier)
     firsts = {digest: file for file, digest in reversed(list(zip(footage, digests, strict=True)))}
-    order = [(file, digest) for file, digest in zip(footage, digests, strict=True) if firsts[digest] is file]
+    rows = list(zip(footage, digests, masks, mask_digests, strict=True))
+    order = list[tuple[Footage, str]]()  # each file, and after it its mask
+    for file, digest, mask, mask_digest in rows:
+        if firsts[digest] is file:
+            order += [(file, digest)] if mask is None else [(file, digest), (mask, str(mask_digest))]
     made = surveys()
     with closing(made.of(order)) as found:
-        for file, digest in zip(
-            tqdm(footage, desc="shard", unit="file", disable=not world.is_main()), digests, strict=True
-        ):
+        for file, digest, mask, mask_digest in tqdm(rows, desc="shard", unit="file", disable=not world.is_main()):
             if firsts[digest] is not file:
                 cutter.take_copy(file, digest)
-            elif (about := cutter.take(file, digest, next(found))) is not None:
-                tars.add(file, digest[:16], about)
+                continue
+            survey, masked = next(found), {} if mask_digest is None else {"mask": mask_digest}
+            if mask is not None:
+                survey = _with_mask(survey, mask, next(found))
+            if (about := cutter.take(file, digest, survey)) is not None:
+                tars.add(file, digest[:16], {**masked, **about})
     shards = tars.finish()
     write_rejects(out, cutter.rejects, total, rejects_limit, "file")
     manifest = {
@@ -128,7 +135,7 @@ def write_video_shards(
     }
     world.write_json(out / MANIFEST, manifest)
     tars.remove_others()
-    made.forget_all_but(set(digests))
+    made.forget_all_but({*digests, *(digest for digest in mask_digests if digest is not None)})
     _say(out, manifest, cutter.ledger)
     return manifest
 
@@ -160,15 +167,23 @@ def _digest(file: Footage) -> str:
         return f"{file.path}: {error}"
 
 
-def _about_mask(file: Footage, found: Probe) -> dict[str, str]:
-    """The hash of a file's mask, if it has one. ValueError with the reason if the two do not belong together."""
-    if file.mask is None:
-        return {}
+def _mask_of(file: Footage) -> Footage | None:
+    """The mask beside a file, as a file to be read like others."""
+    path = file.mask
+    return None if path is None else Footage(path, f"{path.parent.name}/{path.name}", Told())
+
+
+def _with_mask(survey: Survey | str, mask: Footage, read: Survey | str) -> Survey | str:
+    """What a file with a mask shows, or the reason why the two, or one of them, cannot be used."""
+    if isinstance(survey, str):
+        return survey
     try:
-        probe_mask(file.mask, found)
+        if isinstance(read, str):
+            raise ValueError(read)
+        check_mask(read.found, survey.found)
     except ValueError as error:
-        raise ValueError(f"its mask {file.mask.parent.name}/{file.mask.name} {error}") from error
-    return {"mask": file_hash(file.mask)}
+        return f"its mask {mask.name} {error}"
+    return survey
 
 
 @dataclass(frozen=True)
@@ -221,11 +236,6 @@ class _Cutter:
             return None
         found = survey.found
         try:
-            masked = _about_mask(file, found)
-        except ValueError as error:
-            self._fail(Reject(file.name, str(error)), digest, 0.0)
-            return None
-        try:
             windows = cut_windows(found, self.cut, scenes=survey.begins, name=digest)
         except ValueError as error:
             self.ledger.drop_seconds("too short", found.seconds)
@@ -240,7 +250,6 @@ class _Cutter:
         self.used[digest] = _Copy(file.name, found.seconds)
         self.ledger.files.use(1)
         return {
-            **masked,
             "caption": file.caption,
             "captions": list(file.told.captions) or [""],
             "weight": file.told.weight,

@@ -134,10 +134,7 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
     "wan_tiny": {"plain": {"num_videos": 1600, "num_images": 600, "seed": 1}},
     "vae": {"everything": {"num_videos": 240, "num_images": 16}},
     "vae_decoder": {"banded": {"num_videos": 600, "num_images": 0, "seed": 2}},
-    "wan_tiny_i2v": {
-        "plain": {"num_videos": 240, "num_images": 0, "seed": 4},
-        "wug": {"num_videos": 24, "num_images": 0, "seed": 5},
-    },
+    "wan_tiny_i2v": {"plain": {"num_videos": 1200, "num_images": 0, "seed": 4}},
     "wug": {"wug": {"num_videos": 24, "num_images": 0}, "plain": {"num_videos": 24, "num_images": 0, "seed": 3}},
 }
 

@@ -2,9 +2,10 @@
 
 decord is the reader, always asked by timestamp: headers lie about frame counts, and frames before an edit list have
 negative timestamps that no player shows. Three things about it were measured against PyAV and shape this file:
-- It is only ever read forwards from the first frame. Where it seeks (also in `get_batch` and `skip_frames`) it lands
-  on other frames than asked for after an edit list and in open groups of pictures, which x265 makes by default. Read
-  forwards it gives exactly the displayed frames.
+- It is only ever read forwards from the first frame. Where it seeks (also in `get_batch`, and in `skip_frames` past a
+  keyframe) it lands on other frames than asked for after an edit list and in open groups of pictures, which x265 makes
+  by default. Read forwards it gives exactly the displayed frames; short of a keyframe it may skip, which decodes them
+  and saves the rest, unless frames that are not displayed shift its count.
 - It decodes ahead without limit while its reader is idle, so a reader is never kept open while something else is done.
 - With more than one thread it fails on healthy VP9 files.
 A file that cannot be used is a Reject with its reason, never silence.
@@ -193,33 +194,51 @@ def read_windows(
     for first in range(0, len(windows), sitting):
         chosen = [frames_on_screen(found, window, fps).tolist() for window in windows[first : first + sitting]]
         try:
-            clips = _read_frames(path, chosen, size)
+            clips = _read_frames(path, len(found.times), chosen, size)
         except Exception as error:  # every decoder failure has a class of its own
             raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
         yield from clips
 
 
-def _read_frames(path: Path, chosen: list[list[int]], size: tuple[int, int] | None) -> list[Frames]:
+def _read_frames(path: Path, displayed: int, chosen: list[list[int]], size: tuple[int, int] | None) -> list[Frames]:
     """Several clips at once, each given by the numbers of its frames, none before the last one of the clip before."""
     reader, current, clips = _open(path), -1, []
+    keys = reader.get_key_indices() if len(reader) == displayed else []
+    may_skip = keys[:1] == [0]
+    fitted = np.empty(0, dtype=np.uint8)
     for numbers in chosen:
-        frames: list[Frames] = []
-        for number in numbers:
+        clip: Frames | None = None
+        for place, number in enumerate(numbers):
             if current < number:
-                for _ in range(current + 1, number):
-                    reader.next()
+                _pass_over(reader, current + 1, number, keys if may_skip else None)
                 fitted, current = fit_frame(_next_frame(reader), size), number
-            frames.append(fitted)
-        clips.append(np.stack(frames))
+            if clip is None:  # one block for all, not a list of frames: memory that is new costs as much as decoding
+                clip = np.empty((len(numbers), *fitted.shape), dtype=np.uint8)
+            clip[place] = fitted
+        assert clip is not None, "a window has frames"
+        clips.append(clip)
     return clips
 
 
-def probe_mask(path: Path, clip: Probe) -> Probe:
-    """Look into the mask of a clip. ValueError, to follow its name, unless they are of one size and length.
+def _pass_over(reader: decord.VideoReader, begin: int, end: int, keys: list[int] | None) -> None:
+    """Read frames `begin` to `end` - 1 without using them. `keys` are the keyframes; None: it must not skip."""
+    while begin < end:
+        # To skip up to a keyframe would be a seek to it.
+        following = end + 1 if keys is None else next((key for key in keys if key > begin), end + 1)
+        count = 0 if keys is None else min(end, following - 1) - begin
+        if count > 0:
+            reader.skip_frames(count)
+            begin += count
+        else:
+            reader.next()
+            begin += 1
+
+
+def check_mask(found: Probe, clip: Probe) -> None:
+    """Raise ValueError, to follow its name, unless a mask is of its clip's size and length.
 
     One picture is a mask for all frames.
     """
-    found = probe(path)
     if (found.height, found.width) != (clip.height, clip.width):
         raise ValueError(
             f"is {found.height}x{found.width} (height x width), its video {clip.height}x{clip.width}; a mask has the "
@@ -230,7 +249,6 @@ def probe_mask(path: Path, clip: Probe) -> Probe:
             f"has {len(found.times)} frames, its video {len(clip.times)}; a mask has a frame for each of the video's, "
             "or is one picture for all"
         )
-    return found
 
 
 def read_mask_windows(
@@ -263,7 +281,7 @@ def _next_frame(reader: decord.VideoReader) -> Frames:
     decord2 takes the padding of its rows for a fourth channel where it happens to be as wide as one (widths 16, 24,
     32, 48, 96, 144): such a frame holds RGB in the first 3*W bytes of every row.
     """
-    frame: Frames = reader.next().asnumpy()
+    frame: Frames = torch.utils.dlpack.from_dlpack(reader.next().to_dlpack()).numpy()  # as it is, not copied
     height, width, channels = frame.shape
     if channels == 3:
         return frame

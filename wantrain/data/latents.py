@@ -9,6 +9,7 @@ any moment; the next takes up all that was finished, by name.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ from wantrain.data.units import Row, Unit, tar_name
 #: Where a manifest lists the tars of each kind, and where it says how wide their tensors are.
 _TARS = {"latent": "shards", "text": "text_shards"}
 _WIDTHS = {"latent": "latent_channels", "text": "text_dim"}
+#: Seconds after which a file that another machine has written must be seen here: NFS looks again after 60 at most.
+PATIENCE = 90.0
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,15 @@ class LatentFolder:
         return self._find_earlier(unit)
 
     def gather(self, units: Sequence[Unit]) -> list[tuple[Unit, Record]]:
-        """All units with what became of them. ValueError if one is not there."""
-        found = [(unit, self.find(unit)) for unit in units]
-        if lost := [unit.name for unit, record in found if record is None]:
-            raise ValueError(f"{self.out}: {lost[0]} is not there any more; start the same command again")
-        return [(unit, record) for unit, record in found if record is not None]
+        """All units with what became of them. ValueError if one has not appeared for `PATIENCE` seconds."""
+        found, deadline = list[tuple[Unit, Record]](), time.monotonic() + PATIENCE
+        for unit in units:
+            while (record := self.find(unit)) is None:
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{self.out}: {unit.name} is not there any more; start the same command again")
+                time.sleep(0.2)
+            found.append((unit, record))
+        return found
 
     def _find_earlier(self, unit: Unit) -> Record | None:
         rejects = {row.identity: reason for row in unit.rows if (reason := self.earlier.rejects.get(row.identity))}

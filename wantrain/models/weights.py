@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ PICKLES = frozenset((".pth", ".pt", ".bin"))
 SHARD_BYTES = 5 << 30
 #: Bytes at whose multiples torch begins its own tensors: one that begins elsewhere gives other last digits.
 ALIGNMENT = 64
+#: Bytes from which on a tensor is given huge pages: one such page.
+HUGE = 2 << 20
 #: Tensors that are read at once on a CPU, at most: more memory traffic than that brings nothing.
 MOST_THREADS = 8
 #: Key of a file's metadata that holds nothing but spaces.
@@ -214,7 +218,23 @@ def _place(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None
     stays = torch.device(device).type == "cpu" and dtype in {None, tensor.dtype}
     if stays and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
+    if torch.device(device).type == "cpu":
+        return _new_like(tensor, dtype or tensor.dtype).copy_(tensor)
     return tensor.to(device, dtype or tensor.dtype, copy=True)
+
+
+def _new_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a tensor's values on the CPU; of huge pages if it is large and the kernel has any.
+
+    A page that is touched first costs more than what is written into it.
+    """
+    size = tensor.numel() * dtype.itemsize
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(tensor, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel that was built without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(tensor.shape)
 
 
 def _range(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wantrain import condition, geometry
 from wantrain.condition import Condition, check_way
-from wantrain.data.footage import probe, probe_mask, read_mask_windows, read_windows
+from wantrain.data.footage import check_mask, probe, read_mask_windows, read_windows
 from wantrain.data.windows import Cut, Probe, Window, cut_windows
 from wantrain.masks import painted
 from wantrain.video import Frames
@@ -224,7 +224,8 @@ def _read_mask(path: Path, clip: Probe, window: Window, fps: float, size: tuple[
     if not path.is_file():
         raise ValueError(f"mask={path} is not there")
     try:
-        found = probe_mask(path, clip)
+        found = probe(path)
+        check_mask(found, clip)
         stays = painted(next(read_mask_windows(path, found, clip, [window], fps, size)))
     except ValueError as error:
         raise ValueError(f"mask={path} {error}") from error
