@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -344,7 +343,7 @@ def numbers(count):
     return (lambda number=number: batch_of(number) for number in range(count))
 
 
-def test_answers_come_in_order_from_threads_that_are_ahead_by_depth():
+def test_answers_come_in_order_from_a_thread_that_is_ahead_by_depth():
     asked = []
 
     def requests():
@@ -355,53 +354,23 @@ def test_answers_come_in_order_from_threads_that_are_ahead_by_depth():
     answers = prefetch(requests(), depth=3)
     assert next(answers).positions == (0,)
     deadline = time.monotonic() + 5
-    while len(asked) < 4 and time.monotonic() < deadline:
+    while len(asked) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert len(asked) == 4  # one given, three loaded or in work
+    assert len(asked) == 5  # one given, three waiting, one in hand
     assert [batch.positions[0] for batch in answers] == list(range(1, 20))
     wait_for_the_end()
     assert list(answers) == []
 
 
-@pytest.mark.parametrize("threads", [1, 2, 4])
-def test_a_slow_answer_is_waited_for_and_not_overtaken(threads):
-    def slow(number):
-        time.sleep(0.03 * (number % 3 == 0))
-        return batch_of(number)
-
-    answers = prefetch((partial(slow, number) for number in range(12)), threads=threads, depth=5)
-    assert [batch.positions[0] for batch in answers] == list(range(12))
-    wait_for_the_end()
-
-
-def test_two_threads_load_at_the_same_time():
-    """Each waits for the other: one alone would wait for ever."""
-    both = threading.Barrier(2, timeout=10)
-
-    def load(number):
-        both.wait()
-        return batch_of(number)
-
-    answers = prefetch(partial(load, number) for number in range(6))
-    assert [batch.positions[0] for batch in answers] == list(range(6))
-
-
-@pytest.mark.parametrize("when", ["with a batch in work", "between two"])
-def test_a_thread_that_is_gone_without_a_word_is_an_error_and_no_wait_for_ever(monkeypatch, when):
+def test_a_thread_that_is_gone_without_a_word_is_an_error_and_no_wait_for_ever(monkeypatch):
     """R15: what kills a thread of Python's own is not known; what then happens must be."""
-
-    def serve(line):
-        place, request = line.take()
-        place.batch.set_result(request())
-        if when == "with a batch in work":
-            line.take()
-
-    monkeypatch.setattr(sys.modules["wantrain.data.prefetch"], "_serve", serve)
-    answers = prefetch(numbers(9))
+    answers = sys.modules["wantrain.data.prefetch"]
+    monkeypatch.setattr(answers, "_answer", lambda requests, ready, stopped: ready.put(next(requests)()))
+    answers = prefetch(numbers(5))
     assert next(answers).positions == (0,)
     with pytest.raises(ValueError, match="the thread that loads data is gone"):
-        list(answers)
+        next(answers)
 
 
 def test_an_error_arrives_at_its_place_in_the_order():

@@ -1,12 +1,13 @@
 """Shards to batches: samples by number, read where they lie; no worker processes, no order of its own.
 
 Which samples come when is plan.py's business. A latent is a slice of a mapped file, so one thread that loads ahead is
-faster than the pipe of a worker process (measured: 1,500 clips a second against 120).
+faster than the pipes of worker processes (benchmarks/latents.py).
 """
 
 from __future__ import annotations
 
 import json
+import struct
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load
 from torch import Tensor
 
 from wantrain import geometry, world
@@ -24,6 +24,7 @@ from wantrain.condition import Condition
 from wantrain.data.conditions import Conditions
 from wantrain.data.index import Index
 from wantrain.data.likeness import group_of
+from wantrain.data.mapped import tensors_in
 from wantrain.data.pixels import read_sample
 from wantrain.data.plan import Indices
 from wantrain.data.remote import CACHE, open_shards
@@ -228,9 +229,9 @@ class LatentData:
         """A safetensors member, `key` among its tensors; ValueError if it is damaged, or holds NaN or infinity."""
         content = self.files.read(tar, offset, offset + size)
         try:
-            tensors = load(content)
+            tensors = tensors_in(content)
             tensors[key]
-        except Exception as error:  # safetensors raises its own class for every kind of damage
+        except (ValueError, KeyError, TypeError, struct.error) as error:
             raise ValueError(f"{self.folder}/{tar}, {what}: damaged ({error}); encode the shards again") from error
         for name, tensor in tensors.items():
             if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # of bf16 ten times as fast as asking each
@@ -265,8 +266,8 @@ class LatentData:
         tar = self.manifest["text_shards"][self.index.text_shard[text]]["name"]
         end, block = int(self.index.text_offset[text] + self.index.text_size[text]), tarfile.BLOCKSIZE
         header = -(-end // block) * block
-        info = tarfile.TarInfo.frombuf(self.files.read(tar, header, header + block), "utf-8", "strict")
-        return str(json.loads(self.files.read(tar, header + block, header + block + info.size))["caption"])
+        info = tarfile.TarInfo.frombuf(bytes(self.files.read(tar, header, header + block)), "utf-8", "strict")
+        return str(json.loads(bytes(self.files.read(tar, header + block, header + block + info.size)))["caption"])
 
 
 class PixelData:

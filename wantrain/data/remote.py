@@ -44,7 +44,7 @@ class Shards(Protocol):
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Raise ValueError if a file is not what the manifest says, as far as that can be seen before it is read."""
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
+    def read(self, name: str, start: int, stop: int) -> memoryview:
         """Bytes `start` to `stop` of a shard."""
 
 
@@ -67,12 +67,13 @@ class LocalShards:
         total = sum(file["bytes"] for file in files_of(manifest))
         check_shards(self.folder, manifest, hashes=total <= HASH_LIMIT)
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of a shard."""
+    def read(self, name: str, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of a shard, where they are mapped."""
         if name not in self._maps:
             with (self.folder / name).open("rb") as file:
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[name][start:stop]
+                # Private, not read-only: torch warns of tensors that may not be written to.
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return memoryview(self._maps[name])[start:stop]
 
 
 class RemoteShards:
@@ -105,11 +106,11 @@ class RemoteShards:
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Nothing: each file is checked when it comes."""
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
+    def read(self, name: str, start: int, stop: int) -> memoryview:
         """Bytes `start` to `stop` of a shard, fetched if it is not here."""
-        handle = self._open(name)
+        handle, content = self._open(name), bytearray(stop - start)
         try:
-            return os.pread(handle, stop - start, start)
+            return memoryview(content)[: os.preadv(handle, [content], start)]
         finally:
             os.close(handle)
 

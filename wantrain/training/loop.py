@@ -113,7 +113,7 @@ class Run:
         self.score = sum(found) / len(found) if found else None
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """This process's micro-batches from optimizer step `start` on, loaded ahead by threads."""
+        """This process's micro-batches from optimizer step `start` on, loaded one thread ahead."""
         rank, processes = world.rank(), world.world_size()
 
         def requests() -> Iterator[Callable[[], Batch]]:
