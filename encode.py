@@ -63,6 +63,8 @@ def main(cfg: DictConfig) -> None:
         sizes=config.buckets(cfg, strides["temporal_stride"]),
         conditions=config.conditions(cfg, **strides),
         model=cfg.model.name,
+        fps=cfg.model.fps,
+        num_frames=cfg.model.num_frames,
         rejects_limit=cfg.rejects.limit,
         shard_bytes=cfg.shard_mb << 20,
         shard_clips=cfg.shard_clips,

@@ -352,9 +352,20 @@ def test_rows_are_never_taken_over_from_a_damaged_tar(footage, latents, mine, tm
     assert contents(mine) == contents(tmp_path / "fresh")
 
 
+def test_shards_that_were_cut_for_a_model_of_the_same_rate_and_length_are_taken(videos, tmp_path):
+    """t2v_a14b's and i2v_a14b's are one cut."""
+    cut = read_manifest(videos, "video")["settings"]
+    made = encode(videos, tmp_path / "out", model="alike", fps=cut["fps"], num_frames=cut["num_frames"])
+    assert made["settings"]["model"] == "alike"
+
+
 def test_other_folders_are_refused(videos, latents, mine, footage, tmp_path):
-    with pytest.raises(ValueError, match="were cut for model=tiny"):
-        encode(videos, tmp_path / "out", model="large")
+    cut = read_manifest(videos, "video")["settings"]
+    for fps, num_frames in [(None, None), (24, cut["num_frames"]), (cut["fps"], cut["num_frames"] - 4)]:
+        with pytest.raises(
+            ValueError, match=r"were cut for model=tiny \(16 fps, up to \d+ frames\), not for model=large"
+        ):
+            encode(videos, tmp_path / "out", model="large", fps=fps, num_frames=num_frames)
     with pytest.raises(ValueError, match="video shards are needed"):
         encode(latents, tmp_path / "out")
     with pytest.raises(ValueError, match="holds shards of another kind"):

@@ -61,6 +61,8 @@ def encode_shards(
     sizes: geometry.Buckets,
     conditions: Conditions,
     model: str,
+    fps: float | None = None,
+    num_frames: int | None = None,
     vae_fingerprint: str,
     text_fingerprint: str,
     tokenizer_fingerprint: str = "",
@@ -83,15 +85,14 @@ def encode_shards(
     rejects.jsonl, and is tried again only with `retry`. Each process of a launcher does its share of the units, and
     rank 0 waits for the others, `patience` seconds without a sign of life at most.
 
-    ValueError if more than `rejects_limit` are rejected, if the shards were made for another model, if `out` holds
-    something else, or for what an encoder must not give.
+    Shards that were cut for another model are taken if their clips are of this one's rate (`fps`) and not longer than
+    its `num_frames`.
+
+    ValueError if more than `rejects_limit` are rejected, if the shards were cut for a model unlike this one, if `out`
+    holds something else, or for what an encoder must not give.
     """
     video = read_manifest(shards, "video")
-    if video["settings"]["model"] != model:
-        raise ValueError(
-            f"shards={shards} were cut for model={video['settings']['model']} (its frame rate and length), "
-            f"not for model={model}; run shard.py with model={model}"
-        )
+    _check_cut(shards, video["settings"], model, fps, num_frames)
     settings = {
         "model": model,
         "shards": file_hash(shards / MANIFEST),
@@ -120,6 +121,17 @@ def encode_shards(
     return _conclude(
         folder, work, settings, conditions.strides, [shard["sha256"] for shard in video["shards"]], rejects_limit
     )
+
+
+def _check_cut(shards: Path, cut: Mapping[str, Any], model: str, fps: float | None, num_frames: int | None) -> None:
+    """Raise ValueError if clips were cut for a model of another rate or length."""
+    alike = cut["fps"] == fps and num_frames is not None and cut["num_frames"] <= num_frames
+    if cut["model"] != model and not alike:
+        rate = "its files' own rates" if cut["fps"] == "native" else f"{cut['fps']:g} fps"
+        raise ValueError(
+            f"shards={shards} were cut for model={cut['model']} ({rate}, up to {cut['num_frames']} frames), not for "
+            f"model={model}; run shard.py with model={model}"
+        )
 
 
 def _conclude(
