@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from wantrain import config
 from wantrain.data import Plan
 from wantrain.models.weights import read_file, read_tensors
+from wantrain.training import parallel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -51,6 +53,19 @@ def difference(run, other):
     assert ours.keys() == theirs.keys()
     moved = [((ours[key] - theirs[key]).norm() / theirs[key].norm()).item() for key in ours if theirs[key].any()]
     return loss, max(moved)
+
+
+def test_a_lock_that_a_killed_build_left_is_named_and_not_waited_for(tmp_path, monkeypatch):
+    """DeepSpeed builds its kernels at the first start under ZeRO; torch waits for the lock of a build without end."""
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    parallel._refuse_stale_locks()
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    parallel._refuse_stale_locks()
+    os.utime(lock, (time.time() - 3600,) * 2)
+    with pytest.raises(ValueError, match=rf"{lock} is 60 minutes old: .* remove that file"):
+        parallel._refuse_stale_locks()
 
 
 @pytest.fixture(scope="module")

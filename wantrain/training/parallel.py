@@ -11,8 +11,9 @@ forward pass, with Wan's float32 islands inside the model. accelerate's own bf16
 from __future__ import annotations
 
 import os
+import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ SHARDED = ("zero3", "fsdp2")
 #: fears for in-place changes of the model's answer, which nobody makes.
 NOISE = (r"`torch\.distributed\.\w+` is deprecated", r"FSDP2-wrapped module .* returned a view")
 
+#: Minutes that a build of DeepSpeed's kernels takes at most.
+BUILD_MINUTES = 15
+
 
 def start_accelerator() -> Accelerator:
     """The Accelerator of this process, after making sure that it is the one the launcher meant.
@@ -39,6 +43,8 @@ def start_accelerator() -> Accelerator:
         warnings.filterwarnings("ignore", message=noise)
     _refuse_hydras_knobs()
     wanted = _engine_asked_for()
+    if wanted.startswith("zero"):
+        _refuse_stale_locks()
     if "LOCAL_RANK" in os.environ and not torch.cuda.is_available():
         _make_group_on_cpu(wanted)
     accelerator = Accelerator(mixed_precision="no")
@@ -117,6 +123,21 @@ def _refuse_hydras_knobs() -> None:
         )
     if clashes:
         raise ValueError(f"the launch file holds what is not its own: {'; '.join(clashes)}; take it out there")
+
+
+def _refuse_stale_locks() -> None:
+    """Raise ValueError for the lock of a build of DeepSpeed's kernels that was killed: it is waited for without end."""
+    from torch.utils.cpp_extension import get_default_build_root  # slow to import, and only ZeRO needs it
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (path for pattern in ("*/lock", "*/*/lock") for path in folder.glob(pattern)):
+        with suppress(FileNotFoundError):  # just released
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+            if minutes > BUILD_MINUTES:
+                raise ValueError(
+                    f"{lock} is {minutes:.0f} minutes old: a build of DeepSpeed's kernels was killed and left it, and "
+                    "every start would wait for it; remove that file"
+                )
 
 
 def _make_group_on_cpu(engine: str) -> None:
