@@ -14,8 +14,9 @@ from wantrain.video import write_mp4
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES, CLIPS_OF_EACH, FRAMES = 500, 20, 5
-#: What a process and its children may grow by from the second fifth of its time to the last.
-GROWTH = 40 << 20
+#: What a process and its children may grow by from the second fifth of its time to the last: less than if each clip
+#: that came in between had left its frames behind.
+GROWTH = FILES * CLIPS_OF_EACH * 3 // 5 * FRAMES * 32 * 32 * 3 * 3 // 4
 
 
 def watched(name, *args, cwd, environment):
@@ -27,14 +28,14 @@ def watched(name, *args, cwd, environment):
         family = psutil.Process(process.pid)
         while process.poll() is None:
             try:
-                seen.append(sum(each.memory_full_info().uss for each in [family, *family.children(recursive=True)]))
+                seen.append(sum(each.memory_full_info().pss for each in [family, *family.children(recursive=True)]))
             except psutil.Error:
                 continue
             time.sleep(0.2)
     assert process.returncode == 0, log.read_text()[-3000:]
     fifth = max(1, len(seen) // 5)
-    # The troughs: a batch in work takes a hundred MiB and gives them back, which is no growth.
-    early, late = (np.quantile(part, 0.1) for part in (seen[fifth : 2 * fifth], seen[-fifth:]))
+    # Means: a batch in work takes a hundred MiB and gives them back, which is no growth.
+    early, late = (np.mean(part) for part in (seen[fifth : 2 * fifth], seen[-fifth:]))
     print(f"{name}: {len(seen) * 0.2:.0f} s, {early / 2**20:.0f} -> {late / 2**20:.0f} MiB")
     assert late - early < GROWTH
     return log.read_text()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +38,18 @@ def test_the_measure_tells_the_clip_itself_from_one_that_forgot_it():
     assert told.mean_psnr(off, clips, [~mask for mask in known]) < 15
 
 
+def test_far_from_holes_is_a_latent_or_more_away():
+    told = measuring()
+    known = np.ones((2, 32, 40), dtype=bool)
+    known[0, 10, 20] = False
+    far = told.far_from_holes(known)
+    wanted = np.ones((2, 32, 40), dtype=bool)
+    wanted[0, 2:19, 12:29] = False
+    assert (far == wanted).all()
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(3 * 3600)
 def test_the_recipe_makes_a_model_that_keeps_what_it_is_told_and_goes_on_from_it(environment, tmp_path):
     for command in (
         ("train.py", "recipe=wan_tiny_i2v"),
@@ -47,9 +58,8 @@ def test_the_recipe_makes_a_model_that_keeps_what_it_is_told_and_goes_on_from_it
         subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path, env=environment, check=True)
     told = measuring()
     sampler, settings = told.open_sampler(tmp_path / "pipeline")
-    # The aim is 1 dB below the VAE's own; docs/log.md has why this training does not reach it.
     image, boxes = (told.measure(kind, sampler, settings) for kind in ("image", "boxes"))
-    assert image["lost"] < 6.5 and boxes["lost"] < 5.5, (image, boxes)
+    assert image["lost"] < 1 and boxes["clear_lost"] < 1 and boxes["lost"] < 2, (image, boxes)
     for found in (image, boxes):
         assert min(found["colour"], found["shape"], found["direction"]) >= 0.9, found
         assert found["hole"] > found["hole_gray"] + 10, found

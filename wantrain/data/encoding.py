@@ -125,8 +125,9 @@ def encode_shards(
 
 def _check_cut(shards: Path, cut: Mapping[str, Any], model: str, fps: float | None, num_frames: int | None) -> None:
     """Raise ValueError if clips were cut for a model of another rate or length."""
-    alike = cut["fps"] == fps and num_frames is not None and cut["num_frames"] <= num_frames
-    if cut["model"] != model and not alike:
+    if cut["model"] == model:
+        return
+    if cut["fps"] != fps or num_frames is None or cut["num_frames"] > num_frames:
         rate = "its files' own rates" if cut["fps"] == "native" else f"{cut['fps']:g} fps"
         raise ValueError(
             f"shards={shards} were cut for model={cut['model']} ({rate}, up to {cut['num_frames']} frames), not for "
