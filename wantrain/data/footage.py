@@ -13,6 +13,7 @@ A file that cannot be used is a Reject with its reason, never silence.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import re
 import tempfile
@@ -203,14 +204,14 @@ def read_windows(
 def _read_frames(path: Path, displayed: int, chosen: list[list[int]], size: tuple[int, int] | None) -> list[Frames]:
     """Several clips at once, each given by the numbers of its frames, none before the last one of the clip before."""
     reader, current, clips = _open(path), -1, []
-    keys = reader.get_key_indices() if len(reader) == displayed else []
-    may_skip = keys[:1] == [0]
+    keys = reader.get_key_indices()
+    may_skip = len(reader) == displayed and keys[:1] == [0]
     fitted = np.empty(0, dtype=np.uint8)
     for numbers in chosen:
         clip: Frames | None = None
         for place, number in enumerate(numbers):
             if current < number:
-                _pass_over(reader, current + 1, number, keys if may_skip else None)
+                _pass_over(reader, current + 1, number, keys if may_skip else [])
                 fitted, current = fit_frame(_next_frame(reader), size), number
             if clip is None:  # one block for all, not a list of frames: memory that is new costs as much as decoding
                 clip = np.empty((len(numbers), *fitted.shape), dtype=np.uint8)
@@ -220,13 +221,13 @@ def _read_frames(path: Path, displayed: int, chosen: list[list[int]], size: tupl
     return clips
 
 
-def _pass_over(reader: decord.VideoReader, begin: int, end: int, keys: list[int] | None) -> None:
-    """Read frames `begin` to `end` - 1 without using them. `keys` are the keyframes; None: it must not skip."""
+def _pass_over(reader: decord.VideoReader, begin: int, end: int, keys: list[int]) -> None:
+    """Read frames `begin` to `end` - 1 without using them. `keys` are the keyframes; without any it must not skip."""
     while begin < end:
+        after = bisect.bisect_right(keys, begin)
         # To skip up to a keyframe would be a seek to it.
-        following = end + 1 if keys is None else next((key for key in keys if key > begin), end + 1)
-        count = 0 if keys is None else min(end, following - 1) - begin
-        if count > 0:
+        count = (min(end, keys[after] - 1) if after < len(keys) else end) - begin
+        if keys and count > 0:
             reader.skip_frames(count)
             begin += count
         else:
