@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -74,10 +74,8 @@ def write_video_shards(
             raise ValueError(f"{key}={choice} is unknown; choose one of {', '.join(choices)}")
     if scenes == "split":
         library()  # says what is missing before any work
-    digests = [_digest(file) for file in footage]
-    masks = [_mask_of(file) for file in footage]
-    mask_digests = [None if mask is None else _digest(mask) for mask in masks]
-    told = [[file.name, asdict(file.told), *own] for file, *own in zip(footage, digests, mask_digests, strict=True)]
+    entries = [_Entry.of(file) for file in footage]
+    told = [[entry.file.name, asdict(entry.file.told), entry.digest, entry.mask_digest] for entry in entries]
     settings = {
         "model": model,
         "num_frames": num_frames,
@@ -93,7 +91,9 @@ def write_video_shards(
         "footage": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
     }
     surveys = functools.partial(Surveys, out / SURVEYS, split=scenes == "split", workers=workers, timeout=timeout)
-    earlier = claim(out, "video", settings, same_footage=lambda: surveys().know_one_of(digests))
+    earlier = claim(
+        out, "video", settings, same_footage=lambda: surveys().know_one_of([entry.digest for entry in entries])
+    )
     if earlier is not None and earlier["settings"] == settings and is_whole(out, earlier):
         world.say(f"{out} is finished already: {earlier['clips']} clips; nothing to do")
         return earlier
@@ -101,23 +101,15 @@ def write_video_shards(
     for reject in rejects:
         cutter.reject(reject)
     total, tars = len(footage) + len(rejects), VideoTars(out, shard_bytes, earlier)
-    firsts = {digest: file for file, digest in reversed(list(zip(footage, digests, strict=True)))}
-    rows = list(zip(footage, digests, masks, mask_digests, strict=True))
-    order = list[tuple[Footage, str]]()  # each file, and after it its mask
-    for file, digest, mask, mask_digest in rows:
-        if firsts[digest] is file:
-            order += [(file, digest)] if mask is None else [(file, digest), (mask, str(mask_digest))]
     made = surveys()
-    with closing(made.of(order)) as found:
-        for file, digest, mask, mask_digest in tqdm(rows, desc="shard", unit="file", disable=not world.is_main()):
-            if firsts[digest] is not file:
-                cutter.take_copy(file, digest)
-                continue
-            survey, masked = next(found), {} if mask_digest is None else {"mask": mask_digest}
-            if mask is not None:
-                survey = _with_mask(survey, mask, next(found))
-            if (about := cutter.take(file, digest, survey)) is not None:
-                tars.add(file, digest[:16], {**masked, **about})
+    with closing(_surveyed(made, entries)) as found:
+        bar = tqdm(found, total=len(entries), desc="shard", unit="file", disable=not world.is_main())
+        for entry, survey in bar:
+            if survey is None:
+                cutter.take_copy(entry.file, entry.digest)
+            elif (about := cutter.take(entry.file, entry.digest, survey)) is not None:
+                masked = {} if entry.mask is None else {"mask": entry.mask_digest}
+                tars.add(entry.file, entry.digest[:16], {**masked, **about})
     shards = tars.finish()
     write_rejects(out, cutter.rejects, total, rejects_limit, "file")
     manifest = {
@@ -135,7 +127,7 @@ def write_video_shards(
     }
     world.write_json(out / MANIFEST, manifest)
     tars.remove_others()
-    made.forget_all_but({*digests, *(digest for digest in mask_digests if digest is not None)})
+    made.forget_all_but({digest for entry in entries for digest in (entry.digest, entry.mask_digest) if digest})
     _say(out, manifest, cutter.ledger)
     return manifest
 
@@ -167,10 +159,40 @@ def _digest(file: Footage) -> str:
         return f"{file.path}: {error}"
 
 
-def _mask_of(file: Footage) -> Footage | None:
-    """The mask beside a file, as a file to be read like others."""
-    path = file.mask
-    return None if path is None else Footage(path, f"{path.parent.name}/{path.name}", Told())
+@dataclass(frozen=True)
+class _Entry:
+    """A file and its hash, and the mask beside it, as a file to be read like others."""
+
+    file: Footage
+    digest: str
+    mask: Footage | None
+    mask_digest: str | None
+
+    @staticmethod
+    def of(file: Footage) -> _Entry:
+        """An entry, its bytes read."""
+        path = file.mask
+        mask = None if path is None else Footage(path, f"{path.parent.name}/{path.name}", Told())
+        return _Entry(file, _digest(file), mask, None if mask is None else _digest(mask))
+
+
+def _surveyed(made: Surveys, entries: Sequence[_Entry]) -> Generator[tuple[_Entry, Survey | str | None]]:
+    """Every entry with what it shows, or the reason why it cannot be used; None for a copy of one before."""
+    firsts = {entry.digest: entry for entry in reversed(entries)}
+    order = list[tuple[Footage, str]]()  # each file, and after it its mask
+    for entry in entries:
+        if firsts[entry.digest] is entry:
+            order.append((entry.file, entry.digest))
+            if entry.mask is not None:
+                order.append((entry.mask, str(entry.mask_digest)))
+    with closing(made.of(order)) as found:
+        for entry in entries:
+            if firsts[entry.digest] is not entry:
+                yield entry, None
+            elif entry.mask is None:
+                yield entry, next(found)
+            else:
+                yield entry, _with_mask(next(found), entry.mask, next(found))
 
 
 def _with_mask(survey: Survey | str, mask: Footage, read: Survey | str) -> Survey | str:

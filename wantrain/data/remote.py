@@ -157,7 +157,8 @@ class Cache:
                         raise ValueError(f"{error}; it was asked for {TRIES} times") from error
                     time.sleep(PAUSE * 2**attempt)
             os.fsync(handle)
-            beside.rename(path)
+            with _alone(self.folder / ".lock"):  # whoever counts what is there must not miss it
+                beside.rename(path)
         except BaseException:
             os.close(handle)
             beside.unlink(missing_ok=True)
