@@ -47,7 +47,6 @@ def watched(name, *args, cwd, environment):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="not run to its end yet since it looks at troughs: docs/log.md", strict=False)
 @pytest.mark.timeout(1800)
 def test_ten_thousand_clips_in_one_go_with_flat_memory(tiny, environment, tmp_path):
     random = np.random.default_rng(0)
@@ -66,5 +65,6 @@ def test_ten_thousand_clips_in_one_go_with_flat_memory(tiny, environment, tmp_pa
     train = [argument for argument in tiny.train if not argument.startswith("data.shards=")]
     more = ("init=scratch", "run=r", "data.shards=latents", "data.holdout=0", "batch_size=16", "sample.every=100000")
     watched("train.py", *train, *more, f"steps={count // 16}", **places)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]  # step 0 has a preview alone
     assert len(losses) == count // 16 and np.isfinite(losses).all()
