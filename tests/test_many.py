@@ -14,9 +14,8 @@ from wantrain.video import write_mp4
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES, CLIPS_OF_EACH, FRAMES = 500, 20, 5
-#: What a process and its children may grow by from the second fifth of its time to the last: less than if each clip
-#: that came in between had left its frames behind.
-GROWTH = FILES * CLIPS_OF_EACH * 3 // 5 * FRAMES * 32 * 32 * 3 * 3 // 4
+#: What a process and its children may grow by from the second fifth of its time to the last.
+GROWTH = 40 << 20
 
 
 #: What is freed is given back at once, so that what is seen is what is in use: glibc otherwise raises these thresholds as
