@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from wantrain import world
+from wantrain.data.mapped import map_file, tensors_in
 
 #: Bytes of a name (`ids`) and of an identity.
 ID_LENGTH, IDENTITY_LENGTH = 24, 16
@@ -92,8 +93,8 @@ class Index:
 
     @staticmethod
     def read(path: Path) -> Index:
-        """The index from its file."""
-        return Index(**load_file(path))
+        """The index from its file, which is mapped: only the columns that are asked for are read."""
+        return Index(**{name: column.numpy() for name, column in tensors_in(map_file(path)).items()})
 
 
 def captions_by_key(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[str]]:

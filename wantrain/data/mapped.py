@@ -1,4 +1,4 @@
-"""Tensors of a safetensors member where its bytes lie: nothing is copied, so that a mapped shard is read once.
+"""Tensors of a safetensors file or member where its bytes lie: nothing is copied, so that what is mapped is read once.
 
 The library's own `load` takes bytes alone and copies them twice, which is most of what a batch costs.
 """
@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 #: What a header calls each dtype.
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "BOOL": torch.bool,
+    "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64, "U64": torch.uint64,
+}  # fmt: skip
+
+
+def map_file(path: Path) -> memoryview:
+    """A file's bytes, mapped."""
+    with path.open("rb") as file:
+        # Private, not read-only: torch warns of tensors that may not be written to.
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def tensors_in(content: memoryview) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import time
 import urllib.request
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 
 from wantrain import world
+from wantrain.data.mapped import map_file
 from wantrain.data.shards import MANIFEST, check_shards, files_of
 
 #: Where files from elsewhere are kept, unless data.cache says so.
@@ -60,7 +60,7 @@ class LocalShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._maps: dict[str, mmap.mmap] = {}
+        self._maps: dict[str, memoryview] = {}
 
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Compare sizes, and where they are not too many bytes hashes too."""
@@ -70,10 +70,8 @@ class LocalShards:
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Bytes `start` to `stop` of a shard, where they are mapped."""
         if name not in self._maps:
-            with (self.folder / name).open("rb") as file:
-                # Private, not read-only: torch warns of tensors that may not be written to.
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return memoryview(self._maps[name])[start:stop]
+            self._maps[name] = map_file(self.folder / name)
+        return self._maps[name][start:stop]
 
 
 class RemoteShards:
