@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -234,6 +235,28 @@ def test_many_processes_share_one_cache(tmp_path, server, shards):
     assert 0 < largest <= limit
     assert not list(cache.rglob("*.tmp"))
     assert len(tars(cache)) >= 3
+
+
+def test_a_manifest_that_is_being_written_is_not_taken_for_a_killed_fetch(tmp_path, server, shards, monkeypatch):
+    """Another makes room just before the manifest gets its name: it must wait for that."""
+    cache, replace = Cache(tmp_path / "cache", SIZE / 1e9), Path.replace
+
+    def make_room():
+        with pytest.raises(ValueError, match="is full"):
+            cache._reserve(cache.folder / ".other.tar.tmp", SIZE)
+
+    other = threading.Thread(target=make_room)
+
+    def replace_late(path, target):
+        other.start()
+        other.join(0.3)
+        return replace(path, target)
+
+    monkeypatch.setattr("wantrain.data.remote.PATIENCE", 1.0)
+    monkeypatch.setattr(Path, "replace", replace_late)
+    files = RemoteShards(server.url, cache)
+    other.join()
+    assert (files.folder / "manifest.json").exists()
 
 
 def test_processes_that_want_the_same_shard_fetch_it_once(tmp_path, server, shards):

@@ -91,7 +91,7 @@ class RemoteShards:
             raise ValueError(f"{self.url}/{MANIFEST} is no manifest ({type(error).__name__}: {error})") from error
         self.folder = cache.folder / hashlib.sha256(content).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        world.write_atomically(self.folder / MANIFEST, content.decode())
+        cache.write(self.folder / MANIFEST, content.decode())
         for name in needed:
             os.close(self._open(name))
         total = sum(file["bytes"] for file in self.files.values())
@@ -141,6 +141,11 @@ class Cache:
         with _alone(path.with_name(f".{path.name}.lock")):
             handle = _open_shared(path)
             return self._fetch(url, path, size, sha256) if handle is None else handle
+
+    def write(self, path: Path, text: str) -> None:
+        """Keep a small text in the cache."""
+        with _alone(self.folder / ".lock"):  # whoever makes room would take it, half written, for a killed fetch's
+            world.write_atomically(path, text)
 
     def _fetch(self, url: str, path: Path, size: int, sha256: str) -> int:
         beside = path.with_name(f".{path.name}.tmp")
