@@ -1,4 +1,4 @@
-"""The recipe's model is faithful to what it is told: minutes of training, then benchmarks/told.py measures."""
+"""The recipe's model is faithful to what it is told: an hour of training, then benchmarks/told.py measures."""
 
 import importlib.util
 import subprocess
@@ -59,8 +59,7 @@ def test_the_recipe_makes_a_model_that_keeps_what_it_is_told_and_goes_on_from_it
     told = measuring()
     sampler, settings = told.open_sampler(tmp_path / "pipeline")
     image, boxes = (told.measure(kind, sampler, settings) for kind in ("image", "boxes"))
-    # The goal is 1 dB for both; pixels around boxes miss it by 0.2 to 0.3 (docs/log.md).
-    assert image["lost"] < 1 and boxes["clear_lost"] < 1 and boxes["lost"] < 2, (image, boxes)
+    assert image["lost"] < 1 and boxes["lost"] < 1, (image, boxes)
     for found in (image, boxes):
         assert min(found["colour"], found["shape"], found["direction"]) >= 0.9, found
         assert found["hole"] > found["hole_gray"] + 10, found
