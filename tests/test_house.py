@@ -97,7 +97,7 @@ def test_each_library_is_known_to_its_own_room_alone():
         "deepspeed": {"wantrain/training/stepper.py"},
         "peft": {"wantrain/models/adapters.py"},
         "wandb": {"wantrain/training/trackers.py"},
-        "decord": {"wantrain/data/footage.py"},
+        "decord": {"wantrain/data/reader.py"},
         "fsspec": {"wantrain/data/remote.py", "wantrain/data/sources.py"},
         "webdataset": {"wantrain/data/shards.py"},
         "transformers": {"wantrain/models/text.py", "wantrain/models/loading.py", "assets/make_tiny_text_encoder.py"},

@@ -14,8 +14,11 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from wantrain.data import find_footage, read_manifest, write_video_shards
+from wantrain.data import find_footage, read_manifest, reader, write_video_shards
+from wantrain.data.footage import probe, read_whole
+from wantrain.data.likeness import look
 from wantrain.data.pixels import read_sample
+from wantrain.data.reader import Reader
 from wantrain.data.shards import read_video_shards
 from wantrain.data.windows import EPSILON
 
@@ -203,6 +206,27 @@ def test_every_file_ends_as_right_frames_or_with_its_reason(corpus, tmp_path):
     assert [row["num_frames"] for row in samples["cut.mp4"].about["windows"]] == [13]
     check_ledger(manifest)
     assert manifest["files_seen"] == len(samples) + len(rejects)
+
+
+def test_from_every_mark_a_file_reads_on_as_from_its_start(corpus, monkeypatch):
+    """Marks are tried at every third frame here; where no seek is right there are none."""
+    monkeypatch.setattr(reader, "APART", 3)
+    monkeypatch.setattr(reader, "NEAR", 1)
+    folder, _ = corpus
+    marked = {}
+    for name in (*GOOD, *COPIES, "claims_8k.mp4"):
+        found = probe(folder / name)
+        whole = list(read_whole(folder / name, found))
+        tried = Reader(folder / name, len(whole)).tried_marks(np.stack([look(frame) for frame in whole]))
+        marked[name] = [mark for mark in tried if mark is not None]
+        for mark in marked[name]:
+            onwards = Reader(folder / name, len(whole), [mark])
+            for number in range(mark.number, len(whole)):
+                np.testing.assert_array_equal(onwards.frame(number), whole[number], err_msg=f"{name} {mark}")
+            assert onwards.marks == [mark], f"{name}: {mark} was not found again"
+    assert marked["cut.mp4"] == marked["cut_hevc.mp4"] == []
+    for name in ("h264.mp4", "h264_10.mkv", "prores.mov", "ntsc.mp4", "variable.mp4", "rotated.mp4", "fragmented.mp4"):
+        assert marked[name], f"{name} has no marks: it would be read from its start each time"
 
 
 def test_too_many_of_them_stop_the_work(corpus, tmp_path):

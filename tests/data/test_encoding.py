@@ -28,10 +28,12 @@ from wantrain.data import (
     read_manifest,
     write_video_shards,
 )
-from wantrain.data.demo import Scene
+from wantrain.data.demo import Scene, draw_shot
 from wantrain.data.index import Index
 from wantrain.data.pixels import read_clips, read_sample
+from wantrain.data.reader import Reader
 from wantrain.data.shards import describe_file, read_video_shards
+from wantrain.data.survey import Survey
 from wantrain.video import write_mp4
 
 SIZES = geometry.Buckets((4096,), (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16), 16)
@@ -496,6 +498,34 @@ def test_a_clip_that_cannot_be_decoded_is_rejected_and_the_rest_goes_on(damaged,
     # What has been encoded is kept: with another limit the same command has nothing left to do.
     encode(damaged, tmp_path / "other", rejects_limit=0.5, encode_pixels=never, encode_texts=never)
     assert contents(tmp_path / "other") == contents(tmp_path / "out")
+
+
+def test_marks_reach_who_reads_and_change_nothing(tmp_path, monkeypatch):
+    """A scene that begins is a keyframe: clips after it are read from there, and are what they are without marks."""
+    scenes = [draw_shot(number, seed=5, size=64).scene for number in (0, 1)]
+    frames = np.concatenate([scene.frames(64, 64, fps=16, num_frames=60) for scene in scenes])
+    (tmp_path / "footage").mkdir()
+    write_mp4(tmp_path / "footage" / "cut.mp4", frames, fps=16)
+    (tmp_path / "footage" / "cut.txt").write_text("two things")
+    shard(tmp_path / "footage", tmp_path / "with")
+    (sample,) = read_video_shards(tmp_path / "with", read_manifest(tmp_path / "with", "video"))
+    assert [number for number, _ in sample.about["marks"]] == [60]
+    whole = list(read_sample(sample))
+
+    def read_the_end(request):
+        assert request["marks"] == sample.about["marks"]
+        windows, seeks, real = request["windows"], [], Reader.seek
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Reader, "seek", lambda self, number: (seeks.append(number), real(self, number))[1])
+            (last,) = read_clips({**request, "windows": windows[-1:]})
+        assert seeks == [60] and np.array_equal(last, whole[-1])
+        yield from read_clips(request)
+
+    encode(tmp_path / "with", tmp_path / "latents", read=read_the_end, rejects_limit=0.0)
+    monkeypatch.setattr(Survey, "marks", [])
+    shard(tmp_path / "footage", tmp_path / "without")
+    encode(tmp_path / "without", tmp_path / "same")
+    assert members(tmp_path / "same") == members(tmp_path / "latents") != {}
 
 
 def test_rejects_are_remembered_until_they_are_to_be_tried_again(videos, latents, tmp_path):

@@ -19,6 +19,8 @@ from PIL import Image
 
 from wantrain.data import find_footage
 from wantrain.data.footage import probe, read_whole, read_windows
+from wantrain.data.likeness import look
+from wantrain.data.reader import Mark, Reader
 from wantrain.data.windows import EPSILON, Cut, Probe, Window, cut_windows, frames_on_screen
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -119,6 +121,72 @@ def test_a_clip_from_anywhere_shows_the_frames_of_the_whole(videos, name):
         windows = [Window(float(found.times[number]), 5, native=True) for number in (first, second)]
         for number, clip in zip((first, second), read_windows(path, found, windows, 16), strict=True):
             np.testing.assert_array_equal(clip, np.stack(whole[number : number + 5]))
+
+
+def seeks(monkeypatch, *, wrong_by=0, fail=False):
+    """Notes where decord is asked to seek; it may land on another frame, or fail."""
+    asked, real = [], decord.VideoReader.seek_accurate
+
+    def spy(self, number):
+        asked.append(number)
+        if fail:
+            raise decord.DECORDError("no")
+        return real(self, number - wrong_by)
+
+    monkeypatch.setattr(decord.VideoReader, "seek_accurate", spy)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A file of 120 frames with a keyframe every 20, its frames, and its marks."""
+    path = tmp_path_factory.mktemp("long") / "long.mp4"
+    encode(path, numbered(120), 24, "-pix_fmt", "yuv420p", "-bf", "3", "-g", "20", "-sc_threshold", "0")
+    frames = list(read_whole(path, probe(path)))
+    marks = list(Reader(path, 120).tried_marks(np.stack([look(frame) for frame in frames])))
+    assert [mark.number for mark in marks] == [60]  # 48 or more from the start, and from one another
+    return path, frames, marks
+
+
+def test_what_lies_before_a_mark_is_not_read(long, monkeypatch):
+    path, frames, marks = long
+    asked, skipped, real = seeks(monkeypatch), [], decord.VideoReader.skip_frames
+    monkeypatch.setattr(decord.VideoReader, "skip_frames", lambda self, n: (skipped.append(n), real(self, n))[1])
+    for first, expected, passed in [(0, [], 0), (59, [], 59), (60, [60], 0), (75, [60], 14), (110, [60], 49)]:
+        window = Window(float(probe(path).times[first]), 5, native=True)
+        (clip,) = read_windows(path, probe(path), [window], 24, marks=marks)
+        np.testing.assert_array_equal(clip, np.stack(frames[first : first + 5]))
+        assert asked == expected and sum(skipped) <= passed
+        asked.clear()
+        skipped.clear()
+
+
+@pytest.mark.parametrize("lie", [{"wrong_by": 1}, {"wrong_by": 20}, {"fail": True}])
+def test_where_a_seek_is_wrong_the_file_is_read_forwards(long, monkeypatch, lie):
+    path, frames, marks = long
+    asked, found = seeks(monkeypatch, **lie), probe(path)
+    windows = [Window(float(found.times[first]), 5, native=True) for first in (3, 70, 100)]
+    for first, clip in zip((3, 70, 100), read_windows(path, found, windows, 24, marks=marks), strict=True):
+        np.testing.assert_array_equal(clip, np.stack(frames[first : first + 5]))
+    assert asked == [60]  # and never again
+    looks = np.stack([look(frame) for frame in frames])
+    assert list(Reader(path, 120).tried_marks(looks)) == [None]
+
+
+def test_a_mark_of_another_file_changes_nothing(long):
+    path, frames, _ = long
+    for mark in (Mark(60, "0" * 16), Mark(61, "0" * 16), Mark(119, "0" * 16), Mark(5000, "0" * 16)):
+        reader = Reader(path, 120, [mark])
+        np.testing.assert_array_equal(reader.frame(119), frames[119])
+
+
+def test_a_frame_that_looks_like_another_is_no_mark(tmp_path):
+    """Of a picture that stands still nobody could say which of its frames a seek has found."""
+    frames = np.repeat(numbered(1), 120, axis=0)
+    encode(tmp_path / "still.mp4", frames, 24, "-pix_fmt", "yuv420p", "-g", "20", "-crf", "30")
+    shown = list(read_whole(tmp_path / "still.mp4", probe(tmp_path / "still.mp4")))
+    alike = np.stack([look(shown[0])] * 120)
+    assert list(Reader(tmp_path / "still.mp4", 120).tried_marks(alike)) == []
 
 
 def test_frames_at_a_constant_rate_are_those_of_arithmetic(videos):
@@ -269,7 +337,7 @@ def test_no_reader_is_open_while_a_clip_is_used(videos, monkeypatch):
         opened.append(weakref.ref(reader))
         return reader
 
-    monkeypatch.setattr("wantrain.data.footage.decord.VideoReader", spy)
+    monkeypatch.setattr("wantrain.data.reader.decord.VideoReader", spy)
     found = probe(videos / "plain.mp4")
     for _ in read_windows(videos / "plain.mp4", found, cut_windows(found, Cut(17, 16)), 16):
         assert [reader for reader in opened if reader() is not None] == []

@@ -54,10 +54,13 @@ class Encoding:
             for rank in range(2)
         ]
 
-    def wait_for_work(self):
-        """Until both have begun; False if they have ended before."""
+    def wait_for_work(self, tars):
+        """Until both have begun and so many tars are there; False if they have ended before."""
         notes = [self.out / f".rank-{rank}.json" for rank in range(2)]
-        while not all(note.exists() and note.stat().st_mtime >= self.began for note in notes):
+        while (
+            not all(note.exists() and note.stat().st_mtime >= self.began for note in notes)
+            or len(list(self.out.glob("*.tar"))) < tars
+        ):
             if any(process.poll() is not None for process in self.processes):
                 return False
             time.sleep(0.01)
@@ -90,25 +93,26 @@ def choices(videos, base, area):
     return [f"shards={videos}", f"weights={base}", f"area={area}", "shard_clips=2", "decode.workers=1", "report=none"]
 
 
-def killed(kills, longest, command, out, unbroken, environment, seed=0):
-    """Kill two processes so many times, up to `longest` seconds after they began; the tars that each kill left.
+def killed(kills, command, out, unbroken, environment, seed=0):
+    """Kill two processes so many times, a moment after a number of tars that is drawn; the tars that each kill left.
 
     The next begins with them; a folder that is finished before its kill is thrown away.
     """
-    moments, tars = random.Random(seed), []
-    while len(tars) < kills:
+    draw, left = random.Random(seed), []
+    moments = sorted(draw.sample(range(len(list(unbroken.glob("*.tar"))) - 2), kills))
+    while len(left) < kills:
         encoding = Encoding(command, out, environment)
         try:
-            if encoding.wait_for_work():
-                time.sleep(moments.uniform(0, longest))
+            if encoding.wait_for_work(moments[len(left)]):
+                time.sleep(draw.uniform(0, 0.1))
         finally:
             encoding.kill()
         if (out / "manifest.json").exists():
             agrees(out, unbroken)
             shutil.rmtree(out)  # it was too late
         else:
-            tars.append(len(list(out.glob("*.tar"))))
-    return tars
+            left.append(len(list(out.glob("*.tar"))))
+    return left
 
 
 def test_a_launch_shares_the_work_and_one_process_ends_what_two_left(tiny, environment, launch_command, call, tmp_path):
@@ -121,7 +125,7 @@ def test_a_launch_shares_the_work_and_one_process_ends_what_two_left(tiny, envir
     made = {rank: int(clips) for rank, clips in re.findall(r"rank (\d) of 2: (\d+) clips", ended.stdout)}
     assert set(made) == {"0", "1"} and all(made.values())
     assert sum(made.values()) == read_manifest(unbroken, "latent")["clips"]
-    killed(1, 0.1, command, out, unbroken, environment)
+    killed(1, command, out, unbroken, environment)
     call("encode.py", *command, f"out={out}")
     agrees(out, unbroken)
 
@@ -134,7 +138,7 @@ def test_two_processes_killed_at_twenty_random_moments(tiny, long_set, call, env
     call("encode.py", *command, f"out={unbroken}")
     for life in range(5):
         out = tmp_path / f"out-{life}"
-        tars += killed(4, 0.6, command, out, unbroken, environment, seed=life)
+        tars += killed(4, command, out, unbroken, environment, seed=life)
         ended = Encoding(command, out, environment)
         assert [process.wait(timeout=120) for process in ended.processes] == [0, 0]
         agrees(out, unbroken)

@@ -17,7 +17,7 @@ from wantrain.models import Base, load_text_encoder, load_transformer, names, op
 from wantrain.models.base import stated_expert
 from wantrain.models.inspect import describe
 from wantrain.models.pipeline import About, write_pipeline
-from wantrain.models.weights import read_file, read_metadata, read_tensors, write_file
+from wantrain.models.weights import load_strict, read_file, read_metadata, read_tensors, write_file
 
 SIZE = {"num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16, "text_dim": 64, "ffn_dim": 64}
 ABOUT = About("tiny", 0.875, 3.0, {"high_noise": 2.0, "low_noise": 1.5}, origin={"low_noise": {"run": "r7"}})
@@ -352,6 +352,24 @@ def test_a_bad_file_is_one_clear_error(layouts, tmp_path, kind, words):
     file = getattr(Bad(), kind)(layouts.singles["low_noise"], tmp_path)
     with pytest.raises(ValueError, match=words):
         load_transformer(file, like=SIZE)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+def test_values_that_add_up_to_nothing_or_too_much_are_healthy(dtype):
+    """Damage is looked for where a sum is zero or infinite; such sums alone are none."""
+    module = torch.nn.Linear(400, 400, bias=False, device="meta")
+    halves = torch.cat([torch.full((400, 200), 3.0), torch.full((400, 200), -3.0)], dim=1).half()
+    load_strict(module, {"weight": halves}, "file", dtype=dtype)
+    assert torch.equal(module.weight.float(), halves.float())
+    large = torch.full((400, 400), 3.0).half()
+    assert large.sum().isinf()
+    load_strict(module, {"weight": large}, "file", dtype=dtype)
+    assert torch.equal(module.weight.float(), large.float())
+    for bad, words in [(float("nan"), "NaN or infinite"), (float("inf"), "NaN or infinite"), (0.0, "all zeros")]:
+        sick = torch.full_like(large, bad) if bad == 0 else large.clone()
+        sick[399, 399] = bad
+        with pytest.raises(ValueError, match=words):
+            load_strict(module, {"weight": sick}, "file", dtype=dtype)
 
 
 def test_the_model_that_fits_a_published_file_is_named():

@@ -283,6 +283,7 @@ class _Cutter:
             "fps": float(fps),
             "time": "native" if self.cut.fps is None else "resample",
             "windows": [asdict(window) for window in kept],
+            "marks": [[mark.number, mark.seen] for mark in survey.marks],
         }
 
     def _choose(

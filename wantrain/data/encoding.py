@@ -230,6 +230,7 @@ class _Reading:
                 "sha256": entry.about["sha256"],
                 "fps": entry.about["fps"],
                 "windows": [entry.about["windows"][row.number] for row in rows],
+                "marks": entry.about.get("marks", []),
                 "size": [bucket.height, bucket.width],
                 "mask": self._mask(entry) if self.masks else None,
             }

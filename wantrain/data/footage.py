@@ -1,28 +1,18 @@
 """Footage: one file with what is said about it, what is really in it, and its frames, chosen by timestamp.
 
-decord is the reader, always asked by timestamp: headers lie about frame counts, and frames before an edit list have
-negative timestamps that no player shows. Three things about it were measured against PyAV and shape this file:
-- It is only ever read forwards from the first frame. Where it seeks (also in `get_batch`, and in `skip_frames` past a
-  keyframe) it lands on other frames than asked for after an edit list and in open groups of pictures, which x265 makes
-  by default. Read forwards it gives exactly the displayed frames; short of a keyframe it may skip, which decodes them
-  and saves the rest, unless frames that are not displayed shift its count.
-- It decodes ahead without limit while its reader is idle, so a reader is never kept open while something else is done.
-- With more than one thread it fails on healthy VP9 files.
 A file that cannot be used is a Reject with its reason, never silence.
 """
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,6 +20,7 @@ from PIL import Image, ImageOps
 
 from wantrain import geometry
 from wantrain.data.captions import Told
+from wantrain.data.reader import Mark, Reader, peek
 from wantrain.data.windows import EPSILON, Probe, Window, frames_on_screen
 from wantrain.video import Frames
 from wantrain.world import file_hash
@@ -39,7 +30,7 @@ IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 
 #: The folder beside footage that holds its masks.
 MASKS = "masks"
-#: Frames read in one go, in bytes; a longer file is opened again for the rest and read forwards to it.
+#: Frames read in one go, in bytes; a longer file is opened again for the rest.
 SITTING_BYTES = 2 << 30
 
 
@@ -131,11 +122,6 @@ class Reject:
     kind: str = "unreadable"
 
 
-def _open(path: Path) -> decord.VideoReader:
-    # fault_tol: where a frame cannot be decoded, decord would give its neighbour instead; this makes it raise.
-    return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
-
-
 def probe(path: Path) -> Probe:
     """Look into a file and decode its first frame. ValueError with the reason if it fails."""
     if path.suffix.lower() in IMAGES:
@@ -144,16 +130,15 @@ def probe(path: Path) -> Probe:
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
     try:
-        reader = _open(path)
-        spans = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64).reshape(-1, 2)
-        height, width = _next_frame(reader).shape[:2]
+        first, spans = peek(path)
+        height, width = first.shape[:2]
     except Exception as error:  # every decoder failure has a class of its own
         raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
     if not (np.abs(spans) < 1e8).all():
         raise ValueError(
             f"has frames without a timestamp, as old AVI files do; write it anew: ffmpeg -i {path.name} {path.stem}.mp4"
         )
-    # Shown are the frames from time zero on: those before an edit list no player shows, nor does decord's decoder.
+    # Shown are the frames from time zero on: those before an edit list no player shows, nor does the reader.
     shown = spans[spans[:, 0] > -EPSILON]
     if len(shown) == 0:
         raise ValueError("has no frame that is displayed")
@@ -170,19 +155,25 @@ def read_whole(path: Path, found: Probe) -> Iterator[Frames]:
         yield _read_image(path)
         return
     try:
-        reader = _open(path)
-        for _ in found.times:
-            yield _next_frame(reader)
+        reader = Reader(path, len(found.times))
+        for number in range(len(found.times)):
+            yield reader.frame(number)
     except Exception as error:  # every decoder failure has a class of its own
         raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
 
 
 def read_windows(
-    path: Path, found: Probe, windows: list[Window], fps: float, size: tuple[int, int] | None = None
+    path: Path,
+    found: Probe,
+    windows: list[Window],
+    fps: float,
+    size: tuple[int, int] | None = None,
+    marks: Sequence[Mark] = (),
 ) -> Iterator[Frames]:
     """The frames (F, H, W, 3) uint8 of each window in turn, brought to `size` (height, width) if one is given.
 
-    Windows follow each other in time. ValueError with the reason if decoding fails.
+    Windows follow each other in time. `marks` save reading what lies before them. ValueError with the reason if
+    decoding fails.
     """
     if path.suffix.lower() in IMAGES:
         for _ in windows:
@@ -195,44 +186,27 @@ def read_windows(
     for first in range(0, len(windows), sitting):
         chosen = [frames_on_screen(found, window, fps).tolist() for window in windows[first : first + sitting]]
         try:
-            clips = _read_frames(path, len(found.times), chosen, size)
+            # A reader is never open while a clip is used: it would decode ahead without limit.
+            clips = _read_frames(Reader(path, len(found.times), marks), chosen, size)
         except Exception as error:  # every decoder failure has a class of its own
             raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
         yield from clips
 
 
-def _read_frames(path: Path, displayed: int, chosen: list[list[int]], size: tuple[int, int] | None) -> list[Frames]:
+def _read_frames(reader: Reader, chosen: list[list[int]], size: tuple[int, int] | None) -> list[Frames]:
     """Several clips at once, each given by the numbers of its frames, none before the last one of the clip before."""
-    reader, current, clips = _open(path), -1, []
-    keys = reader.get_key_indices()
-    may_skip = len(reader) == displayed and keys[:1] == [0]
-    fitted = np.empty(0, dtype=np.uint8)
+    current, clips, fitted = -1, [], np.empty(0, dtype=np.uint8)
     for numbers in chosen:
         clip: Frames | None = None
         for place, number in enumerate(numbers):
             if current < number:
-                _pass_over(reader, current + 1, number, keys if may_skip else [])
-                fitted, current = fit_frame(_next_frame(reader), size), number
+                fitted, current = fit_frame(reader.frame(number), size), number
             if clip is None:  # one block for all, not a list of frames: memory that is new costs as much as decoding
                 clip = np.empty((len(numbers), *fitted.shape), dtype=np.uint8)
             clip[place] = fitted
         assert clip is not None, "a window has frames"
         clips.append(clip)
     return clips
-
-
-def _pass_over(reader: decord.VideoReader, begin: int, end: int, keys: list[int]) -> None:
-    """Read frames `begin` to `end` - 1 without using them. `keys` are the keyframes; without any it must not skip."""
-    while begin < end:
-        after = bisect.bisect_right(keys, begin)
-        # To skip up to a keyframe would be a seek to it.
-        count = (min(end, keys[after] - 1) if after < len(keys) else end) - begin
-        if keys and count > 0:
-            reader.skip_frames(count)
-            begin += count
-        else:
-            reader.next()
-            begin += 1
 
 
 def check_mask(found: Probe, clip: Probe) -> None:
@@ -274,19 +248,6 @@ def fit_frame(frame: Frames, size: tuple[int, int] | None) -> Frames:
     scaled_BCHW = F.interpolate(frame_BCHW, (height, width), mode="bicubic", antialias=True)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
     return scaled_BCHW[0, :, top : top + size[0], left : left + size[1]].permute(1, 2, 0).contiguous().numpy()
-
-
-def _next_frame(reader: decord.VideoReader) -> Frames:
-    """The next displayed frame, (H, W, 3).
-
-    decord2 takes the padding of its rows for a fourth channel where it happens to be as wide as one (widths 16, 24,
-    32, 48, 96, 144): such a frame holds RGB in the first 3*W bytes of every row.
-    """
-    frame: Frames = torch.utils.dlpack.from_dlpack(reader.next().to_dlpack()).numpy()  # as it is, not copied
-    height, width, channels = frame.shape
-    if channels == 3:
-        return frame
-    return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
 def _read_image(path: Path) -> Frames:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from wantrain import geometry
 from wantrain.data.decoding import Damaged
 from wantrain.data.footage import fit_frame, probe, read_mask_windows, read_windows
+from wantrain.data.reader import Mark
 from wantrain.data.shards import VideoSample
 from wantrain.data.windows import Window
 from wantrain.video import Frames
@@ -44,12 +45,18 @@ def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Ite
     """
     with _as_file(sample.content, sample.extension) as path:
         windows = [read_window(window) for window in sample.about["windows"]]
-        yield from read_windows(path, probe(path), windows, sample.about["fps"], size)
+        marks = read_marks(sample.about.get("marks", ()))
+        yield from read_windows(path, probe(path), windows, sample.about["fps"], size, marks)
 
 
 def read_window(told: Mapping[str, Any]) -> Window:
     """A window as a video shard tells it; what it says besides (which clip it belongs to) is not the reader's."""
     return Window(**{field.name: told[field.name] for field in fields(Window) if field.name in told})
+
+
+def read_marks(told: Sequence[tuple[int, str]]) -> list[Mark]:
+    """The frames that a seek finds, as a video shard tells them; those made before 2026-11-24 tell none."""
+    return [Mark(*each) for each in told]
 
 
 def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
@@ -61,7 +68,7 @@ def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
     windows, size = [read_window(window) for window in request["windows"]], tuple(request["size"])
     with _member(request, request) as path:
         found = probe(path)
-        clips = read_windows(path, found, windows, request["fps"], size)
+        clips = read_windows(path, found, windows, request["fps"], size, read_marks(request["marks"]))
         if request["mask"] is None:
             yield from clips
             return

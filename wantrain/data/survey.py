@@ -22,12 +22,13 @@ from wantrain.data import headers, likeness
 from wantrain.data.captions import Told
 from wantrain.data.decoding import Decoders, Job
 from wantrain.data.footage import Footage, probe, read_whole
+from wantrain.data.reader import Mark, Reader
 from wantrain.data.scenes import SceneDetector
 from wantrain.data.windows import Probe
 from wantrain.video import Frames
 
 #: Raise it whenever the same bytes would be found to show something else than before.
-CODE = 1
+CODE = 2
 #: A process that reads a file says so every so many seconds.
 BEAT = 1.0
 #: Processes that read footage, unless said otherwise: the cores, up to this many.
@@ -36,26 +37,34 @@ MOST_WORKERS = 8
 
 @dataclass(frozen=True)
 class Survey:
-    """What a file shows, how each frame looks from afar (F, GRID, GRID, 3), and when its scenes begin, in seconds."""
+    """What a file shows, how each frame looks from afar (F, GRID, GRID, 3), when its scenes begin, in seconds, and
+    the numbers of frames that a seek finds (reader.py).
+    """
 
     found: Probe
     looks: NDArray[np.uint8]
     begins: list[float]
+    marked: list[int]
+
+    @property
+    def marks(self) -> list[Mark]:
+        """The frames that a seek finds."""
+        return [Mark.of(number, self.looks[number]) for number in self.marked]
 
     def packed(self) -> bytes:
         """As bytes."""
         facts = np.array([self.found.height, self.found.width, self.found.end], dtype=np.float64)
-        begins = np.array(self.begins, dtype=np.float64)
-        return save({"facts": facts, "times": self.found.times, "looks": self.looks, "begins": begins})
+        begins, marked = np.array(self.begins, dtype=np.float64), np.array(self.marked, dtype=np.int64)
+        times, looks = self.found.times, self.looks
+        return save({"facts": facts, "times": times, "looks": looks, "begins": begins, "marked": marked})
 
     @staticmethod
     def unpacked(content: bytes) -> Survey:
         """From its bytes."""
         tensors = load(content)
         height, width, end = tensors["facts"].tolist()
-        return Survey(
-            Probe(int(height), int(width), tensors["times"], end), tensors["looks"], tensors["begins"].tolist()
-        )
+        found = Probe(int(height), int(width), tensors["times"], end)
+        return Survey(found, tensors["looks"], tensors["begins"].tolist(), tensors["marked"].tolist())
 
 
 class Surveys:
@@ -123,6 +132,7 @@ def read_survey(request: dict[str, Any]) -> Iterator[Frames | None]:
     member = request["member"]
     file = Footage(Path(request["path"]), request["name"], Told(), tuple(member) if member else None)
     looks: list[likeness.Look] = []
+    marked: list[int] = []
     with file.on_disk() as path:
         found = probe(path)
         scenes = SceneDetector() if request["split"] and not found.is_image else None
@@ -136,5 +146,8 @@ def read_survey(request: dict[str, Any]) -> Iterator[Frames | None]:
                 yield None
         if not found.is_image:
             headers.refuse(headers.read_header(path), Path(file.name).name)
+            for mark in Reader(path, len(looks)).tried_marks(np.stack(looks)):
+                marked += [mark.number] if mark is not None else []
+                yield None
     begins = scenes.begins(found.times) if scenes is not None else []
-    yield np.frombuffer(Survey(found, np.stack(looks), begins).packed(), dtype=np.uint8)
+    yield np.frombuffer(Survey(found, np.stack(looks), begins, marked).packed(), dtype=np.uint8)

@@ -25,7 +25,7 @@ from wantrain.masks import PAINTED
 #: Raise it whenever the same footage, choices and weights would give other latents or texts than before.
 CODE = 2
 #: What a file's `about` may say without changing its latents; everything else is part of their identity.
-WORDS = frozenset(("caption", "captions", "source", "weight", "tags", "windows", "mask"))
+WORDS = frozenset(("caption", "captions", "source", "weight", "tags", "windows", "mask", "marks"))
 
 
 @dataclass(frozen=True)

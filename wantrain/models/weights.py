@@ -7,12 +7,14 @@ that is what is asked for: loading costs the module's own bytes and little more.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import math
 import mmap
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,10 @@ PICKLES = frozenset((".pth", ".pt", ".bin"))
 SHARD_BYTES = 5 << 30
 #: Bytes at whose multiples torch begins its own tensors: one that begins elsewhere gives other last digits.
 ALIGNMENT = 64
-#: Bytes from which on a tensor is given huge pages: one such page.
-HUGE = 2 << 20
 #: Tensors that are read at once on a CPU, at most: more memory traffic than that brings nothing.
 MOST_THREADS = 8
+#: Asks Linux (5.14 or newer) for the pages of a range before they are touched; Python 3.11 has no name for it.
+POPULATE_WRITE = 23
 #: Key of a file's metadata that holds nothing but spaces.
 PADDING = "padding"
 
@@ -157,23 +159,28 @@ def load_strict(
     lists the ends of names that may be zero).
     """
     _check_keys(module, tensors, where)
+    wanted = {key: torch.float32 if any(part in key for part in fp32) else dtype for key in tensors}
+    # All before any is filled: to make one waits while another thread has the kernel make pages.
+    places = {key: _place_for(tensor, device, wanted[key]) for key, tensor in tensors.items()}
 
-    def prepare(item: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
-        key, tensor = item
-        wanted = torch.float32 if any(part in key for part in fp32) else dtype
-        own = _place(tensor, device, wanted if tensor.is_floating_point() else tensor.dtype)
-        return own, _range(own)
+    def fill(key: str) -> Tensor:
+        tensor, place = tensors[key], places[key]
+        if place is not tensor:
+            _make_pages(place)
+            place.copy_(tensor)
+        return place.sum()
 
-    # Several at once: much of the time goes into pages that the kernel makes when they are first touched.
+    # Several at once: most of the time goes into memory, not into arithmetic.
     workers = min(world.cores(), MOST_THREADS) if torch.device(device).type == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
-        prepared = list(pool.map(prepare, tensors.items()))
-    placed = dict(zip(tensors, (own for own, _ in prepared), strict=True))
-    ranges, sick = [found for _, found in prepared], []
-    may_be_zero = getattr(module, "zero_at_start", ("bias",))
-    # One look at all of them: looking at each would let a GPU wait a thousand times.
-    for key, (low, high) in zip(placed, torch.stack(ranges).tolist(), strict=True):
-        if not (low > -float("inf") and high < float("inf")):
+        sums = list(pool.map(fill, places))
+    sick, may_be_zero = [], getattr(module, "zero_at_start", ("bias",))
+    # One look at all sums: looking at each would let a GPU wait a thousand times.
+    for (key, place), total in zip(places.items(), torch.stack([each.float() for each in sums]).tolist(), strict=True):
+        if math.isfinite(total) and total != 0:
+            continue  # a NaN or an infinity would show in the sum; only what has none of a healthy kind is looked into
+        low, high = _range(place)
+        if not (low > -math.inf and high < math.inf):
             sick.append(f"{key} is NaN or infinite")
         elif low == high == 0 and not key.endswith(may_be_zero):
             sick.append(f"{key} is all zeros")
@@ -182,7 +189,7 @@ def load_strict(
             f"{where} holds {_some('tensor', sick)} that no trained model has; the file is damaged or was never written"
             " in full: download or export it again"
         )
-    module.load_state_dict(placed, assign=True)
+    module.load_state_dict(places, assign=True)
 
 
 def _check_keys(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
@@ -208,40 +215,38 @@ def _some(title: str, rows: list[str]) -> str:
     return f"{len(rows)} {title} ({', '.join(rows[:5])}{more})"
 
 
-def _place(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
-    """A tensor on `device` in `dtype` (None: its own).
+def _place_for(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
+    """Where a tensor's values are to lie on `device`, in `dtype` (None: its own) if they are floating.
 
     What is wanted as the mapped file has it stays there, and a write to it is private; unless it begins where torch
     begins no tensor, which would change the last digits of every product: so from another file the same weights would
     answer differently.
     """
-    stays = torch.device(device).type == "cpu" and dtype in {None, tensor.dtype}
-    if stays and tensor.data_ptr() % ALIGNMENT == 0:
-        return tensor
-    if torch.device(device).type == "cpu":
-        return _new_like(tensor, dtype or tensor.dtype).copy_(tensor)
-    return tensor.to(device, dtype or tensor.dtype, copy=True)
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    stays = torch.device(device).type == "cpu" and dtype == tensor.dtype and tensor.data_ptr() % ALIGNMENT == 0
+    return tensor if stays else torch.empty_like(tensor, device=device, dtype=dtype)
 
 
-def _new_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for a tensor's values on the CPU; of huge pages if it is large and the kernel has any.
-
-    A page that is touched first costs more than what is written into it.
-    """
-    size = tensor.numel() * dtype.itemsize
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(tensor, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel that was built without
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(tensor.shape)
+def _make_pages(tensor: Tensor) -> None:
+    """Have the kernel make a tensor's pages in one go: a fault for each costs more than what is written there."""
+    if tensor.device.type != "cpu" or sys.platform != "linux":
+        return
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:  # an older kernel says no, and makes them one by one; not by mmap, which would hold Python's lock
+        _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), POPULATE_WRITE)
 
 
-def _range(tensor: Tensor) -> Tensor:
-    """Least and greatest value, (2,) float32 on the tensor's device: NaN if it has one; (0, 1) where it is empty."""
+_libc = ctypes.CDLL(None)
+
+
+def _range(tensor: Tensor) -> tuple[float, float]:
+    """Least and greatest value, NaN if it has one; (0, 1) where it is empty."""
     if tensor.numel() == 0:
-        return torch.tensor([0.0, 1.0], device=tensor.device)
-    return torch.stack(torch.aminmax(tensor)).float()
+        return 0.0, 1.0
+    low, high = torch.stack(torch.aminmax(tensor)).tolist()
+    return low, high
 
 
 def write_part(
