@@ -514,9 +514,9 @@ def test_marks_reach_who_reads_and_change_nothing(tmp_path, monkeypatch):
 
     def read_the_end(request):
         assert request["marks"] == sample.about["marks"]
-        windows, seeks, real = request["windows"], [], Reader.seek
+        windows, seeks, real = request["windows"], [], Reader._seek
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Reader, "seek", lambda self, number: (seeks.append(number), real(self, number))[1])
+            patch.setattr(Reader, "_seek", lambda self, number: (seeks.append(number), real(self, number))[1])
             (last,) = read_clips({**request, "windows": windows[-1:]})
         assert seeks == [60] and np.array_equal(last, whole[-1])
         yield from read_clips(request)

@@ -97,12 +97,12 @@ class Reader:
     def _found(self, mark: Mark) -> Frames | None:
         """The frame of a mark, sought; None if another one is there."""
         try:
-            frames = self.seek(mark.number)
+            frames = self._seek(mark.number)
         except SEEK_FAILS:
             return None
         return frames if Mark.of(mark.number, look(frames)) == mark else None
 
-    def seek(self, number: int) -> Frames:
+    def _seek(self, number: int) -> Frames:
         """What decord takes for the frame of that number."""
         self._video.seek_accurate(number)
         self._next = number
@@ -137,7 +137,7 @@ class Reader:
                 continue
             last = key
             try:
-                frames = [self.seek(key), *(self._read() for _ in range(1, TRIED))]
+                frames = [self._seek(key), *(self._read() for _ in range(1, TRIED))]
             except SEEK_FAILS:
                 self._start()
                 yield None

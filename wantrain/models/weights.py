@@ -31,6 +31,8 @@ PICKLES = frozenset((".pth", ".pt", ".bin"))
 SHARD_BYTES = 5 << 30
 #: Bytes at whose multiples torch begins its own tensors: one that begins elsewhere gives other last digits.
 ALIGNMENT = 64
+#: Bytes from which on a tensor is worth a thread.
+LARGE = 1 << 20
 #: Tensors that are read at once on a CPU, at most: more memory traffic than that brings nothing.
 MOST_THREADS = 8
 #: Asks Linux (5.14 or newer) for the pages of a range before they are touched; Python 3.11 has no name for it.
@@ -170,13 +172,17 @@ def load_strict(
             place.copy_(tensor)
         return place.sum()
 
-    # Several at once: most of the time goes into memory, not into arithmetic.
+    # Several at once: most of the time goes into memory, not into arithmetic. To hand on a small one takes longer.
     workers = min(world.cores(), MOST_THREADS) if torch.device(device).type == "cpu" else 1
+    large = [key for key, tensor in tensors.items() if tensor.nbytes >= LARGE]
     with ThreadPoolExecutor(workers) as pool:
-        sums = list(pool.map(fill, places))
+        filled = pool.map(fill, large)
+        sums = {key: fill(key) for key in tensors.keys() - set(large)} | dict(zip(large, filled, strict=True))
     sick, may_be_zero = [], getattr(module, "zero_at_start", ("bias",))
     # One look at all sums: looking at each would let a GPU wait a thousand times.
-    for (key, place), total in zip(places.items(), torch.stack([each.float() for each in sums]).tolist(), strict=True):
+    totals = dict(zip(sums, torch.stack([each.float() for each in sums.values()]).tolist(), strict=True))
+    for key, place in places.items():
+        total = totals[key]
         if math.isfinite(total) and total != 0:
             continue  # a NaN or an infinity would show in the sum; only what has none of a healthy kind is looked into
         low, high = _range(place)
