@@ -123,14 +123,14 @@ def test_a_clip_from_anywhere_shows_the_frames_of_the_whole(videos, name):
             np.testing.assert_array_equal(clip, np.stack(whole[number : number + 5]))
 
 
-def seeks(monkeypatch, *, wrong_by=0, fail=False):
+def seeks(monkeypatch, *, wrong_by=0, fail=None):
     """Notes where decord is asked to seek; it may land on another frame, or fail."""
     asked, real = [], decord.VideoReader.seek_accurate
 
     def spy(self, number):
         asked.append(number)
-        if fail:
-            raise decord.DECORDError("no")
+        if fail is not None:
+            raise fail("no")
         return real(self, number - wrong_by)
 
     monkeypatch.setattr(decord.VideoReader, "seek_accurate", spy)
@@ -161,7 +161,17 @@ def test_what_lies_before_a_mark_is_not_read(long, monkeypatch):
         skipped.clear()
 
 
-@pytest.mark.parametrize("lie", [{"wrong_by": 1}, {"wrong_by": 20}, {"fail": True}])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"wrong_by": 1},
+        {"wrong_by": 20},
+        {"fail": decord.DECORDError},
+        {"fail": decord.DECORDLimitReachedError},  # frames that cannot be decoded; no kind of the one before
+        {"fail": RuntimeError},  # decord's own word for a seek that fails
+    ],
+    ids=str,
+)
 def test_where_a_seek_is_wrong_the_file_is_read_forwards(long, monkeypatch, lie):
     path, frames, marks = long
     asked, found = seeks(monkeypatch, **lie), probe(path)

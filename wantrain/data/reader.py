@@ -31,8 +31,8 @@ from wantrain.video import Frames
 
 #: Marks are at least so many frames apart, and at most so many in a file: to try one takes a seek and `TRIED` frames.
 APART, MOST_MARKS, TRIED = 48, 256, 4
-#: What a seek that fails raises.
-SEEK_FAILS = (decord.DECORDError, StopIteration)
+#: What a seek that fails raises, or the frames after it.
+SEEK_FAILS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, StopIteration)
 #: A mark that is less far ahead is not worth a seek.
 NEAR = 16
 
