@@ -80,3 +80,12 @@ def test_a_folder_that_cannot_be_made_is_one_error_that_names_the_key(tmp_path, 
     Path("file").touch()
     with pytest.raises(ValueError, match=rf"out={above}/deeper cannot be made \(.+\); give a folder that can be"):
         world.claim_folder(Path(above) / "deeper", mark=None, key="out")
+
+
+def test_progress_is_heard_while_somebody_listens():
+    heard = []
+    with world.listening(heard.append):
+        world.progress("hashing one")
+        world.progress("hashing two")
+    world.progress("hashing three")
+    assert heard == ["hashing one", "hashing two"]

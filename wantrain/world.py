@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,25 @@ def say(message: str) -> None:
     """Tell the user something, once: rank 0 only, on standard output, at once."""
     if is_main():
         print(message, flush=True)
+
+
+_listeners: list[Callable[[str], None]] = []
+
+
+def progress(doing: str) -> None:
+    """A unit of work is done and `doing` begins: whoever listens is told, a watchdog for one. Cheap: call it often."""
+    for listener in tuple(_listeners):
+        listener(doing)
+
+
+@contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """While active, `listener(doing)` is called at every `progress`, in the thread that made it."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def single_process(verb: str) -> None:
