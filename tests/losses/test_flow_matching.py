@@ -27,6 +27,11 @@ def generators(positions):
     return [world.generator(0, "noise", position) for position in positions]
 
 
+def lost(loss, model, data, streams):
+    """The loss of a batch with what these generators draw."""
+    return loss(model, data, loss.prepare(data, streams))
+
+
 def perfect(of):
     """The model that knows the clean latents: (x_sigma - x0) / sigma is the velocity."""
 
@@ -45,8 +50,8 @@ def nothing(noisy, timestep, text, condition):
 @pytest.mark.parametrize("density", ["uniform", "logit_normal"])
 def test_a_perfect_model_has_no_loss_and_a_silent_one_the_velocitys_power(window, density):
     data, loss = batch(), FlowMatching(density=density, **window)
-    assert loss(perfect(data), data, generators(range(4))).value < 1e-6  # dividing by a small sigma rounds
-    record = loss(nothing, data, generators(range(4)))
+    assert lost(loss, perfect(data), data, generators(range(4))).value < 1e-6  # dividing by a small sigma rounds
+    record = lost(loss, nothing, data, generators(range(4)))
     streams = generators(range(4))
     loss.draw(data, streams)  # the sigma is drawn first, then the noise
     target = flow.velocity(data.latents_BCTHW, draw_noise(data.latents_BCTHW, streams))
@@ -57,7 +62,7 @@ def test_a_perfect_model_has_no_loss_and_a_silent_one_the_velocitys_power(window
 @pytest.mark.parametrize("window", [HIGH, LOW])
 def test_noise_levels_stay_in_the_experts_window_and_fill_it(window):
     data, loss = batch(), FlowMatching(**window)
-    sigmas = torch.cat([loss(nothing, data, generators(range(4 * i, 4 * i + 4))).sigma for i in range(250)])
+    sigmas = torch.cat([lost(loss, nothing, data, generators(range(4 * i, 4 * i + 4))).sigma for i in range(250)])
     assert flow.NoiseWindow(window["low"], window["high"]).contains(sigmas).all()
     assert len(sigmas.unique()) > 990, "no atom at an edge"
     p = (torch.arange(1000) + 0.5) / 1000
@@ -72,10 +77,10 @@ def test_what_a_sample_meets_does_not_depend_on_its_company():
         seen.append((noisy, timestep))
         return torch.zeros_like(noisy)
 
-    loss(spy, data, generators([7, 8, 9, 10]))
+    lost(loss, spy, data, generators([7, 8, 9, 10]))
     for i, position in enumerate((7, 8, 9, 10)):
         alone = replace(data, latents_BCTHW=data.latents_BCTHW[i : i + 1], text_BLD=data.text_BLD[:1], ids=("x",))
-        loss(spy, alone, generators([position]))
+        lost(loss, spy, alone, generators([position]))
         noisy, timestep = seen[-1]
         assert torch.equal(noisy, seen[0][0][i : i + 1]) and torch.equal(timestep, seen[0][1][i : i + 1])
     assert len({sigma for _, timestep in seen[1:] for sigma in timestep.tolist()}) == 4
@@ -109,13 +114,14 @@ def test_frames_that_are_given_stand_clean_at_timestep_0():
         seen.append((noisy, timestep))
         return torch.zeros_like(noisy)
 
-    losses = [FlowMatching(**LOW)(spy, replace(plain, mask_BT=each), generators(range(4))) for each in (None, mask)]
+    loss = FlowMatching(**LOW)
+    losses = [lost(loss, spy, replace(plain, mask_BT=each), generators(range(4))) for each in (None, mask)]
     (free, levels), (noisy, given) = seen
     assert torch.equal(noisy[1:, :, 0], plain.latents_BCTHW[1:, :, 0]) and not given[1:, 0].any()
     assert torch.equal(noisy[:, :, 1:], free[:, :, 1:]) and torch.equal(noisy[:1], free[:1])
     assert torch.equal(given[:, 1:], levels[:, None].expand(4, 2)) and torch.equal(losses[0].sigma, losses[1].sigma)
     ones = replace(plain, mask_BT=torch.ones(4, 3))
-    assert torch.allclose(FlowMatching(**LOW)(spy, ones, generators(range(4))).value, losses[0].value)
+    assert torch.allclose(lost(FlowMatching(**LOW), spy, ones, generators(range(4))).value, losses[0].value)
 
 
 def test_condition_and_text_reach_the_model():
@@ -126,14 +132,14 @@ def test_condition_and_text_reach_the_model():
         return noisy
 
     data = batch(condition_BCTHW=torch.full((4, 1, 3, 4, 6), 3.0))
-    FlowMatching()(spy, data, generators(range(4)))
+    lost(FlowMatching(), spy, data, generators(range(4)))
     assert given["condition"] is data.condition_BCTHW and given["text"] is data.text_BLD
 
 
 def test_weights_multiply_each_samples_error_but_not_what_is_logged():
     data = batch()
-    plain = FlowMatching(**LOW)(nothing, data, generators(range(4)))
-    weighted = FlowMatching(weighting="sigma_sqrt", **LOW)(nothing, data, generators(range(4)))
+    plain = lost(FlowMatching(**LOW), nothing, data, generators(range(4)))
+    weighted = lost(FlowMatching(weighting="sigma_sqrt", **LOW), nothing, data, generators(range(4)))
     assert torch.equal(plain.per_sample, weighted.per_sample)
     assert torch.allclose(weighted.value, (plain.per_sample / plain.sigma.clamp(min=1e-3) ** 2).mean())
 
@@ -243,6 +249,7 @@ def test_huber_is_the_square_up_to_its_delta_and_a_line_beyond():
     assert slope.abs().max().item() == pytest.approx(2 * 0.7)
     data = batch()
     plain, robust, loose = (
-        FlowMatching(huber=huber, **LOW)(nothing, data, generators(range(4))).value.item() for huber in (None, 0.5, 1e3)
+        lost(FlowMatching(huber=huber, **LOW), nothing, data, generators(range(4))).value.item()
+        for huber in (None, 0.5, 1e3)
     )
     assert robust < 0.6 * plain and loose == plain

@@ -22,8 +22,8 @@ def test_what_is_measured_of_a_step_adds_up(tiny, call, tmp_path, monkeypatch):
     """Times to the step's seconds, tokens and operations to the batch's own shape, losses by noise to all samples."""
     drawn, loss = [], FlowMatching.__call__
 
-    def noted(self, model, batch, generators):
-        record = loss(self, model, batch, generators)
+    def noted(self, model, batch, draws):
+        record = loss(self, model, batch, draws)
         drawn.append((batch, record.sigma, record.per_sample))
         return record
 

@@ -283,7 +283,8 @@ def test_an_update_is_clipped_scaled_and_cleared_and_decays_matrices_alone():
     stepper.begin(0.2)
     for micro_step in range(2):  # each gives gradient 3 to all of 2 x 3 weights and (through zeros) none to the biases
         stepper.backward((module.weight * 3).sum() + 0 * module.bias.sum(), last=micro_step == 1)
-    norm = stepper.update()
+    norm = stepper.clip_gradients()
+    stepper.step(update=True)
     assert norm.item() == pytest.approx(3 * math.sqrt(6)), "the mean over micro-steps, before clipping"
     # Clipped to norm 1: 1 / sqrt(6) each; plus decay 0.1 * 1; times the rate 0.5 * 0.2.
     assert module.weight.flatten().tolist() == pytest.approx([1 - 0.1 * (1 / math.sqrt(6) + 0.1)] * 6)

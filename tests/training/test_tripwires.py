@@ -30,8 +30,8 @@ def spoiled(monkeypatch, steps, how):
     """Give the loss of some steps (from 1) another value: `how(record)` is what replaces it."""
     calls = iter(range(1, 1000))
 
-    def loss(self, model, batch, generators):
-        record = LOSS(self, model, batch, generators)
+    def loss(self, model, batch, draws):
+        record = LOSS(self, model, batch, draws)
         return how(record) if next(calls) in steps else record
 
     monkeypatch.setattr(FlowMatching, "__call__", loss)
@@ -203,18 +203,18 @@ import os, sys, math, runpy, torch
 sys.path.insert(0, {root!r})
 from wantrain import world
 from wantrain.losses import FlowMatching
-from wantrain.training import loop, stepper
+from wantrain.training import feed, stepper
 fault, rank = {fault!r}, int(os.environ["RANK"])
 whole, calls = FlowMatching.__call__, iter(range(1, 1000))
 if fault == "nan":       # on one rank only, in the third step
-    def loss(self, model, batch, generators):
-        record = whole(self, model, batch, generators)
+    def loss(self, model, batch, draws):
+        record = whole(self, model, batch, draws)
         bad = rank == 1 and next(calls) == 3
         return type(record)(**{{**vars(record), "value": record.value * (math.nan if bad else 1)}})
     FlowMatching.__call__ = loss
 elif fault == "spike":   # on one rank only, once enough is known
-    def loss(self, model, batch, generators):
-        record = whole(self, model, batch, generators)
+    def loss(self, model, batch, draws):
+        record = whole(self, model, batch, draws)
         times = 1e5 if rank == 1 and next(calls) == 40 else 1
         return type(record)(**{{**vars(record), "value": record.value * times, "per_sample": record.per_sample * times}})
     FlowMatching.__call__ = loss
@@ -222,8 +222,8 @@ elif fault == "noise":   # every rank seeds by its place in its own batch
     generator = world.generator
     world.generator = lambda seed, purpose, *at: generator(seed, purpose, *([] if purpose == "noise" else at))
 elif fault == "samples": # every rank takes rank 0's share
-    share = loop.share
-    loop.share = lambda batch, micro, accumulate, rank, world: share(batch, micro, accumulate, 0, world)
+    share = feed.share
+    feed.share = lambda batch, micro, accumulate, rank, world: share(batch, micro, accumulate, 0, world)
 elif fault == "gradients":  # the forward passes by DDP's wrapper, and nothing is reduced
     prepare = stepper.Stepper.__init__
     def init(self, accelerator, module, *more, **how):
@@ -232,10 +232,10 @@ elif fault == "gradients":  # the forward passes by DDP's wrapper, and nothing i
     stepper.Stepper.__init__ = init
 elif fault == "hang":    # one rank never comes to the reduction
     import time
-    def loss(self, model, batch, generators):
+    def loss(self, model, batch, draws):
         if rank == 1 and next(calls) == 2:
             time.sleep(1000)
-        return whole(self, model, batch, generators)
+        return whole(self, model, batch, draws)
     FlowMatching.__call__ = loss
 sys.argv[0] = {root!r} + "/train.py"
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,9 +1,22 @@
-"""Losses: each a callable loss(model, batch, generators) -> Loss, given a model and never importing one."""
+"""Losses: each a callable loss(model, batch, draws) -> Loss, with draws = loss.prepare(batch, generators).
+
+They are given a model and import none.
+"""
 
 from wantrain.losses.flow_matching import FlowMatching
 from wantrain.losses.reconstruction import Reconstruction
-from wantrain.losses.record import Loss
+from wantrain.losses.record import Draws, Loss, LossFunction
 from wantrain.losses.shifts import FluxShift, RootShift
 from wantrain.losses.weighting import Gaussian, MinSNR
 
-__all__ = ["FlowMatching", "FluxShift", "Gaussian", "Loss", "MinSNR", "Reconstruction", "RootShift"]
+__all__ = [
+    "Draws",
+    "FlowMatching",
+    "FluxShift",
+    "Gaussian",
+    "Loss",
+    "LossFunction",
+    "MinSNR",
+    "Reconstruction",
+    "RootShift",
+]

@@ -1,7 +1,7 @@
 """The velocity loss of rectified flow: noise a clean latent, ask the model for the way back, compare.
 
-A loss is a callable loss(model, batch, generators) -> Loss. It knows no expert and no task: the expert is a noise
-window, a task is a mask and a condition that travel in the batch.
+A loss is a callable loss(model, batch, loss.prepare(batch, generators)) -> Loss. It knows no expert and no task: the
+expert is a noise window, a task is a mask and a condition that travel in the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from wantrain import flow, world
 from wantrain.batch import Batch
 from wantrain.geometry import num_tokens
-from wantrain.losses.record import Loss, Model
+from wantrain.losses.record import Draws, Loss, Model
 from wantrain.losses.shifts import ShiftByTokens
 from wantrain.losses.weighting import Weighting, weighting_named
 
@@ -53,12 +53,16 @@ class FlowMatching:
         self.weight = weighting_named(weighting)
         self.quadrature(1)  # refuses a bad density or shift, or a window without mass, at once
 
-    def __call__(self, model: Model, batch: Batch, generators: Sequence[torch.Generator]) -> Loss:
-        """Loss of one batch; sample i draws its sigma and its noise from generators[i]."""
-        sigma = self.draw(batch, generators)
-        noise = draw_noise(batch.latents_BCTHW, generators)
+    def prepare(self, batch: Batch, generators: Sequence[torch.Generator]) -> Draws:
+        """Sample i draws its sigma, then its noise, from generators[i]; on the host."""
+        return Draws(generators, self.draw(batch, generators), draw_noise(batch.latents_BCTHW, generators))
+
+    def __call__(self, model: Model, batch: Batch, draws: Draws) -> Loss:
+        """Loss of one batch, on the device that batch and draws are on."""
+        sigma, noise = draws.sigma, draws.noise_BCTHW
+        assert sigma is not None and noise is not None, "made by `prepare`"
         error = velocity_error(model, batch, sigma, noise, huber=self.huber)
-        weighted = error * self.weight(sigma).to(error.device)
+        weighted = error * self.weight(sigma)
         return Loss(weighted.mean(), error.detach(), sigma)
 
     def draw(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:

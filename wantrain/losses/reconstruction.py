@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wantrain.batch import Batch
-from wantrain.losses.record import Loss, Model
+from wantrain.losses.record import Draws, Loss, Model
 
 
 class Reconstruction:
@@ -25,12 +25,16 @@ class Reconstruction:
     def __init__(self, *, absolute: float = 0.1, edges: float = 0.1, kl: float = 1e-4) -> None:
         self.absolute, self.edges, self.kl = absolute, edges, kl
 
-    def __call__(self, model: Model, batch: Batch, generators: Sequence[torch.Generator]) -> Loss:
-        """Loss of one batch of pixels; sample i draws its latent from generators[i]."""
+    def prepare(self, batch: Batch, generators: Sequence[torch.Generator]) -> Draws:
+        """Nothing can be drawn ahead: only the model knows the shape of its latents."""
+        return Draws(generators)
+
+    def __call__(self, model: Model, batch: Batch, draws: Draws) -> Loss:
+        """Loss of one batch of pixels; sample i draws its latent from draws.generators[i]."""
         pixels = batch.latents_BCTHW
 
         def noise(shape: torch.Size) -> Tensor:
-            return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])
+            return torch.stack([torch.randn(shape[1:], generator=generator) for generator in draws.generators])
 
         rebuilt, mean, logvar = model(pixels, noise)
         error = rebuilt - pixels

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ import torch
 
 from wantrain import world
 from wantrain.batch import Batch
-from wantrain.data import prefetch, share
+from wantrain.losses import Draws
 from wantrain.training.checkpoint import Checkpoints, read_state
+from wantrain.training.feed import micro_batches
 from wantrain.training.member import Member
 from wantrain.training.meter import Meter
 from wantrain.training.metrics import Metrics
@@ -112,23 +112,6 @@ class Run:
         found = [value for key, value in results.items() if key.endswith("validation_loss")]
         self.score = sum(found) / len(found) if found else None
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        """This process's micro-batches from optimizer step `start` on, loaded one thread ahead."""
-        rank, processes = world.rank(), world.world_size()
-
-        def requests() -> Iterator[Callable[[], Batch]]:
-            for step in range(start, self.until):
-                name, own = self.turns.at(step)
-                plan, accumulate = self.members[name].plan, self.members[name].stepper.accumulate
-                samples = plan.batch(own)
-                places = range(own * plan.batch_size, (own + 1) * plan.batch_size)
-                for micro_step in range(accumulate):
-                    mine = share(samples, micro_step, accumulate, rank, processes)
-                    positions = share(places, micro_step, accumulate, rank, processes)
-                    yield partial(self.data.load, mine, positions)
-
-        return prefetch(requests())
-
     def first_batch(self, count: int = 4) -> Batch:
         """The first samples of the run, at most `count`: something to measure on."""
         samples = next(iter(self.members.values())).plan.batch(0)[:count]
@@ -142,7 +125,7 @@ def fit(run: Run, start: int) -> int | None:
         run.ask_hooks(step)
     for member in run.members.values():
         member.trainee.module.train()
-    batches = run.batches(start)
+    batches = micro_batches(run.data, run.members, run.turns, start=start, until=run.until, seed=run.seed)
     with Signals() as signals, run.watchdog as watchdog, run.checkpoints:
         done = step >= run.until or run.settled(step)
         while not done:
@@ -165,7 +148,7 @@ def fit(run: Run, start: int) -> int | None:
     return stopped
 
 
-def take_step(run: Run, member: Member, own: int, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
+def take_step(run: Run, member: Member, own: int, step: int, batches: Iterator[tuple[Batch, Draws]]) -> dict[str, Any]:
     """One optimizer step of `member`, its own number `own`, which brings the run to `step`; returns what is logged."""
     stepper, meter, wires = member.stepper, run.meter, run.tripwires
     scale = member.schedule(own, member.steps)
@@ -174,23 +157,24 @@ def take_step(run: Run, member: Member, own: int, step: int, batches: Iterator[B
     meter.begin(member, watch=step % LOG_EVERY == 0)
     losses, parts = [], []
     for micro_step in range(stepper.accumulate):
-        batch = next(batches).to(stepper.device)
-        generators = [world.generator(run.seed, "noise", position) for position in batch.positions]
+        batch, draws = next(batches)
         meter.mark("data")
         with stepper.forward_context():
-            record = member.loss(stepper.wrapped, batch, generators)
+            record = member.loss(stepper.wrapped, batch.to(stepper.device), draws.to(stepper.device))
         meter.mark("forward")
-        wires.drew(batch, record, generators)
+        wires.drew(batch, draws, record)
         value = wires.judge(record.value) if (last := micro_step == stepper.accumulate - 1) else record.value
         stepper.backward(value, last=last)
         meter.mark("backward")
         meter.saw(batch, record)
         losses.append(record.value.detach())
         parts.append(record.parts)
-    wires.before_update()
-    norm = stepper.update()
-    if wires.updated(step, norm) and member.ema is not None:
-        member.ema.follow(own + 1)
+    norm = stepper.clip_gradients()
+    stepper.step(update=(update := wires.allow(step, norm)))
+    if update:
+        wires.moved()
+        if member.ema is not None:
+            member.ema.follow(own + 1)
     meter.mark("optimizer")
     told = {key: stepper.mean(torch.stack([part[key] for part in parts]).mean()) for key in parts[0]}
     loss = stepper.mean(torch.stack(losses).mean())

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from wantrain.data import Plan
-from wantrain.losses import Loss
+from wantrain.losses import LossFunction
 from wantrain.models.weights import read_file, write_file
 from wantrain.training.ema import Ema
 from wantrain.training.optim import Schedule
@@ -32,7 +32,7 @@ class Member:
     name: str
     trainee: Trainee
     stepper: Stepper
-    loss: Callable[..., Loss]
+    loss: LossFunction
     schedule: Schedule
     plan: Plan
     steps: int

@@ -46,11 +46,13 @@ class ByNoise:
     sums: Tensor
 
     def add(self, sigma: Tensor, errors: Tensor) -> None:
-        """Samples' losses, (B,), at their noise levels."""
+        """Samples' losses, (B,), at their noise levels; those that are no numbers do not count."""
         width = (self.window.high - self.window.low) / SLICES
-        slots = ((sigma - self.window.low) / width).long().clamp(0, SLICES - 1).to(errors.device)
-        both = torch.stack([errors.double(), torch.ones_like(errors, dtype=torch.float64)], dim=1)
-        self.sums.index_add_(0, slots, both)
+        slots = ((sigma - self.window.low) / width).long().clamp(0, SLICES - 1)
+        kept = errors.isfinite()
+        both = torch.stack([torch.where(kept, errors, 0.0).double(), kept.double()], dim=1)
+        places = slots[:, None] == torch.arange(SLICES, device=slots.device)
+        self.sums += places.double().T @ both
 
     def report(self, stepper: Stepper) -> dict[str, float]:
         """The mean loss of each slice that had samples, over all processes, by the slice's middle; then from zero."""
@@ -95,7 +97,7 @@ class Meter:
         self.amounts["tokens"] += len(batch) * tokens
         self.amounts["video_seconds"] += len(batch) * ((frames - 1) * self.temporal_stride + 1) / self.fps
         self.amounts["flops"] += len(batch) * self._flops(tokens, batch.text_BLD.shape[1])
-        if record.sigma is not None and record.per_sample.isfinite().all():
+        if record.sigma is not None:
             window = self.member.loss.window  # type: ignore[attr-defined]
             if self.member.name not in self.noises:
                 zeros = torch.zeros(SLICES, 2, dtype=torch.float64, device=self.device)

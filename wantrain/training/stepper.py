@@ -1,9 +1,9 @@
 """The Stepper: one model under an engine. It hides how an engine steps, and where it keeps weights and state.
 
 DeepSpeed divides by the accumulation, clips and steps inside its backward; FSDP2 and ZeRO-3 give a process only parts
-of the weights. Outside this file nobody knows: a step is begin, backward for each micro-step, update; weights and
-optimizer state come out whole, by the names that they have in one process, and go in again under any engine and number
-of processes.
+of the weights. Outside this file nobody knows: a step is begin, backward for each micro-step, clip_gradients, step;
+weights and optimizer state come out whole, by the names that they have in one process, and go in again under any
+engine and number of processes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Stepper:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add one micro-step's share of the gradient; DDP synchronises ranks only in the last one of a step.
 
-        A loss that is no number becomes a gradient that is none, on every rank, whatever the slope there: see `update`.
+        A loss that is no number becomes a gradient that is none, on every rank, whatever the slope there.
         """
         loss = loss * (1 + 0 * loss.detach())
         if self._zero:
@@ -107,19 +107,22 @@ class Stepper:
         with self.accelerator.no_sync(self.wrapped) if alone else nullcontext():
             self.accelerator.backward(loss / self.accumulate)
 
-    def update(self) -> Tensor:
-        """Clip, step, clear. Returns the gradient norm before clipping, the same on every rank; where it is no number
-        no rank steps, and weights and optimizer stay as they were.
-        """
-        if self._zero:  # its last backward has done all of it
+    def clip_gradients(self) -> Tensor:
+        """The gradient's norm before it is clipped, a scalar on the device, the same on every rank."""
+        if self._zero:  # its last backward has clipped, and stepped if this is a number
             return torch.as_tensor(self.wrapped.get_global_grad_norm(), device=self.device)
-        parameters = list(named_trainable(self.module).values())
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if torch.isfinite(norm):
+        norm = nn.utils.clip_grad_norm_(list(named_trainable(self.module).values()), self.clip)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def step(self, *, update: bool) -> None:
+        """Move the weights, if they are to be updated, and clear the gradients; else weights and optimizer stay as they
+        were. All ranks say the same; DeepSpeed has done as the norm says.
+        """
+        if self._zero:
+            return
+        if update:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all processes of a scalar."""

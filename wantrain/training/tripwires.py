@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from wantrain import flow, world
 from wantrain.batch import Batch
-from wantrain.losses import Loss
+from wantrain.losses import Draws, Loss
 from wantrain.training.member import Member
 from wantrain.training.stepper import Stepper
 
@@ -42,7 +42,7 @@ RATE = 0.02
 class Usual:
     """The usual loss of each slice of a window, as a running mean of logarithms.
 
-    Everything is computed where the losses are, so that nobody waits for a GPU.
+    Everything is computed where the losses are, and without asking for a value, so that nobody waits for a GPU.
     """
 
     window: flow.NoiseWindow
@@ -60,8 +60,9 @@ class Usual:
     def learn(self, sigmas: Tensor, errors: Tensor) -> None:
         """Take a batch's losses as usual."""
         kept = (errors > 0) & errors.isfinite()
-        places = torch.nn.functional.one_hot(self._slots(sigmas[kept]), SLICES).double()
-        more, sums = places.sum(0), errors[kept].double().log() @ places
+        slots = torch.arange(SLICES, device=errors.device)
+        places = ((self._slots(sigmas)[:, None] == slots) & kept[:, None]).double()
+        more, sums = places.sum(0), torch.where(kept, errors.double().log(), 0.0) @ places
         self.counts += more
         rates = torch.maximum(1 - (1 - RATE) ** more, more / self.counts.clamp(min=1))
         self.means += rates * (sums / more.clamp(min=1) - self.means)
@@ -73,7 +74,8 @@ class Usual:
 
 @dataclass
 class Tripwires:
-    """The wires of a run. The loop tells them what it does: begin, drew for each micro-step, before_update, updated.
+    """The wires of a run. The loop tells them what it does: begin, drew for each micro-step, allow, and moved after an
+    update. `allow` reads the device, once in a step; nothing else here does after a run's first step.
 
     path      tripped.jsonl
     patience  steps in a row without an update until the run ends
@@ -93,49 +95,71 @@ class Tripwires:
         """A step of `member` begins."""
         self.member, self.samples = member, list[dict[str, Any]]()
         self.noises: list[int] = []
-        self.levels, self.losses = list[Tensor](), list[Tensor]()
+        self.levels, self.losses = list[Tensor](), list[Tensor]()  # of this process, on the device
+        self.everyone: Tensor | None = None  # levels and losses of all ranks, (samples, 2)
         self.excess: Tensor | None = None  # how many times the usual this step's losses are, over all ranks
         self.first = member.name not in self.proved
         if self.first:
             self.before = digests(member.stepper)
 
-    def drew(self, batch: Batch, record: Loss, generators: Sequence[torch.Generator]) -> None:
-        """One micro-step: what its samples are and which noise they drew. ValueError for one outside the window."""
+    def drew(self, batch: Batch, draws: Draws, record: Loss) -> None:
+        """One micro-step: its samples and what they drew, on the host, and the losses that came of it.
+
+        ValueError for a noise level outside the window.
+        """
         rows: list[dict[str, Any]] = [
             {"id": name, "position": position} for name, position in zip(batch.ids, batch.positions, strict=True)
         ]
-        if record.sigma is not None:
+        if draws.sigma is not None and record.sigma is not None:
             window = self.member.loss.window  # type: ignore[attr-defined]
-            outside = ~window.contains(record.sigma)
+            outside = ~window.contains(draws.sigma)
             if outside.any():
                 raise ValueError(
-                    f"{self.member.name} drew sigma {record.sigma[outside][0].item():.6f}, outside its window "
+                    f"{self.member.name} drew sigma {draws.sigma[outside][0].item():.6f}, outside its window "
                     f"[{window.low:g}, {window.high:g}): it would learn the other expert's noise; look at noise= and "
                     "loss="
                 )
-            for row, sigma in zip(rows, record.sigma.tolist(), strict=True):
+            for row, sigma in zip(rows, draws.sigma.tolist(), strict=True):
                 row["sigma"] = sigma
             self.levels.append(record.sigma.detach())
-            self.losses.append(record.per_sample.detach())
-        for row, error in zip(rows, record.per_sample, strict=True):
-            row["loss"] = error  # on the device until the step is over
+        self.losses.append(record.per_sample.detach())
         self.samples += rows
         if self.first:
-            self.noises += [_number(generator.get_state().numpy().tobytes()) for generator in generators]
+            self.noises += [_number(generator.get_state().numpy().tobytes()) for generator in draws.generators]
 
     def judge(self, value: Tensor) -> Tensor:
         """The loss of a step's last micro-step as it may go backward: NaN, which updates nothing, if it is refused."""
         if not self.levels or (self.spike is None and self.refuse is None):
             return value
         mine = torch.stack([torch.cat(self.levels).double(), torch.cat(self.losses).double()], dim=1)
-        self.levels, self.losses = [self.member.stepper.gather(mine)], []
-        self.excess = self._usual(self.member.name, self.member.loss.window).excess(*self.levels[0].unbind(1))  # type: ignore[attr-defined]
+        self.everyone = self.member.stepper.gather(mine)
+        self.excess = self._usual(self.member.name, self.member.loss.window).excess(*self.everyone.unbind(1))  # type: ignore[attr-defined]
         if self.refuse is None:
             return value
         return value * torch.where(self.excess > self.refuse, math.nan, 1.0).to(value.dtype)
 
-    def before_update(self) -> None:
-        """All gradients are there. ValueError if it is the first time and the ranks do not belong together."""
+    def allow(self, step: int, norm: Tensor) -> bool:
+        """True if the step that leads to `step` may move the weights, all gradients being there with this `norm`.
+
+        ValueError if it is the first one and the ranks do not belong together, or if too many were refused in a row.
+        """
+        self._compare_ranks()
+        excess = torch.ones_like(norm) if self.excess is None else self.excess
+        losses = torch.cat(self.losses)
+        facts = torch.cat([norm.reshape(1).double(), excess.reshape(1).double(), losses.double()])
+        found, times, *own = facts.tolist()  # the one time in a step that the host waits for the device
+        for row, loss in zip(self.samples, own, strict=True):
+            row["loss"] = loss
+        if not math.isfinite(found):
+            self._refused(step, found, times)
+            return False
+        self.in_a_row = 0
+        if self.everyone is not None:
+            self._compare(step, times)
+        return True
+
+    def _compare_ranks(self) -> None:
+        """ValueError if the ranks do not belong together; asked in the first step alone."""
         stepper = self.member.stepper
         if not self.first or stepper.accelerator.num_processes == 1:
             return
@@ -150,26 +174,16 @@ class Tripwires:
         if stepper.engine == "ddp":
             _equal_over_ranks(stepper, digests(stepper, gradients=True), "gradients")
 
-    def updated(self, step: int, norm: Tensor) -> bool:
-        """The step that leads to `step` is over; True if it moved the weights. ValueError if the run must end."""
+    def moved(self) -> None:
+        """The weights have been updated. ValueError if it was the first time and nothing moved, or ranks differ."""
+        if not self.first:
+            return
         stepper = self.member.stepper
-        finite = bool(torch.isfinite(norm))
-        for row in self.samples:
-            row["loss"] = float(row["loss"])
-        excess = 1.0 if self.excess is None else float(self.excess)
-        if not finite:
-            self._no_update(step, float(norm), excess)
-            return False
-        self.in_a_row = 0
-        if self.excess is not None:
-            self._compare(step, excess)
-        if self.first:
-            after = digests(stepper)
-            if stepper.engine in {"ddp", "zero1", "zero2"} and stepper.accelerator.num_processes > 1:
-                _equal_over_ranks(stepper, after, "weights")
-            self._check_moves(after)
-            self.proved.add(self.member.name)
-        return True
+        after = digests(stepper)
+        if stepper.engine in {"ddp", "zero1", "zero2"} and stepper.accelerator.num_processes > 1:
+            _equal_over_ranks(stepper, after, "weights")
+        self._check_moves(after)
+        self.proved.add(self.member.name)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know of this one: the usual losses, by expert."""
@@ -184,7 +198,7 @@ class Tripwires:
     def _usual(self, name: str, window: flow.NoiseWindow) -> Usual:
         return self.usual.setdefault(name, Usual(window))
 
-    def _no_update(self, step: int, norm: float, excess: float) -> None:
+    def _refused(self, step: int, norm: float, excess: float) -> None:
         self.in_a_row += 1
         if self.refuse is not None and excess > self.refuse:
             self._write_down(step, "spike", times_usual=excess)
@@ -211,7 +225,8 @@ class Tripwires:
                 f"{worst['id']} ({worst['loss']:.3g} at sigma {worst['sigma']:.3f}); see {self.path}"
             )
         else:
-            self.usual[self.member.name].learn(*self.levels[0].unbind(1))
+            assert self.everyone is not None
+            self.usual[self.member.name].learn(*self.everyone.unbind(1))
 
     def _write_down(self, step: int, wire: str, **more: float) -> None:
         samples = [{key: _plain(value) for key, value in row.items()} for row in self.samples]

@@ -1,0 +1,96 @@
+"""A process that runs the project's commands on the emulated device, each in a fork of itself.
+
+It imports everything once and takes a line of JSON per command on its input: {"cwd", "args", "result"}. The fork runs
+the command as conftest's `run_inside` does, writes what came of it to the file `result`, and the line is answered with
+one of its own. A fork per command: torch knows a backend for the whole process, and imports take five seconds.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import emulator  # noqa: E402
+
+DEVICE = emulator.install()
+
+
+def load_conftest():
+    """tests/conftest.py as a module."""
+    spec = importlib.util.spec_from_file_location("conftest_of_commands", HERE.parent / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def counts(counter):
+    """A counter as JSON has it: rows of kind, place, number."""
+    return [[kind, where, number] for (kind, where), number in sorted(counter.items())]
+
+
+def step_counter(take_step, steps):
+    """`take_step` of the loop, with what each step reads and uploads put down in `steps`."""
+
+    def counted(*args, **kwargs):
+        with emulator.counted() as (reads, uploads):
+            told = take_step(*args, **kwargs)
+        steps.append({"reads": counts(reads), "uploads": counts(uploads)})
+        return told
+
+    return counted
+
+
+def run(conftest, request):
+    """One command on the device; what is known of it afterwards."""
+    from accelerate.state import PartialState
+
+    from wantrain import config
+    from wantrain.training import loop
+
+    steps = []
+    on_device = mock.PropertyMock(return_value=DEVICE)
+    with (
+        mock.patch.object(config, "device", lambda name: DEVICE if name != "cpu" else config.torch.device("cpu")),
+        mock.patch.object(PartialState, "default_device", on_device),
+        mock.patch.object(loop, "take_step", step_counter(loop.take_step, steps)),
+    ):
+        ended = conftest.run_inside(Path(request["cwd"]), *request["args"], check=False)
+    return {
+        "returncode": ended.returncode,
+        "stdout": ended.stdout,
+        "stderr": ended.stderr,
+        "steps": steps,
+        "reads": counts(Counter(emulator.reads)),
+        "uploads": counts(Counter(emulator.uploads)),
+    }
+
+
+def main():
+    conftest = load_conftest()
+    for name in ("train", "sample", "encode", "export", "shard"):
+        __import__(name)  # what the commands import is there before the first fork
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            try:
+                told = run(conftest, request)
+            except BaseException:
+                told = {"returncode": 1, "stdout": "", "stderr": traceback.format_exc(), "steps": []}
+            Path(request["result"]).write_text(json.dumps(told), encoding="utf-8")
+            os._exit(0)
+        os.waitpid(child, 0)
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Every command on a second device, as a user starts it, and what the host reads there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wantrain.data import LatentData
+from wantrain.models import Base, WanTransformer
+from wantrain.models.pipeline import About, write_pipeline
+from wantrain.models.weights import read_file, read_tensors
+from wantrain.video import read_mp4, write_mp4
+
+#: Steps with everything that happens around them: validation, previews, checkpoints.
+AROUND = ("validation.every=2", "validation.clips=2", "validation.points=2", "checkpoint.every=2", "tracker=jsonl",
+          "sample.every=2", "sample.count=1", "sample.steps=2", "batch_size=4", "accumulate=2", "steps=4")  # fmt: skip
+SIZE = {"num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 64, "num_layers": 2}
+MICRO = ("model.transformer.num_layers=2", "model.transformer.ffn_dim=64")
+SAMPLE = ("num_frames=9", "model.area=1024", "steps=3", *MICRO)
+
+
+def rows(folder):
+    """The steps that a run has logged."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def losses(folder):
+    return [row["loss"] for row in rows(folder)]
+
+
+@pytest.fixture
+def train(device, tiny, pair):
+    """train("adapter=lora", ...): four steps of a micro expert on the device."""
+
+    def run(*more, weights=pair, check=True):
+        given = (*tiny.train, f"weights={weights}", *AROUND, "run=r", "check_expert=warn")
+        return device("train.py", *given, *more, check=check)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("adapter=lora",),
+        ("adapter=lora", "precision=bf16", "gradient_checkpointing=true"),
+        ("adapter=dora", "ema=0.9"),
+        ("adapter=none", "ema=0.9", "optimizer=muon"),
+        ("adapter=partial", "adapter.layers=1", "adapter.tags=[ffn,head]"),
+        ("expert=both", "adapter=lora", "experts.idle=cpu"),
+        ("expert=both", "adapter=none"),
+        ("adapter=none", "noise=by_resolution", "noise.weighting=min_snr", "loss.huber=0.1", "loss.stratified=true"),
+    ],
+    ids=lambda how: " ".join(how),
+)
+def test_training(train, tmp_path, how):
+    """Steps, validation, previews and checkpoints; nothing of it mixes host and device."""
+    train(*how)
+    assert np.isfinite(losses(tmp_path / "runs" / "r")).all() and len(losses(tmp_path / "runs" / "r")) == 4
+    assert len(list((tmp_path / "runs" / "r" / "samples").glob("*.mp4"))) == 3
+    assert (tmp_path / "runs" / "r" / "checkpoints" / "step_000004" / "state.json").is_file()
+
+
+def test_it_is_the_run_of_the_cpu(train, call, tiny, pair, tmp_path):
+    """The device computes with the CPU's own kernels, attention's apart: losses agree to rounding."""
+    train("adapter=lora", "optimizer.lr=1e-2")
+    here = losses(tmp_path / "runs" / "r")
+    call("train.py", *tiny.train, f"weights={pair}", *AROUND, "run=cpu", "adapter=lora", "optimizer.lr=1e-2")
+    assert losses(tmp_path / "runs" / "cpu") == pytest.approx(here, rel=1e-5)
+
+
+def test_a_run_goes_on_and_is_repeated(train, device, tmp_path):
+    def trained():
+        return read_file(tmp_path / "runs" / "r" / "checkpoints" / "step_000004" / "adapter.safetensors")[0]
+
+    train("adapter=lora", "stop_after=2")
+    train("adapter=lora")
+    resumed = trained()
+    said = device("train.py", "replay=runs/r/run.json", "steps=4").stdout
+    assert "the losses of 4 steps are the same, bit for bit" in said
+    replayed = read_file(tmp_path / "runs/r_replay/checkpoints/step_000004/adapter.safetensors")[0]
+    assert all(torch.equal(resumed[key], replayed[key]) for key in resumed)
+
+
+def test_what_the_host_reads_in_a_step(train):
+    """At most one read of the device's values in a step that logs nothing, whatever batch and accumulation are."""
+    quiet = ("steps=8", "sample.every=0", "validation.every=1000", "checkpoint.every=1000")
+    ended = train("adapter=lora", "batch_size=8", *quiet)
+    between = ended.steps[1:-1]  # the first step looks at everything once, the last one is logged
+    found = {f"{kind} at {where}" for step in between for kind, where, _ in step["reads"]}
+    assert max(sum(number for *_, number in step["reads"]) for step in between) <= 1, "\n".join(sorted(found))
+    late = {where for step in between for kind, where, _ in step["uploads"] if kind == "pageable"}
+    assert not late, f"copied to the device from pageable memory, which waits for it: {late}"
+
+
+@pytest.fixture(scope="module")
+def seen_models(tiny, tmp_path_factory):
+    """Pipeline folders of scrambled micro models that are given an image: by channels, and by clean frames."""
+    folder = tmp_path_factory.mktemp("seen")
+    for name, channels, boundary, experts in (
+        ("tiny_i2v", 36, 0.875, ("high_noise", "low_noise")),
+        ("tiny_ti2v", 16, None, ("dense",)),
+    ):
+        torch.manual_seed(0)
+        model = WanTransformer(**SIZE, in_channels=channels)
+        torch.nn.init.normal_(model.head.head.weight, std=0.05)
+        about = About(name, boundary, 3.0, dict.fromkeys(experts, 2.0))
+        write_pipeline(folder / name, [(expert, model) for expert in experts], base=Base(tiny.base), about=about)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """An image, a video and a mask that leaves its right half to be made."""
+    folder = tmp_path_factory.mktemp("pictures")
+    frames = np.zeros((9, 32, 32, 3), np.uint8)
+    for place, frame in enumerate(frames):
+        frame[8:24, place : place + 16] = (200, 80, 40)
+    mask = np.zeros((9, 32, 32, 3), np.uint8)
+    mask[:, :, 16:] = 255
+    Image.fromarray(frames[0]).save(folder / "image.png")
+    write_mp4(folder / "video.mp4", frames, 16, quality=0)
+    write_mp4(folder / "mask.mp4", mask, 16, quality=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conditioned(commands, tiny, tmp_path_factory):
+    """Latents with an image's and boxes' beside them, encoded on the device."""
+    folder = tmp_path_factory.mktemp("conditioned")
+    commands.run(folder, "shard.py", f"source={tiny.footage}", "out=videos", "num_frames=9", "model=tiny_i2v")
+    kinds = "condition={image: 1.0, boxes: 1.0}"
+    commands.run(folder, "encode.py", "shards=videos", "out=latents", f"weights={tiny.base}", "area=1024", kinds,
+                 "model=tiny_i2v", "report=decode")  # fmt: skip
+    return folder / "latents"
+
+
+def test_encoding(conditioned, tiny, device, tmp_path):
+    """What the device encodes is what the CPU does, and the page shows it decoded."""
+    assert "data:image/jpeg" in (conditioned / "report.html").read_text()
+    device("encode.py", f"shards={tiny.videos}", "out=latents", f"weights={tiny.base}", "area=1024")
+
+    ours, theirs = (LatentData(shards=folder, holdout=0) for folder in (tmp_path / "latents", tiny.latents))
+    for sample in range(len(theirs.train)):
+        here, there = (data.load([sample], [0]) for data in (ours, theirs))
+        torch.testing.assert_close(here.latents_BCTHW, there.latents_BCTHW, rtol=0.01, atol=0.01)  # stored in bf16
+        torch.testing.assert_close(here.text_BLD, there.text_BLD, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "how"),
+    [
+        ("tiny_i2v", ("expert=low_noise", "adapter=lora")),
+        ("tiny_ti2v", ("expert=dense", "data.condition={image: 1.0, nothing: 1.0}")),
+    ],
+)
+def test_training_on_what_is_seen(train, conditioned, seen_models, model, how, tmp_path):
+    shards = f"data.shards={conditioned}"
+    given = () if model == "tiny_ti2v" else ("data.condition={image: 1.0, boxes: 1.0}",)
+    train(f"model={model}", *how, *given, shards, "data.holdout=0.3", weights=seen_models / model)
+    assert np.isfinite(losses(tmp_path / "runs" / "r")).all()
+
+
+def test_a_vae(device, tiny, tmp_path):
+    size = ("data.num_frames=5", "data.area=1024", "batch_size=2", "steps=2", "validation.every=1", "tracker=jsonl")
+    device("train.py", "recipe=wan_tiny_vae", f"data.shards={tiny.videos}", f"weights={tiny.base}", *size)
+    assert np.isfinite(losses(tmp_path / "runs" / "wan_tiny_vae")).all()
+    device("export.py", "run=wan_tiny_vae", "out=vae")
+    assert read_tensors(tmp_path / "vae" / "vae")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        (),
+        ("idle=cpu",),
+        ("idle=disk",),
+        ("offload=blocks", "idle=cpu"),
+        ("offload=blocks", "idle=disk", "tile=16"),
+        ("tile=16", "solver=dpm++", "precision=bf16"),
+    ],
+    ids=lambda how: " ".join(how) or "plain",
+)
+def test_sampling(device, pair, tmp_path, how):
+    device("sample.py", f"weights={pair}", "prompt=a red circle", "count=2", "batch_size=2", *SAMPLE, *how)
+    frames = [read_mp4(path) for path in (tmp_path / "samples").glob("*.mp4")]
+    assert len(frames) == 2 and all(len(clip) == 9 and clip.std() > 0 for clip in frames)
+
+
+def test_sampling_a_lora_and_exporting_it(train, device, tmp_path):
+    train("adapter=lora", "sample.every=0", "optimizer.lr=1e-2")
+    device("sample.py", "run=r", "prompt=a red circle", *SAMPLE)
+    device("export.py", "run=r", "out=merged")
+    file = next((tmp_path / "merged" / "lora").glob("*.safetensors"))
+    device("sample.py", "weights=merged", "prompt=a red circle", "out=other", *SAMPLE)
+    device("sample.py", "weights=merged", "prompt=a red circle", f"lora.low_noise={file}", "out=twice", *SAMPLE)
+    one, other, twice = (next((tmp_path / name).glob("*.mp4")).read_bytes() for name in ("samples", "other", "twice"))
+    assert one == other != twice
+
+
+@pytest.mark.parametrize("model", ["tiny_i2v", "tiny_ti2v"])
+def test_sampling_from_what_is_seen(device, seen_models, pictures, model, tmp_path):
+    base = ("sample.py", f"model={model}", f"weights={seen_models / model}", "prompt=a red circle", *SAMPLE)
+    device(*base, f"image={pictures / 'image.png'}", "out=image")
+    if model == "tiny_i2v":
+        device(*base, f"video={pictures / 'video.mp4'}", f"mask={pictures / 'mask.mp4'}", "out=mask")
+    else:
+        device(*base, f"video={pictures / 'video.mp4'}", "keep=5", "out=mask")
+    assert all(len(read_mp4(next((tmp_path / name).glob("*.mp4")))) == 9 for name in ("image", "mask"))
