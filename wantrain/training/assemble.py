@@ -22,6 +22,7 @@ from wantrain.batch import Batch
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
 from wantrain.models import Base, weights
+from wantrain.models.hosted import Residence
 from wantrain.sampling import House, Sampler, Settings, read_prompts
 from wantrain.training import replay, which_expert
 from wantrain.training.checkpoint import Checkpoints
@@ -37,7 +38,6 @@ from wantrain.training.parallel import SHARDED, engine_of, from_main
 from wantrain.training.preview import Asked, Preview
 from wantrain.training.protocols import Data, Hook, Latents
 from wantrain.training.readings import Readings
-from wantrain.training.residence import Residence
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
 from wantrain.training.stepper import Stepper
