@@ -123,7 +123,8 @@ def _describe(
         f"{'' if tile is None else f' in tiles of {tile} pixels'} = {_gib(beside)}",
         f"device              ({_gib(chosen.experts)} + {_gib(beside)}) x {1 + HEADROOM:g} + {_gib(CONTEXT)} for CUDA "
         f"= {_gib(chosen.device)}: {chosen.card}",
-        f"host                {_gib(chosen.host)} of experts, and the text encoder while prompts are encoded",
+        f"host                {_gib(chosen.host)} of experts",
+        "texts               encoded before experts come, on the device; on the host if the encoder has no room there",
         "other ways          idle  offload  device      host        card",
     ]
     lines += [
