@@ -16,7 +16,7 @@ from wantrain.sampling import Settings, memory
 from wantrain.sampling.gallery import Gallery, fill, mine, write_comparison, write_index
 from wantrain.sampling.known import Known, read_known, sources_from
 from wantrain.sampling.prompts import Job, list_jobs, read_prompts
-from wantrain.training.gather import Found, build_sampler, check_loras, find_compared, find_experts, house
+from wantrain.training.gather import Found, build_sampler, check_loras, encode_texts, find_compared, find_experts, house
 
 
 @config.app("sample")
@@ -55,8 +55,7 @@ def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], known: Kno
     check_loras(loras, found.names)
     device, dtype = config.device(cfg.device), config.dtype(cfg.precision)
     negative = cfg.model.negative_prompt if cfg.negative_prompt is None else cfg.negative_prompt
-    guidance = {name: cfg.guidance[name] for name in found.names}
-    settings = Settings(guidance, cfg.shift, cfg.steps, cfg.solver, negative)
+    settings = Settings({name: cfg.guidance[name] for name in found.names}, cfg.shift, cfg.steps, cfg.solver, negative)
     more = {"precision": cfg.precision, "tile": cfg.tile, "lora": [scale, alpha] if any(loras.values()) else None}
     more |= {} if known is None else {"known": known.identity}
     identity = found.identity(file for file in loras.values() if file is not None)
@@ -64,10 +63,11 @@ def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], known: Kno
     world.say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
     if missing := gallery.missing(mine(jobs)):
         how = {"idle": cfg.idle, "offload": cfg.offload, "scale": scale, "alpha": alpha}
+        prompts = [*(job.prompt for job in missing), negative]
+        texts = encode_texts(found.base, prompts, device=device, dtype=dtype)  # first: experts leave the device no room
         experts = house(found, loras, cfg.model.name, device, dtype, **how)
-        facts = {"boundary": cfg.model.boundary, "way": cfg.model.told_by, "tile": cfg.tile}
+        facts = {"boundary": cfg.model.boundary, "way": cfg.model.told_by, "tile": cfg.tile, "texts": texts}
         sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, **facts)
-        sampler.warm([*(job.prompt for job in missing), negative])
         fill(gallery, missing, sampler, batch_size=cfg.batch_size, known=known)
     write_index(gallery, jobs)
     return gallery

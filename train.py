@@ -37,6 +37,7 @@ def main(cfg: DictConfig) -> None:
     plan = Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed)
     steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
+    texts = {} if cfg.dry_run else assemble.preview_texts(data, config.plain(cfg), home, base, dtype)
     where = {"base": base, "device": home.device, "dtype": dtype, "recipe": config.recipe()}
     starts = {name: Start.of(config.network(own), config.plain(own), **where) for name, own in experts.items()}
     trainees = {name: start.trainee() for name, start in starts.items()}
@@ -47,7 +48,6 @@ def main(cfg: DictConfig) -> None:
         world.say(config.to_yaml(cfg))
         world.say(estimate.describe(plan, data, next(iter(trainees.values())).module, **size))
         return
-
     folder, settings = RunFolder(Path(cfg.runs) / cfg.run), {**config.plain(cfg), "recipe": config.recipe()}
     checkpoints, newest = assemble.open_run(folder, settings, home, data=data.fingerprint, command=config.command())
     members = {
@@ -87,7 +87,7 @@ def main(cfg: DictConfig) -> None:
             if start == 0 and cfg.check_expert != "off":
                 assemble.check_experts(run, starts, how=cfg.check_expert)
             noise_report.write(folder.path, losses, data.bucket_names, multiple=model["multiple"])
-            run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples, dtype=dtype)
+            run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples, texts=texts, dtype=dtype)
             ended_by = fit(run, start)
     finish(member.stepper for member in members.values())
     assemble.compare_replay(folder, settings)

@@ -1,6 +1,8 @@
 """The memory plan: what is traced without values is what real tensors take, and the sums add up."""
 
+import itertools
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wantrain.geometry import Bucket
 from wantrain.models import WanTransformer, WanVAE
-from wantrain.sampling import memory
+from wantrain.sampling import House, memory
+from wantrain.sampling.memory import cast_as_loaded
+from wantrain.sampling.residence import IDLE, OFFLOAD
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 64, "num_layers": 3}
 
@@ -83,6 +87,22 @@ def test_the_14b_pair_is_planned_onto_one_24_gb_card():
     ways = {tuple(line.split()[:2]): line for line in text.splitlines()[-6:]}
     assert gib(ways["disk", "blocks"])[0] == device and "80 GB card" in ways["gpu", "none"]
     assert gib(ways["cpu", "none"])[1] == pytest.approx(2 * whole, abs=0.02)
+
+
+@pytest.mark.parametrize(("idle", "offload"), itertools.product(IDLE, OFFLOAD))
+def test_the_host_s_bytes_are_those_that_a_house_takes(idle, offload):
+    """What a house puts into arenas is what the plan counts, and nothing where weights lie on the device or on disk."""
+
+    def load(name, device):
+        return cast_as_loaded(WanTransformer(**SIZE), torch.bfloat16)
+
+    house = House(("high_noise", "low_noise"), load, torch.device("cpu"), idle=idle, offload=offload)
+    experts = {name: house[name] for name in house}
+    storages = [parameter.untyped_storage() for module in experts.values() for parameter in module.parameters()]
+    counts = Counter(storage.data_ptr() for storage in storages)
+    arenas = {storage.data_ptr(): storage.nbytes() for storage in storages if counts[storage.data_ptr()] > 1}
+    assert len(arenas) == (2 if idle == "cpu" or (idle, offload) == ("gpu", "blocks") else 0)
+    assert memory.needs(experts, 0, idle, offload).host == sum(arenas.values())
 
 
 def test_tiles_take_less_and_more_pixels_more():

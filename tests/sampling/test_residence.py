@@ -1,12 +1,15 @@
 """Where experts live: whatever is chosen, the answers are the same, and only what may be on the device is there."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 
 from wantrain.models import WanTransformer
-from wantrain.sampling.residence import IDLE, OFFLOAD, House, outside_blocks
+from wantrain.models.hosted import outside_blocks
+from wantrain.sampling.residence import IDLE, OFFLOAD, House
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": 3}
 DEVICE = torch.device("cpu")  # copies are made to it as to any other: what is a copy is "on the device"
@@ -67,8 +70,11 @@ def test_only_the_expert_that_answers_is_on_the_device(shelf, scrambled_experts)
     hosts = {name: {key: p.data_ptr() for key, p in module.named_parameters()} for name, module in modules.items()}
     everything = set(hosts["low_noise"])
     for name, other in (("high_noise", "low_noise"), ("low_noise", "high_noise")):
-        experts[name]
+        with torch.no_grad():
+            experts[name](*question(0))
         assert copies(modules[name], hosts[name]) == everything and copies(modules[other], hosts[other]) == set()
+    experts.leave()
+    assert copies(modules["low_noise"], hosts["low_noise"]) == set()
 
 
 def test_one_block_at_a_time_is_on_the_device(shelf, scrambled_experts):
@@ -92,9 +98,6 @@ def test_one_block_at_a_time_is_on_the_device(shelf, scrambled_experts):
 
 
 def test_an_expert_on_disk_is_let_go_before_the_next_is_loaded(scrambled_experts):
-    import gc
-    import weakref
-
     alive = []
 
     def load(name, device):
@@ -108,6 +111,41 @@ def test_an_expert_on_disk_is_let_go_before_the_next_is_loaded(scrambled_experts
     for name in ("high_noise", "low_noise", "high_noise"):
         experts[name]
     assert len(alive) == 3
+
+
+def storages(module):
+    return {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+
+@pytest.mark.parametrize(("idle", "offload"), itertools.product(IDLE, OFFLOAD))
+def test_what_waits_on_the_host_for_good_lies_in_an_arena(idle, offload, shelf, scrambled_experts):
+    load, _ = shelf
+    module = House(scrambled_experts, load, DEVICE, idle=idle, offload=offload)["low_noise"]
+    waits = {"cpu": module, "gpu": module.blocks if offload == "blocks" else None}.get(idle)
+    if waits is not None:
+        assert len(storages(waits)) == 1 and storages(waits).isdisjoint(
+            parameter.data_ptr() for parameter in outside_blocks(module) if idle == "gpu"
+        )
+    else:
+        assert len(storages(module)) == len(list(module.parameters())), "left as it was loaded"
+
+
+@pytest.mark.parametrize(("idle", "offload"), itertools.product(IDLE, OFFLOAD))
+def test_a_house_that_is_left_is_let_go_at_once(idle, offload, shelf, scrambled_experts):
+    """No cycle of references holds an expert until the collector comes by: 29 GB beside those of the next one."""
+    load, _ = shelf
+    experts = House(scrambled_experts, load, DEVICE, idle=idle, offload=offload)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            experts["low_noise"](*question(0))
+        module = weakref.ref(experts["low_noise"])
+        weight = weakref.ref(experts["low_noise"].head.head.weight)
+        experts.leave()
+        del experts
+        assert module() is None and weight() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's memory; there is none")

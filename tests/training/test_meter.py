@@ -8,6 +8,7 @@ import torch
 from wantrain import config
 from wantrain.losses import FlowMatching
 from wantrain.models.flops import training_flops
+from wantrain.training import meter
 
 RUN = ("init=scratch", "batch_size=4", "steps=20", "run=r", "checkpoint.every=10", "accumulate=2")
 PARTS = ("data", "forward", "backward", "optimizer", "communication", "rest")
@@ -76,3 +77,25 @@ def test_the_update_is_measured_where_it_is_taken(tiny, call, tmp_path):
     change = torch.stack([(after[key] - before[key]).double().square().sum() for key in after]).sum().sqrt().item()
     (row,) = (row for row in rows_of(tmp_path) if row["step"] == 10)
     assert row["update_norm"] == pytest.approx(change, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A10", 125), ("NVIDIA A40", 149.7),
+        ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 5090", 209),
+        ("NVIDIA RTX A6000", 155), ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA A100X", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None), ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4060", None),
+        ("Quadro RTX 6000", None), ("Tesla V100-SXM2-16GB", None), ("AMD Instinct MI300X", None),
+    ],
+)  # fmt: skip
+def test_a_card_s_peak_is_its_own(name, tera, monkeypatch):
+    """By data sheet: dense bfloat16. Of a card that is not listed none is known, whatever card its name resembles."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert meter.peak_of(torch.device("cuda")) == (None if tera is None else tera * 1e12)
+    assert meter.peak_of(torch.device("cpu")) is None

@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 
 from wantrain.models import WanTransformer, adapters
+from wantrain.models.hosted import Residence
 from wantrain.models.weights import read_file
 from wantrain.training.checkpoint import read_state
 from wantrain.training.ema import Ema
 from wantrain.training.optim import build_optimizer
-from wantrain.training.residence import Residence
 from wantrain.training.stepper import Stepper
 from wantrain.training.turns import Turns
 

@@ -61,6 +61,19 @@ def test_a_run_folder_shows_step_0_beside_now_and_what_lies_between(previewed, t
             assert logged[step][f"preview_{what}"] == pytest.approx(sum(row[what] for row in own) / 2)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_preview_is_what_sample_makes_of_the_checkpoint_bit_for_bit(precision, previewed, call, tmp_path):
+    """The expert in training computes in the run's precision, the other one as it is loaded, the VAE in float32."""
+    previewed("steps=2", "optimizer.lr=1e-2", f"precision={precision}")
+    size = ("model.transformer.num_layers=2", "model.transformer.ffn_dim=64", "model.transformer.attention_head_dim=32")
+    for number, prompt in enumerate(PROMPTS):
+        how = (f"prompt={prompt}", f"seed={number}", "num_frames=5", "steps=2", f"precision={precision}")
+        call("sample.py", "run=r", *size, *how)
+        (theirs,) = (tmp_path / "samples").glob(f"*_seed_{number}_*.mp4")
+        mine = tmp_path / "runs" / "r" / "samples" / f"step_000002_{number}.mp4"
+        assert mine.read_bytes() == theirs.read_bytes(), number
+
+
 def test_previews_of_a_run_that_went_back_are_dropped(tmp_path):
     def look(number):
         return Look(number, PROMPTS[number], number, tmp_path / f"{number}.mp4", 1.0, 0.5)

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from wantrain.models.lora import Layer, LoRA, check_fits, read_lora, row_lengths
@@ -103,13 +104,35 @@ def _put_in(module: nn.Module, sizes: Mapping[str, tuple[int, float]], seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, module)
-    if dora:
-        for layer in _layers(module).values():
+    for layer in _layers(module).values():
+        if dora:
             layer.lora_magnitude_vector["default"] = Magnitude(layer.get_base_layer().weight)
+        else:
+            layer.lora_variant["default"] = NarrowScale()
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+
+
+class NarrowScale(LoraVariant):
+    """A LoRA's part of the forward pass, in the place of peft's own, which multiplies what B answers.
+
+    That product is as wide as the layer, and it is computed for a scale of 1 too: 6.5 GB of memory traffic forward and
+    as much backward in one A14B block at 32,760 tokens. Here the scale is applied between A and B, where activations
+    are as narrow as the rank, and a scale of 1 not at all. For powers of two the answers and gradients are peft's, bit
+    for bit.
+    """
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """`result` (the frozen layer's answer) with the change added; peft's further keywords are other variants'."""
+        narrow: Tensor = module.lora_A[active_adapter](x)
+        scaling = module.scaling[active_adapter]
+        if scaling != 1:
+            narrow = narrow * scaling
+        changed: Tensor = result + module.lora_B[active_adapter](narrow)
+        return changed
 
 
 class Magnitude(nn.Module):

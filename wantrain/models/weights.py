@@ -168,7 +168,7 @@ def load_strict(
     def fill(key: str) -> Tensor:
         tensor, place = tensors[key], places[key]
         if place is not tensor:
-            _make_pages(place)
+            make_pages(place)
             place.copy_(tensor)
         return place.sum()
 
@@ -234,7 +234,7 @@ def _place_for(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | 
     return tensor if stays else torch.empty_like(tensor, device=device, dtype=dtype)
 
 
-def _make_pages(tensor: Tensor) -> None:
+def make_pages(tensor: Tensor) -> None:
     """Have the kernel make a tensor's pages in one go: a fault for each costs more than what is written there."""
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return

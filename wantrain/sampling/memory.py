@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wantrain import geometry
-from wantrain.sampling.residence import IDLE, OFFLOAD, outside_blocks
+from wantrain.models.arena import layout
+from wantrain.models.hosted import blocks_of, outside_blocks
+from wantrain.sampling.residence import IDLE, OFFLOAD
 
 GIB = float(2**30)
 #: Part of the sum that fragments and workspaces take, and bytes of a CUDA context with its libraries.
@@ -39,7 +41,8 @@ class Needs:
 
     experts    the experts' weights on the device
     beside     VAE, latents, and the larger of a transformer step and the decoding
-    host       weights in host memory; those in mapped files, which the kernel may drop, are not counted
+    host       weights in host memory, locked where there is a GPU; those in mapped files, which the kernel may drop,
+               are not counted
     """
 
     idle: str
@@ -120,7 +123,8 @@ def _describe(
         f"{'' if tile is None else f' in tiles of {tile} pixels'} = {_gib(beside)}",
         f"device              ({_gib(chosen.experts)} + {_gib(beside)}) x {1 + HEADROOM:g} + {_gib(CONTEXT)} for CUDA "
         f"= {_gib(chosen.device)}: {chosen.card}",
-        f"host                {_gib(chosen.host)} of experts, and the text encoder while prompts are encoded",
+        f"host                {_gib(chosen.host)} of experts",
+        "texts               encoded before experts come, on the device; on the host if the encoder has no room there",
         "other ways          idle  offload  device      host        card",
     ]
     lines += [
@@ -139,10 +143,10 @@ def needs(experts: Mapping[str, nn.Module], beside: int, idle: str, offload: str
     # One block is there at a time; while the next one comes, the one before may not be free yet.
     passing = 2 * max(max(_blocks(module)) for module in experts.values()) if streamed else 0
     held = sum(resident) if idle == "gpu" else max(resident)
-    if idle == "cpu":
-        host = sum(whole)
-    else:
-        host = sum(whole) - sum(outside) if streamed and idle == "gpu" else 0
+    host = 0
+    if idle == "cpu" or (idle == "gpu" and streamed):  # what waits on the host for good lies in arenas (see House)
+        waiting = [module if idle == "cpu" else blocks_of(module) for module in experts.values()]
+        host = sum(layout(parameter.nbytes for parameter in each.parameters())[1] for each in waiting)
     return Needs(idle, offload, held + passing, beside, host)
 
 
@@ -215,9 +219,7 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _blocks(module: nn.Module) -> list[int]:
-    blocks = module.blocks
-    assert isinstance(blocks, nn.ModuleList)
-    return [_bytes(block.parameters()) for block in blocks]
+    return [_bytes(block.parameters()) for block in blocks_of(module)]
 
 
 def _gib(size: float) -> str:

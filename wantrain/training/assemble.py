@@ -15,18 +15,21 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 
 from wantrain import geometry, world
 from wantrain.batch import Batch
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
 from wantrain.models import Base, weights
+from wantrain.models.hosted import Residence
 from wantrain.sampling import House, Sampler, Settings, read_prompts
+from wantrain.sampling.generate import Velocity
 from wantrain.training import replay, which_expert
 from wantrain.training.checkpoint import Checkpoints
 from wantrain.training.ema import Ema
-from wantrain.training.gather import build_sampler
+from wantrain.training.gather import build_sampler, encode_texts
 from wantrain.training.loop import Run
 from wantrain.training.measure import Clips, Probe, one_by_one
 from wantrain.training.member import Member, read_average
@@ -34,10 +37,9 @@ from wantrain.training.meter import Meter, peak_of
 from wantrain.training.metrics import Metrics
 from wantrain.training.optim import build_optimizer
 from wantrain.training.parallel import SHARDED, engine_of, from_main
-from wantrain.training.preview import Asked, Preview
+from wantrain.training.preview import Asked, Preview, as_trained
 from wantrain.training.protocols import Data, Hook, Latents
 from wantrain.training.readings import Readings
-from wantrain.training.residence import Residence
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
 from wantrain.training.stepper import Stepper
@@ -88,9 +90,15 @@ def check_encoders(manifest: Mapping[str, Any], base: Base, places: Iterable[str
 
 
 def build_hooks(
-    run: Run, settings: Mapping[str, Any], *, base: Base, folder: Path, dtype: torch.dtype = torch.float32
+    run: Run,
+    settings: Mapping[str, Any],
+    *,
+    base: Base,
+    folder: Path,
+    texts: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
 ) -> list[Hook]:
-    """What looks at a run: validation of each expert, and previews (into `folder`) if they are wanted."""
+    """What looks at a run: validation of each expert, and previews (into `folder`) if they are wanted, of `texts`."""
     model, sample = settings["model"], settings["sample"]
     hooks = build_validators(run, **settings["validation"])
     law = next(iter(run.members.values())).loss
@@ -121,9 +129,31 @@ def build_hooks(
                 steps=run.steps,
                 folder=folder,
                 tracker=run.metrics.tracker,
+                texts=texts,
             )
         )
     return hooks
+
+
+def preview_texts(
+    data: Data, settings: Mapping[str, Any], home: Home, base: Base, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Embeddings of all texts that previews ask for, on the processes that sample; none where nothing is previewed.
+
+    To be called before the experts are loaded, which leave no room for the text encoder. Where every process samples,
+    the main one encodes for all.
+    """
+    sharded = home.engine in SHARDED
+    if not settings["sample"]["every"] or settings["expert"]["name"] == "vae" or not (world.is_main() or sharded):
+        return {}
+    made: list[dict[str, Tensor]] = [{}]
+    if world.is_main():
+        asked = what_to_show(data, settings["model"], settings["sample"]["prompts"], settings["sample"]["count"])
+        texts = [*(each.prompt for each in asked), settings["model"]["negative_prompt"]]
+        made = [encode_texts(base, texts, device=home.accelerator.device, dtype=dtype)]
+    if sharded:
+        broadcast_object_list(made)
+    return made[0]
 
 
 def what_to_show(data: Data, model: Mapping[str, Any], prompts: str | None, count: int) -> list[Asked]:
@@ -312,7 +342,7 @@ def preview_sampler(
     one in training answers for every noise level; that is said once.
     """
     device = next(iter(run.members.values())).stepper.device
-    own: dict[str, nn.Module] = {name: member.stepper.module for name, member in run.members.items()}
+    own: dict[str, Velocity] = {name: as_trained(member.stepper) for name, member in run.members.items()}
     others = [name for name in model["experts"] if name not in own]
     if not all(base.holds(name) for name in others):
         world.say(f"previews: {base} holds no {others[0]}, so {', '.join(own)} answers for every noise level")
@@ -324,7 +354,7 @@ def preview_sampler(
         idle=idle,
         offload=offload,
     )
-    models = ChainMap(own, cast(dict[str, nn.Module], house))
+    models = ChainMap(own, cast(dict[str, Velocity], house))
 
     @contextmanager
     def open_sampler() -> Iterator[Sampler]:

@@ -16,12 +16,15 @@ from wantrain import geometry, world
 from wantrain.models import Base, WanTransformer, load_transformer, open_base
 from wantrain.models.base import PARTS
 from wantrain.models.lora import merge_lora
+from wantrain.models.weights import read_tensors
 from wantrain.sampling import Experts, House, Sampler, Tiled
 from wantrain.sampling.generate import Velocity
 from wantrain.training.run import TrainedExpert, read_config, trained_experts
 
 #: How a path in a config is found: from the current folder, or among what ships with the project.
 Locate = Callable[[str | Path], Path]
+#: Bytes that encoding a text takes on a GPU beside the encoder's weights: activations of 512 tokens, and workspaces.
+ENCODING = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -207,12 +210,13 @@ def build_sampler(
     dtype: torch.dtype = torch.float32,
     tile: int | None = None,
     way: str | None = None,
+    texts: Mapping[str, Tensor] | None = None,
 ) -> Sampler:
     """A Sampler over given experts, with VAE (always float32) and text encoder from the base.
 
-    The text encoder is loaded when texts are encoded, on the host, and let go after: it takes more memory than an
-    expert's half. `tile` is the side in pixels of the squares that are decoded one by one; None decodes whole frames.
-    `way` is how the experts are told what is known (condition.py). ValueError for a tile that the VAE cannot take.
+    `texts` are embeddings that are there already; the text encoder is loaded for others alone (see `encode_texts`).
+    `tile` is the side in pixels of the squares that are decoded one by one; None decodes whole frames. `way` is how the
+    experts are told what is known (condition.py). ValueError for a tile that the VAE cannot take.
     """
     vae = base.vae(device=device)
     decode: Callable[[Tensor], Tensor] = vae.decode
@@ -220,14 +224,9 @@ def build_sampler(
         geometry.check_size(tile, tile, vae.spatial_stride, key=f"tile={tile}")
         decode = Tiled(vae.decode, tile // vae.spatial_stride)
 
-    def encode_texts(texts: list[str]) -> list[Tensor]:
-        """One by one, so that a text's embedding does not depend on the others' lengths."""
-        encoder = base.text_encoder(dtype=dtype)
-        return [encoder.encode_unpadded([text])[0] for text in texts]
-
     return Sampler(
         Experts(models, boundary),
-        encode_texts,
+        lambda fresh: encode_texts(base, fresh, device=device, dtype=dtype),
         decode,
         vae.z_dim,
         vae.temporal_stride,
@@ -235,7 +234,41 @@ def build_sampler(
         device,
         way,
         lambda pixels: vae.encode(pixels.to(device)),
+        dict(texts or {}),
     )
+
+
+def encode_texts(
+    base: Base, texts: Iterable[str], *, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Embeddings (L, D) of each text, on the host, by the base's text encoder, which is loaded for it and let go after.
+
+    It goes to `device`, or where that has no room to the host, which is said: so texts are best encoded before experts
+    are loaded. One text after the other, so that its embedding does not depend on the others' lengths.
+    """
+    texts, where = list(dict.fromkeys(texts)), _place_for_encoder(base, torch.device(device), dtype)
+    encoder, embeddings = base.text_encoder(device=where, dtype=dtype), dict[str, Tensor]()
+    for number, text in enumerate(texts, 1):
+        world.progress(f"encoding text {number} of {len(texts)}")
+        embeddings[text] = encoder.encode_unpadded([text])[0].cpu()
+    del encoder
+    if where.type == "cuda":
+        torch.cuda.empty_cache()  # for the experts
+    return embeddings
+
+
+def _place_for_encoder(base: Base, device: torch.device, dtype: torch.dtype) -> torch.device:
+    """The device, if it is no GPU or the text encoder fits into what is free there; else the host."""
+    if device.type != "cuda":
+        return device
+    torch.cuda.empty_cache()  # what torch keeps for later counts as taken
+    free = torch.cuda.mem_get_info(device)[0]
+    stored = read_tensors(base.need("text_encoder")).values()  # mapped: only sizes are looked at
+    needed = sum(tensor.numel() for tensor in stored) * dtype.itemsize + ENCODING
+    if needed <= free:
+        return device
+    world.say(f"texts are encoded on the CPU: it takes {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free")
+    return torch.device("cpu")
 
 
 def house(

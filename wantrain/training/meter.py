@@ -8,6 +8,7 @@ the device could do in dense bfloat16.
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 from collections.abc import Iterable, Mapping
@@ -25,11 +26,18 @@ from wantrain.models.flops import training_flops
 from wantrain.training.member import Member
 from wantrain.training.stepper import Stepper
 
-#: Dense bfloat16 operations per second with float32 sums, by a part of the device's name; from the makers' data sheets.
+#: Dense bfloat16 operations per second with float32 sums, by model of card (see `card_model`); from the makers' data
+#: sheets. A card that is not listed has no known peak: a neighbour's number would make MFU wrong by a factor of 3.
 PEAKS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A6000": 155e12,
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H200 NVL": 835e12,
+    "H100": 989e12, "H100 NVL": 835e12, "H100 PCIE": 756e12,
+    "A100": 312e12, "A100 PCIE": 312e12, "A40": 149.7e12, "A10": 125e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "RTX 6000 ADA": 364e12, "RTX A6000": 155e12,
+    "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
+#: Words of a device's name that leave its speed as it is: maker, brand, memory and socket.
+NEUTRAL = re.compile(r"NVIDIA|TESLA|GEFORCE|GENERATION|SXM\d?|HBM\d\w?|\d+GB")
 #: Slices of an expert's window for which the loss is told, each by its own noise levels.
 SLICES = 8
 #: Elements of trained tensors whose change is measured, at most: a copy of them is made for one step in ten.
@@ -189,7 +197,14 @@ class Times:
 
 def peak_of(device: torch.device) -> float | None:
     """Operations per second that a device could do; None where nobody has said."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return PEAKS.get(card_model(torch.cuda.get_device_name(device))) if device.type == "cuda" else None
+
+
+def card_model(name: str) -> str:
+    """A device's name without the words that leave its speed as it is: "NVIDIA A100-SXM4-80GB" is an "A100".
+
+    What is left must be a key of PEAKS as a whole: an "L40" is no "L4", and a "RTX 4090 LAPTOP GPU" or a "MIG" slice of
+    a card is not the card.
+    """
+    words = re.split(r"[\s-]+", name.upper())
+    return " ".join(word for word in words if not NEUTRAL.fullmatch(word))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from wantrain.condition import Condition
 from wantrain.geometry import Bucket
 from wantrain.page import Html, Row, Shown
 from wantrain.sampling import Sampler, Settings
+from wantrain.sampling.generate import Velocity
 from wantrain.training.stepper import Stepper
 from wantrain.training.trackers import Look, Tracker
 from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
@@ -42,7 +43,7 @@ class Preview:
 
     The main process samples and the others wait, so ranks stay together; where each holds only a part of the weights,
     all sample the same. `open_sampler` makes what a preview needs and takes it away again: between previews nothing of
-    it but the prompts' embeddings is in memory.
+    it but the texts' embeddings is in memory.
     """
 
     steppers: Sequence[Stepper]  # of the experts in training
@@ -55,7 +56,7 @@ class Preview:
     steps: int
     folder: Path
     tracker: Tracker
-    texts: dict[str, Tensor] = field(default_factory=dict)
+    texts: dict[str, Tensor]  # embeddings of all that is asked, by text, on the processes that sample
 
     def due(self, step: int) -> bool:
         """True at every `every`-th step and the last one."""
@@ -78,14 +79,10 @@ class Preview:
         """A video for each prompt."""
         with self.open_sampler() as sampler:
             sampler.texts = self.texts
-            sampler.warm([*(asked.prompt for asked in self.asked), self.settings.negative_prompt])
-            with ExitStack() as contexts:
-                for stepper in self.steppers:
-                    contexts.enter_context(stepper.forward_context())
-                clips = [
-                    sampler(each.prompt, bucket=each.bucket, known=each.known, settings=self.settings, seed=seed)
-                    for seed, each in enumerate(self.asked, start=self.seed)
-                ]
+            clips = [
+                sampler(each.prompt, bucket=each.bucket, known=each.known, settings=self.settings, seed=seed)
+                for seed, each in enumerate(self.asked, start=self.seed)
+            ]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # blocks of the preview's sizes are of no use to training
         return clips
@@ -107,6 +104,19 @@ class Preview:
         world.write_atomically(self.folder.parent / INDEX, make_page(title, history, self.folder))
         world.say(f"step {step}: {len(looks)} previews, shown by {self.folder.parent / INDEX}")
         return looks
+
+
+def as_trained(stepper: Stepper) -> Velocity:
+    """The expert in training as a velocity model: it computes as its run does, and nothing beside it, so that solver
+    and VAE are those of sample.py.
+    """
+
+    def velocity(*inputs: Tensor | None) -> Tensor:
+        with stepper.forward_context():
+            answer: Tensor = stepper.module(*inputs)
+        return answer
+
+    return velocity
 
 
 def write_history(path: Path, step: int, looks: Sequence[Look]) -> list[tuple[int, Look]]:
