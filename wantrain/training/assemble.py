@@ -44,7 +44,6 @@ from wantrain.training.stepper import Stepper
 from wantrain.training.trainee import Trainee
 from wantrain.training.tripwires import Tripwires
 from wantrain.training.validate import ReconstructionValidator, Validator, describe, settled
-from wantrain.training.watchdog import Watchdog
 
 #: Optimizers that look at whole matrices, or at blocks of them, and not at each element: class -> what users call it.
 WHOLE = {"MuonAdamW": "muon", "Muon": "torch.optim.Muon", "Adafactor": "adafactor", "adamw_8bit": "adamw_8bit"}
@@ -238,15 +237,14 @@ def enlist(
     return Member(trainee=trainee, stepper=stepper, ema=kept, **own)
 
 
-def guards(
-    folder: RunFolder, home: Home, *, steps: int, fps: float, hang: float | None, **wires: Any
-) -> dict[str, Any]:
-    """What watches over a run: its log, its meter, its tripwires and its watchdog, as a Run takes them."""
+def guards(folder: RunFolder, home: Home, *, steps: int, fps: float, tripwires: Mapping[str, Any]) -> dict[str, Any]:
+    """What watches over a run, as a Run takes it: its log, its meter and its tripwires."""
+    # The watchdog is none of them: it watches from before there is a run.
+    wires = {key: value for key, value in tripwires.items() if key != "hang"}
     return {
         "metrics": Metrics(folder.metrics, steps=steps, peak=peak_of(home.accelerator.device)),
         "meter": Meter(fps),
         "tripwires": Tripwires(folder.tripped, **wires),
-        "watchdog": Watchdog(hang),
     }
 
 

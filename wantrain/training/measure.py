@@ -101,7 +101,9 @@ def over_ranks(clips: Sequence[Batch], measure: Callable[[Batch], Tensor], stepp
     the weights up all of them must call the model equally often.
     """
     rank, processes = world.rank(), world.world_size()
-    turns = math.ceil(len(clips) / processes)
-    mine = [measure(clips[(turn * processes + rank) % len(clips)]) for turn in range(turns)]
+    turns, mine = math.ceil(len(clips) / processes), []
+    for turn in range(turns):
+        world.progress(f"measuring clip {turn + 1} of {turns}")
+        mine.append(measure(clips[(turn * processes + rank) % len(clips)]))
     parts = stepper.gather(torch.stack(mine)).unflatten(0, (processes, turns))
     return parts.transpose(0, 1).flatten(0, 1)[: len(clips)].cpu()
