@@ -7,6 +7,7 @@ takes, depend neither on how the clips were bucketed nor on how many processes s
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,13 @@ class Probe:
             found = over_ranks(clips, self._errors, self.stepper)
         self.stepper.part()
         return found
+
+    def seconds(self, clip: Batch) -> float:
+        """Seconds of a clip at all levels, after once to warm the device up. Every process takes part."""
+        for _ in range(2):
+            began = time.perf_counter()
+            self.errors([clip])  # errors lie on the host, so the device is done
+        return time.perf_counter() - began
 
     def linear(self, clips: Sequence[Batch]) -> Tensor:
         """Error of v = a(sigma) * x_sigma at each level, (P,), with the a that is best on all these clips together."""
