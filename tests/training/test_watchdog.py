@@ -156,7 +156,7 @@ def test_every_piece_of_a_download_is_progress_also_where_no_bar_is_shown(monkey
 
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
-#: train.py whose validation sleeps at every clip, and at one of them for ever.
+#: train.py whose validation at step 0 sleeps at every clip, and at the last of six for ever.
 SLOW = """
 import itertools, runpy, sys, time
 sys.path.insert(0, {root!r})
@@ -164,26 +164,22 @@ import matplotlib.pyplot  # on a busy machine an import alone takes seconds
 from wantrain.training.measure import Probe
 calls, errors = itertools.count(1), Probe._errors
 def slow(self, clip):
-    time.sleep(1000 if next(calls) == {stuck} else 1.5)
+    time.sleep(1000 if next(calls) == 6 else 2.2)
     return errors(self, clip)
 Probe._errors = slow
 sys.argv[0] = {root!r} + "/train.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-HANG = 7  # seconds, less than the 9 that a validation of six clips sleeps
+HANG = 10  # seconds, less than the 11 that the first five clips sleep
 
 
-@pytest.mark.parametrize("stuck", [2, 9], ids=["at step 0", "at step 1"])
-def test_a_validation_longer_than_the_limit_is_not_ended_and_a_clip_that_is_stuck_is(
-    stuck, tiny, tmp_path, environment
-):
+def test_a_validation_longer_than_the_limit_is_not_ended_and_a_clip_that_is_stuck_is(tiny, tmp_path, environment):
     watched = ("data.holdout=0.3", "validation.every=1", "validation.clips=3", "validation.points=2")
     size = ("init=scratch", "batch_size=2", "steps=1", "check_expert=off", "run=r", f"tripwires.hang={HANG}")
     script = tmp_path / "slow.py"
-    script.write_text(SLOW.format(root=str(ROOT), stuck=stuck))
+    script.write_text(SLOW.format(root=str(ROOT)))
     command = [sys.executable, str(script), *tiny.train, *watched, *size]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == HUNG, ended.stderr
-    clip = (stuck - 1) % 6 + 1
-    assert f"error: nothing has happened for {HANG} s (tripwires.hang) while measuring clip {clip} of 6" in ended.stderr
-    assert ("step 0: validation loss" in ended.stdout) == (stuck > 6), "all six were measured, in more than the limit"
+    assert f"error: nothing has happened for {HANG} s (tripwires.hang) while measuring clip 6 of 6" in ended.stderr
+    assert "in over_ranks" in ended.stderr, "the stack of the clip"
