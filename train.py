@@ -18,12 +18,19 @@ from wantrain.training.start import Start
 from wantrain.training.stepper import finish
 from wantrain.training.trackers import build_tracker
 from wantrain.training.turns import Turns
+from wantrain.training.watchdog import Watchdog
 
 
 @config.app("train")
 def main(cfg: DictConfig) -> None:
     """Train one expert or both, or continue the run of that name."""
     checks.check(cfg, processes=world.world_size())
+    with Watchdog(cfg.tripwires.hang):
+        train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
+    """From a config that has been judged to the end of the run."""
     accelerator = start_accelerator()
     experts, model = config.experts(cfg), config.plain(cfg.model)
     home = assemble.find_home(accelerator, {name: config.plain(own) for name, own in experts.items()})
@@ -67,18 +74,10 @@ def main(cfg: DictConfig) -> None:
         )
         for name, own in experts.items()
     }
-    run = Run(
-        members=members,
-        turns=turns,
-        data=data,
-        checkpoints=checkpoints,
-        **assemble.guards(folder, home, steps=steps, fps=model["fps"], **settings["tripwires"]),
-        steps=steps,
-        until=min(steps, cfg.stop_after or steps),
-        seed=cfg.seed,
-        checkpoint_every=cfg.checkpoint.every,
-        state={"data": data.fingerprint, "engine": home.engine, "config": settings},
-    )
+    state = {"data": data.fingerprint, "engine": home.engine, "config": settings}
+    watch = assemble.guards(folder, home, steps=steps, fps=model["fps"], tripwires=settings["tripwires"])
+    length = {"steps": steps, "until": min(steps, cfg.stop_after or steps), "checkpoint_every": cfg.checkpoint.every}
+    run = Run(members, turns, data, checkpoints, **watch, **length, seed=cfg.seed, state=state)
     start, ended_by = run.resume(newest), None
     world.say(f"run {folder.path}: {estimate.progress(start, steps)}")
     if start < run.until:

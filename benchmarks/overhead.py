@@ -137,7 +137,6 @@ class Ours:
             metrics=Metrics(folder / "metrics.jsonl", steps=steps),
             meter=Meter(16),
             tripwires=Tripwires(folder / "tripped.jsonl"),
-            watchdog=Watchdog(3600.0),
             steps=steps,
             until=0,
             seed=SEED,
@@ -149,7 +148,8 @@ class Ours:
     def run(self, steps: int) -> float:
         start = self.run_.until
         self.run_.until = start + steps
-        fit(self.run_, start)
+        with Watchdog(3600.0):
+            fit(self.run_, start)
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return float(rows[-1]["loss"])
 

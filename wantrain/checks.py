@@ -124,6 +124,7 @@ _POSITIVE = (
     "tripwires.spike",
     "tripwires.refuse",
     "tripwires.hang",
+    "validation.share",
     "epochs",
     "clip",
     "fps",

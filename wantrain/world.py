@@ -127,9 +127,13 @@ def sync_file(path: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a file's bytes, in hex; tells of its progress, for a checkpoint of 170 GB takes minutes."""
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            progress(f"hashing {path}")
+            digest.update(chunk[:size])
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:

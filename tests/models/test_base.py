@@ -208,7 +208,7 @@ class Fetched:
     def __init__(self, source, target):
         self.source, self.target, self.asked = source, target, []
 
-    def __call__(self, repository, *, revision=None, allow_patterns=None):
+    def __call__(self, repository, *, revision=None, allow_patterns=None, tqdm_class=None):
         self.asked.append((repository, revision))
         for file in self.source.rglob("*"):
             inside = file.relative_to(self.source)

@@ -4,8 +4,6 @@ import json
 import math
 import re
 import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from wantrain.models.weights import read_file
 from wantrain.training import optim
 from wantrain.training.stepper import Stepper
 from wantrain.training.tripwires import SEEN, SLICES, Usual
-from wantrain.training.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUN = ("init=scratch", "batch_size=4", "steps=6", "checkpoint.every=1", "checkpoint.keep=9", "run=r")
@@ -305,37 +302,3 @@ def test_a_rank_that_never_comes_ends_all_of_them_with_their_stacks(tiny, plante
     assert "time.sleep(1000)" in ended.stderr or "planted.py" in ended.stderr, "the stack that hangs is shown"
     left = subprocess.run(["pgrep", "-f", str(tmp_path / "planted.py")], capture_output=True, text=True, check=False)
     assert not left.stdout, "no process stays behind"
-
-
-HOLD = """
-import sys, time, threading
-sys.path.insert(0, {root!r})
-from wantrain.training.watchdog import Watchdog
-with Watchdog(1.0) as watchdog:
-    for _ in range(4):
-        time.sleep(0.5)
-        watchdog.beat("working")
-    watchdog.beat("sleeping")
-    print("beaten", flush=True)
-    {hang}
-"""
-
-
-@pytest.mark.parametrize(
-    ("hang", "code"), [("time.sleep(60)", 75), ("import re; re.match('(a+)+$', 'a' * 60 + 'b')", 1)], ids=["sleep", "C"]
-)
-def test_a_process_that_hangs_is_ended_in_time_even_if_it_holds_the_interpreter(hang, code):
-    began = time.monotonic()
-    ended = subprocess.run(
-        [sys.executable, "-c", HOLD.format(root=str(ROOT), hang=hang)], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == code and "beaten" in ended.stdout, ended.stderr
-    assert time.monotonic() - began < 60, "on a busy machine, with the imports"
-    assert "most recent call first" in ended.stderr
-
-
-def test_the_watchdog_leaves_no_thread():
-    before = threading.active_count()
-    with Watchdog(60.0), Watchdog(None):
-        pass
-    assert threading.active_count() == before

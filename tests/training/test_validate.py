@@ -21,8 +21,12 @@ from wantrain.losses.flow_matching import velocity_error
 from wantrain.models import Base, WanTransformer, adapters
 from wantrain.models.weights import read_file
 from wantrain.training.bootstrap import FEWEST_FILES, LEVEL, change, contrast
+from wantrain.training.ema import Ema
 from wantrain.training.measure import Clips, Probe, one_by_one, over_ranks
+from wantrain.training.member import Member
+from wantrain.training.parallel import autocast
 from wantrain.training.readings import Reading, Readings
+from wantrain.training.trainee import Trainee
 from wantrain.training.validate import Patience, ReconstructionValidator, Validator
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "wan-tiny"
@@ -33,7 +37,12 @@ WATCHED = ("data.holdout=0.3", "validation.every=1", "validation.clips=3", "vali
 def alone(module):
     """A Stepper of one process, as far as validation asks."""
     return SimpleNamespace(
-        module=module, device=torch.device("cpu"), forward_context=nullcontext, gather=lambda x: x, part=lambda: None
+        module=module,
+        device=torch.device("cpu"),
+        forward_context=nullcontext,
+        gather=lambda x: x,
+        part=lambda: None,
+        local_parts=lambda: {name: p for name, p in module.named_parameters() if p.requires_grad},
     )
 
 
@@ -355,6 +364,66 @@ def test_a_lora_is_held_against_its_base_switched_off(tmp_path):
     validator(tmp_path, model)(20)
     measured = [(one.step, one.weights) for one in Readings(tmp_path / "validation.jsonl").all]
     assert measured == [(10, "live"), (10, "base"), (20, "live")], "once in a run"
+
+
+@pytest.mark.parametrize(
+    ("kind", "ema", "passes"),
+    [
+        ("none", False, [1, 1]),
+        ("none", True, [1, 2]),  # later the average and the live weights
+        ("lora", False, [1, 1]),
+        ("lora", True, [1, 2]),
+        ("trained lora", False, [2, 1]),  # adapter.init=FILE: the base is another model
+        ("trained lora", True, [2, 2]),
+        ("dora", False, [2, 1]),
+    ],
+)
+def test_what_must_answer_alike_is_measured_once(kind, ema, passes, tmp_path):
+    """Passes over eight held-out and four training clips, at the start and after a step."""
+    model = micro()
+    if kind != "none":
+        adapters.inject(model, rank=2, alpha=2, targets="attention", seed=0, dora=kind == "dora")
+    if kind == "trained lora":
+        next(iter(adapters.adapter_layers(model).values())).up[0, 0] = 0.5
+    hook = validator(tmp_path, model.eval())
+    hook.member = Member("low_noise", Trainee(model, "transformer"), hook.member.stepper, None, None, None, 100)
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    if ema:
+        hook.member.stepper.engine = "single"
+        hook.member.ema = Ema(hook.member.stepper, 0.9)
+    found = []
+    for step in (0, 10):
+        with hook.member.watched():
+            row = hook(step)
+        found.append(len(calls) / (12 * 3))
+        calls.clear()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * parameter.requires_grad
+        if ema:
+            hook.member.ema.follow(1)
+        if step == 0:
+            assert row.get("validation_live_loss", row["validation_loss"]) == row["validation_loss"]
+            assert (row["validation_change"] == 0) == (kind != "trained lora")
+    assert found == passes
+    weights = ["ema", "live"] if ema else ["live"]
+    first = [*weights, *["base"] * (kind != "none")]
+    assert [(one.step, one.weights) for one in hook.readings.all] == [(0, w) for w in first] + [
+        (10, w) for w in weights
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_adapter_that_is_zero_answers_as_its_base_bit_for_bit(precision):
+    """So what was read of one is what would be read of the other."""
+    model, some = micro(), clips(3)
+    adapters.inject(model, rank=2, alpha=2, targets="all", seed=0)
+    ruler = probe(model)
+    ruler.stepper.forward_context = lambda: autocast(precision, torch.device("cpu"))
+    on = ruler.errors(some)
+    with adapters.switched_off(model):
+        assert torch.equal(ruler.errors(some), on)
 
 
 def test_the_psnr_of_a_vae_is_the_mean_over_clips_each_measured_alone(capsys):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from wantrain import world
 from wantrain.models.loading import load_text_encoder, load_transformer, load_vae
 from wantrain.models.text import TextEncoder
 from wantrain.models.transformer import WanTransformer
@@ -198,15 +199,29 @@ def _fetch(repository: str, revision: str | None, wanted: Iterable[str]) -> Path
     """A snapshot of the parts `wanted` of a hub repository, on this machine."""
     import huggingface_hub
 
+    world.progress(f"downloading {repository}")
     patterns = [*_ALWAYS, *(pattern for name in wanted for pattern in _FILES[name])]
+    how: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "tqdm_class": _progress_bar(repository)}
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(repository, **how))
     except Exception as error:  # offline, no such repository, no permission: many classes, one meaning here
         at = "" if revision is None else f" at revision={revision}"
         raise ValueError(
             f"weights={repository} is neither a folder here nor a repository that could be fetched from the hub{at}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
+
+
+def _progress_bar(repository: str) -> type:
+    """The hub's own progress bar, which tells of each chunk of a download, also where no bar is shown."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            world.progress(f"downloading {repository}")
+            return super().update(n)
+
+    return Bar
 
 
 def has_two_experts(folder: Path | None) -> bool | None:

@@ -161,11 +161,13 @@ def load_strict(
     lists the ends of names that may be zero).
     """
     _check_keys(module, tensors, where)
+    world.progress(f"loading {where}")
     wanted = {key: torch.float32 if any(part in key for part in fp32) else dtype for key in tensors}
     # All before any is filled: to make one waits while another thread has the kernel make pages.
     places = {key: _place_for(tensor, device, wanted[key]) for key, tensor in tensors.items()}
 
     def fill(key: str) -> Tensor:
+        world.progress(f"loading {where}: {key}")
         tensor, place = tensors[key], places[key]
         if place is not tensor:
             make_pages(place)
@@ -287,6 +289,7 @@ def write_file(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None, *, aligned: bool = False
 ) -> None:
     """Write one safetensors file; `aligned` lets whoever loads it as it is leave it mapped."""
+    world.progress(f"writing {path}")
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     about = {"format": "pt", **{key: str(value) for key, value in (metadata or {}).items() if value is not None}}
     save_file(contiguous, path, metadata=_padded(contiguous, about) if aligned else about)
@@ -350,6 +353,7 @@ def fingerprint(module: nn.Module) -> str:
     state: dict[str, Tensor] = getattr(module, "encoding_state", module.state_dict)()
     digest = hashlib.sha256()
     for key, tensor in sorted(state.items()):
+        world.progress(f"making a fingerprint: {key}")
         digest.update(f"{key}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -84,6 +84,7 @@ def generate(
     noised = None if mask_BT is None else (mask_BT > 0)[:, None, :, None, None]
     for i, timestep in enumerate(flow.sampling_timesteps(sigmas).tolist()):
         name = experts.name_at(timestep)
+        world.progress(f"solver step {i + 1} of {len(sigmas) - 1}")
         if on_step is not None:
             on_step(i, name)
         level = flow.noised(torch.full((len(x),), float(timestep), device=x.device), mask_BT)
@@ -164,6 +165,7 @@ class Sampler:
             mask_BT=mask,
             on_step=on_step,
         )
+        world.progress("decoding")
         with torch.inference_mode():
             return [to_frames(pixels) for pixels in self.decode(latents)]
 

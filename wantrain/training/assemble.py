@@ -9,7 +9,6 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from wantrain import geometry, world
-from wantrain.batch import Batch
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
 from wantrain.models import Base, weights
@@ -31,7 +29,6 @@ from wantrain.training.checkpoint import Checkpoints
 from wantrain.training.ema import Ema
 from wantrain.training.gather import build_sampler, encode_texts
 from wantrain.training.loop import Run
-from wantrain.training.measure import Clips, Probe, one_by_one
 from wantrain.training.member import Member, read_average
 from wantrain.training.meter import Meter, peak_of
 from wantrain.training.metrics import Metrics
@@ -39,14 +36,12 @@ from wantrain.training.optim import build_optimizer
 from wantrain.training.parallel import SHARDED, engine_of, from_main
 from wantrain.training.preview import Asked, Preview, as_trained
 from wantrain.training.protocols import Data, Hook, Latents
-from wantrain.training.readings import Readings
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
 from wantrain.training.stepper import Stepper
 from wantrain.training.trainee import Trainee
 from wantrain.training.tripwires import Tripwires
-from wantrain.training.validate import ReconstructionValidator, Validator, describe, settled
-from wantrain.training.watchdog import Watchdog
+from wantrain.training.validators import build_validators
 
 #: Optimizers that look at whole matrices, or at blocks of them, and not at each element: class -> what users call it.
 WHOLE = {"MuonAdamW": "muon", "Muon": "torch.optim.Muon", "Adafactor": "adafactor", "adamw_8bit": "adamw_8bit"}
@@ -268,15 +263,14 @@ def enlist(
     return Member(trainee=trainee, stepper=stepper, ema=kept, **own)
 
 
-def guards(
-    folder: RunFolder, home: Home, *, steps: int, fps: float, hang: float | None, **wires: Any
-) -> dict[str, Any]:
-    """What watches over a run: its log, its meter, its tripwires and its watchdog, as a Run takes them."""
+def guards(folder: RunFolder, home: Home, *, steps: int, fps: float, tripwires: Mapping[str, Any]) -> dict[str, Any]:
+    """What watches over a run, as a Run takes it: its log, its meter and its tripwires."""
+    # The watchdog is none of them: it watches from before there is a run.
+    wires = {key: value for key, value in tripwires.items() if key != "hang"}
     return {
         "metrics": Metrics(folder.metrics, steps=steps, peak=peak_of(home.accelerator.device)),
         "meter": Meter(fps),
         "tripwires": Tripwires(folder.tripped, **wires),
-        "watchdog": Watchdog(hang),
     }
 
 
@@ -287,50 +281,6 @@ def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:
             told: dict[str, Any] = {"model": starts[name].model, "expert": name, "how": how, "seed": run.seed}
             with member.watched():
                 which_expert.check(member.stepper, run.first_batch(), **told)
-
-
-def build_validators(
-    run: Run, *, every: int, clips: int, points: int, together: int, stop_after: int | None
-) -> list[Hook]:
-    """The validation that goes with each expert's loss, over at most `clips` held-out clips; it may end the run."""
-    batches = run.data.heldout_batches(clips)
-    if stop_after is not None and not (batches and all(isinstance(m.loss, FlowMatching) for m in run.members.values())):
-        raise ValueError(
-            f"validation.stop_after={stop_after} asks held-out clips of a transformer when to end, but there are none; "
-            "raise data.holdout, or give validation.stop_after=null"
-        )
-    if not batches:
-        world.say("no clips are held out (data.holdout is 0, or there are too few files): there is no validation")
-        return []
-    if not all(isinstance(member.loss, FlowMatching) for member in run.members.values()):
-        singles = one_by_one(batches)
-        return [ReconstructionValidator(member.stepper, singles, every, run.steps) for member in run.members.values()]
-    data = cast(Latents, run.data)
-    heldout, train = (measured_clips(data, some) for some in (batches, data.train_batches(clips)))
-    world.say(describe(heldout, train, points))
-    validators, readings = [], Readings(run.metrics.path.with_name("validation.jsonl"))
-    for member in run.members.values():
-        probe = Probe(member.stepper, cast(FlowMatching, member.loss).quadrature(points), run.seed, together)
-        validator = Validator(
-            member,
-            probe,
-            heldout,
-            train,
-            readings,
-            every=every,
-            steps=run.steps,
-            prefix=f"{member.name}/" if len(run.members) > 1 else "",
-        )
-        validators.append(validator)
-    run.settled = partial(settled, validators, stop_after)
-    return [*validators]
-
-
-def measured_clips(data: Latents, batches: list[Batch]) -> Clips:
-    """Clips as validation takes them: each alone, with the file that it is of and its tags."""
-    singles = one_by_one(batches)
-    numbers = [clip.positions[0] for clip in singles]
-    return Clips(singles, data.groups_of(numbers), data.tags_of(numbers))
 
 
 def preview_sampler(

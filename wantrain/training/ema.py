@@ -19,12 +19,13 @@ class Ema:
     """The average of the weights that a Stepper trains, after each step moved by 1 - decay towards them.
 
     In a young run it moves faster, by YOUNG / (YOUNG + 1 + steps): it would else remember the random start for long.
+    `moved` is False while it is bit for bit the weights that the run began with.
     `start` is the average to go on from, whole tensors by name. Not under ZeRO-3.
     """
 
     def __init__(self, stepper: Stepper, decay: float, start: Mapping[str, Tensor] | None = None) -> None:
         assert stepper.engine != "zero3", "DeepSpeed moves parts of the weights behind the model's back"
-        self.stepper, self.decay = stepper, decay
+        self.stepper, self.decay, self.moved = stepper, decay, start is not None
         self.average = {
             name: local_part(laid_out_like(p, start[name]) if start else p).detach().clone().float()
             for name, p in named_trainable(stepper.module).items()
@@ -33,6 +34,7 @@ class Ema:
     @torch.no_grad()
     def follow(self, steps: int) -> None:
         """Move towards the weights after the optimizer's step number `steps`."""
+        self.moved = True
         weight = max(1 - self.decay, YOUNG / (YOUNG + 1 + steps))
         for name, parameter in named_trainable(self.stepper.module).items():
             self.average[name].lerp_(local_part(parameter), weight)

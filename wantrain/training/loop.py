@@ -32,7 +32,6 @@ from wantrain.training.protocols import Data, Hook
 from wantrain.training.signals import Signals
 from wantrain.training.tripwires import Tripwires
 from wantrain.training.turns import Turns
-from wantrain.training.watchdog import Watchdog
 
 #: Optimizer steps between two lines on the console.
 LOG_EVERY = 10
@@ -49,7 +48,6 @@ class Run:
     metrics: Metrics
     meter: Meter
     tripwires: Tripwires
-    watchdog: Watchdog
     steps: int
     until: int  # where this start of it ends: `steps`, or earlier
     seed: int
@@ -78,7 +76,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """Begin a checkpoint; the log is flushed before, so that it never misses a committed step."""
-        self.watchdog.beat(f"saving step {step}")
+        world.progress(f"saving step {step}")
         began = time.perf_counter()
         self.metrics.flush(speak=False)
         self.checkpoints.wait()
@@ -101,7 +99,7 @@ class Run:
         due = [hook for hook in self.hooks if hook.due(step)]
         if not due:
             return
-        self.watchdog.beat(f"looking at step {step}: {', '.join(type(hook).__name__ for hook in due)}")
+        world.progress(f"looking at step {step}: {', '.join(type(hook).__name__ for hook in due)}")
         with ExitStack() as watched:
             for member in self.members.values():
                 watched.enter_context(member.watched())
@@ -126,11 +124,10 @@ def fit(run: Run, start: int) -> int | None:
     for member in run.members.values():
         member.trainee.module.train()
     batches = micro_batches(run.data, run.members, run.turns, start=start, until=run.until, seed=run.seed)
-    with Signals() as signals, run.watchdog as watchdog, run.checkpoints:
+    with Signals() as signals, run.checkpoints:
         done = step >= run.until or run.settled(step)
         while not done:
             name, own = run.turns.at(step)
-            watchdog.beat(f"training step {step + 1}")
             told = take_step(run, run.members[name], own, step + 1, batches)
             step += 1
             whose = {"expert": name} if len(run.members) > 1 else {}
@@ -157,6 +154,7 @@ def take_step(run: Run, member: Member, own: int, step: int, batches: Iterator[t
     meter.begin(member, watch=step % LOG_EVERY == 0)
     losses, parts = [], []
     for micro_step in range(stepper.accumulate):
+        world.progress(f"training step {step}")
         batch, draws = next(batches)
         meter.mark("data")
         with stepper.forward_context():

@@ -7,6 +7,7 @@ takes, depend neither on how the clips were bucketed nor on how many processes s
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,13 @@ class Probe:
         self.stepper.part()
         return found
 
+    def seconds(self, clip: Batch) -> float:
+        """Seconds of a clip at all levels, after once to warm the device up. Every process takes part."""
+        for _ in range(2):
+            began = time.perf_counter()
+            self.errors([clip])  # errors lie on the host, so the device is done
+        return time.perf_counter() - began
+
     def linear(self, clips: Sequence[Batch]) -> Tensor:
         """Error of v = a(sigma) * x_sigma at each level, (P,), with the a that is best on all these clips together."""
         cross, noisy_power, target_power = over_ranks(clips, self._moments, self.stepper).mean(dim=0).unbind(1)
@@ -101,7 +109,9 @@ def over_ranks(clips: Sequence[Batch], measure: Callable[[Batch], Tensor], stepp
     the weights up all of them must call the model equally often.
     """
     rank, processes = world.rank(), world.world_size()
-    turns = math.ceil(len(clips) / processes)
-    mine = [measure(clips[(turn * processes + rank) % len(clips)]) for turn in range(turns)]
+    turns, mine = math.ceil(len(clips) / processes), []
+    for turn in range(turns):
+        world.progress(f"measuring clip {turn + 1} of {turns}")
+        mine.append(measure(clips[(turn * processes + rank) % len(clips)]))
     parts = stepper.gather(torch.stack(mine)).unflatten(0, (processes, turns))
     return parts.transpose(0, 1).flatten(0, 1)[: len(clips)].cpu()

@@ -160,6 +160,7 @@ class Stepper:
 
         All processes ask for the same tensors in the same order; only the main one gets the values.
         """
+        world.progress(f"copying a tensor of {tensor.numel():,} elements for a checkpoint")
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         elif self.engine == "zero3" and isinstance(tensor, nn.Parameter):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Validator:
             self.linear = self.probe.linear(self.heldout.batches)
         patience = self._patience(step)
         shown, live = self._read(step)
-        base = self._base(step)
+        base = self._base(step, shown)
         patience.see(shown)
         moved, moved_train = (shown.heldout - base.heldout).mean(dim=1), (shown.train - base.train).mean(dim=1)
         since = change(moved, self.heldout.files)
@@ -94,10 +94,12 @@ class Validator:
         shown = self._reading(step, self._shown)
         if self.member.ema is None:
             return shown, None
+        if not self.member.ema.moved:
+            return shown, self._same(shown, "live")
         with self.member.unaveraged():
             return shown, self._reading(step, "live")
 
-    def _base(self, step: int) -> Reading:
+    def _base(self, step: int, shown: Reading) -> Reading:
         """What later readings are held against: measured once and kept, or else the first reading there is."""
         module = self.member.stepper.module
         if not adapters.has_adapter(module):
@@ -105,8 +107,26 @@ class Validator:
         known = self.readings.of(self.member.name, "base", self.ruler)
         if known:
             return known[0]
+        if not self._changes_anything():
+            return self._same(shown, "base")
         with adapters.switched_off(module):
             return self._reading(step, "base")
+
+    def _changes_anything(self) -> bool:
+        """False if the adapter adds nothing to its base: a LoRA all of whose B are zero, in all processes.
+
+        A DoRA has lengths too, which are never zero: it is measured.
+        """
+        stepper = self.member.stepper
+        parts = [part for name, part in stepper.local_parts().items() if ".lora_A." not in name]
+        found = torch.stack([part.any().to(stepper.device) for part in parts]).any()
+        return bool(stepper.gather(found.float()[None]).any())
+
+    def _same(self, reading: Reading, weights: str) -> Reading:
+        """What was read, for other weights that answer alike: it is not measured again."""
+        same = replace(reading, weights=weights)
+        self.readings.add(same)
+        return same
 
     def _reading(self, step: int, weights: str) -> Reading:
         errors = self.probe.errors([*self.heldout.batches, *self.train.batches])
@@ -202,13 +222,10 @@ def settled(validators: Sequence[Validator], stop_after: int | None, step: int) 
     return True
 
 
-def describe(heldout: Clips, train: Clips, points: int) -> str:
+def describe(heldout: Clips, train: Clips, cost: str) -> str:
     """What a validation will look at, and what it will cost."""
-    files, forwards = len(set(heldout.files)), (len(heldout) + len(train)) * points
-    told = (
-        f"validation: {len(heldout)} held-out clips of {files} files and {len(train)} training clips, {points} noise "
-        f"levels each: {forwards} samples to the model"
-    )
+    files = len(set(heldout.files))
+    told = f"validation: {len(heldout)} held-out clips of {files} files and {len(train)} training clips; {cost}"
     if files < FEWEST_FILES:
         told += (
             f"; with fewer than {FEWEST_FILES} files no change can be told from chance: raise data.holdout or "

@@ -7,55 +7,82 @@ import os
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from types import TracebackType
+
+from wantrain import world
+from wantrain.training.deadline import Deadline
 
 assert sys.__stderr__ is not None
 STDERR = sys.__stderr__
 
 #: Exit code of a run that the watchdog ended: EX_TEMPFAIL, so that a scheduler starts it again.
 HUNG = 75
-#: Seconds after which the C library's own timer does the same, should a thread hold the interpreter for ever.
+#: Seconds after which the C library's timers do the same, should a thread hold the interpreter for ever.
 GRACE = 3.0
 
 
 class Watchdog:
-    """Ends the process where `seconds` pass between two beats; None: never.
+    """Ends the process where `seconds` pass without `world.progress`; None: never.
 
-    Every rank has its own: where one stops before a reduction, all of them wait, and all of them end.
+    It is entered before anything that it is to watch. Every rank has its own: where one stops before a reduction, all
+    of them wait, and all of them end.
     """
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
         self.doing = "starting"
         self.last = self.armed = time.monotonic()
-        self.over = threading.Event()
+        self.over, self.arming, self.fed = threading.Event(), threading.Lock(), ExitStack()
+        self.owner = threading.get_ident()
         self.thread: threading.Thread | None = None
+        self.deadline: Deadline | None = None
 
     def __enter__(self) -> Watchdog:
         if self.seconds is not None:
+            self.owner, self.deadline = threading.get_ident(), Deadline(HUNG, STDERR)
             self.beat("starting")
-            self._arm(self.seconds)
+            self._arm()
             self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self.thread.start()
+            self.fed.enter_context(world.listening(self.beat))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.thread is not None:
-            self.over.set()
+        self.fed.close()
+        if self.thread is not None and self.deadline is not None:
+            with self.arming:  # a beat of another thread may be under way
+                self.over.set()
+                self.deadline.close()
             self.thread.join()
-            faulthandler.cancel_dump_traceback_later()
 
     def beat(self, doing: str) -> None:
-        """Something was done, and `doing` begins."""
-        self.doing, self.last = doing, time.monotonic()
-        if self.seconds is not None and self.last - self.armed > 1.0:  # setting the C library's timer starts a thread
-            self._arm(self.seconds)
+        """Something was done, and `doing` begins. What other threads do shows that work goes on, and is not named: the
+        one that entered is what all else waits for.
+        """
+        if threading.get_ident() == self.owner:
+            self.doing = doing
+            if self.deadline is not None:
+                self.deadline.say(self.message)
+        self.last = time.monotonic()
+        if self.last - self.armed > 1.0:  # faulthandler's timer is a thread, which each time is another one
+            self._arm()
 
-    def _arm(self, seconds: float) -> None:
-        self.armed = time.monotonic()
-        faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=STDERR)
+    @property
+    def message(self) -> str:
+        """What is said when it ends the process."""
+        return (
+            f"error: nothing has happened for {self.seconds:g} s (tripwires.hang) while {self.doing}; every thread's "
+            f"stack follows, and exit code {HUNG}. The same command goes on from the last checkpoint"
+        )
+
+    def _arm(self) -> None:
+        with self.arming:
+            if self.seconds is not None and self.deadline is not None and not self.over.is_set():
+                self.armed = time.monotonic()
+                self.deadline.set(self.seconds + GRACE)
 
     def _watch(self) -> None:
         assert self.seconds is not None
@@ -64,11 +91,6 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        print(
-            f"error: nothing has happened for {self.seconds:g} s (tripwires.hang) while {self.doing}; every thread's "
-            "stack follows. The last checkpoint is good: the same command goes on from it",
-            file=STDERR,
-            flush=True,
-        )
+        print(self.message, file=STDERR, flush=True)
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         os._exit(HUNG)  # a thread that hangs would keep any gentler end waiting
