@@ -103,14 +103,14 @@ def generate(
 class Sampler:
     """Prompts to frames, with everything a pipeline holds: experts, VAE, text encoder.
 
-    `encode_texts(texts) -> their embeddings (L, D), by text`; `decode(latents) -> pixels in [-1, 1]`. Strides and
-    channels are the VAE's. `way` is how the experts are told what is known of a video (condition.py), None: not at all;
-    what is known goes through `encode_pixels(pixels in [-1, 1]) -> latents`. Texts are encoded once and kept; `texts`
-    are those that are there already, and `warm` encodes many at once.
+    `encode_texts(list of str) -> list of (L, D)`; `decode(latents) -> pixels in [-1, 1]`. Strides and channels are
+    the VAE's. `way` is how the experts are told what is known of a video (condition.py), None: not at all; what is
+    known goes through `encode_pixels(pixels in [-1, 1]) -> latents`. Texts are encoded once and kept; `texts` are those
+    that are there already, and `warm` encodes many at once.
     """
 
     experts: Experts
-    encode_texts: Callable[[list[str]], Mapping[str, Tensor]]
+    encode_texts: Callable[[list[str]], list[Tensor]]
     decode: Callable[[Tensor], Tensor]
     channels: int
     temporal_stride: int = 4
@@ -180,7 +180,7 @@ class Sampler:
         """Encode texts now, those that are not known yet."""
         fresh = [text for text in dict.fromkeys(prompts) if text not in self.texts]
         if fresh:
-            self.texts.update(self.encode_texts(fresh))
+            self.texts.update(zip(fresh, self.encode_texts(fresh), strict=True))
 
     def _texts(self, prompts: Sequence[str]) -> Tensor:
         self.warm(prompts)

@@ -226,7 +226,7 @@ def build_sampler(
 
     return Sampler(
         Experts(models, boundary),
-        lambda fresh: encode_texts(base, fresh, device=device, dtype=dtype),
+        lambda fresh: [*encode_texts(base, fresh, device=device, dtype=dtype).values()],
         decode,
         vae.z_dim,
         vae.temporal_stride,
