@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from wantrain import checks, config, world
+from wantrain import checks, config, devices, world
 from wantrain.data import check_folder, encode_shards, write_report
 from wantrain.models.fingerprints import Fingerprints
 from wantrain.models.weights import fingerprint
@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
         return
     checks.check(cfg)
     world.set_threads()
-    device, base = config.device(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
+    device, base = devices.choose(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
 
     # Loaded when they are first needed: not at all where nothing is to be encoded.
     @functools.cache

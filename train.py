@@ -14,7 +14,7 @@ from wantrain.training import assemble, estimate, noise_report
 from wantrain.training.loop import Run, fit
 from wantrain.training.parallel import start_accelerator
 from wantrain.training.run import RunFolder
-from wantrain.training.start import Start
+from wantrain.training.start import Start, check_size
 from wantrain.training.stepper import finish
 from wantrain.training.trackers import build_tracker
 from wantrain.training.turns import Turns
@@ -24,9 +24,10 @@ from wantrain.training.turns import Turns
 def main(cfg: DictConfig) -> None:
     """Train one expert or both, or continue the run of that name."""
     checks.check(cfg, processes=world.world_size())
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(cfg.device)
     experts, model = config.experts(cfg), config.plain(cfg.model)
     home = assemble.find_home(accelerator, {name: config.plain(own) for name, own in experts.items()})
+    check_size({name: config.network(own) for name, own in experts.items()}, accelerator.device, cfg.device)
     with accelerator.main_process_first():
         wanted = [*(model["experts"] if cfg.sample.every else experts), "vae", "text_encoder", "tokenizer"]
         base = config.base(cfg, wanted)
@@ -44,10 +45,8 @@ def main(cfg: DictConfig) -> None:
     estimate.say_turns(turns, losses, steps)
     if cfg.dry_run:
         size = {"steps": steps, "accumulate": cfg.accumulate, "processes": accelerator.num_processes}
-        world.say(config.to_yaml(cfg))
-        world.say(estimate.describe(plan, data, next(iter(trainees.values())).module, **size))
-        return
-
+        about = estimate.describe(plan, data, next(iter(trainees.values())).module, **size)
+        return world.say(f"{config.to_yaml(cfg)}\n{about}")
     folder, settings = RunFolder(Path(cfg.runs) / cfg.run), {**config.plain(cfg), "recipe": config.recipe()}
     checkpoints, newest = assemble.open_run(folder, settings, home, data=data.fingerprint, command=config.command())
     members = {

@@ -283,17 +283,6 @@ def is_number(value: object, *, whole: bool = False) -> bool:
     return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
-def device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` (this process's own) as a device; ValueError for a GPU that is not there."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ValueError("device=cuda, but no GPU is visible; use device=cpu or device=auto")
-    if available and name != "cpu":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # each process its own
-        return torch.device("cuda")
-    return torch.device("cpu")
-
-
 def dtype(name: str) -> torch.dtype:
     """`fp32`, `bf16` or `fp16` as a dtype."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -21,7 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from wantrain import world
+from wantrain import devices, world
 
 #: Engines that give each process only a part of the weights: every forward needs all processes.
 SHARDED = ("zero3", "fsdp2")
@@ -33,10 +33,12 @@ NOISE = (r"`torch\.distributed\.\w+` is deprecated", r"FSDP2-wrapped module .* r
 BUILD_MINUTES = 15
 
 
-def start_accelerator() -> Accelerator:
-    """The Accelerator of this process, after making sure that it is the one the launcher meant.
+def start_accelerator(device: str = "auto") -> Accelerator:
+    """The Accelerator of this process on `device` (auto, cpu or cuda), after making sure that it is the one the
+    launcher meant.
 
-    ValueError if the engine ends up as another one or with another number of processes than were asked for.
+    ValueError if the device cannot be had, or if the engine ends up as another one or with another number of processes
+    than were asked for.
     """
     world.set_threads()
     for noise in NOISE:
@@ -45,9 +47,16 @@ def start_accelerator() -> Accelerator:
     wanted = _engine_asked_for()
     if wanted.startswith("zero"):
         _refuse_stale_locks()
-    if "LOCAL_RANK" in os.environ and not torch.cuda.is_available():
+    on_cpu = devices.choose(device).type == "cpu"
+    passed_over = on_cpu and torch.cuda.is_available()  # accelerate would take the GPU
+    if passed_over and wanted not in {"single", "ddp"}:
+        raise ValueError(
+            f"device=cpu with {wanted} on a machine with GPUs: accelerate would take them all the same; hide them with "
+            "CUDA_VISIBLE_DEVICES= (empty), or use launch/accelerate/cpu_ddp.yaml"
+        )
+    if "LOCAL_RANK" in os.environ and on_cpu:
         _make_group_on_cpu(wanted)
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no", cpu=passed_over)
     if accelerator.num_processes != world.world_size():
         raise ValueError(
             f"{world.world_size()} processes were started but the engine holds {accelerator.num_processes}; "

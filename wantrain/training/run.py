@@ -26,6 +26,7 @@ CONFIG = "config.yaml"
 FREE = (
     "recipe",
     "check_expert",
+    "device",
     "steps",
     "epochs",
     "runs",

@@ -9,11 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from wantrain import world
+from wantrain import devices, world
 from wantrain.models import Base, WanVAE, adapters, partial
 from wantrain.models.base import stated_expert
 from wantrain.models.lora import read_lora
 from wantrain.training.trainee import Autoencoder, Trainee
+
+
+def check_size(makers: Mapping[str, Callable[[], nn.Module]], device: torch.device, asked: str) -> None:
+    """Raise ValueError if a transformer of more than a billion parameters would be trained on a CPU that nobody asked
+    for: `makers` build each expert with random values, `asked` is device=.
+    """
+    for name, make in makers.items():
+        if name != "vae":
+            devices.refuse_large(name, sum(p.numel() for p in without_values(make).parameters()), device, asked)
+
+
+def without_values(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose parameters have shapes and no values (on the meta device): it takes no memory."""
+    with torch.device("meta"):
+        return make()
 
 
 @dataclass(frozen=True)
@@ -91,8 +106,7 @@ class Start:
     def _open_transformer(self, name: str) -> nn.Module:
         kind, fp32 = self.adapter["name"], []
         if kind == "partial":
-            with torch.device("meta"):
-                names = [name for name, _ in self.make().named_parameters()]
+            names = [name for name, _ in without_values(self.make).named_parameters()]
             fp32 = partial.choose(names, layers=self.adapter["layers"], tags=self.adapter["tags"])
         dtype = torch.float32 if kind == "none" else self.dtype
         return self.base.transformer(name, widen=self.init == "widen", device=self.device, dtype=dtype, fp32=fp32)
