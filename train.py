@@ -10,11 +10,13 @@ from omegaconf import DictConfig
 
 from wantrain import checks, config, world
 from wantrain.data import Plan
-from wantrain.training import assemble, estimate, noise_report
+from wantrain.training import assemble, encoders, estimate, noise_report
 from wantrain.training.loop import Run, fit
-from wantrain.training.parallel import start_accelerator
+from wantrain.training.memory import standing
+from wantrain.training.outline import check_size, find_clips, outline
+from wantrain.training.parallel import engine_asked_for, start_accelerator
 from wantrain.training.run import RunFolder
-from wantrain.training.start import Start, check_size
+from wantrain.training.start import Start
 from wantrain.training.stepper import finish
 from wantrain.training.trackers import build_tracker
 from wantrain.training.turns import Turns
@@ -24,60 +26,55 @@ from wantrain.training.turns import Turns
 def main(cfg: DictConfig) -> None:
     """Train one expert or both, or continue the run of that name."""
     checks.check(cfg, processes=world.world_size())
-    accelerator = start_accelerator(cfg.device)
-    experts, model = config.experts(cfg), config.plain(cfg.model)
-    home = assemble.find_home(accelerator, {name: config.plain(own) for name, own in experts.items()})
-    check_size({name: config.network(own) for name, own in experts.items()}, accelerator.device, cfg.device)
-    with accelerator.main_process_first():
-        wanted = [*(model["experts"] if cfg.sample.every else experts), "vae", "text_encoder", "tokenizer"]
-        base = config.base(cfg, wanted)
-        assemble.make_own_data(config.shards(cfg), root=config.ROOT)
-    data, dtype = config.build(cfg.data), config.dtype(cfg.precision)
-    if "vae" not in experts:
-        assemble.check_encoders(data.manifest, base, config.shards(cfg), dtype)
-    plan = Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed)
-    steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
+    experts, dtype = config.experts(cfg), config.dtype(cfg.precision)
+    own = {name: config.plain(each) for name, each in experts.items()}
+    networks = {name: config.network(each) for name, each in experts.items()}
+    losses = {name: config.build(each.loss) for name, each in experts.items()}
+    optimizers = {name: config.build(each.optimizer, _partial_=True) for name, each in experts.items()}
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
-    where = {"base": base, "device": home.device, "dtype": dtype, "recipe": config.recipe()}
-    starts = {name: Start.of(config.network(own), config.plain(own), **where) for name, own in experts.items()}
-    trainees = {name: start.trainee() for name, start in starts.items()}
-    losses = {name: config.build(own.loss) for name, own in experts.items()}
-    estimate.say_turns(turns, losses, steps)
+    batching, settings = config.batching(cfg, world.world_size()), {**config.plain(cfg), "recipe": config.recipe()}
+    outlines = {name: outline(networks[name], own[name], dtype) for name in experts}
+    kept = standing(outlines, optimizers, idle=cfg.experts.idle)
+    length = {"steps": cfg.steps, "epochs": cfg.epochs, "default": cfg.model.steps}
     if cfg.dry_run:
-        size = {"steps": steps, "accumulate": cfg.accumulate, "processes": accelerator.num_processes}
-        about = estimate.describe(plan, data, next(iter(trainees.values())).module, **size)
-        return world.say(f"{config.to_yaml(cfg)}\n{about}")
-    folder, settings = RunFolder(Path(cfg.runs) / cfg.run), {**config.plain(cfg), "recipe": config.recipe()}
+        assemble.check_engine(engine_asked_for(), own)
+        world.say(config.to_yaml(cfg))
+        clips = find_clips(config.shards(cfg), lambda: config.build(cfg.data), settings)
+        foreseen = estimate.foreseen_length(clips.plan, **length)
+        estimate.say_turns(turns, losses, foreseen)
+        world.say(estimate.describe(clips, outlines, batching, foreseen, kept))
+        return
+
+    home = assemble.find_home(start_accelerator(cfg.device), own)
+    check_size(outlines, home.accelerator.device, cfg.device)
+    estimate.say_start(settings, batching, kept, assemble.card_of(home))
+    with home.accelerator.main_process_first():
+        base = config.base(cfg, assemble.wanted(settings, experts))
+        assemble.make_own_data(config.shards(cfg), root=config.ROOT)
+    data, folder = config.build(cfg.data), RunFolder(Path(cfg.runs) / cfg.run)
+    encoders.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)
+    steps = estimate.run_length(Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed), **length)
+    where = {"base": base, "device": home.device, "dtype": dtype, "recipe": config.recipe()}
+    starts = {name: Start.of(networks[name], own[name], **where) for name in experts}
+    trainees = {name: start.trainee() for name, start in starts.items()}
+    estimate.say_turns(turns, losses, steps)
     checkpoints, newest = assemble.open_run(folder, settings, home, data=data.fingerprint, command=config.command())
     members = {
         name: assemble.enlist(
-            trainees[name],
-            home,
-            checkpoint=newest,
-            optimizer=config.build(own.optimizer, _partial_=True),
-            how={key: own[key] for key in ("accumulate", "clip", "precision")},
-            ema=own.ema,
-            name=name,
-            loss=losses[name],
-            schedule=config.build(own.schedule),
-            plan=Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed),
-            steps=turns.count(name, steps),
+            trainees[name], home, checkpoint=newest, optimizer=optimizers[name],
+            how={"accumulate": batching.accumulate, "clip": each.clip, "precision": each.precision},
+            ema=each.ema, name=name, loss=losses[name], schedule=config.build(each.schedule),
+            plan=Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed), steps=turns.count(name, steps),
             folder=name if len(experts) > 1 else "",
         )
-        for name, own in experts.items()
-    }
+        for name, each in experts.items()
+    }  # fmt: skip
     run = Run(
-        members=members,
-        turns=turns,
-        data=data,
-        checkpoints=checkpoints,
-        **assemble.guards(folder, home, steps=steps, fps=model["fps"], **settings["tripwires"]),
-        steps=steps,
-        until=min(steps, cfg.stop_after or steps),
-        seed=cfg.seed,
-        checkpoint_every=cfg.checkpoint.every,
+        members=members, turns=turns, data=data, checkpoints=checkpoints,
+        **assemble.guards(folder, home, steps=steps, fps=cfg.model.fps, **settings["tripwires"]),
+        steps=steps, until=min(steps, cfg.stop_after or steps), seed=cfg.seed, checkpoint_every=cfg.checkpoint.every,
         state={"data": data.fingerprint, "engine": home.engine, "config": settings},
-    )
+    )  # fmt: skip
     start, ended_by = run.resume(newest), None
     world.say(f"run {folder.path}: {estimate.progress(start, steps)}")
     if start < run.until:
@@ -85,7 +82,7 @@ def main(cfg: DictConfig) -> None:
         with run.metrics:
             if start == 0 and cfg.check_expert != "off":
                 assemble.check_experts(run, starts, how=cfg.check_expert)
-            noise_report.write(folder.path, losses, data.bucket_names, multiple=model["multiple"])
+            noise_report.write(folder.path, losses, data.bucket_names, multiple=cfg.model.multiple)
             run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples, dtype=dtype)
             ended_by = fit(run, start)
     finish(member.stepper for member in members.values())

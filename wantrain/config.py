@@ -27,6 +27,7 @@ from wantrain import geometry
 from wantrain.data import Conditions, check_sets
 from wantrain.models import Base, open_base
 from wantrain.training import replay
+from wantrain.training.batching import Batching
 from wantrain.world import errors_to_exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,6 +234,12 @@ def shards(cfg: DictConfig) -> list[str]:
     """Where the shards of a training lie: one place, or one of each set with data=mixed."""
     own = plain(cfg.data)
     return [own["shards"]] if "shards" in own else [one["shards"] for one in check_sets(own["sets"]).values()]
+
+
+def batching(cfg: DictConfig, processes: int) -> Batching:
+    """How a step's samples are shared out over backward passes and `processes`; ValueError if they cannot be."""
+    micro = cfg.model.train.micro_batch
+    return Batching.of(cfg.batch_size, accumulate=cfg.accumulate, micro_batch=micro, processes=processes)
 
 
 def has_base(cfg: DictConfig) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def start_accelerator(device: str = "auto") -> Accelerator:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     _refuse_hydras_knobs()
-    wanted = _engine_asked_for()
+    wanted = engine_asked_for()
     if wanted.startswith("zero"):
         _refuse_stale_locks()
     on_cpu = devices.choose(device).type == "cpu"
@@ -87,7 +88,7 @@ def engine_of(accelerator: Accelerator) -> str:
     return names[kind.value]
 
 
-def _engine_asked_for() -> str:
+def engine_asked_for() -> str:
     """What the launcher's environment says."""
 
     def says(engine: str) -> bool:
@@ -157,6 +158,20 @@ def _make_group_on_cpu(engine: str) -> None:
         PartialState(backend="gloo")
         if engine == "fsdp2":  # accelerate takes up FSDP only where it believes in several GPUs
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def on_main(work: Callable[[], None], doing: str) -> None:
+    """Do `work` in the main process while the others wait; a ValueError of it is one in all of them."""
+    problem: list[str | None] = [None]
+    world.progress(doing)
+    if world.is_main():
+        try:
+            work()
+        except ValueError as error:
+            problem = [str(error)]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise ValueError(problem[0])
 
 
 def from_main(path: Path | None) -> Path | None:

@@ -9,20 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from wantrain import devices, world
+from wantrain import world
 from wantrain.models import Base, WanVAE, adapters, partial
 from wantrain.models.base import stated_expert
 from wantrain.models.lora import read_lora
 from wantrain.training.trainee import Autoencoder, Trainee
-
-
-def check_size(makers: Mapping[str, Callable[[], nn.Module]], device: torch.device, asked: str) -> None:
-    """Raise ValueError if a transformer of more than a billion parameters would be trained on a CPU that nobody asked
-    for: `makers` build each expert with random values, `asked` is device=.
-    """
-    for name, make in makers.items():
-        if name != "vae":
-            devices.refuse_large(name, sum(p.numel() for p in without_values(make).parameters()), device, asked)
 
 
 def without_values(make: Callable[[], nn.Module]) -> nn.Module:
@@ -69,6 +60,11 @@ class Start:
             module.gradient_checkpointing = self.gradient_checkpointing  # type: ignore[assignment]
         settings = self.adapt(module)
         self.check_trained(module)
+        if origin := self.adapter.get("init"):
+            layers = f"{len(adapters.adapter_layers(module))} layers"
+            world.say(
+                f"the adapter goes on from {origin}: {layers}, rank {settings['rank']}, alpha {settings['alpha']:g}"
+            )
         about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
         about |= {"base": self.base.name, "recipe": self.recipe, "made_by": world.made_by(), **settings}
         known = {key: str(value) for key, value in about.items() if value is not None and value is not False}
@@ -143,9 +139,6 @@ class Start:
             raise ValueError(f"adapter.init={given} was trained for model={model}, not for model={self.model['name']}")
         adapters.inject_lora(module, lora, seed=seed, where=given)
         first = next(iter(lora.layers.values()))
-        world.say(
-            f"the adapter goes on from {given}: {len(lora.layers)} layers, rank {first.rank}, alpha {first.alpha:g}"
-        )
         return {"rank": first.rank, "alpha": first.alpha, "targets": "as in the file"}
 
     def check_trained(self, module: nn.Module) -> None:
