@@ -45,8 +45,9 @@ class Standing:
         if self.total <= ROOM * card:
             return None
         return (
-            f"{self} are kept from step to step, before activations: too much for one card of {card / 1e9:.0f} GB. "
-            "Give adapter=lora, optimizer=adamw_8bit, or several GPUs that share it (launch/README.md)"
+            f"{self} are kept from step to step, before activations: too much for one card of {card / 2**30:.0f} GiB "
+            f"({card / 1e9:.4g} GB). Give adapter=lora, optimizer=adamw_8bit, or several GPUs that share it "
+            "(launch/README.md)"
         )
 
 
