@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from wantrain import checks, config, world
+from wantrain import checks, config, devices, world
 from wantrain.data import check_folder, encode_shards, write_report
-from wantrain.models.fingerprints import Fingerprints
+from wantrain.models.fingerprints import Fingerprints, identity
 from wantrain.models.weights import fingerprint
 
 
@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
         return
     checks.check(cfg)
     world.set_threads()
-    device, base = config.device(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
+    device, base = devices.choose(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
 
     # Loaded when they are first needed: not at all where nothing is to be encoded.
     @functools.cache
@@ -49,9 +49,9 @@ def main(cfg: DictConfig) -> None:
     def encode_pixels(pixels_BCTHW: torch.Tensor) -> torch.Tensor:
         return vae().encode(pixels_BCTHW.to(device)).cpu()
 
-    prints, words = Fingerprints(Path(cfg.out)), base.need("text_encoder")
-    tokenizer = base.find("tokenizer") or words.parent / "tokenizer"
-    of_vae = prints.of("vae", [base.need("vae")], look_at_vae)
+    prints, dtype = Fingerprints(Path(cfg.out)), config.dtype(cfg.precision)
+    files = {part: identity(base, part, dtype) for part in ("vae", "text_encoder")}
+    of_vae = prints.of("vae", files["vae"], look_at_vae)
     strides = {key: of_vae.pop(key) for key in ("temporal_stride", "spatial_stride")}
     encode_shards(
         Path(cfg.shards),
@@ -59,7 +59,8 @@ def main(cfg: DictConfig) -> None:
         encode_pixels=encode_pixels,
         encode_texts=lambda captions: text().encode_unpadded(captions),
         **of_vae,
-        **prints.of(f"text encoder in {cfg.precision}", [words, tokenizer], look_at_text),
+        **prints.of("text encoder", files["text_encoder"], look_at_text),
+        encoders=files,
         sizes=config.buckets(cfg, strides["temporal_stride"]),
         conditions=config.conditions(cfg, **strides),
         model=cfg.model.name,

@@ -13,7 +13,7 @@ from wantrain import checks, config, world
 from wantrain.models import WanTransformer
 from wantrain.models.inspect import describe
 from wantrain.models.pipeline import CARD, About, mark, write_pipeline
-from wantrain.training.gather import add_loras, find_experts
+from wantrain.training.gather import add_loras, base_of, find_experts
 from wantrain.training.publish import convert_lora, export_vae
 from wantrain.training.run import trained_experts
 
@@ -32,7 +32,9 @@ def main(cfg: DictConfig) -> None:
     if trained and trained[0].name == "vae":
         export_vae(trained[0], out, measure=None if cfg.measure is None else Path(cfg.measure))
         return
-    base = config.base(cfg, [*cfg.model.experts, "vae", "text_encoder", "tokenizer"]) if config.has_base(cfg) else None
+    # The other layouts hold transformers alone.
+    beside = ["vae", "text_encoder", "tokenizer"] if cfg.layout == "diffusers" else []
+    base = config.base(cfg, [*cfg.model.experts, *beside]) if config.has_base(cfg) else None
     if base is None and not trained and files:
         for name, file in files.items():
             target = out / f"{Path(file).stem}_{dialect}.safetensors"
@@ -40,6 +42,9 @@ def main(cfg: DictConfig) -> None:
         return
     model = trained[0].config["model"] if trained else config.plain(cfg.model)
     facts = {"model": model["name"], "boundary": model["boundary"]}
+    if base is None and trained:
+        made = {expert.name for expert in trained}
+        base = base_of(trained[0].config, config.locate, [*(set(model["experts"]) - made), *beside])
     found = find_experts(
         model["experts"], **facts, run=cfg.run, runs=cfg.runs, base=base, locate=config.locate, alone=cfg.alone
     )

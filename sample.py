@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from wantrain import checks, config, world
+from wantrain import checks, config, devices, world
 from wantrain.geometry import Bucket, sizes
 from wantrain.models import Base, WanVAE
 from wantrain.models.vae import vae_keywords
@@ -53,7 +53,7 @@ def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], known: Kno
     loras = config.plain(cfg.lora)
     scale, alpha = loras.pop("scale"), loras.pop("alpha")
     check_loras(loras, found.names)
-    device, dtype = config.device(cfg.device), config.dtype(cfg.precision)
+    device, dtype = devices.choose(cfg.device), config.dtype(cfg.precision)
     negative = cfg.model.negative_prompt if cfg.negative_prompt is None else cfg.negative_prompt
     settings = Settings({name: cfg.guidance[name] for name in found.names}, cfg.shift, cfg.steps, cfg.solver, negative)
     more = {"precision": cfg.precision, "tile": cfg.tile, "lora": [scale, alpha] if any(loras.values()) else None}

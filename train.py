@@ -3,16 +3,17 @@
 accelerate launch train.py expert=low_noise data.shards=DIR        python train.py --help
 """
 
-import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from wantrain import checks, config, world
 from wantrain.data import Plan
-from wantrain.training import assemble, estimate, noise_report
+from wantrain.training import assemble, encoders, estimate, noise_report
 from wantrain.training.loop import Run, fit
-from wantrain.training.parallel import start_accelerator
+from wantrain.training.memory import standing
+from wantrain.training.outline import check_size, find_clips, outline
+from wantrain.training.parallel import engine_asked_for, start_accelerator
 from wantrain.training.run import RunFolder
 from wantrain.training.start import Start
 from wantrain.training.stepper import finish
@@ -30,69 +31,69 @@ def main(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig) -> None:
-    """From a config that has been judged to the end of the run."""
-    accelerator = start_accelerator()
-    experts, model = config.experts(cfg), config.plain(cfg.model)
-    home = assemble.find_home(accelerator, {name: config.plain(own) for name, own in experts.items()})
-    with accelerator.main_process_first():
-        wanted = [*(model["experts"] if cfg.sample.every else experts), "vae", "text_encoder", "tokenizer"]
-        base = config.base(cfg, wanted)
-        assemble.make_own_data(config.shards(cfg), root=config.ROOT)
-    data, dtype = config.build(cfg.data), config.dtype(cfg.precision)
-    if "vae" not in experts:
-        assemble.check_encoders(data.manifest, base, config.shards(cfg), dtype)
-    plan = Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed)
-    steps = estimate.run_length(plan, steps=cfg.steps, epochs=cfg.epochs, default=cfg.model.steps)
+    """From a config that has been judged to the end of the run, or of a dry run."""
+    experts, dtype = config.experts(cfg), config.dtype(cfg.precision)
+    own = {name: config.plain(each) for name, each in experts.items()}
+    networks = {name: config.network(each) for name, each in experts.items()}
+    losses = {name: config.build(each.loss) for name, each in experts.items()}
+    optimizers = {name: config.build(each.optimizer, _partial_=True) for name, each in experts.items()}
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
-    texts = {} if cfg.dry_run else assemble.preview_texts(data, config.plain(cfg), home, base, dtype)
-    where = {"base": base, "device": home.device, "dtype": dtype, "recipe": config.recipe()}
-    starts = {name: Start.of(config.network(own), config.plain(own), **where) for name, own in experts.items()}
-    trainees = {name: start.trainee() for name, start in starts.items()}
-    losses = {name: config.build(own.loss) for name, own in experts.items()}
-    estimate.say_turns(turns, losses, steps)
+    batching, settings = config.batching(cfg, world.world_size()), {**config.plain(cfg), "recipe": config.recipe()}
+    outlines = {name: outline(networks[name], own[name], dtype) for name in experts}
+    kept = standing(outlines, optimizers, idle=cfg.experts.idle)
+    length = {"steps": cfg.steps, "epochs": cfg.epochs, "default": cfg.model.steps}
     if cfg.dry_run:
-        size = {"steps": steps, "accumulate": cfg.accumulate, "processes": accelerator.num_processes}
+        assemble.check_engine(engine_asked_for(), own)
         world.say(config.to_yaml(cfg))
-        world.say(estimate.describe(plan, data, next(iter(trainees.values())).module, **size))
+        clips = find_clips(config.shards(cfg), lambda: config.build(cfg.data), settings)
+        foreseen = estimate.foreseen_length(clips.plan, **length)
+        estimate.say_turns(turns, losses, foreseen)
+        world.say(estimate.describe(clips, outlines, batching, foreseen, kept))
         return
-    folder, settings = RunFolder(Path(cfg.runs) / cfg.run), {**config.plain(cfg), "recipe": config.recipe()}
+    home = assemble.find_home(start_accelerator(cfg.device), own)
+    check_size(outlines, home.accelerator.device, cfg.device)
+    estimate.say_start(settings, batching, kept, assemble.card_of(home))
+    with home.accelerator.main_process_first():
+        base = config.base(cfg, assemble.wanted(settings, experts))
+        assemble.make_own_data(config.shards(cfg), root=config.ROOT)
+    data, folder = config.build(cfg.data), RunFolder(Path(cfg.runs) / cfg.run)
+    encoders.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)
+    steps = estimate.run_length(Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed), **length)
+    texts = assemble.preview_texts(data, settings, home, base, dtype)  # before experts leave the device no room
+    where = {"base": base, "device": home.device, "dtype": dtype, "recipe": config.recipe()}
+    starts = {name: Start.of(networks[name], own[name], **where) for name in experts}
+    estimate.say_turns(turns, losses, steps)
     checkpoints, newest = assemble.open_run(folder, settings, home, data=data.fingerprint, command=config.command())
     members = {
         name: assemble.enlist(
-            trainees[name],
-            home,
-            checkpoint=newest,
-            optimizer=config.build(own.optimizer, _partial_=True),
-            how={key: own[key] for key in ("accumulate", "clip", "precision")},
-            ema=own.ema,
-            name=name,
-            loss=losses[name],
-            schedule=config.build(own.schedule),
-            plan=Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed),
-            steps=turns.count(name, steps),
+            starts[name].trainee(), home, checkpoint=newest, optimizer=optimizers[name],
+            how={"accumulate": batching.accumulate, "clip": each.clip, "precision": each.precision},
+            ema=each.ema, name=name, loss=losses[name], schedule=config.build(each.schedule),
+            plan=Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed), steps=turns.count(name, steps),
             folder=name if len(experts) > 1 else "",
         )
-        for name, own in experts.items()
-    }
-    state = {"data": data.fingerprint, "engine": home.engine, "config": settings}
-    watch = assemble.guards(folder, home, steps=steps, fps=model["fps"], tripwires=settings["tripwires"])
-    length = {"steps": steps, "until": min(steps, cfg.stop_after or steps), "checkpoint_every": cfg.checkpoint.every}
-    run = Run(members, turns, data, checkpoints, **watch, **length, seed=cfg.seed, state=state)
+        for name, each in experts.items()
+    }  # fmt: skip
+    run = Run(
+        members=members, turns=turns, data=data, checkpoints=checkpoints,
+        **assemble.guards(folder, home, steps=steps, fps=cfg.model.fps, tripwires=settings["tripwires"]),
+        steps=steps, until=min(steps, cfg.stop_after or steps), seed=cfg.seed, checkpoint_every=cfg.checkpoint.every,
+        state={"data": data.fingerprint, "engine": home.engine, "config": settings},
+    )  # fmt: skip
     start, ended_by = run.resume(newest), None
     world.say(f"run {folder.path}: {estimate.progress(start, steps)}")
     if start < run.until:
         run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
         with run.metrics:
-            if start == 0 and cfg.check_expert != "off":
-                assemble.check_experts(run, starts, how=cfg.check_expert)
-            noise_report.write(folder.path, losses, data.bucket_names, multiple=model["multiple"])
+            assemble.check_experts(run, starts, how=cfg.check_expert if start == 0 else "off")
+            noise_report.write(folder.path, losses, data.bucket_names, multiple=cfg.model.multiple)
             run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples, texts=texts, dtype=dtype)
             ended_by = fit(run, start)
     finish(member.stepper for member in members.values())
     assemble.compare_replay(folder, settings)
     if ended_by is not None:
         world.say("stopped by a signal, after a checkpoint; the same command continues")
-        sys.exit(128 + ended_by)
+        raise SystemExit(128 + ended_by)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ def test_latents_of_another_vae_are_refused(tiny, call, tmp_path):
     shutil.copytree(tiny.latents, shards)
     manifest = json.loads((shards / "manifest.json").read_text())
     for what in ("vae", "text_encoder"):
-        changed = {**manifest, f"{what}_fingerprint": "0123456789abcdef"}
+        files = {**manifest["encoders"], what: "of another"}
+        changed = {**manifest, f"{what}_fingerprint": "0123456789abcdef", "encoders": files}
         (shards / "manifest.json").write_text(json.dumps(changed))
         error = call("train.py", *tiny.train, f"data.shards={shards}", "steps=1", check=False).error
         assert f"was encoded by another {what} (fingerprint 0123456789abcdef, " in error

@@ -1,11 +1,14 @@
 """export.py as people use it: every layout and dialect from a run, a merge, a conversion, a look at a file."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
 
 from wantrain.models import Base, adapters, load_transformer
+from wantrain.models import base as bases
 from wantrain.models.lora import read_lora, write_lora
 from wantrain.models.weights import read_metadata, read_tensors
 
@@ -58,6 +61,21 @@ def test_every_layout_holds_the_merged_experts_and_trains_on(layout, trained, ti
     run = ("expert=low_noise", f"run=on_{layout}", "steps=1", "batch_size=2", "adapter=lora")
     said = inside(trained, "train.py", *tiny.train, *where, *parts, *more, *run).stdout
     assert "low_noise starts from" in said
+
+
+def test_of_a_repository_only_what_is_written_is_fetched(trained, pair, call, tmp_path, monkeypatch):
+    """The encoders belong to a pipeline alone: elsewhere nobody downloads 11 GB for a line on the card."""
+    asked = []
+    monkeypatch.setattr(bases, "_fetch", lambda name, revision, wanted: asked.append(set(wanted)) or pair)
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    for config in tmp_path.glob("runs/*/config.yaml"):
+        config.write_text(config.read_text().replace(f"weights: {pair}", "weights: owner/name"))
+    call("export.py", "run=high,low", "out=one", "layout=comfyui")
+    call("export.py", "run=high,low", "weights=owner/name", "out=two", "layout=official")
+    encoders = {"vae", "text_encoder", "tokenizer"}
+    assert asked and not any(wanted & encoders for wanted in asked)
+    call("export.py", "run=high,low", "out=three")
+    assert any(wanted >= encoders for wanted in asked)
 
 
 @pytest.mark.parametrize("dialect", ["comfyui", "diffusers", "kohya"])

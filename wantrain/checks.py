@@ -115,9 +115,11 @@ _WHOLE = (
     "stride", "tokens", "shard_clips", "decode.workers",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
     "validation.every", "validation.clips", "validation.points", "validation.together",
-    "validation.stop_after", "adapter.rank", "sample.steps", "sample.count",
+    "validation.stop_after", "adapter.rank", "sample.steps", "sample.count", "model.train.micro_batch",
 )  # fmt: skip
-_SWITCHES = ("check", "decode.retry", "stretch", "checkpoint.keep_best", "checkpoint.background")
+_SWITCHES = (
+    "check", "decode.retry", "stretch", "checkpoint.keep_best", "checkpoint.background", "gradient_checkpointing",
+)  # fmt: skip
 _POSITIVE = (
     "decode.timeout",
     "patience",
@@ -241,15 +243,9 @@ def _adapter_problems(cfg: DictConfig) -> list[str]:
 
 
 def _check_batch(cfg: DictConfig, processes: int) -> None:
-    if not (config.is_number(cfg.accumulate, whole=True) and config.is_number(cfg.batch_size, whole=True)):
-        return  # said with the other numbers
-    parts = cfg.accumulate * processes
-    if cfg.accumulate >= 1 and cfg.batch_size % parts:
-        below = max(1, cfg.batch_size // parts) * parts
-        raise ValueError(
-            f"batch_size={cfg.batch_size} must divide by accumulate x processes = {cfg.accumulate} x {processes}; "
-            f"the nearest are {below} and {below + parts}"
-        )
+    given = [value for value in (cfg.batch_size, cfg.accumulate, cfg.model.train.micro_batch) if value is not None]
+    if all(config.is_number(value, whole=True) and value >= 1 for value in given):  # else said with the other numbers
+        config.batching(cfg, processes)
 
 
 def _check_length(cfg: DictConfig) -> None:

@@ -27,6 +27,7 @@ from wantrain import geometry
 from wantrain.data import Conditions, check_sets
 from wantrain.models import Base, open_base
 from wantrain.training import replay
+from wantrain.training.batching import Batching
 from wantrain.world import errors_to_exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,6 +236,12 @@ def shards(cfg: DictConfig) -> list[str]:
     return [own["shards"]] if "shards" in own else [one["shards"] for one in check_sets(own["sets"]).values()]
 
 
+def batching(cfg: DictConfig, processes: int) -> Batching:
+    """How a step's samples are shared out over backward passes and `processes`; ValueError if they cannot be."""
+    micro = cfg.model.train.micro_batch
+    return Batching.of(cfg.batch_size, accumulate=cfg.accumulate, micro_batch=micro, processes=processes)
+
+
 def has_base(cfg: DictConfig) -> bool:
     """True if the command line names a base model, or parts of one."""
     return cfg.weights is not None or any(path is not None for path in cfg.parts.values())
@@ -281,17 +288,6 @@ def locate(path: str | Path) -> Path:
 def is_number(value: object, *, whole: bool = False) -> bool:
     """True for a number (a whole one, if asked for); true and false are none."""
     return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-
-
-def device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` (this process's own) as a device; ValueError for a GPU that is not there."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ValueError("device=cuda, but no GPU is visible; use device=cpu or device=auto")
-    if available and name != "cpu":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # each process its own
-        return torch.device("cuda")
-    return torch.device("cpu")
 
 
 def dtype(name: str) -> torch.dtype:

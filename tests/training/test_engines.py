@@ -188,8 +188,8 @@ from wantrain.training import parallel
 
 seen, start = {}, parallel.start_accelerator
 
-def noted():
-    accelerator = start()
+def noted(*args, **how):
+    accelerator = start(*args, **how)
     seen["engine"], seen["processes"] = parallel.engine_of(accelerator), accelerator.num_processes
     return accelerator
 

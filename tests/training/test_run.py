@@ -8,8 +8,9 @@ from unittest import mock
 
 import pytest
 
+from wantrain import config
 from wantrain.training import run
-from wantrain.training.run import RunFolder
+from wantrain.training.run import RunFolder, differences
 
 
 def test_a_second_process_is_told_who_trains_the_run_and_let_in_after_its_death(tmp_path):
@@ -40,3 +41,17 @@ def test_a_disk_that_cannot_lock_is_not_taken_for_another_process(tmp_path):
     without = mock.patch.object(run.fcntl, "flock", side_effect=OSError(errno.ENOLCK, "No locks available"))
     with without, pytest.raises(ValueError, match=r"run r cannot be locked .*No locks available.*runs="):
         RunFolder(tmp_path / "r").open({"steps": 1})
+
+
+def test_a_run_goes_on_with_what_changes_rounding_at_most():
+    """Other processes, another device, more passes after running out of memory; also one from before these settings."""
+
+    def settings(*given):
+        return config.plain(config.compose("train", ["batch_size=8", *given]))
+
+    now = settings("accumulate=4", "device=cpu", "gradient_checkpointing=true", "model.train.micro_batch=2")
+    assert differences(settings(), now) == []
+    before = settings("accumulate=1")
+    del before["device"], before["model"]["train"]
+    assert differences(before, now) == []
+    assert differences(now, settings("accumulate=4", "batch_size=4")) == ["batch_size: 8 -> 4"]

@@ -66,6 +66,7 @@ def encode_shards(
     vae_fingerprint: str,
     text_fingerprint: str,
     tokenizer_fingerprint: str = "",
+    encoders: Mapping[str, str] | None = None,
     rejects_limit: float,
     shard_bytes: int,
     shard_clips: int = 64,
@@ -84,6 +85,9 @@ def encode_shards(
     in `workers` processes (None: by the cores), `timeout` seconds a clip at most; what cannot be decoded goes to
     rejects.jsonl, and is tried again only with `retry`. Each process of a launcher does its share of the units, and
     rank 0 waits for the others, `patience` seconds without a sign of life at most.
+
+    `encoders` are the identities of the encoders' files (models/fingerprints.py), by part: train.py knows the encoders
+    again by them. They stand in the manifest beside the settings, for the same values in other files make nothing new.
 
     Shards that were cut for another model are taken if their clips are of this one's rate (`fps`) and not longer than
     its `num_frames`.
@@ -119,7 +123,12 @@ def encode_shards(
         return None
     attendance.wait()
     return _conclude(
-        folder, work, settings, conditions.strides, [shard["sha256"] for shard in video["shards"]], rejects_limit
+        folder,
+        work,
+        settings,
+        {**conditions.strides, "encoders": dict(encoders or {})},
+        [shard["sha256"] for shard in video["shards"]],
+        rejects_limit,
     )
 
 
@@ -139,11 +148,11 @@ def _conclude(
     folder: LatentFolder,
     work: Work,
     settings: Mapping[str, Any],
-    strides: Mapping[str, int],
+    facts: Mapping[str, Any],
     sources: list[str],
     rejects_limit: float,
 ) -> dict[str, Any]:
-    """Rank 0, when all units are made: count the rejects, write index and manifest."""
+    """Rank 0, when all units are made: count the rejects, write index and manifest, `facts` in it."""
     latents, texts = folder.gather(work.latents), folder.gather(work.texts)
     ledger, rejects, identities = _accounts(work, latents)
     seen = ledger.clips.given
@@ -155,7 +164,7 @@ def _conclude(
         "settings": dict(settings),
         "vae_fingerprint": settings["vae_fingerprint"],
         "text_encoder_fingerprint": settings["text_encoder_fingerprint"],
-        **strides,
+        **facts,
         "condition": settings["condition"],
         "latent_channels": max((record.width for _, record in latents), default=0),
         "text_dim": max(record.width for _, record in texts),

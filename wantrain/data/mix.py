@@ -74,6 +74,7 @@ class MixedData:
         self.parts = {name: _open(name, own, {**common, "seed": seed}) for name, own in told.items()}
         self.shares = tuple(float(own.get("weight", 1)) for own in told.values())
         self.manifest = _common_facts(self.parts)
+        self.folder = next(iter(self.parts.values())).folder
         names = sorted({name for part in self.parts.values() for name in part.bucket_names})
         number = {name: place for place, name in enumerate(names)}
         self._names = names
@@ -209,7 +210,10 @@ def _common_facts(parts: Mapping[str, LatentData]) -> dict[str, Any]:
                     f"cannot learn from both; encode {name} again with the weights= and parts.*= that {first} was "
                     "encoded with: python encode.py"
                 )
-    return {key: one.manifest[key] for key in COMMON if key in one.manifest}
+    # The files of one set's encoders are as good as another's, since their values are the same.
+    files = [part.manifest["encoders"] for part in parts.values() if "encoders" in part.manifest][:1]
+    common = {key: one.manifest[key] for key in COMMON if key in one.manifest}
+    return common | ({"encoders": files[0]} if files else {})
 
 
 def _named(batch: Batch, name: str) -> Batch:

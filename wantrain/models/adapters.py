@@ -61,7 +61,7 @@ def inject(
         # Whoever reads the file divides alpha by the rank; what rank stabilisation adds goes into the alpha. It is
         # rounded to the float32 that files hold, so that a resumed run finds its own strength in its checkpoint.
         own = alphas[name] * (ranks[name] ** 0.5 if rank_stabilized else 1.0)
-        sizes[name] = (int(ranks[name]), torch.tensor(own, dtype=torch.float32).item())
+        sizes[name] = (int(ranks[name]), torch.tensor(own, dtype=torch.float32, device="cpu").item())
     _put_in(module, sizes, seed, dora)
 
 

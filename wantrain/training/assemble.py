@@ -15,12 +15,12 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
 from wantrain import geometry, world
 from wantrain.data import SETS
 from wantrain.losses import FlowMatching
-from wantrain.models import Base, weights
+from wantrain.models import Base
 from wantrain.models.hosted import Residence
 from wantrain.sampling import House, Sampler, Settings, read_prompts
 from wantrain.sampling.generate import Velocity
@@ -61,27 +61,14 @@ def make_own_data(places: Iterable[str], *, root: Path) -> None:
                 sys.exit(code)  # the child has said what is wrong
 
 
-def check_encoders(manifest: Mapping[str, Any], base: Base, places: Iterable[str], dtype: torch.dtype) -> None:
-    """Raise ValueError unless the latents were made by the VAE and text encoder of the base (those that it holds).
+def wanted(settings: Mapping[str, Any], experts: Iterable[str]) -> list[str]:
+    """The parts of the base that a run reads: what trains, and with previews all that sampling takes.
 
-    `places` are where they come from, for what is said.
+    Of a repository of the hub these alone are downloaded.
     """
-    shards = ", ".join(places)
-    loads: dict[str, Callable[[], nn.Module]] = {
-        "vae": base.vae,
-        "text_encoder": lambda: base.text_encoder(dtype=dtype),
-    }
-    for what, load in loads.items():
-        if not base.holds(what):
-            world.say(f"{base} holds no {what}: nobody can say whether {shards} was encoded by the right one")
-            continue
-        made_by, ours = manifest[f"{what}_fingerprint"], weights.fingerprint(load())
-        if made_by != ours:
-            raise ValueError(
-                f"data.shards={shards} was encoded by another {what} (fingerprint {made_by}, {base} has {ours}); "
-                f"encode again with python encode.py and this run's weights= and parts.*=, or give those they were "
-                "encoded with"
-            )
+    if not settings["sample"]["every"]:
+        return list(experts)
+    return [*dict.fromkeys([*experts, *settings["model"]["experts"]]), "vae", "text_encoder", "tokenizer"]
 
 
 def build_hooks(
@@ -178,7 +165,22 @@ class Home:
 
 def find_home(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]) -> Home:
     """The home of the experts of a run, by their settings. ValueError if the engine cannot train them, or not so."""
-    engine, pair = engine_of(accelerator), len(experts) > 1
+    engine = engine_of(accelerator)
+    hosted = check_engine(engine, experts)
+    device = torch.device("cpu") if hosted or engine in SHARDED else accelerator.device
+    return Home(accelerator, engine, device, Residence(accelerator.device) if hosted else None)
+
+
+def card_of(home: Home) -> int | None:
+    """Bytes of the GPU that holds the whole run; None on a CPU, or where processes share it out."""
+    if home.engine not in {"single", "ddp"} or home.accelerator.device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(home.accelerator.device).total_memory)
+
+
+def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the experts wait for their turn on the host; ValueError if the engine cannot train them, or not so."""
+    pair = len(experts) > 1
     if pair and engine.startswith("zero"):
         raise ValueError(
             f"expert=both: DeepSpeed holds one model per job, and the launch file chose {engine}. Start two jobs, one "
@@ -206,8 +208,7 @@ def find_home(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]
                 "experts.idle=cpu keeps frozen weights on the host, but adapter=none trains them; give "
                 "experts.idle=gpu, or adapter=lora"
             )
-    device = torch.device("cpu") if hosted or engine in SHARDED else accelerator.device
-    return Home(accelerator, engine, device, Residence(accelerator.device) if hosted else None)
+    return hosted
 
 
 def open_run(
@@ -275,9 +276,11 @@ def guards(folder: RunFolder, home: Home, *, steps: int, fps: float, tripwires: 
 
 
 def check_experts(run: Run, starts: Mapping[str, Start], *, how: str) -> None:
-    """Measure whether what was loaded is the expert it is taken for (see which_expert), where that can be known."""
+    """Measure whether what was loaded is the expert it is taken for (see which_expert), where that can be known and is
+    asked for: `how` is warn, stop or off.
+    """
     for name, member in run.members.items():
-        if starts[name].is_measurable():
+        if how != "off" and starts[name].is_measurable():
             told: dict[str, Any] = {"model": starts[name].model, "expert": name, "how": how, "seed": run.seed}
             with member.watched():
                 which_expert.check(member.stepper, run.first_batch(), **told)

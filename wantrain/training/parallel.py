@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from wantrain import world
+from wantrain import devices, world
 
 #: Engines that give each process only a part of the weights: every forward needs all processes.
 SHARDED = ("zero3", "fsdp2")
@@ -33,21 +34,30 @@ NOISE = (r"`torch\.distributed\.\w+` is deprecated", r"FSDP2-wrapped module .* r
 BUILD_MINUTES = 15
 
 
-def start_accelerator() -> Accelerator:
-    """The Accelerator of this process, after making sure that it is the one the launcher meant.
+def start_accelerator(device: str = "auto") -> Accelerator:
+    """The Accelerator of this process on `device` (auto, cpu or cuda), after making sure that it is the one the
+    launcher meant.
 
-    ValueError if the engine ends up as another one or with another number of processes than were asked for.
+    ValueError if the device cannot be had, or if the engine ends up as another one or with another number of processes
+    than were asked for.
     """
     world.set_threads()
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     _refuse_hydras_knobs()
-    wanted = _engine_asked_for()
+    wanted = engine_asked_for()
     if wanted.startswith("zero"):
         _refuse_stale_locks()
-    if "LOCAL_RANK" in os.environ and not torch.cuda.is_available():
+    on_cpu = devices.choose(device).type == "cpu"
+    passed_over = on_cpu and torch.cuda.is_available()  # accelerate would take the GPU
+    if passed_over and wanted not in {"single", "ddp"}:
+        raise ValueError(
+            f"device=cpu with {wanted} on a machine with GPUs: accelerate would take them all the same; hide them with "
+            "CUDA_VISIBLE_DEVICES= (empty), or use launch/accelerate/cpu_ddp.yaml"
+        )
+    if "LOCAL_RANK" in os.environ and on_cpu:
         _make_group_on_cpu(wanted)
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no", cpu=passed_over)
     if accelerator.num_processes != world.world_size():
         raise ValueError(
             f"{world.world_size()} processes were started but the engine holds {accelerator.num_processes}; "
@@ -78,7 +88,7 @@ def engine_of(accelerator: Accelerator) -> str:
     return names[kind.value]
 
 
-def _engine_asked_for() -> str:
+def engine_asked_for() -> str:
     """What the launcher's environment says."""
 
     def says(engine: str) -> bool:
@@ -148,6 +158,20 @@ def _make_group_on_cpu(engine: str) -> None:
         PartialState(backend="gloo")
         if engine == "fsdp2":  # accelerate takes up FSDP only where it believes in several GPUs
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def on_main(work: Callable[[], None], doing: str) -> None:
+    """Do `work` in the main process while the others wait; a ValueError of it is one in all of them."""
+    problem: list[str | None] = [None]
+    world.progress(doing)
+    if world.is_main():
+        try:
+            work()
+        except ValueError as error:
+            problem = [str(error)]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise ValueError(problem[0])
 
 
 def from_main(path: Path | None) -> Path | None:

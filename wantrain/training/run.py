@@ -26,6 +26,7 @@ CONFIG = "config.yaml"
 FREE = (
     "recipe",
     "check_expert",
+    "device",
     "steps",
     "epochs",
     "runs",
@@ -41,6 +42,9 @@ FREE = (
     "data.cache",
     "data.cache_gb",
     "loss.batch_size",  # follows batch_size, which is compared
+    "model.train",  # defaults, of what is compared where it counts
+    "accumulate",  # like the number of processes and recomputation it changes rounding at most
+    "gradient_checkpointing",
 )
 
 
@@ -127,7 +131,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _is_free(key: str) -> bool:
     moved = re.fullmatch(r"data\.sets\.[^.]+\.(shards|cache|cache_gb)", key) is not None
-    return key in FREE or key.split(".")[0] in FREE or moved
+    return moved or any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,12 @@ from wantrain.models.lora import read_lora
 from wantrain.training.trainee import Autoencoder, Trainee
 
 
+def without_values(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose parameters have shapes and no values (on the meta device): it takes no memory."""
+    with torch.device("meta"):
+        return make()
+
+
 @dataclass(frozen=True)
 class Start:
     """What a run starts from, and what becomes of it.
@@ -54,6 +60,11 @@ class Start:
             module.gradient_checkpointing = self.gradient_checkpointing  # type: ignore[assignment]
         settings = self.adapt(module)
         self.check_trained(module)
+        if origin := self.adapter.get("init"):
+            layers = f"{len(adapters.adapter_layers(module))} layers"
+            world.say(
+                f"the adapter goes on from {origin}: {layers}, rank {settings['rank']}, alpha {settings['alpha']:g}"
+            )
         about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
         about |= {"base": self.base.name, "recipe": self.recipe, "made_by": world.made_by(), **settings}
         known = {key: str(value) for key, value in about.items() if value is not None and value is not False}
@@ -91,8 +102,7 @@ class Start:
     def _open_transformer(self, name: str) -> nn.Module:
         kind, fp32 = self.adapter["name"], []
         if kind == "partial":
-            with torch.device("meta"):
-                names = [name for name, _ in self.make().named_parameters()]
+            names = [name for name, _ in without_values(self.make).named_parameters()]
             fp32 = partial.choose(names, layers=self.adapter["layers"], tags=self.adapter["tags"])
         dtype = torch.float32 if kind == "none" else self.dtype
         return self.base.transformer(name, widen=self.init == "widen", device=self.device, dtype=dtype, fp32=fp32)
@@ -129,9 +139,6 @@ class Start:
             raise ValueError(f"adapter.init={given} was trained for model={model}, not for model={self.model['name']}")
         adapters.inject_lora(module, lora, seed=seed, where=given)
         first = next(iter(lora.layers.values()))
-        world.say(
-            f"the adapter goes on from {given}: {len(lora.layers)} layers, rank {first.rank}, alpha {first.alpha:g}"
-        )
         return {"rank": first.rank, "alpha": first.alpha, "targets": "as in the file"}
 
     def check_trained(self, module: nn.Module) -> None:
