@@ -47,7 +47,7 @@ def main(cfg: DictConfig) -> None:
 
     @torch.inference_mode()
     def encode_pixels(pixels_BCTHW: torch.Tensor) -> torch.Tensor:
-        return vae().encode(pixels_BCTHW.to(device)).cpu()
+        return vae().encode(pixels_BCTHW)
 
     prints, words = Fingerprints(Path(cfg.out)), base.need("text_encoder")
     tokenizer = base.find("tokenizer") or words.parent / "tokenizer"
@@ -58,6 +58,7 @@ def main(cfg: DictConfig) -> None:
         Path(cfg.out),
         encode_pixels=encode_pixels,
         encode_texts=lambda captions: text().encode_unpadded(captions),
+        device=device,
         **of_vae,
         **prints.of(f"text encoder in {cfg.precision}", [words, tokenizer], look_at_text),
         sizes=config.buckets(cfg, strides["temporal_stride"]),

@@ -1,4 +1,4 @@
-"""Batches ahead of the consumer: one thread that loads, in order.
+"""Batches, of whatever kind, ahead of the consumer: one thread that loads, in order.
 
 A thread, not processes: reading a mapped file and stacking arrays hold the interpreter only briefly, and a pipe to
 another process costs more than the work.
@@ -10,24 +10,25 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
-from wantrain.batch import Batch
+T = TypeVar("T")
 
 
-def prefetch(requests: Iterator[Callable[[], Batch]], depth: int = 2) -> Prefetch:
+def prefetch(requests: Iterator[Callable[[], T]], depth: int = 2) -> Prefetch[T]:
     """Answer requests in order, one thread ahead of the consumer by up to `depth`; its errors are raised here."""
     return Prefetch(requests, depth)
 
 
-class Prefetch(Iterator[Batch]):
+class Prefetch(Iterator[T], Generic[T]):
     """Batches in order from one thread that loads ahead. `close` ends the thread; so do the last reference and exit.
 
     The thread is waited for, because one that is inside torch while the interpreter is taken down aborts the process
     with another exit code.
     """
 
-    def __init__(self, requests: Iterator[Callable[[], Batch]], depth: int) -> None:
-        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+    def __init__(self, requests: Iterator[Callable[[], T]], depth: int) -> None:
+        self._ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=depth)
         stopped = threading.Event()
         # The thread must not hold `self`, or it would never be the last reference that goes.
         thread = threading.Thread(target=_answer, args=(requests, self._ready, stopped), name="prefetch", daemon=True)
@@ -35,7 +36,7 @@ class Prefetch(Iterator[Batch]):
         self.close = weakref.finalize(self, _end, thread, stopped)
         thread.start()
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> T:
         if not self.close.alive:
             raise StopIteration
         item = self._next_item()
@@ -44,7 +45,7 @@ class Prefetch(Iterator[Batch]):
         self.close()
         raise StopIteration if item is None else item
 
-    def _next_item(self) -> Batch | BaseException | None:
+    def _next_item(self) -> T | BaseException | None:
         """What comes next; ValueError if the thread is gone without a word, for then nothing ever would."""
         while True:
             try:
@@ -52,19 +53,19 @@ class Prefetch(Iterator[Batch]):
             except queue.Empty:
                 if not self._thread.is_alive() and self._ready.empty():
                     raise ValueError(
-                        "the thread that loads data is gone, and has left no batch; the last checkpoint is good: the "
-                        "same command goes on from it"
+                        "the thread that loads data is gone, and has left no batch; start the same command again: it "
+                        "goes on from what is finished"
                     ) from None
 
 
 def _answer(
-    requests: Iterator[Callable[[], Batch]],
-    ready: queue.Queue[Batch | BaseException | None],
+    requests: Iterator[Callable[[], T]],
+    ready: queue.Queue[T | BaseException | None],
     stopped: threading.Event,
 ) -> None:
     """The thread of a Prefetch: answers in order, then an error or None."""
 
-    def put(item: Batch | BaseException | None) -> None:
+    def put(item: T | BaseException | None) -> None:
         while not stopped.is_set():
             try:
                 ready.put(item, timeout=0.1)
