@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from wantrain import checks, config, world
 from wantrain.data import check_folder, encode_shards, write_report
 from wantrain.models.fingerprints import Fingerprints
+from wantrain.models.precision import computing_in
 from wantrain.models.weights import fingerprint
 
 
@@ -47,7 +48,8 @@ def main(cfg: DictConfig) -> None:
 
     @torch.inference_mode()
     def encode_pixels(pixels_BCTHW: torch.Tensor) -> torch.Tensor:
-        return vae().encode(pixels_BCTHW)
+        with computing_in(config.dtype(cfg.vae_precision), device):
+            return vae().encode(pixels_BCTHW)
 
     prints, words = Fingerprints(Path(cfg.out)), base.need("text_encoder")
     tokenizer = base.find("tokenizer") or words.parent / "tokenizer"
@@ -60,6 +62,7 @@ def main(cfg: DictConfig) -> None:
         encode_texts=lambda captions: text().encode_unpadded(captions),
         device=device,
         **of_vae,
+        vae_precision=cfg.vae_precision,
         **prints.of(f"text encoder in {cfg.precision}", [words, tokenizer], look_at_text),
         sizes=config.buckets(cfg, strides["temporal_stride"]),
         conditions=config.conditions(cfg, **strides),
