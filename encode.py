@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from wantrain import checks, config, devices, world
 from wantrain.data import check_folder, encode_shards, write_report
 from wantrain.models.fingerprints import Fingerprints, identity
+from wantrain.models.precision import computing_in
 from wantrain.models.weights import fingerprint
 
 
@@ -47,7 +48,8 @@ def main(cfg: DictConfig) -> None:
 
     @torch.inference_mode()
     def encode_pixels(pixels_BCTHW: torch.Tensor) -> torch.Tensor:
-        return vae().encode(pixels_BCTHW.to(device)).cpu()
+        with computing_in(config.dtype(cfg.vae_precision), device):
+            return vae().encode(pixels_BCTHW)
 
     prints, dtype = Fingerprints(Path(cfg.out)), config.dtype(cfg.precision)
     files = {part: identity(base, part, dtype) for part in ("vae", "text_encoder")}
@@ -58,7 +60,9 @@ def main(cfg: DictConfig) -> None:
         Path(cfg.out),
         encode_pixels=encode_pixels,
         encode_texts=lambda captions: text().encode_unpadded(captions),
+        device=device,
         **of_vae,
+        vae_precision=cfg.vae_precision,
         **prints.of("text encoder", files["text_encoder"], look_at_text),
         encoders=files,
         sizes=config.buckets(cfg, strides["temporal_stride"]),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wantrain.masks import DRAWN, LEADING, Mix
+from wantrain.masks import DRAWN, LEADING, Mix, painted
 from wantrain.world import generator
 
 SHAPE = (17, 32, 48)
@@ -97,3 +97,13 @@ def test_a_mix_chooses_by_weight():
 def test_a_wrong_mix_is_one_clear_error(spec, told):
     with pytest.raises(ValueError, match=told):
         Mix.read(spec)
+
+
+def test_black_is_what_is_darker_than_half_as_float64_would_say():
+    """Every sum of three channels, and every level of one."""
+    levels = torch.arange(256).byte()
+    gray = levels.view(1, 1, 256, 1)
+    colours = torch.stack([levels, levels.roll(85), levels.roll(170)], dim=-1).view(1, 1, 256, 3)
+    for frames in (gray, colours, torch.tensor([[127, 127, 128], [127, 128, 128]]).byte().view(1, 1, 2, 3)):
+        wanted = frames.double().mean(dim=-1) < 127.5
+        assert torch.equal(painted(frames), wanted) and wanted.any() and not wanted.all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wantrain.video import contact_sheet, to_frames, write_mp4
+from wantrain.video import contact_sheet, to_frames, to_pixels, write_mp4
 
 
 def ramp(frames=5, height=32, width=48):
@@ -26,6 +26,17 @@ def test_pixels_become_the_nearest_of_256_levels():
 def test_every_level_survives_the_way_to_pixels_and_back():
     levels = torch.arange(256).float()
     assert to_frames((levels / 127.5 - 1).expand(3, 1, 1, 256))[0, 0, :, 0].tolist() == list(range(256))
+
+
+def test_frames_become_the_pixels_of_the_formula_to_the_last_bit():
+    """All levels, in clips and in batches of clips, also of frames that have a fourth channel."""
+    frames = torch.arange(256).byte().repeat(2 * 3 * 3 * 4).view(2, 3, 256, 3, 4)
+    pixels = to_pixels(frames[..., :3])
+    assert pixels.shape == (2, 3, 3, 256, 3) and pixels.dtype == torch.float32 and pixels.is_contiguous()
+    for clip, made in zip(frames[..., :3], pixels, strict=True):
+        assert torch.equal(made, clip.permute(3, 0, 1, 2).float() / 127.5 - 1)
+        assert torch.equal(made, to_pixels(clip))
+    np.testing.assert_array_equal(to_frames(pixels[0]), frames[0, ..., :3].numpy())
 
 
 @pytest.mark.parametrize("fps", [16, 23.976])

@@ -87,6 +87,7 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
 
 _CHOICES = {
     "precision": ("fp32", "bf16"),
+    "vae_precision": ("fp32", "bf16"),
     "dtype": ("fp32", "bf16", "fp16"),
     "device": ("auto", "cpu", "cuda"),
     "solver": ("unipc", "dpm++", "euler"),

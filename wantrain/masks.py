@@ -16,9 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from wantrain import geometry
@@ -140,9 +138,12 @@ PAINTED = "mask"
 LEADING = ("nothing", "image", "continuation")
 
 
-def painted(frames: NDArray[np.uint8]) -> Tensor:
-    """Where the frames (F, H, W, 3) of a mask are black, which is what is known: boolean (F, H, W)."""
-    return torch.from_numpy(frames.mean(axis=-1) < 127.5)
+def painted(frames: Tensor) -> Tensor:
+    """Where the frames (..., F, H, W, C) uint8 of a mask are black, which is what is known: boolean (..., F, H, W).
+
+    Black is a mean over the channels below 127.5, in whole numbers: exact on every device.
+    """
+    return 2 * frames.sum(dim=-1, dtype=torch.int16) < 255 * frames.shape[-1]
 
 
 @dataclass(frozen=True)

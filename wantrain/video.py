@@ -1,4 +1,4 @@
-"""Frames to files and figures: H.264 mp4 that every player opens, filmstrips, contact sheets, motion and flicker.
+"""Frames to pixels and back, to files and figures: H.264 mp4 that every player opens, filmstrips, motion and flicker.
 
 Frames are uint8 (F, H, W, 3), RGB.
 """
@@ -11,11 +11,22 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 Frames = NDArray[np.uint8]
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """Frames (..., F, H, W, 3) uint8 -> pixels (..., 3, F, H, W) float32 in [-1, 1], on the frames' device.
+
+    The same bits on every device, and channels first in memory: cast and reorder are one copy.
+    """
+    levels = frames.movedim(-1, -4).to(torch.float32, memory_format=torch.contiguous_format)
+    # By a tensor: CUDA divides by a Python number as a product with its reciprocal, which rounds otherwise than a CPU.
+    return levels.div_(torch.full((), 127.5, device=frames.device)).sub_(1)
 
 
 def to_frames(pixels_CTHW: Tensor) -> Frames:

@@ -19,10 +19,17 @@ def means(pixels):
     return torch.nn.functional.avg_pool2d(torch.cat([first, rest], dim=1), 8)[:, None].expand(-1, 16, -1, -1, -1)
 
 
+def rows_of(conditions, names, pixels, painted=None):
+    """What is stored of each clip besides its latents, as clips.py makes it."""
+    drawn = [torch.stack(masks) for masks in conditions.draw(names, tuple(pixels.shape[2:]))]
+    records = conditions.encode(pixels, drawn, means, painted)
+    return [conditions.to_tensors(records, number) for number in range(len(names))]
+
+
 def test_stored_are_the_latents_of_each_kind_and_variant():
     spec = {"image": 0.5, "boxes": {"weight": 0.5, "variants": 2, "side": [0.3, 0.5]}, "nothing": 0}
     conditions, pixels = Conditions(spec, "channels"), clips()
-    rows = conditions.encode(NAMES, pixels, means)
+    rows = rows_of(conditions, NAMES, pixels)
     assert len(rows) == 2
     for row in rows:
         names = {name.removeprefix("condition.").rpartition(".")[0] for name in row}
@@ -35,7 +42,7 @@ def test_stored_are_the_latents_of_each_kind_and_variant():
     assert not torch.equal(one.mask_BMTHW, other.mask_BMTHW)
     known = one.mask_BMTHW.amin(dim=1, keepdim=True).bool().expand_as(one.latents_BCTHW)
     assert torch.allclose(one.latents_BCTHW[known], means(pixels[:1])[known], atol=1e-2), "known cells are the clip's"
-    alone = conditions.encode(NAMES[1:], pixels[1:], means)[0]
+    alone = rows_of(conditions, NAMES[1:], pixels[1:])[0]
     assert all(torch.equal(alone[key], rows[1][key]) for key in alone), "a clip's masks do not depend on its company"
     assert conditions.identity() == {
         "image": {"variants": 1},
@@ -48,7 +55,7 @@ def test_painted_masks_are_taken_from_beside_the_footage():
     painted = torch.ones(2, 1, 9, 16, 32, dtype=torch.bool)
     painted[:, :, :, :, :16] = False
     conditions = Conditions({"mask": 1}, "channels")
-    (row, _) = conditions.encode(NAMES, clips(), means, painted)
+    (row, _) = rows_of(conditions, NAMES, clips(), painted)
     record = conditions.read(("mask", 0), row, num_frames=9, position=0)
     assert record.mask_BMTHW[..., 2:].all() and not record.mask_BMTHW[..., :2].any()
     with pytest.raises(ValueError, match="has no mask beside it"):
@@ -65,7 +72,7 @@ def test_a_sample_is_told_by_its_place_and_by_weight():
     assert [Conditions({"image": 3, "boxes": 1}, "channels", seed=6).choose(p)[0] for p in range(50)] != [
         name for name, _ in chosen[:50]
     ]
-    rows = conditions.encode(NAMES, clips(), means)
+    rows = rows_of(conditions, NAMES, clips())
     records = [conditions.read(pick, row, num_frames=9, position=0) for pick, row in zip([("image", 0), ("boxes", 1)], rows, strict=True)]  # fmt: skip
     channels, mask = conditions.tell(records)
     assert channels.shape == (2, 20, 3, 2, 4) and mask is None, "samples of one batch may know different things"
@@ -74,7 +81,7 @@ def test_a_sample_is_told_by_its_place_and_by_weight():
 def test_clean_frames_need_nothing_stored():
     conditions = Conditions({"image": 1, "continuation": {"frames": [5, 5]}, "nothing": 1}, "frames")
     assert conditions.stored == [] and conditions.identity() == {}
-    assert conditions.encode(NAMES, clips(), means) == [{}, {}]
+    assert rows_of(conditions, NAMES, clips()) == [{}, {}]
     tensors = {"latents": torch.randn(16, 3, 2, 4)}
     picks = (("image", 0), ("continuation", 0), ("nothing", 0))
     records = [conditions.read(pick, tensors, num_frames=9, position=3) for pick in picks]

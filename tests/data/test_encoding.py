@@ -24,6 +24,7 @@ from wantrain.data import (
     encoding,
     find_footage,
     make_footage,
+    portions,
     prepare_pixels,
     read_manifest,
     write_video_shards,
@@ -194,7 +195,7 @@ def test_small_clips_are_encoded_together_by_bucket_and_written_in_their_order(v
     clips = read_manifest(videos, "video")["clips"]
     encode(videos, tmp_path / "together", encode_pixels=watched, shard_clips=64)
     assert any(shape[0] > 1 for shape in shapes) and sum(shape[0] for shape in shapes) == clips
-    monkeypatch.setattr(encoding, "PIXELS_TOGETHER", 1)
+    monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)
     shapes.clear()
     encode(videos, tmp_path / "alone", encode_pixels=watched, shard_clips=64)
     assert all(shape[0] == 1 for shape in shapes)

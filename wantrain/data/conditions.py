@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wantrain import condition, world
@@ -72,37 +71,44 @@ class Conditions:
         if PAINTED in self.mix.names and not painted:
             raise ValueError("has no mask beside it (masks/NAME.mp4), which the condition `mask` asks for")
 
+    def draw(self, names: Sequence[str], shape: tuple[int, int, int]) -> list[list[Tensor]]:
+        """Which pixels are known of the clips of one bucket, with their names in the shards: of each kind and variant
+        that is stored and drawn, a mask (1, F, H, W) of each clip, or what broadcasts to it.
+
+        Masks are drawn by name, so that a clip encoded again, or alone, has the same.
+        """
+        return [
+            [self.mix.draw(kind, shape, world.generator("known", kind, variant, name))[None] for name in names]
+            for kind, variant in self.stored
+            if kind != PAINTED
+        ]
+
     def encode(
         self,
-        names: Sequence[str],
         pixels_BCFHW: Tensor,
+        drawn: Sequence[Tensor],
         encode_pixels: EncodePixels,
         painted_B1FHW: Tensor | None = None,
-    ) -> list[dict[str, Tensor]]:
-        """What is stored of each clip besides its latents: the clips of one bucket, with their names in the shards.
+    ) -> list[Condition]:
+        """What is known of the clips of one bucket, in every kind and variant that is stored; on the pixels' device.
 
-        Masks are drawn by name, so that a clip encoded again, or alone, has the same. `painted_B1FHW` is where mask
-        videos are black.
+        `drawn` are the masks that `draw` gives, those of each kind stacked; `painted_B1FHW` is where mask videos are
+        black.
         """
-        found: list[dict[str, Tensor]] = [{} for _ in names]
-        shape = tuple(pixels_BCFHW.shape[2:])
-        for kind, variant in self.stored:
-            if kind == PAINTED:
-                assert painted_B1FHW is not None, "check_clip has let it through"
-                known = painted_B1FHW
-            else:
-                drawn = [self._drawn(kind, variant, shape, name) for name in names]
-                known = torch.stack([mask.expand(shape)[None] for mask in drawn])
-            made = condition.encode(encode_pixels, pixels_BCFHW, known, way="channels", **self.strides)
-            for number, tensors in enumerate(found):
-                one = Condition(made.latents_BCTHW[number : number + 1], made.mask_BMTHW[number : number + 1])
-                tensors.update(condition.to_tensors(_label(kind, variant), one))
+        found, masks = list[Condition](), iter(drawn)
+        for kind, _ in self.stored:
+            known = painted_B1FHW if kind == PAINTED else next(masks)
+            assert known is not None, "check_clip has let it through"
+            found.append(condition.encode(encode_pixels, pixels_BCFHW, known, way="channels", **self.strides))
         return found
 
-    def _drawn(self, kind: str, variant: int, shape: tuple[int, ...], name: str) -> Tensor:
-        num_frames, height, width = shape
-        generator = world.generator("known", kind, variant, name)
-        return self.mix.draw(kind, (num_frames, height, width), generator)
+    def to_tensors(self, records: Sequence[Condition], number: int) -> dict[str, Tensor]:
+        """What is stored of one clip besides its latents, of what `encode` gave."""
+        tensors: dict[str, Tensor] = {}
+        for (kind, variant), made in zip(self.stored, records, strict=True):
+            one = Condition(made.latents_BCTHW[number : number + 1], made.mask_BMTHW[number : number + 1])
+            tensors.update(condition.to_tensors(_label(kind, variant), one))
+        return tensors
 
     def choose(self, *position: int | str) -> tuple[str, int] | None:
         """The kind and variant for a sample, a function of its place in the run; None where text is all."""

@@ -1,15 +1,16 @@
 """Video shards to latent shards, given functions from pixels to latents and from texts to embeddings.
 
-What there is to do is the business of units.py, where it goes of latents.py, who decodes of decoding.py; here is what
-happens in which order. Processes share the units by number, and know nothing of each other until all are done.
+What there is to do is the business of units.py, where it goes of latents.py, who decodes of decoding.py, how clips get
+through the device of clips.py; here is what happens in which order. Processes share the units by number, and know
+nothing of each other until all are done.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wantrain import geometry, world
+from wantrain.condition import EncodePixels
 from wantrain.data.attendance import Attendance
+from wantrain.data.clips import ClipEncoder
 from wantrain.data.conditions import Conditions
-from wantrain.data.decoding import Decoded, Decoders, Job, Read
+from wantrain.data.decoding import Decoders, Job, Read
 from wantrain.data.footage import Reject
-from wantrain.data.latents import LatentFolder, Record, UnitWriter, build_index
+from wantrain.data.latents import LatentFolder, Record, build_index
 from wantrain.data.ledger import Ledger
-from wantrain.data.pixels import read_clips, to_pixels
+from wantrain.data.pixels import read_clips
 from wantrain.data.shards import (
     LATENT_SCHEMA,
     MANIFEST,
@@ -36,16 +39,13 @@ from wantrain.data.shards import (
     read_manifest,
     write_rejects,
 )
-from wantrain.data.units import ClipRow, Row, TextRow, Unit, Work, plan_work
-from wantrain.masks import PAINTED, painted
-from wantrain.video import Frames
+from wantrain.data.units import ClipRow, TextRow, Unit, Work, plan_work
+from wantrain.masks import PAINTED
 
-EncodePixels = Callable[[Tensor], Tensor]
 EncodeTexts = Callable[[list[str]], list[Tensor]]
 
-#: Clips are encoded together up to this many pixels: large ones one by one, small ones in batches, since a
-#: convolution over one small clip is six times slower per clip on a CPU.
-PIXELS_TOGETHER = 1 << 20
+CPU = torch.device("cpu")
+
 #: Captions are encoded so many together, those of like length, because they are padded to the longest.
 TEXTS_TOGETHER = 16
 #: Decoder processes, unless said otherwise: the cores but one, up to this many.
@@ -63,7 +63,9 @@ def encode_shards(
     model: str,
     fps: float | None = None,
     num_frames: int | None = None,
+    device: torch.device = CPU,
     vae_fingerprint: str,
+    vae_precision: str = "fp32",
     text_fingerprint: str,
     tokenizer_fingerprint: str = "",
     encoders: Mapping[str, str] | None = None,
@@ -79,12 +81,12 @@ def encode_shards(
     """Make `out` the latents and texts of these video shards; returns the manifest (None on ranks other than 0).
 
     Only what is not there yet is made: nothing is encoded or loaded for a clip or caption whose identity is in `out`,
-    and what no clip needs any more is removed at the end. `encode_pixels(pixels_BCTHW in [-1, 1]) -> latents`;
-    `encode_texts(list of str) -> list of (L, D)`. Both are stored in bf16, texts without padding, and beside a clip's
-    latents those of what is known under the `conditions`, which also know the VAE's strides. `read` is what runs
-    in `workers` processes (None: by the cores), `timeout` seconds a clip at most; what cannot be decoded goes to
-    rejects.jsonl, and is tried again only with `retry`. Each process of a launcher does its share of the units, and
-    rank 0 waits for the others, `patience` seconds without a sign of life at most.
+    and what no clip needs any more is removed at the end. `encode_pixels(pixels_BCTHW in [-1, 1]) -> latents`, both on
+    `device`, computes in `vae_precision`; `encode_texts(list of str) -> list of (L, D)`. Both are stored in bf16, texts
+    without padding, and beside a clip's latents those of what is known under the `conditions`, which also know the
+    VAE's strides. `read` is what runs in `workers` processes (None: by the cores), `timeout` seconds a clip at most;
+    what cannot be decoded goes to rejects.jsonl, and is tried again only with `retry`. Each process of a launcher does
+    its share of the units, and rank 0 waits for the others, `patience` seconds without a sign of life at most.
 
     `encoders` are the identities of the encoders' files (models/fingerprints.py), by part: train.py knows the encoders
     again by them. They stand in the manifest beside the settings, for the same values in other files make nothing new.
@@ -101,6 +103,8 @@ def encode_shards(
         "model": model,
         "shards": file_hash(shards / MANIFEST),
         "vae_fingerprint": vae_fingerprint,
+        # Said where it is not fp32 only: latents from before there was a choice stay what they are.
+        **({} if vae_precision == "fp32" else {"vae_precision": vae_precision}),
         "text_encoder_fingerprint": text_fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint,
         "sizes": sizes.told(),
@@ -115,7 +119,7 @@ def encode_shards(
     work = plan_work(shards, video, sizes, conditions, settings)
     folder.check_same_footage(work.sources)
     with Attendance(out, work.name, patience=patience) as attendance:
-        encoder = _Encoder(folder, encode_pixels, encode_texts, conditions, attendance)
+        encoder = _Encoder(folder, encode_pixels, encode_texts, conditions, attendance, device)
         encoder.check_sources(shards, video)
         reading = _Reading(shards, read, workers, timeout, masks=PAINTED in conditions.identity())
         encoder.make(work.share(world.rank(), world.world_size()), reading, retry)
@@ -245,14 +249,14 @@ class _Reading:
             }
         )
 
-    def begin(self, rows: list[ClipRow], stack: ExitStack) -> Iterator[Decoded]:
-        """Begin to decode these windows, file by file; what was begun ends with the stack."""
-        jobs = [self.job(list(group)) for _, group in itertools.groupby(rows, key=lambda row: row.entry.key)]
-        if not jobs:
-            return iter(())
+    def decoders(self, jobs: list[Job]) -> Decoders:
+        """The processes that decode, not more than there is work for."""
         workers = self.workers or min(max(1, world.cores() - 1), MOST_WORKERS)
-        decoders = stack.enter_context(Decoders(self.read, workers=min(workers, len(jobs)), timeout=self.timeout))
-        return stack.enter_context(closing(decoders.decode(jobs)))
+        return Decoders(self.read, workers=min(workers, len(jobs)), timeout=self.timeout)
+
+    def jobs(self, rows: list[ClipRow]) -> list[Job]:
+        """What is to be decoded for these windows, file by file."""
+        return [self.job(list(group)) for _, group in itertools.groupby(rows, key=lambda row: row.entry.key)]
 
 
 class _Encoder:
@@ -265,9 +269,10 @@ class _Encoder:
         encode_texts: EncodeTexts,
         conditions: Conditions,
         attendance: Attendance,
+        device: torch.device,
     ) -> None:
-        self.folder, self.encode_pixels, self.encode_texts = folder, encode_pixels, encode_texts
-        self.conditions, self.attendance = conditions, attendance
+        self.folder, self.encode_texts, self.attendance = folder, encode_texts, attendance
+        self.clips = ClipEncoder(folder, encode_pixels, conditions, device, self._step)
         self.bar = tqdm(desc="encode", unit="clip", disable=True)
         self.began, self.frames = time.monotonic(), 0
 
@@ -288,14 +293,13 @@ class _Encoder:
         latents = [(unit, rows) for unit, rows in todo if unit.kind == "latent"]
         clips = [row for _, rows in latents for row in rows]
         with ExitStack() as stack:
-            decoded = reading.begin(clips, stack)
+            make_latents = self._begin(latents, reading, stack)
             self.bar = stack.enter_context(
                 tqdm(total=len(clips), desc="encode", unit="clip", disable=not world.is_main())
             )
             for unit, rows in texts:
                 self._make_texts(unit, rows)
-            for unit, rows in latents:
-                self._make_latents(unit, {row.identity for row in rows}, decoded)
+            make_latents()
         if world.world_size() > 1:  # every rank says it, so that a log shows who did what
             made = f"{len(clips)} clips, {sum(len(rows) for _, rows in texts)} texts"
             print(f"rank {world.rank()} of {world.world_size()}: {made} encoded in {len(todo)} tars", flush=True)
@@ -320,82 +324,25 @@ class _Encoder:
                     writer.width = text.shape[-1]
                 self.attendance.say(f"encoding texts, {unit.name}")
             for each in unit.rows:
-                writer.write(each, made[each.identity] if each.identity in made else self._stored(each))
+                writer.write(each, made[each.identity] if each.identity in made else self.folder.read(each))
             writer.finish()
 
-    def _make_latents(self, unit: Unit, missing: set[str], decoded: Iterator[Decoded]) -> None:
-        """A unit of latents, in order: rows that are missing from the frames that come, the rest taken over."""
-        failed: dict[str, str] = {}  # files by key, and why
-        waiting: list[tuple[ClipRow, Frames | None]] = []
-        with self.folder.writer(unit) as writer:
-            for row in unit.rows:
-                assert isinstance(row, ClipRow)
-                reason, frames = self.folder.rejected(row), None
-                if reason is None and row.identity in missing:
-                    self._step()
-                    reason = failed.get(row.entry.key)
-                    if reason is None:
-                        item = next(decoded)
-                        reason, frames = item.reason or None, item.frames
-                        failed.update({} if reason is None else {row.entry.key: reason})
-                if reason is not None:
-                    writer.reject(row, reason)
-                    continue
-                waiting.append((row, frames))
-                if sum(_pixels(row) for row, frames in waiting if frames is not None) >= PIXELS_TOGETHER:
-                    self._write(waiting, writer)
-            self._write(waiting, writer)
-            writer.finish()
+    def _begin(
+        self, latents: list[tuple[Unit, list[ClipRow]]], reading: _Reading, stack: ExitStack
+    ) -> Callable[[], None]:
+        """Begin to decode what is missing of these units; the call makes them. What was begun ends with the stack."""
+        if not latents:
+            return lambda: None
+        jobs = reading.jobs([row for _, rows in latents for row in rows])
+        if not jobs:  # all rows are in earlier tars, and change their places
+            return stack.enter_context(self.clips.pipeline(latents, iter(()), lambda: None)).run
+        decoders = stack.enter_context(reading.decoders(jobs))
+        return stack.enter_context(self.clips.pipeline(latents, decoders.decode(jobs), decoders.close)).run
 
-    def _step(self) -> None:
-        """One more clip on the bar."""
+    def _step(self, frames: int) -> None:
+        """One more clip on the bar, with so many frames (0: it was rejected)."""
+        self.frames += frames
         self.bar.update()
         seconds = max(1e-3, time.monotonic() - self.began)
         self.bar.set_postfix_str(f"{self.frames / seconds:.1f} frames/s", refresh=False)
         self.attendance.say(f"encoding clips, {self.bar.n} of {self.bar.total}")
-
-    def _write(self, waiting: list[tuple[ClipRow, Frames | None]], writer: UnitWriter) -> None:
-        """Write the rows that wait, in their order; those with frames are encoded, in batches of one bucket."""
-        made: dict[int, bytes] = {}
-        given = [(place, row, frames) for place, (row, frames) in enumerate(waiting) if frames is not None]
-        for bucket in dict.fromkeys(row.bucket for _, row, _ in given):
-            members = [member for member in given if member[1].bucket == bucket]
-            together = max(1, PIXELS_TOGETHER // _pixels(members[0][1]))
-            for some in (members[at : at + together] for at in range(0, len(members), together)):
-                places, rows, frames = zip(*some, strict=True)
-                made.update(zip(places, self._encode(rows, frames, writer), strict=True))
-        for place, (row, _) in enumerate(waiting):
-            writer.write(row, made[place] if place in made else self._stored(row))
-        waiting.clear()
-
-    def _encode(self, rows: Sequence[ClipRow], clips: Sequence[Frames], writer: UnitWriter) -> Iterator[bytes]:
-        """What is stored of clips of one bucket, given their frames (F, H, W, 3), or with a mask (F, H, W, 4)."""
-        pixels = torch.stack([to_pixels(frames[..., :3]) for frames in clips])
-        masked = clips[0].shape[-1] > 3
-        known_B1FHW = torch.stack([painted(frames[..., 3:])[None] for frames in clips]) if masked else None
-        names = [row.key for row in rows]
-        beside = self.conditions.encode(names, pixels, self.encode_pixels, known_B1FHW)
-        for row, latents, known in zip(rows, self.encode_pixels(pixels), beside, strict=True):
-            self._check(row, latents)
-            writer.width = len(latents)
-            self.frames += row.bucket.num_frames
-            yield save({"latents": latents.to(torch.bfloat16).cpu().contiguous(), **known})
-
-    def _check(self, row: ClipRow, latents: Tensor) -> None:
-        """ValueError if a row's latents are not what a VAE must give."""
-        shape = geometry.latent_shape(row.bucket, **self.conditions.strides)
-        if tuple(latents.shape[1:]) != shape or not torch.isfinite(latents).all():
-            raise ValueError(
-                f"{row.name}: the VAE gave NaN, infinity or the shape {tuple(latents.shape)}, wanted were {shape} per "
-                "channel"
-            )
-
-    def _stored(self, row: Row) -> bytes:
-        read = self.folder.stored(row)
-        assert read is not None, "what is not missing is there"
-        return read()
-
-
-def _pixels(row: ClipRow) -> int:
-    """Pixels of all frames of a clip."""
-    return row.bucket.num_frames * row.bucket.height * row.bucket.width

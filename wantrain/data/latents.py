@@ -160,6 +160,12 @@ class LatentFolder:
 
         return read
 
+    def read(self, row: Row) -> bytes:
+        """A row's .safetensors member out of an earlier tar, where it is known to be."""
+        stored = self.stored(row)
+        assert stored is not None, "what is not missing is there"
+        return stored()
+
     def _is_whole(self, name: str) -> bool:
         """True if an earlier tar still has its hash; each is read once."""
         if name not in self._whole:

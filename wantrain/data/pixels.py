@@ -1,4 +1,4 @@
-"""From files of video shards to frames and pixels: read, scaled, cropped, in [-1, 1]."""
+"""From files of video shards to frames: read, scaled, cropped; and frames of any size to pixels of a given one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wantrain.data.footage import fit_frame, probe, read_mask_windows, read_wind
 from wantrain.data.reader import Mark
 from wantrain.data.shards import VideoSample
 from wantrain.data.windows import Window
-from wantrain.video import Frames
+from wantrain.video import Frames, to_pixels
 
 
 def prepare_pixels(frames: Frames, size: tuple[int, int]) -> tuple[Tensor, float]:
@@ -29,13 +29,7 @@ def prepare_pixels(frames: Frames, size: tuple[int, int]) -> tuple[Tensor, float
     Every frame is scaled to cover the target without squeezing, and cropped at the centre (see `fit_frame`).
     """
     *_, cropped = geometry.cover(frames.shape[1], frames.shape[2], *size)
-    return to_pixels(np.stack([fit_frame(frame, size) for frame in frames])), cropped
-
-
-def to_pixels(frames: Frames) -> Tensor:
-    """Frames (F, H, W, 3) uint8 -> pixels (3, F, H, W) float32 in [-1, 1]."""
-    pixels_CFHW = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).float()
-    return (pixels_CFHW / 127.5 - 1).contiguous()
+    return to_pixels(torch.from_numpy(np.stack([fit_frame(frame, size) for frame in frames]))), cropped
 
 
 def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Iterator[Frames]:

@@ -53,8 +53,8 @@ class Prefetch(Iterator[T], Generic[T]):
             except queue.Empty:
                 if not self._thread.is_alive() and self._ready.empty():
                     raise ValueError(
-                        "the thread that loads data is gone, and has left no batch; the last checkpoint is good: the "
-                        "same command goes on from it"
+                        "the thread that loads data is gone, and has left no batch; start the same command again: it "
+                        "goes on from what is finished"
                     ) from None
 
 

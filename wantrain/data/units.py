@@ -143,13 +143,14 @@ def plan_work(
     settings: Mapping[str, Any],
 ) -> Work:
     """What sizes and settings make of a folder of video shards, by its headers. ValueError for a key seen twice."""
+    vae = " ".join(settings[key] for key in ("vae_fingerprint", "vae_precision") if key in settings)
     files, left_out, seen = list[list[ClipRow]](), list[LeftOut](), set[str]()
     for entry in scan_video_shards(shards, video):
         if entry.key in seen:
             raise ValueError(f"{shards} holds {entry.key} twice; make it again with shard.py")
         seen.add(entry.key)
         try:
-            rows = clip_rows(entry, sizes, conditions, settings["vae_fingerprint"])
+            rows = clip_rows(entry, sizes, conditions, vae)
         except ValueError as error:
             clips = range(len(entry.about["windows"]))
             left_out += [_left_out(entry, number, error, "too small") for number in clips]
@@ -180,10 +181,11 @@ def _left_out(entry: VideoEntry, number: int, why: ValueError, kind: str) -> Lef
     return LeftOut(clip_name(entry, number), clip_seconds(entry, number), str(why), kind)
 
 
-def clip_rows(
-    entry: VideoEntry, sizes: geometry.Buckets, conditions: Conditions, vae_fingerprint: str
-) -> list[ClipRow]:
-    """The rows of a file's windows, all at the size that its longest gets. ValueError if no size is small enough."""
+def clip_rows(entry: VideoEntry, sizes: geometry.Buckets, conditions: Conditions, vae: str) -> list[ClipRow]:
+    """The rows of a file's windows, all at the size that its longest gets. ValueError if no size is small enough.
+
+    `vae` says what encodes: its fingerprint, and the precision where it is not fp32.
+    """
     about, rows = entry.about, []
     longest = max(window["num_frames"] for window in about["windows"])
     height, width = sizes.choose(longest, about["height"], about["width"])
@@ -194,7 +196,7 @@ def clip_rows(
     for number, window in enumerate(about["windows"]):
         bucket = geometry.Bucket(window["num_frames"], height, width)
         choices = {key: value for key, value in window.items() if key != "clip"}
-        identity = _hash(CODE, "latent", made_of, choices, [height, width], vae_fingerprint)[:32]
+        identity = _hash(CODE, "latent", made_of, choices, [height, width], vae)[:32]
         told = {"source": about["source"], "bucket": str(bucket), "cropped": round(cropped, 4), "identity": identity}
         rows.append(ClipRow(f"{entry.key}-{number:04d}", identity, {**told, **window}, entry, number, bucket))
     return rows

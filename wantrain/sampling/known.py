@@ -25,7 +25,7 @@ from wantrain.condition import Condition, check_way
 from wantrain.data.footage import check_mask, probe, read_mask_windows, read_windows
 from wantrain.data.windows import Cut, Probe, Window, cut_windows
 from wantrain.masks import painted
-from wantrain.video import Frames
+from wantrain.video import Frames, to_pixels
 
 #: Aspects up to this ratio apart count as the same: 480x832 and 720x1280 are 1.026 apart.
 SAME_ASPECT = 1.05
@@ -152,7 +152,7 @@ def read_known(
             pixels[:, place], known[:, place], key = fit_image(frame, size, way), True, name
     if sources.video is not None:
         frames, stays = _read_video(sources, aspect, sources.keep or num_frames, fps, size)
-        pixels[:, : len(frames)] = _to_pixels(frames).transpose(0, 1)
+        pixels[:, : len(frames)] = to_pixels(torch.tensor(frames))
         known[:, : len(frames)], key = stays, "video" if sources.mask is None else "mask"
     if known.all():
         raise ValueError(
@@ -166,16 +166,13 @@ def read_known(
 def fit_image(frame: Frames, size: tuple[int, int], way: str) -> Tensor:
     """An image (H, W, 3) uint8 as a frame (3, height, width) in [-1, 1], prepared as the authors do for this way."""
     if way == "channels":
-        return F.interpolate(_to_pixels(frame[None]), size, mode="bicubic", align_corners=False)[0]
+        image_1CHW = to_pixels(torch.tensor(frame[None])).transpose(0, 1)
+        return F.interpolate(image_1CHW, size, mode="bicubic", align_corners=False)[0]
     height, width, _ = geometry.cover(frame.shape[0], frame.shape[1], *size)
     scaled = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    return _to_pixels(np.asarray(scaled)[None, top : top + size[0], left : left + size[1]])[0]
-
-
-def _to_pixels(frames: Frames) -> Tensor:
-    """Frames (F, H, W, 3) uint8 -> (F, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(frames.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    cut = np.asarray(scaled)[top : top + size[0], left : left + size[1]]
+    return to_pixels(torch.tensor(cut[None]))[:, 0]
 
 
 def _read_image(key: str, path: Path) -> Frames:
@@ -226,7 +223,7 @@ def _read_mask(path: Path, clip: Probe, window: Window, fps: float, size: tuple[
     try:
         found = probe(path)
         check_mask(found, clip)
-        stays = painted(next(read_mask_windows(path, found, clip, [window], fps, size)))
+        stays = painted(torch.tensor(next(read_mask_windows(path, found, clip, [window], fps, size))))
     except ValueError as error:
         raise ValueError(f"mask={path} {error}") from error
     if not stays.any():
