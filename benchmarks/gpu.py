@@ -64,12 +64,13 @@ STAGES = (
 
 def run_here(options: argparse.Namespace) -> None:
     """The child's part: one stage in this process; what it found goes into the file `--kept` as it is found."""
+    module, name = options.run.split(":")
+    stage = getattr(importlib.import_module(module), name)
     import torch
     from gpu_stages.context import Context
 
-    module, name = options.run.split(":")
     context = Context(torch.device(options.device), options.small, options.work, options.kept)
-    context.note(**getattr(importlib.import_module(module), name)(context))
+    context.note(**stage(context))
 
 
 def run_apart(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
