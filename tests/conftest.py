@@ -9,6 +9,7 @@ import gc
 import importlib.util
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,13 @@ class Ended:
         assert "Traceback" not in self.stderr, self.stderr
         assert len(lines) == 1, self.stderr
         return lines[0].removeprefix("error: ")
+
+    @property
+    def foreign(self):
+        """The lines on stderr that are not ours: all but progress bars and errors."""
+        ours = r"error: .*|.*: +\d+%\|.*\| \d+/\d+ \[.*\]"
+        lines = self.stderr.replace("\r", "\n").splitlines()
+        return [line for line in lines if line.strip() and not re.fullmatch(ours, line)]
 
 
 @dataclass(frozen=True)
@@ -173,9 +181,10 @@ def tiny(tmp_path_factory):
         vae = WanVAE(base_dim=4)
         write_part(world.base / "vae", vae.config(), vae.state_dict())
     make_footage(world.footage, num_videos=8, num_images=2, size=32)
-    run_verb("shard.py", f"source={world.footage}", f"out={world.videos}", "num_frames=9")
+    sharded = run_verb("shard.py", f"source={world.footage}", f"out={world.videos}", "num_frames=9")
     weights = f"weights={world.base}"
-    run_verb("encode.py", f"shards={world.videos}", f"out={world.latents}", weights, "area=1024")
+    encoded = run_verb("encode.py", f"shards={world.videos}", f"out={world.latents}", weights, "area=1024")
+    assert sharded.foreign + encoded.foreign == [], "a library speaks in a command that went well"
     return world
 
 

@@ -230,7 +230,8 @@ finally:
 def test_the_model_keeps_its_own_precision_under_every_engine(engine, tiny, pair, launch, tmp_path):
     (tmp_path / "seen.py").write_text(SEEN)
     command = (*tiny.train, f"weights={pair}", "batch_size=2", "steps=2", "precision=bf16", "adapter=lora", "run=r")
-    launch(engine, ROOT / "train.py", *command, "check_expert=off", script="seen.py")
+    ended = launch(engine, ROOT / "train.py", *command, "check_expert=off", script="seen.py")
+    assert ended.foreign == []
     timesteps = []
     for rank in (0, 1):
         seen = json.loads((tmp_path / f"rank_{rank}.json").read_text())

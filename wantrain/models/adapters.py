@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.helpers import disable_input_dtype_casting
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from wantrain import libraries
 from wantrain.models.lora import Layer, LoRA, check_fits, read_lora, row_lengths
 
 #: Groups of linear layers, by name. "all" are those that the forward calls as modules; the patch embedding is none of
@@ -93,6 +90,9 @@ def inject_lora(module: nn.Module, lora: LoRA, *, seed: int, where: str | Path =
 
 def _put_in(module: nn.Module, sizes: Mapping[str, tuple[int, float]], seed: int, dora: bool) -> None:
     """Freeze everything and put trainable float32 tensors beside the layers named in `sizes`: (rank, alpha) each."""
+    with libraries.importing():  # seconds, which only runs with an adapter pay
+        from peft import LoraConfig, inject_adapter_in_model
+
     whole = {name: f"^{re.escape(name)}$" for name in sizes}
     config = LoraConfig(
         target_modules="|".join(re.escape(name) for name in sizes),
@@ -115,17 +115,17 @@ def _put_in(module: nn.Module, sizes: Mapping[str, tuple[int, float]], seed: int
             parameter.requires_grad_(True)
 
 
-class NarrowScale(LoraVariant):
+class NarrowScale:
     """A LoRA's part of the forward pass, in the place of peft's own, which multiplies what B answers.
 
     That product is as wide as the layer, and it is computed for a scale of 1 too: 6.5 GB of memory traffic forward and
     as much backward in one A14B block at 32,760 tokens. Here the scale is applied between A and B, where activations
     are as narrow as the rank, and a scale of 1 not at all. For powers of two the answers and gradients are peft's, bit
-    for bit.
+    for bit. To peft it is a layer's `LoraVariant`.
     """
 
     @staticmethod
-    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """`result` (the frozen layer's answer) with the change added; peft's further keywords are other variants'."""
         narrow: Tensor = module.lora_A[active_adapter](x)
         scaling = module.scaling[active_adapter]
@@ -171,7 +171,12 @@ class Magnitude(nn.Module):
 
 
 def _layers(module: nn.Module) -> dict[str, Any]:
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+    """The layers that peft has put an adapter beside: known by its parts, so that asking imports no peft."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)
+    }
 
 
 def has_adapter(module: nn.Module) -> bool:
@@ -185,6 +190,8 @@ def keep_activation_dtype(module: nn.Module) -> Iterator[None]:
     if not has_adapter(module):
         yield
         return
+    from peft.helpers import disable_input_dtype_casting
+
     with disable_input_dtype_casting(module):
         yield
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wantrain import libraries
 from wantrain.models import names
 from wantrain.models.text import TextEncoder, check_dtype, read_tokenizer
 from wantrain.models.transformer import WanTransformer
@@ -256,8 +257,8 @@ def load_text_encoder(
     `tokenizer` is a folder with tokenizer.json; by default tokenizer/ beside text_encoder/. ValueError names what is
     absent or does not fit, and refuses float16.
     """
-    # Slow to import, and needed only where prompts are encoded.
-    from transformers import UMT5Config, UMT5EncoderModel
+    with libraries.importing():  # slow, and needed only where prompts are encoded
+        from transformers import UMT5Config, UMT5EncoderModel
 
     check_dtype(dtype)
     where = _part(path, "text_encoder")

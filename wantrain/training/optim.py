@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from wantrain import libraries
 
 #: How the learning rate falls: share of the way down that is left, by progress through the fall in [0, 1].
 FALLS: dict[str, Callable[[float], float]] = {
@@ -131,7 +132,8 @@ def adamw_8bit(
     ValueError if torchao is not there.
     """
     try:
-        from torchao.optim import AdamW8bit
+        with libraries.importing():
+            from torchao.optim import AdamW8bit
     except ImportError as error:
         raise ValueError(
             f"optimizer=adamw_8bit needs torchao ({error}); pip install 'wantrain[8bit]', or use optimizer=adamw"
@@ -144,7 +146,7 @@ def adamw_8bit(
 
 def is_quantised(value: object) -> bool:
     """True for a tensor that is kept as several plain ones, such as codes and scales."""
-    return is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor)
+    return is_traceable_wrapper_subclass(value) and not libraries.is_dtensor(value)
 
 
 def plain_tensors(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from wantrain import devices, world
 
@@ -69,6 +68,8 @@ def start_accelerator(device: str = "auto") -> Accelerator:
             "files in launch/accelerate (launch/README.md)"
         )
     if wanted == "fsdp2":
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import, and only FSDP2 needs it
+
         # Parameters and activations keep the dtypes that the model gives them; gradients are summed in float32.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False

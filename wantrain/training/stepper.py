@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from wantrain import world
+from wantrain.libraries import is_dtensor
 from wantrain.models.adapters import keep_activation_dtype
 from wantrain.training.checkpoint import Copier
 from wantrain.training.optim import fill_quantised, named_trainable, plain_tensors
@@ -112,7 +111,7 @@ class Stepper:
         if self._zero:  # its last backward has clipped, and stepped if this is a number
             return torch.as_tensor(self.wrapped.get_global_grad_norm(), device=self.device)
         norm = nn.utils.clip_grad_norm_(list(named_trainable(self.module).values()), self.clip)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm.full_tensor() if is_dtensor(norm) else norm
 
     def step(self, *, update: bool) -> None:
         """Move the weights, if they are to be updated, and clear the gradients; else weights and optimizer stay as they
@@ -142,8 +141,8 @@ class Stepper:
 
     def part(self) -> None:
         """After a forward that no backward follows: FSDP2 keeps its outermost weights in one piece for that one."""
-        if isinstance(self.module, FSDPModule):
-            self.module.reshard()
+        if self.engine == "fsdp2":
+            self.module.reshard()  # type: ignore[operator]
 
     def local_parts(self) -> dict[str, Tensor]:
         """What this process holds of each parameter that training moves, by name: with its gradient, if it has one."""
@@ -161,7 +160,7 @@ class Stepper:
         All processes ask for the same tensors in the same order; only the main one gets the values.
         """
         world.progress(f"copying a tensor of {tensor.numel():,} elements for a checkpoint")
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             tensor = tensor.full_tensor()
         elif self.engine == "zero3" and isinstance(tensor, nn.Parameter):
             from deepspeed.runtime.zero import GatheredParameters  # slow to import, and only ZeRO-3 needs it
@@ -282,8 +281,10 @@ def finish(steppers: Iterable[Stepper]) -> None:
 
 def laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """A whole tensor laid out over the processes as a parameter is; a scalar (a count of steps) stays as it is."""
-    if not isinstance(parameter, DTensor) or value.ndim == 0:
+    if not is_dtensor(parameter) or value.ndim == 0:
         return value
+    from torch.distributed.tensor import distribute_tensor  # a second to import, and only FSDP2 needs it
+
     # Every process has read the whole tensor (src_data_rank=None): it cuts out its own part, and nothing is sent.
     return distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -292,4 +293,4 @@ def laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds: all of it, unless it is laid out over processes."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor

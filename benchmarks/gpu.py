@@ -1,0 +1,191 @@
+"""The project on a GPU, in one command for a person with a card: python benchmarks/gpu.py [--small] [--device cpu]
+
+Stages run in order of worth, each in a process of its own with a limit of seconds: running out of memory, an error of
+CUDA or a hang costs that stage and no other. After each its line is printed and gpu.json beside this file is written
+anew, with all that is known: what was measured, and each check with its tolerance. Random weights; no network.
+
+  a  what the machine is
+  b  wan-tiny on the card follows the CPU: encode, train, resume, sample; which kernels take attention
+  c  one A14B block, and eight
+  d  whole A14B LoRA steps, 17 frames, then 81
+  e  both VAEs and umT5-xxl
+
+Limits sum to 300 s for (a) to (c) and to 600 s for all, meant for an H100. `--small` (the default without a card) runs
+every stage on small shapes, which a CPU does in minutes. Exit code 0: all passed; 1: something failed or took too long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Lines of a failed stage's output that are kept.
+LAST_WORDS = 20
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table: its name, "module:function" of `stage(context) -> dict`, and its limit in seconds."""
+
+    name: str
+    function: str
+    limit: float
+
+
+STAGES = (
+    Stage("machine", "gpu_stages.machine:machine", 30),
+    Stage("encode", "gpu_stages.correctness:encode", 50),
+    Stage("train", "gpu_stages.correctness:train", 60),
+    Stage("resume", "gpu_stages.correctness:resume", 45),
+    Stage("sample", "gpu_stages.correctness:sample", 25),
+    Stage("attention", "gpu_stages.machine:attention", 20),
+    Stage("block", "gpu_stages.transformer:block", 30),
+    Stage("slice", "gpu_stages.transformer:slice_of_8", 40),
+    Stage("step_17", "gpu_stages.transformer:step_17", 60),
+    Stage("step_81", "gpu_stages.transformer:step_81", 100),
+    Stage("vae_2_1", "gpu_stages.encoders:vae_2_1", 50),
+    Stage("vae_2_2", "gpu_stages.encoders:vae_2_2", 50),
+    Stage("text", "gpu_stages.encoders:text", 40),
+)
+
+
+def run_here(options: argparse.Namespace) -> None:
+    """The child's part: one stage in this process; what it found goes into the file `--kept` as it is found."""
+    module, name = options.run.split(":")
+    stage = getattr(importlib.import_module(module), name)
+    import torch
+    from gpu_stages.context import Context
+
+    context = Context(torch.device(options.device), options.small, options.work, options.kept)
+    context.note(**stage(context))
+
+
+def run_apart(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
+    """One stage in a process group of its own, ended when its time is over; its result, whatever became of it."""
+    kept, log = options.work / f"{stage.name}.json", options.work / f"{stage.name}.log"
+    command = [sys.executable, __file__, "--run", stage.function, "--device", options.device, "--kept", str(kept)]
+    command += ["--work", str(options.work), *(["--small"] if options.small else [])]
+    limit, began = stage.limit * options.patience, time.monotonic()
+    with log.open("w", encoding="utf-8") as said:
+        child = subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, env=environment(options.device), start_new_session=True
+        )
+        try:
+            code: int | None = child.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            end(child)
+    result = {"seconds": round(time.monotonic() - began, 2), "limit": limit, **found_in(kept)}
+    result["ended"] = "in time" if code == 0 else f"after {limit:g} s, its limit" if code is None else said_of(code)
+    if code != 0:
+        result["last_words"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_WORDS:]
+    result["passed"] = code == 0 and all(check["passed"] for check in result["checks"])
+    return result
+
+
+def environment(device: str) -> dict[str, str]:
+    """A child's environment: this checkout's wantrain, and no card where a CPU is measured."""
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), **hidden}
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """End a stage and the commands that it started, which are its process group."""
+    with contextlib.suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def found_in(kept: Path) -> dict[str, Any]:
+    """What a stage has written down."""
+    if not kept.is_file():
+        return {"measured": {}, "checks": []}
+    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+def said_of(code: int) -> str:
+    """An exit code in words."""
+    return f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
+
+
+def line(stage: Stage, result: dict[str, Any]) -> str:
+    """What is printed of a stage."""
+    verdict = "passed" if result["passed"] else "FAILED"
+    head = f"{stage.name:<10} {verdict}  {result['seconds']:6.1f} s of {result['limit']:g}"
+    wrong = [
+        f"{check['name']}: {check['measured']} (allowed {check['tolerance']}: {check['why']})"
+        for check in result["checks"]
+        if not check["passed"]
+    ]
+    if result["ended"] != "in time":
+        wrong.append(f"ended {result['ended']}: {(result['last_words'] or ['it said nothing'])[-1]}")
+    return "  ".join([head, *[text for text in (result["measured"].get("in_words"),) if text], *wrong])
+
+
+def options_from(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with what it leaves open decided by the machine."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    parser.add_argument("--small", action="store_true", help="small shapes; the default on a CPU")
+    parser.add_argument("--only", help="names of stages, with commas between")
+    parser.add_argument("--patience", type=float, default=1.0, help="every limit times this")
+    parser.add_argument(
+        "--out", type=Path, help="the results; default: gpu.json here, with --small runs/gpu_small.json"
+    )
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--kept", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help="a folder for what stages share; default: a temporary one")
+    options = parser.parse_args(words)
+    if options.device is None:
+        import torch
+
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.small = options.small or options.device == "cpu"
+    usual = Path("runs/gpu_small.json") if options.small else Path(__file__).with_suffix(".json")
+    options.out = options.out or usual
+    return options
+
+
+def main(words: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
+    """Run the stages, tell and store what came of each; the exit code."""
+    options = options_from(words)
+    if options.run:
+        run_here(options)
+        return 0
+    wanted = options.only.split(",") if options.only else [stage.name for stage in stages]
+    if unknown := set(wanted) - {stage.name for stage in stages}:
+        sys.exit(f"error: --only: no stage {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in stages)}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"date": time.strftime("%Y-%m-%d %H:%M"), "device": options.device, "small": options.small}
+    results: dict[str, Any] = {**about, "command": " ".join(["python benchmarks/gpu.py", *(words or sys.argv[1:])])}
+    results["stages"] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        options.work = (options.work or Path(scratch)).resolve()
+        options.work.mkdir(parents=True, exist_ok=True)
+        for stage in (stage for stage in stages if stage.name in wanted):
+            results["stages"][stage.name] = result = run_apart(stage, options)
+            options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            print(line(stage, result), flush=True)
+    passed = [result["passed"] for result in results["stages"].values()]
+    print(f"{sum(passed)} of {len(passed)} stages passed; {options.out} has all of it", flush=True)
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
