@@ -109,7 +109,7 @@ def typical(clips: Sequence[Batch]) -> Batch:
 
 
 def forwards_per_sample(module: nn.Module, clip: Batch) -> float:
-    """What training on a clip costs, in forwards: 3 for all weights, about 2 for a LoRA, 1 more with recomputing."""
+    """What training on a clip costs, in forwards: 3 for all weights, less for a LoRA, 1 more with recomputing."""
     assert isinstance(module, WanTransformer)
     flops = training_flops(module, tokens=clip.num_tokens, text_rows=module.text_length)
     return flops.executed / flops.forward
