@@ -52,13 +52,13 @@ def run(conftest, request):
     """One command on the device; what is known of it afterwards."""
     from accelerate.state import PartialState
 
-    from wantrain import config
+    from wantrain import devices
     from wantrain.training import loop
 
     steps = []
     on_device = mock.PropertyMock(return_value=DEVICE)
     with (
-        mock.patch.object(config, "device", lambda name: DEVICE if name != "cpu" else config.torch.device("cpu")),
+        mock.patch.object(devices, "choose", lambda name: DEVICE),
         mock.patch.object(PartialState, "default_device", on_device),
         mock.patch.object(loop, "take_step", step_counter(loop.take_step, steps)),
     ):
