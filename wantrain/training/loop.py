@@ -93,12 +93,12 @@ class Run:
             self.checkpoints.save(step, write, state, size=sum(size for size, _ in snapshots), score=self.score)
         self.metrics.note("save_seconds", time.perf_counter() - began)
 
-    def ask_hooks(self, step: int) -> None:
-        """Validation and previews, where they are due, with their results logged at `step`."""
+    def ask_hooks(self, step: int) -> bool:
+        """Validation and previews, where they are due, with their results logged at `step`; True if any was."""
         self.score = None
         due = [hook for hook in self.hooks if hook.due(step)]
         if not due:
-            return
+            return False
         world.progress(f"looking at step {step}: {', '.join(type(hook).__name__ for hook in due)}")
         with ExitStack() as watched:
             for member in self.members.values():
@@ -109,6 +109,7 @@ class Run:
         self.metrics.annotate(step, results)
         found = [value for key, value in results.items() if key.endswith("validation_loss")]
         self.score = sum(found) / len(found) if found else None
+        return True
 
     def first_batch(self, count: int = 4) -> Batch:
         """The first samples of the run, at most `count`: something to measure on."""
@@ -128,12 +129,13 @@ def fit(run: Run, start: int) -> int | None:
         done = step >= run.until or run.settled(step)
         while not done:
             name, own = run.turns.at(step)
-            told = take_step(run, run.members[name], own, step + 1, batches)
+            told, stopped = take_step(run, run.members[name], own, step + 1, batches, signals)
             step += 1
             whose = {"expert": name} if len(run.members) > 1 else {}
             metrics.add(step, {**whose, "samples": step * run.members[name].plan.batch_size, **told})
-            run.ask_hooks(step)
-            stopped = run.members[name].stepper.agree(signals.received)  # once: no step ends without its checkpoint
+            if run.ask_hooks(step):  # they may have taken long
+                stepper = run.members[name].stepper
+                stopped = int(stepper.any_signal(signals.received)) or None
             done = step == run.until or stopped is not None or run.settled(step)
             if done or step % LOG_EVERY == 0:
                 metrics.annotate(step, run.meter.report(run.members.values()))
@@ -145,8 +147,13 @@ def fit(run: Run, start: int) -> int | None:
     return stopped
 
 
-def take_step(run: Run, member: Member, own: int, step: int, batches: Iterator[tuple[Batch, Draws]]) -> dict[str, Any]:
-    """One optimizer step of `member`, its own number `own`, which brings the run to `step`; returns what is logged."""
+def take_step(
+    run: Run, member: Member, own: int, step: int, batches: Iterator[tuple[Batch, Draws]], signals: Signals
+) -> tuple[dict[str, Any], int | None]:
+    """One optimizer step of `member`, its own number `own`, which brings the run to `step`.
+
+    Returns what is logged, and the signal that any process has received. The host waits for the device once.
+    """
     stepper, meter, wires = member.stepper, run.meter, run.tripwires
     scale = member.schedule(own, member.steps)
     stepper.begin(scale)
@@ -168,14 +175,17 @@ def take_step(run: Run, member: Member, own: int, step: int, batches: Iterator[t
         losses.append(record.value.detach())
         parts.append(record.parts)
     norm = stepper.clip_gradients()
-    stepper.step(update=(update := wires.allow(step, norm)))
+    (size,), (signal,), (excess,), own_losses = stepper.read(norm, stepper.any_signal(signals.received), *wires.facts())
+    update = wires.allow(step, size, excess, own_losses)
+    stepper.step(update=update)
     if update:
         wires.moved()
         if member.ema is not None:
             member.ema.follow(own + 1)
     meter.mark("optimizer")
-    told = {key: stepper.mean(torch.stack([part[key] for part in parts]).mean()) for key in parts[0]}
+    told: dict[str, Any] = {key: stepper.mean(torch.stack([part[key] for part in parts]).mean()) for key in parts[0]}
     loss = stepper.mean(torch.stack(losses).mean())
     meter.mark("communication")
     rate = max(group["lr"] for group in stepper.optimizer.param_groups)
-    return {"loss": loss, "lr": rate, "lr_scale": scale, "grad_norm": norm, **told, **meter.over()}
+    told |= {"loss": loss, "lr": rate, "lr_scale": scale, "grad_norm": norm, **meter.over()}
+    return told, int(signal) or None

@@ -8,6 +8,7 @@ engine and number of processes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -132,12 +133,18 @@ class Stepper:
         gathered: Tensor = self.accelerator.gather(values)
         return gathered
 
-    def agree(self, signal: int | None) -> int | None:
-        """The signal that any process has received: all of them must leave the loop at the same step, or one waits."""
-        if self.accelerator.num_processes == 1:
-            return signal
-        received = torch.tensor([signal or 0], device=self.device)
-        return int(self.accelerator.gather(received).max()) or None
+    def any_signal(self, signal: int | None) -> Tensor:
+        """The signal that any process has received, 0 for none, as a scalar on the device: all of them must leave the
+        loop at the same step, or one waits.
+        """
+        received = torch.full((1,), float(signal or 0), device=self.device)
+        return self.gather(received).max()
+
+    def read(self, *tensors: Tensor) -> list[list[float]]:
+        """The values of each tensor, flat, in one read: the host waits for the device once."""
+        values = torch.cat([tensor.detach().flatten().double() for tensor in tensors]).tolist()
+        ends = itertools.accumulate(tensor.numel() for tensor in tensors)
+        return [values[end - tensor.numel() : end] for tensor, end in zip(tensors, ends, strict=True)]
 
     def part(self) -> None:
         """After a forward that no backward follows: FSDP2 keeps its outermost weights in one piece for that one."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,8 @@ class Usual:
 
 @dataclass
 class Tripwires:
-    """The wires of a run. The loop tells them what it does: begin, drew for each micro-step, allow, and moved after an
-    update. `allow` reads the device, once in a step; nothing else here does after a run's first step.
+    """The wires of a run. The loop tells them what it does: begin, drew for each micro-step, allow with what was read
+    of `facts`, and moved after an update. They read nothing themselves after a run's first step.
 
     path      tripped.jsonl
     patience  steps in a row without an update until the run ends
@@ -138,24 +138,27 @@ class Tripwires:
             return value
         return value * torch.where(self.excess > self.refuse, math.nan, 1.0).to(value.dtype)
 
-    def allow(self, step: int, norm: Tensor) -> bool:
-        """True if the step that leads to `step` may move the weights, all gradients being there with this `norm`.
+    def facts(self) -> tuple[Tensor, Tensor]:
+        """What `allow` has to know of a step whose gradients are there: how many times the usual its losses are, and
+        the losses of this process's samples; on the device.
+        """
+        losses = torch.cat(self.losses)
+        return losses.new_ones(()) if self.excess is None else self.excess, losses
+
+    def allow(self, step: int, norm: float, excess: float, losses: Sequence[float]) -> bool:
+        """True if the step that leads to `step` may move the weights: its gradient's `norm` is a number.
 
         ValueError if it is the first one and the ranks do not belong together, or if too many were refused in a row.
         """
         self._compare_ranks()
-        excess = torch.ones_like(norm) if self.excess is None else self.excess
-        losses = torch.cat(self.losses)
-        facts = torch.cat([norm.reshape(1).double(), excess.reshape(1).double(), losses.double()])
-        found, times, *own = facts.tolist()  # the one time in a step that the host waits for the device
-        for row, loss in zip(self.samples, own, strict=True):
+        for row, loss in zip(self.samples, losses, strict=True):
             row["loss"] = loss
-        if not math.isfinite(found):
-            self._refused(step, found, times)
+        if not math.isfinite(norm):
+            self._refused(step, norm, excess)
             return False
         self.in_a_row = 0
         if self.everyone is not None:
-            self._compare(step, times)
+            self._compare(step, excess)
         return True
 
     def _compare_ranks(self) -> None:
