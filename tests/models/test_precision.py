@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from unittest import mock
@@ -28,17 +30,37 @@ def settings():
     return tf32, torch.is_autocast_enabled("cpu")
 
 
-def test_float32_is_without_tf32_and_leaves_the_process_as_it_was():
-    """torch's own default lets convolutions take TF32, with 10 of 23 bits; both ways out of the block are tried."""
+@pytest.fixture
+def tf32():
+    """Convolutions may take TF32, whatever an earlier test has left."""
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "tf32"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_float32_is_without_tf32_and_leaves_the_process_as_it_was(tf32):
+    """Both ways out of the block are tried."""
     before = settings()
-    assert before[0][0] == "tf32", "torch has another default now: the docs say this one"
     with computing_in(torch.float32, CPU):
         assert settings() == (("ieee", "ieee"), False)
     assert settings() == before
     with pytest.raises(ValueError, match="no"), computing_in(torch.float32, CPU):
         raise ValueError("no")
     assert settings() == before
-    assert torch.backends.cudnn.allow_tf32, "libraries that ask in the old way are answered"
+
+
+def test_torch_warns_of_nothing_and_answers_libraries_that_ask_in_the_old_way():
+    """In a process where nobody has changed anything: convolutions may take TF32 there, as the docs say."""
+    program = (
+        "import torch\n"
+        "from wantrain.models.precision import computing_in\n"
+        "assert torch.backends.cudnn.conv.fp32_precision == 'tf32'\n"
+        "with computing_in(torch.float32, torch.device('cpu')):\n"
+        "    torch.nn.Conv3d(3, 3, 1)(torch.ones(1, 3, 1, 2, 2)) @ torch.ones(2, 2)\n"
+        "assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32\n"
+    )
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_bfloat16_is_autocast_and_weights_stay_float32():
