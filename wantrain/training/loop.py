@@ -84,9 +84,8 @@ class Run:
         self.checkpoints.wait()
         snapshots = [member.snapshot() for member in self.members.values()]
 
-        def write(folder: Path) -> None:
-            for _, write_member in snapshots:
-                write_member(folder)
+        def write(folder: Path) -> dict[Path, str]:
+            return {path: digest for _, write_member in snapshots for path, digest in write_member(folder).items()}
 
         if world.is_main():
             taken = {name: self.turns.count(name, step) for name in self.members}
