@@ -18,19 +18,19 @@ from wantrain.training.start import Start
 from wantrain.training.stepper import finish
 from wantrain.training.trackers import build_tracker
 from wantrain.training.turns import Turns
+from wantrain.training.waiting import main_first
 
 
 @config.app("train")
 def main(cfg: DictConfig) -> None:
     """Train one expert or both, or continue the run of that name."""
     checks.check(cfg, processes=world.world_size())
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(hang=cfg.tripwires.hang)
     experts, model = config.experts(cfg), config.plain(cfg.model)
     home = assemble.find_home(accelerator, {name: config.plain(own) for name, own in experts.items()})
-    with accelerator.main_process_first():
-        wanted = [*(model["experts"] if cfg.sample.every else experts), "vae", "text_encoder", "tokenizer"]
-        base = config.base(cfg, wanted)
-        assemble.make_own_data(config.shards(cfg), root=config.ROOT)
+    wanted = [*(model["experts"] if cfg.sample.every else experts), "vae", "text_encoder", "tokenizer"]
+    base = main_first(lambda: config.base(cfg, wanted), "finding the base model")
+    main_first(lambda: assemble.make_own_data(config.shards(cfg), root=config.ROOT), "making the project's own data")
     data, dtype = config.build(cfg.data), config.dtype(cfg.precision)
     if "vae" not in experts:
         assemble.check_encoders(data.manifest, base, config.shards(cfg), dtype)

@@ -377,8 +377,8 @@ from wantrain.training import parallel
 
 start = parallel.start_accelerator
 
-def noted():
-    accelerator = start()
+def noted(*args, **how):
+    accelerator = start(*args, **how)
     about = {"processes": accelerator.num_processes, "kind": accelerator.distributed_type.value}
     Path(f"rank_{accelerator.process_index}.json").write_text(json.dumps(about))
     return accelerator
