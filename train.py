@@ -19,6 +19,7 @@ from wantrain.training.start import Start
 from wantrain.training.stepper import finish
 from wantrain.training.trackers import build_tracker
 from wantrain.training.turns import Turns
+from wantrain.training.waiting import main_first
 from wantrain.training.watchdog import Watchdog
 
 
@@ -50,12 +51,11 @@ def train(cfg: DictConfig) -> None:
         estimate.say_turns(turns, losses, foreseen)
         world.say(estimate.describe(clips, outlines, batching, foreseen, kept))
         return
-    home = assemble.find_home(start_accelerator(cfg.device), own)
+    home = assemble.find_home(start_accelerator(cfg.device, hang=cfg.tripwires.hang), own)
     check_size(outlines, home.accelerator.device, cfg.device)
     estimate.say_start(settings, batching, kept, assemble.card_of(home))
-    with home.accelerator.main_process_first():
-        base = config.base(cfg, assemble.wanted(settings, experts))
-        assemble.make_own_data(config.shards(cfg), root=config.ROOT)
+    base = main_first(lambda: config.base(cfg, assemble.wanted(settings, experts)), "finding the base model")
+    main_first(lambda: assemble.make_own_data(config.shards(cfg), root=config.ROOT), "making the project's own data")
     data, folder = config.build(cfg.data), RunFolder(Path(cfg.runs) / cfg.run)
     encoders.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)
     steps = estimate.run_length(Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed), **length)

@@ -102,10 +102,12 @@ class Bench:
         return time.perf_counter() - started
 
     def _save(self, way: str, tensors: dict[str, Tensor]) -> None:
+        def write(folder: Path) -> dict[Path, str]:
+            path = folder / "state.safetensors"
+            return {path: write_file(path, tensors)}
+
         self.step += 1
-        self.stores[way].save(
-            self.step, lambda folder: write_file(folder / "state.safetensors", tensors), {}, size=self.size
-        )
+        self.stores[way].save(self.step, write, {}, size=self.size)
 
     def check(self) -> None:
         """What was saved in the background is the state, every value."""

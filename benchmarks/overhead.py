@@ -69,9 +69,9 @@ class Samples:
 class NoCheckpoints(nullcontext[None]):
     """A store that keeps nothing."""
 
-    failure = None
-
     def wait(self) -> None: ...
+
+    def finish(self) -> None: ...
 
     def save(self, *_: Any, **__: Any) -> None: ...
 

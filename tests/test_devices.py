@@ -122,7 +122,7 @@ TAKEN = """
 import torch
 torch.cuda.is_available = lambda: True
 from wantrain.training.parallel import start_accelerator
-print(start_accelerator("cpu").device)
+print(start_accelerator("cpu", hang=None).device)
 """
 
 

@@ -128,7 +128,7 @@ def _steps(context: Context, clip: str, *, repeats: int) -> dict[str, Any]:
 def one_step(context: Context, module: WanTransformer, bucket: Bucket) -> Callable[[], None]:
     """What makes one optimizer step with the project's own loss and Stepper, as the training loop does."""
     optimizer = build_optimizer(functools.partial(torch.optim.AdamW, lr=1e-4, fused=True), module)
-    stepper = Stepper(start_accelerator(), module, optimizer, accumulate=1, clip=1.0, precision="bf16")
+    stepper = Stepper(start_accelerator(hang=None), module, optimizer, accumulate=1, clip=1.0, precision="bf16")
     loss, (latents, text) = FlowMatching(shift=12.0, high=0.875), inputs(context, bucket)
     batch = Batch(latents, text, ("clip",), (0,))
     draws = loss.prepare(batch, [world.generator(0, "noise", 0)]).to(context.device)

@@ -10,7 +10,7 @@ from wantrain import config
 from wantrain.models import base as bases
 from wantrain.models import load_text_encoder, load_vae
 from wantrain.models.fingerprints import NOTES
-from wantrain.training import assemble, encoders, parallel
+from wantrain.training import assemble, encoders
 
 
 @pytest.fixture
@@ -137,15 +137,3 @@ def test_with_previews_all_that_sampling_takes_is_wanted():
     ):
         cfg = config.compose("train", [f"sample.every={every}", f"expert={expert}"])
         assert assemble.wanted(config.plain(cfg), config.experts(cfg)) == parts
-
-
-def test_other_ranks_look_at_nothing_and_learn_what_the_first_found(monkeypatch):
-    """As rank 1: the work is not done, the main process's words are the error."""
-
-    def told(words):
-        words[0] = "encoded by another"
-
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(parallel, "broadcast_object_list", told)
-    with pytest.raises(ValueError, match="encoded by another"):
-        parallel.on_main(lambda: pytest.fail("rank 1 looked"), "looking")

@@ -183,6 +183,7 @@ SEEN = """
 import json, os, runpy, sys
 from pathlib import Path
 import torch
+import torch.distributed as dist
 from wantrain.models import transformer
 from wantrain.training import parallel
 
@@ -207,6 +208,8 @@ def dtype(tensor):
 def block(self, args, result):
     x, time, context = args[:3]
     adapter = {n: dtype(p) for n, p in self.named_parameters() if "lora_A" in n}
+    groups = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
+    seen["timeouts"] = [group.options._timeout.total_seconds() for group in groups]
     return {"residual": [dtype(x), dtype(result)], "time": dtype(time), "context": dtype(context),
             "modulation": dtype(self.modulation), "adapters": sorted(set(adapter.values()))}
 
@@ -230,12 +233,14 @@ finally:
 def test_the_model_keeps_its_own_precision_under_every_engine(engine, tiny, pair, launch, tmp_path):
     (tmp_path / "seen.py").write_text(SEEN)
     command = (*tiny.train, f"weights={pair}", "batch_size=2", "steps=2", "precision=bf16", "adapter=lora", "run=r")
-    ended = launch(engine, ROOT / "train.py", *command, "check_expert=off", script="seen.py")
+    ended = launch(engine, ROOT / "train.py", *command, "check_expert=off", "tripwires.hang=7200", script="seen.py")
     assert ended.foreign == []
     timesteps = []
     for rank in (0, 1):
         seen = json.loads((tmp_path / f"rank_{rank}.json").read_text())
         assert (seen["engine"], seen["processes"]) == (engine, 2)
+        assert set(seen["timeouts"]) == {7200 + 300}, "tripwires.hang and a little more, in the engine's own groups too"
+        assert len(seen["timeouts"]) >= (2 if engine.startswith("zero") else 1)
         assert seen["block"] == {
             "residual": ["float32", "float32"],
             "time": "float32",

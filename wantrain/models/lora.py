@@ -313,8 +313,8 @@ def write_lora(
     *,
     dialect: str = "comfyui",
     metadata: Mapping[str, object] = MappingProxyType({}),
-) -> None:
-    """Write a LoRA file in one of `DIALECTS`, beside its name and then renamed.
+) -> str:
+    """Write a LoRA file in one of `DIALECTS`, beside its name and then renamed, and give its sha256.
 
     "comfyui" is loaded by ComfyUI, diffusers and us, "diffusers" by diffusers and us, its alphas in the header.
     diffusers takes layers outside the blocks and DoRAs only as "diffusers", and "kohya" only if `is_complete`.
@@ -345,8 +345,9 @@ def write_lora(
     if dialect == "diffusers":
         about[PEFT] = json.dumps(_peft_config(layers))
     beside = path.with_name(f".{path.name}.tmp")
-    write_file(beside, tensors, about)
+    digest = write_file(beside, tensors, about)
     beside.replace(path)
+    return digest
 
 
 def is_complete(layers: Iterable[str]) -> bool:

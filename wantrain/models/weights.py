@@ -20,25 +20,21 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wantrain import world
 from wantrain.models.names import to_diffusers
+from wantrain.models.tensor_file import ALIGNMENT, PADDING, write_tensors
 
 PICKLES = frozenset((".pth", ".pt", ".bin"))
 #: Largest file of a part: what hubs and file systems like, and what diffusers writes by default.
 SHARD_BYTES = 5 << 30
-#: Bytes at whose multiples torch begins its own tensors: one that begins elsewhere gives other last digits.
-ALIGNMENT = 64
 #: Bytes from which on a tensor is worth a thread.
 LARGE = 1 << 20
 #: Tensors that are read at once on a CPU, at most: more memory traffic than that brings nothing.
 MOST_THREADS = 8
 #: Asks Linux (5.14 or newer) for the pages of a range before they are touched; Python 3.11 has no name for it.
 POPULATE_WRITE = 23
-#: Key of a file's metadata that holds nothing but spaces.
-PADDING = "padding"
 
 
 def renamed_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -265,17 +261,18 @@ def write_part(
     name: str = "diffusion_pytorch_model",
     metadata: Mapping[str, object] | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+) -> dict[Path, str]:
     """Write one part into `folder`: config.json, and one safetensors file or, beyond `shard_bytes`, several with an
-    index. `metadata` is what each file says about itself.
+    index. `metadata` is what each file says about itself. Gives the sha256 of each file of tensors.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors, shard_bytes)
-    where = {}
+    where, hashes = dict[str, str](), dict[Path, str]()
     for number, keys in enumerate(shards, 1):
         file = f"{name}.safetensors" if len(shards) == 1 else f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, {key: tensors[key] for key in keys}, metadata, aligned=True)
+        some = {key: tensors[key] for key in keys}
+        hashes[folder / file] = write_file(folder / file, some, metadata, aligned=True)
         where.update(dict.fromkeys(keys, file))
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -283,48 +280,15 @@ def write_part(
             folder / f"{name}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
         )
     world.write_json(folder / "config.json", dict(sorted(config.items())))
+    return hashes
 
 
 def write_file(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None, *, aligned: bool = False
-) -> None:
-    """Write one safetensors file; `aligned` lets whoever loads it as it is leave it mapped."""
-    world.progress(f"writing {path}")
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+) -> str:
+    """Write one safetensors file and give its sha256; `aligned` lets whoever loads it as it is leave it mapped."""
     about = {"format": "pt", **{key: str(value) for key, value in (metadata or {}).items() if value is not None}}
-    save_file(contiguous, path, metadata=_padded(contiguous, about) if aligned else about)
-    _put_in_order(path)
-    path.chmod(0o644)  # safetensors makes files that nobody else on a shared disk can read
-
-
-def _put_in_order(path: Path) -> None:
-    """Sort the metadata in a file's header, which safetensors writes in another order every time: the same weights are
-    the same bytes.
-    """
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) == length:  # else some character is written otherwise here, and the file stays as it is
-            file.seek(8)
-            file.write(text)
-
-
-def _padded(tensors: Mapping[str, Tensor], about: dict[str, str]) -> dict[str, str]:
-    """`about` with so many spaces beside that the first tensor begins at a multiple of ALIGNMENT and can stay mapped.
-
-    The header is reckoned as safetensors writes it: JSON without spaces, larger dtypes first, then by name. Were it
-    ever written otherwise, the file would be as good, and its tensors be copied.
-    """
-    header: dict[str, Any] = {"__metadata__": {**about, PADDING: ""}}
-    end = 0
-    for key in sorted(tensors, key=lambda key: (-tensors[key].itemsize, key)):
-        begin, end = end, end + tensors[key].nbytes
-        dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}.get(tensors[key].dtype, "I64")
-        header[key] = {"dtype": dtype, "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
-    length = 8 + len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return {**about, PADDING: " " * (-length % ALIGNMENT)}
+    return write_tensors(path, tensors, about, aligned=aligned)
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:

@@ -33,7 +33,7 @@ from wantrain.training.member import Member, read_average
 from wantrain.training.meter import Meter, peak_of
 from wantrain.training.metrics import Metrics
 from wantrain.training.optim import build_optimizer
-from wantrain.training.parallel import SHARDED, engine_of, from_main
+from wantrain.training.parallel import SHARDED, engine_of
 from wantrain.training.preview import Asked, Preview, as_trained
 from wantrain.training.protocols import Data, Hook, Latents
 from wantrain.training.run import RunFolder
@@ -42,6 +42,7 @@ from wantrain.training.stepper import Stepper
 from wantrain.training.trainee import Trainee
 from wantrain.training.tripwires import Tripwires
 from wantrain.training.validators import build_validators
+from wantrain.training.waiting import on_main
 
 #: Optimizers that look at whole matrices, or at blocks of them, and not at each element: class -> what users call it.
 WHOLE = {"MuonAdamW": "muon", "Muon": "torch.optim.Muon", "Adafactor": "adafactor", "adamw_8bit": "adamw_8bit"}
@@ -218,8 +219,9 @@ def open_run(
     which all processes agree on. `data` is the manifest's hash, `command` what was typed.
     """
     how = {key: value for key, value in settings["checkpoint"].items() if key != "every"}
-    checkpoints, newest = Checkpoints(folder.checkpoints, **how), None
-    if world.is_main():
+    checkpoints = Checkpoints(folder.checkpoints, **how)
+
+    def open_and_look() -> Path | None:
         folder.open(dict(settings))
         processes, device = home.accelerator.num_processes, device_name(home.accelerator.device)
         start = replay.described(command, data=data, engine=home.engine, processes=processes, device=device)
@@ -227,8 +229,9 @@ def open_run(
             replay.told(Path(settings["replay"]), start)
         replay.record(folder.record, start, settings)
         checkpoints.prepare()
-        newest = checkpoints.newest()
-    return checkpoints, from_main(newest)
+        return checkpoints.newest()
+
+    return checkpoints, on_main(open_and_look, "opening the run's folder")
 
 
 def compare_replay(folder: RunFolder, settings: Mapping[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """Checkpoints: folders that are either complete or not there.
 
 A checkpoint is written beside its final name, every file synced, and renamed; `state.json`, written last, holds the
-hash of every other file. A kill at any moment leaves the previous checkpoint as it was, and one that is to go loses its
-name before its files. What the disk refuses is one error with its mend. No pickles: tensors are safetensors, the rest
-is json. Random state is not saved, for there is none: randomness is a function of position.
+hash of every other file: of tensors made while they are written, so that nothing is read again. A kill at any moment
+leaves the previous checkpoint as it was, and one that is to go loses its name before its files. What the disk refuses
+is one error with its mend. No pickles: tensors are safetensors, the rest is json. Random state is not saved, for there
+is none: randomness is a function of position.
 
 Hidden names are ours: `.step_N.tmp` is half written, `.step_N.old` was replaced by another step_N (and comes back if
 that one never came), `.step_N.gone` is being deleted.
@@ -27,7 +28,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import wantrain
@@ -36,6 +36,8 @@ from wantrain.models.weights import PICKLES, read_json
 from wantrain.world import file_hash
 
 STATE = "state.json"
+#: What puts a checkpoint's tensors into a folder; it may give the sha256 of files that it hashed while writing them.
+Write = Callable[[Path], Mapping[Path, str] | None]
 #: What is done when the disk refuses a checkpoint.
 ON_FAILURE = ("stop", "continue")
 #: Bytes that stay free beside a checkpoint, for the log and for everybody else.
@@ -82,8 +84,7 @@ class Checkpoints:
         # An executor's thread is not a daemon: the interpreter waits for a write under way before it exits.
         self._writer = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: futures.Future[None] | None = None
-        #: What the disk refused the last checkpoint with; None if that was written. With "continue" it is for the
-        #: caller to look here before it calls the run finished.
+        #: What the disk refused the last checkpoint with; None if that was written.
         self.failure: str | None = None
 
     def prepare(self) -> None:
@@ -102,7 +103,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        write: Callable[[Path], None],
+        write: Write,
         state: Mapping[str, Any],
         *,
         size: int = 0,
@@ -110,8 +111,9 @@ class Checkpoints:
     ) -> None:
         """Write checkpoint `step`, after the one under way: its failure is raised here.
 
-        write  puts the tensors into the folder it is given. In the background it runs beside the training, so it
-               must write copies (`Copier`) and nothing that a step changes
+        write  puts the tensors into the folder it is given, and says of which files it knows the hash. In the
+               background it runs beside the training, so it must write copies (`Copier`) and nothing that a step
+               changes
         state  what else a resume must know, as json
         size   bytes the checkpoint will take; without that much free disk nothing is begun
         score  a validation loss, the lower the better; NaN and None are never best
@@ -131,6 +133,12 @@ class Checkpoints:
             futures.wait([self._under_way])  # forgotten only when it has ended: an interrupt may break this off
             under_way, self._under_way = self._under_way, None
             under_way.result()
+
+    def finish(self) -> None:
+        """`wait`, at the end of a run: ValueError if the last checkpoint is missing, also with "continue"."""
+        self.wait()
+        if self.failure is not None:
+            raise ValueError(f"the last checkpoint is missing: {self.failure}; the same command goes on from it")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -176,18 +184,14 @@ class Checkpoints:
         """What the disk refuses, raised in words or said, as `on_failure` has it. Anything else is a bug."""
         try:
             yield
-        except (OSError, SafetensorError) as error:
-            if isinstance(error, SafetensorError) and _number(error) is None:
-                raise
+        except OSError as error:
             what = f"checkpoint {self._final(step)} of {size:,} bytes" if size else f"checkpoint {self._final(step)}"
             self.failure = told = f"{what} could not be written: {_why(error)}. Those before it are as they were"
             if self.on_failure == "stop":
                 raise ValueError(told) from error
             world.say(f"warning: {told}; training goes on, and the next save tries again")
 
-    def _write_behind(
-        self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], size: int, score: float | None
-    ) -> None:
+    def _write_behind(self, step: int, write: Write, state: Mapping[str, Any], size: int, score: float | None) -> None:
         """What the thread does. A failure is said at once, for the training may hear of it only hours later."""
         try:
             with self._failures(step, size):
@@ -196,7 +200,7 @@ class Checkpoints:
             world.say(f"warning: {str(error) or repr(error)}")
             raise
 
-    def _write(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], score: float | None) -> None:
+    def _write(self, step: int, write: Write, state: Mapping[str, Any], score: float | None) -> None:
         """Write beside the final name, sync, rename; then remove what need not stay."""
         final = self._final(step)
         beside = final.with_name(f".{final.name}.tmp")
@@ -206,11 +210,12 @@ class Checkpoints:
             if beside.exists():
                 shutil.rmtree(beside)
             beside.mkdir()
-            write(beside)
+            known = write(beside) or {}
             files = {}
             for path in sorted(path for path in beside.rglob("*") if path.is_file()):
+                world.progress(f"syncing {path}")
                 world.sync_file(path)
-                files[path.relative_to(beside).as_posix()] = file_hash(path)
+                files[path.relative_to(beside).as_posix()] = known.get(path) or file_hash(path)
             about = {"step": step, "score": score, "versions": versions(), "files": files}
             world.write_json(beside / STATE, {**state, **about})
             for folder in {path.parent for path in beside.rglob("*")}:
@@ -377,14 +382,6 @@ def _score(checkpoint: Path) -> float | None:
     return float(score) if isinstance(score, int | float) else None
 
 
-def _number(error: Exception) -> int | None:
-    """The system's error number; safetensors, written in Rust, has it in its words alone."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
-
-
-def _why(error: Exception) -> str:
+def _why(error: OSError) -> str:
     """What the disk said, and the mend."""
-    return f"{error}; {_MENDS.get(_number(error) or 0, _OTHER_MEND)}"
+    return f"{error}; {_MENDS.get(error.errno or 0, _OTHER_MEND)}"

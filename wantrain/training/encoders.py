@@ -19,7 +19,7 @@ from torch import nn
 from wantrain import world
 from wantrain.models import Base, weights
 from wantrain.models.fingerprints import NOTES, Fingerprints, identity
-from wantrain.training.parallel import on_main
+from wantrain.training.waiting import on_main
 
 
 def check(data: Any, base: Base, dtype: torch.dtype, *, places: Sequence[str], otherwise: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from wantrain.training.protocols import Data, Hook
 from wantrain.training.signals import Signals
 from wantrain.training.tripwires import Tripwires
 from wantrain.training.turns import Turns
+from wantrain.training.waiting import on_main
 
 #: Optimizer steps between two lines on the console.
 LOG_EVERY = 10
@@ -79,18 +81,17 @@ class Run:
         world.progress(f"saving step {step}")
         began = time.perf_counter()
         self.metrics.flush(speak=False)
-        self.checkpoints.wait()
+        on_main(self.checkpoints.wait, "writing the checkpoint before")
         snapshots = [member.snapshot() for member in self.members.values()]
+        taken = {name: self.turns.count(name, step) for name in self.members}
+        samples = {name: own * self.members[name].plan.batch_size for name, own in taken.items()}
+        state = {**self.state, "samples": sum(samples.values()), "experts": taken, "usual": self.tripwires.state()}
 
-        def write(folder: Path) -> None:
-            for _, write_member in snapshots:
-                write_member(folder)
+        def write(folder: Path) -> dict[Path, str]:
+            return {path: digest for _, write_member in snapshots for path, digest in write_member(folder).items()}
 
-        if world.is_main():
-            taken = {name: self.turns.count(name, step) for name in self.members}
-            samples = {name: own * self.members[name].plan.batch_size for name, own in taken.items()}
-            state = {**self.state, "samples": sum(samples.values()), "experts": taken, "usual": self.tripwires.state()}
-            self.checkpoints.save(step, write, state, size=sum(size for size, _ in snapshots), score=self.score)
+        size = sum(size for size, _ in snapshots)
+        on_main(partial(self.checkpoints.save, step, write, state, size=size, score=self.score), f"saving step {step}")
         self.metrics.note("save_seconds", time.perf_counter() - began)
 
     def ask_hooks(self, step: int) -> bool:
@@ -142,8 +143,7 @@ def fit(run: Run, start: int) -> int | None:
                 metrics.flush()
             if done or step % run.checkpoint_every == 0:
                 run.save(step)
-    if run.checkpoints.failure:
-        raise ValueError(f"the last checkpoint is missing: {run.checkpoints.failure}; the same command goes on from it")
+        on_main(run.checkpoints.finish, "writing the last checkpoint")
     return stopped
 
 

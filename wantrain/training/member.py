@@ -56,8 +56,9 @@ class Member:
         with self.ema.applied():  # it exchanges the two, so that a second time undoes the first
             yield
 
-    def snapshot(self) -> tuple[int, Callable[[Path], None]]:
-        """Its whole state as it is now, on the CPU: how many bytes, and what writes it into a checkpoint's folder.
+    def snapshot(self) -> tuple[int, Callable[[Path], dict[Path, str]]]:
+        """Its whole state as it is now, on the CPU: how many bytes, and what writes it into a checkpoint's folder and
+        gives the sha256 of each file of tensors.
 
         All processes take part; only the main one may write. The snapshot before must have been written by now.
         """
@@ -68,12 +69,12 @@ class Member:
                 weights.append(self.trainee.snapshot(self.stepper.whole))
         optimizer = self.stepper.optimizer_state()
 
-        def write(checkpoint: Path) -> None:
-            own = checkpoint / self.folder
+        def write(checkpoint: Path) -> dict[Path, str]:
+            own, hashes = checkpoint / self.folder, dict[Path, str]()
             for kept, place in zip(weights, (own, own / EMA), strict=False):
                 place.mkdir(parents=True, exist_ok=True)
-                kept.write(place)
-            write_file(own / OPTIMIZER, optimizer)
+                hashes |= kept.write(place)
+            return {**hashes, own / OPTIMIZER: write_file(own / OPTIMIZER, optimizer)}
 
         return sum(kept.size for kept in weights) + sum(tensor.nbytes for tensor in optimizer.values()), write
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from wantrain import devices, world
 
@@ -29,14 +31,19 @@ SHARDED = ("zero3", "fsdp2")
 #: fears for in-place changes of the model's answer, which nobody makes.
 NOISE = (r"`torch\.distributed\.\w+` is deprecated", r"FSDP2-wrapped module .* returned a view")
 
+#: What a collective has beyond the watchdog's time: the watchdog speaks first, and says where everything stands.
+MARGIN = timedelta(minutes=5)
+#: How long a collective may take where the watchdog never ends a run.
+LONGEST = timedelta(days=1)
 #: Minutes that a build of DeepSpeed's kernels takes at most.
 BUILD_MINUTES = 15
 
 
-def start_accelerator(device: str = "auto") -> Accelerator:
+def start_accelerator(device: str = "auto", *, hang: float | None) -> Accelerator:
     """The Accelerator of this process on `device` (auto, cpu or cuda), after making sure that it is the one the
     launcher meant.
 
+    `hang` is the watchdog's time in seconds (None: it never ends a run); a collective has a little longer.
     ValueError if the device cannot be had, or if the engine ends up as another one or with another number of processes
     than were asked for.
     """
@@ -47,7 +54,7 @@ def start_accelerator(device: str = "auto") -> Accelerator:
     wanted = engine_asked_for()
     if wanted.startswith("zero"):
         _refuse_stale_locks()
-    on_cpu = devices.choose(device).type == "cpu"
+    on_cpu, timeout = devices.choose(device).type == "cpu", patience(hang)
     passed_over = on_cpu and torch.cuda.is_available()  # accelerate would take the GPU
     if passed_over and wanted not in {"single", "ddp"}:
         raise ValueError(
@@ -55,8 +62,9 @@ def start_accelerator(device: str = "auto") -> Accelerator:
             "CUDA_VISIBLE_DEVICES= (empty), or use launch/accelerate/cpu_ddp.yaml"
         )
     if "LOCAL_RANK" in os.environ and on_cpu:
-        _make_group_on_cpu(wanted)
-    accelerator = Accelerator(mixed_precision="no", cpu=passed_over)
+        _make_group_on_cpu(wanted, timeout)
+    longer = InitProcessGroupKwargs(timeout=timeout)
+    accelerator = Accelerator(mixed_precision="no", cpu=passed_over, kwargs_handlers=[longer])
     if accelerator.num_processes != world.world_size():
         raise ValueError(
             f"{world.world_size()} processes were started but the engine holds {accelerator.num_processes}; "
@@ -87,6 +95,25 @@ def engine_of(accelerator: Accelerator) -> str:
     if kind.value not in names:
         raise ValueError(f"the engine {kind.value} is not supported; use a file of launch/accelerate")
     return names[kind.value]
+
+
+def patience(hang: float | None) -> timedelta:
+    """The time-out of a process group beside a watchdog that ends a run after `hang` seconds (None: never)."""
+    return LONGEST if hang is None else timedelta(seconds=hang) + MARGIN
+
+
+def share_patience() -> None:
+    """Give every process group the time-out of the first: those that an engine makes for itself have torch's own."""
+    if dist.is_initialized():
+        timeout = first_store().timeout
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def first_store() -> Any:  # a torch.distributed.Store, but torch's types do not know all that it has
+    """The store of keys and values by which the processes found each other; it has the time-out of the first group."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD.get_group_store()
 
 
 def engine_asked_for() -> str:
@@ -151,35 +178,14 @@ def _refuse_stale_locks() -> None:
                 )
 
 
-def _make_group_on_cpu(engine: str) -> None:
+def _make_group_on_cpu(engine: str, timeout: timedelta) -> None:
     """Several CPU processes need their group made before the Accelerator, or each would believe to be alone."""
     if engine == "ddp":
-        PartialState(cpu=True)
+        PartialState(cpu=True, timeout=timeout)
     elif engine != "single":
-        PartialState(backend="gloo")
+        PartialState(backend="gloo", timeout=timeout)
         if engine == "fsdp2":  # accelerate takes up FSDP only where it believes in several GPUs
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
-def on_main(work: Callable[[], None], doing: str) -> None:
-    """Do `work` in the main process while the others wait; a ValueError of it is one in all of them."""
-    problem: list[str | None] = [None]
-    world.progress(doing)
-    if world.is_main():
-        try:
-            work()
-        except ValueError as error:
-            problem = [str(error)]
-    broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise ValueError(problem[0])
-
-
-def from_main(path: Path | None) -> Path | None:
-    """What the main process says, in all of them."""
-    said = [None if path is None else str(path)]
-    broadcast_object_list(said)
-    return None if said[0] is None else Path(said[0])
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext[None]:

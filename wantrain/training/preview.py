@@ -20,6 +20,7 @@ from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.generate import Velocity
 from wantrain.training.stepper import Stepper
 from wantrain.training.trackers import Look, Tracker
+from wantrain.training.waiting import on_main
 from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
 
 INDEX = "index.html"
@@ -63,17 +64,20 @@ class Preview:
         return step % self.every == 0 or step == self.steps
 
     def __call__(self, step: int) -> Mapping[str, Any]:
-        found: dict[str, float] = {}
-        if world.is_main() or any(stepper.sharded for stepper in self.steppers):
-            clips = self._sample()
-            if world.is_main():
-                looks = self._write(step, clips)
-                self.tracker.previews(step, looks)
-                found = {
-                    what: sum(getattr(look, what) for look in looks) / len(looks) for what in ("motion", "flicker")
-                }
-        self.steppers[0].accelerator.wait_for_everyone()
-        return {f"preview_{what}": value for what, value in found.items()}
+        clips = self._sample() if any(stepper.sharded for stepper in self.steppers) else None
+
+        def show() -> dict[str, float]:
+            return self._show(step, self._sample() if clips is None else clips)
+
+        return on_main(show, f"making the previews of step {step}")
+
+    def _show(self, step: int, clips: Sequence[Frames]) -> dict[str, float]:
+        """Write the clips, give them to the tracker, and say how much they move and flicker, on average."""
+        looks = self._write(step, clips)
+        self.tracker.previews(step, looks)
+        return {
+            f"preview_{what}": sum(getattr(look, what) for look in looks) / len(looks) for what in ("motion", "flicker")
+        }
 
     def _sample(self) -> list[Frames]:
         """A video for each prompt."""

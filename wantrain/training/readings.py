@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wantrain import world
+from wantrain.training.waiting import on_main
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ class Reading:
 
 
 class Readings:
-    """All readings of a run, in its file and in memory. The main process writes, all read at the start."""
+    """All readings of a run, in its file and in memory. The main process alone reads and writes the file, and at the
+    start tells the others what is in it: were one of them to see another file, it would validate at other steps.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.all = path, _read(path)
+        self.path, self.all = path, on_main(partial(_read, path), f"reading {path.name}")
 
     def of(self, expert: str, weights: str, ruler: str) -> list[Reading]:
         """Those of one expert that compare with each other, in the order of their steps."""

@@ -22,7 +22,7 @@ from wantrain.libraries import is_dtensor
 from wantrain.models.adapters import keep_activation_dtype
 from wantrain.training.checkpoint import Copier
 from wantrain.training.optim import fill_quantised, named_trainable, plain_tensors
-from wantrain.training.parallel import SHARDED, autocast, engine_of
+from wantrain.training.parallel import SHARDED, autocast, engine_of, share_patience
 
 
 class Stepper:
@@ -48,6 +48,7 @@ class Stepper:
             self._configure_deepspeed()
         trained = {name: parameter.numel() for name, parameter in named_trainable(module).items()}
         self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
+        share_patience()
         self._check_trained(trained)
 
     def _check_trained(self, wanted: Mapping[str, int]) -> None:

@@ -23,10 +23,12 @@ EMA = "ema"
 
 @dataclass(frozen=True)
 class Kept:
-    """Weights as they were at one moment: their size in bytes, and what writes them into a folder."""
+    """Weights as they were at one moment: their size in bytes, and what writes them into a folder and gives the sha256
+    of each file of tensors.
+    """
 
     size: int
-    write: Callable[[Path], None]
+    write: Callable[[Path], dict[Path, str]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Trainee:
         if has_adapter(self.module):
             layers = adapter_layers(self.module, copy)
             size = sum(tensor.nbytes for layer in layers.values() for tensor in layer.tensors())
-            return Kept(size, lambda folder: write_lora(folder / ADAPTER, layers, metadata=self.metadata))
+            return Kept(
+                size, lambda folder: {folder / ADAPTER: write_lora(folder / ADAPTER, layers, metadata=self.metadata)}
+            )
         config, tensors = self._layout()
         copies = {name: copy(tensor) for name, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in copies.values())
