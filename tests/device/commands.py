@@ -1,10 +1,11 @@
-"""A process that runs the project's commands on the emulated device, each in a fork of itself.
+"""A process that runs the project's commands, and stages of benchmarks/gpu.py, on the emulated device, each in a fork.
 
 It imports everything once and takes a line of JSON per command on its input: {"cwd", "args", "result"}. The fork runs
 the command as conftest's `run_inside` does, writes what came of it to the file `result`, and the line is answered with
 one of its own. A fork per command: torch knows a backend for the whole process, and imports take five seconds.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "benchmarks")]
 
 import emulator  # noqa: E402
 
@@ -48,6 +49,18 @@ def step_counter(take_step, steps):
     return counted
 
 
+def run_stage(folder, name):
+    """A stage of benchmarks/gpu.py with its small shapes: what it measured and checked, as its output."""
+    import gpu_stages.context
+
+    module, _, function = name.partition(":")
+    context = gpu_stages.context.Context(DEVICE, small=True, work=folder)
+    context.note(**getattr(importlib.import_module(module), function)(context))
+    checks = {check.name: check.passed for check in context.checks}
+    told = json.dumps({"measured": context.measured, "checks": checks}, default=str)
+    return mock.Mock(returncode=0, stdout=told, stderr="")
+
+
 def run(conftest, request):
     """One command on the device; what is known of it afterwards."""
     from accelerate.state import PartialState
@@ -55,14 +68,17 @@ def run(conftest, request):
     from wantrain import devices
     from wantrain.training import loop
 
-    steps = []
+    steps, folder = [], Path(request["cwd"])
     on_device = mock.PropertyMock(return_value=DEVICE)
     with (
         mock.patch.object(devices, "choose", lambda name: DEVICE),
         mock.patch.object(PartialState, "default_device", on_device),
         mock.patch.object(loop, "take_step", step_counter(loop.take_step, steps)),
     ):
-        ended = conftest.run_inside(Path(request["cwd"]), *request["args"], check=False)
+        if request["args"][0].startswith("gpu_stages."):
+            ended = run_stage(folder, request["args"][0])
+        else:
+            ended = conftest.run_inside(folder, *request["args"], check=False)
     return {
         "returncode": ended.returncode,
         "stdout": ended.stdout,
