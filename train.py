@@ -41,7 +41,7 @@ def train(cfg: DictConfig) -> None:
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
     batching, settings = config.batching(cfg, world.world_size()), {**config.plain(cfg), "recipe": config.recipe()}
     outlines = {name: outline(networks[name], own[name], dtype) for name in experts}
-    kept = standing(outlines, optimizers, idle=cfg.experts.idle)
+    kept = standing(outlines, optimizers, averaged={n for n in own if own[n]["ema"]}, idle=cfg.experts.idle)
     length = {"steps": cfg.steps, "epochs": cfg.epochs, "default": cfg.model.steps}
     if cfg.dry_run:
         assemble.check_engine(engine_asked_for(), own)

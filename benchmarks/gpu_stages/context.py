@@ -74,12 +74,13 @@ class Context:
             found = {"measured": self.measured, "checks": [asdict(check) for check in self.checks]}
             world.write_json(self.kept, found)
 
-    def verb(self, program: str, *words: str, cpu: bool = False) -> float:
+    def verb(self, program: str, *words: str, cpu: bool = False, tf32: bool = False) -> float:
         """Run a command of the project in `work`, on the device or on the CPU; returns its seconds.
 
-        RuntimeError with the end of what it said if it fails. TF32 is off in it, whatever torch's defaults are.
+        RuntimeError with the end of what it said if it fails. TF32 is off in it, unless `tf32` leaves that to torch and
+        the command itself.
         """
-        environment = {**os.environ, "WANDB_MODE": "disabled", "NVIDIA_TF32_OVERRIDE": "0"}
+        environment = {**os.environ, "WANDB_MODE": "disabled", **({} if tf32 else {"NVIDIA_TF32_OVERRIDE": "0"})}
         if cpu or self.device.type == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         began = time.perf_counter()

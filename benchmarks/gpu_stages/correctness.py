@@ -130,7 +130,8 @@ def _latents(context: Context, cpu: bool) -> Path:
     out = context.work / ("latents_cpu" if cpu else "latents_device")
     if not (out / "manifest.json").is_file():
         words = (f"shards={_videos(context)}", f"out={out}", f"weights={BASE}", "precision=fp32", "report=none")
-        context.verb("encode.py", *words, f"device={'cpu' if cpu else _kind(context)}", cpu=cpu)
+        # That the VAE computes in float32 is encode.py's own doing, and is what is checked here.
+        context.verb("encode.py", *words, f"device={'cpu' if cpu else _kind(context)}", cpu=cpu, tf32=True)
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,15 +15,16 @@ from gpu_stages.context import Context, measure, peak_gb, random_weights, summar
 from wantrain import libraries
 from wantrain.geometry import latent_shape
 from wantrain.models import WanVAE
+from wantrain.models.precision import computing_in
 
 
 def vae_2_1(context: Context) -> dict[str, Any]:
-    """Wan-VAE 2.1 (of the A14B pair), float32: encode and decode."""
+    """Wan-VAE 2.1 (of the A14B pair), float32: encode, and decode."""
     return _vae(context, "vae_2_1")
 
 
 def vae_2_2(context: Context) -> dict[str, Any]:
-    """Wan-VAE 2.2 (of the 5B), float32: encode and decode."""
+    """Wan-VAE 2.2 (of the 5B), float32: encode, and decode."""
     return _vae(context, "vae_2_2")
 
 
@@ -30,8 +32,6 @@ def vae_2_2(context: Context) -> dict[str, Any]:
 def _vae(context: Context, name: str) -> dict[str, Any]:
     kind = (sizes.SMALL_VAES if context.small else sizes.VAES)[name]
     vae: Any = random_weights(functools.partial(WanVAE, **kind), context.device, torch.float32).eval()
-    tf32 = {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32}
-    context.note(tf32_allowed=tf32)
     for clip, bucket in sizes.clips(context.small).items():
         pixels = torch.rand(1, 3, *vars(bucket).values(), device=context.device) * 2 - 1
         latents = torch.randn(
@@ -42,7 +42,9 @@ def _vae(context: Context, name: str) -> dict[str, Any]:
             "decode": functools.partial(vae.decode, latents),
         }
         for part, run in work.items():
-            took = summary(measure(context.device, {part: run}, repeats=2)[part])
+            # encode.py encodes without TF32; sample.py decodes as torch has it by default, with TF32 in convolutions.
+            with computing_in(torch.float32, context.device) if part == "encode" else nullcontext():
+                took = summary(measure(context.device, {part: run}, repeats=2)[part])
             context.note(**{f"{part}, {clip}": {"seconds": took, "peak_gb": peak_gb(context.device)}})
     rows = {key: value["seconds"]["median"] for key, value in context.measured.items() if "seconds" in value}
     return {"in_words": "; ".join(f"{key}: {seconds:.2f} s" for key, seconds in rows.items())}

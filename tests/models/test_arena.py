@@ -3,6 +3,7 @@
 import gc
 import mmap
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,8 +33,11 @@ class Runtime:
         return self.code
 
     def cudaHostUnregister(self, address):
-        self.events.append("unlocked")
+        spans = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+        mapped = any(int(begin, 16) <= address < int(end, 16) for begin, end in spans)
+        self.events.append("unlocked" if mapped else "unlocked after it was unmapped")
         del self.locked[address]
+        return 0
 
 
 @pytest.fixture

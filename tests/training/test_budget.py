@@ -3,13 +3,10 @@
 import itertools
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from wantrain import world
-from wantrain.training.budget import BEST, Budget, Extent, Memory
+from wantrain.training.budget import Budget, Extent, Memory
 from wantrain.training.measure import Probe
 from wantrain.training.readings import Readings
 
@@ -79,34 +76,19 @@ def test_what_it_costs_is_said_as_arithmetic():
     assert said == "16 clips x 4 noise levels = 64 forwards, at step 0 and the last, 100: 43 % of training"
 
 
-def lone(*rows):
-    """A stepper whose processes hold `rows` besides this one's, the first one's first."""
-    return SimpleNamespace(device=torch.device("cpu"), gather=lambda own: torch.tensor([*rows]) if rows else own)
-
-
 def test_a_choice_is_kept_for_its_share_and_a_given_value_is_the_users(tmp_path):
     memory, path = Memory(tmp_path / "validation.json", 0.1), tmp_path / "validation.json"
-    assert memory.recall(OPEN, lone()) == {} and memory.recall({**OPEN, "every": 7}, lone()) == {"every": 7}
+    assert memory.recall(OPEN) == {} and memory.recall({**OPEN, "every": 7}) == {"every": 7}
     memory.note({**OPEN, "every": 7}, Extent(7, 8, 4))
     assert json.loads(path.read_text()) == {"share": 0.1, "chosen": {"clips": 8, "points": 4}}
-    assert memory.recall(OPEN, lone()) == {"clips": 8, "points": 4}
+    assert memory.recall(OPEN) == {"clips": 8, "points": 4}
     memory.note(OPEN, Extent(500, 8, 4))
-    assert memory.recall(OPEN, lone()) == {"every": 500, "clips": 8, "points": 4}
-    assert memory.recall({**OPEN, "clips": 2}, lone()) == {"every": 500, "clips": 2, "points": 4}
-    assert Memory(path, 0.2).recall(OPEN, lone()) == {}, "another share is another question"
+    assert memory.recall(OPEN) == {"every": 500, "clips": 8, "points": 4}
+    assert memory.recall({**OPEN, "clips": 2}) == {"every": 500, "clips": 2, "points": 4}
+    assert Memory(path, 0.2).recall(OPEN) == {}, "another share is another question"
     path.write_text("[")
     with pytest.raises(ValueError, match=r"validation\.json cannot be read as JSON"):
-        memory.recall(OPEN, lone())
-
-
-def test_every_process_takes_what_the_first_one_remembers(tmp_path, monkeypatch):
-    """The others may not see the file yet, on a disk that several machines share."""
-    monkeypatch.setattr(world, "is_main", lambda: False)
-    assert Memory(tmp_path / "validation.json", 0.1).recall(OPEN, lone([400, 8, 4], [0, 0, 0])) == {
-        "every": 400, "clips": 8, "points": 4
-    }  # fmt: skip
-    Memory(tmp_path / "validation.json", 0.1).note(OPEN, BEST)
-    assert not list(tmp_path.iterdir()), "only the main process writes"
+        memory.recall(OPEN)
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------

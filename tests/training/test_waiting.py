@@ -26,7 +26,7 @@ import torch.distributed as dist
 from wantrain import world
 from wantrain.training import waiting
 
-waiting.ANNOUNCE, waiting.SILENCE = 0.1, 4.0
+waiting.ANNOUNCE, waiting.SILENCE, waiting.FAREWELL = 0.1, 4.0, 2.0
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 dist.barrier()
 dist.group.WORLD.set_timeout(timedelta(seconds=2))
@@ -38,7 +38,7 @@ def work():
         time.sleep(1.5 if sys.argv[1] in ("works", "barrier") else 0.1)
     print("working", flush=True)
     match sys.argv[1]:
-        case "refuses":
+        case "refuses" | "saves":
             raise ValueError("the disk is full")
         case "leaves":
             sys.exit(7)
@@ -53,7 +53,12 @@ with world.errors_to_exit_code(), world.listening(heard.append):
         if rank == 0:
             work()
         dist.barrier()
-    found = waiting.on_main(work, "hashing")
+    try:
+        found = waiting.on_main(work, "hashing")
+    finally:
+        if rank == 0 and sys.argv[1] == "saves":  # longer than silence may last: a checkpoint is being finished
+            time.sleep(6)
+            print("saved", flush=True)
     first = waiting.main_first(lambda: rank, "looking")
     if rank == 1:  # late for a work that is long done
         time.sleep(0.3)
@@ -119,10 +124,18 @@ def test_a_barrier_in_its_place_does_not_last_that_long(pair):
 def test_what_fails_in_the_main_process_ends_the_others_alike_and_is_said_once(scenario, code, pair):
     (main, _, error), (other, _, silence) = ended(pair(scenario))
     assert (main, other) == (code, code)
-    assert silence == ""
+    assert "error: " not in silence and "Traceback" not in silence, "torch alone may say that the store is gone"
     assert {"refuses": error == "error: the disk is full\n", "leaves": error == "", "breaks": "a bug" in error}[
         scenario
     ]
+
+
+def test_the_others_stay_until_a_main_process_that_failed_is_gone(pair):
+    """A launcher stops all processes as soon as one has failed: the main one may still be finishing a checkpoint."""
+    main, other = pair("saves")
+    assert [main.stdout.readline() for _ in range(2)] == ["working\n", "saved\n"]
+    assert other.poll() is None, "it waits while the main process works"
+    assert [code for code, *_ in ended([main, other])] == [2, 2]
 
 
 @pytest.mark.parametrize(

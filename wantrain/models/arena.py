@@ -12,9 +12,12 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from wantrain import world
 from wantrain.models.weights import ALIGNMENT, make_pages
 
 
@@ -37,14 +40,15 @@ def settle(parameters: Iterable[nn.Parameter]) -> None:
     begins, size = layout(parameter.nbytes for parameter in parameters)
     if size == 0:
         return
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    arena = torch.frombuffer(memory, dtype=torch.uint8)
+    memory = np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
+    arena = torch.from_numpy(memory)
     for parameter, begin in zip(parameters, begins, strict=True):
         place = arena[begin : begin + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         make_pages(place)
+        world.progress("moving idle weights into locked memory")
         place.copy_(parameter.detach())
         parameter.data = place
-    _lock(memory, arena.data_ptr())
+    _lock(memory)
 
 
 def cuda_runtime() -> Any:
@@ -52,16 +56,19 @@ def cuda_runtime() -> Any:
     return torch.cuda.cudart() if torch.cuda.is_available() else None
 
 
-def _lock(memory: mmap.mmap, address: int) -> None:
-    """Have CUDA lock a mapping's pages until it is let go."""
-    runtime = cuda_runtime()
+def _lock(memory: NDArray[np.uint8]) -> None:
+    """Have CUDA lock a mapping's pages until the last tensor in it goes.
+
+    `memory` is the array over the mapping: it goes before the mapping does, so that CUDA unlocks what is still there.
+    """
+    runtime, address = cuda_runtime(), memory.ctypes.data
     if runtime is None:
         return
-    if code := int(runtime.cudaHostRegister(address, len(memory), 0)):
+    if code := int(runtime.cudaHostRegister(address, memory.nbytes, 0)):
         # No way on with unlocked memory: torch would report CUDA's pending error at the next kernel.
         raise ValueError(
-            f"CUDA could not lock {len(memory) / 1e9:.1f} GB of host memory for idle weights (CUDA error {code}); free "
-            "host memory, or choose another idle= than cpu (in train.py experts.idle=, sample.idle=)"
+            f"CUDA could not lock {memory.nbytes / 1e9:.1f} GB of host memory for idle weights (CUDA error {code}); "
+            "free host memory, or choose another idle= than cpu (in train.py experts.idle=, sample.idle=)"
         )
     # Nobody needs it unlocked when the process ends, and CUDA may be gone by then.
     weakref.finalize(memory, _unlock, runtime, address).atexit = False
@@ -69,4 +76,5 @@ def _lock(memory: mmap.mmap, address: int) -> None:
 
 def _unlock(runtime: Any, address: int) -> None:
     torch.cuda.synchronize()  # copies from it may still be on their way
-    runtime.cudaHostUnregister(address)
+    if code := int(runtime.cudaHostUnregister(address)):
+        world.say(f"warning: CUDA could not unlock the memory of idle weights (CUDA error {code})")

@@ -6,12 +6,12 @@ the tensors' shapes. What is not supported is recognised by its keys and refused
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wantrain import libraries
 from wantrain.models import names
@@ -95,6 +95,18 @@ def load_transformer(
     tensors = {official.get(key, key): tensor for key, tensor in tensors.items()}
     load_strict(model, tensors, where, device=device, dtype=dtype, fp32=(*WanTransformer.fp32_parts, *fp32))
     return model.eval()
+
+
+def cast_as_loaded(module: nn.Module, dtype: torch.dtype, *, trained: Container[str] = ()) -> nn.Module:
+    """A module that was built and not loaded, with the dtypes that loading gives: `dtype`, but for Wan's float32 parts.
+
+    trained  names of parameters that keep theirs
+    """
+    fp32: tuple[str, ...] = getattr(module, "fp32_parts", ())
+    for name, parameter in module.named_parameters():
+        if name not in trained and not any(part in name for part in fp32):
+            parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def _part(path: str | Path, name: str) -> Path:

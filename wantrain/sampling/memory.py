@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from wantrain import geometry
 from wantrain.models.arena import layout
 from wantrain.models.hosted import blocks_of, outside_blocks
+from wantrain.models.loading import cast_as_loaded
 from wantrain.sampling.residence import IDLE, OFFLOAD
 
 GIB = float(2**30)
@@ -82,15 +83,6 @@ def describe(
     with FakeTensorMode():
         expert, vae = cast_as_loaded(build_expert(), dtype), build_vae()
         return _describe(dict.fromkeys(names, expert), vae, bucket, batch_size, idle, offload, tile)
-
-
-def cast_as_loaded(expert: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module with the dtypes that loading gives it."""
-    kept: Iterable[str] = getattr(expert, "fp32_parts", ())
-    for name, parameter in expert.named_parameters():
-        if not any(part in name for part in kept):
-            parameter.data = parameter.data.to(dtype)
-    return expert
 
 
 def _describe(

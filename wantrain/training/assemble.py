@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from wantrain import geometry, world
@@ -123,20 +122,18 @@ def preview_texts(
 ) -> dict[str, Tensor]:
     """Embeddings of all texts that previews ask for, on the processes that sample; none where nothing is previewed.
 
-    To be called before the experts are loaded, which leave no room for the text encoder. Where every process samples,
-    the main one encodes for all.
+    To be called before the experts are loaded, which leave no room for the text encoder. The main process encodes.
     """
-    sharded = home.engine in SHARDED
-    if not settings["sample"]["every"] or settings["expert"]["name"] == "vae" or not (world.is_main() or sharded):
+    if not settings["sample"]["every"] or settings["expert"]["name"] == "vae":
         return {}
-    made: list[dict[str, Tensor]] = [{}]
-    if world.is_main():
+
+    def encode() -> dict[str, Tensor]:
         asked = what_to_show(data, settings["model"], settings["sample"]["prompts"], settings["sample"]["count"])
         texts = [*(each.prompt for each in asked), settings["model"]["negative_prompt"]]
-        made = [encode_texts(base, texts, device=home.accelerator.device, dtype=dtype)]
-    if sharded:
-        broadcast_object_list(made)
-    return made[0]
+        return encode_texts(base, texts, device=home.accelerator.device, dtype=dtype)
+
+    texts = on_main(encode, "encoding the previews' texts")
+    return texts if world.is_main() or home.engine in SHARDED else {}
 
 
 def what_to_show(data: Data, model: Mapping[str, Any], prompts: str | None, count: int) -> list[Asked]:

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from wantrain import world
 from wantrain.models.weights import read_json
 from wantrain.training.bootstrap import FEWEST_FILES
-from wantrain.training.stepper import Stepper
+from wantrain.training.waiting import on_main
 
 
 @dataclass(frozen=True)
@@ -128,21 +126,22 @@ class Memory:
     path: Path
     share: float
 
-    def recall(self, given: Mapping[str, int | None], stepper: Stepper) -> dict[str, int]:
+    def recall(self, given: Mapping[str, int | None]) -> dict[str, int]:
         """What is given, and what an earlier start chose where that is None, the same in every process."""
         keys = list(asdict(BEST))
         if None not in given.values():
             return {key: value for key in keys if (value := given[key]) is not None}
-        earlier = self._earlier() if world.is_main() else {}
-        told = [[given[key] or earlier.get(key, 0) for key in keys]]
-        values = stepper.gather(torch.tensor(told, device=stepper.device))[0].tolist()
-        return {key: value for key, value in zip(keys, values, strict=True) if value}
+        earlier = on_main(self._earlier, f"reading {self.path.name}")
+        return {key: value for key in keys if (value := given[key] or earlier.get(key, 0))}
 
     def note(self, given: Mapping[str, int | None], extent: Extent) -> None:
-        """Note what was chosen (main process only)."""
+        """Note what was chosen."""
         chosen = {key: value for key, value in asdict(extent).items() if given[key] is None}
-        if world.is_main():
+
+        def write() -> None:
             world.write_json(self.path, {"share": self.share, "chosen": {**self._earlier(), **chosen}})
+
+        on_main(write, f"writing {self.path.name}")
 
     def _earlier(self) -> dict[str, int]:
         stored = read_json(self.path) if self.path.is_file() else {}

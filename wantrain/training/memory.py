@@ -1,10 +1,10 @@
-"""What training keeps in memory from step to step: weights, gradients and the optimizer's state, before anything is
-loaded. Activations come on top; they depend on the clip's size and on recomputation.
+"""What training keeps in memory from step to step: weights, their average, gradients and the optimizer's state, before
+anything is loaded. Activations come on top; they depend on the clip's size and on recomputation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,16 @@ class Standing:
     weights: int
     gradients: int
     optimizer: int
+    average: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return sum(vars(self).values())
 
     def __str__(self) -> str:
-        parts = (self.weights, self.gradients, self.optimizer)
-        weights, gradients, optimizer = (f"{part / 1e9:.3g}" for part in parts)
-        return f"weights {weights} + gradients {gradients} + optimizer {optimizer} = {self.total / 1e9:.4g} GB"
+        parts = {name: size for name, size in vars(self).items() if size or name != "average"}
+        told = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
+        return f"{told} = {self.total / 1e9:.4g} GB"
 
     def warning(self, card: int = CARD) -> str | None:
         """A line where it leaves activations no room on one card of so many bytes; else None."""
@@ -52,21 +53,27 @@ class Standing:
 
 
 def standing(
-    modules: Mapping[str, nn.Module | None], optimizers: Mapping[str, MakeOptimizer], *, idle: str = "gpu"
+    modules: Mapping[str, nn.Module | None],
+    optimizers: Mapping[str, MakeOptimizer],
+    *,
+    averaged: Container[str] = (),
+    idle: str = "gpu",
 ) -> Standing:
     """What these experts keep, each under its own optimizer. Their parameters need no values; None counts nothing.
 
-    `idle` is where the frozen weights of an expert wait for its turn: with "cpu" those of one are on the device.
+    `averaged` are those with an average of their weights, in float32. `idle` is where the frozen weights of an expert
+    wait for its turn: with "cpu" those of one are on the device.
     """
-    frozen, gradients, state = [0], 0, 0
+    frozen, gradients, state, average = [0], 0, 0, 0
     for name, module in modules.items():
         if module is not None:
             trained = named_trainable(module).values()
             own = sum(parameter.nbytes for parameter in trained)
             frozen.append(sum(parameter.nbytes for parameter in module.parameters()) - own)
             gradients += own
+            average += 4 * sum(parameter.numel() for parameter in trained) * (name in averaged)
             state += round(sum(parameter.numel() for parameter in trained) * state_bytes(optimizers[name]))
-    return Standing(gradients + (max(frozen) if idle == "cpu" else sum(frozen)), gradients, state)
+    return Standing(gradients + (max(frozen) if idle == "cpu" else sum(frozen)), gradients, state, average)
 
 
 def state_bytes(make: MakeOptimizer) -> float:

@@ -15,6 +15,8 @@ from wantrain import devices, geometry, world
 from wantrain.data import LatentData, MixedData, PixelData, Plan
 from wantrain.data.shards import MANIFEST
 from wantrain.models import Base
+from wantrain.models.loading import cast_as_loaded
+from wantrain.training.optim import named_trainable
 from wantrain.training.start import Start, without_values
 
 #: Width / height of the clip that stands for footage that is not there yet.
@@ -35,16 +37,7 @@ def outline(make: Callable[[], nn.Module], settings: Mapping[str, Any], dtype: t
         module = without_values(make)
         module.gradient_checkpointing = start.gradient_checkpointing  # type: ignore[assignment]
         start.adapt(module)
-    _cast_as_loaded(module, dtype)
-    return module
-
-
-def _cast_as_loaded(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give frozen parameters the dtype that loading gives them; trained ones and Wan's float32 parts keep theirs."""
-    kept: tuple[str, ...] = getattr(module, "fp32_parts", ())
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad and not any(part in name for part in kept):
-            parameter.data = parameter.data.to(dtype)
+    return cast_as_loaded(module, dtype, trained=named_trainable(module))
 
 
 def check_size(outlines: Mapping[str, nn.Module | None], device: torch.device, asked: str) -> None:

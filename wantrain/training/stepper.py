@@ -243,10 +243,10 @@ class Stepper:
         # The order of the groups is that of their parameters' numbers in a state dict.
         names = {parameter: name for name, parameter in parameters.items()}
         order = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
-        state = {
-            number: {key: laid_out_like(parameters[name], value) for key, value in by_name[name].items()}
-            for number, name in enumerate(order)
-        }
+        state = {}
+        for number, name in enumerate(order):
+            world.progress(f"reading {where}: {name}")
+            state[number] = {key: laid_out_like(parameters[name], value) for key, value in by_name[name].items()}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def _fill_zero_state(self, by_name: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -262,6 +262,7 @@ class Stepper:
             self._inner_state()[flat] = {**moments, "step": step if counts_in_python else torch.tensor(float(step))}
         self._link_zero_state()
         for name, parameter in named_trainable(self.module).items():
+            world.progress(f"giving DeepSpeed the state of {name}")
             for key in keys:
                 value = by_name[name][key].to(self.device)
                 if self.engine != "zero3":

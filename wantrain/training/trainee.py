@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wantrain import world
 from wantrain.models import WanTransformer, WanVAE
 from wantrain.models.adapters import adapter_layers, has_adapter, restore_adapter
 from wantrain.models.lora import write_lora
@@ -67,6 +68,7 @@ class Trainee:
             return
         stored = read_tensors(folder / self.part)
         for name, tensor in self._layout()[1].items():
+            world.progress(f"reading {folder}: {name}")
             tensor.copy_(stored[name])
 
     def trained(self) -> dict[str, Tensor]:

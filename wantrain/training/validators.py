@@ -33,7 +33,7 @@ def build_validators(
     """
     members = list(run.members.values())
     memory = Memory(run.metrics.path.with_name("validation.json"), share)
-    fixed = memory.recall(given, members[0].stepper)
+    fixed = memory.recall(given)
     batches = run.data.heldout_batches(fixed.get("clips", BEST.clips))
     if stop_after is not None and not (batches and all(isinstance(m.loss, FlowMatching) for m in members)):
         raise ValueError(

@@ -27,6 +27,8 @@ from wantrain.training.parallel import first_store
 ANNOUNCE = 5.0
 #: Seconds without an announcement after which the main process counts as dead.
 SILENCE = 300.0
+#: Seconds without an announcement of a main process whose work has failed, after which it is gone.
+FAREWELL = 20.0
 #: Seconds between two looks at the store, at most.
 LOOK = 0.25
 #: Where in the store the announcement stands; each replaces the one before.
@@ -41,9 +43,10 @@ def on_main(work: Callable[[], Result], doing: str) -> Result:
     """What `work()` returns in the main process, in all processes; the others wait for it as long as it takes.
 
     All processes must call it, in the same order. `doing` says what for; every `world.progress` of the work is passed
-    on to those who listen in the other processes. Where the work fails, the main process raises what it raised, and the
-    others end without a word: exit code 2 for a ValueError, 1 for a bug. They raise RuntimeError if the main process
-    is gone.
+    on to those who listen in the other processes. Where the work fails, the main process raises what it raised; the
+    others wait until it is gone, and end without a word: exit code 2 for a ValueError, 1 for a bug. Were they to end
+    first, a launcher would stop the main process before it has finished a checkpoint and said what is wrong. They
+    raise RuntimeError if it goes without a word.
     """
     if world.world_size() == 1:
         return work()
@@ -85,10 +88,13 @@ class Word:
 
 
 class Announcer:
-    """In the main process, around the work: says every few seconds how far it is, and in the end how it ended."""
+    """In the main process, around the work: says every few seconds how far it is, and in the end how it ended; that it
+    failed is said until the process is gone.
+    """
 
     def __init__(self, call: int, doing: str) -> None:
         self.call, self.doing, self.said, self.advanced = call, doing, 0, 0
+        self.ended: int | None = None
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._repeat, name="announcer", daemon=True)
 
@@ -100,9 +106,14 @@ class Announcer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.ended = _exit_code(error)
+            self._say()
+            return
         self.over.set()
         self.thread.join()
-        self._say(ended=0 if error is None else _exit_code(error))
+        self.ended = 0
+        self._say()
 
     def advance(self, doing: str) -> None:
         """A unit of the work is done, and `doing` begins."""
@@ -112,9 +123,9 @@ class Announcer:
         while not self.over.wait(ANNOUNCE):
             self._say()
 
-    def _say(self, ended: int | None = None) -> None:
+    def _say(self) -> None:
         self.said += 1
-        word = Word(self.call, self.said, self.advanced, self.doing, ended)
+        word = Word(self.call, self.said, self.advanced, self.doing, self.ended)
         first_store().set(KEY, json.dumps(asdict(word)))
 
 
@@ -130,11 +141,18 @@ def _wait_for_main(call: int, doing: str) -> None:
     words: queue.Queue[Word | Exception] = queue.Queue()
     # By a thread, for a look at the store of a machine that has stopped never returns.
     threading.Thread(target=_listen, args=(call, words), name="listener", daemon=True).start()
-    patience, advanced = first_store().timeout.total_seconds(), -1  # until it gets here; then it speaks all the time
-    while not _is_done(word := _next(words, patience, doing), call):
-        if word.advanced != advanced:
-            world.progress(f"waiting for the main process: {word.doing}")
-        patience, advanced = SILENCE, word.advanced
+    patience = first_store().timeout.total_seconds()  # until it gets here; then it speaks all the time
+    word = Word(call, 0, -1, doing)
+    while not _is_done(word, call):
+        try:
+            new = _next(words, patience, doing)
+        except RuntimeError:
+            if word.ended:
+                sys.exit(word.ended)  # what is wrong was said by the main process
+            raise
+        if new.advanced != word.advanced:
+            world.progress(f"waiting for the main process: {new.doing}")
+        word, patience = new, FAREWELL if new.ended else SILENCE
 
 
 def _next(words: queue.Queue[Word | Exception], patience: float, doing: str) -> Word:
@@ -153,17 +171,15 @@ def _next(words: queue.Queue[Word | Exception], patience: float, doing: str) -> 
 
 
 def _is_done(word: Word, call: int) -> bool:
-    """True if the work of `call` is done, so also if a later one is under way. Exits where it failed."""
-    if word.call == call and word.ended:
-        sys.exit(word.ended)  # what is wrong was said by the main process
+    """True if the work of `call` is done, so also if a later one is under way."""
     return word.call > call or word.ended == 0
 
 
 def _listen(call: int, words: queue.Queue[Word | Exception]) -> None:
-    """Hand on what the main process says from its `call`-th work on, until that has ended or its store is gone."""
+    """Hand on what the main process says from its `call`-th work on, until that is done or its store is gone."""
     store, heard, pause = first_store(), None, 0.01
     try:
-        while heard is None or (heard.call == call and heard.ended is None):
+        while heard is None or not _is_done(heard, call):
             word = Word(**json.loads(store.get(KEY))) if store.check([KEY]) else None
             if word is not None and word.call >= call and word != heard:
                 heard = word
