@@ -9,9 +9,8 @@ from omegaconf import DictConfig
 
 from wantrain import checks, config, world
 from wantrain.data import Plan
-from wantrain.training import assemble, encoders, estimate, noise_report
+from wantrain.training import assemble, encoders, estimate, memory, noise_report
 from wantrain.training.loop import Run, fit
-from wantrain.training.memory import standing
 from wantrain.training.outline import check_size, find_clips, outline
 from wantrain.training.parallel import engine_asked_for, start_accelerator
 from wantrain.training.run import RunFolder
@@ -41,7 +40,7 @@ def train(cfg: DictConfig) -> None:
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
     batching, settings = config.batching(cfg, world.world_size()), {**config.plain(cfg), "recipe": config.recipe()}
     outlines = {name: outline(networks[name], own[name], dtype) for name in experts}
-    kept = standing(outlines, optimizers, averaged={n for n in own if own[n]["ema"]}, idle=cfg.experts.idle)
+    kept = memory.standing(outlines, optimizers, averaged={n for n in own if own[n]["ema"]}, idle=cfg.experts.idle)
     length = {"steps": cfg.steps, "epochs": cfg.epochs, "default": cfg.model.steps}
     if cfg.dry_run:
         assemble.check_engine(engine_asked_for(), own)
@@ -62,11 +61,12 @@ def train(cfg: DictConfig) -> None:
     texts = assemble.preview_texts(data, settings, home, base, dtype)  # before experts leave the device no room
     where = {"base": base, "device": home.device, "dtype": dtype, "recipe": config.recipe()}
     starts = {name: Start.of(networks[name], own[name], **where) for name in experts}
+    trainees = {name: start.trainee() for name, start in starts.items()}
     estimate.say_turns(turns, losses, steps)
     checkpoints, newest = assemble.open_run(folder, settings, home, data=data.fingerprint, command=config.command())
     members = {
         name: assemble.enlist(
-            starts[name].trainee(), home, checkpoint=newest, optimizer=optimizers[name],
+            trainees[name], home, checkpoint=newest, optimizer=optimizers[name],
             how={"accumulate": batching.accumulate, "clip": each.clip, "precision": each.precision},
             ema=each.ema, name=name, loss=losses[name], schedule=config.build(each.schedule),
             plan=Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed), steps=turns.count(name, steps),

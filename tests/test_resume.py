@@ -435,15 +435,15 @@ SIGNALLED = """
 import os, runpy, signal, sys
 from wantrain.training.stepper import Stepper
 
-update, seen = Stepper.update, []
+clip, seen = Stepper.clip_gradients, []
 
 def signalled(self):
     seen.append(self)
     if os.environ["RANK"] == "1" and len(seen) == 3:
         os.kill(os.getpid(), signal.SIGTERM)
-    return update(self)
+    return clip(self)
 
-Stepper.update = signalled
+Stepper.clip_gradients = signalled
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

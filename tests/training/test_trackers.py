@@ -105,15 +105,15 @@ def test_a_run_with_a_broken_tracker_ends_well(tiny, call, tmp_path, monkeypatch
 
 def test_an_error_that_ends_a_run_is_told_to_its_tracker_with_the_last_steps(tiny, call, tmp_path, monkeypatch):
     """Steps since the last line on the console are in the log and with the tracker, and it is told how it ended."""
-    kept, update, calls = Kept(), Stepper.update, iter(range(1, 100))
+    kept, step, calls = Kept(), Stepper.step, iter(range(1, 100))
 
-    def breaking(self):
+    def breaking(self, *, update):
         if next(calls) == 4:
             raise ValueError("the device is gone")
-        return update(self)
+        return step(self, update=update)
 
     monkeypatch.setattr(trackers, "WandbTracker", lambda *_: kept)
-    monkeypatch.setattr(Stepper, "update", breaking)
+    monkeypatch.setattr(Stepper, "step", breaking)
     run = (*tiny.train, "init=scratch", "batch_size=4", "steps=8", "run=r")
     ended = call("train.py", *run, "tracker=wandb", check=False)
     assert ended.returncode == 2 and "the device is gone" in ended.error
