@@ -7,6 +7,7 @@ store: that it is alive, what it is doing, and in the end that it is done or has
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import queue
@@ -109,15 +110,19 @@ class Announcer:
         if error is not None:
             self.ended = _exit_code(error)
             self._say()
+            atexit.register(self._stop)  # a thread inside torch while the interpreter is taken down aborts the process
             return
-        self.over.set()
-        self.thread.join()
+        self._stop()
         self.ended = 0
         self._say()
 
     def advance(self, doing: str) -> None:
         """A unit of the work is done, and `doing` begins."""
         self.doing, self.advanced = doing, self.advanced + 1
+
+    def _stop(self) -> None:
+        self.over.set()
+        self.thread.join()
 
     def _repeat(self) -> None:
         while not self.over.wait(ANNOUNCE):
