@@ -4,6 +4,7 @@ import faulthandler
 import itertools
 import os
 import signal
+import threading
 import time
 from collections import Counter
 
@@ -194,3 +195,33 @@ def test_leaving_early_ends_the_workers_at_once():
         assert numbers(itertools.islice(found, 2)) == wanted([job(0), job(1)])
         found.close()
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("decoding_begins", ["first", "last"])
+def test_closing_while_decoding_begins_in_another_thread(decoding_begins, monkeypatch):
+    """A thread of ours begins to decode at the moment in which the caller closes: either all of it is ended, or it
+    never begins. No worker is killed twice, none is left."""
+    start, closing, errors = threading.Thread.start, [], []
+
+    def close():
+        try:
+            decoders.close()
+        except BaseException as error:
+            errors.append(error)
+
+    def start_and_close(thread):
+        start(thread)
+        if thread.name == "decoders":
+            closing.append(threading.Thread(target=close))
+            start(closing[0])
+            time.sleep(0.3)
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_close)
+    decoders = Decoders(read, workers=3, timeout=60)
+    if decoding_begins == "last":
+        decoders.close()
+        assert list(decoders.decode(job(n) for n in range(9))) == []
+    else:
+        assert len(list(decoders.decode(job(n, sleep=30) for n in range(9)))) == 0
+        closing[0].join()
+    assert not errors

@@ -83,6 +83,7 @@ class Decoders:
         self._wake.setblocking(False)
         self._workers: list[_Worker] = []
         self._stop: Callable[[], None] = lambda: None  # ends the thread that is at work
+        self._closed, self._lock = False, threading.Lock()  # a thread begins before `close` and is ended, or never
         try:
             for _ in range(workers):
                 self._workers.append(_Worker(read, self._folder.name, self._workers))
@@ -97,7 +98,9 @@ class Decoders:
         self.close()
 
     def close(self) -> None:
-        """Kill the workers, whatever they are doing."""
+        """Kill the workers, whatever they are doing; a `decode` that has not begun gives nothing."""
+        with self._lock:
+            self._closed = True
         self._stop()
         for worker in self._workers:
             worker.kill()
@@ -110,14 +113,17 @@ class Decoders:
         """Every clip of every job in order; of a job that fails, those before that and then one with the reason."""
         pump = _Pump(self._workers, self._replace, iter(jobs), self.timeout, self._woken)
         thread = threading.Thread(target=pump.run, name="decoders", daemon=True)
-        thread.start()
 
         def stop() -> None:
             pump.stopped.set()
             self._rouse()
             thread.join()
 
-        self._stop = stop
+        with self._lock:
+            if self._closed:
+                return
+            thread.start()
+            self._stop = stop
         try:
             while (item := pump.ready.get()) is not None:
                 if isinstance(item, BaseException):
