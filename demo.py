@@ -20,8 +20,10 @@ import imageio.v3 as iio
 import matplotlib
 import numpy as np
 
-from wantrain import world
-from wantrain.data import SETS, judge, make_footage, scores, spared_scenes, wug_scenes
+from wantrain.demo.footage import SETS, make_footage
+from wantrain.demo.judge import judge, scores, spared_scenes, wug_scenes
+from wantrain.util.console import errors_to_exit_code, say
+from wantrain.util.files import write_json
 from wantrain.video import Frames, contact_sheet
 
 matplotlib.use("Agg")
@@ -41,7 +43,7 @@ SHOWN = (0, 1, 2, 3, 4, 20, 23, 31)
 
 def verb(*command: str) -> None:
     """Run one verb as a user would, showing the command."""
-    world.say("\n$ python " + " ".join(part if " " not in part else f"'{part}'" for part in command))
+    say("\n$ python " + " ".join(part if " " not in part else f"'{part}'" for part in command))
     ended = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False)
     if ended.returncode:
         sys.exit(ended.returncode)  # the verb has said what is wrong
@@ -90,10 +92,10 @@ def summarise(seconds: float) -> None:
         "judged": judged,
         "prompts": PROMPTS,
     }
-    world.write_json(RUN / "summary.json", summary)
+    write_json(RUN / "summary.json", summary)
     draw_losses(logs)
     draw_before_after(clips["before"], clips["after"])
-    world.say(
+    say(
         f"\nDone in {seconds / 60:.1f} minutes. Samples that show a wug when asked for one: "
         f"{judged['before']['wug']:.0%} before, {judged['after']['wug']:.0%} after; what the model knew is right in "
         f"{judged['before']['others']:.0%} before, {judged['after']['others']:.0%} after.\n"
@@ -167,5 +169,5 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     if words and (words[0] != "data" or len(words) != 2 or words[1] not in SETS):
         sys.exit(f"error: demo.py takes nothing, or data and one of {', '.join(SETS)}; got {' '.join(words)}")
-    with world.errors_to_exit_code():
+    with errors_to_exit_code():
         make_data(words[1]) if words else main()

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from wantrain import checks, config, devices, world
+from wantrain import checks, config
 from wantrain.data import check_folder, encode_shards, write_report
-from wantrain.models.fingerprints import Fingerprints, identity
+from wantrain.models.formats.fingerprints import Fingerprints, identity
+from wantrain.models.formats.weights import fingerprint
 from wantrain.models.precision import computing_in
-from wantrain.models.weights import fingerprint
+from wantrain.util import devices, distributed
 
 
 @config.app("encode")
@@ -26,7 +27,7 @@ def main(cfg: DictConfig) -> None:
         check_folder(config.needed_path(cfg, "out"))
         return
     checks.check(cfg)
-    world.set_threads()
+    distributed.set_threads()
     device, base = devices.choose(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
 
     # Loaded when they are first needed: not at all where nothing is to be encoded.
@@ -77,7 +78,7 @@ def main(cfg: DictConfig) -> None:
         patience=cfg.patience,
     )
     prints.write()
-    if cfg.report != "none" and world.is_main():
+    if cfg.report != "none" and distributed.is_main():
         decode = (lambda latents: vae().decode(latents.to(device))) if cfg.report == "decode" else None
         write_report(Path(cfg.out), "latent", decode=decode, count_tokens=lambda caption: text().count(caption))
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from wantrain import checks, config, world
+from wantrain import checks, config
 from wantrain.models import WanTransformer
-from wantrain.models.inspect import describe
-from wantrain.models.pipeline import CARD, About, mark, write_pipeline
-from wantrain.training.gather import add_loras, base_of, find_experts
-from wantrain.training.publish import convert_lora, export_vae
-from wantrain.training.run import trained_experts
+from wantrain.models.formats.inspect import describe
+from wantrain.models.formats.pipeline import CARD, About, mark, write_pipeline
+from wantrain.runs.experts import add_loras, base_of, find_experts
+from wantrain.runs.export import convert_lora, export_vae
+from wantrain.runs.folder import trained_experts
+from wantrain.util.console import say
+from wantrain.util.files import claim_folder
 
 
 @config.app("export")
@@ -23,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     """Gather the experts (LoRAs merged), write them in the layout asked for, and each LoRA as a file of its own."""
     checks.check(cfg)
     if cfg.inspect is not None:
-        world.say(describe(config.locate(cfg.inspect)))
+        say(describe(config.locate(cfg.inspect)))
         return
     out, lora = config.needed_path(cfg, "out"), config.plain(cfg.lora)
     how = {key: lora.pop(key) for key in ("scale", "alpha")}
@@ -51,7 +53,7 @@ def main(cfg: DictConfig) -> None:
     strange = sorted(files.keys() - set(found.names))
     if strange:
         raise ValueError(f"lora.{strange[0]}={files[strange[0]]}: this model has {', '.join(found.names)}")
-    world.claim_folder(out, mark=mark(cfg.layout), key="out")
+    claim_folder(out, mark=mark(cfg.layout), key="out")
     origin, dtype = found.origin(), config.dtype(cfg.dtype)
     for name, file in files.items():
         origin[name]["merged"] = Path(file).name
@@ -68,7 +70,7 @@ def main(cfg: DictConfig) -> None:
     about = About(**facts, **more, steps=model["sampling_steps"], origin=origin)
     size = int(cfg.shard_gb * 2**30)
     write_pipeline(out, experts(), base=found.base, about=about, layout=cfg.layout, dtype=dtype, shard_bytes=size)
-    world.say(f"wrote {out}: {', '.join(found.names)}; {out / CARD} says how to load and sample it")
+    say(f"wrote {out}: {', '.join(found.names)}; {out / CARD} says how to load and sample it")
     for expert in found.trained:
         if expert.adapter is not None:
             file = out / "lora" / f"{expert.config['run']}_{expert.name}.safetensors"

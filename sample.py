@@ -8,15 +8,18 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from wantrain import checks, config, devices, world
+from wantrain import checks, config
 from wantrain.geometry import Bucket, sizes
 from wantrain.models import Base, WanVAE
 from wantrain.models.vae import vae_keywords
+from wantrain.runs.experts import Found, check_loras, find_compared, find_experts
 from wantrain.sampling import Settings, memory
+from wantrain.sampling.build import build_sampler, encode_texts, house
+from wantrain.sampling.conditioning import Known, read_known, sources_from
 from wantrain.sampling.gallery import Gallery, fill, mine, write_comparison, write_index
-from wantrain.sampling.known import Known, read_known, sources_from
 from wantrain.sampling.prompts import Job, list_jobs, read_prompts
-from wantrain.training.gather import Found, build_sampler, check_loras, encode_texts, find_compared, find_experts, house
+from wantrain.util import devices, distributed
+from wantrain.util.console import say
 
 
 @config.app("sample")
@@ -24,12 +27,12 @@ def main(cfg: DictConfig) -> None:
     """Sample `count` videos per prompt into a folder with a page that shows them; with compare=, a folder for each."""
     checks.check(cfg)
     if cfg.dry_run:
-        world.say(memory_plan(cfg))
+        say(memory_plan(cfg))
         return
     if (cfg.prompt is None) == (cfg.prompts is None):
         raise ValueError('give prompt="..." or prompts=FILE (one prompt per line)')
     prompts = [cfg.prompt] if cfg.prompts is None else read_prompts(cfg.prompts)
-    world.set_threads()
+    distributed.set_threads()
     jobs, known = list_jobs(prompts, seed=cfg.seed, count=cfg.count), what_is_known(cfg)
     if cfg.compare is None:
         sample(cfg, find(cfg, cfg.run), Path(cfg.out or "samples"), jobs, known)
@@ -60,7 +63,7 @@ def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], known: Kno
     more |= {} if known is None else {"known": known.identity}
     identity = found.identity(file for file in loras.values() if file is not None)
     gallery = Gallery(out, settings, bucket(cfg, known), cfg.model.fps, identity, found.label(), more)
-    world.say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
+    say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
     if missing := gallery.missing(mine(jobs)):
         how = {"idle": cfg.idle, "offload": cfg.offload, "scale": scale, "alpha": alpha}
         prompts = [*(job.prompt for job in missing), negative]

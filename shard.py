@@ -8,15 +8,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from wantrain import checks, config, world
+from wantrain import checks, config
 from wantrain.data import find_footage, write_report, write_video_shards
+from wantrain.util import distributed
 
 
 @config.app("shard")
 def main(cfg: DictConfig) -> None:
     """Find footage and captions, read every file, choose clips by timestamp, write tars, a ledger and a manifest."""
     checks.check(cfg)
-    world.single_process("shard.py")
+    distributed.single_process("shard.py")
     out = Path(cfg.out)
     downloads = out / ".downloads"
     shutil.rmtree(downloads, ignore_errors=True)  # of a run that was killed

@@ -7,25 +7,32 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from wantrain import checks, config, world
+from wantrain import checks, config
 from wantrain.data import Plan
-from wantrain.training import assemble, encoders, estimate, memory, noise_report
+from wantrain.demo.shards import make_own_data
+from wantrain.runs.folder import RunFolder
+from wantrain.training import build, encoder_check
+from wantrain.training.alternation import Turns
+from wantrain.training.engine import placement
+from wantrain.training.engine.accelerator import engine_asked_for, start_accelerator
+from wantrain.training.engine.engine import finish
+from wantrain.training.engine.main_process import main_first
+from wantrain.training.initialize import Start
 from wantrain.training.loop import Run, fit
-from wantrain.training.outline import check_size, find_clips, outline
-from wantrain.training.parallel import engine_asked_for, start_accelerator
-from wantrain.training.run import RunFolder
-from wantrain.training.start import Start
-from wantrain.training.stepper import finish
-from wantrain.training.trackers import build_tracker
-from wantrain.training.turns import Turns
-from wantrain.training.waiting import main_first
-from wantrain.training.watchdog import Watchdog
+from wantrain.training.monitoring import noise_report
+from wantrain.training.monitoring.trackers import build_tracker
+from wantrain.training.monitoring.watchdog import Watchdog
+from wantrain.training.planning import estimate, memory
+from wantrain.training.planning.outline import check_size, find_clips, outline
+from wantrain.training.validation.build import build_hooks, preview_texts
+from wantrain.util import distributed
+from wantrain.util.console import say
 
 
 @config.app("train")
 def main(cfg: DictConfig) -> None:
     """Train one expert or both, or continue the run of that name."""
-    checks.check(cfg, processes=world.world_size())
+    checks.check(cfg, processes=distributed.world_size())
     with Watchdog(cfg.tripwires.hang):
         train(cfg)
 
@@ -38,34 +45,37 @@ def train(cfg: DictConfig) -> None:
     losses = {name: config.build(each.loss) for name, each in experts.items()}
     optimizers = {name: config.build(each.optimizer, _partial_=True) for name, each in experts.items()}
     turns = Turns(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
-    batching, settings = config.batching(cfg, world.world_size()), {**config.plain(cfg), "recipe": config.recipe()}
+    batching, settings = (
+        config.batching(cfg, distributed.world_size()),
+        {**config.plain(cfg), "recipe": config.recipe()},
+    )
     outlines = {name: outline(networks[name], own[name], dtype) for name in experts}
     kept = memory.standing(outlines, optimizers, averaged={n for n in own if own[n]["ema"]}, idle=cfg.experts.idle)
     length = {"steps": cfg.steps, "epochs": cfg.epochs, "default": cfg.model.steps}
     if cfg.dry_run:
-        assemble.check_engine(engine_asked_for(), own)
-        world.say(config.to_yaml(cfg))
+        placement.check_engine(engine_asked_for(), own)
+        say(config.to_yaml(cfg))
         clips = find_clips(config.shards(cfg), lambda: config.build(cfg.data), settings)
         foreseen = estimate.foreseen_length(clips.plan, **length)
         estimate.say_turns(turns, losses, foreseen)
-        world.say(estimate.describe(clips, outlines, batching, foreseen, kept))
+        say(estimate.describe(clips, outlines, batching, foreseen, kept))
         return
-    home = assemble.find_home(start_accelerator(cfg.device, hang=cfg.tripwires.hang), own)
+    home = placement.find_home(start_accelerator(cfg.device, hang=cfg.tripwires.hang), own)
     check_size(outlines, home.accelerator.device, cfg.device)
-    estimate.say_start(settings, batching, kept, assemble.card_of(home))
-    base = main_first(lambda: config.base(cfg, assemble.wanted(settings, experts)), "finding the base model")
-    main_first(lambda: assemble.make_own_data(config.shards(cfg), root=config.ROOT), "making the project's own data")
+    estimate.say_start(settings, batching, kept, placement.card_of(home))
+    base = main_first(lambda: config.base(cfg, build.wanted(settings, experts)), "finding the base model")
+    main_first(lambda: make_own_data(config.shards(cfg), root=config.ROOT), "making the project's own data")
     data, folder = config.build(cfg.data), RunFolder(Path(cfg.runs) / cfg.run)
-    encoders.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)
+    encoder_check.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)
     steps = estimate.run_length(Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed), **length)
-    texts = assemble.preview_texts(data, settings, home, base, dtype)  # before experts leave the device no room
+    texts = preview_texts(data, settings, home, base, dtype)  # before experts leave the device no room
     where = {"base": base, "device": home.device, "dtype": dtype, "recipe": config.recipe()}
     starts = {name: Start.of(networks[name], own[name], **where) for name in experts}
     trainees = {name: start.trainee() for name, start in starts.items()}
     estimate.say_turns(turns, losses, steps)
-    checkpoints, newest = assemble.open_run(folder, settings, home, data=data.fingerprint, command=config.command())
+    checkpoints, newest = build.open_run(folder, settings, home, data=data.fingerprint, command=config.command())
     members = {
-        name: assemble.enlist(
+        name: build.enlist(
             trainees[name], home, checkpoint=newest, optimizer=optimizers[name],
             how={"accumulate": batching.accumulate, "clip": each.clip, "precision": each.precision},
             ema=each.ema, name=name, loss=losses[name], schedule=config.build(each.schedule),
@@ -76,23 +86,23 @@ def train(cfg: DictConfig) -> None:
     }  # fmt: skip
     run = Run(
         members=members, turns=turns, data=data, checkpoints=checkpoints,
-        **assemble.guards(folder, home, steps=steps, fps=cfg.model.fps, tripwires=settings["tripwires"]),
+        **build.guards(folder, home, steps=steps, fps=cfg.model.fps, tripwires=settings["tripwires"]),
         steps=steps, until=min(steps, cfg.stop_after or steps), seed=cfg.seed, checkpoint_every=cfg.checkpoint.every,
         state={"data": data.fingerprint, "engine": home.engine, "config": settings},
     )  # fmt: skip
     start, ended_by = run.resume(newest), None
-    world.say(f"run {folder.path}: {estimate.progress(start, steps)}")
+    say(f"run {folder.path}: {estimate.progress(start, steps)}")
     if start < run.until:
         run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
         with run.metrics:
-            assemble.check_experts(run, starts, how=cfg.check_expert if start == 0 else "off")
+            build.check_experts(run, starts, how=cfg.check_expert if start == 0 else "off")
             noise_report.write(folder.path, losses, data.bucket_names, multiple=cfg.model.multiple)
-            run.hooks = assemble.build_hooks(run, settings, base=base, folder=folder.samples, texts=texts, dtype=dtype)
+            run.hooks = build_hooks(run, settings, base=base, folder=folder.samples, texts=texts, dtype=dtype)
             ended_by = fit(run, start)
     finish(member.stepper for member in members.values())
-    assemble.compare_replay(folder, settings)
+    build.compare_replay(folder, settings)
     if ended_by is not None:
-        world.say("stopped by a signal, after a checkpoint; the same command continues")
+        say("stopped by a signal, after a checkpoint; the same command continues")
         raise SystemExit(128 + ended_by)
 
 

@@ -18,7 +18,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
-from wantrain.models.weights import write_part
+from wantrain.models.formats.weights import write_part
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # umT5's ids 0, 1, 2
 ENGLISH = """

@@ -28,9 +28,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wantrain import world
-from wantrain.models.weights import read_file, write_file
-from wantrain.training.checkpoint import Checkpoints, Copier
+from wantrain.models.formats.weights import read_file, write_file
+from wantrain.runs.checkpoint import Checkpoints, Copier
+from wantrain.util.files import sync_file
 
 WAYS = ("clone", "copy", "background", "plain", "at once")
 
@@ -93,7 +93,7 @@ class Bench:
         path = self.folder / "plain.safetensors"
         started = time.perf_counter()
         save_file(self.state, path)
-        world.sync_file(path)
+        sync_file(path)
         return time.perf_counter() - started
 
     def at_once(self) -> float:

@@ -35,11 +35,11 @@ import decord
 import imageio_ffmpeg
 import numpy as np
 
-from wantrain.data.decoding import Decoders, Job
-from wantrain.data.footage import probe, read_whole, read_windows
-from wantrain.data.likeness import look
-from wantrain.data.reader import Mark, Reader
-from wantrain.data.windows import Window
+from wantrain.data.footage.clips import Window
+from wantrain.data.footage.decode_workers import Decoders, Job
+from wantrain.data.footage.duplicates import look
+from wantrain.data.footage.probe import probe, read_whole, read_windows
+from wantrain.data.footage.reader import Mark, Reader
 from wantrain.video import Frames
 
 RATE, LENGTH, SIZE = 24, 81, (480, 832)

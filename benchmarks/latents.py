@@ -28,10 +28,12 @@ import webdataset
 from safetensors.torch import load
 from torch.utils.data import DataLoader
 
-from wantrain import geometry, world
+from wantrain import geometry
 from wantrain.batch import Batch
-from wantrain.data import Conditions, LatentData, encode_shards, prefetch
+from wantrain.data import Conditions, LatentData, encode_shards
+from wantrain.data.prefetch import prefetch
 from wantrain.data.shards import MANIFEST, SCHEMA, TarWriter, to_json
+from wantrain.util.files import write_json
 
 CLIPS, SHAPE, TEXT = 64, (16, 21, 60, 104), (128, 4096)
 #: One element to a pixel, so that frames as small as latents give latents as large as the 14B's.
@@ -51,7 +53,7 @@ def write_videos(folder: Path) -> None:
             writer.write(f"{clip:016x}", {"mp4": b"", "json": to_json(about)})
         tar = writer.finish(folder / "video.tar")
     shards = {"schema": SCHEMA, "kind": "video", "settings": {"model": "any"}, "alike": [], "shards": [tar]}
-    world.write_json(folder / MANIFEST, shards)
+    write_json(folder / MANIFEST, shards)
 
 
 def write_latents(videos: Path, folder: Path) -> None:

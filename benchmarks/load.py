@@ -71,7 +71,7 @@ def held(memory: str) -> Iterator[None]:
 def write(folder: Path) -> None:
     """A random checkpoint in the diffusers layout."""
     from wantrain.models import WanTransformer
-    from wantrain.models.weights import renamed_to_diffusers, write_part
+    from wantrain.models.formats.weights import renamed_to_diffusers, write_part
 
     torch.manual_seed(0)
     model = WanTransformer(**SIZE)  # type: ignore[arg-type]

@@ -24,21 +24,22 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from wantrain import flow, world
+from wantrain import flow
 from wantrain.batch import Batch
 from wantrain.data import Plan
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer
+from wantrain.training.alternation import Turns
+from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.optim import Schedule
+from wantrain.training.expert import Member
 from wantrain.training.loop import Run, fit
-from wantrain.training.member import Member
-from wantrain.training.meter import Meter
-from wantrain.training.metrics import Metrics
-from wantrain.training.optim import Schedule
-from wantrain.training.stepper import Stepper
-from wantrain.training.trainee import Trainee
-from wantrain.training.tripwires import Tripwires
-from wantrain.training.turns import Turns
-from wantrain.training.watchdog import Watchdog
+from wantrain.training.monitoring.metrics import Metrics
+from wantrain.training.monitoring.safeguards import Tripwires
+from wantrain.training.monitoring.throughput import Meter
+from wantrain.training.monitoring.watchdog import Watchdog
+from wantrain.training.trainable import Trainee
+from wantrain.util.seeds import generator_at
 
 WS: dict[str, Any] = {
     "num_attention_heads": 3, "attention_head_dim": 128, "text_dim": 4096, "ffn_dim": 1024, "num_layers": 6,
@@ -97,7 +98,7 @@ class Bare:
         loss = torch.zeros(())
         for _ in range(steps):
             batch = self.data.load([0], [self.step])
-            generator = world.generator(SEED, "noise", self.step)
+            generator = generator_at(SEED, "noise", self.step)
             sigma = self.law.draw(batch, [generator])
             noise = torch.randn(batch.latents_BCTHW.shape[1:], generator=generator)[None]
             noisy = flow.path(batch.latents_BCTHW, noise, sigma)
@@ -168,7 +169,6 @@ def main() -> None:
     asked.add_argument("--steps", type=int, default=3)
     given = asked.parse_args()
     torch.set_num_threads(2)
-    world.say = lambda message: None  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
         data, total = Samples(), 2 + given.pairs * given.steps
         bare, ours = Bare(data), Ours(data, Path(folder), total)

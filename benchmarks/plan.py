@@ -30,10 +30,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.numpy import save  # noqa: E402
 
-from wantrain import geometry, world  # noqa: E402
+from wantrain import geometry  # noqa: E402
 from wantrain.data import LatentData, Plan, share  # noqa: E402
-from wantrain.data.index import Index, pack_identities, pack_ids  # noqa: E402
+from wantrain.data.latents.index import Index, pack_identities, pack_ids  # noqa: E402
 from wantrain.data.shards import LATENT_SCHEMA, MANIFEST, TarWriter, describe_file  # noqa: E402
+from wantrain.util.files import write_json  # noqa: E402
 
 COUNTS, IN_A_TAR, BATCH, LATE = (10**3, 10**6), 1000, 8, 10**6
 BUCKET = geometry.Bucket(1, 64, 64)
@@ -81,7 +82,7 @@ def write(folder: Path, count: int) -> None:
         "buckets": [str(BUCKET)], "tags": [], "clips": count, "shards": [latents], "text_shards": [texts],
         "files": [describe_file(folder / "index.safetensors")],
     }  # fmt: skip
-    world.write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def anonymous() -> int:

@@ -19,13 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wantrain import condition, geometry, world
-from wantrain.data import judge, prepare_pixels, scores
-from wantrain.data.demo import Shot, draw_shot
+from wantrain import conditioning, geometry
+from wantrain.data import prepare_pixels
+from wantrain.demo.footage import Shot, draw_shot
+from wantrain.demo.judge import judge, scores
 from wantrain.masks import Mix
 from wantrain.models import Base
 from wantrain.sampling import Sampler, Settings
-from wantrain.training.gather import build_sampler
+from wantrain.sampling.build import build_sampler
+from wantrain.util import distributed
+from wantrain.util.files import write_json
+from wantrain.util.seeds import generator_at
 from wantrain.video import Frames, contact_sheet, to_frames
 
 CLIPS, STEPS, TOGETHER = 24, 20, 12
@@ -48,13 +52,13 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write the first videos of each kind as one picture")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
-    world.set_threads()
+    distributed.set_threads()
     sampler, settings = open_sampler(options.folder, steps=options.steps, guidance=options.guidance)
     results: dict[str, Any] = {"clips": options.clips, "settings": str(settings)}
     for kind in options.kinds:
         results[kind] = measure(kind, sampler, settings, count=options.clips, sheet=options.sheet)
     print(in_markdown({kind: results[kind] for kind in options.kinds}))
-    world.write_json(options.out, results)
+    write_json(options.out, results)
 
 
 def open_sampler(folder: Path, *, steps: int = STEPS, guidance: float = GUIDANCE) -> tuple[Sampler, Settings]:
@@ -87,12 +91,12 @@ def measure(
     for first in range(0, count, TOGETHER):
         some = shots[first : first + TOGETHER]
         pixels, known_B1FHW = pixels_of(some), masks_of(mix, kind, range(first, first + len(some)))
-        record = condition.encode(sampler.encode_pixels, pixels, known_B1FHW)
+        record = conditioning.encode(sampler.encode_pixels, pixels, known_B1FHW)
         prompts, seeds = [shot.caption for shot in some], list(range(first, first + len(some)))
         made += sampler.batch(prompts, bucket=BUCKET, settings=settings, seeds=seeds, known=record)
         true += [to_frames(clip) for clip in pixels]
         seen += [to_frames(clip) for clip in sampler.decode(sampler.encode_pixels(pixels))]
-        told += [to_frames(clip) for clip in condition.only_known(pixels, known_B1FHW)]
+        told += [to_frames(clip) for clip in conditioning.only_known(pixels, known_B1FHW)]
         known += list(known_B1FHW[:, 0].numpy())
     if sheet is not None:
         rows = {f"{shot.caption} ({what})": clips[n] for n, shot in enumerate(shots[:6])
@@ -119,7 +123,7 @@ def pixels_of(shots: Sequence[Shot]) -> Tensor:
 def masks_of(mix: Mix, kind: str, numbers: range) -> Tensor:
     """Which pixels are known of the clips of these numbers: boolean (B, 1, F, H, W)."""
     shape = BUCKET.num_frames, BUCKET.height, BUCKET.width
-    drawn = [mix.draw(kind, shape, world.generator("told", kind, number)) for number in numbers]
+    drawn = [mix.draw(kind, shape, generator_at("told", kind, number)) for number in numbers]
     return torch.stack([mask.expand(shape)[None] for mask in drawn])
 
 

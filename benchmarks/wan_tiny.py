@@ -19,12 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from wantrain import geometry, world
-from wantrain.data import Verdict, judge, prepare_pixels, scores, spared_scenes
-from wantrain.data.demo import DIRECTIONS, VOCABULARIES, draw_shot
+from wantrain import geometry
+from wantrain.data import prepare_pixels
+from wantrain.demo.footage import DIRECTIONS, VOCABULARIES, draw_shot
+from wantrain.demo.judge import Verdict, judge, scores, spared_scenes
 from wantrain.models import Base, load_vae
 from wantrain.sampling import Sampler, Settings
-from wantrain.training.gather import build_sampler
+from wantrain.sampling.build import build_sampler
+from wantrain.util import distributed
+from wantrain.util.files import write_json
 from wantrain.video import contact_sheet, to_frames
 
 PROMPTS, TOGETHER = 64, 16
@@ -43,7 +46,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=None, help="for both experts")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
-    world.set_threads()
+    distributed.set_threads()
     index = json.loads((options.folder / "model_index.json").read_text(encoding="utf-8"))
     held = ["high_noise", "low_noise"] if index["boundary_ratio"] else ["dense"]
     parts = Base(options.folder)
@@ -73,7 +76,7 @@ def main() -> None:
                 results[f"{solver} {steps}"] = measure(f"{solver}, {steps} steps", base, at)
     if options.diffusers:
         results["diffusers"] = measure_diffusers(options.folder, settings)
-    world.write_json(options.out, results)
+    write_json(options.out, results)
 
 
 def default_settings(folder: Path, guidance: float | None) -> Settings:

@@ -20,10 +20,10 @@ from unittest import mock
 import pytest
 import torch
 
-from wantrain.data import make_footage
+from wantrain.demo.footage import make_footage
 from wantrain.models import Base, WanTransformer, WanVAE
-from wantrain.models.pipeline import About, write_pipeline
-from wantrain.models.weights import write_part
+from wantrain.models.formats.pipeline import About, write_pipeline
+from wantrain.models.formats.weights import write_part
 
 torch.set_num_threads(1)
 

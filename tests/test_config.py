@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from wantrain import checks, config
 from wantrain.config import compose, quoted
 from wantrain.models import adapters
-from wantrain.training.checkpoint import ON_FAILURE, Checkpoints
+from wantrain.runs.checkpoint import ON_FAILURE, Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from wantrain.masks import DRAWN, LEADING, Mix, painted
-from wantrain.world import generator
+from wantrain.util.seeds import generator_at
 
 SHAPE = (17, 32, 48)
 
 
 def draw(name, seed=0, shape=SHAPE, **settings):
-    return DRAWN[name](shape, generator(seed, name), **settings).expand(shape)
+    return DRAWN[name](shape, generator_at(seed, name), **settings).expand(shape)
 
 
 def frames(known):
@@ -72,10 +72,10 @@ def test_borders_leave_a_picture_that_stays():
 
 def test_a_mix_chooses_by_weight():
     mix = Mix.read({"image": 3, "nothing": 1, "boxes": {"weight": 1, "side": [0.1, 0.2]}, "first_last": 0})
-    names = [mix.choose(generator(0, "condition", position))[0] for position in range(2000)]
+    names = [mix.choose(generator_at(0, "condition", position))[0] for position in range(2000)]
     shares = {name: names.count(name) / len(names) for name in mix.names}
     assert shares == pytest.approx({"image": 0.6, "nothing": 0.2, "boxes": 0.2, "first_last": 0.0}, abs=0.03)
-    hidden = ~mix.draw("boxes", SHAPE, generator(1))
+    hidden = ~mix.draw("boxes", SHAPE, generator_at(1))
     assert 0 < hidden.float().mean() < 3 * 0.2**2 + 0.05, "the settings are the kind's"
 
 

@@ -26,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from wantrain import geometry
 from wantrain.data import Conditions, check_sets
 from wantrain.models import Base, open_base
-from wantrain.training import replay
-from wantrain.training.batching import Batching
-from wantrain.world import errors_to_exit_code
+from wantrain.runs import replay
+from wantrain.training.planning.batching import Batching
+from wantrain.util.console import errors_to_exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wantrain import world
-from wantrain.training.meter import Mark, Times, peak_of
+from wantrain.training.monitoring.throughput import Mark, Times, peak_of
+from wantrain.util.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -72,7 +72,7 @@ class Context:
     def _write(self) -> None:
         if self.kept is not None:
             found = {"measured": self.measured, "checks": [asdict(check) for check in self.checks]}
-            world.write_json(self.kept, found)
+            write_json(self.kept, found)
 
     def verb(self, program: str, *words: str, cpu: bool = False, tf32: bool = False) -> float:
         """Run a command of the project in `work`, on the device or on the CPU; returns its seconds.

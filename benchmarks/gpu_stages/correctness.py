@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from gpu_stages.context import ROOT, Context, read_losses
-from wantrain.data import LatentData, make_footage
-from wantrain.models.weights import read_file
+from wantrain.data import LatentData
+from wantrain.demo.footage import make_footage
+from wantrain.models.formats.weights import read_file
 
 BASE = ROOT / "assets" / "wan-tiny"
 PROMPT = "a purple triangle moving left on a light background"

@@ -12,10 +12,10 @@ from torch import nn
 
 from gpu_stages import sizes
 from gpu_stages.context import Context, measure, peak_gb, random_weights, summary
-from wantrain import libraries
 from wantrain.geometry import latent_shape
 from wantrain.models import WanVAE
 from wantrain.models.precision import computing_in
+from wantrain.util import libraries
 
 
 def vae_2_1(context: Context) -> dict[str, Any]:

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from gpu_stages import sizes
 from gpu_stages.context import Context, measure, peak_gb, random_weights, release, speed, summary
-from wantrain import world
 from wantrain.batch import Batch
 from wantrain.geometry import Bucket, num_tokens
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer, adapters
 from wantrain.models.flops import training_flops
-from wantrain.training.optim import build_optimizer
-from wantrain.training.parallel import autocast, start_accelerator
-from wantrain.training.stepper import Stepper
+from wantrain.training.engine.accelerator import autocast, start_accelerator
+from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.optim import build_optimizer
+from wantrain.util.seeds import generator_at
 
 
 def expert(context: Context, layers: int, kind: str, *, recompute: bool) -> WanTransformer:
@@ -131,7 +131,7 @@ def one_step(context: Context, module: WanTransformer, bucket: Bucket) -> Callab
     stepper = Stepper(start_accelerator(hang=None), module, optimizer, accumulate=1, clip=1.0, precision="bf16")
     loss, (latents, text) = FlowMatching(shift=12.0, high=0.875), inputs(context, bucket)
     batch = Batch(latents, text, ("clip",), (0,))
-    draws = loss.prepare(batch, [world.generator(0, "noise", 0)]).to(context.device)
+    draws = loss.prepare(batch, [generator_at(0, "noise", 0)]).to(context.device)
 
     def step() -> None:
         stepper.begin(1.0)

@@ -65,8 +65,8 @@ def run(conftest, request):
     """One command on the device; what is known of it afterwards."""
     from accelerate.state import PartialState
 
-    from wantrain import devices
     from wantrain.training import loop
+    from wantrain.util import devices
 
     steps, folder = [], Path(request["cwd"])
     on_device = mock.PropertyMock(return_value=DEVICE)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from wantrain.data import LatentData
 from wantrain.models import Base, WanTransformer
-from wantrain.models.pipeline import About, write_pipeline
-from wantrain.models.weights import read_file, read_tensors
+from wantrain.models.formats.pipeline import About, write_pipeline
+from wantrain.models.formats.weights import read_file, read_tensors
 from wantrain.video import read_mp4, write_mp4
 
 #: Steps with everything that happens around them: validation, previews, checkpoints.

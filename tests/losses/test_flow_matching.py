@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from wantrain import flow, world
+from wantrain import flow
 from wantrain.batch import Batch
 from wantrain.losses import FlowMatching, FluxShift, RootShift
 from wantrain.losses.flow_matching import distance, draw_noise, velocity_error
+from wantrain.util.seeds import generator_at
 
 HIGH = {"shift": 3.0, "low": 0.875, "high": 1.0}
 LOW = {"shift": 3.0, "low": 0.0, "high": 0.875}
@@ -24,7 +25,7 @@ def batch(size=4, frames=3, **more):
 
 
 def generators(positions):
-    return [world.generator(0, "noise", position) for position in positions]
+    return [generator_at(0, "noise", position) for position in positions]
 
 
 def lost(loss, model, data, streams):

@@ -11,10 +11,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wantrain.models import WanTransformer, adapters
-from wantrain.models.lora import merge_lora, read_lora, row_lengths, write_lora
-from wantrain.models.weights import read_file
-from wantrain.training.optim import build_optimizer
-from wantrain.training.parallel import autocast
+from wantrain.models.formats.lora import merge_lora, read_lora, row_lengths, write_lora
+from wantrain.models.formats.weights import read_file
+from wantrain.training.engine.accelerator import autocast
+from wantrain.training.engine.optim import build_optimizer
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 48, "num_layers": 2}
 ABOUT = {"expert": "low_noise", "model": "tiny", "boundary": 0.875}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wantrain.models import WanTransformer, partial
-from wantrain.training.optim import build_optimizer
+from wantrain.training.engine.optim import build_optimizer
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 48, "num_layers": 3}
 LINEAR = ("weight", "bias")

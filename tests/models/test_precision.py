@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from wantrain.data import spared_scenes
-from wantrain.data.footage import probe, read_windows
-from wantrain.data.windows import Window
+from wantrain.data.footage.clips import Window
+from wantrain.data.footage.probe import probe, read_windows
+from wantrain.demo.judge import spared_scenes
 from wantrain.models import WanVAE, load_vae
 from wantrain.models.precision import computing_in
 from wantrain.video import to_pixels

@@ -7,9 +7,10 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from wantrain import config
-from wantrain.models import WanTransformer, names
-from wantrain.models.loading import VARIANTS
-from wantrain.models.pipeline import official_config
+from wantrain.models import WanTransformer
+from wantrain.models.formats import names
+from wantrain.models.formats.loading import VARIANTS
+from wantrain.models.formats.pipeline import official_config
 
 #: Parameters and tensors of one transformer, and of its VAE, as published.
 PUBLISHED = {
@@ -77,7 +78,7 @@ def test_the_vae_is_the_published_one(name):
 def test_the_text_encoder_is_umt5_xxl():
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from wantrain.models.loading import _text_sizes
+    from wantrain.models.formats.loading import _text_sizes
 
     config = UMT5Config(
         vocab_size=256384,

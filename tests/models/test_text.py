@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5TokenizerFast, UMT5EncoderModel
 
-from wantrain.data import demo
-from wantrain.models.loading import load_text_encoder
+from wantrain.demo import footage
+from wantrain.models.formats.loading import load_text_encoder
 from wantrain.models.text import TextEncoder, clean_prompt
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -60,9 +60,9 @@ def pieces(encoder, text):
 
 def all_captions():
     for shape, colour, background, direction in itertools.product(
-        [shape for shape in demo.SHAPES if shape != "wug"], demo.COLOURS, demo.BACKGROUNDS, demo.DIRECTIONS
+        [shape for shape in footage.SHAPES if shape != "wug"], footage.COLOURS, footage.BACKGROUNDS, footage.DIRECTIONS
     ):
-        scene = demo.Scene(shape, colour, background, direction, size=0.4, speed=0.3, start=(0.5, 0.5))
+        scene = footage.Scene(shape, colour, background, direction, size=0.4, speed=0.3, start=(0.5, 0.5))
         for language in ("en", "zh"):
             yield scene.caption(language)
             yield scene.caption(language, still_image=True)
@@ -194,10 +194,10 @@ def test_words_are_clearly_different(encoder):
         rows = torch.nn.functional.normalize(torch.stack([text[place] for text in texts]), dim=-1)
         return (rows @ rows.T - 2 * torch.eye(len(words))).max()
 
-    assert cosines("a {} circle moving left", list(demo.COLOURS)) < 0.6
-    assert cosines("a red {} moving left", list(demo.SHAPES)) < 0.6
-    assert cosines("a red circle moving {}", [d for d in demo.DIRECTIONS if d != "still"]) < 0.6
-    assert cosines("{}圆形", [chinese for chinese, _ in demo.COLOURS.values()]) < 0.6
+    assert cosines("a {} circle moving left", list(footage.COLOURS)) < 0.6
+    assert cosines("a red {} moving left", list(footage.SHAPES)) < 0.6
+    assert cosines("a red circle moving {}", [d for d in footage.DIRECTIONS if d != "still"]) < 0.6
+    assert cosines("{}圆形", [chinese for chinese, _ in footage.COLOURS.values()]) < 0.6
 
 
 @pytest.mark.parametrize("name", ["T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"])

@@ -9,12 +9,12 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 
 from wantrain.models import Base
-from wantrain.models.inspect import describe
-from wantrain.models.loading import load_vae
-from wantrain.models.names import VAE_TO_DIFFUSERS, renamed
+from wantrain.models.formats.inspect import describe
+from wantrain.models.formats.loading import load_vae
+from wantrain.models.formats.names import VAE_TO_DIFFUSERS, renamed
+from wantrain.models.formats.weights import write_part
 from wantrain.models.vae import WanVAE, measure_latents
 from wantrain.models.vae_layers import AverageDown, DuplicateUp, Stream, patchify, unpatchify
-from wantrain.models.weights import write_part
 
 FULL = {
     "2.1": {},

@@ -34,7 +34,7 @@ def test_a_finished_list_is_not_made_again_and_nothing_is_loaded(listed, monkeyp
     _, first = listed("count=2")
     assert [name[:11] for name in sorted(first)] == [f"{i:03d}_seed_{i % 2}_" for i in range(6)]
     monkeypatch.setattr(Sampler, "batch", lambda *_, **__: pytest.fail("it was made again"))
-    monkeypatch.setattr("wantrain.training.gather.load_transformer", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("wantrain.runs.experts.load_transformer", lambda *_, **__: pytest.fail("it was loaded"))
     ended, again = listed("count=2")
     assert again == first and "samples: 6 of 6 videos are there already and are kept" in ended.stdout
 
@@ -95,8 +95,8 @@ def test_two_processes_make_the_list_once_between_them(listed, monkeypatch, tmp_
         with monkeypatch.context() as patch:
             patch.setattr(Sampler, "batch", note)
             # As a launcher sets them, inside the verb's own environment.
-            patch.setattr("wantrain.world.rank", lambda rank=rank: int(rank))
-            patch.setattr("wantrain.world.world_size", lambda: 2)
+            patch.setattr("wantrain.util.distributed.rank", lambda rank=rank: int(rank))
+            patch.setattr("wantrain.util.distributed.world_size", lambda: 2)
             listed()
     assert made == {"0": [PROMPTS[0], PROMPTS[2]], "1": [PROMPTS[1]]}
     page = (tmp_path / "samples" / "index.html").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from wantrain.geometry import Bucket
 from wantrain.models import WanTransformer, WanVAE
 from wantrain.sampling import House, memory
 from wantrain.sampling.memory import cast_as_loaded
-from wantrain.sampling.residence import IDLE, OFFLOAD
+from wantrain.sampling.offload import IDLE, OFFLOAD
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 64, "num_layers": 3}
 

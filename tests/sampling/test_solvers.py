@@ -8,7 +8,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from wantrain import flow
-from wantrain.models.pipeline import _scheduler
+from wantrain.models.formats.pipeline import _scheduler
 from wantrain.sampling.generate import Experts, Settings, generate
 from wantrain.sampling.solvers import UniPC, schedule, solver_named
 

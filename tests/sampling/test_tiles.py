@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from wantrain.data import prepare_pixels
-from wantrain.data.demo import make_footage
+from wantrain.demo.footage import make_footage
 from wantrain.models import load_vae
 from wantrain.sampling.tiles import Tiled, ramp, starts
 from wantrain.video import read_mp4

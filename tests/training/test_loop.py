@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from wantrain import config, flow, world
+from wantrain import config, flow
 from wantrain.data import Plan
 from wantrain.models import WanTransformer
-from wantrain.training.optim import named_trainable
+from wantrain.training.engine.optim import named_trainable
+from wantrain.util.seeds import generator_at, seed_at
 
 STEPS, BATCH, SEED = 50, 4, 3
 COMMAND = ("init=scratch", f"batch_size={BATCH}", f"seed={SEED}", f"steps={STEPS}", "optimizer.lr=1e-3", "clip=0.5")
@@ -23,7 +24,7 @@ def by_hand(tiny):
     cfg = config.compose("train", [*tiny.train, *COMMAND])
     data = config.build(cfg.data)
     plan = Plan(data.buckets, batch_size=BATCH, seed=SEED)
-    torch.manual_seed(world.seed_at(SEED, "weights", "low_noise"))
+    torch.manual_seed(seed_at(SEED, "weights", "low_noise"))
     model = WanTransformer(**{key: value for key, value in cfg.model.transformer.items() if key != "_target_"})
     groups = {"hidden": [], "matrices": [], "others": []}
     for name, parameter in named_trainable(model).items():
@@ -37,7 +38,7 @@ def by_hand(tiny):
     log = []
     for step in range(STEPS):
         batch = data.load(plan.batch(step), range(step * BATCH, (step + 1) * BATCH))
-        generators = [world.generator(SEED, "noise", position) for position in range(step * BATCH, (step + 1) * BATCH)]
+        generators = [generator_at(SEED, "noise", position) for position in range(step * BATCH, (step + 1) * BATCH)]
         window = flow.NoiseWindow(0.0, 0.875)
         draw = functools.partial(flow.draw_sigma, 1, density="uniform", shift=3.0, window=window)
         sigma = torch.cat([draw(generator=generator) for generator in generators])

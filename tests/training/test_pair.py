@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 
 from wantrain.models import WanTransformer, adapters
-from wantrain.models.hosted import Residence
-from wantrain.models.weights import read_file
-from wantrain.training.checkpoint import read_state
-from wantrain.training.ema import Ema
-from wantrain.training.optim import build_optimizer
-from wantrain.training.stepper import Stepper
-from wantrain.training.turns import Turns
+from wantrain.models.formats.weights import read_file
+from wantrain.models.offload import Residence
+from wantrain.runs.checkpoint import read_state
+from wantrain.training.alternation import Turns
+from wantrain.training.engine.ema import Ema
+from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.optim import build_optimizer
 
 NAMES = ("high_noise", "low_noise")
 SIZE = {"num_attention_heads": 1, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": 1}

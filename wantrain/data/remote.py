@@ -20,9 +20,10 @@ from typing import Any, BinaryIO, Protocol
 
 import fsspec
 
-from wantrain import world
-from wantrain.data.mapped import map_file
+from wantrain.data.mmap import map_file
 from wantrain.data.shards import MANIFEST, check_shards, files_of
+from wantrain.util.console import say
+from wantrain.util.files import write_atomically
 
 #: Where files from elsewhere are kept, unless data.cache says so.
 CACHE = "~/.cache/wantrain/shards"
@@ -96,7 +97,7 @@ class RemoteShards:
             os.close(self._open(name))
         total = sum(file["bytes"] for file in self.files.values())
         if total > cache.limit:
-            world.say(
+            say(
                 f"{self.url} has {total / 1e9:.1f} GB, the cache data.cache_gb={cache.limit / 1e9:g}: shards will be "
                 "fetched again and again; with room for all of them each comes once"
             )
@@ -145,7 +146,7 @@ class Cache:
     def write(self, path: Path, text: str) -> None:
         """Keep a small text in the cache."""
         with _alone(self.folder / ".lock"):  # whoever makes room would take it, half written, for a killed fetch's
-            world.write_atomically(path, text)
+            write_atomically(path, text)
 
     def _fetch(self, url: str, path: Path, size: int, sha256: str) -> int:
         beside = path.with_name(f".{path.name}.tmp")

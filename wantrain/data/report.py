@@ -22,11 +22,15 @@ import numpy as np
 from safetensors.torch import load
 from torch import Tensor
 
-from wantrain import page, world
-from wantrain.data.index import captions_by_key
-from wantrain.data.pixels import read_sample
-from wantrain.data.shards import MANIFEST, REJECTS, VideoSample, read_manifest
+from wantrain import page
+from wantrain.data.footage.pixels import read_sample
+from wantrain.data.footage.video_shards import VideoSample
+from wantrain.data.latents.index import captions_by_key
+from wantrain.data.shards import MANIFEST, REJECTS, read_manifest
 from wantrain.page import Html
+from wantrain.util.console import say
+from wantrain.util.files import file_hash, write_atomically
+from wantrain.util.seeds import seed_at
 from wantrain.video import Frames, filmstrip, jpeg, to_frames
 
 REPORT = "report.html"
@@ -86,7 +90,7 @@ def write_report(
     `decode(latents) -> pixels in [-1, 1]` shows the clips of a latent folder too; `count_tokens(caption)` tells how
     long captions are for the text encoder, before they are cut (without it words are counted).
     """
-    mark = f"{world.file_hash(folder / MANIFEST)} {'decoded' if decode else 'text'}"
+    mark = f"{file_hash(folder / MANIFEST)} {'decoded' if decode else 'text'}"
     out = folder / REPORT
     if out.is_file() and page.mark_of(out.read_text(encoding="utf-8")) == mark:
         return None
@@ -99,8 +103,8 @@ def write_report(
         _rejects(rejects),
         _clips(kind, samples, decode),
     ]
-    world.write_atomically(out, page.page(f"{folder.name}: {manifest['clips']} {kind} clips", *pieces, mark=mark))
-    world.say(f"wrote {out}")
+    write_atomically(out, page.page(f"{folder.name}: {manifest['clips']} {kind} clips", *pieces, mark=mark))
+    say(f"wrote {out}")
     return out
 
 
@@ -232,7 +236,7 @@ def _rejects(rejects: Sequence[Mapping[str, Any]]) -> Html:
 def _clips(kind: str, samples: Sequence[_Sample], decode: Decode | None) -> Html:
     """The sampled clips, each with a filmstrip if it can be seen, its captions and where it comes from."""
     places = [(sample, i) for sample in samples for i in range(len(sample.about.get("windows", [None])))]
-    chosen = heapq.nsmallest(SHOWN, places, key=lambda place: world.seed_at("report", place[0].key, place[1]))
+    chosen = heapq.nsmallest(SHOWN, places, key=lambda place: seed_at("report", place[0].key, place[1]))
     chosen.sort(key=lambda place: (place[0].key, place[1]))
     shown = []
     for sample, number in chosen:

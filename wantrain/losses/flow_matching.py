@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wantrain import flow, world
+from wantrain import flow
 from wantrain.batch import Batch
 from wantrain.geometry import num_tokens
 from wantrain.losses.record import Draws, Loss, Model
 from wantrain.losses.shifts import ShiftByTokens
 from wantrain.losses.weighting import Weighting, weighting_named
+from wantrain.util.seeds import generator_at
 
 
 class FlowMatching:
@@ -101,7 +102,7 @@ class FlowMatching:
 @functools.lru_cache(maxsize=8)
 def _permutation(seed: int, step: int, count: int) -> list[int]:
     """A permutation of range(count) for one step of a run, the same on every rank."""
-    order: list[int] = torch.randperm(count, generator=world.generator(seed, "strata", step)).tolist()
+    order: list[int] = torch.randperm(count, generator=generator_at(seed, "strata", step)).tolist()
     return order
 
 

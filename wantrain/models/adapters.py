@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wantrain import libraries
-from wantrain.models.lora import Layer, LoRA, check_fits, read_lora, row_lengths
+from wantrain.models.formats.lora import Layer, LoRA, check_fits, read_lora, row_lengths
+from wantrain.util import libraries
 
 #: Groups of linear layers, by name. "all" are those that the forward calls as modules; the patch embedding is none of
 #: them (the transformer multiplies by the convolution's weight itself), so nothing put beside it would be heard.

@@ -19,8 +19,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from wantrain import world
 from wantrain.batch import pad_texts
+from wantrain.util.console import say
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -91,7 +91,7 @@ class TextEncoder(nn.Module):
         """Token ids of the cleaned prompt, at most `text_length`, the last one `</s>`."""
         ids: list[int] = self.tokenizer.encode(clean_prompt(prompt)).ids
         if (spare := len(ids) - self.text_length) > 0:
-            world.say(f"a prompt of {len(ids)} tokens is cut to {self.text_length} ({spare} lost): {prompt[:60]!r}...")
+            say(f"a prompt of {len(ids)} tokens is cut to {self.text_length} ({spare} lost): {prompt[:60]!r}...")
             ids = [*ids[: self.text_length - 1], self.end]
         return ids
 

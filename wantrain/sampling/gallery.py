@@ -17,12 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from wantrain import page, world
+from wantrain import page
 from wantrain.geometry import Bucket
 from wantrain.page import Row, Shown
+from wantrain.sampling.conditioning import Known
 from wantrain.sampling.generate import Sampler, Settings
-from wantrain.sampling.known import Known
 from wantrain.sampling.prompts import Job
+from wantrain.util import distributed
+from wantrain.util.console import say
+from wantrain.util.files import write_atomically, write_json
 from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
 
 INDEX = "index.html"
@@ -67,7 +70,7 @@ class Gallery:
         """Those of `jobs` that are not done; says how many are."""
         left = [job for job in jobs if not self.is_done(job)]
         if done := len(jobs) - len(left):
-            world.say(f"{self.folder}: {done} of {len(jobs)} videos are there already and are kept")
+            say(f"{self.folder}: {done} of {len(jobs)} videos are there already and are kept")
         return left
 
     def add(self, job: Job, frames: Frames) -> Path:
@@ -83,7 +86,7 @@ class Gallery:
             "motion": round(motion(frames), 3),
             "flicker": round(flicker(frames), 3),
         }
-        world.write_json(file.with_suffix(".json"), about)
+        write_json(file.with_suffix(".json"), about)
         return file
 
 
@@ -95,7 +98,7 @@ def fill(
     for first in range(0, len(jobs), batch_size):
         some = jobs[first : first + batch_size]
         title = f"{first + len(some)}/{len(jobs)} {some[0].prompt[:40]}"
-        with tqdm(total=gallery.settings.steps, desc=title, unit="step", disable=not world.is_main()) as bar:
+        with tqdm(total=gallery.settings.steps, desc=title, unit="step", disable=not distributed.is_main()) as bar:
             prompts, seeds = [job.prompt for job in some], [job.seed for job in some]
             videos = sampler.batch(
                 prompts,
@@ -106,12 +109,12 @@ def fill(
                 on_step=partial(_show_step, bar),
             )
         for job, frames in zip(some, videos, strict=True):
-            world.say(f"wrote {gallery.add(job, frames)}")
+            say(f"wrote {gallery.add(job, frames)}")
 
 
 def mine(jobs: Sequence[Job]) -> list[Job]:
     """This process's share of a list; the same whatever the others have done already."""
-    return list(jobs[world.rank() :: world.world_size()])
+    return list(jobs[distributed.rank() :: distributed.world_size()])
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -138,7 +141,7 @@ def write_index(gallery: Gallery, jobs: Iterable[Job]) -> None:
     clips = {f"{gallery.file(job).stem}: {job.prompt}": read_mp4(gallery.file(job)) for job in done}
     if clips:
         contact_sheet(gallery.folder / SHEET, clips)
-    world.say(f"{gallery.folder / INDEX} shows {sum(map(len, by_prompt.values()))} videos")
+    say(f"{gallery.folder / INDEX} shows {sum(map(len, by_prompt.values()))} videos")
 
 
 def write_comparison(path: Path, galleries: Mapping[str, Gallery], jobs: Sequence[Job]) -> None:
@@ -153,14 +156,14 @@ def write_comparison(path: Path, galleries: Mapping[str, Gallery], jobs: Sequenc
                 shown.append(Shown(file.relative_to(path.parent).as_posix(), name, in_words(about)))
         rows.append(Row(job.prompt, f"seed {job.seed}", shown))
     write_page(path, " | ".join(galleries), rows)
-    world.say(f"{path} shows {' beside '.join(galleries)}: {len(jobs)} videos each")
+    say(f"{path} shows {' beside '.join(galleries)}: {len(jobs)} videos each")
 
 
 def write_page(path: Path, title: str, rows: Iterable[Row]) -> None:
     """Rows of videos as a page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     note = "Motion is the mean change of brightness per frame, flicker what the next frame takes back (grey levels)."
-    world.write_atomically(path, page.page(title, page.paragraph(note, quiet=True), page.comparison(rows)))
+    write_atomically(path, page.page(title, page.paragraph(note, quiet=True), page.comparison(rows)))
 
 
 def in_words(about: Mapping[str, Any]) -> str:

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wantrain import flow, geometry, world
+from wantrain import flow, geometry
 from wantrain.batch import pad_texts
-from wantrain.condition import Condition, told
-from wantrain.sampling.known import Known
+from wantrain.conditioning import Condition, told
+from wantrain.sampling.conditioning import Known
 from wantrain.sampling.solvers import schedule, solver_named
+from wantrain.util.progress import report_progress
+from wantrain.util.seeds import generator_at
 from wantrain.video import Frames, to_frames
 
 #: A velocity model: (latents, timestep, text, condition) -> velocity.
@@ -84,7 +86,7 @@ def generate(
     noised = None if mask_BT is None else (mask_BT > 0)[:, None, :, None, None]
     for i, timestep in enumerate(flow.sampling_timesteps(sigmas).tolist()):
         name = experts.name_at(timestep)
-        world.progress(f"solver step {i + 1} of {len(sigmas) - 1}")
+        report_progress(f"solver step {i + 1} of {len(sigmas) - 1}")
         if on_step is not None:
             on_step(i, name)
         level = flow.noised(torch.full((len(x),), float(timestep), device=x.device), mask_BT)
@@ -151,7 +153,7 @@ class Sampler:
         multiple = self.spatial_stride * geometry.PATCH[1]
         geometry.check_size(bucket.height, bucket.width, multiple, key="height, width")
         shape = geometry.latent_shape(bucket, self.temporal_stride, self.spatial_stride)
-        noise = [torch.randn((self.channels, *shape), generator=world.generator(seed, "sample")) for seed in seeds]
+        noise = [torch.randn((self.channels, *shape), generator=generator_at(seed, "sample")) for seed in seeds]
         latents, condition, mask = self._told(torch.stack(noise), known)
         latents = generate(
             self.experts,
@@ -165,7 +167,7 @@ class Sampler:
             mask_BT=mask,
             on_step=on_step,
         )
-        world.progress("decoding")
+        report_progress("decoding")
         with torch.inference_mode():
             return [to_frames(pixels) for pixels in self.decode(latents)]
 

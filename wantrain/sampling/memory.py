@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wantrain import geometry
-from wantrain.models.arena import layout
-from wantrain.models.hosted import blocks_of, outside_blocks
-from wantrain.models.loading import cast_as_loaded
-from wantrain.sampling.residence import IDLE, OFFLOAD
+from wantrain.models.formats.loading import cast_as_loaded
+from wantrain.models.offload import blocks_of, outside_blocks
+from wantrain.models.pinned_memory import layout
+from wantrain.sampling.offload import IDLE, OFFLOAD
 
 GIB = float(2**30)
 #: Part of the sum that fragments and workspaces take, and bytes of a CUDA context with its libraries.

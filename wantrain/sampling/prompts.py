@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wantrain import world
+from wantrain.util.console import say
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,6 @@ def list_jobs(prompts: Sequence[str], *, seed: int, count: int) -> list[Job]:
     """Each prompt with the seeds `seed`, `seed` + 1, ...: `count` videos of each; a prompt that comes twice, once."""
     different = list(dict.fromkeys(prompts))
     if len(different) < len(prompts):
-        world.say(f"{len(prompts) - len(different)} of {len(prompts)} prompts come more than once; each is made once")
+        say(f"{len(prompts) - len(different)} of {len(prompts)} prompts come more than once; each is made once")
     pairs = [(prompt, own) for prompt in different for own in range(seed, seed + count)]
     return [Job(number, prompt, own) for number, (prompt, own) in enumerate(pairs)]

@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from wantrain import world
 from wantrain.batch import Batch
 from wantrain.losses import Draws
-from wantrain.training.checkpoint import Checkpoints, read_state
-from wantrain.training.feed import micro_batches
-from wantrain.training.member import Member
-from wantrain.training.meter import Meter
-from wantrain.training.metrics import Metrics
+from wantrain.runs.checkpoint import Checkpoints, read_state
+from wantrain.training.alternation import Turns
+from wantrain.training.engine.main_process import on_main
+from wantrain.training.engine.signals import Signals
+from wantrain.training.expert import Member
+from wantrain.training.micro_batches import micro_batches
+from wantrain.training.monitoring.metrics import Metrics
+from wantrain.training.monitoring.safeguards import Tripwires
+from wantrain.training.monitoring.throughput import Meter
 from wantrain.training.protocols import Data, Hook
-from wantrain.training.signals import Signals
-from wantrain.training.tripwires import Tripwires
-from wantrain.training.turns import Turns
-from wantrain.training.waiting import on_main
+from wantrain.util.progress import report_progress
 
 #: Optimizer steps between two lines on the console.
 LOG_EVERY = 10
@@ -78,7 +78,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """Begin a checkpoint; the log is flushed before, so that it never misses a committed step."""
-        world.progress(f"saving step {step}")
+        report_progress(f"saving step {step}")
         began = time.perf_counter()
         self.metrics.flush(speak=False)
         on_main(self.checkpoints.wait, "writing the checkpoint before")
@@ -100,7 +100,7 @@ class Run:
         due = [hook for hook in self.hooks if hook.due(step)]
         if not due:
             return False
-        world.progress(f"looking at step {step}: {', '.join(type(hook).__name__ for hook in due)}")
+        report_progress(f"looking at step {step}: {', '.join(type(hook).__name__ for hook in due)}")
         with ExitStack() as watched:
             for member in self.members.values():
                 watched.enter_context(member.watched())
@@ -161,7 +161,7 @@ def take_step(
     meter.begin(member, watch=step % LOG_EVERY == 0)
     losses, parts = [], []
     for micro_step in range(stepper.accumulate):
-        world.progress(f"training step {step}")
+        report_progress(f"training step {step}")
         batch, draws = next(batches)
         meter.mark("data")
         with stepper.forward_context():

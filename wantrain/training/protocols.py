@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from wantrain.batch import Batch
-from wantrain.condition import Condition
+from wantrain.conditioning import Condition
 from wantrain.geometry import Bucket
 
 

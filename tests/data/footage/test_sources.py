@@ -1,0 +1,351 @@
+"""Sources: what is found in folders, tables and tars, here and at URLs, with which captions; what is not, and why."""
+
+import http.server
+import io
+import json
+import os
+import tarfile
+import threading
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from wantrain.data import find_footage
+from wantrain.data.footage.captions import Told
+
+
+def folder_with(folder, **texts):
+    """Files named by keyword (`__` is a slash, `_` a dot) with these texts; empty videos and images do here."""
+    for name, text in texts.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return folder
+
+
+def captions(found):
+    return {file.name: file.caption for file in found[0]}
+
+
+def test_files_are_found_in_any_folder_sorted_with_the_text_beside_them(tmp_path):
+    folder_with(tmp_path, b_mp4="", b_txt="a dog\n runs", a__c_PNG="", a__c_txt="\ufeff一只猫", note_txt="no video")
+    folder_with(tmp_path, __hidden__x_mp4="", a__d_json="{}")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "x.mp4").touch()
+    (tmp_path / ".y.mp4").touch()
+    footage, rejects = find_footage(tmp_path)
+    assert [(file.name, file.caption) for file in footage] == [("a/c.PNG", "一只猫"), ("b.mp4", "a dog runs")]
+    assert rejects == []
+
+
+def test_what_to_do_without_a_caption(tmp_path):
+    folder_with(tmp_path, a_mp4="", b_mp4="", b_txt="told", c_mp4="", c_txt=" \n")
+    with pytest.raises(ValueError, match=r"2 of 3 files have no caption \(first: a\.mp4\)"):
+        find_footage(tmp_path)
+    footage, rejects = find_footage(tmp_path, caption_missing="skip")
+    assert [file.name for file in footage] == ["b.mp4"]
+    assert [(reject.name, reject.reason, reject.bad) for reject in rejects] == [
+        ("a.mp4", "no caption", False),
+        ("c.mp4", "no caption", False),
+    ]
+    assert captions(find_footage(tmp_path, caption_missing="empty")) == {"a.mp4": "", "b.mp4": "told", "c.mp4": ""}
+    assert captions(find_footage(tmp_path, caption_default="thing")) == {
+        "a.mp4": "thing",
+        "b.mp4": "told",
+        "c.mp4": "thing",
+    }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "caption"),
+    [("ohwx", "ohwx a cat"), ("ohwx, ", "ohwx, a cat"), ("水墨画，", "水墨画，a cat"), ("", "a cat")],
+)
+def test_a_prefix_is_put_before_every_caption(tmp_path, prefix, caption):
+    folder_with(tmp_path, a_mp4="", a_txt="a cat")
+    assert captions(find_footage(tmp_path, caption_prefix=prefix)) == {"a.mp4": caption}
+
+
+def test_captions_from_metadata(tmp_path):
+    folder_with(tmp_path, a_mp4="", a_txt="beside", x__b_mp4="", c_png="", c_txt="from the text file")
+    rows = [
+        {"path": "x/b.mp4", "caption": "line\u2028separator"},
+        {"file_name": "./a.mp4", "text": "from metadata"},
+    ]
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(f"\ufeff{lines}\n", encoding="utf-8")
+    assert captions(find_footage(tmp_path)) == {
+        "a.mp4": "from metadata",
+        "c.png": "from the text file",
+        "x/b.mp4": "line separator",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "line 2 is not"),
+        ('["a.mp4", "text"]', "line 2 is not"),
+        ('{"path": 3, "caption": "x"}', "line 2 is not"),
+        ('{"caption": "x"}', "line 2 is not .*path|line 2 is not .*file_name"),
+        ('{"path": "b.mp4"}', "line 2 is not"),
+        ('{"path": "gone.mp4", "caption": "x"}', "line 2 names gone.mp4, which is not in"),
+        ('{"path": "../other.mp4", "caption": "x"}', "line 2 names ../other.mp4, which is no video or image below"),
+        ('{"path": "note.md", "caption": "x"}', "line 2 names note.md, which is no video"),
+        ('{"path": "a.mp4", "caption": "x"}', "line 2 names a.mp4 for the second time"),
+    ],
+)
+def test_errors_in_metadata_name_the_line(tmp_path, line, problem):
+    source = folder_with(tmp_path / "source", a_mp4="", b_mp4="", note_md="")
+    (tmp_path / "other.mp4").touch()
+    (source / "metadata.jsonl").write_text('{"path": "a.mp4", "caption": "x"}\n' + line)
+    with pytest.raises(ValueError, match=problem):
+        find_footage(source, caption_missing="empty")
+
+
+def test_a_caption_that_is_not_utf8_is_an_error_with_its_file(tmp_path):
+    folder_with(tmp_path, a_mp4="")
+    (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+        find_footage(tmp_path)
+
+
+def test_nothing_to_find(tmp_path):
+    with pytest.raises(ValueError, match="holds no videos or images"):
+        find_footage(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        find_footage(tmp_path / "absent")
+
+
+def test_names_that_are_no_files_are_rejected(tmp_path):
+    folder_with(tmp_path, folder_mp4__inside_mp4="", folder_mp4__inside_txt="fine")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "broken.mp4").symlink_to(tmp_path / "gone.mp4")
+    footage, rejects = find_footage(tmp_path)
+    assert [file.name for file in footage] == ["folder.mp4/inside.mp4"]
+    assert [reject.name for reject in rejects] == ["broken.mp4", "folder.mp4", "pipe.mp4"]
+    assert all(reject.bad for reject in rejects)
+
+
+def test_masks_beside_footage_are_no_footage(tmp_path):
+    folder_with(tmp_path, a_mp4="", a_txt="a", masks__a_mp4="", masks__own_mp4="", masks__own_txt="a film about masks")
+    footage, rejects = find_footage(tmp_path, caption_default="thing")
+    assert [file.name for file in footage] == ["a.mp4", "masks/own.mp4"]
+    assert [(reject.name, reject.bad) for reject in rejects] == [("masks/a.mp4", False)]
+
+
+def test_names_that_are_not_utf8_can_be_written_down(tmp_path):
+    path = os.fsencode(tmp_path) + b"/n\xff\n.mp4"
+    Path(os.fsdecode(path)).touch()
+    footage, _ = find_footage(tmp_path, caption_default="x")
+    assert footage[0].name == "n\\xff\n.mp4"
+    json.dumps(footage[0].name, ensure_ascii=False).encode()
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_file_may_have_several_captions_a_weight_and_tags(tmp_path):
+    folder_with(tmp_path, a_mp4="", b_mp4="", b_txt="beside", c_mp4="", d_mp4="", d_txt="d")
+    rows = [
+        {"path": "a.mp4", "captions": ["one", " two\n", "one", ""], "weight": 2.5, "tags": ["cat", " roof"]},
+        {"path": "b.mp4", "caption": None, "tags": "night, rain"},
+        {"path": "c.mp4", "text": ["first", "second"]},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    footage, _ = find_footage(tmp_path, caption_prefix="ohwx")
+    assert {file.name: file.told for file in footage} == {
+        "a.mp4": Told(("ohwx one", "ohwx two"), 2.5, ("cat", "roof")),
+        "b.mp4": Told(("ohwx beside",), 1.0, ("night", "rain")),
+        "c.mp4": Told(("ohwx first", "ohwx second")),
+        "d.mp4": Told(("ohwx d",)),
+    }
+    assert [file.caption for file in footage] == ["ohwx one", "ohwx beside", "ohwx first", "ohwx d"]
+
+
+def test_a_csv_says_what_a_jsonl_says(tmp_path):
+    folder_with(tmp_path, a_mp4="", x__b_mp4="", c_mp4="", c_txt="beside")
+    (tmp_path / "metadata.csv").write_text(
+        "\ufefffile_name,text,caption_2,weight,tags\r\n"
+        'a.mp4,"a cat, ""asleep""\non a roof",二只猫,0.5,cat;roof\r\n'
+        "x/b.mp4,b,,,\r\n",
+        encoding="utf-8",
+    )
+    footage, _ = find_footage(tmp_path)
+    assert {file.name: file.told for file in footage} == {
+        "a.mp4": Told(('a cat, "asleep" on a roof', "二只猫"), 0.5, ("cat", "roof")),
+        "c.mp4": Told(("beside",)),
+        "x/b.mp4": Told(("b",)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("path,caption\na.mp4,x,y\n", "line 2 is not path,caption"),
+        ("path,caption\na.mp4\n", "line 2 is not path,caption"),
+        ("name,caption\na.mp4,x\n", "line 2 is not path,caption.*file_name"),
+        ("path\na.mp4\n", "line 2 is not path,caption.*caption"),
+        ("path,caption,weight\na.mp4,x,heavy\n", "line 2 is not path,caption.*heavy"),
+        ("path,caption,weight\na.mp4,x,0\n", "weight=0 must be above 0"),
+        ("path,caption\ngone.mp4,x\n", "line 2 names gone.mp4, which is not in"),
+        ("path,caption\na.mp4,x\na.mp4,y\n", "line 3 names a.mp4 for the second time.*caption_2"),
+        ('path,caption\na.mp4,"x\n', "is not path,caption"),
+    ],
+)
+def test_errors_in_a_csv_name_the_line(tmp_path, table, problem):
+    folder_with(tmp_path, a_mp4="")
+    (tmp_path / "metadata.csv").write_text(table)
+    with pytest.raises(ValueError, match=rf"metadata\.csv {problem}|metadata\.csv.*{problem}"):
+        find_footage(tmp_path, caption_missing="empty")
+
+
+# ---------------------------------------------------------------------------------------------------- tars
+
+
+def tar_with(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+SAMPLES = {
+    "000.mp4": b"video zero",
+    "000.txt": "一只猫\nasleep".encode(),
+    "000.jpg": b"its still",
+    "000.json": b'{"tags": ["cat"], "weight": 3}',
+    "x/001.json": b'{"captions": ["a", "b"], "duration": 2}',
+    "x/001.webm": b"video one",
+    "002.cls": b"7",
+    "003.png": b"picture",
+    "003.txt": b"a picture",
+}
+
+
+@pytest.fixture
+def tar(tmp_path):
+    return tar_with(tmp_path / "set-000.tar", SAMPLES)
+
+
+def contents(found):
+    return {file.name: (file.read(), file.told) for file in found[0]}
+
+
+IN_THE_TAR = {
+    "000.mp4": (b"video zero", Told(("一只猫 asleep",), 3.0, ("cat",))),
+    "x/001.webm": (b"video one", Told(("a", "b"))),
+    "003.png": (b"picture", Told(("a picture",))),
+}
+
+
+def test_samples_of_a_tar_are_footage(tar):
+    found = find_footage(str(tar))
+    assert contents(found) == IN_THE_TAR
+    assert [(reject.name, reject.reason, reject.bad) for reject in found[1]] == [
+        ("000.jpg", "stands beside 000.mp4 in one sample", False)
+    ]
+    for file in found[0]:
+        with file.on_disk() as path:
+            assert path.read_bytes() == file.read()
+            assert path.suffix == f".{file.extension}"
+
+
+def test_many_tars_by_pattern_braces_or_folder(tmp_path, tar):
+    tar_with(tmp_path / "set-001.tar", {"000.mp4": b"another", "000.txt": b"words"})
+    names = ["000.mp4", "x/001.webm", "003.png"]
+    both = [*(f"set-000.tar/{name}" for name in names), "set-001.tar/000.mp4"]
+    for source in ("set-*.tar", "set-{000..001}.tar", "set-00[01].tar"):
+        assert [file.name for file in find_footage(f"{tmp_path}/{source}")[0]] == both
+    folder_with(tmp_path, single_mp4="", single_txt="beside")
+    assert [file.name for file in find_footage(tmp_path)[0]] == ["single.mp4", *both]
+    with pytest.raises(ValueError, match="matches no file"):
+        find_footage(f"{tmp_path}/other-*.tar")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The folder, at http://127.0.0.1:PORT."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_tars_at_an_address(tmp_path, tar, server):
+    downloads = tmp_path / "downloads"
+    assert contents(find_footage(f"{server}/{tar.name}", downloads=downloads)) == IN_THE_TAR
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/a-000.tar", tar.read_bytes())
+    memory.pipe("/bucket/a-001.tar", tar.read_bytes())
+    assert contents(find_footage("memory://bucket/a-000.tar", downloads=downloads)) == IN_THE_TAR
+    for pattern in ("memory://bucket/a-*.tar", "memory://bucket/a-{000..001}.tar"):
+        found = find_footage(pattern, downloads=downloads)[0]
+        assert [file.name for file in found] == [f"a-00{n}.tar/{name}" for n in (0, 1) for name in IN_THE_TAR]
+
+
+def test_an_address_that_cannot_be_read_is_one_error(tmp_path, server):
+    for address, problem in [
+        (f"{server}/gone.tar", "cannot be read .*404"),
+        ("http://127.0.0.1:9/a.tar", "cannot be read"),
+        ("memory://bucket/gone.tar", "cannot be read"),
+        ("memory://bucket/gone-*.tar", "matches nothing"),
+        ("gs://bucket/a.tar", r"gs:// needs a driver .*wantrain\[remote\]"),
+        ("what://bucket/a.tar", "cannot be read"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            find_footage(address, downloads=tmp_path / "downloads")
+
+
+def test_a_damaged_tar_is_an_error_never_a_shorter_set(tmp_path, tar):
+    whole = tar.read_bytes()
+    with tarfile.open(tar) as opened:
+        ends = [member.offset_data + -(-member.size // 512) * 512 for member in opened.getmembers()]
+    for end in (*ends, *(end - 300 for end in ends), *(end + 200 for end in ends[:-1])):
+        tar.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"set-000\.tar is (cut short|no tar)"):
+            find_footage(str(tar))
+    tar.write_bytes(b"no tar at all" * 99)
+    with pytest.raises(ValueError, match="is no tar"):
+        find_footage(str(tar))
+    for name, content in {"000.json": b"[1]", "000.txt": b"\xff"}.items():
+        tar_with(tar, {"000.mp4": b"video", name: content})
+        with pytest.raises(ValueError, match=r"set-000\.tar, 000: "):
+            find_footage(str(tar))
+
+
+def test_names_in_a_tar_are_names_only(tmp_path):
+    """A path that leads out of the tar is a name to show; nothing is written there."""
+    tar = tar_with(tmp_path / "a.tar", {"../../evil.mp4": b"video", "/abs/x.mp4": b"other"})
+    before = sorted(tmp_path.rglob("*"))
+    (one, two), _ = find_footage(str(tar), caption_default="x")
+    with one.on_disk() as path, two.on_disk() as other:
+        assert (path.read_bytes(), other.read_bytes()) == (b"video", b"other")
+    assert (one.name, two.name) == ("../../evil.mp4", "/abs/x.mp4")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tar_without_footage(tmp_path):
+    tar_with(tmp_path / "texts.tar", {"000.txt": b"words"})
+    folder_with(tmp_path, a_mp4="", a_txt="a")
+    footage, rejects = find_footage(tmp_path)
+    assert [file.name for file in footage] == ["a.mp4"]
+    assert [(reject.name, reject.bad) for reject in rejects] == [("texts.tar", False)]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files(tmp_path):
+    """In the order of their code points, whatever the locale, and in less than a minute."""
+    names = [f"{letter}{number:05d}.mp4" for letter in "aÄz" for number in range(33_334)]
+    for name in names:
+        (tmp_path / name).touch()
+    footage, rejects = find_footage(tmp_path, caption_default="x")
+    assert ([file.name for file in footage], rejects) == (sorted(names), [])

@@ -1,0 +1,291 @@
+"""What is known of clips, from footage with masks through shards and latents into batches.
+
+The encoders are simple on purpose: a latent is a pixel, so what a model is told can be computed here.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wantrain import conditioning, geometry
+from wantrain.data import (
+    Conditions,
+    LatentData,
+    MixedData,
+    encode_shards,
+    find_footage,
+    read_manifest,
+    write_video_shards,
+)
+from wantrain.data.footage import survey
+from wantrain.data.footage.accounting import MICRO
+from wantrain.masks import DRAWN, Mix
+from wantrain.util.seeds import generator_at
+from wantrain.video import write_mp4
+
+SIZE, FRAMES = 64, 17
+SIZES = geometry.Buckets((1024,), (1.0,), 16)
+SPEC = {"image": 3.0, "nothing": 1.0, "boxes": {"weight": 2.0, "variants": 2}}
+
+
+def pixel_of_block(pixels_BCTHW):
+    return pixels_BCTHW[:, :, ::4, ::8, ::8]
+
+
+def one_row(texts):
+    return [torch.ones(1, 3) * len(text) for text in texts]
+
+
+def encode(shards, out, spec=SPEC, told_by="channels", **changes):
+    settings = {
+        "encode_pixels": pixel_of_block,
+        "encode_texts": one_row,
+        "sizes": SIZES,
+        "conditions": Conditions(spec, told_by),
+        "model": "tiny",
+        "vae_fingerprint": "vae",
+        "text_fingerprint": "text",
+        "rejects_limit": 0.5,
+        "shard_bytes": 1 << 20,
+        "shard_clips": 4,
+    }
+    return encode_shards(shards, out, **{**settings, **changes})
+
+
+def never(_):
+    raise AssertionError("nothing is to be encoded")
+
+
+def data_of(folder, spec=SPEC, told_by="channels", **settings):
+    return LatentData(shards=folder, holdout=0, condition=spec, told_by=told_by, **settings)
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory):
+    """Six videos of noise that moves; of two there is a mask: a box that moves, and a picture for all frames."""
+    folder = tmp_path_factory.mktemp("known")
+    (folder / "masks").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(6):
+        noise = np.kron(generator.integers(0, 256, (8, 13, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+        frames = np.stack([noise[:, step : step + SIZE] for step in range(2 * FRAMES)])
+        write_mp4(folder / f"{number}.mp4", frames, 16, quality=0)
+        (folder / f"{number}.txt").write_text(f"clip {number}")
+    mask = np.zeros((2 * FRAMES, SIZE, SIZE, 3), np.uint8)
+    for step, frame in enumerate(mask):
+        frame[16:48, (16 if step < FRAMES else 32) :] = 255
+    write_mp4(folder / "masks" / "0.mp4", mask, 16, quality=0)
+    write_mp4(folder / "masks" / "1.mp4", np.broadcast_to(mask[:1], mask.shape), 16, quality=0)
+    return folder
+
+
+def shard(source, out, **changes):
+    settings = {"model": "tiny", "num_frames": FRAMES, "fps": 16, "rejects_limit": 0.5, "shard_bytes": 1 << 16}
+    return write_video_shards(*find_footage(source), out, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def videos(footage, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "videos"
+    shard(footage, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def latents(videos):
+    out = videos.parent / "latents"
+    encode(videos, out)
+    return out
+
+
+def pixels_of(data, name):
+    """Where the pixels of a clip survive in its latents: every 4th frame, every 8th row and column."""
+    (window,) = [n for n in range(len(data.index.ids)) if data.index.name(n) == name]
+    (clip,) = [n for n in range(len(data.index)) if window in data.index.windows_of(n)]
+    return data._tensors_of(clip, window)["latents"].float()
+
+
+def test_a_batch_tells_each_sample_its_own_kind_as_the_formula_says(latents):
+    """Mask, then the latents of the known pixels, mid-gray elsewhere; kinds by weight, masks by the clip's name."""
+    data, kinds = data_of(latents), []
+    for place in range(400):
+        sample = place % len(data.train)
+        batch = data.load([sample], [place])
+        kind = data.conditions.choose(place)
+        kinds.append(kind)
+        name, shape = batch.ids[0], (FRAMES, 32, 32)
+        generator = generator_at("known", *kind, name)
+        known = Mix.read(SPEC).draw(kind[0], shape, generator).expand(shape)[None, None]
+        mask = conditioning.pack_mask(known)
+        seen = torch.where(known[:, :, ::4, ::8, ::8], pixels_of(data, name), 0.0)
+        assert torch.equal(batch.condition_BCTHW, torch.cat([mask, seen], dim=1)) and batch.mask_BT is None
+    shares = [np.mean([name == wanted for name, _ in kinds]) for wanted in SPEC]
+    assert shares == pytest.approx([0.5, 1 / 6, 1 / 3], abs=0.08)
+    assert {variant for name, variant in kinds if name == "boxes"} == {0, 1}
+
+
+def test_what_is_known_does_not_depend_on_company_or_on_workers(videos, latents, tmp_path):
+    """The tars are equal byte for byte for any number of decoders and any batching; a batch, row by row."""
+    encode(videos, tmp_path / "again", workers=2)
+    files = sorted(path.name for path in latents.glob("*.tar"))
+    assert files == sorted(path.name for path in (tmp_path / "again").glob("*.tar"))
+    assert all((latents / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    data = data_of(latents)
+    whole = data.load([3, 1, 4], [10, 11, 12])
+    for row, (sample, place) in enumerate([(3, 10), (1, 11), (4, 12)]):
+        assert torch.equal(whole.condition_BCTHW[row], data.load([sample], [place]).condition_BCTHW[0])
+
+
+def test_held_out_clips_are_told_the_same_each_time(latents):
+    one, other = (LatentData(shards=latents, holdout=0.5, condition=SPEC, told_by="channels") for _ in range(2))
+    for mine, theirs in zip(one.heldout_batches(4), other.heldout_batches(2), strict=True):
+        assert torch.equal(mine.condition_BCTHW[: len(theirs)], theirs.condition_BCTHW)
+
+
+def test_weights_are_the_trainings_business_and_kinds_are_the_latents(videos, latents, tmp_path):
+    mine = Path(shutil.copytree(latents, tmp_path / "latents"))
+    weights = {**SPEC, "image": 0.1}
+    encode(videos, mine, weights, encode_pixels=never, encode_texts=never)
+    assert {data_of(mine, weights).conditions.choose(place)[0] for place in range(50)} == {"nothing", "boxes", "image"}
+    assert {data_of(mine, {"image": 1}).conditions.choose(place) for place in range(9)} == {("image", 0)}
+    with pytest.raises(ValueError, match=r"data\.condition\.first_last is not in .*encode again with .*first_last: 1"):
+        data_of(mine, {"first_last": 1})
+    with pytest.raises(ValueError, match=r"data\.condition\.boxes with .*side.* is not in"):
+        data_of(mine, {"boxes": {"side": [0.5, 0.6]}})
+    encode(videos, mine, {"first_last": 1.0}, encode_texts=never)
+    assert read_manifest(mine, "latent")["condition"] == {"first_last": {"variants": 1}}
+    ends = data_of(mine, {"first_last": 1}).load([0], [0]).condition_BCTHW[0, :4].amax(dim=(2, 3)).T
+    assert ends.tolist() == [[1] * 4, [0] * 4, [0] * 4, [0] * 4, [0, 0, 0, 1]]
+
+
+def test_a_model_told_by_clean_frames_needs_nothing_stored(videos, tmp_path):
+    spec = {"image": 1.0, "continuation": {"weight": 1.0, "frames": [5, 9]}, "nothing": 1.0}
+    encode(videos, tmp_path / "plain", spec, "frames")
+    assert read_manifest(tmp_path / "plain", "latent")["condition"] == {}
+    data, seen = data_of(tmp_path / "plain", spec, "frames"), set()
+    for place in range(60):
+        batch = data.load([0, 1], [place, place + 100])
+        assert batch.condition_BCTHW is None and batch.mask_BT.shape == (2, 5)
+        seen |= {tuple(row) for row in batch.mask_BT.int().tolist()}
+    assert seen == {(1, 1, 1, 1, 1), (0, 1, 1, 1, 1), (0, 0, 1, 1, 1), (0, 0, 0, 1, 1)}
+
+
+def test_a_text_model_is_told_nothing(videos, tmp_path):
+    encode(videos, tmp_path / "plain", {}, None)
+    batch = data_of(tmp_path / "plain", {}, None).load([0], [0])
+    assert batch.condition_BCTHW is None and batch.mask_BT is None
+
+
+def test_masks_travel_with_their_footage_and_clips_without_one_are_left_out(videos, tmp_path):
+    manifest = read_manifest(videos, "video")
+    assert manifest["files_rejected"] == 2, "the masks themselves"
+    encode(videos, tmp_path / "painted", {"mask": 1.0}, "channels")
+    told = read_manifest(tmp_path / "painted", "latent")["ledger"]
+    assert told["clips"] == {"given": 12, "used": 4, "dropped": {"not for this condition": 8}}
+    assert told["seconds"]["given"] * MICRO == (told["seconds"]["used"] + 2 * told["seconds"]["used"]) * MICRO
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "painted" / "rejects.jsonl").read_text().splitlines()]
+    assert len(reasons) == 8 and all("has no mask beside it (masks/NAME.mp4)" in reason for reason in reasons)
+    data = data_of(tmp_path / "painted", {"mask": 1.0})
+    sources = {f"{source:016x}" for source in data.index.source.tolist()}
+    assert len(sources) == 2
+    stills = 0
+    for sample in range(4):
+        batch = data.load([sample], [sample])
+        mask = batch.condition_BCTHW[0, :4]
+        assert (mask == mask[:1, :1]).all(), "the box stands still within each clip"
+        # 64 pixels became 32, so the box covers rows 8 to 24, and columns from 8 (or, later in one clip, 16) on.
+        left = 1 if bool((mask[0, 0, 1, 1] == 0).all()) else 2
+        stills += left == 1
+        wanted = torch.ones(4, 4)
+        wanted[1:3, left:] = 0
+        assert torch.equal(mask[0, 0], wanted)
+        latents = pixels_of(data, batch.ids[0])
+        assert torch.equal(batch.condition_BCTHW[0, 4:], torch.where(wanted.bool(), latents, 0.0))
+    assert stills == 3
+
+
+def test_a_mask_that_is_not_of_its_clip_rejects_the_file_with_the_numbers(footage, tmp_path):
+    source = Path(shutil.copytree(footage, tmp_path / "footage"))
+    write_mp4(source / "masks" / "0.mp4", np.zeros((20, SIZE, SIZE, 3), np.uint8), 16)
+    write_mp4(source / "masks" / "1.mp4", np.zeros((2 * FRAMES, 32, SIZE, 3), np.uint8), 16)
+    shard(source, tmp_path / "videos")
+    rows = [json.loads(line) for line in (tmp_path / "videos" / "rejects.jsonl").read_text().splitlines()]
+    reasons = {row["name"]: row["reason"] for row in rows}
+    assert "its mask masks/0.mp4 has 20 frames, its video 34" in reasons["0.mp4"]
+    assert "its mask masks/1.mp4 is 32x64 (height x width), its video 64x64" in reasons["1.mp4"]
+
+
+def test_a_mask_that_is_damaged_or_hangs_its_decoder_rejects_its_file_and_no_other(footage, tmp_path, monkeypatch):
+    """Masks are read to their end in processes that can be killed, as footage is."""
+    source = shutil.copytree(footage, tmp_path / "footage")
+    whole = (source / "masks" / "1.mp4").read_bytes()
+    (source / "masks" / "1.mp4").write_bytes(whole[: len(whole) // 2])
+    read = survey.read_survey
+
+    def hangs(request):
+        if request["name"] == "masks/0.mp4":
+            time.sleep(60)
+        yield from read(request)
+
+    monkeypatch.setattr(survey, "read_survey", hangs)
+    manifest = shard(source, tmp_path / "videos", timeout=1.0)
+    rows = (tmp_path / "videos" / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    reasons = {row["name"]: row["reason"] for row in map(json.loads, rows)}
+    assert manifest["files_used"] == 4
+    assert "its mask masks/0.mp4 its decoder gave no clip within 1 s" in reasons["0.mp4"]
+    assert "its mask masks/1.mp4 cannot be decoded" in reasons["1.mp4"]
+
+
+def test_another_mask_is_another_latent_and_nothing_else_is(footage, videos, tmp_path):
+    """Only clips whose mask changed are encoded again, and those of a set without masks are not."""
+    source = Path(shutil.copytree(footage, tmp_path / "footage"))
+    encode(videos, tmp_path / "painted", {"mask": 1.0})
+    encode(videos, tmp_path / "plain", {"image": 1.0})
+    white = np.zeros((2 * FRAMES, SIZE, SIZE, 3), np.uint8)
+    white[:, :32] = 255
+    write_mp4(source / "masks" / "1.mp4", white, 16, quality=0)
+    shard(source, tmp_path / "videos")
+    asked = []
+
+    def counting(pixels):
+        asked.append(len(pixels))
+        return pixel_of_block(pixels)
+
+    encode(tmp_path / "videos", tmp_path / "painted", {"mask": 1.0}, encode_pixels=counting, encode_texts=never)
+    assert sum(asked) == 2 * 2, "two clips, each with what is known of it"
+    encode(tmp_path / "videos", tmp_path / "plain", {"image": 1.0}, encode_pixels=never, encode_texts=never)
+
+
+def test_images_are_left_out_where_a_model_needs_videos(videos, footage, tmp_path):
+    from PIL import Image
+
+    source = Path(shutil.copytree(footage, tmp_path / "footage"))
+    Image.fromarray(np.full((SIZE, SIZE, 3), 99, np.uint8)).save(source / "picture.png")
+    (source / "picture.txt").write_text("a picture")
+    shard(source, tmp_path / "videos")
+    encode(tmp_path / "videos", tmp_path / "latents", {"image": 1.0})
+    (row,) = [json.loads(line) for line in (tmp_path / "latents" / "rejects.jsonl").read_text().splitlines()]
+    assert row["name"] == "picture.png (clip 0)" and "is a single image, and this model makes videos" in row["reason"]
+
+
+def test_a_mix_of_sets_joins_what_is_known(latents):
+    data = MixedData(sets={"a": {"shards": latents}, "b": {"shards": latents}}, holdout=0, condition=SPEC,
+                     told_by="channels")  # fmt: skip
+    samples = [0, len(data.train) // 2, 1]
+    batch = data.load(samples, [5, 6, 7])
+    for row, (sample, place) in enumerate(zip(samples, [5, 6, 7], strict=True)):
+        assert torch.equal(batch.condition_BCTHW[row], data.load([sample], [place]).condition_BCTHW[0])
+
+
+def test_every_kind_can_be_stored_and_read(videos, tmp_path):
+    spec = {**dict.fromkeys(DRAWN, 1.0)}
+    encode(videos, tmp_path / "all", spec)
+    data = data_of(tmp_path / "all", spec)
+    kinds = {data.conditions.choose(place)[0] for place in range(100)}
+    assert kinds == set(DRAWN)
+    assert all(torch.isfinite(data.load([0], [place]).condition_BCTHW).all() for place in range(100))

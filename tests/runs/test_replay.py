@@ -1,0 +1,125 @@
+"""A run is repeated from its run.json, bit for bit; a run.json that somebody crafted runs nothing."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from wantrain import config
+from wantrain.runs import replay
+
+RUN = ("init=scratch", "batch_size=4", "steps=12", "run=first", "checkpoint.every=4", 'tracker.project="a, b=c {d}"')
+CONF = Path(config.CONF)
+
+
+def losses(tmp_path, name):
+    rows = (json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: (row["loss"], row["grad_norm"], row["lr_scale"]) for row in rows if "loss" in row}
+
+
+@pytest.fixture
+def first(tiny, call, tmp_path):
+    """A run of twelve steps, and the path of its run.json."""
+    call("train.py", *tiny.train, *RUN, "optimizer.lr=1e-3", "stop_after=7")
+    call("train.py", *tiny.train, *RUN, "optimizer.lr=1e-3")
+    return tmp_path / "runs" / "first" / "run.json"
+
+
+def test_a_replay_repeats_the_first_steps_bit_for_bit_and_says_so(first, call, tmp_path):
+    told = json.loads(first.read_text())
+    assert len(told["starts"]) == 2 and told["config"]["optimizer"]["lr"] == 1e-3
+    assert {"command", "made_by", "versions", "engine", "processes", "device", "data", "at"} <= told["starts"][0].keys()
+    ended = call("train.py", "replay=runs/first/run.json", "steps=5")
+    assert "everything that decides about its bits is the same" in ended.stdout
+    assert "replay: the losses of 5 steps are the same, bit for bit" in ended.stdout
+    again = losses(tmp_path, "first_replay")
+    assert again == {step: row for step, row in losses(tmp_path, "first").items() if step <= 5}
+    assert "the losses of 12 steps are the same" in call("train.py", "replay=runs/first/run.json", "run=whole").stdout
+
+
+def test_what_is_typed_beside_it_counts_and_a_replay_that_parts_is_an_error(first, call):
+    ended = call("train.py", "replay=runs/first/run.json", "steps=5", "optimizer.lr=2e-3", check=False)
+    assert re.search(r"replay: 1 of 5 losses are the same bits; the first that is not is step 2 \(", ended.error)
+
+
+def test_two_processes_repeat_a_run_of_one_within_the_bound(first, launch, tmp_path):
+    said = launch("ddp", "replay=runs/first/run.json", "steps=4").stdout
+    assert "engine: single -> ddp; processes: 1 -> 2" in said
+    assert re.search(r"replay: \d of 4 losses are the same bits", said) or "bit for bit" in said
+    pairs = zip(losses(tmp_path, "first_replay").values(), losses(tmp_path, "first").values(), strict=False)
+    assert all(now[0] == pytest.approx(then[0], rel=1e-5) for now, then in pairs)
+
+
+def test_other_shards_are_refused(first, call):
+    content = json.loads(first.read_text())
+    content["starts"][0]["data"] = "0" * 64
+    first.write_text(json.dumps(content))
+    assert "the run saw other shards" in call("train.py", "replay=runs/first/run.json", check=False).error
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "optimizer._target_=os.system",
+        "+data._target_=os.system",
+        "hydra.run.dir=/",
+        "hydra/launcher=submitit",
+        "~adapter",
+        "--config-dir=/tmp",
+        "adapter=../../../tmp/evil",
+        "adapter=/tmp/evil",
+        "adapter@other=lora",
+        "run=${oc.env:HOME}",
+        "schedule={_target_: os.system}",
+        "--multirun",
+    ],
+)
+def test_a_word_that_does_more_than_set_a_value_is_refused_and_nothing_runs(word, call, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(os, "system", ran.append)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"starts": [{"command": ["steps=1", word]}]}))
+    error = call("train.py", f"replay={path}", check=False).error
+    assert str(path) in error and word in error
+    assert not ran and not (tmp_path / "runs").exists()
+
+
+def test_plain_words_pass_and_todays_go_before(tmp_path):
+    path = tmp_path / "mine" / "run.json"
+    path.parent.mkdir()
+    stored = ["expert=low_noise", "adapter=lora", 'run="a name, with = and 中文"', "steps=500", "optimizer.lr=1e-3"]
+    path.write_text(json.dumps({"starts": [{"command": stored}]}))
+    now = replay.arguments([f'replay="{path}"', "adapter=none", "steps=50"], CONF)
+    assert now == [
+        "expert=low_noise", "steps=500", "optimizer.lr=1e-3",
+        f'replay="{path}"', "adapter=none", "stop_after=50", 'run="mine_replay"',
+    ]  # fmt: skip
+    assert replay.arguments(["steps=3"], CONF) == ["steps=3"], "no replay, nothing changes"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("", "cannot be read as JSON"), ("[]", "not a JSON object"), ("{}", "tells of no start"),
+     ('{"starts": [1]}', "tells of no start"), ('{"starts": []}', "tells of no start")],
+)  # fmt: skip
+def test_what_is_no_run_json_is_one_clear_error(content, told, call, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    assert told in call("train.py", "replay=run.json", check=False).error
+    assert "does not exist" in call("train.py", "replay=nowhere.json", check=False).error
+
+
+def test_a_stored_config_is_never_built_from(tiny, call, tmp_path, monkeypatch):
+    """config.yaml of a run folder with another `_target_`: the run is refused as another config; nothing is called."""
+    ran = []
+    monkeypatch.setattr(os, "system", ran.append)
+    call("train.py", *tiny.train, *RUN, "stop_after=1")
+    stored = tmp_path / "runs" / "first" / "config.yaml"
+    text = stored.read_text()
+    stored.write_text(text.replace("torch.optim.AdamW", "os.system").replace("wantrain.data.LatentData", "os.system"))
+    assert stored.read_text() != text
+    assert "os.system" in call("train.py", *tiny.train, *RUN, check=False).error
+    call("export.py", "run=first", "out=out", check=False)
+    call("sample.py", "run=first", "prompt=x", "steps=1", check=False)
+    assert not ran

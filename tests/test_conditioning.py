@@ -1,0 +1,118 @@
+"""The record of what is known: Wan's packing of frames, gray that is encoded, both ways of telling, what shards hold."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from wantrain import conditioning
+from wantrain.conditioning import Condition, check_way, only_known, pack_mask, told
+from wantrain.masks import DRAWN, PAINTED
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def known(frames=9, size=(16, 32), *, whole=(), batch=1):
+    mask = torch.zeros(batch, 1, frames, *size, dtype=torch.bool)
+    mask[:, :, list(whole)] = True
+    return mask
+
+
+def rows(mask):
+    """The mask channels of each latent frame, where they are the same everywhere."""
+    assert torch.equal(mask, mask[..., :1, :1].expand_as(mask))
+    return [tuple(row) for row in mask[0, :, :, 0, 0].T.long().tolist()]
+
+
+def test_frames_are_packed_in_fours_and_the_first_counts_as_four():
+    nothing, every = (0, 0, 0, 0), (1, 1, 1, 1)
+    assert rows(pack_mask(known(whole=[0]))) == [every, nothing, nothing]
+    assert rows(pack_mask(known(whole=[0, 8]))) == [every, nothing, (0, 0, 0, 1)], (
+        "the last frame is the last of its four"
+    )
+    assert rows(pack_mask(known(whole=[0, 1, 2, 3, 4, 6]))) == [every, every, (0, 1, 0, 0)]
+    assert rows(pack_mask(known(frames=1))) == [nothing]
+
+
+def test_a_cell_is_known_where_all_its_pixels_are():
+    mask = torch.ones(1, 1, 5, 16, 32, dtype=torch.bool)
+    mask[0, 0, 3, 9, 31] = False
+    packed = pack_mask(mask)
+    assert packed.shape == (1, 4, 2, 2, 4) and packed.dtype == torch.float32
+    assert packed.sum() == packed.numel() - 1 and packed[0, 2, 1, 1, 3] == 0
+    for bad in (known(frames=8), known(size=(12, 32))):
+        with pytest.raises(ValueError, match="nearest valid"):
+            pack_mask(bad)
+
+
+def test_unknown_pixels_are_gray_and_really_encoded():
+    pixels, seen = torch.randn(2, 3, 9, 16, 32), []
+
+    def encoder(given):
+        seen.append(given)
+        return given.new_full((len(given), 16, 3, 2, 4), 0.5)
+
+    made = conditioning.encode(encoder, pixels, known(whole=[0]))
+    assert torch.equal(seen[0][:, :, :1], pixels[:, :, :1]) and (seen[0][:, :, 1:] == 0).all()
+    assert (made.latents_BCTHW == 0.5).all() and made.mask_BMTHW.shape == (2, 4, 3, 2, 4)
+    assert not only_known(pixels, known()).any()
+
+
+def test_both_ways_of_telling():
+    record = Condition(torch.randn(2, 16, 3, 2, 4), pack_mask(known(whole=[0, 8], batch=2)))
+    channels, mask = told(record, "channels")
+    assert channels.shape == (2, 20, 3, 2, 4) and mask is None
+    assert torch.equal(channels[:, :4], record.mask_BMTHW) and torch.equal(channels[:, 4:], record.latents_BCTHW)
+    channels, mask = told(record, "frames")
+    assert channels is None and mask.tolist() == [[0, 1, 1]] * 2, "a latent frame known in part is noised"
+    assert told(None, "channels") == (None, None)
+    with pytest.raises(ValueError, match="takes no condition"):
+        told(record, None)
+
+
+def test_clean_frames_are_whole_latent_frames_from_the_first_on():
+    for good in ([], [0], range(5)):
+        check_way(known(whole=good), "frames", key="image")
+    for bad in ([0, 8], [8]):
+        check_way(known(whole=bad), "channels", key="last_image")
+        with pytest.raises(
+            ValueError, match="last_image: this model is told by clean first frames and cannot take a last"
+        ):
+            check_way(known(whole=bad), "frames", key="last_image")
+    hole = known(whole=range(9))
+    hole[..., :8, :8] = False
+    with pytest.raises(ValueError, match="a region"):
+        check_way(hole, "frames", key="mask")
+    with pytest.raises(ValueError, match="video: known frames=3 is not 4k"):
+        check_way(known(whole=range(3)), "frames", key="video")
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_shards_hold_what_was_made(name):
+    mask = DRAWN[name]((9, 16, 32), torch.Generator().manual_seed(0))
+    made = conditioning.encode(lambda x: torch.randn(len(x), 16, 3, 2, 4), torch.randn(1, 3, 9, 16, 32), mask)
+    tensors = conditioning.to_tensors(name, made)
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.bfloat16", "torch.uint8"}
+    back = conditioning.from_tensors(name, tensors)
+    assert torch.equal(back.mask_BMTHW, made.mask_BMTHW)
+    assert torch.equal(back.latents_BCTHW, made.latents_BCTHW.bfloat16().float())
+    both = conditioning.stack([back, made])
+    assert both.latents_BCTHW.shape == (2, 16, 3, 2, 4) and both.mask_BMTHW.shape == (2, 4, 3, 2, 4)
+
+
+def test_loop_losses_and_solvers_name_no_task():
+    """Not one identifier or string in these rooms says what is known of a clip: docstrings of modules may."""
+    tasks = {*DRAWN, PAINTED, "i2v", "ti2v", "t2v", "inpaint", "outpaint", "channels", "frames"} - {"nothing"}
+    files = [*(ROOT / "wantrain/training").rglob("*.py"), *(ROOT / "wantrain/losses").rglob("*.py")]
+    files += [ROOT / "wantrain/sampling/solvers.py"]
+    found = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.lower() in tasks:
+                found.append(f"{file.name}:{node.lineno} {node.value!r}")
+            if isinstance(node, ast.Attribute | ast.Name):
+                name = (node.attr if isinstance(node, ast.Attribute) else node.id).lower()
+                if name in {"image", "first_last", "continuation", "inpaint", "i2v", "ti2v", "t2v"}:
+                    found.append(f"{file.name}:{node.lineno} {name}")
+    assert len(files) > 20 and found == []

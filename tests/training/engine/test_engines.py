@@ -1,0 +1,341 @@
+"""Every engine trains as one process does, holds the precision of the model, and takes a run over from any other."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from wantrain import config
+from wantrain.data import Plan
+from wantrain.models.formats.weights import read_file, read_tensors
+from wantrain.training.engine import accelerator
+
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+BOUND = 1e-5
+STEPS = 50
+WATCHED = ("data.holdout=0.2", "validation.every=25", "validation.clips=2", "validation.points=2")
+FULL = ("batch_size=8", f"steps={STEPS}", f"checkpoint.every={STEPS}", *WATCHED)
+LORA = (*FULL, "adapter=lora", "adapter.rank=4", "optimizer.lr=1e-2", "accumulate=2")
+STEADY = ("schedule=constant", "schedule.warmup=0")  # the same rate whatever length the run is said to have
+DORA = (*FULL, "adapter=dora", "adapter.rank=3", "optimizer.lr=1e-2")
+SAMPLED = ("sample.every=50", "sample.count=1", "sample.steps=2", "model.num_frames=5")
+PAIR = (*FULL, *SAMPLED, "expert=both", "experts.low_noise.lr=1e-3", "ema=0.9")
+WHAT = {"full": FULL, "lora": LORA, "dora": DORA, "pair": PAIR}
+
+
+def measured(run):
+    """Every loss of a run, in training and in validation, by step and name."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {(row["step"], key): row[key] for row in rows for key in row if key.endswith("loss")}
+
+
+def weights(run):
+    """Every trained tensor of a run's newest checkpoint, by file and name."""
+    newest = sorted((run / "checkpoints").glob("step_*"))[-1]
+    files = [path for path in sorted(newest.rglob("*.safetensors")) if path.name != "optimizer.safetensors"]
+    return {f"{path.relative_to(newest)}/{key}": value for path in files for key, value in read_file(path)[0].items()}
+
+
+def difference(run, other):
+    """Largest relative difference of a loss, and of a tensor of the weights (norm of the change over norm)."""
+    found, wanted = measured(run), measured(other)
+    assert found.keys() == wanted.keys()
+    loss = max(abs(found[key] - value) / value for key, value in wanted.items())
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    moved = [((ours[key] - theirs[key]).norm() / theirs[key].norm()).item() for key in ours if theirs[key].any()]
+    return loss, max(moved)
+
+
+def test_a_lock_that_a_killed_build_left_is_named_and_not_waited_for(tmp_path, monkeypatch):
+    """DeepSpeed builds its kernels at the first start under ZeRO; torch waits for the lock of a build without end."""
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    accelerator._refuse_stale_locks()
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    accelerator._refuse_stale_locks()
+    os.utime(lock, (time.time() - 3600,) * 2)
+    with pytest.raises(ValueError, match=rf"{lock} is 60 minutes old: .* remove that file"):
+        accelerator._refuse_stale_locks()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, pair, inside, tmp_path_factory):
+    """Runs of one process, which every engine is held against."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, how in WHAT.items():
+        inside(folder, "train.py", *tiny.train, f"weights={pair}", *how, f"run={name}")
+    return folder / "runs"
+
+
+@pytest.mark.parametrize(
+    ("engine", "what"),
+    [
+        *((engine, "full") for engine in ENGINES if engine != "zero1"),
+        pytest.param("zero1", "full", marks=pytest.mark.slow),
+        ("ddp", "lora"),
+        *(pytest.param(engine, "lora", marks=pytest.mark.slow) for engine in ("zero1", "zero2", "zero3", "fsdp2")),
+        *(pytest.param(engine, "dora", marks=pytest.mark.slow) for engine in ("zero3", "fsdp2")),
+        pytest.param("zero3_offload", "full", marks=pytest.mark.slow),  # builds cpu_adam: a minute
+        ("ddp", "pair"),
+        pytest.param("fsdp2", "pair", marks=pytest.mark.slow),
+    ],
+)
+def test_fifty_steps_on_two_processes_are_those_of_one(engine, what, alone, tiny, pair, launch, tmp_path):
+    """The engine table of docs/numerics.md; WANTRAIN_WRITE_DOCS=1 writes what is measured into it."""
+    ended = launch(engine, *tiny.train, f"weights={pair}", *WHAT[what], "run=two")
+    assert ended.stdout.count(f"step {STEPS}/{STEPS}  loss") == 1, "only the main process speaks"
+    loss, moved = difference(tmp_path / "runs" / "two", alone / what)
+    assert len(list((tmp_path / "runs" / "two" / "samples").glob("*.mp4"))) == (2 if what == "pair" else 0)
+    assert loss <= BOUND and moved <= BOUND, f"{engine} {what}: loss {loss:.1e}, weights {moved:.1e}"
+    row = f"| {engine} | {what} | {loss:.0e} | {moved:.0e} |"
+    page = ROOT / "docs" / "numerics.md"
+    text = page.read_text()
+    stands = re.search(rf"^\| {engine} \| {what} \|.*\|$", text, flags=re.M)
+    assert stands, f"docs/numerics.md has no row for {engine} {what}"
+    if os.environ.get("WANTRAIN_WRITE_DOCS"):
+        page.write_text(text.replace(stands[0], row))
+    assert all(float(figure) <= BOUND for figure in re.findall(r"\d+e-\d+", stands[0]))
+
+
+FEW = (("single", 1), ("zero2", 2), ("fsdp2", 2), ("ddp", 4))
+ALL = (*FEW, ("zero1", 2), ("fsdp2", 4), ("zero2", 4), ("single", 1), ("fsdp2", 2), ("ddp", 2))
+
+
+@pytest.mark.parametrize("stations", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_a_run_goes_through_engines_and_worlds_as_if_it_had_never_moved(stations, tiny, pair, launch, call, tmp_path):
+    """Weights, moments, average and order move: nothing restarts, whichever engine wrote and whichever goes on."""
+    command = (*tiny.train, f"weights={pair}", "batch_size=8", "ema=0.9", "checkpoint.keep=9", *STEADY)
+    for count, (engine, processes) in enumerate(stations, 1):
+        now = (*command, "run=moved", f"steps={2 * count}")
+        if engine == "single":
+            call("train.py", *now)
+        else:
+            said = launch(engine, *now, processes=processes).stdout
+            assert f"step {2 * count - 2} of {2 * count}" in said
+    call("train.py", *command, "run=still", f"steps={2 * len(stations)}")
+    loss, moved = difference(tmp_path / "runs" / "moved", tmp_path / "runs" / "still")
+    assert loss <= BOUND and moved <= BOUND
+    state = [optimizer_state(tmp_path / "runs" / name, 2 * len(stations)) for name in ("moved", "still")]
+    for key, value in state[1].items():
+        assert torch.allclose(state[0][key], value, rtol=1e-3, atol=1e-9), key
+
+
+CONSUMED = """
+import json, os, runpy, sys
+from pathlib import Path
+from wantrain.data import loader
+
+load = loader.LatentData.load
+
+def noted(self, samples, positions):
+    with Path(f"consumed_{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
+        file.write(json.dumps([[int(s), int(p)] for s, p in zip(samples, positions)]) + "\\n")
+    return load(self, samples, positions)
+
+loader.LatentData.load = noted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_consume_exactly_what_the_plan_has(tiny, launch, tmp_path):
+    """Each place in the run is taken once, by the sample that the plan has there: none is lost, none comes twice."""
+    (tmp_path / "consumed.py").write_text(CONSUMED)
+    command = (*tiny.train, "init=scratch", "batch_size=8", "accumulate=2", "check_expert=off", "run=r")
+    for count, (engine, processes) in enumerate((("zero2", 1), ("ddp", 2), ("ddp", 4)), 1):
+        launch(engine, ROOT / "train.py", *command, f"steps={2 * count}", script="consumed.py", processes=processes)
+    files = sorted(tmp_path.glob("consumed_*.jsonl"))
+    assert len(files) == 4, "four ranks in the end"
+    consumed = [pair for file in files for line in file.read_text().splitlines() for pair in json.loads(line)]
+    cfg = config.compose("train", [*command])
+    plan = Plan(config.build(cfg.data).buckets, batch_size=8, seed=0)
+    wanted = [[int(sample), step * 8 + i] for step in range(6) for i, sample in enumerate(plan.batch(step))]
+    assert sorted(consumed, key=lambda pair: pair[1]) == wanted
+
+
+def optimizer_state(run, step):
+    return read_file(run / "checkpoints" / f"step_{step:06d}" / "optimizer.safetensors")[0]
+
+
+@pytest.mark.slow
+def test_zero3_takes_a_lora_over_and_hands_it_on(tiny, pair, launch, call, tmp_path):
+    command = (*tiny.train, f"weights={pair}", *LORA[:1], "adapter=lora", "adapter.rank=3", *STEADY)
+    call("train.py", *command, "run=moved", "steps=2")
+    launch("zero3", *command, "run=moved", "steps=4")
+    call("train.py", *command, "run=moved", "steps=6")
+    call("train.py", *command, "run=still", "steps=6")
+    loss, moved = difference(tmp_path / "runs" / "moved", tmp_path / "runs" / "still")
+    assert loss <= BOUND and moved <= BOUND
+
+
+SEEN = """
+import json, os, runpy, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from wantrain.models import transformer
+from wantrain.training import parallel
+
+seen, start = {}, accelerator.start_accelerator
+
+def noted(*args, **how):
+    accelerator = start(*args, **how)
+    seen["engine"], seen["processes"] = accelerator.engine_of(accelerator), accelerator.num_processes
+    return accelerator
+
+def look(cls, name, key, about):
+    inner = getattr(cls, name)
+    def outer(self, *args, **kwargs):
+        result = inner(self, *args, **kwargs)
+        seen.setdefault(key, about(self, args, result))
+        return result
+    setattr(cls, name, outer)
+
+def dtype(tensor):
+    return str(tensor.dtype).removeprefix("torch.")
+
+def block(self, args, result):
+    x, time, context = args[:3]
+    adapter = {n: dtype(p) for n, p in self.named_parameters() if "lora_A" in n}
+    groups = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
+    seen["timeouts"] = [group.options._timeout.total_seconds() for group in groups]
+    return {"residual": [dtype(x), dtype(result)], "time": dtype(time), "context": dtype(context),
+            "modulation": dtype(self.modulation), "adapters": sorted(set(adapter.values()))}
+
+def time(self, args, result):
+    return {"timestep": dtype(args[0]), "value": args[0].flatten().tolist(), "tables": [dtype(t) for t in result]}
+
+accelerator.start_accelerator = noted
+look(transformer.Block, "forward", "block", block)
+look(transformer.WanTransformer, "_time", "time", time)
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    Path(f"rank_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
+"""
+
+
+@pytest.mark.parametrize(
+    "engine", ["ddp", "zero2", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3"))]
+)
+def test_the_model_keeps_its_own_precision_under_every_engine(engine, tiny, pair, launch, tmp_path):
+    (tmp_path / "seen.py").write_text(SEEN)
+    command = (*tiny.train, f"weights={pair}", "batch_size=2", "steps=2", "precision=bf16", "adapter=lora", "run=r")
+    ended = launch(engine, ROOT / "train.py", *command, "check_expert=off", "tripwires.hang=7200", script="seen.py")
+    assert ended.foreign == []
+    timesteps = []
+    for rank in (0, 1):
+        seen = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+        assert (seen["engine"], seen["processes"]) == (engine, 2)
+        assert set(seen["timeouts"]) == {7200 + 300}, "tripwires.hang and a little more, in the engine's own groups too"
+        assert len(seen["timeouts"]) >= (2 if engine.startswith("zero") else 1)
+        assert seen["block"] == {
+            "residual": ["float32", "float32"],
+            "time": "float32",
+            "context": "bfloat16",
+            "modulation": "float32",
+            "adapters": ["float32"],
+        }
+        assert seen["time"]["timestep"] == "float32" and seen["time"]["tables"] == ["float32", "float32"]
+        timesteps += seen["time"]["value"]
+    rounded = torch.tensor(timesteps).bfloat16().float().tolist()
+    assert timesteps != rounded, "a timestep that bf16 could hold would be one that was rounded"
+    assert timesteps == pytest.approx(drawn(2)), "and it is the one that was drawn"
+
+
+def drawn(count):
+    """The timesteps of a run's first samples, low noise, seed 0, as the loss draws them in one process."""
+    from wantrain import flow
+    from wantrain.util.seeds import generator_at
+
+    law = {"density": "uniform", "shift": 3.0, "window": flow.NoiseWindow(0.0, 0.875)}
+    streams = [generator_at(0, "noise", position) for position in range(count)]
+    return [1000 * flow.draw_sigma(1, generator=stream, **law).item() for stream in streams]
+
+
+def test_a_pair_under_zero_is_one_error_that_names_the_two_jobs(tiny, launch, tmp_path):
+    ended = launch("zero2", *tiny.train, "expert=both", "steps=2", "batch_size=8", check=False)
+    assert "bash launch/pair.sh launch/accelerate/zero2.yaml" in ended.stderr and ended.returncode != 0
+    assert (ROOT / "launch" / "pair.sh").is_file() and not (tmp_path / "runs").exists()
+
+
+HYDRAS = {"gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "mixed_precision"}
+
+
+def test_launch_files_are_whole_have_cpu_twins_and_hold_no_knob_of_hydras():
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "launch" / "accelerate").glob("*.yaml")}
+    assert files.keys() == {
+        "one_gpu", *(f"{cpu}{name}" for cpu in ("", "cpu_") for name in (*ENGINES, "zero3_offload"))
+    }  # fmt: skip
+    guide = (ROOT / "launch" / "README.md").read_text()
+    for name, file in files.items():
+        assert f"launch/accelerate/{name}.yaml" in guide, name
+        assert file["mixed_precision"] == "no" and file["use_cpu"] is False
+        inner = {**file.get("deepspeed_config", {}), **file.get("fsdp_config", {})}
+        assert not HYDRAS & (inner.keys() | (file.keys() - {"mixed_precision"})), name
+        twin = files.get(f"cpu_{name}")
+        if twin:
+            assert {**twin, "num_processes": file["num_processes"]} == file and twin["num_processes"] == 2
+
+
+@pytest.mark.slow
+def test_the_two_jobs_of_a_pair_under_zero_make_a_pipeline(tiny, pair, environment, call, tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", ROOT / "launch" / "pair.sh", ROOT / "launch" / "accelerate" / "cpu_zero2.yaml"]
+    subprocess.run(
+        [*command, *tiny.train, f"weights={pair}", "batch_size=8", "steps=3"],
+        cwd=tmp_path, env={**environment, "PATH": path}, check=True, timeout=200,
+    )  # fmt: skip
+    call("export.py", "run=tiny_high_noise_none,tiny_low_noise_none", "out=pipeline")
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+
+
+def test_the_weights_of_a_pair_are_read_by_export_and_sample(tiny, call, tmp_path):
+    call("train.py", *tiny.train, "init=scratch", "expert=both", "steps=4", "batch_size=2", "ema=0.5", "run=p")
+    call("export.py", "run=p", "out=pipeline")
+    for part, name in (("transformer", "high_noise"), ("transformer_2", "low_noise")):
+        mine = read_tensors(tmp_path / "pipeline" / part)
+        kept = tmp_path / "runs" / "p" / "checkpoints" / "step_000004" / name
+        average, last = (read_tensors(folder / part) for folder in (kept / "ema", kept))
+        assert all(torch.equal(mine[key], average[key]) for key in average)
+        assert not all(torch.equal(average[key], last[key]) for key in average)
+    call("sample.py", "run=p", "prompt=a red square", "steps=2", "model.num_frames=5", "out=s")
+    assert list((tmp_path / "s").glob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "stands", "instead", "message"),
+    [
+        (
+            "ddp",
+            "mixed_precision: 'no'",
+            "mixed_precision: bf16",
+            "mixed_precision: bf16 (give precision= to train.py)",
+        ),
+        ("zero2", "zero_stage: 2", "gradient_clipping: 0.5", "gradient_clipping: 0.5 (give clip= to train.py)"),
+        pytest.param(
+            "fsdp2",
+            "fsdp_version: 2",
+            "fsdp_version: 1",
+            "FSDP's first version is not supported",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_launch_file_that_clashes_with_hydra_is_refused(engine, stands, instead, message, tiny, launch, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((ROOT / "launch" / "accelerate" / f"cpu_{engine}.yaml").read_text().replace(stands, instead))
+    ended = launch(engine, *tiny.train, "steps=2", "batch_size=8", file=mine, check=False)
+    assert ended.returncode != 0 and message in ended.stderr and not (tmp_path / "runs").exists()

@@ -1,0 +1,293 @@
+"""Schedules as functions of progress; parameter groups; one update."""
+
+import functools
+import itertools
+import math
+import re
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from wantrain import checks, config
+from wantrain.models import WanTransformer, adapters
+from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.optim import (
+    FALLS,
+    MuonAdamW,
+    Schedule,
+    adamw_8bit,
+    build_optimizer,
+    named_trainable,
+    plain_tensors,
+)
+
+SIZE = {"num_attention_heads": 1, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": 1}
+adamw = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+
+
+def test_cosine_warms_up_in_a_line_and_ends_at_its_floor():
+    schedule = Schedule(shape="cosine", warmup=10, floor=0.1)
+    scales = [schedule(step, 200) for step in range(200)]
+    assert scales[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert scales[10] == 1.0 == max(scales)
+    assert all(later < earlier for earlier, later in itertools.pairwise(scales[10:]))
+    assert scales[105] == pytest.approx(0.55), "half way down at half of the rest"
+    assert scales[-1] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 189 / 190)))
+    assert schedule(200, 200) == pytest.approx(0.1)
+
+
+def test_constant_stays_at_the_peak_however_long_the_run_becomes():
+    schedule = Schedule(shape="constant", warmup=5, floor=1.0)
+    assert [schedule(step, 100) for step in range(5, 100)] == [1.0] * 95
+    assert [schedule(step, 100) for step in range(100)] == [schedule(step, 1000) for step in range(100)]
+
+
+def test_stable_then_decay_falls_over_the_last_part_alone():
+    schedule = Schedule(shape="sqrt", warmup=10, decay=0.2, floor=0.1)
+    scales = [schedule(step, 200) for step in range(200)]
+    assert scales[9] < 1 and scales[10:161] == [1.0] * 151, (
+        "the peak until 160 of 200, where the fall is still at its head"
+    )
+    assert all(later < earlier for earlier, later in itertools.pairwise(scales[160:]))
+    assert scales[170] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(10 / 40)))
+    assert schedule(200, 200) == pytest.approx(0.1)
+    assert [schedule(step, 400) for step in range(160)] == scales[:160], "a longer run has the same beginning"
+    straight = Schedule(shape="linear", decay=0.5)
+    assert [straight(step, 8) for step in range(9)] == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize("shape", FALLS)
+@pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 10, 173])
+def test_every_schedule_stays_between_floor_and_peak_and_reaches_both(shape, decay, steps):
+    schedule = Schedule(shape=shape, warmup=20, decay=decay, floor=0.25)
+    scales = [schedule(step, steps) for step in range(steps + 1)]
+    warmup = min(20, steps // 10)
+    assert max(scales) == 1.0 and all(0 < scale < 1 for scale in scales[:warmup])
+    assert min(scales[warmup:]) >= 0.25
+    falls = shape != "constant" and round(decay * steps) > 0
+    assert scales[-1] == pytest.approx(0.25 if falls else 1.0)
+
+
+def test_a_short_run_warms_up_for_a_tenth_at_most():
+    schedule = Schedule(shape="cosine", warmup=50, floor=0.0)
+    assert [schedule(step, 20) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert schedule(0, 1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"shape": "wsd"}, "schedule.shape='wsd' is unknown; choose one of constant, linear, cosine, sqrt"),
+        ({"warmup": -1}, "schedule.warmup=-1 must not be below 0"),
+        ({"decay": 1.5}, "schedule.decay=1.5 is a share"),
+        ({"floor": -0.1}, "schedule.floor=-0.1 is a share"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(bad, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Schedule(**bad)
+
+
+def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay():
+    model = WanTransformer(**SIZE)
+    optimizer = build_optimizer(adamw, model)
+    names = {parameter: name for name, parameter in named_trainable(model).items()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    hidden, matrices, others = groups
+    assert [group["tag"] for group in optimizer.param_groups] == ["hidden", "matrices", "rest"]
+    sizes = [sum(parameter.numel() for parameter in group["params"]) for group in optimizer.param_groups]
+    assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters())
+    assert sorted(hidden + matrices + others) == sorted(names.values())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+    assert all(name.startswith("blocks.") and name.endswith("weight") and "norm" not in name for name in hidden)
+    assert {"blocks.0.ffn.0.weight", "blocks.0.self_attn.q.weight"} <= set(hidden)
+    assert {"patch_embedding.weight", "head.head.weight", "text_embedding.0.weight"} <= set(matrices)
+    assert all("bias" in name or "norm" in name or "modulation" in name for name in others)
+
+
+muon = functools.partial(MuonAdamW, lr=1e-2, muon_lr=2e-2, weight_decay=0.1)
+
+
+def gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest():
+    """The same updates as torch's two optimizers side by side; Muon's has the size of AdamW's."""
+    ours, theirs = WanTransformer(**SIZE), WanTransformer(**SIZE)
+    theirs.load_state_dict(ours.state_dict())
+    start = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
+    optimizer = build_optimizer(muon, ours)
+    split = {True: [], False: []}
+    for name, parameter in theirs.named_parameters():
+        split[name.startswith("blocks.") and parameter.ndim == 2].append(parameter)
+    decayed = [p for p in split[False] if p.ndim >= 2 and p.shape[0] > 1]
+    plain = [p for p in split[False] if not (p.ndim >= 2 and p.shape[0] > 1)]
+    peers = [
+        torch.optim.Muon(split[True], lr=2e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.99)
+        ),
+    ]  # fmt: skip
+    for seed in range(3):
+        gradients(ours, seed)
+        gradients(theirs, seed)
+        for each in (optimizer, *peers):
+            each.step()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), parameter, msg=name)
+    moved = (ours.get_parameter("blocks.0.ffn.0.weight") - start["blocks.0.ffn.0.weight"]).square().mean().sqrt()
+    assert 0.1 < moved / 2e-2 < 1.0, "three updates of about 0.2 to 0.4 of the rate each, partly cancelling"
+
+
+def test_muon_with_adamw_goes_on_exactly_from_what_was_saved():
+    straight, broken = WanTransformer(**SIZE), WanTransformer(**SIZE)
+    broken.load_state_dict(straight.state_dict())
+    first, second = build_optimizer(muon, straight), build_optimizer(muon, broken)
+    for seed in range(2):
+        for model, optimizer in ((straight, first), (broken, second)):
+            gradients(model, seed)
+            optimizer.step()
+    how = {"accumulate": 1, "clip": 1.0, "precision": "fp32"}
+    kept = Stepper(Accelerator(cpu=True), broken, second, **how).optimizer_state()
+    resumed = build_optimizer(muon, broken)
+    Stepper(Accelerator(cpu=True), broken, resumed, **how).restore_optimizer_state(kept, "the first half")
+    for group in resumed.param_groups:  # the schedule's way to set the rate must reach both halves
+        group["lr"] = group["peak_lr"] * 0.5
+    for group in first.param_groups:
+        group["lr"] = group["peak_lr"] * 0.5
+    for model, optimizer in ((straight, first), (broken, resumed)):
+        gradients(model, 7)
+        optimizer.step()
+    for name, parameter in straight.named_parameters():
+        assert torch.equal(parameter, broken.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "SGD", "NAdam", "RMSprop", "AdamW"])
+def test_an_optimizer_of_the_users_own_choice_trains_and_goes_on_exactly(name):
+    more = {"fused": True} if name == "AdamW" else {"momentum": 0.9} if name == "SGD" else {}
+    goes_on_exactly(functools.partial(getattr(torch.optim, name), lr=1e-2, weight_decay=0.1, **more))
+
+
+def goes_on_exactly(make, size=SIZE):
+    """An update, a save, and another update by an optimizer that takes the save over: as if it had been one."""
+    straight, broken = WanTransformer(**size), WanTransformer(**size)
+    broken.load_state_dict(straight.state_dict())
+    start = {name: parameter.detach().clone() for name, parameter in straight.named_parameters()}
+    first, second = build_optimizer(make, straight), build_optimizer(make, broken)
+    for model, optimizer in ((straight, first), (broken, second)):
+        gradients(model, 0)
+        optimizer.step()
+    how = {"accumulate": 1, "clip": 1.0, "precision": "fp32"}
+    kept = Stepper(Accelerator(cpu=True), broken, second, **how).optimizer_state()
+    assert all(type(tensor) is torch.Tensor for tensor in kept.values()), "what safetensors can write"
+    resumed = build_optimizer(make, broken)
+    Stepper(Accelerator(cpu=True), broken, resumed, **how).restore_optimizer_state(kept, "the first half")
+    for model, optimizer in ((straight, first), (broken, resumed)):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * 0.5
+        gradients(model, 7)
+        optimizer.step()
+    for name, parameter in straight.named_parameters():
+        assert torch.equal(parameter, broken.get_parameter(name)), name
+        assert not torch.equal(parameter, start[name]), name
+    return kept
+
+
+def test_8_bit_moments_are_saved_as_they_are_and_move_weights_as_adamw_does():
+    pytest.importorskip("torchao", reason="the extra 8bit is not installed")
+    large = {**SIZE, "num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 128}
+    with torch.compiler.set_stance("force_eager"):  # the same arithmetic, without a compiler
+        kept = goes_on_exactly(functools.partial(adamw_8bit, lr=1e-2), large)
+        matrix = {key: tensor for key, tensor in kept.items() if key.startswith("blocks.0.self_attn.q.weight/")}
+        assert matrix["blocks.0.self_attn.q.weight/exp_avg.codes"].dtype == torch.uint8
+        large_parts = sum(tensor.nbytes for key, tensor in matrix.items() if not key.endswith((".qmap", "/step")))
+        assert large_parts == 2 * 64 * 64 * (1 + 4 / 256), "a byte per element, and a scale per 256"
+        ours, theirs = WanTransformer(**large), WanTransformer(**large)
+        theirs.load_state_dict(ours.state_dict())
+        start = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
+        optimizers = (
+            build_optimizer(functools.partial(adamw_8bit, lr=1e-3), ours),
+            build_optimizer(
+                functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01), theirs
+            ),
+        )
+        for seed in range(10):
+            for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+                gradients(model, seed)
+                optimizer.step()
+    for name, parameter in theirs.named_parameters():
+        moved = parameter - start[name]
+        assert (ours.get_parameter(name) - parameter).norm() < 0.05 * moved.norm(), name
+
+
+def test_8_bit_without_torchao_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ValueError, match=r"optimizer=adamw_8bit needs torchao .*pip install 'wantrain\[8bit\]'"):
+        build_optimizer(functools.partial(adamw_8bit, lr=1e-2), WanTransformer(**SIZE))
+
+
+def test_a_state_that_is_no_tensor_is_refused():
+    with pytest.raises(ValueError, match="the optimizer keeps step as int; only tensors can be saved"):
+        plain_tensors({"step": 3})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["optimizer=other", "+optimizer.momentun=0.9"],
+         "optimizer.momentun is no keyword of torch.optim.SGD; it takes lr, momentum, "),
+        (["optimizer=other", "optimizer._target_=torch.optim.Nothing"],
+         "optimizer._target_=torch.optim.Nothing is no class that can be imported"),
+        (["optimizer=other", "optimizer._target_=wantrain.training.engine.optim.MuonAdamW"],
+         "wantrain.training.engine.optim.MuonAdamW needs optimizer.muon_lr; give +optimizer.muon_lr=VALUE"),
+        (["schedule=wsd", "schedule.decay=2"], "schedule.decay=2 is a share"),
+    ],
+)  # fmt: skip
+def test_an_optimizer_or_schedule_that_cannot_be_is_one_error_before_work_starts(settings, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        checks.check(config.compose("train", settings))
+
+
+def test_an_optimizer_of_the_users_own_choice_is_built_from_the_command_line():
+    cfg = config.compose("train", ["optimizer=other", "+optimizer.momentum=0.9", "optimizer.lr=0.5"])
+    checks.check(cfg)
+    optimizer = build_optimizer(config.build(cfg.optimizer, _partial_=True), WanTransformer(**SIZE))
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {(group["momentum"], group["lr"]) for group in optimizer.param_groups} == {(0.9, 0.5)}
+    with pytest.raises(ValueError, match=r"the optimizer cannot be made: .*nonsense"):
+        build_optimizer(functools.partial(torch.optim.SGD, nonsense=1), WanTransformer(**SIZE))
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = WanTransformer(**SIZE)
+    adapters.inject(model, rank=2, alpha=2, targets="attention", seed=0)
+    optimizer = build_optimizer(adamw, model)
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(p) for name, p in model.named_parameters() if "lora_" in name} and len(trained) == 16
+
+
+def test_an_update_is_clipped_scaled_and_cleared_and_decays_matrices_alone():
+    module = torch.nn.Linear(3, 2)
+    module.weight.data.fill_(1.0)
+    module.bias.data.fill_(1.0)
+    make = functools.partial(torch.optim.SGD, lr=0.5, weight_decay=0.1)
+    accelerator = Accelerator(cpu=True)
+    stepper = Stepper(accelerator, module, build_optimizer(make, module), accumulate=2, clip=1.0, precision="fp32")
+    stepper.begin(0.2)
+    for micro_step in range(2):  # each gives gradient 3 to all of 2 x 3 weights and (through zeros) none to the biases
+        stepper.backward((module.weight * 3).sum() + 0 * module.bias.sum(), last=micro_step == 1)
+    norm = stepper.clip_gradients()
+    stepper.step(update=True)
+    assert norm.item() == pytest.approx(3 * math.sqrt(6)), "the mean over micro-steps, before clipping"
+    # Clipped to norm 1: 1 / sqrt(6) each; plus decay 0.1 * 1; times the rate 0.5 * 0.2.
+    assert module.weight.flatten().tolist() == pytest.approx([1 - 0.1 * (1 / math.sqrt(6) + 0.1)] * 6)
+    assert module.bias.tolist() == [1.0, 1.0]
+    assert module.weight.grad is None
+    assert [group["peak_lr"] for group in stepper.optimizer.param_groups] == [0.5, 0.5]

@@ -1,0 +1,42 @@
+"""What an engine cannot train is refused before anything starts; weights are loaded where the engine takes them."""
+
+import re
+
+import pytest
+import torch
+
+from wantrain import config
+from wantrain.training.engine import placement
+
+IMPOSSIBLE = [
+    ("zero2", ["expert=both"], "bash launch/pair.sh launch/accelerate/zero2.yaml"),
+    ("fsdp2", ["optimizer=muon"], "optimizer=muon needs whole matrices, but fsdp2 cuts them"),
+    ("zero3", ["optimizer=muon"], "optimizer=muon needs whole matrices, but zero3 cuts them"),
+    ("fsdp2", ["optimizer=adamw_8bit"], "optimizer=adamw_8bit needs whole matrices, but fsdp2 cuts them"),
+    ("zero2", ["optimizer=adafactor"], "optimizer=adafactor needs whole matrices, but zero2 cuts them"),
+    ("zero3", ["ema=0.9"], "ema=0.9 under ZeRO-3"),
+    ("fsdp2", ["expert=both", "adapter=lora", "experts.idle=cpu"], "experts.idle=cpu: fsdp2 keeps only parts"),
+    ("single", ["expert=both", "experts.idle=cpu"], "adapter=none trains them"),
+]
+
+
+@pytest.mark.parametrize(("engine", "given", "message"), IMPOSSIBLE)
+def test_what_an_engine_cannot_do_is_said_before_anything_starts(engine, given, message, monkeypatch):
+    monkeypatch.setattr(placement, "engine_of", lambda accelerator: engine)
+    experts = config.experts(config.compose("train", given))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        placement.find_home(Alone(), {name: config.plain(own) for name, own in experts.items()})
+
+
+class Alone:
+    """As much of an Accelerator as a home needs."""
+
+    device = torch.device("cpu")
+
+
+def test_a_home_loads_on_the_host_what_is_cut_up_or_waits_there(monkeypatch):
+    for engine, given, hosted in (("ddp", [], False), ("single", ["adapter=lora", "experts.idle=cpu"], True)):
+        monkeypatch.setattr(placement, "engine_of", lambda accelerator, engine=engine: engine)
+        experts = config.experts(config.compose("train", ["expert=both", *given]))
+        home = placement.find_home(Alone(), {name: config.plain(own) for name, own in experts.items()})
+        assert (home.residence is not None) == hosted

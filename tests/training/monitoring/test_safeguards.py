@@ -1,0 +1,305 @@
+"""Every tripwire trips on its planted fault, at its first step; a run without faults trips none."""
+
+import json
+import math
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from wantrain import flow
+from wantrain.losses import FlowMatching
+from wantrain.models import adapters
+from wantrain.models.formats.weights import read_file
+from wantrain.training.engine import optim
+from wantrain.training.engine.engine import Stepper
+from wantrain.training.monitoring.safeguards import SEEN, SLICES, Usual
+
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
+RUN = ("init=scratch", "batch_size=4", "steps=6", "checkpoint.every=1", "checkpoint.keep=9", "run=r")
+LOSS, DRAW = FlowMatching.__call__, FlowMatching.draw
+
+
+def spoiled(monkeypatch, steps, how):
+    """Give the loss of some steps (from 1) another value: `how(record)` is what replaces it."""
+    calls = iter(range(1, 1000))
+
+    def loss(self, model, batch, draws):
+        record = LOSS(self, model, batch, draws)
+        return how(record) if next(calls) in steps else record
+
+    monkeypatch.setattr(FlowMatching, "__call__", loss)
+
+
+def replaced(record, **fields):
+    return type(record)(**{**vars(record), **fields})
+
+
+def rows_of(tmp_path, name):
+    path = tmp_path / "runs" / "r" / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def checkpoint(tmp_path, step):
+    folder = tmp_path / "runs" / "r" / "checkpoints" / f"step_{step:06d}"
+    return {
+        f"{path.relative_to(folder)}/{key}": value
+        for path in sorted(folder.rglob("*.safetensors"))
+        for key, value in read_file(path)[0].items()
+    }
+
+
+def test_a_sound_run_trips_nothing(tiny, call, tmp_path):
+    ended = call("train.py", *tiny.train, *RUN)
+    assert not (tmp_path / "runs" / "r" / "tripped.jsonl").exists()
+    assert "updated" not in ended.stdout and "times what is usual" not in ended.stdout
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("more", [(), ("accumulate=2", "ema=0.9")], ids=["plain", "accumulated"])
+def test_a_loss_that_is_no_number_updates_nothing_and_names_its_samples(value, more, tiny, call, tmp_path, monkeypatch):
+    micro = 2 if more else 1
+    # Infinity is added: its slope is finite, and all the same no step is made on it.
+    spoiled(monkeypatch, {2 * micro + 1}, lambda record: replaced(record, value=record.value + value))
+    ended = call("train.py", *tiny.train, *RUN, *more)
+    before, after, next_one = (checkpoint(tmp_path, step) for step in (2, 3, 4))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), "weights, moments, average"
+    assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items()), "and then it goes on"
+    (row,) = rows_of(tmp_path, "tripped.jsonl")
+    assert (row["step"], row["wire"], row["expert"], len(row["samples"])) == (3, "gradient", "low_noise", 4)
+    assert [sample["position"] for sample in row["samples"]] == [8, 9, 10, 11]
+    assert all(0 < sample["sigma"] < 0.875 and sample["id"] for sample in row["samples"])
+    assert "step 3: the gradient's norm is" in ended.stdout
+    logged = {row["step"]: row for row in rows_of(tmp_path, "metrics.jsonl") if "samples" in row}
+    assert logged[3]["loss"] is None and all(logged[step]["loss"] for step in (1, 2, 4, 5, 6))
+
+
+def test_one_gradient_that_is_no_number_updates_nothing(tiny, call, tmp_path, monkeypatch):
+    backward, calls = Stepper.backward, iter(range(1, 1000))
+
+    def planted(self, loss, *, last):
+        backward(self, loss, last=last)
+        if next(calls) == 2:
+            next(iter(optim.named_trainable(self.module).values())).grad.view(-1)[0] = math.nan
+
+    monkeypatch.setattr(Stepper, "backward", planted)
+    call("train.py", *tiny.train, *RUN)
+    before, after = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert [row["step"] for row in rows_of(tmp_path, "tripped.jsonl")] == [2]
+
+
+def test_after_three_such_steps_in_a_row_the_run_ends_and_the_last_good_checkpoint_stands(
+    tiny, call, tmp_path, monkeypatch
+):
+    spoiled(monkeypatch, {2, 4, 5, 6}, lambda record: replaced(record, per_sample=record.per_sample * math.nan,
+                                                              value=record.value * math.nan))  # fmt: skip
+    ended = call("train.py", *tiny.train, *RUN, check=False)
+    assert "step 6: the gradient's norm is nan" in ended.error and "3 steps in a row" in ended.error
+    first = rows_of(tmp_path, "tripped.jsonl")[-1]["samples"][0]["id"]
+    assert f"first such sample: {first}" in ended.error
+    assert (tmp_path / "runs/r/checkpoints/step_000005").is_dir()
+    monkeypatch.undo()
+    assert "step 5 of 6" in call("train.py", *tiny.train, *RUN).stdout, "the same command goes on"
+
+
+def test_a_thirtyfold_loss_is_said_with_its_worst_sample(tiny, call, tmp_path, monkeypatch):
+    steps = 80
+    spoiled(monkeypatch, {steps - 3}, lambda record: replaced(record, per_sample=record.per_sample * 30))
+    ended = call("train.py", *tiny.train, *RUN[:2], "run=r", f"steps={steps}", "batch_size=8")
+    (row,) = rows_of(tmp_path, "tripped.jsonl")
+    assert (row["step"], row["wire"]) == (steps - 3, "spike") and 10 < row["times_usual"] < 90
+    worst = max(row["samples"], key=lambda sample: sample["loss"])
+    assert f"the worst sample {worst['id']}" in ended.stdout
+    call("train.py", *tiny.train, *RUN[:2], "run=quiet", f"steps={steps}", "batch_size=8", "tripwires.spike=null")
+    assert not (tmp_path / "runs/quiet/tripped.jsonl").exists()
+
+
+def test_a_thousandfold_loss_updates_nothing_also_after_a_restart(tiny, call, tmp_path, monkeypatch):
+    """What is usual is part of a checkpoint: the run that is resumed at step 60 knows it."""
+    train = ("train.py", *tiny.train, RUN[0], "run=r", "steps=80", "batch_size=8", "checkpoint.keep=9")
+    call(*train, "stop_after=60")
+    spoiled(monkeypatch, {1}, lambda record: replaced(record, per_sample=1000 * record.per_sample,
+                                                      value=1000 * record.value))  # fmt: skip
+    ended = call(*train, "stop_after=61")
+    monkeypatch.undo()
+    call(*train, "stop_after=62")
+    before, after, next_one = (checkpoint(tmp_path, step) for step in (60, 61, 62))
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), "weights and moments"
+    assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items()), "and then it goes on"
+    (row,) = rows_of(tmp_path, "tripped.jsonl")
+    assert (row["step"], row["wire"]) == (61, "spike") and 300 < row["times_usual"] < 3000
+    assert re.search(
+        r"step 61: the loss is \d+ times .* \(tripwires.refuse=100\), so nothing was updated", ended.stdout
+    )
+
+
+def test_what_is_usual_is_learned_for_each_noise_level():
+    """Losses that differ a thousandfold between noise levels are all usual; tenfold at one level is not."""
+    usual = Usual(flow.NoiseWindow(0.0, 0.875))
+    sigmas = [0.875 * (slot + 0.5) / SLICES for slot in range(SLICES)]
+    losses = [10 ** (-3 * slot / SLICES) for slot in range(SLICES)]
+    sigmas, losses = torch.tensor(sigmas), torch.tensor(losses)
+    assert usual.excess(sigmas, losses) == 1.0, "nothing is known yet"
+    for turn in range(2 * SEEN):
+        usual.learn(sigmas, losses * (1.5 if turn % 2 else 1 / 1.5))
+    assert usual.excess(sigmas, losses) == pytest.approx(1.0, rel=0.2)
+    for sigma, loss in zip(sigmas, losses, strict=True):
+        assert usual.excess(sigma[None], 10 * loss[None]) == pytest.approx(10.0, rel=0.2)
+    once, apart = (Usual(flow.NoiseWindow(0.0, 0.875)) for _ in range(2))
+    for _ in range(SEEN):
+        once.learn(sigmas.repeat(4), losses.repeat(4))
+        for _ in range(4):
+            apart.learn(sigmas, losses)
+    assert torch.allclose(once.means, apart.means) and torch.equal(once.counts, apart.counts), "however it is batched"
+
+
+def test_a_draw_outside_the_window_ends_the_run_before_it_learns(tiny, call, monkeypatch):
+    """The classic: the whole range for one expert."""
+    whole = FlowMatching(density="uniform", shift=3.0)
+    monkeypatch.setattr(FlowMatching, "draw", lambda self, batch, generators: DRAW(whole, batch, generators))
+    error = call("train.py", *tiny.train, *RUN, "batch_size=16", check=False).error
+    assert re.search(r"low_noise drew sigma 0\.\d+, outside its window \[0, 0\.875\)", error)
+
+
+def test_a_step_that_moves_nothing_ends_the_run(tiny, pair, call, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    for adapter, what in (("none", "trained tensor"), ("lora", "LoRA's B")):
+        ended = call("train.py", *tiny.train, f"weights={pair}", *RUN[1:], f"adapter={adapter}", f"run={adapter}",
+                     check=False)  # fmt: skip
+        assert f"the first step of low_noise moved no {what} " in ended.error
+
+
+def test_a_parameter_that_is_trained_beside_the_adapter_or_frozen_without_one_ends_the_run(
+    tiny, pair, call, monkeypatch
+):
+    inject = adapters.inject
+
+    def planted(module, **how):
+        inject(module, **how)
+        next(p for name, p in module.named_parameters() if "lora_" not in name).requires_grad_(True)
+
+    monkeypatch.setattr(adapters, "inject", planted)
+    error = call("train.py", *tiny.train, f"weights={pair}", *RUN[1:], "adapter=lora", check=False).error
+    assert error.startswith("adapter=lora: ") and "is trained" in error
+
+
+def test_an_optimizer_that_lacks_parameters_ends_the_run(tiny, call, monkeypatch):
+    named = optim.named_trainable
+    fewer = lambda module: dict(list(named(module).items())[: max(1, len(named(module)) - 1)])  # noqa: E731
+    monkeypatch.setattr(optim, "named_trainable", fewer)
+    error = call("train.py", *tiny.train, *RUN, check=False).error
+    assert re.search(r"[\d,]+ parameters were to be trained, single trains [\d,]+ and its optimizer holds", error)
+
+
+PLANT = """
+import os, sys, math, runpy, torch
+sys.path.insert(0, {root!r})
+from wantrain import world
+from wantrain.losses import FlowMatching
+from wantrain.training import feed, stepper
+fault, rank = {fault!r}, int(os.environ["RANK"])
+whole, calls = FlowMatching.__call__, iter(range(1, 1000))
+if fault == "nan":       # on one rank only, in the third step
+    def loss(self, model, batch, draws):
+        record = whole(self, model, batch, draws)
+        bad = rank == 1 and next(calls) == 3
+        return type(record)(**{{**vars(record), "value": record.value * (math.nan if bad else 1)}})
+    FlowMatching.__call__ = loss
+elif fault == "spike":   # on one rank only, once enough is known
+    def loss(self, model, batch, draws):
+        record = whole(self, model, batch, draws)
+        times = 1e5 if rank == 1 and next(calls) == 40 else 1
+        return type(record)(**{{**vars(record), "value": record.value * times, "per_sample": record.per_sample * times}})
+    FlowMatching.__call__ = loss
+elif fault == "noise":   # every rank seeds by its place in its own batch
+    generator = world.generator
+    world.generator = lambda seed, purpose, *at: generator(seed, purpose, *([] if purpose == "noise" else at))
+elif fault == "samples": # every rank takes rank 0's share
+    share = feed.share
+    feed.share = lambda batch, micro, accumulate, rank, world: share(batch, micro, accumulate, 0, world)
+elif fault == "gradients":  # the forward passes by DDP's wrapper, and nothing is reduced
+    prepare = stepper.Stepper.__init__
+    def init(self, accelerator, module, *more, **how):
+        prepare(self, accelerator, module, *more, **how)
+        self.wrapped = module
+    stepper.Stepper.__init__ = init
+elif fault == "hang":    # one rank never comes to the reduction
+    import time
+    def loss(self, model, batch, draws):
+        if rank == 1 and next(calls) == 2:
+            time.sleep(1000)
+        return whole(self, model, batch, draws)
+    FlowMatching.__call__ = loss
+sys.argv[0] = {root!r} + "/train.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def planted(tmp_path, launch):
+    """planted("ddp", "nan", ...): train.py in two processes with a fault in it."""
+
+    def run(engine, fault, *args, **how):
+        script = tmp_path / "planted.py"
+        script.write_text(PLANT.format(root=str(ROOT), fault=fault))
+        return launch(engine, *args, script=script, **how)
+
+    return run
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "engine", ["ddp", *(pytest.param(name, marks=slow) for name in ("zero1", "zero2", "zero3", "fsdp2"))]
+)
+def test_a_fault_on_one_rank_updates_nothing_on_any(engine, tiny, planted, tmp_path):
+    planted(engine, "nan", *tiny.train, *RUN)
+    before, after, next_one = (checkpoint(tmp_path, step) for step in (2, 3, 4))
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items())
+    rows = rows_of(tmp_path, "tripped.jsonl")
+    assert sorted((row["rank"], row["step"]) for row in rows) == [(0, 3), (1, 3)], "each rank writes its own samples"
+    assert sorted(sample["position"] for row in rows for sample in row["samples"]) == [8, 9, 10, 11]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_a_spike_on_one_rank_updates_nothing_on_any(engine, tiny, planted, tmp_path):
+    train = (*tiny.train, RUN[0], "run=r", "batch_size=16", "steps=41", "checkpoint.keep=9", "checkpoint.every=1")
+    planted(engine, "spike", *train)
+    before, after, next_one = (checkpoint(tmp_path, step) for step in (39, 40, 41))
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items())
+    rows = rows_of(tmp_path, "tripped.jsonl")
+    assert sorted((row["rank"], row["step"], row["wire"]) for row in rows) == [(0, 40, "spike"), (1, 40, "spike")]
+    assert rows[0]["times_usual"] == rows[1]["times_usual"] > 100
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        pytest.param("noise", "ranks share their noise: 4 drawn for one batch, 1 different", marks=slow),
+        pytest.param("samples", "ranks share their samples: 4 drawn for one batch, 2 different", marks=slow),
+        ("gradients", r"the gradients of \d+ of \d+ parameters differ between ranks"),
+    ],
+)
+def test_ranks_that_do_not_belong_together_end_the_run_at_the_first_step(fault, told, tiny, planted, tmp_path):
+    ended = planted("ddp", fault, *tiny.train, *RUN, check=False)
+    assert ended.returncode != 0 and re.search(told, ended.stderr)
+    assert not list((tmp_path / "runs" / "r" / "checkpoints").glob("step_*"))
+
+
+def test_a_rank_that_never_comes_ends_all_of_them_with_their_stacks(tiny, planted, tmp_path):
+    began = time.monotonic()
+    ended = planted("ddp", "hang", *tiny.train, *RUN, "tripwires.hang=4", "validation.every=1000", check=False)
+    assert ended.returncode != 0 and time.monotonic() - began < 150
+    assert "error: nothing has happened for 4 s (tripwires.hang) while training step 2" in ended.stderr
+    assert "time.sleep(1000)" in ended.stderr or "planted.py" in ended.stderr, "the stack that hangs is shown"
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "planted.py")], capture_output=True, text=True, check=False)
+    assert not left.stdout, "no process stays behind"

@@ -1,0 +1,166 @@
+"""A tracker that is slow, down or refused, and a log that the disk refuses, never stop or slow a run."""
+
+import errno
+import importlib.util
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from wantrain.training.engine.engine import Stepper
+from wantrain.training.monitoring import trackers
+from wantrain.training.monitoring.metrics import Metrics
+from wantrain.training.monitoring.trackers import Behind, build_tracker
+
+
+class Kept:
+    """A tracker that keeps what it is told, after `delay` seconds each time."""
+
+    def __init__(self, delay=0.0):
+        self.delay, self.told = delay, []
+
+    def scalars(self, step, values):
+        time.sleep(self.delay)
+        self.told.append((step, dict(values)))
+
+    def previews(self, step, looks):
+        self.told.append((step, looks))
+
+    def close(self, *, failed=False):
+        self.told.append("failed" if failed else "closed")
+
+
+def steps(metrics, count):
+    """Log `count` steps; the longest that one of them took."""
+    longest = 0.0
+    for step in range(1, count + 1):
+        began = time.perf_counter()
+        metrics.add(step, {"loss": 1.0 / step, "samples": step, "grad_norm": 1.0})
+        metrics.flush(speak=False)
+        longest = max(longest, time.perf_counter() - began)
+    return longest
+
+
+def logged(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_tracker_is_told_everything_in_order_by_its_own_thread(tmp_path):
+    kept, makers = Kept(), []
+    metrics = Metrics(tmp_path / "metrics.jsonl", steps=9)
+    metrics.tracker = Behind(lambda: makers.append(threading.current_thread()) or kept)
+    steps(metrics, 9)
+    metrics.tracker.close()
+    assert [told[0] for told in kept.told[:-1]] == list(range(1, 10)) and kept.told[-1] == "closed"
+    assert makers[0] is not threading.current_thread() and not makers[0].is_alive()
+
+
+@pytest.mark.parametrize("fault", ["slow to begin", "slow", "no begin", "exits", "breaks off"])
+def test_whatever_is_wrong_with_it_steps_take_no_longer_and_the_log_is_whole(fault, tmp_path, capsys):
+    def make():
+        if fault == "slow to begin":
+            time.sleep(30)
+        if fault == "no begin":
+            raise ConnectionError("no route to host")
+        if fault == "exits":
+            raise SystemExit(1)
+        kept = Kept(30.0 if fault == "slow" else 0.0)
+        if fault == "breaks off":
+            kept.scalars = lambda step, values: 1 / 0
+        return kept
+
+    metrics = Metrics(tmp_path / "metrics.jsonl", steps=40)
+    metrics.tracker = Behind(make, patience=0.5)
+    assert steps(metrics, 40) < 1.0, "nobody waits thirty seconds"
+    began = time.perf_counter()
+    metrics.tracker.close()
+    assert time.perf_counter() - began < 2.0
+    assert logged(tmp_path / "metrics.jsonl") == list(range(1, 41))
+    said = capsys.readouterr().out
+    assert said.count("warning: the tracker") == 1 and "metrics.jsonl" in said
+
+
+def test_what_a_tracker_cannot_take_in_time_is_left_out_and_that_is_said_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trackers, "WAITING", 5)
+    tracker = Behind(lambda: Kept(30.0), patience=0.1)
+    for step in range(50):
+        tracker.scalars(step, {"loss": 1.0})
+    tracker.close()
+    assert tracker.dropped >= 44
+    assert capsys.readouterr().out.count("calls behind") == 1
+
+
+def test_a_run_with_a_broken_tracker_ends_well(tiny, call, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError("proxy refused")
+
+    monkeypatch.setattr(trackers, "WandbTracker", broken)
+    run = (*tiny.train, "init=scratch", "batch_size=4", "steps=3", "run=r")
+    ended = call("train.py", *run, "tracker=wandb")
+    assert "warning: the tracker failed (OSError: proxy refused)" in ended.stdout
+    assert logged(tmp_path / "runs" / "r" / "metrics.jsonl")[-1] == 3
+
+
+def test_an_error_that_ends_a_run_is_told_to_its_tracker_with_the_last_steps(tiny, call, tmp_path, monkeypatch):
+    """Steps since the last line on the console are in the log and with the tracker, and it is told how it ended."""
+    kept, step, calls = Kept(), Stepper.step, iter(range(1, 100))
+
+    def breaking(self, *, update):
+        if next(calls) == 4:
+            raise ValueError("the device is gone")
+        return step(self, update=update)
+
+    monkeypatch.setattr(trackers, "WandbTracker", lambda *_: kept)
+    monkeypatch.setattr(Stepper, "step", breaking)
+    run = (*tiny.train, "init=scratch", "batch_size=4", "steps=8", "run=r")
+    ended = call("train.py", *run, "tracker=wandb", check=False)
+    assert ended.returncode == 2 and "the device is gone" in ended.error
+    assert kept.told[-1] == "failed" and [told[0] for told in kept.told[:-1]] == [1, 2, 3]
+    assert logged(tmp_path / "runs" / "r" / "metrics.jsonl") == [1, 2, 3]
+
+
+def test_a_log_that_the_disk_refuses_waits_and_is_whole_later(tmp_path, capsys, monkeypatch):
+    metrics = Metrics(tmp_path / "metrics.jsonl", steps=20)
+    steps(metrics, 3)
+    whole = Path.open
+
+    def full(self, *how, **more):
+        file = whole(self, *how, **more)
+        if self.name == "metrics.jsonl" and how and how[0] == "a":
+            file.write('{"step": 4, "lo')  # half a line arrives
+            file.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return file
+
+    monkeypatch.setattr(Path, "open", full)
+    for step in range(4, 10):
+        metrics.add(step, {"loss": 1.0, "samples": step, "grad_norm": 1.0})
+        metrics.flush(speak=False)
+    assert logged(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    monkeypatch.undo()
+    metrics.add(10, {"loss": 1.0, "samples": 10, "grad_norm": 1.0})
+    metrics.flush(speak=False)
+    assert logged(tmp_path / "metrics.jsonl") == list(range(1, 11))
+    assert capsys.readouterr().out.count("cannot be written") == 1
+
+
+def test_tensorboard_holds_what_was_logged(tiny, call, tmp_path):
+    pytest.importorskip("tensorboard", reason="tracker=tensorboard is an optional extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    call("train.py", *tiny.train, "init=scratch", "batch_size=4", "steps=4", "run=r", "tracker=tensorboard")
+    events = EventAccumulator(str(tmp_path / "runs" / "r" / "tensorboard")).Reload()
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()]
+    wanted = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(wanted)
+
+
+def test_a_tracker_without_its_package_or_name_is_one_clear_error(tmp_path, monkeypatch):
+    how = {"project": None, "run": "r", "folder": tmp_path, "config": {}}
+    with pytest.raises(ValueError, match="choose wandb, tensorboard or jsonl"):
+        build_tracker("wands", **how)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "wantrain\[tensorboard\]"'):
+        build_tracker("tensorboard", **how)

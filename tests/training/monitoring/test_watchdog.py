@@ -1,0 +1,187 @@
+"""The watchdog lets long work go on as long as it advances, and ends what stands still with a word and its own code."""
+
+import hashlib
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+
+from wantrain.batch import Batch
+from wantrain.models.formats import base, weights
+from wantrain.sampling.generate import Experts, generate
+from wantrain.training.engine.engine import Stepper
+from wantrain.training.monitoring import deadline
+from wantrain.training.monitoring.watchdog import HUNG, Watchdog
+from wantrain.training.validation.measure import over_ranks
+from wantrain.util import progress
+from wantrain.util.files import file_hash
+from wantrain.util.progress import listening
+
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
+#: Holds the interpreter: PyDLL calls C without giving it back.
+HELD = "import ctypes; ctypes.PyDLL(None).sleep(60)"
+
+WATCHED = """
+import sys, time, threading
+sys.path.insert(0, {root!r})
+from wantrain.training import deadline, watchdog
+{before}
+with watchdog.Watchdog(1.0) as watched:
+    for _ in range(4):
+        time.sleep(0.5)
+        report_progress("working")
+    report_progress("work of 100 % weight")
+    print("beaten", flush=True)
+    {work}
+print("left", flush=True)
+{after}
+"""
+
+
+def run(work="pass", *, before="", after=""):
+    script = WATCHED.format(root=str(ROOT), work=work, before=before, after=after)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("work", ["time.sleep(60)", HELD], ids=["gives the interpreter back", "holds it"])
+def test_what_stands_still_is_ended_with_a_word_every_stack_and_its_own_code(work):
+    began = time.monotonic()
+    ended = run(work)
+    assert time.monotonic() - began < 60, "on a busy machine, with the imports"
+    assert ended.returncode == HUNG == 75 and "beaten" in ended.stdout and "left" not in ended.stdout
+    assert "error: nothing has happened for 1 s (tripwires.hang) while work of 100 % weight" in ended.stderr
+    assert "exit code 75. The same command goes on from the last checkpoint" in ended.stderr
+    stacks = ended.stderr.partition("error: nothing")[2]
+    assert "most recent call first" in stacks and 'File "<string>"' in stacks, "the stacks follow what is said"
+    assert ended.stderr.count("error: nothing") == 1
+
+
+def test_without_the_timers_a_held_interpreter_still_ends_the_process():
+    ended = run(HELD, before="deadline._create = None; watchdog.GRACE = 1.5")
+    assert ended.returncode == 1 and "most recent call first" in ended.stderr
+
+
+def test_work_that_advances_is_not_ended_however_long_it_takes_nor_is_what_follows():
+    """Another thread's progress counts, and none after the end sets the timers anew."""
+    late = "watched.beat('late'); time.sleep(5.5)"
+    ended = run(
+        "threading.Thread(target=lambda: [(time.sleep(0.4), report_progress('beside')) for _ in range(8)]).start(); "
+        "time.sleep(3.0); print('doing', watched.doing)",
+        before="watchdog.GRACE = 1.5",
+        after=f"time.sleep(1.5); {late}",
+    )
+    assert ended.returncode == 0 and ended.stdout.splitlines() == ["beaten", "doing work of 100 % weight", "left"]
+    assert not ended.stderr
+
+
+def test_the_watchdog_leaves_no_thread_timer_or_listener():
+    before = threading.active_count()
+    with Watchdog(60.0) as watched, Watchdog(None):
+        assert len(watched.deadline._timers) == 2 and len(progress._listeners) == 1
+    assert threading.active_count() == before and not watched.deadline._timers and not progress._listeners
+
+
+def test_what_is_said_is_cut_to_its_room_and_keeps_its_signs():
+    end = deadline.Deadline(0, sys.__stderr__)
+    end.say("50 % of ä " + "%" * 2000)
+    assert end._text.value.startswith("50 %% of ä %%%%".encode()) and end._text.value.count(b"%") % 2 == 0
+    assert len(end._text.value) < deadline.ROOM
+    end.close()
+
+
+# What feeds it --------------------------------------------------------------------------------------------------------
+
+
+def told(work):
+    """What `work()` tells of its progress."""
+    words = []
+    with listening(words.append):
+        work()
+    return words
+
+
+def test_every_clip_of_a_validation_is_progress():
+    clip = Batch(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1), ("a",), (0,))
+    stepper = SimpleNamespace(gather=lambda x: x)
+    words = told(lambda: over_ranks([clip] * 3, lambda one: torch.zeros(2), stepper))
+    assert words == [f"measuring clip {number} of 3" for number in (1, 2, 3)]
+
+
+def test_a_hash_tells_of_each_piece_of_a_file_and_is_the_same_hash(tmp_path):
+    file = tmp_path / "large"
+    file.write_bytes(bytes(range(256)) * (5 << 12) + b"end")
+    words = told(lambda: file_hash(file))
+    assert len(words) >= 6 and set(words) == {f"hashing {file}"}, "one for each megabyte"
+    assert file_hash(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+    file.write_bytes(b"")
+    assert file_hash(file) == hashlib.sha256(b"").hexdigest()
+
+
+def test_every_tensor_that_is_loaded_hashed_or_copied_for_a_checkpoint_is_progress(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    names = set(module.state_dict())
+    words = told(lambda: weights.load_strict(module, dict(module.state_dict()), "here"))
+    assert words[0] == "loading here" and set(words[1:]) == {f"loading here: {name}" for name in names}
+    assert len(told(lambda: weights.fingerprint(module))) == len(names)
+    words = told(lambda: weights.write_file(tmp_path / "a", module.state_dict()))
+    assert words == [f"writing {tmp_path / 'a'}"] * (1 + len(names)), "header and each tensor"
+    stepper = SimpleNamespace(engine="single", _copied=lambda tensor: tensor)
+    words = told(lambda: [Stepper.whole(stepper, tensor) for tensor in module.state_dict().values()])
+    assert len(words) == len(names) and words[0] == "copying a tensor of 6 elements for a checkpoint"
+
+
+def test_every_solver_step_is_progress():
+    still = lambda x, *_: torch.zeros_like(x)  # noqa: E731
+    how = {"sigmas": torch.tensor([1.0, 0.5, 0.2, 0.0]), "guidance": {"dense": 1.0}, "solver": "euler"}
+    text = torch.zeros(1, 1, 1)
+    experts = Experts({"dense": still})
+    words = told(lambda: generate(experts, latents=torch.zeros(1, 1, 1, 2, 2), text_BLD=text, negative_BLD=text, **how))
+    assert words == [f"solver step {number} of 3" for number in (1, 2, 3)]
+
+
+def test_every_piece_of_a_download_is_progress_also_where_no_bar_is_shown(monkeypatch, tmp_path):
+    def snapshot(repository, *, tqdm_class, **how):
+        bar = tqdm_class(total=10, disable=True)  # as the hub does where nobody looks
+        for _ in range(3):
+            bar.update(2)
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert told(lambda: base._fetch("a/b", None, ["vae"])) == ["downloading a/b"] * 4
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------------
+
+#: train.py whose validation at step 0 sleeps at every clip, and at the last of six for ever.
+SLOW = """
+import itertools, runpy, sys, time
+sys.path.insert(0, {root!r})
+import matplotlib.pyplot  # on a busy machine an import alone takes seconds
+from wantrain.training.validation.measure import Probe
+calls, errors = itertools.count(1), Probe._errors
+def slow(self, clip):
+    time.sleep(1000 if next(calls) == 6 else 2.2)
+    return errors(self, clip)
+Probe._errors = slow
+sys.argv[0] = {root!r} + "/train.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+HANG = 10  # seconds, less than the 11 that the first five clips sleep
+
+
+def test_a_validation_longer_than_the_limit_is_not_ended_and_a_clip_that_is_stuck_is(tiny, tmp_path, environment):
+    watched = ("data.holdout=0.3", "validation.every=1", "validation.clips=3", "validation.points=2")
+    size = ("init=scratch", "batch_size=2", "steps=1", "check_expert=off", "run=r", f"tripwires.hang={HANG}")
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW.format(root=str(ROOT)))
+    command = [sys.executable, str(script), *tiny.train, *watched, *size]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == HUNG, ended.stderr
+    assert f"error: nothing has happened for {HANG} s (tripwires.hang) while measuring clip 6 of 6" in ended.stderr
+    assert "in over_ranks" in ended.stderr, "the stack of the clip"

@@ -1,0 +1,71 @@
+"""Batching: how a step's samples are shared out, by hand-made numbers and by enumeration."""
+
+import pytest
+
+from wantrain import config
+from wantrain.training.planning.batching import Batching
+from wantrain.training.planning.estimate import chosen
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "micro_batch", "processes", "shared"),
+    [
+        (8, None, 1, 1, (1, 8, 1)),
+        (8, None, 1, 8, (1, 1, 8)),
+        (8, None, 3, 1, (2, 4, 1)),  # not 3: it does not divide
+        (6, None, 4, 1, (3, 2, 1)),
+        (16, None, None, 1, (16, 1, 1)),
+        (16, None, None, 4, (4, 1, 4)),
+        (8, 2, 1, 2, (2, 2, 2)),  # as given, whatever the model's default
+    ],
+)
+def test_a_step_is_shared_out(batch_size, accumulate, micro_batch, processes, shared):
+    found = Batching.of(batch_size, accumulate=accumulate, micro_batch=micro_batch, processes=processes)
+    assert (found.micro, found.accumulate, found.processes) == shared
+    assert found.batch_size == batch_size
+
+
+def test_no_smaller_number_of_passes_would_do():
+    for batch_size in range(1, 41):
+        for most in range(1, 12):
+            found = Batching.of(batch_size, accumulate=None, micro_batch=most, processes=1)
+            assert found.micro * found.accumulate == batch_size and found.micro <= most
+            fewer = range(1, found.accumulate)
+            assert all(batch_size % passes or batch_size // passes > most for passes in fewer)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "processes", "words"),
+    [
+        (6, 4, 1, "batch_size=6 must divide by accumulate x processes = 4 x 1; the nearest are 4 and 8"),
+        (8, None, 3, "batch_size=8 must divide by processes = 3; the nearest are 6 and 9"),
+        (2, None, 4, "batch_size=2 must divide by processes = 4; the nearest are 4 and 8"),
+    ],
+)
+def test_what_cannot_be_shared_out_names_the_nearest(batch_size, accumulate, processes, words):
+    with pytest.raises(ValueError) as caught:
+        Batching.of(batch_size, accumulate=accumulate, micro_batch=1, processes=processes)
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize("model", ["t2v_a14b", "i2v_a14b", "t2v_14b", "ti2v_5b", "t2v_1_3b"])
+def test_a_published_model_computes_one_sample_at_a_time_and_recomputes(model):
+    """Those are what fits the card it is meant for: of a 14B, two samples or kept activations do not."""
+    cfg = config.compose("train", [f"model={model}", "adapter=lora"])
+    alone = config.batching(cfg, 1)
+    assert (alone.micro, cfg.gradient_checkpointing) == (1, True)
+    assert config.batching(cfg, 8).accumulate == 1, "on a node of eight each takes one"
+    said = chosen(config.plain(cfg), alone)
+    assert said == (
+        f"batch 8 = 1 per backward x 8 accumulation x 1 process, blocks recomputed (defaults of model={model})"
+    )
+
+
+def test_what_was_given_is_no_default():
+    for given in ("batch_size=4", "accumulate=1", "gradient_checkpointing=true"):
+        cfg = config.compose("train", [given])
+        assert "defaults" not in chosen(config.plain(cfg), config.batching(cfg, 1)), given
+    tiny = config.compose("train")
+    assert chosen(config.plain(tiny), config.batching(tiny, 1)).startswith(
+        "batch 16 = 16 per backward x 1 accumulation"
+    )

@@ -1,0 +1,169 @@
+"""A dry run: what a run will be, said without weights, data or a network; and the same as the run itself."""
+
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wantrain import config
+from wantrain.models.formats import base as bases
+from wantrain.models.formats import loading
+from wantrain.training.initialize import Start
+from wantrain.training.planning import memory
+from wantrain.training.planning.outline import find_clips, outline
+
+ADAPTERS = {
+    "none": ("adapter=none",),
+    "lora": ("adapter=lora", "adapter.rank=4"),
+    "dora": ("adapter=dora", "adapter.rank_pattern={ffn: 2}", "adapter.rank_stabilized=true"),
+    "partial": ("adapter=partial", "adapter.tags=[ffn]", "precision=bf16"),
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_outline_is_the_trained_module_without_its_values(adapter, pair, tiny):
+    """The same parameters, shapes, dtypes and gradients as what is loaded, on the device without memory."""
+    cfg = config.compose("train", [*tiny.train, f"weights={pair}", *ADAPTERS[adapter]])
+    own, dtype = config.plain(cfg), config.dtype(cfg.precision)
+    where = {"base": config.base(cfg, []), "device": torch.device("cpu"), "dtype": dtype}
+    loaded = Start.of(config.network(cfg), own, **where).trainee().module
+    drawn = outline(config.network(cfg), own, dtype)
+
+    def about(module):
+        return {name: (p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()}
+
+    assert about(drawn) == about(loaded)
+    assert {p.device.type for p in drawn.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "state"),
+    [("adamw", 8.0), ("muon", 4.0), ("other", 0.0), ("adafactor", 2 * 4 / memory.SIDE)],
+)
+def test_an_optimizer_shows_how_much_it_keeps(optimizer, state):
+    """By what their papers keep: two moments, one, none, a row and a column of means."""
+    make = config.build(config.compose("train", [f"optimizer={optimizer}"]).optimizer, _partial_=True)
+    assert memory.state_bytes(make) == pytest.approx(state)
+
+
+def kept(*given):
+    cfg = config.compose("train", given)
+    experts = config.experts(cfg)
+    outlines = {
+        name: outline(config.network(own), config.plain(own), config.dtype(cfg.precision))
+        for name, own in experts.items()
+    }
+    makers = {name: config.build(own.optimizer, _partial_=True) for name, own in experts.items()}
+    return memory.standing(outlines, makers, idle=cfg.experts.idle)
+
+
+def test_training_every_weight_of_a_14b_is_too_much_for_one_card_and_a_lora_is_not():
+    whole = kept("model=t2v_a14b", "expert=low_noise", "adapter=none")
+    count = 14_288_491_584  # docs/models.md
+    assert (whole.weights, whole.gradients, whole.optimizer) == (4 * count, 4 * count, 8 * count)
+    assert "too much for one card of 80 GiB (85.5 GB)" in whole.warning()
+    lora = kept("model=t2v_a14b", "expert=low_noise", "adapter=lora")
+    assert 2 * count < lora.weights < 2.1 * count and lora.warning() is None
+    assert lora.warning(24 * 10**9) is not None
+    pair = kept("model=t2v_a14b", "expert=both", "adapter=lora")
+    waiting = kept("model=t2v_a14b", "expert=both", "adapter=lora", "experts.idle=cpu")
+    assert pair.total == 2 * lora.total
+    assert pair.total - waiting.total == lora.weights - lora.gradients, "the frozen weights of one are on the host"
+
+
+#: Every kind of run of a published model, and a recipe whose data and weights are not there.
+RUNS = [
+    ("model=t2v_a14b", "expert=low_noise", "adapter=lora"),
+    ("model=t2v_a14b", "expert=both", "adapter=none"),
+    ("model=i2v_a14b", "expert=high_noise", "adapter=dora"),
+    ("model=ti2v_5b", "expert=dense", "adapter=partial", "adapter.tags=[ffn]"),
+    ("model=t2v_1_3b", "expert=dense", "adapter=lora", "epochs=2", "sample.every=10"),
+    ("recipe=wan_tiny_i2v",),
+    ("recipe=wan_tiny_vae",),
+]
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a dry run opens no weights")
+
+
+@pytest.fixture
+def sealed(monkeypatch):
+    """A machine on which weights cannot be opened, and the hub cannot be reached."""
+    for module, name in ((loading, "read_tensors"), (bases, "_fetch"), (subprocess, "run")):
+        monkeypatch.setattr(module, name, refuse)
+
+
+@pytest.mark.parametrize("given", RUNS, ids=lambda given: " ".join(given))
+def test_a_dry_run_opens_nothing_and_makes_nothing(given, call, tmp_path, sealed):
+    said = call("train.py", *given, "dry_run=true").stdout
+    assert "is not there yet: what follows is for a clip of the model's own size" in said
+    assert "samples per step" in said and "kept in memory" in said
+    assert ("too much for one card" in said) == ("adapter=none" in given)
+    assert said.count("trained parameters") == (2 if {"expert=both", "recipe=wan_tiny_i2v"} & set(given) else 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_of_shards_that_are_there_what_the_run_does(tiny, call, tmp_path, sealed):
+    given = (*tiny.train, "weights=owner/name", "adapter=lora", "adapter.rank=4", "batch_size=2", "epochs=1")
+    said = call("train.py", *given, "dry_run=true").stdout
+    clips = len(config.build(config.compose("train", given).data).train)
+    steps = math.ceil(clips / 2)
+    assert f"{steps}: {steps} x 2 = {2 * steps} samples" in said and f"{2 * steps} / {clips} clips" in said
+    assert "not there yet" not in said and not list(tmp_path.iterdir())
+
+
+def test_the_trained_parameters_of_a_dry_run_are_those_of_a_checkpoint(tiny, pair, call, tmp_path):
+    given = (*tiny.train, f"weights={pair}", "adapter=lora", "adapter.rank=4", "batch_size=2", "steps=1", "run=r")
+    said = call("train.py", *given, "dry_run=true").stdout
+    call("train.py", *given)
+    (file,) = tmp_path.rglob("adapter.safetensors")
+    written = sum(tensor.numel() for key, tensor in load_file(file).items() if not key.endswith("alpha"))
+    assert f"trained parameters  {written:,} of " in said
+
+
+def test_damaged_shards_are_an_error_in_a_dry_run_too(tiny, call, tmp_path):
+    shutil.copytree(tiny.latents, tmp_path / "latents")
+    next((tmp_path / "latents").glob("latent-*.tar")).unlink()
+    error = call("train.py", *tiny.train, "data.shards=latents", "dry_run=true", check=False).error
+    assert "is missing; restore it" in error
+
+
+def test_an_address_out_of_reach_is_said_with_its_reason(capsys):
+    def out_of_reach():
+        raise ValueError("https://nowhere/manifest.json cannot be read (no network)")
+
+    settings = config.plain(config.compose("train", ["model=ti2v_5b", "expert=dense"]))
+    clips = find_clips(["https://nowhere"], out_of_reach, settings)
+    assert "cannot be read (no network): what follows" in capsys.readouterr().out
+    assert clips.latent_shape(clips.commonest) == (31, 44, 78), "121 frames of 704x1248 behind strides 4 and 16"
+
+
+def test_what_an_engine_cannot_do_is_an_error_in_a_dry_run_too(call, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert "DeepSpeed holds one model per job" in call("train.py", "expert=both", "dry_run=true", check=False).error
+
+
+MEASURED = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+used = resource.getrusage(resource.RUSAGE_SELF)
+# Not ru_maxrss, which begins with what the process that started this one held.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+print("\\nmeasured", used.ru_utime + used.ru_stime, int(peak) * 1024 / 1e9)
+"""
+
+
+def test_a_dry_run_of_a_14b_fits_any_machine(environment, tmp_path):
+    """Its processor time is bounded generously, for other work on this machine slows it too."""
+    command = [sys.executable, "-c", MEASURED, str(config.ROOT / "train.py"), *RUNS[0], "dry_run=true"]
+    offline = {**environment, "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    seconds, gigabytes = map(float, ended.stdout.split("measured")[1].split())
+    assert seconds < 40 and gigabytes < 1, f"{seconds} s of processor time, {gigabytes} GB"

@@ -1,0 +1,153 @@
+"""Training a model that is told what is known: from footage to a preview, exactly resumed, and no task named on the way."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wantrain.batch import Batch
+from wantrain.models.formats.loading import load_transformer
+from wantrain.models.formats.weights import read_file
+from wantrain.video import read_mp4
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KINDS = "condition={image: 2.0, boxes: 1.0}"
+
+
+@pytest.fixture(scope="module")
+def told(tiny, inside, tmp_path_factory):
+    """Latents of the small world with what is known beside them."""
+    folder = tmp_path_factory.mktemp("told")
+    inside(folder, "shard.py", f"source={tiny.footage}", "out=videos", "num_frames=9", "model=tiny_i2v")
+    weights = f"weights={tiny.base}"
+    inside(folder, "encode.py", "shards=videos", "out=latents", weights, "area=1024", "model=tiny_i2v", KINDS)
+    return folder / "latents"
+
+
+@pytest.fixture
+def train(tiny, pair, told, call):
+    def run(*more, check=True, model="tiny_i2v", kinds=KINDS):
+        own = [setting for setting in tiny.train if not setting.startswith(("weights=", "data.shards="))]
+        common = ("batch_size=4", "data.holdout=0.3", "schedule=constant", *([f"data.{kinds}"] if kinds else []))
+        settings = (f"model={model}", f"weights={pair}", f"data.shards={told}", *own, *common)
+        return call("train.py", *settings, "init=widen", "run=r", *more, check=check)
+
+    return run
+
+
+def trained(tmp_path, step):
+    folder = tmp_path / "runs" / "r" / "checkpoints" / f"step_{step:06d}"
+    return {
+        f"{path.relative_to(folder)}/{key}": value
+        for path in sorted(folder.rglob("*.safetensors"))
+        for key, value in read_file(path)[0].items()
+    }
+
+
+def test_further_channels_change_nothing_until_they_are_trained(pair):
+    """A widened model is the old one, whatever the new channels hold, and its new weights have a gradient."""
+    old = load_transformer(pair, part="transformer_2")
+    new = load_transformer(pair, part="transformer_2")
+    new.widen(36)
+    assert new.config()["in_channels"] == 36
+    generator = torch.Generator().manual_seed(0)
+    x, more, text = (
+        torch.randn(shape, generator=generator) for shape in ((2, 16, 3, 4, 4), (2, 20, 3, 4, 4), (2, 5, 64))
+    )
+    timestep = torch.tensor([100.0, 700.0])
+    assert torch.equal(new(x, timestep, text, more), old(x, timestep, text))
+    new(x, timestep, text, more).square().sum().backward()
+    assert (new.patch_embedding.weight.grad[:, 16:].abs().amax(dim=(0, 2, 3, 4)) > 0).all()
+    with pytest.raises(ValueError, match="36 input channels cannot be made one of 16"):
+        new.widen(16)
+
+
+def test_it_trains_on_what_is_known_and_resumes_bit_for_bit(train, tmp_path):
+    train("steps=4", "expert=low_noise", "checkpoint.every=2", "stop_after=2")
+    half = trained(tmp_path, 2)
+    weight = next(value for key, value in half.items() if key.endswith("patch_embedding.weight"))
+    assert weight.shape[1] == 36 and weight[:, 16:].abs().max() > 0, "the new channels have moved"
+    train("steps=4", "expert=low_noise", "checkpoint.every=2")
+    resumed = trained(tmp_path, 4)
+    shutil.rmtree(tmp_path / "runs")
+    train("steps=4", "expert=low_noise", "checkpoint.every=2")
+    whole = trained(tmp_path, 4)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_preview_goes_on_from_what_is_known_of_held_out_clips(train, tmp_path):
+    train("steps=1", "expert=low_noise", "sample.every=1", "sample.count=2", "sample.steps=2")
+    files = sorted((tmp_path / "runs" / "r" / "samples").glob("*.mp4"))
+    assert [file.name for file in files] == [f"step_00000{step}_{number}.mp4" for step in (0, 1) for number in (0, 1)]
+    assert {read_mp4(file).shape[0] for file in files} == {9}
+
+
+def test_what_cannot_be_is_one_error_before_work_starts(train, told):
+    for more, said in (
+        (("adapter=lora",), "init=widen with model=tiny_i2v (which has 20 further input channels) and adapter=lora"),
+        (("init=base",), "16 against 36"),
+        (("sample.prompts=p.txt", "sample.every=1"), "sample.prompts=p.txt: model=tiny_i2v makes videos of what is"),
+    ):
+        ended = train("steps=1", "expert=low_noise", *more, check=False)
+        assert ended.returncode != 0 and said in ended.error, ended.error
+    for kinds, said in (
+        ("condition={first_last: 1}", "data.condition.first_last is not in"),
+        ("condition={}", "data.condition={}: this model makes videos of what is known"),
+    ):
+        ended = train("steps=1", "expert=low_noise", kinds=kinds, check=False)
+        assert ended.returncode != 0 and said in ended.error, ended.error
+    ended = train("steps=1", "expert=low_noise", model="tiny", check=False)
+    assert "2 problems" in ended.error and "told nothing but text" in ended.stderr
+
+
+def test_a_model_told_by_clean_frames_trains_on_plain_latents(tiny, call, tmp_path):
+    own = (*tiny.train, "model=tiny_ti2v", "expert=dense", "init=scratch", "batch_size=4", "data.holdout=0.3")
+    seen = ("sample.every=2", "sample.count=2", "sample.steps=2")
+    call("train.py", *own, "data.condition={image: 1.0, nothing: 1.0}", "steps=2", "run=r", *seen)
+    assert len(list((tmp_path / "runs/r/samples").glob("*.mp4"))) == 4, "two clips, before and after"
+    rows = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+
+
+def test_the_loop_and_the_losses_name_no_task():
+    """One code path: what is known travels in the batch, and nobody there knows for what task."""
+    tasks = re.compile(
+        r"i2v|ti2v|t2v|inpaint|outpaint|image.to.video|first.last|continuation|known_pixels", re.IGNORECASE
+    )
+    found = {
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for folder in ("training", "losses")
+        for path in (ROOT / "wantrain" / folder).glob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if tasks.search(line)
+    }
+    assert not found
+    fields = set(Batch.__dataclass_fields__)
+    assert fields == {"latents_BCTHW", "text_BLD", "ids", "positions", "mask_BT", "condition_BCTHW"}
+
+
+@pytest.mark.skipif("WANTRAIN_FOOTAGE" not in os.environ, reason="WANTRAIN_FOOTAGE names no folder of real footage")
+def test_a_dog_with_its_mask_goes_from_file_to_sample(call, tmp_path):
+    """Real footage and a painted mask: shard, encode, twenty steps from wan-tiny, and the video filled in."""
+    source, base = Path(os.environ["WANTRAIN_FOOTAGE"]), ROOT / "assets" / "wan-tiny"
+    (tmp_path / "dog" / "masks").mkdir(parents=True)
+    for name in ("dog.mp4", "dog.txt", "masks/dog.mp4"):
+        shutil.copy(source / name, tmp_path / "dog" / name)
+    model = ("model=tiny_i2v", f"weights={base}")
+    call("shard.py", "source=dog", "out=videos", model[0])
+    call("encode.py", "shards=videos", "out=latents", *model, "condition={mask: 1.0}")
+    manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
+    assert manifest["clips"] == 4 and manifest["condition"] == {"mask": {"variants": 1}}
+    settings = ("expert=both", "init=widen", "data.shards=latents", "data.condition={mask: 1.0}", "data.holdout=0")
+    call("train.py", *model, *settings, "batch_size=4", "steps=20", "run=dog", "tracker=jsonl", "check_expert=off")
+    size = ("num_frames=17", "steps=4")
+    call("sample.py", "model=tiny_i2v", "run=dog", f"video={source / 'dog.mp4'}", f"mask={source / 'masks' / 'dog.mp4'}",
+         "prompt=a dog", *size)  # fmt: skip
+    (made,) = (tmp_path / "samples").rglob("*.mp4")
+    frames = read_mp4(made)
+    assert len(frames) == 17 and frames.std() > 5

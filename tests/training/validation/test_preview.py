@@ -1,0 +1,235 @@
+"""Previews: what a run leaves to look at, that it plays in a browser without a network, and that memory is given back.
+
+That losses stay the same is held by tests/commands/test_resume.py.
+"""
+
+import gc
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from wantrain.models import Base, WanTransformer
+from wantrain.training import build
+from wantrain.training.monitoring.metrics import Metrics
+from wantrain.training.monitoring.trackers import Look, build_tracker
+from wantrain.training.validation.preview import make_page, write_history
+from wantrain.video import write_mp4
+
+PROMPTS = ["a red ring", "一只猫 🐈 <b>"]
+SEEN = ("sample.every=2", "sample.prompts=p.txt", "sample.steps=2", "model.num_frames=5", "batch_size=2")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+@pytest.fixture
+def previewed(tiny, pair, call, tmp_path):
+    """previewed("steps=4"): a micro run of the low-noise expert with previews every two steps."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+
+    def run(*more, weights=pair):
+        return call("train.py", *tiny.train, f"weights={weights}", *SEEN, "run=r", *more)
+
+    return run
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_folder_shows_step_0_beside_now_and_what_lies_between(previewed, tmp_path):
+    run = tmp_path / "runs" / "r"
+    previewed("steps=2", "optimizer.lr=1e-2")
+    previewed("steps=4", "optimizer.lr=1e-2")  # goes on, and the page with it
+    page = (run / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<video src="([^"]+)"', page)
+    files = [f"samples/step_{step:06d}_{number}.mp4" for number in (0, 1) for step in (0, 4, 2)]
+    assert sorted(shown) == sorted(files) and all((run / file).is_file() for file in shown)
+    assert shown[:2] in ([files[0], files[1]], [files[3], files[4]]), "the first beside the newest"
+    assert "step 0: before training" in page and "1 between" in page and "一只猫 🐈 &lt;b&gt;" in page
+    assert page.count("data:image/jpeg") == 4 and "http" not in re.sub(r"<meta[^>]*>", "", page)
+    assert [path.name for path in sorted((run / "samples").glob("*.png"))] == [f"step_00000{i}.png" for i in (0, 2, 4)]
+    history = rows(run / "samples" / "previews.jsonl")
+    assert [(row["step"], row["number"]) for row in history] == [(s, n) for s in (0, 2, 4) for n in (0, 1)]
+    logged = {row["step"]: row for row in rows(run / "metrics.jsonl") if "preview_motion" in row}
+    for step in (0, 2, 4):
+        own = [row for row in history if row["step"] == step]
+        for what in ("motion", "flicker"):
+            assert logged[step][f"preview_{what}"] == pytest.approx(sum(row[what] for row in own) / 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_preview_is_what_sample_makes_of_the_checkpoint_bit_for_bit(precision, previewed, call, tmp_path):
+    """The expert in training computes in the run's precision, the other one as it is loaded, the VAE in float32."""
+    previewed("steps=2", "optimizer.lr=1e-2", f"precision={precision}")
+    size = ("model.transformer.num_layers=2", "model.transformer.ffn_dim=64", "model.transformer.attention_head_dim=32")
+    for number, prompt in enumerate(PROMPTS):
+        how = (f"prompt={prompt}", f"seed={number}", "num_frames=5", "steps=2", f"precision={precision}")
+        call("sample.py", "run=r", *size, *how)
+        (theirs,) = (tmp_path / "samples").glob(f"*_seed_{number}_*.mp4")
+        mine = tmp_path / "runs" / "r" / "samples" / f"step_000002_{number}.mp4"
+        assert mine.read_bytes() == theirs.read_bytes(), number
+
+
+def test_previews_of_a_run_that_went_back_are_dropped(tmp_path):
+    def look(number):
+        return Look(number, PROMPTS[number], number, tmp_path / f"{number}.mp4", 1.0, 0.5)
+
+    path = tmp_path / "previews.jsonl"
+    for step in (0, 2, 4):
+        write_history(path, step, [look(0), look(1)])
+    history = write_history(path, 2, [look(0)])
+    assert [(step, kept.number) for step, kept in history] == [(0, 0), (0, 1), (2, 0)]
+    assert history[0][1] == look(0) and len(rows(path)) == 3
+
+
+def bytes_alive():
+    """Bytes of all tensors that Python can reach, each storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("idle", ["disk", pytest.param("cpu", marks=pytest.mark.slow)])
+def test_memory_returns_to_its_level_after_a_preview(idle, previewed, monkeypatch):
+    build_hooks, levels = build.build_hooks, []
+
+    def watching(*args, **how):
+        (*others, preview) = build_hooks(*args, **how)
+        call = type(preview).__call__
+
+        def look(self, step):
+            before = bytes_alive()
+            result = call(self, step)
+            levels.append((before, bytes_alive(), sum(text.nbytes for text in self.texts.values())))
+            return result
+
+        monkeypatch.setattr(type(preview), "__call__", look)
+        return [*others, preview]
+
+    monkeypatch.setattr(build, "build_hooks", watching)
+    previewed("steps=4", f"sample.idle={idle}")
+    assert len(levels) == 3
+    (before, after, texts), *later = levels
+    assert 0 <= after - before <= texts + 4096, "the prompts' embeddings are all that stays"
+    for before, after, same in later:
+        assert abs(after - before) <= 4096 and same == texts
+
+
+def test_a_missing_expert_is_said_once_with_what_the_preview_does_instead(tiny, capsys):
+    size = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 64, "ffn_dim": 32, "num_layers": 1}
+    stepper = SimpleNamespace(device=torch.device("cpu"), module=WanTransformer(**size))
+    run = SimpleNamespace(members={"low_noise": SimpleNamespace(stepper=stepper)})
+    model = {"experts": ["high_noise", "low_noise"], "boundary": 0.875, "told_by": None}
+    how = {"base": Base(tiny.base), "dtype": torch.float32, "idle": "disk", "offload": "none"}
+    open_sampler = build.preview_sampler(run, model=model, **how)
+    for _ in range(2):
+        with open_sampler() as sampler:
+            assert [sampler.experts.name_at(timestep) for timestep in (999, 10)] == ["low_noise"] * 2
+    said = capsys.readouterr().out
+    assert said.count(f"{tiny.base} holds no high_noise, so low_noise answers for every noise level") == 1
+
+
+def test_wandb_offline_leaves_the_videos_and_a_table_per_prompt_in_the_run_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    frames = torch.randint(0, 255, (5, 16, 16, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    metrics = Metrics(tmp_path / "metrics.jsonl", steps=4)
+    metrics.tracker = build_tracker("wandb", project="p", run="r", folder=tmp_path, config={})
+    contents = set()
+    for step in (0, 2):
+        looks = []
+        for number, prompt in enumerate(PROMPTS):
+            file = tmp_path / "samples" / f"step_{step}_{number}.mp4"
+            write_mp4(file, frames + step + number, 16)
+            contents.add(file.read_bytes())
+            looks.append(Look(number, prompt, number, file, 1.5, 0.25))
+        metrics.tracker.previews(step, looks)  # before the scalars of the steps that came before
+        metrics.add(step, {"loss": 1.0, "samples": 2, "grad_norm": 1.0})
+        metrics.annotate(step, {"preview_motion": 1.5})
+        metrics.flush(speak=False)
+    metrics.tracker.close()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert {path.read_bytes() for path in run.rglob("*.mp4")} == contents and len(contents) == 4
+    # What W&B shows of tables are artifacts; they wait for their upload in the run folder too, each video once.
+    staged = [path.read_bytes() for path in (tmp_path / "wandb" / "artifacts" / "staging").iterdir()]
+    assert sorted(content for content in staged if content in contents) == sorted(contents)
+    tables = [json.loads(content) for content in staged if content.startswith(b'{"_type": "table"')]
+    shown = sorted({(row[2], row[0], row[4], row[5], row[1]["_type"]) for table in tables for row in table["data"]})
+    assert shown == [(prompt, step, 1.5, 0.25, "video-file") for prompt in sorted(PROMPTS) for step in (0, 2)]
+
+
+def test_scalars_of_steps_before_a_preview_are_not_behind_it():
+    """W&B drops what is logged for an earlier step than its last."""
+    from wantrain.training.monitoring.trackers import WandbTracker
+
+    logged = []
+
+    class Run:
+        def log(self, values, step):
+            assert not logged or step >= logged[-1][0], "W&B would drop this"
+            logged.append((step, sorted(values)))
+
+        def finish(self, exit_code):
+            logged.append((99, []))
+
+    class Wandb:
+        Video = staticmethod(lambda *args, **how: "video")
+
+        class Table:
+            def __init__(self, **how):
+                self.rows = []
+
+            def add_data(self, *row):
+                self.rows.append(row)
+
+    tracker = WandbTracker.__new__(WandbTracker)
+    tracker.wandb, tracker.run, tracker.waiting, tracker.tables = Wandb, Run(), {}, {}
+    look = Look(0, "p", 0, None, 1.0, 0.0)
+    for step in (0, 10, 12):
+        tracker.previews(step, [look])
+    for step in (0, 8, 9, 10, 11):
+        tracker.scalars(step, {"loss": 1.0})
+    tracker.close()
+    media = ["previews/0", "samples/0"]
+    assert logged == [(0, ["loss", *media]), (8, ["loss"]), (9, ["loss"]), (10, ["loss", *media]), (11, ["loss"]),
+                      (12, media), (99, [])]  # fmt: skip
+    assert [row[0] for row in tracker.tables[0].rows] == [0, 10, 12]
+
+
+def test_the_page_plays_in_a_browser_without_a_network(tmp_path):
+    """Opens a run's index.html in headless Chromium: every video of it plays, and a screenshot is not blank."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser is found to open the page with; wanted is one of {', '.join(BROWSERS)}")
+    ramp = torch.linspace(0, 255, 64)[None, None, :, None].expand(33, 48, 64, 3).clone()
+    looks = []
+    for step in (0, 5, 9):
+        file = tmp_path / "samples" / f"step {step} #1.mp4"
+        write_mp4(file, ramp.byte().numpy(), 16)
+        looks.append((step, Look(0, PROMPTS[1], 0, file, 1.0, 0.0)))
+    document = make_page("a run", looks, tmp_path / "samples")
+    # The page itself, with a witness after its own script.
+    witness = """<script>
+      document.querySelectorAll("details").forEach(details => { details.open = true; });
+      setInterval(() => { document.title = videos.map(v => [v.videoWidth, v.error ? 1 : 0, v.currentTime > 0 ? 1 : 0]
+        .join("/")).join(" "); }, 100);
+    </script></body>"""
+    (tmp_path / "index.html").write_text(document.replace("</body>", witness), encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--proxy-server=127.0.0.1:9", "--virtual-time-budget=6000", "--window-size=900,900"]
+    page = (tmp_path / "index.html").as_uri()
+    ended = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", ended.stdout)
+    assert title is not None, ended.stderr[-500:]
+    assert title[1].split() == ["64/0/1"] * 3, title[1]
+    shot = tmp_path / "shot.png"
+    subprocess.run([*command, f"--screenshot={shot}", page], capture_output=True, timeout=120, check=True)
+    assert shot.stat().st_size > 5000

@@ -1,0 +1,118 @@
+"""Texts are encoded once, where there is room for it, and before the experts come."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from wantrain.models import Base
+from wantrain.models.formats.weights import read_tensors
+from wantrain.models.text import TextEncoder
+from wantrain.runs import experts
+from wantrain.training import build
+
+TEXTS = ["a red ring moving left", "", "一只猫 🐈", "a red ring moving left"]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
+SMALL = (
+    *("height=32", "width=32", "num_frames=5", "steps=1"),
+    *("model.transformer.num_layers=2", "model.transformer.ffn_dim=64", "model.transformer.attention_head_dim=32"),
+)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What is loaded and encoded, in order: names of experts, and texts."""
+    found, transformer, encode = [], Base.transformer, TextEncoder.encode_unpadded
+
+    def load(self, name, **how):
+        found.append(f"expert {name}")
+        return transformer(self, name, **how)
+
+    def note(self, prompts):
+        found.extend(prompts)
+        return encode(self, prompts)
+
+    monkeypatch.setattr(Base, "transformer", load)
+    monkeypatch.setattr(TextEncoder, "encode_unpadded", note)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_text_is_encoded_alone_once_and_nothing_of_the_encoder_stays(dtype, tiny, monkeypatch):
+    base, loaded, load = Base(tiny.base), [], Base.text_encoder
+    encoder = base.text_encoder(dtype=dtype)
+    wanted = {text: encoder.encode_unpadded([text])[0] for text in TEXTS}
+
+    def note(self, **how):
+        made = load(self, **how)
+        loaded.append((how["device"], weakref.ref(made), weakref.ref(made.model.shared.weight)))
+        return made
+
+    monkeypatch.setattr(Base, "text_encoder", note)
+    gc.disable()  # what is let go is let go at once
+    try:
+        found = experts.encode_texts(base, TEXTS, device="cpu", dtype=dtype)
+        ((device, module, weight),) = loaded
+        assert device == CPU and module() is None and weight() is None
+    finally:
+        gc.enable()
+    assert list(found) == ["a red ring moving left", "", "一只猫 🐈"]
+    assert all(torch.equal(found[text], wanted[text]) for text in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_encoder_goes_where_it_has_room(dtype, tiny, monkeypatch, capsys):
+    """On a GPU if its weights and what encoding takes fit into what is free there, else on the host, which is said."""
+    base = Base(tiny.base)
+    weights = sum(tensor.numel() for tensor in read_tensors(tiny.base / "text_encoder").values()) * dtype.itemsize
+    needed, asked = weights + experts.ENCODING, []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
+    for free, place in ((needed, CUDA), (needed - 1, CPU)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: asked.append(device) or (free, 0))
+        assert experts._place_for_encoder(base, CUDA, dtype) == place
+        assert ("texts are encoded on the CPU: it takes 1.1 GB, cuda:1 has" in capsys.readouterr().out) == (
+            place == CPU
+        )
+    assert asked == ["emptied", CUDA] * 2
+    other = torch.device("meta")
+    assert experts._place_for_encoder(base, other, dtype) == other and len(asked) == 4, "no other device is asked"
+
+
+@pytest.mark.parametrize("idle", ["gpu", "disk"])
+def test_sampling_encodes_before_it_loads_an_expert(idle, pair, call, tmp_path, events):
+    (tmp_path / "p.txt").write_text("a red ring\na cat\n")
+    call("sample.py", f"weights={pair}", "prompts=p.txt", "count=2", "negative_prompt=blurred", f"idle={idle}", *SMALL)
+    assert events[:4] == ["a red ring", "a cat", "blurred", "expert high_noise"]
+    assert all(event.startswith("expert") for event in events[3:]), "no text is encoded again"
+
+
+@pytest.mark.parametrize("expert", ["low_noise", "both"])
+def test_a_run_encodes_what_its_previews_ask_for_before_it_loads_an_expert(expert, tiny, pair, call, tmp_path, events):
+    (tmp_path / "p.txt").write_text("a red ring\na cat\n")
+    seen = ("sample.every=1", "sample.steps=1", "sample.prompts=p.txt", "sample.count=1", "model.num_frames=5")
+    command = (*tiny.train, f"weights={pair}", "batch_size=2", f"expert={expert}", "model.negative_prompt=blurred")
+    call("train.py", *command, *seen, "steps=2", "run=r")
+    assert events[:2] == ["a red ring", "blurred"] and set(events[2:]) == {"expert high_noise", "expert low_noise"}
+    assert len(list((tmp_path / "runs" / "r" / "samples").glob("*.mp4"))) == 3
+    events.clear()
+    call("train.py", *command, "steps=1", "run=without")
+    call("train.py", *command, *seen, "steps=1", "run=dry", "dry_run=true")
+    assert all(event.startswith("expert") for event in events), "without previews, or dry, no text is encoded"
+
+
+@pytest.mark.parametrize(("engine", "others"), [("ddp", {}), ("fsdp2", {"told": "by the main process"})])
+def test_only_the_main_process_encodes_and_tells_those_that_sample_too(engine, others, tiny, monkeypatch):
+    """Ranks that sample nothing load and keep nothing; where all sample, the others get the main one's embeddings."""
+    home = SimpleNamespace(engine=engine, accelerator=SimpleNamespace(device=CPU))
+    model = {"told_by": None, "area": 1024, "multiple": 16, "num_frames": 5, "negative_prompt": "blurred"}
+    settings = {"sample": {"every": 2, "prompts": None, "count": 2}, "expert": {"name": "low_noise"}, "model": model}
+    data = SimpleNamespace(captions=lambda: ["a red ring", "a cat", "a dog"])
+    made = build.preview_texts(data, settings, home, Base(tiny.base), torch.float32)
+    assert list(made) == ["a red ring", "a cat", "blurred"]
+
+    monkeypatch.setattr(build, "on_main", lambda work, doing: {"told": "by the main process"})
+    monkeypatch.setattr(build.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(Base, "text_encoder", lambda *_, **__: pytest.fail("it was loaded"))
+    assert build.preview_texts(data, settings, home, Base(tiny.base), torch.float32) == others

@@ -1,0 +1,110 @@
+"""Commands say what is ours to say: libraries are imported when they are asked for, two messages of theirs are dropped,
+and every other warning is shown.
+"""
+
+import enum
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wantrain.util import libraries
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+#: Libraries that take a second or more, of which a command imports those that it needs when it needs them.
+LARGE = (
+    "peft",
+    "transformers",
+    "torchao",
+    "deepspeed",
+    "diffusers",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "wandb",
+)
+
+
+def python(program, environment, folder):
+    """A program in a process of its own, with this checkout's modules."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_the_commands_import_no_large_library_before_they_need_it(environment, tmp_path):
+    program = f"import shard, encode, train, sample, export, sys; print([n for n in {LARGE} if n in sys.modules])"
+    ended = python(program, environment, tmp_path)
+    assert (ended.stdout, ended.stderr) == ("[]\n", "")
+
+
+def test_a_run_with_an_adapter_and_previews_is_quiet(tiny, verb, tmp_path):
+    """peft for the adapter, transformers for the preview's text; each brings torchao. shard.py and encode.py are looked
+    at where conftest.py makes the small world, a launched train.py in training/test_engines.py.
+    """
+    run = ("adapter=lora", f"data.shards={tiny.latents}", "batch_size=1", "steps=1", "tracker=jsonl")
+    preview = ("check_expert=off", "sample.every=1", "sample.count=1", "sample.steps=1", "validation.clips=1")
+    assert verb("train.py", *run, *preview, cwd=tmp_path).foreign == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [("sample.py", "prompt=a wug", "steps=1", "num_frames=1"), ("export.py", "out=out")], ids=lambda c: c[0]
+)
+def test_samples_and_an_export_are_quiet(command, verb, tmp_path):
+    assert verb(*command, f"weights={ROOT / 'assets' / 'wan-tiny'}", cwd=tmp_path).foreign == []
+
+
+def test_a_warning_that_a_library_logs_inside_a_command_is_shown(environment, tmp_path):
+    """Hydra's own settings for quiet logs would switch off whatever libraries log."""
+    program = """
+import logging, sys
+import shard
+before, inside = logging.getLogger("known_before"), shard.checks.check
+def check(cfg):
+    before.warning("heard from one that was there")
+    logging.getLogger("made_inside").warning("heard from one that is new")
+    inside(cfg)
+shard.checks.check, sys.argv = check, ["shard.py", "source=nowhere", "out=videos"]
+shard.main()
+"""
+    ended = python(program, environment, tmp_path)
+    lines = ended.stderr.splitlines()
+    assert lines[:2] == ["heard from one that was there", "heard from one that is new"]
+    assert ended.returncode == 2 and lines[2].startswith("error: source=nowhere")
+
+
+class Theirs(enum.Enum):
+    """An enum that a library registers with torch."""
+
+    ONE = 1
+
+
+DEPRECATED = "%s is an Enum subclass and is now natively supported by torch.compile as an opaque value type."
+KERNELS = "Failed to load /a place/site-packages/torchao/_C_cutlass_90a.abi3.so: Could not load this library"
+
+
+def said(caplog):
+    kernels, trees = logging.getLogger("torchao"), logging.getLogger("torch.utils._pytree")
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        kernels.warning(KERNELS)
+        kernels.warning("Failed to load a checkpoint")
+        for module in ("torchao.quantization", "somebody"):
+            Theirs.__module__ = module
+            trees.warning(DEPRECATED, Theirs)
+        trees.warning("%s is registered twice", Theirs)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_two_messages_are_dropped_while_importing_and_no_other(caplog):
+    with libraries.importing():
+        during = said(caplog)
+    after = said(caplog)
+    assert len(after) == 5
+    assert during == [after[1], after[3], after[4]]

@@ -1,0 +1,97 @@
+"""From files of video shards to frames: read, scaled, cropped; and frames of any size to pixels of a given one."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wantrain import geometry
+from wantrain.data.footage.clips import Window
+from wantrain.data.footage.decode_workers import Damaged
+from wantrain.data.footage.probe import fit_frame, probe, read_mask_windows, read_windows
+from wantrain.data.footage.reader import Mark
+from wantrain.data.footage.video_shards import VideoSample
+from wantrain.video import Frames, to_pixels
+
+
+def prepare_pixels(frames: Frames, size: tuple[int, int]) -> tuple[Tensor, float]:
+    """Frames (F, H, W, 3) uint8 -> pixels (3, F, height, width) in [-1, 1], and the share cropped away.
+
+    Every frame is scaled to cover the target without squeezing, and cropped at the centre (see `fit_frame`).
+    """
+    *_, cropped = geometry.cover(frames.shape[1], frames.shape[2], *size)
+    return to_pixels(torch.from_numpy(np.stack([fit_frame(frame, size) for frame in frames]))), cropped
+
+
+def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Iterator[Frames]:
+    """The frames of every window of a video sample in turn, brought to `size` if one is given.
+
+    ValueError with the reason where decoding fails.
+    """
+    with _as_file(sample.content, sample.extension) as path:
+        windows = [read_window(window) for window in sample.about["windows"]]
+        marks = read_marks(sample.about.get("marks", ()))
+        yield from read_windows(path, probe(path), windows, sample.about["fps"], size, marks)
+
+
+def read_window(told: Mapping[str, Any]) -> Window:
+    """A window as a video shard tells it; what it says besides (which clip it belongs to) is not the reader's."""
+    return Window(**{field.name: told[field.name] for field in fields(Window) if field.name in told})
+
+
+def read_marks(told: Sequence[tuple[int, str]]) -> list[Mark]:
+    """The frames that a seek finds, as a video shard tells them; those made before 2026-11-24 tell none."""
+    return [Mark(*each) for each in told]
+
+
+def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
+    """What a decoder process does: the wanted windows of one file of a video shard (`request`), at their size.
+
+    With a mask, which `request["mask"]` describes, frames have a fourth channel: its brightness.
+    ValueError with the reason where decoding fails; `Damaged` if the bytes are not those that were sharded.
+    """
+    windows, size = [read_window(window) for window in request["windows"]], tuple(request["size"])
+    with _member(request, request) as path:
+        found = probe(path)
+        clips = read_windows(path, found, windows, request["fps"], size, read_marks(request["marks"]))
+        if request["mask"] is None:
+            yield from clips
+            return
+        with _member(request, request["mask"]) as mask:
+            masks = read_mask_windows(mask, probe(mask), found, windows, request["fps"], size)
+            for frames, painted in zip(clips, masks, strict=True):
+                gray = painted.mean(axis=-1, keepdims=True).round().astype(np.uint8)
+                yield np.concatenate([frames, np.broadcast_to(gray, (*frames.shape[:3], 1))], axis=-1)
+
+
+@contextmanager
+def _member(request: Mapping[str, Any], member: Mapping[str, Any]) -> Iterator[Path]:
+    """A member of a tar (offset, bytes, extension, sha256) as a file of its own."""
+    with Path(request["tar"]).open("rb") as file:
+        file.seek(member["offset"])
+        content = file.read(member["bytes"])
+    if hashlib.sha256(content).hexdigest() != member["sha256"]:
+        raise Damaged(
+            f"{request['tar']} is damaged ({request['key']} has another hash); restore it, or make the shards again "
+            "with shard.py"
+        )
+    with _as_file(content, member["extension"]) as path:
+        yield path
+
+
+@contextmanager
+def _as_file(content: bytes, extension: str) -> Iterator[Path]:
+    """Bytes as a file with a name that decoders take."""
+    with tempfile.NamedTemporaryFile(suffix=f".{extension}") as file:
+        file.write(content)
+        file.flush()
+        yield Path(file.name)

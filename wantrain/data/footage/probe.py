@@ -1,0 +1,258 @@
+"""Footage: one file with what is said about it, what is really in it, and its frames, chosen by timestamp.
+
+A file that cannot be used is a Reject with its reason, never silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from wantrain import geometry
+from wantrain.data.footage.captions import Told
+from wantrain.data.footage.clips import EPSILON, Probe, Window, frames_on_screen
+from wantrain.data.footage.reader import Mark, Reader, peek
+from wantrain.data.rejects import IMAGES
+from wantrain.util.files import file_hash
+from wantrain.video import Frames
+
+#: The folder beside footage that holds its masks.
+MASKS = "masks"
+#: Frames read in one go, in bytes; a longer file is opened again for the rest.
+SITTING_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Footage:
+    """One file and what is said about it.
+
+    path    the file, or the tar that holds it
+    name    what people call it: its path below the source folder with forward slashes, or in its tar
+    told    captions, weight, tags
+    member  (offset, size) of its bytes, where it lies in a tar
+    """
+
+    path: Path
+    name: str
+    told: Told
+    member: tuple[int, int] | None = None
+
+    @property
+    def caption(self) -> str:
+        """The first of its captions; empty if there is none."""
+        return next(iter(self.told.captions), "")
+
+    @property
+    def extension(self) -> str:
+        """What its name ends in, without the dot."""
+        return Path(self.name).suffix.lower().removeprefix(".")
+
+    @property
+    def mask(self) -> Path | None:
+        """The mask beside it, if there is one: masks/NAME, or masks/ and its name ending in .mp4 or .png."""
+        names = [self.path.name, f"{self.path.stem}.mp4", f"{self.path.stem}.png"]
+        paths = [self.path.parent / MASKS / name for name in names] if self.member is None else []
+        return next((path for path in paths if path.is_file()), None)
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+        return self.path.stat().st_size if self.member is None else self.member[1]
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        offset, size = self.member or (0, -1)
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def digest(self) -> str:
+        """sha256 of its bytes, in hex."""
+        return file_hash(self.path) if self.member is None else hashlib.sha256(self.read()).hexdigest()
+
+    @contextmanager
+    def on_disk(self) -> Iterator[Path]:
+        """A file with its bytes and a name that decoders take, for as long as it is looked at."""
+        if self.member is None and _is_utf8(self.path):
+            yield self.path
+            return
+        if self.member is None:
+            with tempfile.TemporaryDirectory() as folder:
+                link = Path(folder, f"file.{self.extension}")
+                link.symlink_to(self.path.resolve())
+                yield link
+            return
+        with tempfile.NamedTemporaryFile(suffix=f".{self.extension}") as file:
+            file.write(self.read())
+            file.flush()
+            yield Path(file.name)
+
+
+def _is_utf8(path: Path) -> bool:
+    """False for a path whose bytes are not UTF-8, which decord cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def probe(path: Path) -> Probe:
+    """Look into a file and decode its first frame. ValueError with the reason if it fails."""
+    if path.suffix.lower() in IMAGES:
+        image = _read_image(path)
+        return Probe(image.shape[0], image.shape[1], np.zeros(1), 0.0)
+    if path.stat().st_size == 0:
+        raise ValueError("the file is empty")
+    try:
+        first, spans = peek(path)
+        height, width = first.shape[:2]
+    except Exception as error:  # every decoder failure has a class of its own
+        raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
+    if not (np.abs(spans) < 1e8).all():
+        raise ValueError(
+            f"has frames without a timestamp, as old AVI files do; write it anew: ffmpeg -i {path.name} {path.stem}.mp4"
+        )
+    # Shown are the frames from time zero on: those before an edit list no player shows, nor does the reader.
+    shown = spans[spans[:, 0] > -EPSILON]
+    if len(shown) == 0:
+        raise ValueError("has no frame that is displayed")
+    times = np.sort(shown[:, 0])
+    return Probe(height, width, times, max(float(shown[:, 1].max()), float(times[-1])))
+
+
+def read_whole(path: Path, found: Probe) -> Iterator[Frames]:
+    """Every displayed frame (H, W, 3) of a file, in order. ValueError with the reason if one cannot be decoded.
+
+    A damaged file is to be refused as a whole: how many frames decord gives before it reports damage is a race.
+    """
+    if path.suffix.lower() in IMAGES:
+        yield _read_image(path)
+        return
+    try:
+        reader = Reader(path, len(found.times))
+        for number in range(len(found.times)):
+            yield reader.frame(number)
+    except Exception as error:  # every decoder failure has a class of its own
+        raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
+
+
+def read_windows(
+    path: Path,
+    found: Probe,
+    windows: list[Window],
+    fps: float,
+    size: tuple[int, int] | None = None,
+    marks: Sequence[Mark] = (),
+) -> Iterator[Frames]:
+    """The frames (F, H, W, 3) uint8 of each window in turn, brought to `size` (height, width) if one is given.
+
+    Windows follow each other in time. `marks` save reading what lies before them. ValueError with the reason if
+    decoding fails.
+    """
+    if path.suffix.lower() in IMAGES:
+        for _ in windows:
+            yield fit_frame(_read_image(path), size)[None]
+        return
+    height, width = size or (found.height, found.width)
+    longest = max(window.num_frames for window in windows)
+    sitting = max(1, SITTING_BYTES // (height * width * 3 * longest))
+    assert windows == sorted(windows, key=lambda window: window.start), "windows must be in order of time"
+    for first in range(0, len(windows), sitting):
+        chosen = [frames_on_screen(found, window, fps).tolist() for window in windows[first : first + sitting]]
+        try:
+            # A reader is never open while a clip is used: it would decode ahead without limit.
+            clips = _read_frames(Reader(path, len(found.times), marks), chosen, size)
+        except Exception as error:  # every decoder failure has a class of its own
+            raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
+        yield from clips
+
+
+def _read_frames(reader: Reader, chosen: list[list[int]], size: tuple[int, int] | None) -> list[Frames]:
+    """Several clips at once, each given by the numbers of its frames, none before the last one of the clip before."""
+    current, clips, fitted = -1, [], np.empty(0, dtype=np.uint8)
+    for numbers in chosen:
+        clip: Frames | None = None
+        for place, number in enumerate(numbers):
+            if current < number:
+                fitted, current = fit_frame(reader.frame(number), size), number
+            if clip is None:  # one block for all, not a list of frames: memory that is new costs as much as decoding
+                clip = np.empty((len(numbers), *fitted.shape), dtype=np.uint8)
+            clip[place] = fitted
+        assert clip is not None, "a window has frames"
+        clips.append(clip)
+    return clips
+
+
+def check_mask(found: Probe, clip: Probe) -> None:
+    """Raise ValueError, to follow its name, unless a mask is of its clip's size and length.
+
+    One picture is a mask for all frames.
+    """
+    if (found.height, found.width) != (clip.height, clip.width):
+        raise ValueError(
+            f"is {found.height}x{found.width} (height x width), its video {clip.height}x{clip.width}; a mask has the "
+            "size of its video"
+        )
+    if not found.is_image and len(found.times) != len(clip.times):
+        raise ValueError(
+            f"has {len(found.times)} frames, its video {len(clip.times)}; a mask has a frame for each of the video's, "
+            "or is one picture for all"
+        )
+
+
+def read_mask_windows(
+    path: Path, found: Probe, clip: Probe, windows: list[Window], fps: float, size: tuple[int, int] | None = None
+) -> Iterator[Frames]:
+    """The frames (F, H, W, 3) of a clip's mask in each window of the clip; one frame (1, H, W, 3) of a picture."""
+    # Frames belong together by number: a mask need not have the timestamps of its clip.
+    return read_windows(path, found if found.is_image else clip, windows, fps, size)
+
+
+def fit_frame(frame: Frames, size: tuple[int, int] | None) -> Frames:
+    """A frame (H, W, 3) scaled (antialiased, never squeezed) to cover `size` (height, width) and cropped at the centre.
+
+    None leaves it as it is.
+    """
+    if size is None or frame.shape[:2] == size:
+        return frame
+    height, width, _ = geometry.cover(frame.shape[0], frame.shape[1], *size)
+    # torch scales bytes as Pillow does (equal to 2 in 255), ten times as fast: reading must keep up with the decoder,
+    # or 4K frames pile up behind it.
+    frame_BCHW = torch.from_numpy(frame.copy()).permute(2, 0, 1)[None]
+    scaled_BCHW = F.interpolate(frame_BCHW, (height, width), mode="bicubic", antialias=True)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return scaled_BCHW[0, :, top : top + size[0], left : left + size[1]].permute(1, 2, 0).contiguous().numpy()
+
+
+def _read_image(path: Path) -> Frames:
+    """An image as it is meant to be seen: turned by its EXIF tag, transparency over white."""
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in {"I", "F"} or image.mode.startswith("I;"):  # PIL would clip them to white
+                raise ValueError("more than 8 bits of grey; save it with 8")
+            if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # PIL raises many classes for damaged files
+        raise ValueError(f"cannot be read as an image, damaged or not one ({_reason(error, path)})") from error
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """The first line of an error, without the clock times, source lines and file names that libraries put in."""
+    text = str(error).replace(str(path), "the file")
+    text = re.sub(r"\[\d\d:\d\d:\d\d\] (\S+?:\d+: )?", "", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,138 @@
+"""Units of clips through a device: decoded, encoded, and written as latents, all three at the same time.
+
+The device is sent frames as they were decoded, uint8: a quarter of the bytes of pixels in [-1, 1], which it computes
+itself in a moment. Of the same frames, sent once, it also makes what is known of each clip (conditions.py).
+
+Tensor suffixes: B clips of one bucket, C channels, F frames, H W rows and columns, T latent frames, M mask channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from wantrain import geometry
+from wantrain.conditioning import Condition, EncodePixels
+from wantrain.data.footage.decode_workers import Decoded
+from wantrain.data.latents.conditioning import Conditions
+from wantrain.data.latents.pipeline import Pipeline
+from wantrain.data.latents.portions import Group, Portion, entries, parts, stage
+from wantrain.data.latents.store import LatentFolder, UnitWriter
+from wantrain.data.latents.transfer import Arriving, Transfer
+from wantrain.data.latents.work_units import ClipRow, Unit
+from wantrain.masks import painted
+from wantrain.video import to_pixels
+
+#: A portion, and the tensors of each of its groups on their way to the device; or back from it.
+Moving = tuple[Portion, list[Arriving]]
+
+
+class ClipEncoder:
+    """Encodes clips with `encode_pixels`, pixels in [-1, 1] -> latents on `device`, and writes them into `folder`.
+
+    told  is called after each clip that was not there before, with its frames (0: it was rejected)
+
+    ValueError for latents that no VAE may give.
+    """
+
+    def __init__(
+        self,
+        folder: LatentFolder,
+        encode_pixels: EncodePixels,
+        conditions: Conditions,
+        device: torch.device,
+        told: Callable[[int], None],
+    ) -> None:
+        self.folder, self.encode_pixels, self.conditions = folder, encode_pixels, conditions
+        self.device, self.told = device, told
+
+    def pipeline(
+        self,
+        units: Sequence[tuple[Unit, Sequence[ClipRow]]],
+        decoded: Iterator[Decoded],
+        close_decoded: Callable[[], None],
+    ) -> Pipeline[Portion, Moving, Moving]:
+        """What makes these units, each with the rows that are missing, whose frames `decoded` gives in turn."""
+        self.transfer = Transfer(self.device)
+        return Pipeline(
+            self._portions(units, decoded),
+            upload=self._upload,
+            work=self._encode,
+            store=self._store,
+            close_source=close_decoded,
+        )
+
+    def _portions(
+        self, units: Sequence[tuple[Unit, Sequence[ClipRow]]], decoded: Iterator[Decoded]
+    ) -> Iterator[Callable[[], Portion]]:
+        """What makes each portion of the units ready, in order."""
+        for unit, rows in units:
+            missing = {row.identity for row in rows}
+            for part, last in parts(unit, entries(unit, missing, decoded, self.folder.rejected)):
+                yield partial(stage, unit, part, last, self.conditions, self.transfer)
+
+    def _upload(self, portion: Portion) -> Moving:
+        """Begin to copy a portion to the device."""
+        return portion, [self.transfer.upload([group.frames_BFHWC, *group.known]) for group in portion.groups]
+
+    def _encode(self, uploaded: Moving) -> Moving:
+        """The latents of a portion, and of what is known of it, on their way back from the device."""
+        portion, arriving = uploaded
+        return portion, [self._encode_group(*arrive()) for arrive in arriving]
+
+    def _encode_group(self, frames_BFHWC: Tensor, *known: Tensor) -> Arriving:
+        """Latents in bf16 as they are stored; then latents (bf16) and mask (uint8) of each stored condition."""
+        pixels = to_pixels(frames_BFHWC[..., :3])
+        masked = frames_BFHWC.shape[-1] > 3
+        painted_B1FHW = painted(frames_BFHWC[..., 3:])[:, None] if masked else None
+        records = self.conditions.encode(pixels, known, self.encode_pixels, painted_B1FHW)
+        made = [self.encode_pixels(pixels).to(torch.bfloat16)]
+        for record in records:
+            made += [record.latents_BCTHW.to(torch.bfloat16), record.mask_BMTHW.to(torch.uint8)]
+        return self.transfer.download(made)
+
+    def _store(self, encoded: Iterator[Moving]) -> None:
+        """Write units of latents, in order: rows that were encoded now, and the rest taken over."""
+        for portion, arriving in encoded:
+            with self.folder.writer(portion.unit) as writer:
+                self._write(portion, arriving, writer)
+                while not portion.last:
+                    portion, arriving = next(encoded)
+                    self._write(portion, arriving, writer)
+                writer.finish()
+
+    def _write(self, portion: Portion, arriving: list[Arriving], writer: UnitWriter) -> None:
+        """Write a portion's rows, in their order."""
+        made: dict[str, bytes] = {}
+        for group, arrive in zip(portion.groups, arriving, strict=True):
+            made.update(self._contents(group, arrive(), writer))
+        for entry in portion.entries:
+            if entry.reason is not None:
+                writer.reject(entry.row, entry.reason)
+            else:
+                writer.write(entry.row, made[entry.row.key] if entry.new else self.folder.read(entry.row))
+            if entry.new:
+                self.told(0 if entry.reason is not None else entry.row.bucket.num_frames)
+
+    def _contents(self, group: Group, tensors: list[Tensor], writer: UnitWriter) -> Iterator[tuple[str, bytes]]:
+        """What is stored of each clip of a group, by its row's key."""
+        latents_BCTHW, *known = tensors
+        records = [Condition(*pair) for pair in zip(known[::2], known[1::2], strict=True)]
+        for number, (row, latents) in enumerate(zip(group.rows, latents_BCTHW, strict=True)):
+            self._check(row, latents)
+            writer.width = len(latents)
+            beside = self.conditions.to_tensors(records, number)
+            yield row.key, save({"latents": latents.contiguous(), **beside})
+
+    def _check(self, row: ClipRow, latents: Tensor) -> None:
+        """ValueError if a row's latents are not what a VAE must give."""
+        shape = geometry.latent_shape(row.bucket, **self.conditions.strides)
+        if tuple(latents.shape[1:]) != shape or not torch.isfinite(latents).all():
+            raise ValueError(
+                f"{row.name}: the VAE gave NaN, infinity or the shape {tuple(latents.shape)}, wanted were {shape} per "
+                "channel"
+            )

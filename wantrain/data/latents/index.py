@@ -1,0 +1,126 @@
+"""The index of a latent folder: in columns, where each clip's latents and captions lie."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from wantrain.data.mmap import map_file, tensors_in
+from wantrain.util.files import sync_file
+
+#: Bytes of a name (`ids`) and of an identity.
+ID_LENGTH, IDENTITY_LENGTH = 24, 16
+
+
+@dataclass(frozen=True)
+class Index:
+    """Three tables in columns: N clips (what a plan orders), M windows (their latents), and T distinct texts.
+
+    Clip n has the windows windows[n] to windows[n+1] (one, unless several were asked for: they share its bucket), and
+    the texts caption[captions[n]] to caption[captions[n+1]], and so its tags.
+
+    bucket    (N,) number into the manifest's list of buckets
+    source    (N,) the file a clip was cut from, as a number
+    group     (N,) the same number for files that look alike (likeness.py): one of theirs, else the file's own
+    weight    (N,) how often it is drawn beside others; 1 unless the footage says otherwise
+    windows   (N+1,) and captions (N+1,), see above; caption, a number into the texts for each
+    tags      (N+1,) likewise; tag, a number into the manifest's list of tags for each
+    shard, offset, size  (M,) a window's .safetensors member inside its tar (number into the manifest's `shards`)
+    ids       (M, 24) its name, zero padded
+    identity  (M, 16) hash of all that made it
+    text_shard, text_offset, text_size, text_identity  (T,) the same for each text (its tar is in `text_shards`)
+    """
+
+    bucket: NDArray[np.int32]
+    source: NDArray[np.uint64]
+    group: NDArray[np.uint64]
+    weight: NDArray[np.float32]
+    windows: NDArray[np.int64]
+    captions: NDArray[np.int64]
+    caption: NDArray[np.int32]
+    tags: NDArray[np.int64]
+    tag: NDArray[np.int32]
+    shard: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    ids: NDArray[np.uint8]
+    identity: NDArray[np.uint8]
+    text_shard: NDArray[np.int32]
+    text_offset: NDArray[np.int64]
+    text_size: NDArray[np.int64]
+    text_identity: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        """How many clips there are."""
+        return len(self.bucket)
+
+    def name(self, window: int) -> str:
+        """The id of one window."""
+        return self.ids[window].tobytes().rstrip(b"\0").decode()
+
+    def text(self, identity: str) -> int:
+        """The number of a text, by its identity."""
+        (found,) = np.flatnonzero((self.text_identity == pack_identities([identity])).all(1)).tolist()
+        return int(found)
+
+    def windows_of(self, clip: int) -> range:
+        """The numbers of a clip's windows."""
+        return range(int(self.windows[clip]), int(self.windows[clip + 1]))
+
+    def texts_of(self, clip: int) -> list[int]:
+        """The numbers of a clip's texts."""
+        return self.caption[self.captions[clip] : self.captions[clip + 1]].tolist()  # type: ignore[no-any-return]
+
+    def tags_of(self, clip: int) -> list[int]:
+        """The numbers of a clip's tags."""
+        return self.tag[self.tags[clip] : self.tags[clip + 1]].tolist()  # type: ignore[no-any-return]
+
+    def write(self, path: Path) -> None:
+        """Write the index beside its name, then rename it."""
+        beside = path.with_name(f".{path.name}.tmp")
+        save_file({name: np.ascontiguousarray(column) for name, column in vars(self).items()}, beside)
+        beside.chmod(0o644)  # safetensors makes files that nobody else on a shared disk can read
+        sync_file(beside)
+        beside.replace(path)
+
+    @staticmethod
+    def read(path: Path) -> Index:
+        """The index from its file, which is mapped: only the columns that are asked for are read."""
+        return Index(**{name: column.numpy() for name, column in tensors_in(map_file(path)).items()})
+
+
+def captions_by_key(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The captions of every window of a latent folder, by its key in the tars."""
+    index, said = Index.read(folder / manifest["files"][0]["name"]), list[str]()
+    for shard in manifest["text_shards"]:  # in the index's order
+        with tarfile.open(folder / shard["name"], "r:") as tar:
+            opened = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
+            said += [json.loads(file.read())["caption"] for file in opened if file is not None]
+    return {
+        index.name(window): [said[text] for text in index.texts_of(clip)]
+        for clip in range(len(index))
+        for window in index.windows_of(clip)
+    }
+
+
+def pack_ids(names: list[str]) -> NDArray[np.uint8]:
+    """Names as rows of ID_LENGTH bytes."""
+    assert all(len(name.encode()) <= ID_LENGTH for name in names)
+    return _rows(b"".join(name.encode().ljust(ID_LENGTH, b"\0") for name in names), ID_LENGTH)
+
+
+def pack_identities(identities: list[str]) -> NDArray[np.uint8]:
+    """Identities (32 hex digits) as rows of bytes."""
+    return _rows(bytes.fromhex("".join(identities)), IDENTITY_LENGTH)
+
+
+def _rows(content: bytes, length: int) -> NDArray[np.uint8]:
+    return np.frombuffer(content, dtype=np.uint8).reshape(-1, length)

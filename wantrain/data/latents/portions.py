@@ -1,0 +1,115 @@
+"""Portions of a unit of clips: rows that go through encode.py's pipeline together, in their order, as tensors.
+
+Tensor suffixes: B clips of one bucket, F frames, H W rows and columns of pixels, C channels: red, green, blue and, with
+mask videos, the mask's brightness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wantrain.data.footage.decode_workers import Decoded
+from wantrain.data.latents.conditioning import Conditions
+from wantrain.data.latents.transfer import Transfer
+from wantrain.data.latents.work_units import ClipRow, Row, Unit
+from wantrain.video import Frames
+
+#: Clips are encoded together up to this many pixels: large ones one by one, small ones in batches, since a
+#: convolution over one small clip is six times slower per clip on a CPU.
+PIXELS_TOGETHER = 1 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row to be written: made of its frames, or rejected for a reason, or (neither) taken over from an earlier tar.
+
+    new  this run has tried to decode it
+    """
+
+    row: ClipRow
+    frames: Frames | None = None
+    reason: str | None = None
+    new: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Clips of one bucket that are encoded together.
+
+    frames_BFHWC  uint8, on the host
+    known         masks of each condition that is stored and drawn: boolean, broadcasting to (B, 1, F, H, W)
+    """
+
+    rows: list[ClipRow]
+    frames_BFHWC: Tensor
+    known: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Entries of a unit without their frames, which are in the groups; `last` ends the unit."""
+
+    unit: Unit
+    entries: list[Entry]
+    groups: list[Group]
+    last: bool
+
+
+def entries(
+    unit: Unit, missing: set[str], decoded: Iterator[Decoded], rejected: Callable[[Row], str | None]
+) -> Iterator[Entry]:
+    """Every row of a unit, in order. The rows whose identities are `missing` take the next of what is `decoded`, up to
+    the first that fails in each file; `rejected` says why an earlier run could not make a row."""
+    failed: dict[str, str] = {}  # files by key, and why
+    for row in unit.rows:
+        assert isinstance(row, ClipRow)
+        reason = rejected(row)
+        if reason is not None or row.identity not in missing:
+            yield Entry(row, reason=reason)
+            continue
+        reason, frames = failed.get(row.entry.key), None
+        if reason is None:
+            item = next(decoded)
+            reason, frames = item.reason or None, item.frames
+        if reason is not None:
+            failed[row.entry.key] = reason
+        yield Entry(row, frames, reason, new=True)
+
+
+def parts(unit: Unit, entries: Iterable[Entry]) -> Iterator[tuple[list[Entry], bool]]:
+    """A unit's entries cut where the pixels to be encoded reach `PIXELS_TOGETHER`, and whether a part is the last."""
+    part, pixels = list[Entry](), 0
+    for count, entry in enumerate(entries, start=1):
+        part.append(entry)
+        pixels += 0 if entry.frames is None else _pixels(entry.row)
+        last = count == len(unit.rows)
+        if last or pixels >= PIXELS_TOGETHER:
+            yield part, last
+            part, pixels = [], 0
+
+
+def stage(unit: Unit, part: list[Entry], last: bool, conditions: Conditions, transfer: Transfer) -> Portion:
+    """A part made ready for the device: the clips of each bucket stacked, and what will be known of them drawn."""
+    groups, given = list[Group](), [entry for entry in part if entry.frames is not None]
+    for bucket in dict.fromkeys(entry.row.bucket for entry in given):
+        members = [entry for entry in given if entry.row.bucket == bucket]
+        together = max(1, PIXELS_TOGETHER // _pixels(members[0].row))
+        for some in (members[at : at + together] for at in range(0, len(members), together)):
+            groups.append(_group(some, conditions, transfer))
+    return Portion(unit, [Entry(entry.row, None, entry.reason, entry.new) for entry in part], groups, last)
+
+
+def _group(members: list[Entry], conditions: Conditions, transfer: Transfer) -> Group:
+    rows, bucket = [entry.row for entry in members], members[0].row.bucket
+    frames = transfer.stack([torch.from_numpy(entry.frames) for entry in members])
+    drawn = conditions.draw([row.key for row in rows], (bucket.num_frames, bucket.height, bucket.width))
+    return Group(rows, frames, [transfer.stack(masks) for masks in drawn])
+
+
+def _pixels(row: ClipRow) -> int:
+    """Pixels of all frames of a clip."""
+    return row.bucket.num_frames * row.bucket.height * row.bucket.width

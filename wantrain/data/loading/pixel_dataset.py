@@ -1,0 +1,102 @@
+"""Video shards as decoded pixels in memory: what a small VAE is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wantrain import geometry
+from wantrain.batch import Batch
+from wantrain.data.footage.duplicates import group_of
+from wantrain.data.footage.pixels import read_sample
+from wantrain.data.footage.video_shards import VideoSample, read_video_shards
+from wantrain.data.loading.holdout import split_groups
+from wantrain.data.loading.sampler import Indices
+from wantrain.data.shards import MANIFEST, file_hash, read_manifest
+from wantrain.util.seeds import generator_at
+from wantrain.video import Frames
+
+
+class PixelData:
+    """Video shards as decoded pixels in memory: what a small VAE is trained on. Same methods as LatentData.
+
+    A sample is `num_frames` frames (fewer of a shorter clip), from a place in the clip drawn by the sample's
+    position. ValueError if the decoded clips would take more than `max_gb`.
+    """
+
+    def __init__(
+        self,
+        *,
+        shards: str | Path,
+        num_frames: int,
+        area: int,
+        multiple: int,
+        holdout: float = 0.05,
+        seed: int = 0,
+        max_gb: float = 4.0,
+    ) -> None:
+        self.folder, self.seed = Path(shards).expanduser(), seed
+        self.manifest = read_manifest(self.folder, "video")
+        self.fingerprint = file_hash(self.folder / MANIFEST)
+        sizes = geometry.sizes(area, multiple, [1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16])
+        if (need := self.manifest["clips"] * self.manifest["settings"]["num_frames"] * area * 3 / 1e9) > max_gb:
+            raise ValueError(f"{self.folder}: decoded clips take {need:.1f} GB, data.max_gb={max_gb}; use fewer clips")
+        self.clips: list[Tensor] = []
+        self.names: list[str] = []
+        lengths: list[str] = []
+        groups, group_of_file = list[int](), group_of(self.manifest)
+        for sample in read_video_shards(self.folder, self.manifest):
+            size = geometry.nearest_size(sample.about["height"], sample.about["width"], sizes)
+            for number, frames in enumerate(self._decode(sample, size)):
+                self.clips.append(torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).contiguous())
+                self.names.append(f"{sample.key}-{number:04d}")
+                lengths.append(str(geometry.Bucket(min(len(frames), num_frames), *size)))
+                groups.append(group_of_file.get(int(sample.key, 16), int(sample.key, 16)))
+        self._lengths, self._bucket_list = lengths, list(dict.fromkeys(lengths))
+        self.train, self.heldout = split_groups(np.array(groups, dtype=np.uint64), holdout, seed)
+        self.buckets = np.array([self._bucket_list.index(lengths[sample]) for sample in self.train])
+
+    @staticmethod
+    def _decode(sample: VideoSample, size: tuple[int, int]) -> Iterator[Frames]:
+        """The clips of a file; ValueError names it if it is damaged."""
+        try:
+            yield from read_sample(sample, size)
+        except ValueError as error:
+            raise ValueError(f"{sample.about['source']} {error}; remove it and shard the footage again") from error
+
+    @property
+    def bucket_names(self) -> list[str]:
+        """The bucket of each training sample."""
+        return [self._lengths[sample] for sample in self.train]
+
+    def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
+        """Training samples (numbers into `train`) of one bucket, for places in the run."""
+        numbers = [int(self.train[sample]) for sample in samples]
+        starts = [self._start(number, int(place)) for number, place in zip(numbers, positions, strict=True)]
+        return self._batch(numbers, starts, [int(place) for place in positions])
+
+    def captions(self) -> list[str]:
+        """None: pixels are not prompted."""
+        return []
+
+    def heldout_batches(self, count: int) -> list[Batch]:
+        """The first `count` held-out samples from their first frame on, one batch per bucket."""
+        chosen = self.heldout[:count].tolist()
+        buckets = dict.fromkeys(self._lengths[sample] for sample in chosen)
+        groups = [[sample for sample in chosen if self._lengths[sample] == bucket] for bucket in buckets]
+        return [self._batch(group, [0] * len(group), group) for group in groups]
+
+    def _start(self, number: int, position: int) -> int:
+        spare = self.clips[number].shape[1] - int(self._lengths[number].split("x")[0])
+        return int(torch.randint(spare + 1, (), generator=generator_at(self.seed, "crop", position)))
+
+    def _batch(self, numbers: list[int], starts: list[int], positions: list[int]) -> Batch:
+        length = int(self._lengths[numbers[0]].split("x")[0])
+        cut = [self.clips[n][:, start : start + length] for n, start in zip(numbers, starts, strict=True)]
+        pixels = torch.stack(cut).float() / 127.5 - 1
+        names = tuple(self.names[number] for number in numbers)
+        return Batch(pixels, pixels.new_zeros(len(numbers), 1, 1), names, tuple(positions))

@@ -1,0 +1,268 @@
+"""Base: a model on disk, in any of the layouts that people have, and where each of its parts lies.
+
+Layouts: diffusers' (transformer/, transformer_2/, vae/, ...), Wan's official one (high_noise_model/, low_noise_model/,
+*.pth, google/umt5-xxl), and single files for single parts. Nothing in a state dict tells the two experts apart, nor
+Wan2.1's 14B from either: which expert a file holds is what its layout, its name or our own metadata says, and is never
+guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wantrain.models.formats.loading import load_text_encoder, load_transformer, load_vae
+from wantrain.models.formats.weights import PICKLES, read_json, read_metadata
+from wantrain.models.text import TextEncoder
+from wantrain.models.transformer import WanTransformer
+from wantrain.models.vae import WanVAE
+from wantrain.util.progress import report_progress
+
+#: Folders of the diffusers layout: the high-noise expert (or the only model) is `transformer`.
+PARTS = {"high_noise": "transformer", "low_noise": "transformer_2", "dense": "transformer"}
+#: Folders of the official layout; a single model lies at the top.
+OFFICIAL = {"high_noise": "high_noise_model", "low_noise": "low_noise_model", "dense": "."}
+
+#: Which files of a repository each part needs, in either layout.
+_FILES = {
+    "high_noise": ("transformer/*", "high_noise_model/*"),
+    "low_noise": ("transformer_2/*", "low_noise_model/*"),
+    "dense": ("transformer/*", "config.json", "diffusion_pytorch_model*"),
+    "vae": ("vae/*", "Wan2.?_VAE.*"),
+    "text_encoder": ("text_encoder/*", "models_t5_*"),
+    "tokenizer": ("tokenizer/*", "google/*"),
+}
+_ALWAYS = ("model_index.json", "scheduler/*")
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a model's parts lie.
+
+    folder  the model's own folder, in the diffusers or the official layout
+    parts   parts that lie elsewhere (a folder or a single file each), which take the place of the folder's
+    like    the transformer's keywords in the chosen model's config: a file of another shape is refused
+    """
+
+    folder: Path | None = None
+    parts: Mapping[str, Path] = field(default_factory=dict)
+    like: Mapping[str, Any] | None = None
+    repository: str | None = None  # of the hub, where the folder came from there
+
+    @property
+    def name(self) -> str:
+        """What to call it in files that others get: no path of this machine."""
+        folder = [] if self.folder is None else [self.repository or self.folder.name]
+        return " + ".join([*folder, *(f"{part}={path.name}" for part, path in self.parts.items())])
+
+    def __str__(self) -> str:
+        return " + ".join([str(self.folder)] * (self.folder is not None) + [f"{k}={v}" for k, v in self.parts.items()])
+
+    def find(self, name: str) -> Path | None:
+        """The folder or file of part `name` (an expert, vae, text_encoder, tokenizer); None if it has none."""
+        if name in self.parts:
+            return self.parts[name]
+        if self.folder is None:
+            return None
+        found = next((path for path in self._places(self.folder, name) if path.exists()), None)
+        return found.parent if found is not None and found.name == "config.json" else found
+
+    def need(self, name: str) -> Path:
+        """`find`, or a ValueError that says how to give the part."""
+        path = self.find(name)
+        if path is None:
+            raise ValueError(
+                f"{self or 'weights=null'} holds no {name}; give weights=FOLDER with one, or parts.{name}="
+            )
+        return path
+
+    def holds(self, name: str) -> bool:
+        """True if part `name` is there."""
+        return self.find(name) is not None
+
+    def _places(self, folder: Path, name: str) -> Iterable[Path]:
+        """Where part `name` would lie in a folder, by layout."""
+        if name in PARTS:
+            # transformer/ is the high-noise expert of a pair or the only model; only the index can say which.
+            two = has_two_experts(folder)
+            if not (two is True and name == "dense") and not (two is False and name == "high_noise"):
+                yield folder / PARTS[name] / "config.json"
+            yield folder / OFFICIAL[name] / "config.json"
+        elif name == "vae":
+            yield folder / "vae"
+            yield from sorted(folder.glob("Wan2.?_VAE.*"))
+        elif name == "text_encoder":
+            yield folder / "text_encoder"
+            yield from sorted(folder.glob("models_t5_*"))
+        elif name == "tokenizer":
+            yield folder / "tokenizer"
+            yield folder / "google" / "umt5-xxl"
+
+    def transformer(
+        self,
+        name: str,
+        *,
+        widen: bool = False,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        fp32: Iterable[str] = (),
+    ) -> WanTransformer:
+        """The expert `name`, after making sure that nothing says it is another one; parameters named in `fp32` are
+        float32 whatever `dtype` says. `widen` expects one that is told nothing but text, with as many channels in as
+        out, and gives it those that `like` has besides.
+        """
+        path, like = self.need(name), dict(self.like or {})
+        if widen:
+            like["in_channels"] = like["out_channels"]
+        check_stated(path, name)
+        module = load_transformer(path, part=PARTS[name], like=like or None, device=device, dtype=dtype, fp32=fp32)
+        if widen and self.like is not None:
+            module.widen(self.like["in_channels"])
+        return module
+
+    def vae(self, *, device: str | torch.device = "cpu") -> WanVAE:
+        """The VAE, frozen, in float32."""
+        return load_vae(self.need("vae"), device=device)
+
+    def text_encoder(self, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> TextEncoder:
+        """The text encoder with its tokenizer, frozen."""
+        path, tokenizer = self.need("text_encoder"), self.find("tokenizer")
+        return load_text_encoder(path, tokenizer=tokenizer, device=device, dtype=dtype)
+
+    def check_boundary(self, boundary: float | None) -> None:
+        """Raise ValueError if the folder's model_index.json says another boundary than the chosen model, or one for a
+        model without a second transformer."""
+        index = None if self.folder is None else self.folder / "model_index.json"
+        if index is None or not index.is_file():
+            return
+        stored = read_json(index).get("boundary_ratio")
+        if stored is not None and not has_two_experts(self.folder):
+            raise ValueError(
+                f"{index} has boundary_ratio={stored} but names no transformer_2: below the boundary nobody would "
+                "answer. For a single model (Wan2.1, the 5B) set boundary_ratio to null there; for a pair, get the "
+                "second expert"
+            )
+        if stored != boundary:
+            raise ValueError(
+                f"{index} has boundary_ratio={stored}, the chosen model has boundary={boundary}; choose model= to match"
+            )
+
+
+def open_base(
+    weights: str | None,
+    parts: Mapping[str, str | None] | None = None,
+    *,
+    wanted: Iterable[str] = (),
+    revision: str | None = None,
+    like: Mapping[str, Any] | None = None,
+    locate: Callable[[str | Path], Path] = Path,
+) -> Base:
+    """The Base that `weights` (a folder, or a repository of the hub) and `parts` (part -> path) name.
+
+    Of a repository only the `wanted` parts are fetched, less those that `parts` gives; an interrupted download
+    continues. ValueError for a path or a repository that is not there, or a part that no model has.
+    """
+    given = {name: _part_at(name, locate(path)) for name, path in (parts or {}).items() if path is not None}
+    if weights is None:
+        return Base(None, given, like)
+    folder, repository = locate(weights), None
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(weights)):
+        repository = str(weights)
+        folder = _fetch(repository, revision, [name for name in wanted if name not in given])
+    if not folder.is_dir():
+        what = "is a single file: give it as parts.high_noise=, parts.vae=, ..." if folder.exists() else "is not there"
+        raise ValueError(f"weights={folder} {what}; weights= takes a folder, or a repository of the hub (owner/name)")
+    return Base(folder, given, like, repository)
+
+
+def _part_at(name: str, path: Path) -> Path:
+    """The file or folder of part `name` that a user means by `path`: itself, or the part of a model's folder."""
+    if not path.exists():
+        raise ValueError(f"parts.{name}={path} does not exist; give a folder or a single file")
+    own = "tokenizer.json" if name == "tokenizer" else "config.json"
+    if path.is_file() or (path / own).is_file():
+        return path
+    inside = Base(path)
+    # An expert may start from a single model, as Wan2.2's low-noise expert did from Wan2.1.
+    found = inside.find(name) or (inside.find("dense") if name in PARTS else None)
+    if found is None:
+        raise ValueError(f"parts.{name}={path} holds no {name}; give a single file, its folder, or a model's folder")
+    return found
+
+
+def _fetch(repository: str, revision: str | None, wanted: Iterable[str]) -> Path:
+    """A snapshot of the parts `wanted` of a hub repository, on this machine."""
+    import huggingface_hub
+
+    report_progress(f"downloading {repository}")
+    patterns = [*_ALWAYS, *(pattern for name in wanted for pattern in _FILES[name])]
+    how: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "tqdm_class": _progress_bar(repository)}
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, **how))
+    except Exception as error:  # offline, no such repository, no permission: many classes, one meaning here
+        at = "" if revision is None else f" at revision={revision}"
+        raise ValueError(
+            f"weights={repository} is neither a folder here nor a repository that could be fetched from the hub{at}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _progress_bar(repository: str) -> type:
+    """The hub's own progress bar, which tells of each chunk of a download, also where no bar is shown."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            report_progress(f"downloading {repository}")
+            return super().update(n)
+
+    return Bar
+
+
+def has_two_experts(folder: Path | None) -> bool | None:
+    """What a pipeline folder's model_index.json says; None where there is none."""
+    if folder is None or not (folder / "model_index.json").is_file():
+        return None
+    second = read_json(folder / "model_index.json").get("transformer_2")
+    return second is not None and second != [None, None]
+
+
+def stated_expert(path: Path) -> str | None:
+    """The expert that a part's own metadata, its place in a layout or its file name says it is; None if none does.
+
+    ValueError if they contradict each other.
+    """
+    said: dict[str, str] = {}
+    if path.is_dir():
+        by_folder = {folder: name for name, folder in OFFICIAL.items() if folder != "."}
+        two = has_two_experts(path.parent)
+        if path.name in by_folder:
+            said["its folder"] = by_folder[path.name]
+        elif two is not None and path.name in {"transformer", "transformer_2"}:
+            alone = "high_noise" if two else "dense"
+            said["the pipeline it lies in"] = alone if path.name == "transformer" else "low_noise"
+    elif match := re.search(r"(high|low)[_-]?noise", path.name.lower()):
+        said["its file name"] = f"{match[1]}_noise"
+    if path.suffix not in PICKLES and (stated := read_metadata(path).get("expert")) in PARTS:
+        said["its metadata"] = stated
+    if len(set(said.values())) > 1:
+        raise ValueError(f"{path}: " + ", but ".join(f"{how} says {name}" for how, name in said.items()))
+    return next(iter(said.values()), None)
+
+
+def check_stated(path: Path, expert: str) -> None:
+    """Raise ValueError if anything says that the part is another expert than `expert`.
+
+    A single model may become either expert: Wan2.2's low-noise expert began as Wan2.1.
+    """
+    stated = stated_expert(path)
+    if stated is not None and stated not in {expert, "dense"}:
+        raise ValueError(
+            f"{path} is the {stated} expert, asked for as {expert}; nothing in its tensors could have shown the "
+            f"mistake. Give expert={stated}, or the other file"
+        )

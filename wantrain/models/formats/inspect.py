@@ -1,0 +1,117 @@
+"""What is this file? Dialect, expert, rank, layers, dtype and size of anything with weights in it, in a few lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from wantrain.models.formats import names
+from wantrain.models.formats.base import PARTS, Base, stated_expert
+from wantrain.models.formats.loading import VARIANTS, refuse_foreign, transformer_sizes
+from wantrain.models.formats.lora import LoRA, read_lora
+from wantrain.models.formats.weights import dtypes, read_metadata, read_tensors, tensor_files
+
+
+def describe(path: Path) -> str:
+    """The few lines. ValueError for a file that cannot be read, or that holds no weights of a Wan model."""
+    if not path.exists():
+        raise ValueError(f"inspect={path} does not exist")
+    if path.is_dir() and not (path / "config.json").is_file():
+        return _model(path)
+    files = tensor_files(path)
+    tensors = read_tensors(path)
+    size = sum(file.stat().st_size for file in files)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    lines = [*_kind(path, tensors)]
+    lines.append(f"tensors   {len(tensors)}, {count:,} values, {dtypes(tensors.values())}")
+    lines.append(f"size      {_bytes(size)} in {len(files)} file{'s' * (len(files) > 1)}")
+    about = {key: value for key, value in read_metadata(path).items() if key not in {"format", "lora_adapter_metadata"}}
+    lines += [f"says      {key}: {value}" for key, value in about.items()]
+    return "\n".join([f"{path}", *(f"  {line}" for line in lines)])
+
+
+def _model(path: Path) -> str:
+    """A model's folder, part by part."""
+    base = Base(path)
+    found = {name: base.find(name) for name in (*PARTS, "vae", "text_encoder") if base.holds(name)}
+    if not found:
+        raise ValueError(f"{path} holds no part of a Wan model in the diffusers or the official layout")
+    parts = [f"{name}:\n{describe(part)}" for name, part in found.items() if part is not None]
+    return "\n".join([f"{path}: {', '.join(found)}", *parts])
+
+
+def _kind(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What kind of weights they are, and the facts that count for that kind."""
+    if any("lora" in key.lower() for key in tensors):
+        return _lora(read_lora(path, alpha=_any_alpha(tensors)), tensors)
+    if any("patch_embedding." in key for key in tensors):
+        return _transformer(path, tensors)
+    if "post_quant_conv.weight" in tensors or "encoder.conv1.weight" in tensors:
+        own = "diffusers" if "post_quant_conv.weight" in tensors else "official"
+        key = "post_quant_conv.weight" if own == "diffusers" else "conv2.weight"
+        version = {16: "2.1 (4x8x8)", 48: "2.2 (4x16x16)"}.get(tensors[key].shape[0], "of unknown size")
+        return ["kind      Wan-VAE " + version, f"dialect   {own}"]
+    if "shared.weight" in tensors or "token_embedding.weight" in tensors:
+        own = "transformers" if "shared.weight" in tensors else "official"
+        return ["kind      umT5 text encoder", f"dialect   {own}"]
+    raise ValueError(f"{path} holds no weights of a Wan model; its first names are {', '.join(sorted(tensors)[:3])}")
+
+
+def _any_alpha(tensors: Mapping[str, Tensor]) -> float | None:
+    """A stand-in for the alpha that a VideoX-Fun file lacks: looking at it is no reason to refuse."""
+    bare = any(key.startswith("lora_unet__") for key in tensors) and not any(key.endswith(".alpha") for key in tensors)
+    return 1.0 if bare else None
+
+
+def _lora(lora: LoRA, tensors: Mapping[str, Tensor]) -> list[str]:
+    unknown = _any_alpha(tensors) is not None
+    blocks = sorted({int(match[1]) for name in lora.layers if (match := re.match(r"blocks\.(\d+)\.", name))})
+    kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in lora.layers})
+    ranks = sorted({layer.rank for layer in lora.layers.values()})
+    alphas = _list({f"{layer.alpha:g}" for layer in lora.layers.values()})
+    if unknown:
+        alphas = "not in the file (give lora.alpha=)"
+    where = f"blocks {blocks[0]} to {blocks[-1]}" if blocks else "outside the blocks"
+    return [
+        f"kind      {'DoRA' if lora.is_dora else 'LoRA'}",
+        f"dialect   {lora.dialect}",
+        f"expert    {lora.metadata.get('expert', 'not stated, and nothing in the tensors shows it')}",
+        f"rank      {_list(map(str, ranks))}",
+        f"alpha     {alphas}",
+        f"layers    {len(lora.layers)} in {where}: {', '.join(kinds)}",
+    ]
+
+
+def _transformer(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    try:
+        refuse_foreign(tensors, path)
+    except ValueError as error:
+        return ["kind      transformer", f"not usable {error}"]
+    prefix = names.common_prefix(tensors)
+    bare = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    sizes = transformer_sizes(path, bare, None)
+    width = bare["patch_embedding.weight"].shape[0]
+    dialect = "diffusers" if "proj_out.weight" in bare else "official"
+    fitting = VARIANTS.get((width, sizes["in_channels"]), "none of the published models")
+    return [
+        "kind      transformer",
+        f"dialect   {dialect}" + (f", with the prefix {prefix}" if prefix else ""),
+        f"expert    {stated_expert(path) or 'not stated, and nothing in the tensors shows it'}",
+        f"fits      {fitting}",
+        f"shape     width {width}, {sizes['num_layers']} blocks, {sizes['in_channels']} input channels",
+    ]
+
+
+def _list(values: object) -> str:
+    return ", ".join(sorted(values))  # type: ignore[call-overload]
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError

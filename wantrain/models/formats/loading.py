@@ -1,0 +1,328 @@
+"""Parts from disk: a transformer, a VAE or a text encoder from a folder or a single file, whatever names it wears.
+
+A folder in the diffusers or the official layout says its own sizes in config.json; of a single file they are read off
+the tensors' shapes. What is not supported is recognised by its keys and refused, naming what to use instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wantrain.models.formats import names
+from wantrain.models.formats.weights import load_strict, part_folder, read_config, read_tensors
+from wantrain.models.text import TextEncoder, check_dtype, read_tokenizer
+from wantrain.models.transformer import WanTransformer
+from wantrain.models.vae import WanVAE, vae_keywords
+from wantrain.util import libraries
+
+#: Published models by (width, input channels): the option of model= that fits.
+VARIANTS = {
+    (5120, 16): "t2v_a14b (or Wan2.1's t2v_14b)",
+    (5120, 36): "i2v_a14b",
+    (3072, 48): "ti2v_5b",
+    (1536, 16): "t2v_1_3b",
+}
+#: What keys of other families hold, and what to do about it.
+_FOREIGN = {
+    ("scale_weight", "scale_input", "scaled_fp8", "weight_scale"): "a scaled-fp8 file, whose rounding cannot be "
+    "trained from; take the fp16 or bf16 file of the same model",
+    ("img_emb.", "k_img.", "add_k_proj.", "image_embedder."): "Wan2.1's image-to-video with a CLIP branch, which is "
+    "not built; Wan2.2's image-to-video needs no CLIP: model=i2v_a14b with its files",
+    ("vace_",): "a VACE model, which is not built",
+    ("audio_",): "the speech-to-video model, which is not built",
+    ("face_adapter.", "motion_encoder."): "the Animate model, which is not built",
+}
+
+#: config.json entries that every supported transformer has, and the value each must have.
+_FIXED = {
+    "patch_size": [1, 2, 2],
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "rope_max_seq_len": 1024,
+    "pos_embed_seq_len": None,
+}
+_SIZES = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "text_dim",
+    "freq_dim",
+    "ffn_dim",
+    "num_layers",
+    "eps",
+)
+#: The width of one attention head in every published model; no tensor shows it.
+HEAD_DIM = 128
+
+
+def load_transformer(
+    path: str | Path,
+    *,
+    part: str = "transformer",
+    like: Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    fp32: Iterable[str] = (),
+) -> WanTransformer:
+    """A transformer from a single file, a part's folder, or a pipeline folder in the diffusers layout.
+
+    part   of a pipeline folder: "transformer" (high noise, or the only one) or "transformer_2" (low noise)
+    like   the keywords of the transformer that is expected: any other shape is refused
+
+    fp32   names of parameters that are float32 whatever `dtype` says, as `fp32_parts` are
+
+    ValueError names what is absent, does not fit, or is not supported.
+    """
+    where = _part(path, part)
+    tensors = read_tensors(where)
+    refuse_foreign(tensors, where)
+    prefix = names.common_prefix(tensors)
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    sizes = transformer_sizes(where, tensors, like)
+    if like is not None:
+        check_like(sizes, like, where)
+    with torch.device("meta"):
+        model = WanTransformer(**sizes)
+    official = {names.to_diffusers(key): key for key in model.state_dict()}
+    tensors = {official.get(key, key): tensor for key, tensor in tensors.items()}
+    load_strict(model, tensors, where, device=device, dtype=dtype, fp32=(*WanTransformer.fp32_parts, *fp32))
+    return model.eval()
+
+
+def cast_as_loaded(module: nn.Module, dtype: torch.dtype, *, trained: Container[str] = ()) -> nn.Module:
+    """A module that was built and not loaded, with the dtypes that loading gives: `dtype`, but for Wan's float32 parts.
+
+    trained  names of parameters that keep theirs
+    """
+    fp32: tuple[str, ...] = getattr(module, "fp32_parts", ())
+    for name, parameter in module.named_parameters():
+        if name not in trained and not any(part in name for part in fp32):
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def _part(path: str | Path, name: str) -> Path:
+    """The file or folder that holds a part."""
+    path = Path(path).expanduser()
+    return path if path.is_file() else part_folder(path, name)
+
+
+def refuse_foreign(tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raise ValueError for weights of a kind that is known and not supported, saying what to use instead."""
+    for marks, what in _FOREIGN.items():
+        if key := next((key for key in tensors if any(mark in key for mark in marks)), None):
+            raise ValueError(f"{where} is {what} (it holds {key})")
+    if key := next((key for key, tensor in tensors.items() if "float8" in str(tensor.dtype)), None):
+        raise ValueError(f"{where} is stored in fp8 ({key}); take the fp16 or bf16 file of the same model")
+
+
+def transformer_sizes(where: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The constructor's keywords, from a folder's config.json in either layout or from the shapes of a single file."""
+    read = _sizes_of_tensors(where, tensors, like)
+    if not where.is_dir():
+        return read
+    config = read_config(where)
+    if "num_heads" in config and "dim" in config:
+        return {**read, **_sizes_of_official(where, config)}
+    if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
+        raise ValueError(f"{where} holds a {config['_class_name']}, not a Wan transformer")
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            raise ValueError(
+                f"{where}/config.json: {key}={config[key]} is not supported (every Wan2.2 text-to-video, "
+                f"image-to-video and 5B model has {value}; Wan2.1's CLIP image branch is not built)"
+            )
+    absent = [key for key in _SIZES if key not in config]
+    if absent:
+        raise ValueError(f"{where}/config.json lacks {', '.join(absent)}")
+    return {key: config[key] for key in _SIZES}
+
+
+def _sizes_of_official(where: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords from the official config.json, which leaves out what is the same in every model."""
+    wanted = ("num_heads", "dim", "in_dim", "out_dim", "freq_dim", "ffn_dim", "num_layers")
+    absent = [key for key in wanted if key not in config]
+    if absent:
+        raise ValueError(f"{where}/config.json lacks {', '.join(absent)}")
+    heads, dim, in_channels, out_channels, freq_dim, ffn_dim, num_layers = (config[key] for key in wanted)
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "freq_dim": freq_dim,
+        "ffn_dim": ffn_dim,
+        "num_layers": num_layers,
+        "eps": config.get("eps", 1e-6),
+    }
+
+
+def _sizes_of_tensors(where: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Keywords from shapes, in either naming; the width of a head is the expected model's, or every published one's."""
+
+    def shape(official: str) -> torch.Size:
+        tensor = tensors.get(official, tensors.get(names.to_diffusers(official)))
+        if tensor is None:
+            raise ValueError(
+                f"{where} lacks {official} (in diffusers {names.to_diffusers(official)}): it is no whole Wan "
+                f"transformer; its first names are {', '.join(sorted(tensors)[:3])}"
+            )
+        return tensor.shape
+
+    dim, in_channels = shape("patch_embedding.weight")[:2]
+    head_dim = (like or {}).get("attention_head_dim", HEAD_DIM)
+    blocks = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")}
+    return {
+        "num_attention_heads": dim // head_dim,
+        "attention_head_dim": head_dim,
+        "in_channels": in_channels,
+        "out_channels": shape("head.head.weight")[0] // 4,
+        "text_dim": shape("text_embedding.0.weight")[1],
+        "freq_dim": shape("time_embedding.0.weight")[1],
+        "ffn_dim": shape("blocks.0.ffn.0.weight")[0],
+        "num_layers": len(blocks),
+        "eps": (like or {}).get("eps", 1e-6),
+    }
+
+
+def check_like(sizes: Mapping[str, Any], like: Mapping[str, Any], where: Path) -> None:
+    """Raise ValueError if a transformer has other sizes than the chosen model's, naming the model that would fit."""
+    differing = [f"{key} {sizes[key]} against {like[key]}" for key in _SIZES if key in like and sizes[key] != like[key]]
+    if differing:
+        width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
+        fitting = VARIANTS.get((width, sizes["in_channels"]))
+        mend = f"it fits model={fitting}" if fitting else "choose model= to match"
+        raise ValueError(
+            f"{where} holds a transformer of another shape than the chosen model ({', '.join(differing)}); {mend}"
+        )
+
+
+def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
+    """A Wan-VAE 2.1 or 2.2 from a single file, its folder, or a pipeline folder in the diffusers layout; frozen.
+
+    A single file is taken to be normalised by the published constants. ValueError names what is absent or does not
+    fit, and refuses other VAEs.
+    """
+    where = _part(path, "vae")
+    tensors = read_tensors(where)
+    if where.is_dir():
+        keywords = vae_keywords(read_config(where), where)
+    else:
+        if "encoder.conv1.weight" in tensors:
+            tensors = _all_renamed(tensors, names.VAE_TO_DIFFUSERS, where)
+        keywords = _vae_sizes(tensors, where)
+    with torch.device("meta"):
+        vae = WanVAE(**keywords)
+    load_strict(vae, tensors, where, device=device, dtype=dtype)
+    return vae.eval().requires_grad_(False)
+
+
+def _all_renamed(tensors: Mapping[str, Tensor], table: names.Table, where: Path) -> dict[str, Tensor]:
+    """Every tensor under the name that `table` gives it; one without a name keeps its own, and will be unexpected."""
+    return {names.renamed(key, table) or key: tensor for key, tensor in tensors.items()}
+
+
+def _vae_sizes(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+    """The constructor's keywords from the shapes of a single file."""
+    ups = sorted({int(key.split(".")[2]) for key in tensors if key.startswith("decoder.up_blocks.")})
+    needed = ("encoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")
+    absent = [key for key in needed if key not in tensors]
+    if absent or not ups:
+        raise ValueError(f"{where} is no Wan-VAE: it lacks {', '.join(absent) or 'decoder.up_blocks'}")
+    residual = any(".upsampler." in key for key in tensors)
+    base_dim, decoder_dim = tensors["encoder.conv_in.weight"].shape[0], tensors["decoder.conv_out.weight"].shape[1]
+    widths = [tensors[f"decoder.up_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in ups]
+    sampler = "upsampler" if residual else "upsamplers.0"
+    blocks = sum(key.startswith("decoder.up_blocks.0.resnets.") and key.endswith("conv1.bias") for key in tensors)
+    shape = {
+        "base_dim": base_dim,
+        "z_dim": tensors["post_quant_conv.weight"].shape[0],
+        "dim_mult": [width // decoder_dim for width in reversed(widths)],
+        "num_res_blocks": blocks - 1,
+        "temperal_downsample": [
+            f"decoder.up_blocks.{level}.{sampler}.time_conv.weight" in tensors for level in reversed(ups[:-1])
+        ],
+    }
+    if residual:
+        shape |= {"is_residual": True, "decoder_base_dim": decoder_dim, "patch_size": 2}
+    return shape
+
+
+def load_text_encoder(
+    path: str | Path,
+    *,
+    tokenizer: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TextEncoder:
+    """The umT5 encoder of a pipeline folder in the diffusers layout, its text_encoder/ sub-folder, or a single file
+    (the official .pth, ComfyUI's safetensors); frozen.
+
+    `tokenizer` is a folder with tokenizer.json; by default tokenizer/ beside text_encoder/. ValueError names what is
+    absent or does not fit, and refuses float16.
+    """
+    with libraries.importing():  # slow, and needed only where prompts are encoded
+        from transformers import UMT5Config, UMT5EncoderModel
+
+    check_dtype(dtype)
+    where = _part(path, "text_encoder")
+    # The embedding is one matrix under two names, and some files hold both; ComfyUI's also hold the tokenizer.
+    spare = {"encoder.embed_tokens.weight", "spiece_model"}
+    tensors = {key: tensor for key, tensor in read_tensors(where).items() if key not in spare}
+    refuse_foreign(tensors, where)
+    if where.is_dir():
+        config = read_config(where)
+        if config.get("model_type") != "umt5":
+            kind = config.get("model_type", "model without model_type")
+            raise ValueError(f"{where} holds a {kind}, not a umT5 encoder")
+    else:
+        if "token_embedding.weight" in tensors:
+            tensors = _all_renamed(tensors, names.TEXT_TO_TRANSFORMERS, where)
+        config = _text_sizes(tensors, where)
+    words = read_tokenizer(tokenizer or where.parent / "tokenizer")
+    with torch.device("meta"):
+        model = UMT5EncoderModel(UMT5Config.from_dict(config))
+    del model.encoder.embed_tokens
+    load_strict(model, tensors, where, device=device, dtype=dtype)
+    model.set_input_embeddings(model.shared)
+    return TextEncoder(model, words)
+
+
+def _text_sizes(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+    """The config of a umT5 encoder from its shapes; what shapes do not show is the same in every umT5."""
+    first = "encoder.block.0.layer."
+    needed = {
+        "embedding": "shared.weight",
+        "bias": f"{first}0.SelfAttention.relative_attention_bias.weight",
+        "q": f"{first}0.SelfAttention.q.weight",
+        "ffn": f"{first}1.DenseReluDense.wi_0.weight",
+    }
+    absent = [key for key in needed.values() if key not in tensors]
+    if absent:
+        raise ValueError(f"{where} is no umT5 encoder: it lacks {', '.join(absent)}")
+    shapes = {name: tensors[key].shape for name, key in needed.items()}
+    heads = shapes["bias"][1]
+    return {
+        "model_type": "umt5",
+        "vocab_size": shapes["embedding"][0],
+        "d_model": shapes["embedding"][1],
+        "num_heads": heads,
+        "d_kv": shapes["q"][0] // heads,
+        "d_ff": shapes["ffn"][0],
+        "num_layers": len({key.split(".")[2] for key in tensors if key.startswith("encoder.block.")}),
+        "relative_attention_num_buckets": shapes["bias"][0],
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-6,
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "tie_word_embeddings": False,
+    }

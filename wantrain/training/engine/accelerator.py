@@ -1,0 +1,200 @@
+"""The one place that builds the Accelerator, on the engine that the launcher asked for and no other.
+
+An engine is how several processes share the work: each with the whole model (DDP), or each with a part of the
+optimizer's state (ZeRO-1), of the gradients too (ZeRO-2), or of the weights too (ZeRO-3, FSDP2). Which one is said by
+the launch file alone.
+
+Precision is the model's own: accelerate runs with mixed_precision="no" and bf16 is torch.autocast here, around the
+forward pass, with Wan's float32 islands inside the model. accelerate's own bf16 would round the timestep.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from contextlib import nullcontext, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+from wantrain.util import devices, distributed
+
+#: Engines that give each process only a part of the weights: every forward needs all processes.
+SHARDED = ("zero3", "fsdp2")
+#: What engines warn of in every step though nothing is wrong: DeepSpeed calls torch by names that will change; FSDP2
+#: fears for in-place changes of the model's answer, which nobody makes.
+NOISE = (r"`torch\.distributed\.\w+` is deprecated", r"FSDP2-wrapped module .* returned a view")
+
+#: What a collective has beyond the watchdog's time: the watchdog speaks first, and says where everything stands.
+MARGIN = timedelta(minutes=5)
+#: How long a collective may take where the watchdog never ends a run.
+LONGEST = timedelta(days=1)
+#: Minutes that a build of DeepSpeed's kernels takes at most.
+BUILD_MINUTES = 15
+
+
+def start_accelerator(device: str = "auto", *, hang: float | None) -> Accelerator:
+    """The Accelerator of this process on `device` (auto, cpu or cuda), after making sure that it is the one the
+    launcher meant.
+
+    `hang` is the watchdog's time in seconds (None: it never ends a run); a collective has a little longer.
+    ValueError if the device cannot be had, or if the engine ends up as another one or with another number of processes
+    than were asked for.
+    """
+    distributed.set_threads()
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
+    _refuse_hydras_knobs()
+    wanted = engine_asked_for()
+    if wanted.startswith("zero"):
+        _refuse_stale_locks()
+    on_cpu, timeout = devices.choose(device).type == "cpu", patience(hang)
+    passed_over = on_cpu and torch.cuda.is_available()  # accelerate would take the GPU
+    if passed_over and wanted not in {"single", "ddp"}:
+        raise ValueError(
+            f"device=cpu with {wanted} on a machine with GPUs: accelerate would take them all the same; hide them with "
+            "CUDA_VISIBLE_DEVICES= (empty), or use launch/accelerate/cpu_ddp.yaml"
+        )
+    if "LOCAL_RANK" in os.environ and on_cpu:
+        _make_group_on_cpu(wanted, timeout)
+    longer = InitProcessGroupKwargs(timeout=timeout)
+    accelerator = Accelerator(mixed_precision="no", cpu=passed_over, kwargs_handlers=[longer])
+    if accelerator.num_processes != distributed.world_size():
+        raise ValueError(
+            f"{distributed.world_size()} processes were started but the engine holds {accelerator.num_processes}; "
+            "launch with: accelerate launch --multi_gpu --num_processes N --num_machines 1 train.py ..."
+        )
+    if engine_of(accelerator) != wanted:
+        raise ValueError(
+            f"the launcher asked for {wanted}, but accelerate made {engine_of(accelerator)}; launch with one of the "
+            "files in launch/accelerate (launch/README.md)"
+        )
+    if wanted == "fsdp2":
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import, and only FSDP2 needs it
+
+        # Parameters and activations keep the dtypes that the model gives them; gradients are summed in float32.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    return accelerator
+
+
+def engine_of(accelerator: Accelerator) -> str:
+    """single, ddp, zero1, zero2, zero3 or fsdp2; ValueError for what is not supported."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    names = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp"}
+    names |= {"FSDP": "fsdp2"} if accelerator.is_fsdp2 else {}
+    if kind.value not in names:
+        raise ValueError(f"the engine {kind.value} is not supported; use a file of launch/accelerate")
+    return names[kind.value]
+
+
+def patience(hang: float | None) -> timedelta:
+    """The time-out of a process group beside a watchdog that ends a run after `hang` seconds (None: never)."""
+    return LONGEST if hang is None else timedelta(seconds=hang) + MARGIN
+
+
+def share_patience() -> None:
+    """Give every process group the time-out of the first: those that an engine makes for itself have torch's own."""
+    if dist.is_initialized():
+        timeout = first_store().timeout
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def first_store() -> Any:  # a torch.distributed.Store, but torch's types do not know all that it has
+    """The store of keys and values by which the processes found each other; it has the time-out of the first group."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD.get_group_store()
+
+
+def engine_asked_for() -> str:
+    """What the launcher's environment says."""
+
+    def says(engine: str) -> bool:
+        return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+    if says("DEEPSPEED"):
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        if stage not in {"1", "2", "3"}:
+            raise ValueError(f"DeepSpeed's ZeRO stage {stage} is not supported; choose launch/accelerate/zero1, 2 or 3")
+        return f"zero{stage}"
+    if says("FSDP"):
+        if os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError("FSDP's first version is not supported; use launch/accelerate/fsdp2.yaml")
+        return "fsdp2"
+    return "ddp" if "LOCAL_RANK" in os.environ and distributed.world_size() > 1 else "single"
+
+
+#: What a launch file can say that Hydra owns: the variable it becomes, what it must be, and where it belongs.
+_HYDRAS = {
+    "ACCELERATE_MIXED_PRECISION": ("mixed_precision", {"no"}, "precision="),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", {"1", "auto"}, "accumulate="),
+    "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", {"1.0", "auto", "none"}, "clip="),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", {"false"}, "gradient_checkpointing="),
+    "ACCELERATE_DYNAMO_BACKEND": (
+        "dynamo_backend",
+        {"no"},
+        "nothing here: compiling is not supported, so leave it at no",
+    ),
+}
+
+
+def _refuse_hydras_knobs() -> None:
+    """Raise ValueError where the launcher was told what train.py decides: one of the two would lose in silence."""
+    clashes = [
+        f"{key}: {os.environ[variable]} (give {hydras} to train.py)"
+        for variable, (key, allowed, hydras) in _HYDRAS.items()
+        if os.environ.get(variable, next(iter(allowed))).lower() not in allowed
+    ]
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
+        clashes.append(
+            "deepspeed_config_file (say stage and offload in the yaml, as launch/accelerate/zero3.yaml does)"
+        )
+    if clashes:
+        raise ValueError(f"the launch file holds what is not its own: {'; '.join(clashes)}; take it out there")
+
+
+def _refuse_stale_locks() -> None:
+    """Raise ValueError for the lock of a build of DeepSpeed's kernels that was killed: it is waited for without end."""
+    from torch.utils.cpp_extension import get_default_build_root  # slow to import, and only ZeRO needs it
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (path for pattern in ("*/lock", "*/*/lock") for path in folder.glob(pattern)):
+        with suppress(FileNotFoundError):  # just released
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+            if minutes > BUILD_MINUTES:
+                raise ValueError(
+                    f"{lock} is {minutes:.0f} minutes old: a build of DeepSpeed's kernels was killed and left it, and "
+                    "every start would wait for it; remove that file"
+                )
+
+
+def _make_group_on_cpu(engine: str, timeout: timedelta) -> None:
+    """Several CPU processes need their group made before the Accelerator, or each would believe to be alone."""
+    if engine == "ddp":
+        PartialState(cpu=True, timeout=timeout)
+    elif engine != "single":
+        PartialState(backend="gloo", timeout=timeout)
+        if engine == "fsdp2":  # accelerate takes up FSDP only where it believes in several GPUs
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext[None]:
+    """The context in which a model's forward runs: bf16 autocast, or nothing for fp32.
+
+    Without autocast's cache, which keeps the bf16 copy of every float32 weight until the context ends: 28 GB of a 14B
+    model, also where recomputing or FSDP2 has let the weights themselves go. A weight is used once in a forward, so the
+    cache would save no cast.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)

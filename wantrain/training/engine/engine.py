@@ -1,0 +1,306 @@
+"""The Stepper: one model under an engine. It hides how an engine steps, and where it keeps weights and state.
+
+DeepSpeed divides by the accumulation, clips and steps inside its backward; FSDP2 and ZeRO-3 give a process only parts
+of the weights. Outside this file nobody knows: a step is begin, backward for each micro-step, clip_gradients, step;
+weights and optimizer state come out whole, by the names that they have in one process, and go in again under any
+engine and number of processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from wantrain.models.adapters import keep_activation_dtype
+from wantrain.runs.checkpoint import Copier
+from wantrain.training.engine.accelerator import SHARDED, autocast, engine_of, share_patience
+from wantrain.training.engine.optim import fill_quantised, named_trainable, plain_tensors
+from wantrain.util import distributed
+from wantrain.util.libraries import is_dtensor
+from wantrain.util.progress import report_progress
+
+
+class Stepper:
+    """A model under an engine: forward in its precision, backward, and one update per optimizer step."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulate: int,
+        clip: float,
+        precision: str,
+    ) -> None:
+        self.accelerator = accelerator
+        self.engine = engine_of(accelerator)
+        self.module = module
+        self.accumulate, self.clip, self.precision = accumulate, clip, precision
+        self.device = accelerator.device
+        self.copier = Copier()
+        if self._zero:
+            self._configure_deepspeed()
+        trained = {name: parameter.numel() for name, parameter in named_trainable(module).items()}
+        self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
+        share_patience()
+        self._check_trained(trained)
+
+    def _check_trained(self, wanted: Mapping[str, int]) -> None:
+        """ValueError unless the engine's optimizer moves just the parameters that training was to move."""
+        # ZeRO-3 leaves an empty tensor with the whole's size beside it.
+        found = {name: getattr(p, "ds_numel", p.numel()) for name, p in named_trainable(self.module).items()}
+        groups = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        if found != dict(wanted) or (not self._zero and groups != sum(wanted.values())):
+            raise ValueError(
+                f"{sum(wanted.values()):,} parameters were to be trained, {self.engine} trains {sum(found.values()):,} "
+                f"and its optimizer holds {groups:,}: some would never move"
+            )
+
+    @property
+    def _zero(self) -> bool:
+        return self.engine.startswith("zero")
+
+    @property
+    def sharded(self) -> bool:
+        """True if every forward needs all processes, for each holds only a part of the weights."""
+        return self.engine in SHARDED
+
+    def _configure_deepspeed(self) -> None:
+        """What Hydra owns goes into DeepSpeed's config here; the launch file owns the rest."""
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = 1  # a name for its logs: the data come split by rank
+        config["gradient_accumulation_steps"] = self.accumulate
+        config["gradient_clipping"] = self.clip
+        self.accelerator.gradient_accumulation_steps = self.accumulate
+        # DeepSpeed switches autocast off inside its forward unless it is told of it. No module is named as safe for
+        # bf16: that list is not about computing, it is about which gradients are rounded before they are summed.
+        precision = {"enabled": self.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        config["torch_autocast"] = precision
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """How every forward of this run computes: also previews and validation enter it."""
+        with autocast(self.precision, self.device), keep_activation_dtype(self.module):
+            yield
+
+    def begin(self, learning_rate_scale: float) -> None:
+        """Set the learning rate of the step that begins: some engines step inside the last backward."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_scale
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add one micro-step's share of the gradient; DDP synchronises ranks only in the last one of a step.
+
+        A loss that is no number becomes a gradient that is none, on every rank, whatever the slope there.
+        """
+        loss = loss * (1 + 0 * loss.detach())
+        if self._zero:
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            self.accelerator.backward(loss)
+            return
+        alone = not last and self.engine == "ddp"  # FSDP2 would keep whole gradients until the last one
+        with self.accelerator.no_sync(self.wrapped) if alone else nullcontext():
+            self.accelerator.backward(loss / self.accumulate)
+
+    def clip_gradients(self) -> Tensor:
+        """The gradient's norm before it is clipped, a scalar on the device, the same on every rank."""
+        if self._zero:  # its last backward has clipped, and stepped if this is a number
+            return torch.as_tensor(self.wrapped.get_global_grad_norm(), device=self.device)
+        norm = nn.utils.clip_grad_norm_(list(named_trainable(self.module).values()), self.clip)
+        return norm.full_tensor() if is_dtensor(norm) else norm
+
+    def step(self, *, update: bool) -> None:
+        """Move the weights, if they are to be updated, and clear the gradients; else weights and optimizer stay as they
+        were. All ranks say the same; DeepSpeed has done as the norm says.
+        """
+        if self._zero:
+            return
+        if update:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes of a scalar."""
+        return self.accelerator.reduce(value.detach().clone(), reduction="mean")
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The rows of all processes, those of the first one first."""
+        gathered: Tensor = self.accelerator.gather(values)
+        return gathered
+
+    def any_signal(self, signal: int | None) -> Tensor:
+        """The signal that any process has received, 0 for none, as a scalar on the device: all of them must leave the
+        loop at the same step, or one waits.
+        """
+        received = torch.full((1,), float(signal or 0), device=self.device)
+        return self.gather(received).max()
+
+    def read(self, *tensors: Tensor) -> list[list[float]]:
+        """The values of each tensor, flat, in one read: the host waits for the device once."""
+        values = torch.cat([tensor.detach().flatten().double() for tensor in tensors]).tolist()
+        ends = itertools.accumulate(tensor.numel() for tensor in tensors)
+        return [values[end - tensor.numel() : end] for tensor, end in zip(tensors, ends, strict=True)]
+
+    def part(self) -> None:
+        """After a forward that no backward follows: FSDP2 keeps its outermost weights in one piece for that one."""
+        if self.engine == "fsdp2":
+            self.module.reshard()  # type: ignore[operator]
+
+    def local_parts(self) -> dict[str, Tensor]:
+        """What this process holds of each parameter that training moves, by name: with its gradient, if it has one."""
+        return {name: self._local_part(parameter) for name, parameter in named_trainable(self.module).items()}
+
+    def _local_part(self, parameter: nn.Parameter) -> Tensor:
+        if self.engine == "zero3":
+            part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            return part
+        return local_part(parameter)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A copy of a parameter, or of a tensor of its optimizer's state, in one piece on the CPU (see Copier).
+
+        All processes ask for the same tensors in the same order; only the main one gets the values.
+        """
+        report_progress(f"copying a tensor of {tensor.numel():,} elements for a checkpoint")
+        if is_dtensor(tensor):
+            tensor = tensor.full_tensor()
+        elif self.engine == "zero3" and isinstance(tensor, nn.Parameter):
+            from deepspeed.runtime.zero import GatheredParameters  # slow to import, and only ZeRO-3 needs it
+
+            with GatheredParameters([tensor]):
+                return self._copied(tensor)
+        return self._copied(tensor)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        return self.copier(tensor) if distributed.is_main() else tensor.new_empty(0)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors under `parameter name/state key`, each in one piece on the CPU (see `whole`).
+
+        ValueError if the optimizer keeps anything but tensors and a count of steps.
+        """
+        self._link_zero_state()
+        state = {}
+        for name, parameter in named_trainable(self.module).items():
+            own = self._zero_state(parameter) if self._zero else plain_tensors(self.optimizer.state[parameter])
+            for key, value in own.items():
+                state[f"{name}/{key}"] = self.whole(value)
+        return state
+
+    def _zero_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        flat = self._flat_partitions()[0]
+        inner = self._inner_state()[flat]
+        keys = [key for key, value in inner.items() if isinstance(value, Tensor) and value.shape == flat.shape]
+        state = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+        return {**state, "step": torch.as_tensor(inner["step"], dtype=torch.float32)}
+
+    def _link_zero_state(self) -> None:
+        """ZeRO-1 and 2 find a parameter's state by links, which DeepSpeed makes after the first group's first step,
+        when other groups have no state yet: so they are made again.
+        """
+        if self.engine in {"zero1", "zero2"}:
+            self.wrapped.optimizer._hp_optimizer_states_linked = False
+            self.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """What DeepSpeed's inner optimizer really steps on: this process's part of each group, flat and float32."""
+        zero = self.wrapped.optimizer
+        flat: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self.engine == "zero3" else zero.single_partition_of_fp32_groups
+        )
+        return flat
+
+    def _inner_state(self) -> dict[Tensor, dict[str, Any]]:
+        state: dict[Tensor, dict[str, Any]] = self.wrapped.optimizer.optimizer.state
+        return state
+
+    def restore_optimizer_state(self, tensors: Mapping[str, Tensor], where: object) -> None:
+        """Give the optimizer what `optimizer_state` gave, under whatever engine that was.
+
+        ValueError, naming `where` it comes from, if the state is that of other parameters or of another optimizer.
+        """
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition("/")
+            by_name.setdefault(name, {})[part] = tensor
+        parameters = named_trainable(self.module)
+        if by_name.keys() != parameters.keys():
+            raise ValueError(f"{where} holds the state of other parameters; it belongs to another run")
+        if self._zero:
+            self._fill_zero_state(by_name)
+            return
+        if any("." in part for own in by_name.values() for part in own):
+            fill_quantised(self.optimizer.optimizer, {parameters[name]: by_name[name] for name in parameters})
+            return
+        # The order of the groups is that of their parameters' numbers in a state dict.
+        names = {parameter: name for name, parameter in parameters.items()}
+        order = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+        state = {}
+        for number, name in enumerate(order):
+            report_progress(f"reading {where}: {name}")
+            state[number] = {key: laid_out_like(parameters[name], value) for key, value in by_name[name].items()}
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _fill_zero_state(self, by_name: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """DeepSpeed's inner optimizer gets empty state, as its first step would make it; then each part is filled."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        first = next(iter(by_name.values()))
+        keys = [key for key in first if key != "step"]
+        counts_in_python = type(self.wrapped.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
+        step = int(first["step"].item())
+        for flat in self._flat_partitions():
+            moments: dict[str, Any] = {key: torch.zeros_like(flat) for key in keys}
+            self._inner_state()[flat] = {**moments, "step": step if counts_in_python else torch.tensor(float(step))}
+        self._link_zero_state()
+        for name, parameter in named_trainable(self.module).items():
+            report_progress(f"giving DeepSpeed the state of {name}")
+            for key in keys:
+                value = by_name[name][key].to(self.device)
+                if self.engine != "zero3":
+                    safe_set_full_optimizer_state(parameter, value, key)
+                    continue
+                # ZeRO-3 fills up a parameter that does not divide by the processes; its setter for whole values
+                # forgets that, so each process cuts out its own part.
+                size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+                filled = value.new_zeros(size * self.accelerator.num_processes)
+                filled[: value.numel()] = value.flatten()
+                mine = filled.narrow(0, size * self.accelerator.process_index, size)
+                safe_set_local_optimizer_state(parameter, mine, key)
+
+
+def finish(steppers: Iterable[Stepper]) -> None:
+    """Leave together: without this, a rank that is done first can abort the others. No step follows."""
+    for stepper in steppers:
+        stepper.accelerator.wait_for_everyone()
+        # The wrapper goes before the process group. As the group's last owner it would end the group's threads while
+        # it holds the interpreter, and one of them may be waiting for just that: 1 run in 50 never ended.
+        del stepper.wrapped
+    stepper.accelerator.free_memory()
+    stepper.accelerator.end_training()
+
+
+def laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A whole tensor laid out over the processes as a parameter is; a scalar (a count of steps) stays as it is."""
+    if not is_dtensor(parameter) or value.ndim == 0:
+        return value
+    from torch.distributed.tensor import distribute_tensor  # a second to import, and only FSDP2 needs it
+
+    # Every process has read the whole tensor (src_data_rank=None): it cuts out its own part, and nothing is sent.
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it, unless it is laid out over processes."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor

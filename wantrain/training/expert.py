@@ -1,0 +1,98 @@
+"""A member of a run: one expert in training, with all that is its own. A pair run has two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from wantrain.data import Plan
+from wantrain.losses import LossFunction
+from wantrain.models.formats.weights import read_file, write_file
+from wantrain.runs.folder import EMA
+from wantrain.training.engine.ema import Ema
+from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.optim import Schedule
+from wantrain.training.trainable import Trainee
+
+OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass
+class Member:
+    """One expert in training.
+
+    name    high_noise, low_noise, dense, or vae
+    steps   optimizer steps that are its own in the whole run
+    folder  its place in a checkpoint: "" where it is alone there, else its name
+    """
+
+    name: str
+    trainee: Trainee
+    stepper: Stepper
+    loss: LossFunction
+    schedule: Schedule
+    plan: Plan
+    steps: int
+    ema: Ema | None = None
+    folder: str = ""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """How it answers when it is looked at: in evaluation mode, with the averaged weights if they are kept."""
+        module = self.trainee.module
+        module.eval()
+        with nullcontext() if self.ema is None else self.ema.applied():
+            yield
+            self.stepper.part()
+        module.train()
+
+    @contextmanager
+    def unaveraged(self) -> Iterator[None]:
+        """Inside `watched`, where an average is kept: the weights in training again."""
+        assert self.ema is not None
+        with self.ema.applied():  # it exchanges the two, so that a second time undoes the first
+            yield
+
+    def snapshot(self) -> tuple[int, Callable[[Path], dict[Path, str]]]:
+        """Its whole state as it is now, on the CPU: how many bytes, and what writes it into a checkpoint's folder and
+        gives the sha256 of each file of tensors.
+
+        All processes take part; only the main one may write. The snapshot before must have been written by now.
+        """
+        self.stepper.copier.begin()
+        weights = [self.trainee.snapshot(self.stepper.whole)]
+        if self.ema is not None:
+            with self.ema.applied():
+                weights.append(self.trainee.snapshot(self.stepper.whole))
+        optimizer = self.stepper.optimizer_state()
+
+        def write(checkpoint: Path) -> dict[Path, str]:
+            own, hashes = checkpoint / self.folder, dict[Path, str]()
+            for kept, place in zip(weights, (own, own / EMA), strict=False):
+                place.mkdir(parents=True, exist_ok=True)
+                hashes |= kept.write(place)
+            return {**hashes, own / OPTIMIZER: write_file(own / OPTIMIZER, optimizer)}
+
+        return sum(kept.size for kept in weights) + sum(tensor.nbytes for tensor in optimizer.values()), write
+
+    def restore_optimizer(self, checkpoint: Path) -> None:
+        """Give the optimizer the state that a checkpoint holds, written under whatever engine and world."""
+        path = checkpoint / self.folder / OPTIMIZER
+        self.stepper.restore_optimizer_state(read_file(path)[0], path)
+
+
+def read_average(trainee: Trainee, checkpoint: Path) -> dict[str, Tensor] | None:
+    """The averaged weights in a checkpoint (a member's own folder), by parameter name; None if there are none.
+
+    Leaves the module with the checkpoint's weights, which are read after them.
+    """
+    average = None
+    if (checkpoint / EMA).is_dir():
+        trainee.read(checkpoint / EMA)
+        average = trainee.trained()
+    trainee.read(checkpoint)
+    return average

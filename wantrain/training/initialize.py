@@ -1,0 +1,169 @@
+"""What an expert starts from: a base's own part or random values, with its adapter if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from wantrain.models import Base, WanVAE, adapters, partial
+from wantrain.models.formats.base import stated_expert
+from wantrain.models.formats.lora import read_lora
+from wantrain.training.trainable import Autoencoder, Trainee
+from wantrain.util.console import say
+from wantrain.util.files import made_by
+from wantrain.util.seeds import seed_at
+
+
+def without_values(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose parameters have shapes and no values (on the meta device): it takes no memory."""
+    with torch.device("meta"):
+        return make()
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from, and what becomes of it.
+
+    make     builds the module with random values
+    base     where trained weights lie
+    init     base: the base's weights; widen: those, with zeros for input channels that it has not; scratch: none
+    recipe   the recipe's name, for the files that are written
+    device, dtype  what weights that stay frozen are loaded to; those that are trained are float32
+    """
+
+    make: Callable[[], nn.Module]
+    model: Mapping[str, Any]
+    expert: Mapping[str, Any]
+    adapter: Mapping[str, Any]
+    base: Base
+    init: str
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    recipe: str | None = None
+    gradient_checkpointing: bool = False
+
+    @classmethod
+    def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Start:
+        """A start by an expert's own settings, train.py's; `where` is base, device, dtype and recipe."""
+        parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed", "gradient_checkpointing")}
+        return cls(make, **parts, init=settings["init"], **where)
+
+    def trainee(self) -> Trainee:
+        """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
+        module = self.module()
+        if isinstance(module, WanVAE):
+            module = Autoencoder(module)
+        else:
+            module.gradient_checkpointing = self.gradient_checkpointing  # type: ignore[assignment]
+        settings = self.adapt(module)
+        self.check_trained(module)
+        if origin := self.adapter.get("init"):
+            layers = f"{len(adapters.adapter_layers(module))} layers"
+            say(f"the adapter goes on from {origin}: {layers}, rank {settings['rank']}, alpha {settings['alpha']:g}")
+        about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
+        about |= {"base": self.base.name, "recipe": self.recipe, "made_by": made_by(), **settings}
+        known = {key: str(value) for key, value in about.items() if value is not None and value is not False}
+        return Trainee(module, self.expert["part"], known)
+
+    def module(self) -> nn.Module:
+        """What the expert starts from: the base's own part, else random values; says which it was.
+
+        ValueError if the base's boundary is not the model's, if what it holds is another expert, if there is neither a
+        part nor leave to start from random values, or if an adapter has no base.
+        """
+        name = self.expert["name"]
+        if self.init != "scratch" and self.base.holds(name):
+            if name not in self.base.parts:
+                self.base.check_boundary(self.model["boundary"])
+            module = self._open_vae() if name == "vae" else self._open_transformer(name)
+            say(f"{name} starts from {self.base.find(name)}")
+            return module
+        if self.adapter["name"] != "none":
+            raise ValueError(
+                f"adapter={self.adapter['name']} changes a trained model, but {self.base} holds no {name}; "
+                "give weights=FOLDER with a pipeline (assets/wan-tiny is one)"
+            )
+        if self.init == "widen" or (self.init == "base" and not self.model["scratch"]):
+            raise ValueError(
+                f"weights={self.base} holds no {name}; give the folder that does, parts.{name}=, or init=scratch"
+            )
+        # Parameters are drawn by what is trained, never by what else happened to ask for random numbers before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_at(self.seed, "weights", name))
+            module = self.make()
+        say(f"{name} starts from random values")
+        return module
+
+    def _open_transformer(self, name: str) -> nn.Module:
+        kind, fp32 = self.adapter["name"], []
+        if kind == "partial":
+            names = [name for name, _ in without_values(self.make).named_parameters()]
+            fp32 = partial.choose(names, layers=self.adapter["layers"], tags=self.adapter["tags"])
+        dtype = torch.float32 if kind == "none" else self.dtype
+        return self.base.transformer(name, widen=self.init == "widen", device=self.device, dtype=dtype, fp32=fp32)
+
+    def _open_vae(self) -> nn.Module:
+        vae = self.base.vae()
+        for part in [vae] if self.expert["trains"] == "all" else [vae.decoder, vae.post_quant_conv]:
+            part.requires_grad_(True)
+        return vae
+
+    def adapt(self, module: nn.Module) -> dict[str, object]:
+        """Put the adapter in, or freeze all but a part; returns the settings as they are (a file to go on from has its
+        own)."""
+        settings = {key: value for key, value in self.adapter.items() if key not in {"name", "init"}}
+        kind = self.adapter["name"]
+        if kind == "none":
+            return {}
+        if kind == "partial":
+            partial.train_only(module, **settings)
+            return settings
+        seed, given = seed_at(self.seed, "adapter"), self.adapter["init"]
+        if given is None:
+            adapters.inject(module, **settings, seed=seed, dora=kind == "dora")
+            return settings
+        lora = read_lora(given)
+        own = "dora" if lora.is_dora else "lora"
+        if own != kind:
+            raise ValueError(f"adapter.init={given} was trained with adapter={own}; give that, not adapter={kind}")
+        stated = lora.metadata.get("expert", self.expert["name"])
+        if stated != self.expert["name"]:
+            raise ValueError(f"adapter.init={given} was trained for {stated}, not for {self.expert['name']}")
+        model = lora.metadata.get("model", self.model["name"])
+        if model != self.model["name"]:
+            raise ValueError(f"adapter.init={given} was trained for model={model}, not for model={self.model['name']}")
+        adapters.inject_lora(module, lora, seed=seed, where=given)
+        first = next(iter(lora.layers.values()))
+        return {"rank": first.rank, "alpha": first.alpha, "targets": "as in the file"}
+
+    def check_trained(self, module: nn.Module) -> None:
+        """ValueError unless what is trained is what the adapter says: its own weights and no other, or every weight."""
+        trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        kind = self.adapter["name"]
+        if kind in {"lora", "dora"}:
+            wrong = [name for name, moves in trained.items() if moves != (".lora_" in name)]
+        else:
+            wrong = [name for name, moves in trained.items() if not moves and kind == "none" and self.is_transformer]
+        if wrong:
+            state = "is trained" if trained[wrong[0]] else "is frozen"
+            raise ValueError(
+                f"adapter={kind}: {wrong[0]} {state}, as are {len(wrong) - 1} other parameters; it should not be. "
+                "This is a fault of the program, please report it"
+            )
+
+    @property
+    def is_transformer(self) -> bool:
+        """False where a recipe trains a VAE, parts of which may stay as they are."""
+        return bool(self.expert["name"] != "vae")
+
+    def is_measurable(self) -> bool:
+        """True if what is trained is a base's own expert, so that its noise profile should be that expert's."""
+        path = None if self.init == "scratch" else self.base.find(self.expert["name"])
+        return (
+            path is not None and self.expert["name"] in {"high_noise", "low_noise"} and stated_expert(path) != "dense"
+        )

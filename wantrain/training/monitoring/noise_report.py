@@ -1,0 +1,111 @@
+"""What a run really learns from, written into its folder before it starts: noise.json and noise.png.
+
+The effective density of noise levels is p(sigma) * w(sigma) inside the expert's window: what is drawn, times what it
+weighs in the loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wantrain import flow, geometry
+from wantrain.losses import FlowMatching
+from wantrain.util import distributed
+from wantrain.util.files import write_json
+
+#: Slices of an expert's window.
+BINS = 64
+#: Noise levels per slice at which the weight is looked at.
+LEVELS = 16
+
+
+def describe(loss: FlowMatching, shift: float) -> dict[str, Any]:
+    """One law as plain data: its shift, the edges of BINS slices of the window, and for each slice the density of the
+    draws, their mean weight, and the effective density, which like the first integrates to 1.
+    """
+    law: dict[str, Any] = {"density": loss.density, "shift": shift, "window": loss.window}
+    edges = torch.linspace(loss.window.low, loss.window.high, BINS + 1, dtype=torch.float64)
+    below = flow.sigma_cdf(edges, **law)
+    mass, width = below.diff(), edges.diff()
+    inside = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+    sigma = flow.sigma_quantiles(below[:-1, None] + mass[:, None] * inside, **law)
+    weight = loss.weight(sigma).double().mean(dim=1)
+    effective = mass * weight / (mass * weight).sum()
+    return {
+        "shift": shift,
+        "share_of_all_noise": flow.window_mass(**law),
+        "mean_weight": (mass * weight).sum().item(),
+        "sigma": edges.tolist(),
+        "density": (mass / width).tolist(),
+        "weight": weight.tolist(),
+        "effective_density": (effective / width).tolist(),
+    }
+
+
+def write(folder: Path, losses: Mapping[str, Any], buckets: Iterable[str], *, multiple: int) -> None:
+    """Write the effective density of every velocity loss, by expert, into a run folder. Main process only.
+
+    `buckets` are the sizes of the run's clips ("17x64x64") and `multiple` the pixels along a token's side: where the
+    shift goes by tokens there is one law for each number of them. ValueError if the folder holds another run's laws.
+    """
+    velocity = {name: loss for name, loss in losses.items() if isinstance(loss, FlowMatching)}
+    if not velocity or not distributed.is_main():
+        return
+    sizes = {_tokens(bucket, multiple) for bucket in set(buckets)}
+    report = {}
+    for name, loss in velocity.items():
+        shifts = {loss.shift_for(tokens): tokens for tokens in sorted(sizes)}
+        laws = [describe(loss, shift) for shift in shifts]
+        if len(laws) > 1:
+            laws = [{"tokens": tokens, **law} for tokens, law in zip(shifts.values(), laws, strict=True)]
+        window = [loss.window.low, loss.window.high]
+        report[name] = {"window": window, "distance": _distance(loss), "stratified": loss.stratified, "laws": laws}
+    _refuse_another(folder / "noise.json", report)
+    write_json(folder / "noise.json", report)
+    _draw(folder / "noise.png", report)
+
+
+def _tokens(bucket: str, multiple: int) -> int:
+    """Tokens of a sample of a bucket, by the transformer's own count."""
+    frames, height, width = (int(part) for part in bucket.split("x"))
+    return geometry.latent_frames(frames) * (height // multiple) * (width // multiple)
+
+
+def _distance(loss: FlowMatching) -> str:
+    return "squared" if loss.huber is None else f"huber {loss.huber}"
+
+
+def _refuse_another(path: Path, report: Mapping[str, Any]) -> None:
+    """Raise ValueError where a run would go on under another law: a table's file, say, was changed in between."""
+    if not path.is_file():
+        return
+    for name, before in json.loads(path.read_text(encoding="utf-8")).items():
+        curves = [[law["effective_density"] for law in expert["laws"]] for expert in (before, report.get(name, before))]
+        old, new = (torch.tensor(curve, dtype=torch.float64) for curve in curves)
+        if old.shape != new.shape or not torch.allclose(old, new, rtol=1e-6, atol=1e-9):
+            raise ValueError(
+                f"{path}: {name} was trained on another law of noise than the config gives now (a changed "
+                "noise.density.file?); put it back, or give the new run its own name (run=NAME)"
+            )
+
+
+def _draw(path: Path, report: Mapping[str, Any]) -> None:
+    """A small plot: what is drawn as a thin line, what is learned from as a filled one."""
+    from matplotlib.figure import Figure  # slow to import, and only the main process draws
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    curves = [(name, law) for name, expert in report.items() for law in expert["laws"]]
+    for number, (name, law) in enumerate(curves):
+        label = f"{name}, shift {law['shift']:.3g}" + (f" ({law['tokens']} tokens)" if "tokens" in law else "")
+        axes.stairs(law["effective_density"], law["sigma"], fill=True, alpha=0.3, color=f"C{number}", label=label)
+        axes.stairs(law["density"], law["sigma"], color=f"C{number}", linewidth=0.8)
+    axes.set(xlim=(0, 1), ylim=(0, None), xlabel="sigma (0 clean, 1 noise)", ylabel="density")
+    axes.set_title("noise levels: drawn (line), learned from (filled)", fontsize="medium")
+    axes.legend(fontsize="small", frameon=False)
+    figure.savefig(path, dpi=100)

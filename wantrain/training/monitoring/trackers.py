@@ -1,0 +1,201 @@
+"""Trackers: where scalars and previews go besides the run folder. None of them can stop or slow a run.
+
+A tracker lives in a thread of its own behind a queue: one that is slow, down or refused costs the run nothing but what
+it would have shown, and that is said once. metrics.jsonl has all of it in any case.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from wantrain.util import distributed
+from wantrain.util.console import say
+from wantrain.util.seeds import seed_at
+
+#: Calls that may wait for a slow tracker; what comes on top is dropped.
+WAITING = 1000
+#: Seconds that the end of a run waits for its tracker, at most.
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """One video of a preview: the prompt's place in the list, and what was measured on it."""
+
+    number: int
+    prompt: str
+    seed: int
+    file: Path
+    motion: float
+    flicker: float
+
+
+class Tracker(Protocol):
+    """Where scalars and videos go besides the run folder."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of one step; steps come in order."""
+
+    def previews(self, step: int, looks: Sequence[Look]) -> None:
+        """Videos of one step, before its scalars."""
+
+    def close(self, *, failed: bool = False) -> None:
+        """Hand over what is still here; `failed` if an error ends the run."""
+
+
+class NoTracker:
+    """metrics.jsonl is enough."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def previews(self, step: int, looks: Sequence[Look]) -> None: ...
+
+    def close(self, *, failed: bool = False) -> None: ...
+
+
+class WandbTracker:
+    """Weights & Biases; offline into the run folder where there is no API key and no WANDB_MODE says otherwise.
+
+    A preview's videos wait for the scalars of their step, which come later: W&B drops what is behind its last step.
+    """
+
+    def __init__(self, project: str, run: str, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb  # slow to import, and only this class needs it
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # else tables wait for their upload elsewhere
+        offline = "WANDB_MODE" not in os.environ and not wandb.setup().settings.api_key
+        if offline:
+            say(f"W&B: no API key, logging offline into {folder / 'wandb'} (wandb sync uploads it)")
+        self.wandb = wandb
+        self.run = wandb.init(
+            project=project,
+            name=run,
+            id=f"{run}-{seed_at(str(folder.resolve())) % 16**8:08x}",
+            resume="allow",
+            dir=str(folder),
+            config=dict(config),
+            mode="offline" if offline else None,
+        )
+        self.waiting: dict[int, Sequence[Look]] = {}
+        self.tables: dict[int, Any] = {}
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for earlier in sorted(waiting for waiting in self.waiting if waiting < step):
+            self.run.log(self._media(earlier), step=earlier)
+        self.run.log({**values, **self._media(step)}, step=step)
+
+    def previews(self, step: int, looks: Sequence[Look]) -> None:
+        self.waiting[step] = looks
+
+    def close(self, *, failed: bool = False) -> None:
+        for step in sorted(self.waiting):
+            self.run.log(self._media(step), step=step)
+        self.run.finish(exit_code=1 if failed else 0)
+
+    def _media(self, step: int) -> dict[str, Any]:
+        """The videos of a preview, and for each prompt a table whose rows are steps."""
+        media: dict[str, Any] = {}
+        for look in self.waiting.pop(step, ()):
+            # The file's path, not an array: W&B then copies our mp4 instead of encoding its own.
+            video = self.wandb.Video(str(look.file), caption=look.prompt, format="mp4")
+            media[f"samples/{look.number}"] = video
+            if look.number not in self.tables:
+                columns: list[str | int] = ["step", "video", "prompt", "seed", "motion", "flicker"]
+                # Incremental: each log holds its new rows alone, not all videos so far once more.
+                self.tables[look.number] = self.wandb.Table(columns=columns, log_mode="INCREMENTAL")
+            row = (step, video, look.prompt, look.seed, look.motion, look.flicker)
+            self.tables[look.number].add_data(*row)
+            media[f"previews/{look.number}"] = self.tables[look.number]
+        return media
+
+
+class TensorBoardTracker:
+    """TensorBoard's event files in the run folder: `tensorboard --logdir runs`. Videos stay beside them as mp4."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this class needs it
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def previews(self, step: int, looks: Sequence[Look]) -> None:
+        for look in looks:
+            self.writer.add_text(f"previews/{look.number}", f"{look.prompt} (seed {look.seed}): {look.file}", step)
+
+    def close(self, *, failed: bool = False) -> None:
+        self.writer.close()
+
+
+class Behind:
+    """A tracker that `make` makes, worked by a thread that the run never waits for, but at its end."""
+
+    def __init__(self, make: Callable[[], Tracker], *, patience: float = PATIENCE) -> None:
+        self.patience = patience
+        self.calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(WAITING)
+        self.dropped = 0
+        self.thread = threading.Thread(target=self._work, args=(make,), name="tracker", daemon=True)
+        self.thread.start()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._put(lambda tracker: tracker.scalars(step, values))
+
+    def previews(self, step: int, looks: Sequence[Look]) -> None:
+        self._put(lambda tracker: tracker.previews(step, looks))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Wait until everything is told, up to `patience` seconds."""
+        self._put(lambda tracker: tracker.close(failed=failed))
+        self._put(None)
+        self.thread.join(self.patience)
+        if self.thread.is_alive():
+            say(f"warning: the tracker did not take everything within {self.patience:g} s; metrics.jsonl has it all")
+
+    def _put(self, call: Callable[[Tracker], None] | None) -> None:
+        try:
+            self.calls.put_nowait(call)
+        except queue.Full:
+            self.dropped += 1
+            if self.dropped == 1:
+                say(
+                    f"warning: the tracker is {WAITING} calls behind, so that some are left out; metrics.jsonl has them"
+                )
+
+    def _work(self, make: Callable[[], Tracker]) -> None:
+        tracker: Tracker = NoTracker()
+        try:
+            tracker = make()
+            while (call := self.calls.get()) is not None:
+                call(tracker)
+        except (Exception, SystemExit) as error:  # whatever a tracker and the network behind it come up with
+            told = " ".join(str(error).split())[:300]
+            say(
+                f"warning: the tracker failed ({type(error).__name__}: {told}); the run goes on without it, and "
+                "metrics.jsonl has everything"
+            )
+            while self.calls.get() is not None:  # the queue stays empty for whoever puts
+                pass
+
+
+def build_tracker(name: str, *, project: str | None, run: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    """The tracker called `name`, on the main process; others get none. ValueError for one that there is not."""
+    if name not in {"wandb", "tensorboard", "jsonl"}:
+        raise ValueError(f"tracker={name!r} is unknown; choose wandb, tensorboard or jsonl")
+    if name == "jsonl" or not distributed.is_main():
+        return NoTracker()
+    if name == "tensorboard":
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError('tracker=tensorboard needs its package: pip install "wantrain[tensorboard]"')
+        return Behind(partial(TensorBoardTracker, folder))
+    return Behind(partial(WandbTracker, project or "wantrain", run, folder, config))

@@ -1,0 +1,127 @@
+"""What a run will be, before it starts: each figure as an equation with its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from wantrain import geometry
+from wantrain.data import Plan
+from wantrain.losses import FlowMatching
+from wantrain.models import WanTransformer
+from wantrain.models.flops import training_flops
+from wantrain.training.alternation import Turns
+from wantrain.training.planning.batching import Batching
+from wantrain.training.planning.memory import Standing
+from wantrain.training.planning.outline import Clips
+from wantrain.util.console import say
+
+
+def run_length(plan: Plan, *, steps: int | None, epochs: float | None, default: int) -> int:
+    """Optimizer steps of a run: as given, or as many as `epochs` full passes take, or the model's default."""
+    if epochs is not None:
+        return plan.steps_for_epochs(epochs)
+    return default if steps is None else steps
+
+
+def foreseen_length(plan: Plan | None, *, steps: int | None, epochs: float | None, default: int) -> int | None:
+    """`run_length`; without a plan, for the data are not there yet, None where epochs were asked for."""
+    if plan is not None:
+        return run_length(plan, steps=steps, epochs=epochs, default=default)
+    return (steps or default) if epochs is None else None
+
+
+def progress(step: int, steps: int) -> str:
+    """Where a run stands."""
+    over = "; this run is finished, a larger steps= continues it" if step >= steps else ""
+    return f"step {step} of {steps}{over}"
+
+
+def say_turns(turns: Turns, losses: Mapping[str, FlowMatching], steps: int | None) -> None:
+    """For a pair: each expert's steps, beside the share that the noise law alone would give it."""
+    if len(losses) == 1 or steps is None:
+        return
+    parts = []
+    for name, loss in losses.items():
+        own = turns.count(name, steps)
+        parts.append(f"{name} {own} of {steps} = {own / steps:.1%} (the noise law alone would give {loss.mass:.1%})")
+    say(f"optimizer steps     {'; '.join(parts)}")
+
+
+def chosen(settings: Mapping[str, Any], batching: Batching) -> str:
+    """How a step is computed, and whether that was said or is the model's default: one line."""
+    own = settings["model"]["train"]
+    keys = ("batch_size", "gradient_checkpointing")
+    default = settings["accumulate"] is None and all(settings[key] == own[key] for key in keys)
+    blocks = "blocks recomputed" if settings["gradient_checkpointing"] else "nothing recomputed"
+    whose = f" (defaults of model={settings['model']['name']})" if default else ""
+    return f"batch {batching.batch_size} = {batching}, {blocks}{whose}"
+
+
+def say_start(settings: Mapping[str, Any], batching: Batching, kept: Standing, card: int | None) -> None:
+    """How a step is computed, and what is kept in memory if that is too much for one card of `card` bytes."""
+    say(chosen(settings, batching))
+    if card is not None and (line := kept.warning(card)):
+        say(line)
+
+
+def describe(
+    clips: Clips, modules: Mapping[str, nn.Module | None], batching: Batching, steps: int | None, kept: Standing
+) -> str:
+    """Lines for `dry_run=true`: tokens per sample, samples per step, steps, epochs, operations, trained parameters,
+    memory. `steps` is None where only data that are not there could tell; a module is None where only weights could.
+    """
+    lines = [_clips(clips, bucket, count) for bucket, count in clips.counts.most_common()]
+    lines.append(f"samples per step    {batching} = {batching.batch_size}")
+    lines += _length(clips, batching.batch_size, steps)
+    for name, module in modules.items():
+        whose = f"   ({name})" if len(modules) > 1 else ""
+        if isinstance(module, WanTransformer) and clips.strides is not None:
+            lines.append(_operations(module, clips, batching.batch_size) + whose)
+        lines.append(_trained(module) + whose)
+    lines.append(f"kept in memory      {kept}, before activations")
+    if line := kept.warning():
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _clips(clips: Clips, bucket: str, count: int) -> str:
+    there = f"({count} clips)" if clips.plan is not None else "(the model's own size)"
+    if clips.strides is None:
+        return f"clips               {bucket}   {there}"
+    shape = clips.latent_shape(bucket)
+    patches = [side // part for side, part in zip(shape, geometry.PATCH, strict=True)]
+    tokens = f"{' x '.join(map(str, patches))} = {geometry.num_tokens(shape)}"
+    return f"tokens per sample   {bucket}: {tokens}   {there}"
+
+
+def _length(clips: Clips, batch_size: int, steps: int | None) -> list[str]:
+    if steps is None:
+        return ["steps               as many as epochs= takes of data that are not there yet"]
+    samples = steps * batch_size
+    lines = [f"steps               {steps}: {steps} x {batch_size} = {samples} samples"]
+    if clips.plan is not None:
+        clip_count = clips.plan.samples_per_epoch
+        lines.append(f"epochs              {samples} / {clip_count} clips = {samples / clip_count:.2f}")
+    return lines
+
+
+def _trained(module: nn.Module | None) -> str:
+    if module is None:
+        return "trained parameters  those of the VAE in weights=, which a dry run does not open"
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in module.parameters())
+    return f"trained parameters  {trained:,} of {total:,} ({100 * trained / total:.1f} %)"
+
+
+def _operations(module: WanTransformer, clips: Clips, batch_size: int) -> str:
+    """The operations of a step in the commonest bucket, with texts as long as they may be."""
+    tokens = geometry.num_tokens(clips.latent_shape(clips.commonest))
+    each = training_flops(module, tokens=tokens, text_rows=module.text_length)
+    again = f" + {each.recompute / 1e12:.3g} computed again" if each.recompute else ""
+    return (
+        f"TFLOP per step      {clips.commonest}: ({each.forward / 1e12:.3g} forward + {each.backward / 1e12:.3g} "
+        f"backward{again}) x {batch_size} samples = {each.executed * batch_size / 1e12:.4g}"
+    )

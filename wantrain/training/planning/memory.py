@@ -1,0 +1,87 @@
+"""What training keeps in memory from step to step: weights, their average, gradients and the optimizer's state, before
+anything is loaded. Activations come on top; they depend on the clip's size and on recomputation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from wantrain.training.engine.optim import build_optimizer, named_trainable, plain_tensors
+
+MakeOptimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
+
+#: Bytes of a card of 80 GB, as CUDA counts them.
+CARD = 85_500_000_000
+#: Share of a card that may be kept from step to step: activations need the rest.
+ROOM = 0.9
+#: Sides of the matrix on which an optimizer shows how large its state is.
+SIDE = 256
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Bytes on a device that holds the whole run."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = {name: size for name, size in vars(self).items() if size or name != "average"}
+        told = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
+        return f"{told} = {self.total / 1e9:.4g} GB"
+
+    def warning(self, card: int = CARD) -> str | None:
+        """A line where it leaves activations no room on one card of so many bytes; else None."""
+        if self.total <= ROOM * card:
+            return None
+        return (
+            f"{self} are kept from step to step, before activations: too much for one card of {card / 2**30:.0f} GiB "
+            f"({card / 1e9:.4g} GB). Give adapter=lora, optimizer=adamw_8bit, or several GPUs that share it "
+            "(launch/README.md)"
+        )
+
+
+def standing(
+    modules: Mapping[str, nn.Module | None],
+    optimizers: Mapping[str, MakeOptimizer],
+    *,
+    averaged: Container[str] = (),
+    idle: str = "gpu",
+) -> Standing:
+    """What these experts keep, each under its own optimizer. Their parameters need no values; None counts nothing.
+
+    `averaged` are those with an average of their weights, in float32. `idle` is where the frozen weights of an expert
+    wait for its turn: with "cpu" those of one are on the device.
+    """
+    frozen, gradients, state, average = [0], 0, 0, 0
+    for name, module in modules.items():
+        if module is not None:
+            trained = named_trainable(module).values()
+            own = sum(parameter.nbytes for parameter in trained)
+            frozen.append(sum(parameter.nbytes for parameter in module.parameters()) - own)
+            gradients += own
+            average += 4 * sum(parameter.numel() for parameter in trained) * (name in averaged)
+            state += round(sum(parameter.numel() for parameter in trained) * state_bytes(optimizers[name]))
+    return Standing(gradients + (max(frozen) if idle == "cpu" else sum(frozen)), gradients, state, average)
+
+
+def state_bytes(make: MakeOptimizer) -> float:
+    """Bytes that an optimizer keeps for each element of a large matrix: it takes a step on one and is looked at."""
+    matrix = nn.Linear(SIDE, SIDE, bias=False)
+    optimizer = build_optimizer(make, nn.ModuleDict({"blocks": nn.ModuleList([matrix])}))
+    matrix.weight.grad = torch.zeros_like(matrix.weight)
+    with torch.compiler.set_stance("force_eager"):  # torchao's optimizers compile their step, which takes long
+        optimizer.step()
+    tensors = plain_tensors(dict(optimizer.state[matrix.weight]))
+    return sum(tensor.nbytes for tensor in tensors.values() if tensor.dim()) / matrix.weight.numel()

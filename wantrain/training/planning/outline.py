@@ -1,0 +1,116 @@
+"""What can be known of a run before anything is opened: its modules without values, and the shapes of its clips."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wantrain import geometry
+from wantrain.data import LatentData, MixedData, PixelData, Plan
+from wantrain.data.shards import MANIFEST
+from wantrain.models import Base
+from wantrain.models.formats.loading import cast_as_loaded
+from wantrain.training.engine.optim import named_trainable
+from wantrain.training.initialize import Start, without_values
+from wantrain.util import devices
+from wantrain.util.console import say
+
+#: Width / height of the clip that stands for footage that is not there yet.
+WIDE = 16 / 9
+Dataset = LatentData | MixedData | PixelData
+
+
+def outline(make: Callable[[], nn.Module], settings: Mapping[str, Any], dtype: torch.dtype) -> nn.Module | None:
+    """What an expert trains, with its adapter, frozen and trained as in the run, on the meta device: no weights are
+    opened (but an adapter.init's own). None for a VAE whose sizes only its weights say.
+
+    `make` builds the module, `settings` are the expert's own, `dtype` is that of frozen weights.
+    """
+    start = Start.of(make, settings, base=Base(), device=torch.device("meta"), dtype=dtype)
+    if not start.is_transformer and "vae" not in start.model:
+        return None
+    with torch.device("meta"):
+        module = without_values(make)
+        module.gradient_checkpointing = start.gradient_checkpointing  # type: ignore[assignment]
+        start.adapt(module)
+    return cast_as_loaded(module, dtype, trained=named_trainable(module))
+
+
+def check_size(outlines: Mapping[str, nn.Module | None], device: torch.device, asked: str) -> None:
+    """Raise ValueError if a transformer of more than a billion parameters would be trained on a CPU that nobody asked
+    for; `asked` is device=.
+    """
+    for name, module in outlines.items():
+        if module is not None and name != "vae":
+            devices.refuse_large(name, sum(p.numel() for p in module.parameters()), device, asked)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips of a run, as far as they are known.
+
+    counts   training clips of each bucket, by its name, "FxHxW" in pixels
+    strides  the VAE's over time and space; None where clips are trained on as pixels
+    plan     their order; None where the data are not there yet
+    """
+
+    counts: Counter[str]
+    strides: tuple[int, int] | None
+    plan: Plan | None
+
+    @property
+    def commonest(self) -> str:
+        """The bucket of most clips."""
+        return self.counts.most_common(1)[0][0]
+
+    def latent_shape(self, bucket: str) -> tuple[int, int, int]:
+        """(latent frames, rows, columns) of a bucket's clips."""
+        assert self.strides is not None
+        return geometry.latent_shape(geometry.Bucket(*map(int, bucket.split("x"))), *self.strides)
+
+
+def find_clips(places: Sequence[str], open_data: Callable[[], Dataset], settings: Mapping[str, Any]) -> Clips:
+    """The clips at `places`; where they are not there, or an address cannot be read, one of the model's own size, and
+    that is said. Nothing is made. `settings` are train.py's.
+
+    ValueError for shards that are there and damaged.
+    """
+    remote = [place for place in places if "://" in place]
+    why = [f"{place} is not there yet" for place in places if place not in remote and not _is_finished(place)]
+    if not why:
+        try:
+            return _clips_of(open_data(), settings)
+        except ValueError as error:
+            if not remote:
+                raise
+            why = [str(error)]
+    found = _clip_of_own_size(settings)
+    say(f"{'; '.join(why)}: what follows is for a clip of the model's own size, {found.commonest}")
+    return found
+
+
+def _is_finished(place: str) -> bool:
+    return (Path(place).expanduser() / MANIFEST).is_file()
+
+
+def _clips_of(data: Dataset, settings: Mapping[str, Any]) -> Clips:
+    """The clips of a data set that is there."""
+    known = "spatial_stride" in data.manifest
+    strides = (data.manifest["temporal_stride"], data.manifest["spatial_stride"]) if known else None
+    plan = Plan.of(data, batch_size=settings["batch_size"], seed=settings["seed"])
+    return Clips(Counter(data.bucket_names), strides, plan)
+
+
+def _clip_of_own_size(settings: Mapping[str, Any]) -> Clips:
+    """One wide clip of the model's own length and area."""
+    model = settings["model"]
+    size = geometry.sizes(model["area"], model["multiple"], [WIDE])[0]
+    strides = geometry.Buckets.temporal_stride, model["multiple"] // geometry.PATCH[1]
+    pixels = settings["expert"]["name"] == "vae"
+    return Clips(Counter([str(geometry.Bucket(model["num_frames"], *size))]), None if pixels else strides, None)

@@ -1,0 +1,102 @@
+"""validation.jsonl: every error that validation has read, clip by clip, so that later readings can be held against it.
+
+Readings compare only where they were taken alike; the ruler's fingerprint says so (clips, noise levels, seed).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wantrain.training.engine.main_process import on_main
+from wantrain.util import distributed
+from wantrain.util.console import say
+from wantrain.util.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Errors at one step: each (N clips, P noise levels), float64.
+
+    expert   whose
+    weights  live, ema or base
+    ruler    fingerprint of what was measured, and at which noise
+    """
+
+    step: int
+    expert: str
+    weights: str
+    ruler: str
+    heldout: Tensor
+    train: Tensor
+
+
+class Readings:
+    """All readings of a run, in its file and in memory. The main process alone reads and writes the file, and at the
+    start tells the others what is in it: were one of them to see another file, it would validate at other steps.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.all = path, on_main(partial(_read, path), f"reading {path.name}")
+
+    def of(self, expert: str, weights: str, ruler: str) -> list[Reading]:
+        """Those of one expert that compare with each other, in the order of their steps."""
+        return [one for one in self.all if (one.expert, one.weights, one.ruler) == (expert, weights, ruler)]
+
+    def add(self, reading: Reading) -> None:
+        """One more."""
+        self.all.append(reading)
+        self._write("a", [reading])
+
+    def cut_back(self, expert: str, step: int) -> None:
+        """Drop what an expert's validation read at `step` or later, in an earlier life of the run."""
+        kept = [one for one in self.all if one.expert != expert or one.step < step]
+        if len(kept) < len(self.all):
+            self.all = kept
+            self._write("w", kept)
+
+    def _write(self, mode: str, readings: Sequence[Reading]) -> None:
+        """A reading that the disk refuses stays in memory: a log never ends a run."""
+        if not distributed.is_main():
+            return
+        text = "".join(json.dumps(_plain(reading)) + "\n" for reading in readings)
+        try:
+            if mode == "w":
+                write_atomically(self.path, text)
+                return
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            say(f"warning: {self.path} cannot be written ({error}); free disk space")
+
+
+def fingerprint(*parts: object) -> str:
+    """A short hash of what a reading depends on besides the weights."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _plain(reading: Reading) -> Mapping[str, Any]:
+    return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in vars(reading).items()}
+
+
+def _read(path: Path) -> list[Reading]:
+    """What a file holds; a line that a kill has cut counts for nothing."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            row |= {key: torch.tensor(row[key], dtype=torch.float64) for key in ("heldout", "train")}
+            found.append(Reading(**row))
+    return found

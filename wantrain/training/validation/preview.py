@@ -1,0 +1,168 @@
+"""Previews: videos on fixed prompts and seeds while training goes on, through the real inference path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wantrain import page
+from wantrain.conditioning import Condition
+from wantrain.geometry import Bucket
+from wantrain.page import Html, Row, Shown
+from wantrain.sampling import Sampler, Settings
+from wantrain.sampling.generate import Velocity
+from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.main_process import on_main
+from wantrain.training.monitoring.trackers import Look, Tracker
+from wantrain.util.console import say
+from wantrain.util.files import write_atomically
+from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
+
+INDEX = "index.html"
+#: What has been previewed so far, one object per video: what the page is made from.
+HISTORY = "previews.jsonl"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is previewed: a prompt, the video's size, and what is known of it, if anything is (one clip's record)."""
+
+    prompt: str
+    bucket: Bucket
+    known: Condition | None = None
+
+
+@dataclass
+class Preview:
+    """Hook: every `every` steps, step 0 included, one mp4 of each asked and a contact sheet; index.html shows the first
+    preview beside the newest, and the tracker gets the mp4s.
+
+    The main process samples and the others wait, so ranks stay together; where each holds only a part of the weights,
+    all sample the same. `open_sampler` makes what a preview needs and takes it away again: between previews nothing of
+    it but the texts' embeddings is in memory.
+    """
+
+    steppers: Sequence[Stepper]  # of the experts in training
+    open_sampler: Callable[[], AbstractContextManager[Sampler]]
+    settings: Settings
+    asked: Sequence[Asked]
+    fps: float
+    seed: int
+    every: int
+    steps: int
+    folder: Path
+    tracker: Tracker
+    texts: dict[str, Tensor]  # embeddings of all that is asked, by text, on the processes that sample
+
+    def due(self, step: int) -> bool:
+        """True at every `every`-th step and the last one."""
+        return step % self.every == 0 or step == self.steps
+
+    def __call__(self, step: int) -> Mapping[str, Any]:
+        clips = self._sample() if any(stepper.sharded for stepper in self.steppers) else None
+
+        def show() -> dict[str, float]:
+            return self._show(step, self._sample() if clips is None else clips)
+
+        return on_main(show, f"making the previews of step {step}")
+
+    def _show(self, step: int, clips: Sequence[Frames]) -> dict[str, float]:
+        """Write the clips, give them to the tracker, and say how much they move and flicker, on average."""
+        looks = self._write(step, clips)
+        self.tracker.previews(step, looks)
+        return {
+            f"preview_{what}": sum(getattr(look, what) for look in looks) / len(looks) for what in ("motion", "flicker")
+        }
+
+    def _sample(self) -> list[Frames]:
+        """A video for each prompt."""
+        with self.open_sampler() as sampler:
+            sampler.texts = self.texts
+            clips = [
+                sampler(each.prompt, bucket=each.bucket, known=each.known, settings=self.settings, seed=seed)
+                for seed, each in enumerate(self.asked, start=self.seed)
+            ]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # blocks of the preview's sizes are of no use to training
+        return clips
+
+    def _write(self, step: int, clips: Sequence[Frames]) -> list[Look]:
+        """Everything that a preview leaves in the run folder."""
+        looks = []
+        prompts = [asked.prompt for asked in self.asked]
+        for number, (prompt, frames) in enumerate(zip(prompts, clips, strict=True)):
+            file = self.folder / f"step_{step:06d}_{number}.mp4"
+            write_mp4(file, frames, self.fps)
+            looks.append(
+                Look(number, prompt, self.seed + number, file, round(motion(frames), 4), round(flicker(frames), 4))
+            )
+        titled = {f"step {step}: {prompt}": frames for prompt, frames in zip(prompts, clips, strict=True)}
+        contact_sheet(self.folder / f"step_{step:06d}.png", titled)
+        history = write_history(self.folder / HISTORY, step, looks)
+        title = f"{self.folder.parent.name}: step {step} of {self.steps}"
+        write_atomically(self.folder.parent / INDEX, make_page(title, history, self.folder))
+        say(f"step {step}: {len(looks)} previews, shown by {self.folder.parent / INDEX}")
+        return looks
+
+
+def as_trained(stepper: Stepper) -> Velocity:
+    """The expert in training as a velocity model: it computes as its run does, and nothing beside it, so that solver
+    and VAE are those of sample.py.
+    """
+
+    def velocity(*inputs: Tensor | None) -> Tensor:
+        with stepper.forward_context():
+            answer: Tensor = stepper.module(*inputs)
+        return answer
+
+    return velocity
+
+
+def write_history(path: Path, step: int, looks: Sequence[Look]) -> list[tuple[int, Look]]:
+    """All looks up to `step`, which are added; later ones, of a run that has gone back to a checkpoint, are dropped."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    kept = [row for row in rows if row["step"] < step]
+    kept += [{"step": step, **asdict(replace(look, file=Path(look.file.name)))} for look in looks]
+    lines = [json.dumps({**row, "file": str(row["file"])}, ensure_ascii=False) for row in kept]
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
+    return [(row.pop("step"), Look(**{**row, "file": path.parent / row["file"]})) for row in kept]
+
+
+def make_page(title: str, history: Sequence[tuple[int, Look]], folder: Path) -> str:
+    """A row for each prompt and seed: its first preview beside its newest, and those between, smaller."""
+    by_prompt: dict[tuple[str, int], list[tuple[int, Look]]] = {}
+    for step, look in history:
+        by_prompt.setdefault((look.prompt, look.seed), []).append((step, look))
+    rows = []
+    for (prompt, seed), looks in sorted(by_prompt.items(), key=lambda item: -item[1][-1][0]):
+        first, *between, last = looks if len(looks) > 1 else [*looks, looks[0]]
+        shown = [first] if first == last else [first, last]
+        strips = Html("".join(page.figure(_strip(look), f"step {step}") for step, look in shown))
+        rows.append(
+            Row(
+                prompt,
+                f"seed {seed}",
+                [_shown(step, look, folder) for step, look in shown],
+                [_shown(step, look, folder) for step, look in between],
+                f"{len(between)} between",
+                strips,
+            )
+        )
+    note = "Motion is the mean change of brightness per frame, flicker what the next frame takes back (grey levels)."
+    return page.page(title, page.paragraph(note, quiet=True), page.comparison(rows))
+
+
+def _shown(step: int, look: Look, folder: Path) -> Shown:
+    label = "step 0: before training" if step == 0 else f"step {step}"
+    return Shown(f"{folder.name}/{look.file.name}", label, f"motion {look.motion:.2f}, flicker {look.flicker:.2f}")
+
+
+def _strip(look: Look) -> Html:
+    return page.picture(jpeg(filmstrip(read_mp4(look.file), cell=96)), look.prompt)

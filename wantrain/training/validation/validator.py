@@ -1,0 +1,270 @@
+"""Validation as a measurement: fixed clips, noises and noise levels, held against the base clip by clip.
+
+Beside the loss stands the best linear predictor v = a(sigma) * x_sigma, fitted to these very clips and noises: a
+model that is not below it has learned nothing but to copy noise. What a change is worth is bootstrap.py's to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wantrain.batch import Batch
+from wantrain.models import adapters
+from wantrain.training.engine.engine import Stepper
+from wantrain.training.expert import Member
+from wantrain.training.validation.bootstrap import FEWEST_FILES, Change, change, contrast
+from wantrain.training.validation.history import Reading, Readings, fingerprint
+from wantrain.training.validation.measure import Clips, Probe, over_ranks
+from wantrain.util.console import say
+
+#: Tags that are reported apart, the most frequent first.
+MOST_TAGS = 32
+
+
+@dataclass
+class Validator:
+    """Hook: the mean velocity error over held-out clips and noise levels, every `every` steps and at the ends.
+
+    Read are the weights that are shown (the average where one is kept), the live ones beside them, and once the base: a
+    model with its adapter off, or as it was at step 0. `train` are as many training clips, for the gap. Where there are
+    several validators, `prefix` tells their results apart.
+    """
+
+    member: Member
+    probe: Probe
+    heldout: Clips
+    train: Clips
+    readings: Readings
+    every: int
+    steps: int
+    prefix: str = ""
+    linear: Tensor | None = None
+    patience: Patience | None = None
+
+    def due(self, step: int) -> bool:
+        """True at every `every`-th step and the last one, if there are clips."""
+        return step % self.every == 0 or step == self.steps
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        if self.linear is None:
+            self.linear = self.probe.linear(self.heldout.batches)
+        patience = self._patience(step)
+        shown, live = self._read(step)
+        base = self._base(step, shown)
+        patience.see(shown)
+        moved, moved_train = (shown.heldout - base.heldout).mean(dim=1), (shown.train - base.train).mean(dim=1)
+        since = change(moved, self.heldout.files)
+        gap = contrast(moved, self.heldout.files, moved_train, self.train.files)
+        found = self._told(shown, live, base) | _keys("validation_change", since) | _keys("validation_gap_change", gap)
+        found |= {"validation_verdict": since.verdict, "validation_stale": patience.stale}
+        self._say(shown, base, since, gap)
+        return {f"{self.prefix}{key}": value for key, value in found.items()}
+
+    def stale(self, step: int) -> int:
+        """Validations in a row, up to `step`, that were not distinguishably better than the best before them."""
+        return self._patience(step + 1).stale
+
+    @property
+    def ruler(self) -> str:
+        """Fingerprint of what is measured: readings of the same ruler compare."""
+        return fingerprint(self.heldout.ids, self.train.ids, self.probe.sigmas.tolist(), self.probe.seed)
+
+    @property
+    def _shown(self) -> str:
+        """Which weights the loop shows to its hooks."""
+        return "live" if self.member.ema is None else "ema"
+
+    def _patience(self, step: int) -> Patience:
+        """How patient the readings before `step` have left it; the first time those after are of an earlier life."""
+        if self.patience is None:
+            self.readings.cut_back(self.member.name, step)
+            self.patience = Patience(self.heldout.files)
+            for reading in self.readings.of(self.member.name, self._shown, self.ruler):
+                self.patience.see(reading)
+        return self.patience
+
+    def _read(self, step: int) -> tuple[Reading, Reading | None]:
+        """Readings of the shown weights, and of the live ones where those are others."""
+        shown = self._reading(step, self._shown)
+        if self.member.ema is None:
+            return shown, None
+        if not self.member.ema.moved:
+            return shown, self._same(shown, "live")
+        with self.member.unaveraged():
+            return shown, self._reading(step, "live")
+
+    def _base(self, step: int, shown: Reading) -> Reading:
+        """What later readings are held against: measured once and kept, or else the first reading there is."""
+        module = self.member.stepper.module
+        if not adapters.has_adapter(module):
+            return self.readings.of(self.member.name, self._shown, self.ruler)[0]
+        known = self.readings.of(self.member.name, "base", self.ruler)
+        if known:
+            return known[0]
+        if not self._changes_anything():
+            return self._same(shown, "base")
+        with adapters.switched_off(module):
+            return self._reading(step, "base")
+
+    def _changes_anything(self) -> bool:
+        """False if the adapter adds nothing to its base: a LoRA all of whose B are zero, in all processes.
+
+        A DoRA has lengths too, which are never zero: it is measured.
+        """
+        stepper = self.member.stepper
+        parts = [part for name, part in stepper.local_parts().items() if ".lora_A." not in name]
+        found = torch.stack([part.any().to(stepper.device) for part in parts]).any()
+        return bool(stepper.gather(found.float()[None]).any())
+
+    def _same(self, reading: Reading, weights: str) -> Reading:
+        """What was read, for other weights that answer alike: it is not measured again."""
+        same = replace(reading, weights=weights)
+        self.readings.add(same)
+        return same
+
+    def _reading(self, step: int, weights: str) -> Reading:
+        errors = self.probe.errors([*self.heldout.batches, *self.train.batches])
+        heldout, train = errors.split([len(self.heldout), len(self.train)])
+        reading = Reading(step, self.member.name, weights, self.ruler, heldout, train)
+        self.readings.add(reading)
+        return reading
+
+    def _told(self, shown: Reading, live: Reading | None, base: Reading) -> dict[str, Any]:
+        """What is logged; see docs/numerics.md for the keys."""
+        assert self.linear is not None
+        moved = shown.heldout - base.heldout
+        found: dict[str, Any] = {
+            "validation_loss": shown.heldout.mean().item(),
+            "validation_by_sigma": self._by_sigma(shown.heldout),
+            "validation_linear": self.linear.mean().item(),
+            "validation_linear_by_sigma": self._by_sigma(self.linear[None]),
+            "validation_change_by_sigma": self._by_sigma(moved),
+            "validation_train_loss": shown.train.mean().item(),
+            "validation_gap": (shown.heldout.mean() - shown.train.mean()).item(),
+        }
+        if live is not None:
+            found |= {
+                "validation_live_loss": live.heldout.mean().item(),
+                "validation_live_by_sigma": self._by_sigma(live.heldout),
+                **_keys(
+                    "validation_live_change", change((live.heldout - base.heldout).mean(dim=1), self.heldout.files)
+                ),
+            }
+        if tags := self._by_tag(shown.heldout.mean(dim=1), moved.mean(dim=1)):
+            found["validation_by_tag"] = tags
+        return found
+
+    def _by_sigma(self, errors: Tensor) -> dict[str, float | None]:
+        """Mean over clips at each level, by the level."""
+        means = errors.mean(dim=0).tolist()
+        return {f"{sigma:.4f}": _number(mean) for sigma, mean in zip(self.probe.sigmas.tolist(), means, strict=True)}
+
+    def _by_tag(self, losses: Tensor, moved: Tensor) -> dict[str, dict[str, Any]]:
+        """Loss and change of the held-out clips that wear a tag."""
+        wearing: dict[str, list[int]] = {}
+        for number, tags in enumerate(self.heldout.tags):
+            for tag in dict.fromkeys(tags):
+                wearing.setdefault(tag, []).append(number)
+        most = sorted(wearing, key=lambda tag: (-len(wearing[tag]), tag))[:MOST_TAGS]
+        return {tag: self._of_some(wearing[tag], losses, moved) for tag in most}
+
+    def _of_some(self, clips: Sequence[int], losses: Tensor, moved: Tensor) -> dict[str, Any]:
+        since = change(moved[clips], [self.heldout.files[clip] for clip in clips])
+        return {"clips": len(clips), "loss": _number(losses[clips].mean().item()), **_keys("change", since)}
+
+    def _say(self, shown: Reading, base: Reading, since: Change, gap: Change) -> None:
+        """One line for people: the loss, if it is better, worse or neither, and if training clips gain more."""
+        assert self.linear is not None
+        told = f"step {shown.step}: {self.prefix}validation loss {shown.heldout.mean():.4f}"
+        told += f" (best linear predictor {self.linear.mean():.4f})"
+        if shown is not base and shown.step:
+            origin = "the base" if base.weights == "base" or base.step == 0 else f"step {base.step}"
+            told += f": {since.verdict} {'than' if since.distinct else 'from'} {origin} ({since})"
+        if gap.distinct and gap.mean > 0:
+            told += f"; it does better on what it trains on, by {gap.mean:.4f} more than at first"
+        say(told)
+
+
+@dataclass
+class Patience:
+    """How many readings in a row were not distinguishably better than the best one before them."""
+
+    files: Sequence[int]
+    best: Reading | None = None
+    stale: int = 0
+
+    def see(self, reading: Reading) -> None:
+        """The next one."""
+        if self.best is None or self._is_better(reading, self.best):
+            self.best, self.stale = reading, 0
+        else:
+            self.stale += 1
+
+    def _is_better(self, reading: Reading, best: Reading) -> bool:
+        since = change((reading.heldout - best.heldout).mean(dim=1), self.files)
+        return since.distinct and since.mean < 0
+
+
+def settled(validators: Sequence[Validator], stop_after: int | None, step: int) -> bool:
+    """True if a run may end at `step`: each validator's last `stop_after` validations found nothing better."""
+    if stop_after is None or not all(validator.stale(step) >= stop_after for validator in validators):
+        return False
+    say(
+        f"step {step}: {stop_after} validations in a row were not distinguishably better than the best before them, so "
+        f"the run ends here; more patience: validation.stop_after"
+    )
+    return True
+
+
+def describe(heldout: Clips, train: Clips, cost: str) -> str:
+    """What a validation will look at, and what it will cost."""
+    files = len(set(heldout.files))
+    told = f"validation: {len(heldout)} held-out clips of {files} files and {len(train)} training clips; {cost}"
+    if files < FEWEST_FILES:
+        told += (
+            f"; with fewer than {FEWEST_FILES} files no change can be told from chance: raise data.holdout or "
+            "validation.clips"
+        )
+    return told
+
+
+def _keys(name: str, found: Change) -> dict[str, float | None]:
+    """A change as flat keys of a log."""
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high, f"{name}_p": found.p}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@dataclass
+class ReconstructionValidator:
+    """Hook: PSNR of a VAE on held-out clips, through its posterior mean."""
+
+    stepper: Stepper
+    clips: list[Batch]
+    every: int
+    steps: int
+
+    def due(self, step: int) -> bool:
+        """True at every `every`-th step and the last one, if there are clips."""
+        return bool(self.clips) and (step % self.every == 0 or step == self.steps)
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        with torch.no_grad(), self.stepper.forward_context():
+            errors = over_ranks(self.clips, self._error, self.stepper)
+        psnr = (-10 * torch.log10(errors / 4)).mean().item()
+        say(f"step {step}: validation PSNR {psnr:.2f} dB")
+        return {"validation_psnr": psnr}
+
+    def _error(self, clip: Batch) -> Tensor:
+        """Mean squared error of one clip's pixels, a scalar."""
+        pixels = clip.latents_BCTHW.to(self.stepper.device)
+        rebuilt, _, _ = self.stepper.module(pixels, torch.zeros)
+        return (rebuilt.clamp(-1, 1) - pixels).square().mean().double()

@@ -1,0 +1,124 @@
+"""Where a verb computes: the device that was asked for, and why torch cannot use an NVIDIA card that is there.
+
+The card is looked for without CUDA, in what the driver shows of itself: torch alone cannot tell a machine without a
+card from one whose CUDA does not work.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wantrain.util import distributed
+from wantrain.util.console import say
+
+#: Parameters from which on a transformer is trained on a CPU only if that is asked for: a step takes minutes there.
+LARGE = 1_000_000_000
+#: The oldest driver that runs programs built for each major version of CUDA on Linux (NVIDIA's CUDA release notes).
+OLDEST_DRIVER = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 65, 6)}
+
+
+@dataclass(frozen=True)
+class Card:
+    """An NVIDIA card as the operating system shows it, with the version of its driver; None if no driver is loaded."""
+
+    driver: str | None
+
+
+def find_card(root: Path = Path("/"), which: Callable[[str], str | None] = shutil.which) -> Card | None:
+    """The NVIDIA card of this machine, found without CUDA; None if nothing points to one."""
+    version = root / "proc/driver/nvidia/version"
+    if version.is_file():
+        number = re.search(r"\b\d{3,}\.\d+(\.\d+)*\b", version.read_text(encoding="utf-8", errors="replace"))
+        return Card(number[0] if number else "of unknown version")
+    return Card(None) if (root / "dev/nvidia0").exists() or which("nvidia-smi") is not None else None
+
+
+def choose(name: str, *, find: Callable[[], Card | None] = find_card) -> torch.device:
+    """`auto`, `cpu` or `cuda` (this process's own) as a device.
+
+    ValueError for a GPU that is not there or cannot be used. With `auto` the CPU takes its place; where there is a card
+    that torch cannot use, that is said in one line.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        for each in said:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        return _own_gpu()
+    card = None if _is_hidden() else find()
+    why = "" if card is None else explain(card, torch.version.cuda, words=" ".join(str(each.message) for each in said))
+    if name == "cuda":
+        raise ValueError(f"device=cuda, but no GPU is visible{why and f': {why}'}; use device=cpu or device=auto")
+    if why:
+        say(f"the CPU is used: {why}")
+    return torch.device("cpu")
+
+
+def _own_gpu() -> torch.device:
+    """The GPU of this process, made torch's current one; ValueError where a machine has fewer GPUs than processes."""
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {distributed.local_rank()} of this machine has no GPU of its own: {torch.cuda.device_count()} "
+            "are visible; start as many processes as there are GPUs"
+        )
+    torch.cuda.set_device(distributed.local_rank())
+    return torch.device("cuda")
+
+
+def _is_hidden() -> bool:
+    """True if the user has hidden all cards from CUDA."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}
+
+
+def explain(card: Card, built_for: str | None, *, words: str = "") -> str:
+    """Why torch, built for CUDA `built_for` (None: built without), cannot use `card`, and the mend; one line.
+
+    `words` is what torch itself said.
+    """
+    version = f"torch {torch.__version__}"
+    if card.driver is None:
+        return (
+            "this machine has an NVIDIA card or its tools, but no NVIDIA driver is loaded (there is no "
+            "/proc/driver/nvidia/version); install the driver, or give the container its GPUs (docker run --gpus all)"
+        )
+    if built_for is None:
+        return (
+            f"this machine has an NVIDIA card (driver {card.driver}), but {version} is built without CUDA; install a "
+            "CUDA build of torch (the installation page of PyTorch has the command for each CUDA version)"
+        )
+    oldest = OLDEST_DRIVER.get(int(built_for.split(".")[0]))
+    if oldest is not None and card.driver[0].isdigit() and _numbers(card.driver) < oldest:
+        return (
+            f"the NVIDIA driver {card.driver} is too old for {version}, which is built for CUDA {built_for} and needs "
+            f"driver {'.'.join(map(str, oldest))} or newer; update the driver, or install torch built for an older CUDA"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
+    return (
+        f"this machine has an NVIDIA card (driver {card.driver}{seen}), but {version} for CUDA {built_for} cannot use "
+        f"it{words and f' ({words})'}; compare what nvidia-smi shows"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def refuse_large(name: str, parameters: int, device: torch.device, asked: str) -> None:
+    """Raise ValueError if a transformer of so many parameters would be trained on a CPU that nobody asked for."""
+    if device.type == "cpu" and asked != "cpu" and parameters > LARGE:
+        raise ValueError(
+            f"{name} has {parameters / 1e9:.1f} billion parameters and no GPU can be used: on a CPU a training step "
+            "takes minutes to hours. Give device=cpu to do it all the same, or dry_run=true to see what it would be"
+        )
