@@ -41,12 +41,12 @@ PROMPTS = [scene.caption(language) for scene, language in [*WUGS, *OTHERS]]
 SHOWN = (0, 1, 2, 3, 4, 20, 23, 31)
 
 
-def verb(*command: str) -> None:
-    """Run one verb as a user would, showing the command."""
+def command(*command: str) -> None:
+    """Run one command as a user would, showing the command."""
     say("\n$ python " + " ".join(part if " " not in part else f"'{part}'" for part in command))
     ended = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False)
     if ended.returncode:
-        sys.exit(ended.returncode)  # the verb has said what is wrong
+        sys.exit(ended.returncode)  # the command has said what is wrong
 
 
 def make_data(name: str) -> None:
@@ -55,9 +55,9 @@ def make_data(name: str) -> None:
     for scenes, amount in SETS[name].items():
         make_footage(folder / "footage" / scenes, scenes=scenes, **amount)
     model, *condition = TOLD.get(name, ("model=tiny",))
-    verb("shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}", model)
+    command("shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}", model)
     if name != "vae":
-        verb("encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", model, *condition)
+        command("encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", model, *condition)
 
 
 def main() -> None:
@@ -65,16 +65,16 @@ def main() -> None:
     started = time.time()
     make_data("wug")
     for expert in EXPERTS:
-        verb(
+        command(
             "train.py", f"expert={expert}", "adapter=lora", f"run={expert}", f"runs={RUN}",
             f"data.shards={DATA / 'wug' / 'latents'}", "data.holdout=0.15", f"steps={STEPS}",
             "optimizer.lr=1.5e-3", "schedule.floor=0.02", f"validation.every={STEPS}", "tracker=jsonl",
         )  # fmt: skip
     pair = f"run={','.join(EXPERTS)}"
-    verb("export.py", pair, f"runs={RUN}", f"out={RUN / 'pipeline'}")
+    command("export.py", pair, f"runs={RUN}", f"out={RUN / 'pipeline'}")
     (RUN / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     for what, weights in {"before": "assets/wan-tiny", "after": str(RUN / "pipeline")}.items():
-        verb(
+        command(
             "sample.py", f"weights={weights}", f"prompts={RUN / 'prompts.txt'}", f"out={RUN / what}",
             "model=tiny", "batch_size=15",
         )  # fmt: skip

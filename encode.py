@@ -75,7 +75,7 @@ def main(cfg: DictConfig) -> None:
         shard_bytes=cfg.shard_mb << 20,
         shard_clips=cfg.shard_clips,
         **cfg.decode,
-        patience=cfg.patience,
+        heartbeat_timeout=cfg.heartbeat_timeout,
     )
     prints.write()
     if cfg.report != "none" and distributed.is_main():

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from wantrain import checks, config
 from wantrain.models import WanTransformer
 from wantrain.models.formats.inspect import describe
-from wantrain.models.formats.pipeline import CARD, About, mark, write_pipeline
+from wantrain.models.formats.pipeline import CARD, About, sentinel_file, write_pipeline
 from wantrain.runs.experts import add_loras, base_of, find_experts
 from wantrain.runs.export import convert_lora, export_vae
 from wantrain.runs.folder import trained_experts
@@ -53,7 +53,7 @@ def main(cfg: DictConfig) -> None:
     strange = sorted(files.keys() - set(found.names))
     if strange:
         raise ValueError(f"lora.{strange[0]}={files[strange[0]]}: this model has {', '.join(found.names)}")
-    claim_folder(out, mark=mark(cfg.layout), key="out")
+    claim_folder(out, sentinel=sentinel_file(cfg.layout), key="out")
     origin, dtype = found.origin(), config.dtype(cfg.dtype)
     for name, file in files.items():
         origin[name]["merged"] = Path(file).name

@@ -15,7 +15,7 @@ from wantrain.util import distributed
 
 @config.app("shard")
 def main(cfg: DictConfig) -> None:
-    """Find footage and captions, read every file, choose clips by timestamp, write tars, a ledger and a manifest."""
+    """Find footage and captions, read every file, choose clips by timestamp, write tars, a stats and a manifest."""
     checks.check(cfg)
     distributed.single_process("shard.py")
     out = Path(cfg.out)

@@ -1,11 +1,11 @@
-"""Reading clips of video files beside decord2 and PyAV alone: python benchmarks/footage.py [--rounds 7]
+"""EvalRecord clips of video files beside decord2 and PyAV alone: python benchmarks/footage.py [--rounds 7]
 
 H.264 at 1280x720, 24 frames/s, crf 23, a keyframe every 250, with moving figures and noise: files of 10, 20 and 60 s.
 Of each, clips of 81 frames at eight random places, drawn once and the same for every side, each asked for by itself
 with the file opened anew; and all clips of the file of 20 s in one go, which is what encode.py asks for. `decord2` asks
 for the frames by number (it seeks); `PyAV` seeks to the keyframe before and decodes on. Ours opens the file twice,
 looks for the frames by timestamp, seeks to marks that shard.py has tried, and looks at where it has landed
-(wantrain/data/reader.py); the marks are found before anything is timed, as shard.py finds them. The sides take turns,
+(wantrain/data/footage/reader.py); they are found before timing, as shard.py finds them. The sides take turns,
 each round another one first. Reported is how many CPU seconds decord2 takes for each of ours, clips of a task summed,
 the median of the rounds. The goal, set with this protocol and before its first run: 0.95 or more over all random clips
 together. All frames of all sides are compared with PyAV's of the same number.
@@ -39,13 +39,13 @@ from wantrain.data.footage.clips import Window
 from wantrain.data.footage.decode_workers import Decoders, Job
 from wantrain.data.footage.duplicates import look
 from wantrain.data.footage.probe import probe, read_whole, read_windows
-from wantrain.data.footage.reader import Mark, Reader
+from wantrain.data.footage.reader import Reader, SeekPoint
 from wantrain.video import Frames
 
 RATE, LENGTH, SIZE = 24, 81, (480, 832)
 #: Seconds that the files last, and the places in each.
 FILES, PLACES = (10, 20, 60), 8
-Read = Callable[[Path, list[int], list[Mark]], Iterator[Frames]]
+Read = Callable[[Path, list[int], list[SeekPoint]], Iterator[Frames]]
 
 
 def write(path: Path, seconds: int, seed: int) -> None:
@@ -60,17 +60,17 @@ def write(path: Path, seconds: int, seed: int) -> None:
     )
 
 
-def ours(path: Path, starts: list[int], marks: list[Mark]) -> Iterator[Frames]:
-    return read_windows(path, probe(path), [Window(start / RATE, LENGTH) for start in starts], RATE, marks=marks)
+def ours(path: Path, starts: list[int], marks: list[SeekPoint]) -> Iterator[Frames]:
+    return read_windows(path, probe(path), [Window(start / RATE, LENGTH) for start in starts], RATE, seek_points=marks)
 
 
-def with_decord(path: Path, starts: list[int], _: list[Mark]) -> Iterator[Frames]:
+def with_decord(path: Path, starts: list[int], _: list[SeekPoint]) -> Iterator[Frames]:
     reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
     for start in starts:
         yield reader.get_batch(list(range(start, start + LENGTH))).asnumpy()
 
 
-def with_av(path: Path, starts: list[int], _: list[Mark]) -> Iterator[Frames]:
+def with_av(path: Path, starts: list[int], _: list[SeekPoint]) -> Iterator[Frames]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
@@ -90,13 +90,13 @@ def with_av(path: Path, starts: list[int], _: list[Mark]) -> Iterator[Frames]:
 SIDES: dict[str, Read] = {"wantrain": ours, "decord2": with_decord, "PyAV": with_av}
 
 
-def marks_of(path: Path) -> list[Mark]:
+def marks_of(path: Path) -> list[SeekPoint]:
     """What shard.py finds when it reads a file from end to end."""
-    looks = np.stack([look(frame) for frame in read_whole(path, probe(path))])
-    return [mark for mark in Reader(path, len(looks)).tried_marks(looks) if mark is not None]
+    thumbnails = np.stack([look(frame) for frame in read_whole(path, probe(path))])
+    return [mark for mark in Reader(path, len(thumbnails)).tried_seek_points(thumbnails) if mark is not None]
 
 
-def agree(path: Path, starts: list[int], marks: list[Mark]) -> None:
+def agree(path: Path, starts: list[int], marks: list[SeekPoint]) -> None:
     """Every side gives the frames of the same numbers: nearer to PyAV's than to the ones beside them."""
     for start in starts:
         clips = {side: next(read(path, [start], marks)) for side, read in SIDES.items()}
@@ -114,7 +114,7 @@ def places(seconds: int) -> list[int]:
     return [draw.randrange(seconds * RATE - LENGTH) for _ in range(PLACES)]
 
 
-def speeds(folder: Path, marks: dict[int, list[Mark]], rounds: int) -> dict[str, Any]:
+def speeds(folder: Path, marks: dict[int, list[SeekPoint]], rounds: int) -> dict[str, Any]:
     """CPU seconds of each side and task, and how many decord2 takes for each of ours."""
     asked = {f"random clips of {seconds} s": (seconds, [[place] for place in places(seconds)]) for seconds in FILES}
     asked["all clips of 20 s"] = 20, [list(range(0, 20 * RATE - LENGTH, LENGTH))]

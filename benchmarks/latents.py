@@ -1,4 +1,4 @@
-"""Reading latent shards beside webdataset and a DataLoader: python benchmarks/latents.py [--rounds 7]
+"""EvalRecord latent shards beside webdataset and a DataLoader: python benchmarks/latents.py [--rounds 7]
 
 64 clips as the 14B has them (latents 16x21x60x104 and 128 rows of text, bf16: 5.25 MB) are written once as a latent
 folder and once as one tar of the same tensors, which webdataset reads, safetensors decodes and a DataLoader hands over

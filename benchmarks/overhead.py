@@ -2,7 +2,7 @@
 
 The same transformer (W-S: 6 layers, 384 wide, 14.8 M parameters, float32) learns from the same batches (one sample of
 2,048 tokens and 512 rows of text) in two ways, turn by turn: `bare`, a plain accelerate loop (forward, backward, clip,
-AdamW), and `wantrain`, the project's own loop with its log, meter, tripwires, watchdog and prefetching, but without
+AdamW), and `wantrain`, the project's own loop with its log, meter, safeguards, watchdog and prefetching, but without
 checkpoints and validation, which are choices. Reported are CPU seconds of the process per step, and the median over the
 pairs of their ratio. Before anything is timed both must have come to the same loss. Writes overhead.json.
 """
@@ -29,16 +29,16 @@ from wantrain.batch import Batch
 from wantrain.data import Plan
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer
-from wantrain.training.alternation import Turns
+from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.engine.optim import Schedule
-from wantrain.training.expert import Member
+from wantrain.training.expert import ExpertTrainer
 from wantrain.training.loop import Run, fit
 from wantrain.training.monitoring.metrics import Metrics
-from wantrain.training.monitoring.safeguards import Tripwires
+from wantrain.training.monitoring.safeguards import Safeguards
 from wantrain.training.monitoring.throughput import Meter
 from wantrain.training.monitoring.watchdog import Watchdog
-from wantrain.training.trainable import Trainee
+from wantrain.training.trainable import TrainableModule
 from wantrain.util.seeds import generator_at
 
 WS: dict[str, Any] = {
@@ -92,14 +92,14 @@ class Bare:
         module = model()
         optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, fused=True)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
-        self.law = FlowMatching(density="uniform", shift=3.0)
+        self.distribution = FlowMatching(density="uniform", shift=3.0)
 
     def run(self, steps: int) -> float:
         loss = torch.zeros(())
         for _ in range(steps):
             batch = self.data.load([0], [self.step])
             generator = generator_at(SEED, "noise", self.step)
-            sigma = self.law.draw(batch, [generator])
+            sigma = self.distribution.draw(batch, [generator])
             noise = torch.randn(batch.latents_BCTHW.shape[1:], generator=generator)[None]
             noisy = flow.path(batch.latents_BCTHW, noise, sigma)
             predicted = self.module(noisy, 1000 * sigma, batch.text_BLD)
@@ -121,9 +121,9 @@ class Ours:
         for group in optimizer.param_groups:
             group["peak_lr"] = RATE
         stepper = Stepper(Accelerator(), module, optimizer, accumulate=1, clip=CLIP, precision="fp32")
-        member = Member(
+        trainer = ExpertTrainer(
             name="dense",
-            trainee=Trainee(module, "transformer"),
+            trainable=TrainableModule(module, "transformer"),
             stepper=stepper,
             loss=FlowMatching(density="uniform", shift=3.0),
             schedule=Schedule("constant"),
@@ -131,13 +131,13 @@ class Ours:
             steps=steps,
         )
         self.run_ = Run(
-            members={"dense": member},
-            turns=Turns({"dense": 1.0}),
+            trainers={"dense": trainer},
+            alternation=ExpertAlternation({"dense": 1.0}),
             data=data,
             checkpoints=NoCheckpoints(),  # type: ignore[arg-type]
             metrics=Metrics(folder / "metrics.jsonl", steps=steps),
             meter=Meter(16),
-            tripwires=Tripwires(folder / "tripped.jsonl"),
+            safeguards=Safeguards(folder / "safeguards.jsonl"),
             steps=steps,
             until=0,
             seed=SEED,

@@ -45,12 +45,12 @@ def write(folder: Path, count: int) -> None:
     folder.mkdir()
     names = [f"{clip:016x}-0000" for clip in range(IN_A_TAR)]
     with TarWriter(folder / "beside") as tar:
-        member = save({"latents": np.zeros((16, 1, 8, 8), np.float32)})
-        places = [tar.write(name, {"safetensors": member})["safetensors"] for name in names]
+        trainer = save({"latents": np.zeros((16, 1, 8, 8), np.float32)})
+        places = [tar.write(name, {"safetensors": trainer})["safetensors"] for name in names]
         latents = tar.finish(folder / "latents.tar")
     with TarWriter(folder / "beside") as tar:
-        member = save({"text": np.zeros((8, 16), np.float32)})
-        text_places = [tar.write(name, {"safetensors": member})["safetensors"] for name in names]
+        trainer = save({"text": np.zeros((8, 16), np.float32)})
+        text_places = [tar.write(name, {"safetensors": trainer})["safetensors"] for name in names]
         texts = tar.finish(folder / "texts.tar")
     clips, rng = np.arange(count), np.random.default_rng(0)
     identities = pack_identities([f"{clip:032x}" for clip in range(IN_A_TAR)])

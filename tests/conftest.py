@@ -1,4 +1,4 @@
-"""What many tests share: one thread, the verbs as a user runs them, and a very small world made by them once.
+"""What many tests share: one thread, the commands as a user runs them, and a very small world made by them once.
 
 One thread per test process: on a busy machine several would spin against each other, ten times slower.
 """
@@ -41,7 +41,7 @@ MICRO = (
 
 @dataclass(frozen=True)
 class Ended:
-    """How a verb ended, and what it said."""
+    """How a command ended, and what it said."""
 
     returncode: int
     stdout: str
@@ -49,7 +49,7 @@ class Ended:
 
     @property
     def error(self):
-        """The one line that a failed verb leaves on stderr, without `error: ` (progress bars apart)."""
+        """The one line that a failed command leaves on stderr, without `error: ` (progress bars apart)."""
         lines = [line for line in self.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
         assert self.returncode != 0, f"it should have failed; it said:\n{self.stdout}"
         assert "Traceback" not in self.stderr, self.stderr
@@ -80,7 +80,7 @@ class Tiny:
 
 
 def alone():
-    """The environment of a verb: one thread, no launcher's variables."""
+    """The environment of a command: one thread, no launcher's variables."""
     kept = {key: value for key, value in os.environ.items() if key not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}}
     return {**kept, "OMP_NUM_THREADS": "1", "WANTRAIN_THREADS": "1", "WANDB_MODE": "disabled"}
 
@@ -96,13 +96,13 @@ def run_verb(*args, cwd=None, check=True):
 
 @pytest.fixture(scope="session")
 def environment():
-    """The environment that verbs run in, for tests that start their own processes."""
+    """The environment that commands run in, for tests that start their own processes."""
     return alone()
 
 
 @pytest.fixture(scope="session")
-def verb():
-    """verb("shard.py", "source=...", cwd=..., check=...): runs it in a process, as a user would."""
+def command():
+    """command("shard.py", "source=...", cwd=..., check=...): runs it in a process, as a user would."""
     return run_verb
 
 
@@ -137,7 +137,7 @@ def inside():
 
 @pytest.fixture
 def call(tmp_path):
-    """call("train.py", "steps=2"): a verb inside this process, in tmp_path; `check=False` if it is meant to fail."""
+    """call("train.py", "steps=2"): a command inside this process, in tmp_path; `check=False` if it is meant to fail."""
     return functools.partial(run_inside, tmp_path)
 
 
@@ -170,7 +170,7 @@ def launch_command():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The small world, made by the real verbs: 8 clips and 2 images, 32 pixels and 9 frames a clip."""
+    """The small world, made by the real commands: 8 clips and 2 images, 32 pixels and 9 frames a clip."""
     folder = tmp_path_factory.mktemp("tiny")
     world = Tiny(folder / "base", folder / "footage", folder / "videos", folder / "latents")
     for part in ("text_encoder", "tokenizer", "vae"):

@@ -44,7 +44,7 @@ TEXTS = [
 
 
 def parsed(argument):
-    """What a verb gets for one argument, through Hydra's parser and OmegaConf's references."""
+    """What a command gets for one argument, through Hydra's parser and OmegaConf's references."""
     (override,) = OverridesParser.create().parse_overrides([quoted(argument)])
     return OmegaConf.create({"value": override.value()}).value
 
@@ -89,7 +89,7 @@ def test_text_survives_the_way_into_a_stored_config(text, tmp_path):
 
 
 def test_a_real_shell_hands_on_prompts_as_typed(environment, tmp_path):
-    """`--cfg job` prints what the verb would have run with."""
+    """`--cfg job` prints what the command would have run with."""
     prompt, negative = 'don\'t (stop) = 5!, 一只猫，在草地上奔跑。 🚀 "${x}" \\', "blurry, dark; $HOME"
     words = [
         sys.executable,
@@ -108,7 +108,7 @@ def test_a_real_shell_hands_on_prompts_as_typed(environment, tmp_path):
 
 
 def test_a_real_shell_hands_on_paths_and_captions_as_typed(tiny, environment, tmp_path):
-    """source=~/my clips (2), as bash leaves it: the verb itself finds the home folder."""
+    """source=~/my clips (2), as bash leaves it: the command itself finds the home folder."""
     clips = tmp_path / "my clips (2)"
     clips.mkdir()
     for name in ("clip-0000.mp4", "clip-0000.txt"):

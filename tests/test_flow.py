@@ -1,4 +1,4 @@
-"""The noise laws as distributions, and the flow's algebra."""
+"""The noise distributions as distributions, and the flow's algebra."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ DENSITIES = {
 
 
 def cdf_of_u(u, density):
-    """The law before the shift, derived here on its own."""
+    """The distribution before the shift, derived here on its own."""
     u = u.numpy()
     fine = np.linspace(0, 1, 200_001)
     if density == "uniform":
@@ -59,7 +59,7 @@ def cdf_of_u(u, density):
 
 
 def cdf_of_sigma(sigma, density, shift):
-    """The unrestricted law of sigma: P(shift(U) <= sigma)."""
+    """The unrestricted distribution of sigma: P(shift(U) <= sigma)."""
     return cdf_of_u(sigma / (shift - (shift - 1) * sigma), density)
 
 
@@ -84,7 +84,7 @@ def test_draws_follow_the_truncated_law_without_an_atom_at_an_edge(model, expert
     levels = torch.linspace(window.low, window.high, 201, dtype=torch.float64)
     ours = flow.sigma_cdf(levels, density=DENSITIES[density], shift=shift, window=window)
     assert np.abs(ours.numpy() - truncated(levels)).max() < 1e-6
-    # A clamped law piles thousands on one value; a continuous one repeats a float32 a few times at most, more beside a
+    # A clamped distribution piles thousands on one value; a continuous one repeats a float32 a few times at most, more beside a
     # pole of its density.
     assert torch.unique(sigma, return_counts=True)[1].max() < (100 if density == "poles" else 20)
 
@@ -94,15 +94,15 @@ def test_draws_follow_the_truncated_law_without_an_atom_at_an_edge(model, expert
 def test_the_experts_laws_mixed_by_their_masses_are_the_whole(model, density):
     shift, boundary = MODELS[model]
     low, high = NoiseWindow(0.0, boundary), NoiseWindow(boundary, 1.0)
-    law = {"density": DENSITIES[density], "shift": shift}
-    masses = [flow.window_mass(window, **law) for window in (low, high)]
+    distribution = {"density": DENSITIES[density], "shift": shift}
+    masses = [flow.window_mass(window, **distribution) for window in (low, high)]
     assert sum(masses) == pytest.approx(1.0, abs=1e-12)
     generator = torch.Generator().manual_seed(3)
     parts = [
-        flow.draw_sigma(round(DRAWS * mass), window=window, generator=generator, **law)
+        flow.draw_sigma(round(DRAWS * mass), window=window, generator=generator, **distribution)
         for window, mass in zip((low, high), masses, strict=True)
     ]
-    whole = flow.draw_sigma(DRAWS, generator=generator, **law)
+    whole = flow.draw_sigma(DRAWS, generator=generator, **distribution)
     assert stats.ks_2samp(torch.cat(parts).numpy(), whole.numpy()).pvalue > 1e-3
 
 
@@ -127,11 +127,19 @@ def test_windows_share_no_sigma_and_a_tie_belongs_to_high_noise():
     sigma = torch.tensor([0.0, 0.5, 0.875, 0.9, 1.0])
     assert low.contains(sigma).tolist() == [True, True, False, False, False]
     assert high.contains(sigma).tolist() == [False, False, True, True, True]
-    # 0.9 is no float32: the edges of the laws must still fall on their own sides.
+    # 0.9 is no float32: the edges of the distributions must still fall on their own sides.
     quantiles = torch.tensor([0.0, 1.0])
-    law = {"density": "uniform", "shift": 5.0}
-    assert NoiseWindow(0.0, 0.9).contains(flow.sigma_quantiles(quantiles, window=NoiseWindow(0.0, 0.9), **law)).all()
-    assert NoiseWindow(0.9, 1.0).contains(flow.sigma_quantiles(quantiles, window=NoiseWindow(0.9, 1.0), **law)).all()
+    distribution = {"density": "uniform", "shift": 5.0}
+    assert (
+        NoiseWindow(0.0, 0.9)
+        .contains(flow.sigma_quantiles(quantiles, window=NoiseWindow(0.0, 0.9), **distribution))
+        .all()
+    )
+    assert (
+        NoiseWindow(0.9, 1.0)
+        .contains(flow.sigma_quantiles(quantiles, window=NoiseWindow(0.9, 1.0), **distribution))
+        .all()
+    )
 
 
 def test_shift_is_inverted_and_composes_by_multiplication():
@@ -178,12 +186,12 @@ def test_published_inference_timesteps_exactly(setting):
 
 @pytest.mark.parametrize("density", DENSITIES)
 def test_quantile_inverts_cdf_and_the_ends_are_reached(density):
-    law = flow.density_named(DENSITIES[density])
+    distribution = flow.density_named(DENSITIES[density])
     p = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    u = law.quantile(p)
+    u = distribution.quantile(p)
     assert (u.diff() >= 0).all() and 0 <= u[0] < 1e-6 and 1 - 1e-6 < u[-1] <= 1
-    assert (law.cdf(u) - p).abs().max() < 1e-9
-    assert law.cdf(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() == pytest.approx([0, 1], abs=1e-12)
+    assert (distribution.cdf(u) - p).abs().max() < 1e-9
+    assert distribution.cdf(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() == pytest.approx([0, 1], abs=1e-12)
 
 
 @pytest.mark.parametrize("parameters", [(2, 2), (0.5, 0.5), (1, 1), (5, 2), (0.3, 0.7), (1000, 500), (30, 1.2)])
@@ -193,13 +201,13 @@ def test_the_beta_law_is_scipys(parameters):
 
 
 def test_a_table_draws_nothing_where_it_is_zero_and_reads_a_file(tmp_path):
-    law = Table(points=[[0.1, 1.0], [0.3, 1.0], [0.3001, 0.0], [0.6, 0.0], [0.6001, 2.0], [0.8, 2.0]])
-    sigma = flow.draw_sigma(20_000, density=law, generator=torch.Generator().manual_seed(0))
+    distribution = Table(points=[[0.1, 1.0], [0.3, 1.0], [0.3001, 0.0], [0.6, 0.0], [0.6001, 2.0], [0.8, 2.0]])
+    sigma = flow.draw_sigma(20_000, density=distribution, generator=torch.Generator().manual_seed(0))
     assert sigma.min() >= 0.1 and sigma.max() <= 0.8 and not ((sigma > 0.3001) & (sigma < 0.6)).any()
     assert (sigma > 0.5).double().mean().item() == pytest.approx(2 / 3, abs=0.01)
-    (tmp_path / "law.txt").write_text("# u height\n0 1\n\n0.3, 0\n.5 3\n0.9\t2\n1 0  # the end\n")
+    (tmp_path / "distribution.txt").write_text("# u height\n0 1\n\n0.3, 0\n.5 3\n0.9\t2\n1 0  # the end\n")
     p = torch.linspace(0, 1, 101, dtype=torch.float64)
-    assert torch.equal(Table(file=str(tmp_path / "law.txt")).quantile(p), Table(points=POINTS).quantile(p))
+    assert torch.equal(Table(file=str(tmp_path / "distribution.txt")).quantile(p), Table(points=POINTS).quantile(p))
     (tmp_path / "bad.txt").write_text("0 1\none 2\n")
     with pytest.raises(ValueError, match=r"bad\.txt: line 2 is not two numbers: 'one 2'"):
         Table(file=str(tmp_path / "bad.txt"))

@@ -46,7 +46,7 @@ def document():
         page.figure(page.picture(b"\xff\xd8", NASTY), NASTY, NASTY),
         page.comparison([row]),
     ]
-    return page.page(NASTY, *pieces, mark='m "1"')
+    return page.page(NASTY, *pieces, content_key='m "1"')
 
 
 def test_no_text_becomes_markup_and_all_of_it_can_be_read(document):
@@ -77,8 +77,8 @@ def test_text_runs_the_way_its_script_does(document):
 
 
 def test_a_mark_is_read_back_and_a_chart_is_to_scale(document):
-    assert page.mark_of(document) == 'm "1"'
-    assert page.mark_of("<html>") == page.mark_of(page.page("x")) == ""
+    assert page.content_key_of(document) == 'm "1"'
+    assert page.content_key_of("<html>") == page.content_key_of(page.page("x")) == ""
     widths = re.findall(r'width="([\d.]+)" height="13"', page.bars("t", {"a": 4, "b": 1, "c": 0}))
     assert [float(width) for width in widths] == [420, 105, 0]
     assert "<rect" not in page.bars("t", {})

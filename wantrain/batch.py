@@ -23,7 +23,7 @@ class Batch:
     mask_BT        1 for latent frames that are noised and learned, 0 for those given clean, at timestep 0; None: all
     condition_BCTHW  further input channels: what is known of the clips, and where; None: no such channels
 
-    Of the last two a model takes one at most, and nobody but condition.py (which makes them) knows for what task.
+    Of the last two a model takes one at most, and nobody but conditioning.py (which makes them) knows for what task.
     """
 
     latents_BCTHW: Tensor

@@ -1,4 +1,4 @@
-"""Judging a composed config before work starts: every problem, with its key and its mend, at once.
+"""Judging a composed config before work starts: every problem, with its key and its fix, at once.
 
 What can be judged only with weights or data in hand is judged where they are opened.
 """
@@ -18,7 +18,7 @@ from wantrain.models import partial
 def check(cfg: DictConfig, *, processes: int = 1) -> None:
     """Everything about a composed config that can be judged before work starts; all problems, raised once.
 
-    Each problem names its key and the mend. Keys that a verb does not have are not judged.
+    Each problem names its key and the fix. Keys that a command does not have are not judged.
     """
     problems: list[str] = []
 
@@ -112,21 +112,21 @@ _CHOICES = {
 #: Keys that hold a number or one of these words.
 _WORDS = {"fps": ("native", "resample")}
 _WHOLE = (
-    "tripwires.patience", "steps", "stop_after", "batch_size", "accumulate", "count", "shard_mb", "area", "tile",
-    "stride", "tokens", "shard_clips", "decode.workers",
+    "safeguards.max_skipped_steps", "steps", "stop_after", "batch_size", "accumulate", "count", "shard_mb", "area",
+    "tile", "stride", "tokens", "shard_clips", "decode.workers",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
     "validation.every", "validation.clips", "validation.points", "validation.together",
-    "validation.stop_after", "adapter.rank", "sample.steps", "sample.count", "model.train.micro_batch",
+    "validation.early_stopping_patience", "adapter.rank", "sample.steps", "sample.count", "model.train.micro_batch",
 )  # fmt: skip
 _SWITCHES = (
     "check", "decode.retry", "stretch", "checkpoint.keep_best", "checkpoint.background", "gradient_checkpointing",
 )  # fmt: skip
 _POSITIVE = (
     "decode.timeout",
-    "patience",
-    "tripwires.spike",
-    "tripwires.refuse",
-    "tripwires.hang",
+    "heartbeat_timeout",
+    "safeguards.spike",
+    "safeguards.refuse",
+    "safeguards.hang",
     "validation.share",
     "epochs",
     "clip",
@@ -165,7 +165,7 @@ def _check_experts(cfg: DictConfig) -> None:
         _check_expert(own)
         _check_optimizer(own.optimizer)
         config.build(own.schedule)
-        config.build(own.loss)  # its own words on a noise law that cannot be
+        config.build(own.loss)  # its own words on a noise distribution that cannot be
 
 
 def _check_expert(cfg: DictConfig) -> None:

@@ -1,8 +1,9 @@
-"""The door: the only room that knows Hydra; OmegaConf is known to it, the verbs and checks.py alone.
+"""The entry point of every command: the only module that knows Hydra; OmegaConf is known to it, the commands and
+checks.py alone.
 
-`app` turns a verb into a program (free text and paths are taken as typed; errors are one line), `build` makes the
+`app` turns a command into a program (free text and paths are taken as typed; errors are one line), `build` makes the
 objects that the command line composed, `locate` finds files that ship with the project. A stored config
-is data: read and compared (training/run.py), never built from.
+is data: read and compared (runs/folder.py), never built from.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from wantrain.models import Base, open_base
 from wantrain.runs import replay
 from wantrain.training.planning.batching import Batching
 from wantrain.util.console import errors_to_exit_code
+from wantrain.util.renamed import refuse_old_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -74,28 +76,29 @@ def quoted(argument: str) -> str:
 
 
 def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Decorator: make `verb(cfg)` the program whose config is conf/<name>.yaml.
+    """Decorator: make `command(cfg)` the program whose config is conf/<name>.yaml.
 
     A ValueError (anything wrong with config or input) is one line on stderr and exit code 2; any other exception is
     a bug and shows its traceback.
     """
 
-    def decorate(verb: Callable[[DictConfig], None]) -> Callable[[], None]:
+    def decorate(command: Callable[[DictConfig], None]) -> Callable[[], None]:
         def job(cfg: DictConfig) -> None:
             with errors_to_exit_code():
-                verb(cfg)
+                command(cfg)
 
         def main() -> None:
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let composition errors reach us instead of exiting
             sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
             with errors_to_exit_code():
+                refuse_old_keys(sys.argv[1:])
                 sys.argv[1:] = replay.arguments(sys.argv[1:], CONF)
                 try:
                     hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
                 except (HydraException, OmegaConfBaseException) as error:
                     raise ValueError(_readable(error, name)) from error
 
-        main.__doc__ = verb.__doc__
+        main.__doc__ = command.__doc__
         return main
 
     return decorate
@@ -124,7 +127,7 @@ def _readable(error: Exception, name: str) -> str:
 
 
 def compose(name: str, overrides: list[str] | None = None) -> DictConfig:
-    """The config of a verb without running it; overrides as on the command line."""
+    """The config of a command without running it; overrides as on the command line."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose(name, [quoted(override) for override in overrides or []])

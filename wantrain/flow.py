@@ -1,4 +1,4 @@
-"""Rectified-flow mathematics: noise laws, expert windows, the straight path, its velocity, sampling schedules.
+"""Rectified-flow mathematics: noise distributions, expert windows, the straight path, its velocity, sampling schedules.
 
 The one sentence the field gets wrong, held here once: with flow shift k and an expert's window [a, b), sigma is
 drawn by pushing u through sigma = k*u / (1 + (k-1)*u), *conditioned on the window*. The shift is invertible, so this
@@ -48,7 +48,7 @@ class NoiseWindow:
 
 
 class Density(Protocol):
-    """A law of u on [0, 1], before the shift; both methods take and give float64 tensors, elementwise."""
+    """A distribution of u on [0, 1], before the shift; both methods take and give float64 tensors, elementwise."""
 
     def cdf(self, u: Tensor) -> Tensor: ...
 
@@ -226,16 +226,16 @@ def unshift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def _edges(density: Density, shift: float, window: NoiseWindow) -> tuple[float, float]:
-    """Cumulative probability of the unrestricted law below each end of the window."""
+    """Cumulative probability of the unrestricted distribution below each end of the window."""
     if shift <= 0:
-        raise ValueError(f"shift={shift} must be positive (1 leaves the law as it is)")
+        raise ValueError(f"shift={shift} must be positive (1 leaves the distribution as it is)")
     ends = torch.tensor([window.low, window.high], dtype=torch.float64)
     low, high = density.cdf(unshift_sigma(ends, shift)).tolist()
     return low, high
 
 
 def window_mass(window: NoiseWindow, *, density: str | Density, shift: float = 1.0) -> float:
-    """Share of the unrestricted law that falls into `window`: the expert's natural share of training steps."""
+    """Share of the unrestricted distribution that falls into `window`: the expert's natural share of training steps."""
     low, high = _edges(density_named(density), shift, window)
     return high - low
 
@@ -243,21 +243,23 @@ def window_mass(window: NoiseWindow, *, density: str | Density, shift: float = 1
 def sigma_cdf(
     sigma: Tensor, *, density: str | Density, shift: float = 1.0, window: NoiseWindow = NoiseWindow(0.0, 1.0)
 ) -> Tensor:
-    """Probability of a draw at or below each sigma (any shape) under the law truncated to `window`, float64."""
-    law = density_named(density)
-    low, high = _edges(law, shift, window)
-    return ((law.cdf(unshift_sigma(sigma.double(), shift)) - low) / (high - low)).clamp(0, 1)
+    """Probability of a draw at or below each sigma (any shape), truncated to `window`; float64."""
+    distribution = density_named(density)
+    low, high = _edges(distribution, shift, window)
+    return ((distribution.cdf(unshift_sigma(sigma.double(), shift)) - low) / (high - low)).clamp(0, 1)
 
 
 def sigma_quantiles(
     p: Tensor, *, density: str | Density, shift: float = 1.0, window: NoiseWindow = NoiseWindow(0.0, 1.0)
 ) -> Tensor:
-    """Quantiles of the law of sigma truncated to `window`: p in [0, 1] (any shape) -> sigma, float32."""
-    law = density_named(density)
-    low, high = _edges(law, shift, window)
+    """Quantiles of the distribution of sigma truncated to `window`: p in [0, 1] (any shape) -> sigma, float32."""
+    distribution = density_named(density)
+    low, high = _edges(distribution, shift, window)
     if not high > low:
-        raise ValueError(f"the noise law has no mass in [{window.low}, {window.high}); change density or shift")
-    sigma = shift_sigma(law.quantile(low + p.double() * (high - low)), shift)
+        raise ValueError(
+            f"the noise distribution has no mass in [{window.low}, {window.high}); change density or shift"
+        )
+    sigma = shift_sigma(distribution.quantile(low + p.double() * (high - low)), shift)
     # Rounding to float32 may step over an edge by one unit in the last place; step back, onto the window's own side.
     low32, high32 = (torch.tensor(end, dtype=torch.float32) for end in (window.low, window.high))
     if low32.item() < window.low:
@@ -275,10 +277,10 @@ def draw_sigma(
     window: NoiseWindow = NoiseWindow(0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw sigma (float32, of `shape`) from the shifted law, conditioned on the expert's window.
+    """Draw sigma (float32, of `shape`) from the shifted distribution, conditioned on the expert's window.
 
-    `density` is the law of u before the shift: "uniform", "logit_normal" or an object with cdf and quantile, as those
-    above are.
+    `density` is the distribution of u before the shift: "uniform", "logit_normal" or an object with cdf and
+    quantile, as those above are.
     Computed in float64 on the CPU, so that every device sees the same draws. ValueError for an unknown density,
     a shift that is not positive, or a window without mass.
     """

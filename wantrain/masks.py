@@ -2,7 +2,7 @@
 
 A kind is a function (shape, generator, its settings) -> known, a boolean tensor that broadcasts to the clip's
 (F, H, W); True is known. A `Mix` chooses between kinds by weight. Everything is drawn from the generator it is given,
-so a mask is a function of a position. Nothing here knows a model; condition.py makes of a mask what a model is told.
+so a mask is a function of a position. Nothing here knows a model; conditioning.py makes of a mask what a model is told.
 
 Regions are drawn in pixels, sides and widths as shares of the frame's. Sources of the kinds: Wan2.2's tasks, and the
 usual training masks of inpainting models (moving boxes, free-form strokes, borders).

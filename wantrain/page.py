@@ -76,12 +76,12 @@ def element(name: str, *pieces: str, **attributes: str | int) -> Html:
     return Html(f"<{name}{told}>{inside}</{name}>")
 
 
-def page(title: str, *pieces: str, mark: str = "") -> str:
-    """A whole page; `mark` is kept in its head, unseen (see `mark_of`)."""
+def page(title: str, *pieces: str, content_key: str = "") -> str:
+    """A whole page; `content_key` is kept in its head, unseen (see `content_key_of`)."""
     metas = {
         'http-equiv="Content-Security-Policy"': _RULES,
         'name="viewport"': "width=device-width",
-        'name="mark"': mark,
+        'name="content-key"': content_key,
     }
     head = "".join(f'<meta {which} content="{html.escape(content)}">' for which, content in metas.items())
     together = element("p", element("button", "all from the start", onclick="together()"))
@@ -94,9 +94,9 @@ def page(title: str, *pieces: str, mark: str = "") -> str:
     )
 
 
-def mark_of(document: str) -> str:
-    """The mark of a page that `page` made; empty for anything else."""
-    _, found, rest = document[:4096].partition('<meta name="mark" content="')
+def content_key_of(document: str) -> str:
+    """The content key of a page that `page` made; empty for anything else."""
+    _, found, rest = document[:4096].partition('<meta name="content-key" content="')
     return html.unescape(rest.partition('"')[0]) if found else ""
 
 

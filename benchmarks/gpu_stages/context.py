@@ -74,7 +74,7 @@ class Context:
             found = {"measured": self.measured, "checks": [asdict(check) for check in self.checks]}
             write_json(self.kept, found)
 
-    def verb(self, program: str, *words: str, cpu: bool = False, tf32: bool = False) -> float:
+    def command(self, program: str, *words: str, cpu: bool = False, tf32: bool = False) -> float:
         """Run a command of the project in `work`, on the device or on the CPU; returns its seconds.
 
         RuntimeError with the end of what it said if it fails. TF32 is off in it, unless `tf32` leaves that to torch and

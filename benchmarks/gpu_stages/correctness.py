@@ -103,7 +103,9 @@ def sample(context: Context) -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)
         words = (f"weights={BASE}", f"prompt={PROMPT}", f"out={out}", "precision=fp32", "steps=4")
         kind = "cpu" if where == "cpu" else _kind(context)
-        context.note(**{f"seconds on {where}": context.verb("sample.py", *words, f"device={kind}", cpu=where == "cpu")})
+        context.note(
+            **{f"seconds on {where}": context.command("sample.py", *words, f"device={kind}", cpu=where == "cpu")}
+        )
         (file,) = out.glob("*.mp4")
         videos[where] = iio.imread(file).astype(np.float64)
     error = float(np.mean((videos["device"] - videos["cpu"]) ** 2))
@@ -122,7 +124,7 @@ def _videos(context: Context) -> Path:
     if not (out / "manifest.json").is_file():
         count = 6 if context.small else 24
         make_footage(context.work / "footage", num_videos=count, num_images=0, size=64)
-        context.verb("shard.py", f"source={context.work / 'footage'}", f"out={out}", cpu=True)
+        context.command("shard.py", f"source={context.work / 'footage'}", f"out={out}", cpu=True)
     return out
 
 
@@ -132,7 +134,7 @@ def _latents(context: Context, cpu: bool) -> Path:
     if not (out / "manifest.json").is_file():
         words = (f"shards={_videos(context)}", f"out={out}", f"weights={BASE}", "precision=fp32", "report=none")
         # That the VAE computes in float32 is encode.py's own doing, and is what is checked here.
-        context.verb("encode.py", *words, f"device={'cpu' if cpu else _kind(context)}", cpu=cpu, tf32=True)
+        context.command("encode.py", *words, f"device={'cpu' if cpu else _kind(context)}", cpu=cpu, tf32=True)
     return out
 
 
@@ -164,7 +166,7 @@ def _train(context: Context, run: str, precision: str, *more: str, cpu: bool) ->
     shards = _latents(context, cpu=True)
     what = ("expert=low_noise", f"weights={BASE}", f"data.shards={shards}", f"precision={precision}", f"run={run}")
     how = (f"steps={_steps(context)}", "batch_size=8", "data.holdout=0")
-    seconds = context.verb("train.py", *what, *how, "tracker=jsonl", "check_expert=off", *more, cpu=cpu)
+    seconds = context.command("train.py", *what, *how, "tracker=jsonl", "check_expert=off", *more, cpu=cpu)
     context.note(**{f"seconds of {run}": seconds})
     return read_losses(context.work / "runs" / run)
 

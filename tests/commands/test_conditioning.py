@@ -1,4 +1,4 @@
-"""Videos of which something is known, through the verbs as a user runs them."""
+"""Videos of which something is known, through the commands as a user runs them."""
 
 import json
 

@@ -34,9 +34,9 @@ def trained(tiny, call, tmp_path):
     return tmp_path / "runs" / "r"
 
 
-def test_an_error_is_one_line_and_exit_code_2_in_a_real_process(verb, tmp_path):
+def test_an_error_is_one_line_and_exit_code_2_in_a_real_process(command, tmp_path):
     (tmp_path / "empty").mkdir()
-    ended = verb("shard.py", "source=empty", "out=videos", cwd=tmp_path, check=False)
+    ended = command("shard.py", "source=empty", "out=videos", cwd=tmp_path, check=False)
     assert ended.returncode == 2 and ended.stdout == ""
     assert (
         ended.stderr.startswith("error: source=empty holds no videos or images (.avi ")
@@ -105,7 +105,7 @@ def test_a_corrupt_video_is_rejected_with_the_reason_and_the_rest_goes_on(footag
     assert "4 files seen = 3 used + 1 rejected" in said and "rejected clip-0001.mp4: " in said
     (reject,) = map(json.loads, (tmp_path / "videos" / "rejects.jsonl").read_text().splitlines())
     assert reject["name"] == "clip-0001.mp4" and len(reject["reason"]) > 20
-    # The same command with a mended file finishes what was stopped.
+    # The same command with a fixed file finishes what was stopped.
     shutil.copy(footage / "clip-0002.mp4", broken)
     assert "4 files seen = 3 used + 1 rejected" in call(*command, "out=stopped", "rejects.limit=0.5").stdout
 

@@ -34,7 +34,7 @@ def in_use(pid):
 
 
 def watched(name, *args, cwd, environment):
-    """Run a verb and watch the memory of it and its children all along; its output."""
+    """Run a command and watch the memory of it and its children all along; its output."""
     log, seen, environment = cwd / f"{name}.log", [], environment | RETURNING
     with log.open("w") as file:
         command = [sys.executable, str(ROOT / name), *map(str, args)]
@@ -70,7 +70,7 @@ def test_ten_thousand_clips_in_one_go_with_flat_memory(tiny, environment, tmp_pa
     count = FILES * CLIPS_OF_EACH
     for folder in ("videos", "latents"):
         manifest = json.loads((tmp_path / folder / "manifest.json").read_text())
-        assert manifest["clips"] == count and manifest["ledger"]["clips"]["dropped"] == {}
+        assert manifest["clips"] == count and manifest["stats"]["clips"]["dropped"] == {}
     train = [argument for argument in tiny.train if not argument.startswith("data.shards=")]
     more = ("init=scratch", "run=r", "data.shards=latents", "data.holdout=0", "batch_size=16", "sample.every=100000")
     watched("train.py", *train, *more, f"steps={count // 16}", **places)

@@ -56,10 +56,10 @@ def test_one_caption_edited_is_one_text_row_and_no_call_of_the_vae(mine, call, e
     assert tars(mine / "latents")["shards"] == before["shards"]
 
 
-@pytest.mark.parametrize("verb", ["shard.py", "encode.py"])
-def test_check_reads_every_byte_and_names_what_is_not_as_written(verb, mine, encode, call):
+@pytest.mark.parametrize("command", ["shard.py", "encode.py"])
+def test_check_reads_every_byte_and_names_what_is_not_as_written(command, mine, encode, call):
     """encode.py out=DIR check=true, for folders of both kinds."""
-    folder, kind = {"shard.py": ("videos", "video"), "encode.py": ("latents", "latent")}[verb]
+    folder, kind = {"shard.py": ("videos", "video"), "encode.py": ("latents", "latent")}[command]
     assert "all as written" in call("encode.py", f"out={folder}", "check=true").stdout
     manifest = read_manifest(mine / folder, kind)
     files = [file["name"] for group in ("shards", "text_shards", "files") for file in manifest.get(group, [])]
@@ -82,11 +82,11 @@ def test_check_reads_every_byte_and_names_what_is_not_as_written(verb, mine, enc
 # ------------------------------------------------------------------------------------------- R22: disks and clocks
 
 
-@pytest.mark.parametrize("verb", ["shard.py", "encode.py"])
-def test_an_output_that_cannot_be_made_is_one_error(verb, mine, call, encode):
+@pytest.mark.parametrize("command", ["shard.py", "encode.py"])
+def test_an_output_that_cannot_be_made_is_one_error(command, mine, call, encode):
     (mine / "file").touch()
-    arguments = SHARD if verb == "shard.py" else ("shards=videos",)
-    error = call(verb, *arguments[:1], "out=file/deeper", *arguments[2:], check=False).error
+    arguments = SHARD if command == "shard.py" else ("shards=videos",)
+    error = call(command, *arguments[:1], "out=file/deeper", *arguments[2:], check=False).error
     assert "out=file/deeper" in error
 
 
@@ -120,7 +120,7 @@ def test_names_that_appear_late_are_waited_for(mine, call, encode):
 
 
 def test_a_name_that_never_appears_is_one_error(mine, encode, monkeypatch):
-    monkeypatch.setattr(store, "PATIENCE", 0.5)
+    monkeypatch.setattr(store, "TIMEOUT", 0.5)
     shutil.rmtree(mine / "latents")
     write = write_atomically
     with mock.patch.object(

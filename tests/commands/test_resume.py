@@ -70,10 +70,10 @@ def arguments(tiny):
 
 
 @pytest.fixture(scope="module")
-def unbroken(arguments, verb, tmp_path_factory):
+def unbroken(arguments, command, tmp_path_factory):
     """The run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("unbroken")
-    verb("train.py", *arguments, cwd=folder)
+    command("train.py", *arguments, cwd=folder)
     assert len(losses(folder / "runs" / "r")) == STEPS
     return folder / "runs" / "r"
 

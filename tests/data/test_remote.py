@@ -77,7 +77,7 @@ def shards(tmp_path, server):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    monkeypatch.setattr(remote, "PATIENCE", 0.5)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.5)
 
 
 def name_of(number):
@@ -252,7 +252,7 @@ def test_a_manifest_that_is_being_written_is_not_taken_for_a_killed_fetch(tmp_pa
         other.join(0.3)
         return replace(path, target)
 
-    monkeypatch.setattr("wantrain.data.remote.PATIENCE", 1.0)
+    monkeypatch.setattr("wantrain.data.remote.TIMEOUT", 1.0)
     monkeypatch.setattr(Path, "replace", replace_late)
     files = RemoteShards(server.url, cache)
     other.join()

@@ -95,8 +95,8 @@ def test_several_captions_and_a_ledger_are_shown_if_they_are_there():
     about = {"captions": ["one", {"text": "two"}], "caption": "one"}
     assert report.captions_of(about) == ["one", "two"]
     assert report.captions_of({"caption": "just one"}) == ["just one"] and report.captions_of({}) == [""]
-    ledger = {"clips": 3, "schema": 1, "seconds": {"given": 12.345, "used": 4}, "ok": True, "files_seen": 2}
-    assert dict(report._numbers(ledger)) == {"seconds: given": 12.35, "seconds: used": 4, "files_seen": 2}
+    stats = {"clips": 3, "schema": 1, "seconds": {"given": 12.345, "used": 4}, "ok": True, "files_seen": 2}
+    assert dict(report._numbers(stats)) == {"seconds: given": 12.35, "seconds: used": 4, "files_seen": 2}
 
 
 def test_a_clip_that_cannot_be_read_is_told_and_the_page_is_written(folders, monkeypatch):
@@ -105,4 +105,4 @@ def test_a_clip_that_cannot_be_read_is_told_and_the_page_is_written(folders, mon
 
     monkeypatch.setattr(report, "_window", broken)
     document = write_report(folders / "videos", "video").read_text(encoding="utf-8")
-    assert "cannot be shown: cannot be decoded, &lt;damaged&gt;" in document and page.mark_of(document)
+    assert "cannot be shown: cannot be decoded, &lt;damaged&gt;" in document and page.content_key_of(document)

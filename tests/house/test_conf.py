@@ -14,7 +14,7 @@ from wantrain import checks, config, flow
 from wantrain.config import CONF, compose
 from wantrain.models.formats.pipeline import PARTS
 
-VERBS = ("shard", "encode", "train", "sample", "export")
+COMMANDS = ("shard", "encode", "train", "sample", "export")
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
 FILES = sorted(CONF.rglob("*.yaml"))
 
@@ -37,8 +37,8 @@ def raw(file):
 
 @pytest.fixture(scope="module")
 def composed():
-    """Each verb's config as it is with nothing given."""
-    return {verb: compose(verb) for verb in VERBS}
+    """Each command's config as it is with nothing given."""
+    return {command: compose(command) for command in COMMANDS}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -117,7 +117,7 @@ def test_a_file_opens_with_when_to_choose_it(file):
 
 def test_a_models_facts_stand_in_its_own_file_alone():
     for file in FILES:
-        if file.parent.name in {"model", "noise"}:  # a noise law may bring another trainer's own shift
+        if file.parent.name in {"model", "noise"}:  # a noise distribution may bring another trainer's own shift
             continue
         for key, value in nodes(raw(file)):
             if key.split(".")[-1] in FACTS and not isinstance(value, dict):
@@ -144,16 +144,16 @@ def test_the_keys_that_the_door_treats_specially_exist(composed):
     known = {key for cfg in composed.values() for key in config._all_keys(cfg)}
     lora = set(config._all_keys(compose("train", ["adapter=lora", "noise=table"])))
     for keys in (config.TEXT_KEYS, config.PATH_KEYS, checks._CHOICES, checks._WHOLE, checks._POSITIVE):
-        assert not set(keys) - known - lora, "a key is judged or quoted that no verb has"
+        assert not set(keys) - known - lora, "a key is judged or quoted that no command has"
 
 
 def test_every_verb_has_its_own_grammar_and_writes_nothing_of_hydras(composed):
-    for verb, cfg in composed.items():
-        text = (CONF / f"{verb}.yaml").read_text()
+    for command, cfg in composed.items():
+        text = (CONF / f"{command}.yaml").read_text()
         assert "output_subdir: null" in text and "chdir: false" in text and "run: {dir: .}" in text
         assert isinstance(cfg, DictConfig) and "hydra" not in cfg
-        assert re.search(rf"python {verb}\.py|train\.py", text.splitlines()[0])
-        assert (config.ROOT / f"{verb}.py").is_file()
+        assert re.search(rf"python {command}\.py|train\.py", text.splitlines()[0])
+        assert (config.ROOT / f"{command}.py").is_file()
 
 
 @pytest.mark.parametrize("wrong", ["optimizer.lrr=1", "model.boundry=0.9", "checkpoint.evry=1", "accumulation=2"])

@@ -216,7 +216,7 @@ def verdicts(context, stages, stage, losses):
     (context.work / "latents_cpu").mkdir()
     (context.work / "latents_cpu" / "manifest.json").touch()
     right = {"fp32_cpu": FP32, "bf16_cpu": BF16, "fp32_device": FP32, "bf16_device": BF16}
-    context.verb = Runs(context.work, {**right, "again": FP32, "halves": FP32, **losses})
+    context.command = Runs(context.work, {**right, "again": FP32, "halves": FP32, **losses})
     getattr(stages("correctness"), stage)(context)
     return [check.passed for check in context.checks]
 

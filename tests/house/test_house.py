@@ -1,4 +1,4 @@
-"""House rules that a machine can hold: sizes, who imports whom, no pickles, no machine's own paths."""
+"""ExpertOffloader rules that a machine can hold: sizes, who imports whom, no pickles, no machine's own paths."""
 
 import ast
 import re
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-VERBS = sorted(ROOT / f"{name}.py" for name in ("shard", "encode", "train", "sample", "export"))
+COMMANDS = sorted(ROOT / f"{name}.py" for name in ("shard", "encode", "train", "sample", "export"))
 PACKAGE = sorted((ROOT / "wantrain").rglob("*.py"))
-PRODUCT = [*VERBS, ROOT / "demo.py", *sorted((ROOT / "assets").glob("*.py")), *PACKAGE]
+PRODUCT = [*COMMANDS, ROOT / "demo.py", *sorted((ROOT / "assets").glob("*.py")), *PACKAGE]
 
 
 def tree(file):
@@ -47,7 +47,7 @@ def test_functions_are_at_most_100_lines(file):
 
 def test_the_loop_reads_in_under_200_lines_and_a_command_in_110():
     assert len((ROOT / "wantrain/training/loop.py").read_text().splitlines()) < 200
-    assert {verb.name: n for verb in VERBS if (n := len(verb.read_text().splitlines())) > 110} == {}
+    assert {command.name: n for command in COMMANDS if (n := len(command.read_text().splitlines())) > 110} == {}
 
 
 @pytest.mark.parametrize("file", PRODUCT, ids=name_of)
@@ -92,7 +92,7 @@ def test_nothing_is_swallowed(file):
 def test_each_library_is_known_to_its_own_room_alone():
     rooms = {
         "hydra": {"wantrain/config.py"},
-        "omegaconf": {"wantrain/config.py", "wantrain/checks.py", *(verb.name for verb in VERBS)},
+        "omegaconf": {"wantrain/config.py", "wantrain/checks.py", *(command.name for command in COMMANDS)},
         "accelerate": {f"wantrain/training/engine/{name}.py" for name in ("accelerator", "engine", "placement")},
         "deepspeed": {"wantrain/training/engine/engine.py"},
         "peft": {"wantrain/models/adapters.py"},
@@ -107,15 +107,15 @@ def test_each_library_is_known_to_its_own_room_alone():
         },
         "diffusers": set(),
         "scipy": set(),
-        "wantrain.config": {"wantrain/checks.py", *(verb.name for verb in VERBS)},
-        "wantrain.checks": {verb.name for verb in VERBS},
+        "wantrain.config": {"wantrain/checks.py", *(command.name for command in COMMANDS)},
+        "wantrain.checks": {command.name for command in COMMANDS},
     }
     for library, allowed in rooms.items():
         assert {name_of(file) for file in PRODUCT if uses(file, library)} <= allowed, library
 
 
 def test_the_lower_rooms_are_light():
-    """geometry knows only the standard library; config and the verbs alone know Hydra's objects."""
+    """geometry knows only the standard library; config and the commands alone know Hydra's objects."""
     standard = set(sys.stdlib_module_names) | {"__future__"}
     assert {name.split(".")[0] for name in imports(ROOT / "wantrain/geometry.py")} <= standard
     for file in PACKAGE:

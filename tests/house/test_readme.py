@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
 PAGES = [page for page in [*PAGES, ROOT / "launch" / "README.md", ROOT / "assets" / "README.md"] if page.is_file()]
 RUN = "# runs in the tests"
-VERBS = ("shard", "encode", "train", "sample", "export")
+COMMANDS = ("shard", "encode", "train", "sample", "export")
 
 
 def fences(page):
@@ -46,11 +46,11 @@ def test_every_command_names_a_program_that_exists_and_settings_that_compose(pag
             continue
         assert len(programs) == 1, words
         assert (ROOT / programs[0]).is_file(), words
-        verb = programs[0].removesuffix(".py")
-        if verb in VERBS:
+        command = programs[0].removesuffix(".py")
+        if command in COMMANDS:
             rest = words[words.index(programs[0]) + 1 :]
             settings = [word for word in rest if "=" in word and not word.startswith("-")]
-            config.compose(verb, settings)
+            config.compose(command, settings)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -62,8 +62,8 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_setting_named_in_the_text_exists(page):
-    """`data.holdout`, `batch_size=32`, ...: dotted keys and key=value in backticks belong to some verb."""
-    known = {key for verb in VERBS for key in config._all_keys(config.compose(verb))}
+    """`data.holdout`, `batch_size=32`, ...: dotted keys and key=value in backticks belong to some command."""
+    known = {key for command in COMMANDS for key in config._all_keys(config.compose(command))}
     for adapter in ("lora", "dora", "partial"):
         known |= set(config._all_keys(config.compose("train", [f"adapter={adapter}"])))
     known |= set(config._all_keys(config.compose("train", ["recipe=wan_tiny_vae_images"])))
@@ -89,7 +89,7 @@ def test_a_marked_block_runs_as_it_stands(page, lines, tiny, environment, tmp_pa
     for name, target in (("data/wug/footage", tiny.footage), ("data/demo/latents", tiny.latents)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
-    for program in [*VERBS, "demo"]:
+    for program in [*COMMANDS, "demo"]:
         (tmp_path / f"{program}.py").symlink_to(ROOT / f"{program}.py")
     path = f"{Path(sys.executable).parent}:{environment['PATH']}"
     ended = subprocess.run(

@@ -67,8 +67,10 @@ def test_noise_levels_stay_in_the_experts_window_and_fill_it(window):
     assert flow.NoiseWindow(window["low"], window["high"]).contains(sigmas).all()
     assert len(sigmas.unique()) > 990, "no atom at an edge"
     p = (torch.arange(1000) + 0.5) / 1000
-    law = flow.sigma_quantiles(p, density="uniform", shift=3.0, window=flow.NoiseWindow(window["low"], window["high"]))
-    assert (sigmas.sort().values - law).abs().max() < 0.06 * (window["high"] - window["low"]) + 1e-3
+    distribution = flow.sigma_quantiles(
+        p, density="uniform", shift=3.0, window=flow.NoiseWindow(window["low"], window["high"])
+    )
+    assert (sigmas.sort().values - distribution).abs().max() < 0.06 * (window["high"] - window["low"]) + 1e-3
 
 
 def test_what_a_sample_meets_does_not_depend_on_its_company():
@@ -174,7 +176,7 @@ def test_the_fixed_levels_of_validation_are_the_laws_own_midpoints(density, wind
     )
     shares = torch.stack([(draws < level).double().mean() for level in loss.quadrature(8)])
     assert torch.allclose(shares, (torch.arange(8).double() + 0.5) / 8, atol=0.005)
-    # What it is for: the mean of a function of sigma over the law.
+    # What it is for: the mean of a function of sigma over the distribution.
     exact, fixed = (torch.sin(7 * sigma.double()).mean().item() for sigma in (draws, loss.quadrature(64)))
     assert fixed == pytest.approx(exact, abs=0.006)
 
@@ -190,7 +192,7 @@ def draws(loss, positions):
 
 
 def ranks(loss, sigma):
-    """Where draws lie in their law, in [0, 1]."""
+    """Where draws lie in their distribution, in [0, 1]."""
     return flow.sigma_cdf(sigma, density=loss.density, shift=loss.shift_for(), window=loss.window)
 
 
@@ -201,7 +203,7 @@ def test_stratified_draws_share_the_law_out_over_every_step_and_each_alone_still
     for step in steps[:50]:
         assert sorted((step * 16).floor().int().tolist()) == list(range(16)), "one sample in each part"
     assert len({tuple((step * 16).floor().int().tolist()) for step in steps}) == 600, "another order each step"
-    for place in (0, 7, 15):  # the marginal of one place in the batch is the law itself
+    for place in (0, 7, 15):  # the marginal of one place in the batch is the distribution itself
         assert stats.kstest([step[place].item() for step in steps], "uniform").pvalue > 1e-3
     assert stats.kstest(torch.cat(steps).numpy(), "uniform").pvalue > 1e-3
     plain = FlowMatching(density="logit_normal", **window)
@@ -231,10 +233,10 @@ def test_a_shift_by_tokens_follows_each_batchs_own_size():
         data = Batch(torch.zeros(count, 1, *size), torch.zeros(count, 1, 1), ("",) * count, tuple(range(count)))
         sigma = loss.draw(data, [torch.Generator().manual_seed(1)] * count)
 
-        def law(x, k=expected):
+        def distribution(x, k=expected):
             return (x / (k - (k - 1) * x)) / (0.875 / (k - (k - 1) * 0.875))
 
-        assert stats.kstest(sigma.numpy(), law).pvalue > 1e-3
+        assert stats.kstest(sigma.numpy(), distribution).pvalue > 1e-3
     assert torch.equal(loss.quadrature(8), FlowMatching(shift=3.0, low=0.0, high=0.875).quadrature(8))
     flux = FluxShift()
     assert flux(256) == pytest.approx(math.exp(0.5)) and flux(4096) == pytest.approx(math.exp(1.15)) == flux(flux.reference_tokens)  # fmt: skip

@@ -35,7 +35,7 @@ def even(u):
     return u
 
 
-#: Of each preset: the law of u, and the shift (None: the model's own), written down from what it is named for.
+#: Of each preset: the distribution of u, and the shift (None: the model's own), written down from what it is named for.
 LAWS = {
     "wan": (even, None),
     "uniform": (even, 1.0),
@@ -70,7 +70,7 @@ def built(preset, model="tiny", expert="low_noise", *more):
 )
 def test_a_preset_draws_the_law_it_is_named_for(preset, model, expert):
     loss, cfg = built(preset, model, expert)
-    law, shift = LAWS[preset]
+    distribution, shift = LAWS[preset]
     shift = cfg.model.shift if shift is None else shift
     names = ("",) * DRAWS
     data = Batch(torch.zeros(1, 1, *OWN_SIZE[model]).expand(DRAWS, -1, -1, -1, -1), torch.zeros(1), names, (0,) * DRAWS)
@@ -79,7 +79,7 @@ def test_a_preset_draws_the_law_it_is_named_for(preset, model, expert):
 
     def whole(x):
         x = np.clip(x, 1e-15, 1 - 1e-15)
-        return law(x / (shift - (shift - 1) * x))
+        return distribution(x / (shift - (shift - 1) * x))
 
     low, high = whole(loss.window.low), whole(loss.window.high)
     found = stats.kstest(sigma.double().numpy(), lambda x: (whole(x) - low) / (high - low))
@@ -99,9 +99,9 @@ def test_only_diffsynths_preset_weighs_and_its_weight_is_diffsynths(preset):
 
 
 def test_densities_shifts_and_weights_can_be_given_on_the_command_line(tmp_path):
-    (tmp_path / "own, law.txt").write_text("0 1\n1 3\n")
+    (tmp_path / "own, distribution.txt").write_text("0 1\n1 3\n")
     loss, _ = built("table", "tiny", "low_noise", "noise.density.points=null",
-                    f"noise.density.file={tmp_path}/own, law.txt", "noise.shift=1")  # fmt: skip
+                    f"noise.density.file={tmp_path}/own, distribution.txt", "noise.shift=1")  # fmt: skip
     assert loss.density.cdf(torch.tensor([0.5], dtype=torch.float64)).item() == pytest.approx(0.25 + 0.125)
     loss, _ = built("beta", "tiny", "low_noise", "noise.density.alpha=5", "noise.weighting=min_snr", "loss.huber=0.5",
                     "loss.stratified=true", "batch_size=4", "seed=3")  # fmt: skip

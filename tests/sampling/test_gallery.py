@@ -94,7 +94,7 @@ def test_two_processes_make_the_list_once_between_them(listed, monkeypatch, tmp_
 
         with monkeypatch.context() as patch:
             patch.setattr(Sampler, "batch", note)
-            # As a launcher sets them, inside the verb's own environment.
+            # As a launcher sets them, inside the command's own environment.
             patch.setattr("wantrain.util.distributed.rank", lambda rank=rank: int(rank))
             patch.setattr("wantrain.util.distributed.world_size", lambda: 2)
             listed()

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wantrain.geometry import Bucket
 from wantrain.models import WanTransformer, WanVAE
-from wantrain.sampling import House, memory
+from wantrain.sampling import ExpertOffloader, memory
 from wantrain.sampling.memory import cast_as_loaded
 from wantrain.sampling.offload import IDLE, OFFLOAD
 
@@ -96,7 +96,7 @@ def test_the_host_s_bytes_are_those_that_a_house_takes(idle, offload):
     def load(name, device):
         return cast_as_loaded(WanTransformer(**SIZE), torch.bfloat16)
 
-    house = House(("high_noise", "low_noise"), load, torch.device("cpu"), idle=idle, offload=offload)
+    house = ExpertOffloader(("high_noise", "low_noise"), load, torch.device("cpu"), idle=idle, offload=offload)
     experts = {name: house[name] for name in house}
     storages = [parameter.untyped_storage() for module in experts.values() for parameter in module.parameters()]
     counts = Counter(storage.data_ptr() for storage in storages)

@@ -9,7 +9,7 @@ import torch
 
 from wantrain.models import WanTransformer
 from wantrain.models.offload import outside_blocks
-from wantrain.sampling.offload import IDLE, OFFLOAD, House
+from wantrain.sampling.offload import IDLE, OFFLOAD, ExpertOffloader
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": 3}
 DEVICE = torch.device("cpu")  # copies are made to it as to any other: what is a copy is "on the device"
@@ -50,7 +50,7 @@ def question(seed):
 @pytest.mark.parametrize(("idle", "offload"), itertools.product(IDLE, OFFLOAD))
 def test_every_way_of_living_answers_alike(idle, offload, shelf, scrambled_experts):
     load, loads = shelf
-    experts = House(scrambled_experts, load, DEVICE, idle=idle, offload=offload)
+    experts = ExpertOffloader(scrambled_experts, load, DEVICE, idle=idle, offload=offload)
     for turn, name in enumerate(["high_noise", "high_noise", "low_noise", "high_noise"]):
         with torch.no_grad():
             assert torch.equal(experts[name](*question(turn)), scrambled_experts[name](*question(turn)))
@@ -65,7 +65,7 @@ def copies(module, hosts):
 
 def test_only_the_expert_that_answers_is_on_the_device(shelf, scrambled_experts):
     load, _ = shelf
-    experts = House(scrambled_experts, load, DEVICE, idle="cpu")
+    experts = ExpertOffloader(scrambled_experts, load, DEVICE, idle="cpu")
     modules = {name: experts._loaded[name] for name in experts}
     hosts = {name: {key: p.data_ptr() for key, p in module.named_parameters()} for name, module in modules.items()}
     everything = set(hosts["low_noise"])
@@ -79,7 +79,7 @@ def test_only_the_expert_that_answers_is_on_the_device(shelf, scrambled_experts)
 
 def test_one_block_at_a_time_is_on_the_device(shelf, scrambled_experts):
     load, _ = shelf
-    experts = House(scrambled_experts, load, DEVICE, idle="cpu", offload="blocks")
+    experts = ExpertOffloader(scrambled_experts, load, DEVICE, idle="cpu", offload="blocks")
     module = experts._loaded["low_noise"]
     hosts = {key: p.data_ptr() for key, p in module.named_parameters()}
     outside = {key for key in hosts if not key.startswith("blocks.")}
@@ -107,7 +107,7 @@ def test_an_expert_on_disk_is_let_go_before_the_next_is_loaded(scrambled_experts
         alive.append(weakref.ref(model))
         return model
 
-    experts = House(scrambled_experts, load, DEVICE, idle="disk")
+    experts = ExpertOffloader(scrambled_experts, load, DEVICE, idle="disk")
     for name in ("high_noise", "low_noise", "high_noise"):
         experts[name]
     assert len(alive) == 3
@@ -120,7 +120,7 @@ def storages(module):
 @pytest.mark.parametrize(("idle", "offload"), itertools.product(IDLE, OFFLOAD))
 def test_what_waits_on_the_host_for_good_lies_in_an_arena(idle, offload, shelf, scrambled_experts):
     load, _ = shelf
-    module = House(scrambled_experts, load, DEVICE, idle=idle, offload=offload)["low_noise"]
+    module = ExpertOffloader(scrambled_experts, load, DEVICE, idle=idle, offload=offload)["low_noise"]
     waits = {"cpu": module, "gpu": module.blocks if offload == "blocks" else None}.get(idle)
     if waits is not None:
         assert len(storages(waits)) == 1 and storages(waits).isdisjoint(
@@ -134,7 +134,7 @@ def test_what_waits_on_the_host_for_good_lies_in_an_arena(idle, offload, shelf, 
 def test_a_house_that_is_left_is_let_go_at_once(idle, offload, shelf, scrambled_experts):
     """No cycle of references holds an expert until the collector comes by: 29 GB beside those of the next one."""
     load, _ = shelf
-    experts = House(scrambled_experts, load, DEVICE, idle=idle, offload=offload)
+    experts = ExpertOffloader(scrambled_experts, load, DEVICE, idle=idle, offload=offload)
     gc.disable()
     try:
         with torch.no_grad():
@@ -154,7 +154,7 @@ def test_on_a_gpu_memory_is_what_the_plan_says(scrambled_experts, shelf):
     for offload in OFFLOAD:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
-        experts = House(scrambled_experts, load, torch.device("cuda"), idle="disk", offload=offload)
+        experts = ExpertOffloader(scrambled_experts, load, torch.device("cuda"), idle="disk", offload=offload)
         module = experts["low_noise"]
         held = torch.cuda.memory_allocated() - before
         kept = module.parameters() if offload == "none" else outside_blocks(module)

@@ -20,7 +20,7 @@ COMMAND = ("init=scratch", f"batch_size={BATCH}", f"seed={SEED}", f"steps={STEPS
 @functools.cache
 def by_hand(tiny):
     """Losses and gradient norms of a low-noise expert from random values, with torch and nothing of ours but the model,
-    the samples' order and the law of noise; and the model itself."""
+    the samples' order and the distribution of noise; and the model itself."""
     cfg = config.compose("train", [*tiny.train, *COMMAND])
     data = config.build(cfg.data)
     plan = Plan(data.buckets, batch_size=BATCH, seed=SEED)

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from wantrain.models import WanTransformer, adapters
 from wantrain.models.formats.weights import read_file
-from wantrain.models.offload import Residence
+from wantrain.models.offload import WeightSwapper
 from wantrain.runs.checkpoint import read_state
-from wantrain.training.alternation import Turns
+from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.engine.ema import Ema
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.engine.optim import build_optimizer
@@ -21,30 +21,32 @@ NAMES = ("high_noise", "low_noise")
 SIZE = {"num_attention_heads": 1, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": 1}
 
 
-# Turns ----------------------------------------------------------------------------------------------------------------
+# ExpertAlternation ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("high", "low"), [(0.5, 0.5), (0.7, 0.3), (0.05, 0.95), (0.333, 0.667)])
 def test_shares_are_exact_at_every_step_and_every_count_is_reached_in_order(high, low):
-    turns = Turns({"high_noise": high, "low_noise": low})
+    alternation = ExpertAlternation({"high_noise": high, "low_noise": low})
     taken = {"high_noise": 0, "low_noise": 0}
     for step in range(3000):
-        name, own = turns.at(step)
+        name, own = alternation.at(step)
         assert own == taken[name]
         taken[name] += 1
         assert abs(taken["high_noise"] - high * (step + 1)) <= 0.5 + 1e-9
-        assert {each: turns.count(each, step + 1) for each in taken} == taken
+        assert {each: alternation.count(each, step + 1) for each in taken} == taken
 
 
 def test_one_expert_has_every_turn():
-    turns = Turns({"dense": 1})
-    assert [turns.at(step) for step in (0, 7)] == [("dense", 0), ("dense", 7)] and turns.count("dense", 9) == 9
+    alternation = ExpertAlternation({"dense": 1})
+    assert [alternation.at(step) for step in (0, 7)] == [("dense", 0), ("dense", 7)] and alternation.count(
+        "dense", 9
+    ) == 9
 
 
 @pytest.mark.parametrize("share", [{"a": 0.5, "b": 0.4}, {"a": 1.0, "b": 0.0}, {"a": 1.5, "b": -0.5}])
 def test_shares_that_are_none_are_refused(share):
     with pytest.raises(ValueError, match=r"experts\.share .* 1 together"):
-        Turns(share)
+        ExpertAlternation(share)
 
 
 # Averages -------------------------------------------------------------------------------------------------------------
@@ -88,10 +90,10 @@ def test_only_the_model_in_use_has_its_frozen_weights_on_the_device():
     first, second = lora_model(0), lora_model(1)
     inputs = (torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 8))
     wanted = [model(*inputs) for model in (first, second)]
-    residence = Residence(torch.device("cpu"))
+    swapper = WeightSwapper(torch.device("cpu"))
     hosts = []
     for model in (first, second):
-        residence.add(model)
+        swapper.add(model)
         hosts.append({name: p.data_ptr() for name, p in model.named_parameters()})
 
     def moved_in(model, host):
@@ -140,7 +142,7 @@ def test_a_pair_run_is_the_two_single_runs_bit_for_bit(how, tiny, pair, call, tm
     command = ("train.py", *tiny.train, f"weights={pair}", *HOW[how], "batch_size=2", "check_expert=off")
     share = ("experts.share.high_noise=0.3", "experts.share.low_noise=0.7", "experts.low_noise.lr=3e-3")
     said = call(*command, "expert=both", *share, "run=both", "steps=10", "checkpoint.every=4").stdout
-    assert "high_noise 3 of 10 = 30.0% (the noise law alone would give 30.0%)" in said
+    assert "high_noise 3 of 10 = 30.0% (the noise distribution alone would give 30.0%)" in said
     call(*command, "expert=high_noise", "run=high", "steps=3")
     call(*command, "expert=low_noise", "run=low", "steps=7", "optimizer.lr=3e-3")
     runs = tmp_path / "runs"

@@ -1,4 +1,4 @@
-"""Devices: what is asked for is what is got, and a card that torch cannot use is told in one line, with its mend."""
+"""Devices: what is asked for is what is got, and a card that torch cannot use is told in one line, with its fix."""
 
 import subprocess
 import sys
@@ -95,16 +95,16 @@ def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch):
         devices.choose("auto")
 
 
-@pytest.mark.parametrize("verb", ["encode.py", "sample.py", "train.py"])
-def test_every_command_that_computes_tells_it(verb, call, tiny, pair, tmp_path, without_cuda, monkeypatch):
+@pytest.mark.parametrize("command", ["encode.py", "sample.py", "train.py"])
+def test_every_command_that_computes_tells_it(command, call, tiny, pair, tmp_path, without_cuda, monkeypatch):
     """Each asks `choose`, also where the device is the CPU in the end."""
     monkeypatch.setattr(devices.choose, "__kwdefaults__", {"find": old})
     arguments = {
         "encode.py": (f"shards={tiny.videos}", "out=latents", f"weights={tiny.base}", "area=1024"),
         "sample.py": ("prompt=x", f"weights={pair}"),
         "train.py": (*tiny.train, "steps=1", "batch_size=2"),
-    }[verb]
-    error = call(verb, *arguments, "device=cuda", check=False).error
+    }[command]
+    error = call(command, *arguments, "device=cuda", check=False).error
     assert "device=cuda, but no GPU is visible" in error and "driver 1.0" in error
     assert not list(tmp_path.iterdir())
 

@@ -43,21 +43,21 @@ def test_the_commands_import_no_large_library_before_they_need_it(environment, t
     assert (ended.stdout, ended.stderr) == ("[]\n", "")
 
 
-def test_a_run_with_an_adapter_and_previews_is_quiet(tiny, verb, tmp_path):
+def test_a_run_with_an_adapter_and_previews_is_quiet(tiny, command, tmp_path):
     """peft for the adapter, transformers for the preview's text; each brings torchao. shard.py and encode.py are looked
     at where conftest.py makes the small world, a launched train.py in training/test_engines.py.
     """
     run = ("adapter=lora", f"data.shards={tiny.latents}", "batch_size=1", "steps=1", "tracker=jsonl")
     preview = ("check_expert=off", "sample.every=1", "sample.count=1", "sample.steps=1", "validation.clips=1")
-    assert verb("train.py", *run, *preview, cwd=tmp_path).foreign == []
+    assert command("train.py", *run, *preview, cwd=tmp_path).foreign == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [("sample.py", "prompt=a wug", "steps=1", "num_frames=1"), ("export.py", "out=out")], ids=lambda c: c[0]
+    "words", [("sample.py", "prompt=a wug", "steps=1", "num_frames=1"), ("export.py", "out=out")], ids=lambda c: c[0]
 )
-def test_samples_and_an_export_are_quiet(command, verb, tmp_path):
-    assert verb(*command, f"weights={ROOT / 'assets' / 'wan-tiny'}", cwd=tmp_path).foreign == []
+def test_samples_and_an_export_are_quiet(command, words, tmp_path):
+    assert command(*words, f"weights={ROOT / 'assets' / 'wan-tiny'}", cwd=tmp_path).foreign == []
 
 
 def test_a_warning_that_a_library_logs_inside_a_command_is_shown(environment, tmp_path):

@@ -28,14 +28,14 @@ def test_neighbouring_positions_are_independent():
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
-    claim_folder(tmp_path / "new", mark="mark", key="out")
+    claim_folder(tmp_path / "new", sentinel="mark", key="out")
     (tmp_path / "new" / "mark").touch()
-    claim_folder(tmp_path / "new", mark="mark", key="out")
+    claim_folder(tmp_path / "new", sentinel="mark", key="out")
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(ValueError, match=r"out=.* holds something else"):
-        claim_folder(tmp_path, mark="mark", key="out")
+        claim_folder(tmp_path, sentinel="mark", key="out")
     with pytest.raises(ValueError, match=r"is a file"):
-        claim_folder(tmp_path / "photo.jpg", mark="mark", key="out")
+        claim_folder(tmp_path / "photo.jpg", sentinel="mark", key="out")
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -66,7 +66,7 @@ def test_threads_are_the_processes_share_of_the_cores(monkeypatch):
 def test_what_a_kill_left_hidden_does_not_make_a_folder_foreign(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.yaml.123.tmp").touch()
-    claim_folder(tmp_path, mark="config.yaml", key="run")
+    claim_folder(tmp_path, sentinel="config.yaml", key="run")
 
 
 def test_a_verb_that_works_alone_refuses_to_be_launched_as_several(monkeypatch):
@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_made_is_one_error_that_names_the_key(tmp_path, 
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(ValueError, match=rf"out={above}/deeper cannot be made \(.+\); give a folder that can be"):
-        claim_folder(Path(above) / "deeper", mark=None, key="out")
+        claim_folder(Path(above) / "deeper", sentinel=None, key="out")
 
 
 def test_progress_is_heard_while_somebody_listens():

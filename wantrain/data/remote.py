@@ -28,7 +28,7 @@ from wantrain.util.files import write_atomically
 #: Where files from elsewhere are kept, unless data.cache says so.
 CACHE = "~/.cache/wantrain/shards"
 #: Seconds that an address may take to say something, and that a full cache may take to have room again.
-PATIENCE = 60.0
+TIMEOUT = 60.0
 #: How often a file is asked for before it is given up, and the seconds before the second time (then twice that).
 TRIES, PAUSE = 3, 1.0
 #: Shards here of up to this many bytes in all are hashed when they are opened, more only measured (60 GB take minutes).
@@ -176,7 +176,7 @@ class Cache:
                 f"data.cache_gb={self.limit / 1e9:g} has no room for {beside.name[1:-4]} of {size / 1e9:.2f} GB; make "
                 "it larger, best as large as all shards together"
             )
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while True:
             with _alone(self.folder / ".lock"):
                 beside.unlink(missing_ok=True)  # of a process that was killed: we hold the lock of this file's name
@@ -221,13 +221,13 @@ def open_url(url: str) -> BinaryIO:
     """The file at an address, for reading. Any error."""
     # fsspec's driver for http needs a further package; the standard library's does not.
     if url.startswith(("http://", "https://")):
-        return urllib.request.urlopen(url, timeout=PATIENCE)  # type: ignore[no-any-return]
+        return urllib.request.urlopen(url, timeout=TIMEOUT)  # type: ignore[no-any-return]
     return fsspec.open(url, "rb").open()  # type: ignore[no-any-return]
 
 
 @contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """What an address refuses is one ValueError with its mend."""
+    """What an address refuses is one ValueError with its fix."""
     try:
         yield
     except ImportError as error:

@@ -90,9 +90,9 @@ def write_report(
     `decode(latents) -> pixels in [-1, 1]` shows the clips of a latent folder too; `count_tokens(caption)` tells how
     long captions are for the text encoder, before they are cut (without it words are counted).
     """
-    mark = f"{file_hash(folder / MANIFEST)} {'decoded' if decode else 'text'}"
+    content_key = f"{file_hash(folder / MANIFEST)} {'decoded' if decode else 'text'}"
     out = folder / REPORT
-    if out.is_file() and page.mark_of(out.read_text(encoding="utf-8")) == mark:
+    if out.is_file() and page.content_key_of(out.read_text(encoding="utf-8")) == content_key:
         return None
     manifest = read_manifest(folder, kind)
     samples = list(_samples(folder, manifest))
@@ -103,7 +103,9 @@ def write_report(
         _rejects(rejects),
         _clips(kind, samples, decode),
     ]
-    write_atomically(out, page.page(f"{folder.name}: {manifest['clips']} {kind} clips", *pieces, mark=mark))
+    write_atomically(
+        out, page.page(f"{folder.name}: {manifest['clips']} {kind} clips", *pieces, content_key=content_key)
+    )
     say(f"wrote {out}")
     return out
 

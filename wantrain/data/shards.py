@@ -19,9 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from wantrain.data.rejects import Reject
-from wantrain.util import distributed
+from wantrain.util import distributed, renamed
 from wantrain.util.console import say
 from wantrain.util.files import claim_folder, file_hash, sync_file, write_atomically
+from wantrain.util.renamed import upgraded_fields
 
 #: Versions of the two formats: of folders of videos, and of folders of latents.
 SCHEMA = 2
@@ -86,7 +87,7 @@ class TarWriter:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """What the disk refuses is one error for people, with its mend."""
+    """What the disk refuses is one error for people, with its fix."""
     try:
         yield
     except OSError as error:
@@ -122,7 +123,7 @@ def write_rejects(
         raise ValueError(
             f"{len(bad)} of {total} {unit}s are bad, more than rejects.limit={limit:g} allows; "
             f"first: {bad[0].name}: {bad[0].reason}. All are in {out / REJECTS}; "
-            "mend or remove them, or raise rejects.limit"
+            "fix or remove them, or raise rejects.limit"
         )
     if len(rejects) == total:
         raise ValueError(f"all {total} {unit}s are rejected; the reasons are in {out / REJECTS}")
@@ -137,7 +138,7 @@ def claim(
     same kind of shards made with other settings.
     """
     if not (out / MANIFEST).is_file():
-        claim_folder(out, mark=REJECTS, key="out")
+        claim_folder(out, sentinel=REJECTS, key="out")
         write_atomically(out / REJECTS, "")  # from here on the folder is ours, also after a kill
         return None
     if load_manifest(out).get("kind") != kind:
@@ -168,20 +169,20 @@ def _change(key: str, before: Any, now: Any) -> str:
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
-    """The manifest of a finished folder of `kind` ("video" or "latent"); ValueError says which verb to run."""
-    verb = MADE_BY[kind]
+    """The manifest of a finished folder of `kind` ("video" or "latent"); ValueError says which command to run."""
+    command = MADE_BY[kind]
     if not (folder / MANIFEST).is_file():
         what = "is not finished" if (folder / REJECTS).exists() else "holds no shards"
-        raise ValueError(f"{folder} {what} (no {MANIFEST}); run python {verb} out={folder} ... first")
+        raise ValueError(f"{folder} {what} (no {MANIFEST}); run python {command} out={folder} ... first")
     manifest = load_manifest(folder)
     if manifest.get("kind") != kind:
         holds = manifest.get("kind")
-        raise ValueError(f"{folder} holds {holds} shards, but {kind} shards are needed: run python {verb}")
+        raise ValueError(f"{folder} holds {holds} shards, but {kind} shards are needed: run python {command}")
     reads = {"video": SCHEMA, "latent": LATENT_SCHEMA}[kind]
     if manifest.get("schema") != reads:
         raise ValueError(
             f"{folder} has schema {manifest.get('schema')}, this version reads {reads}; remove the folder and make it "
-            f"again: python {verb} out={folder} ..."
+            f"again: python {command} out={folder} ..."
         )
     return manifest
 
@@ -193,7 +194,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / MANIFEST} is damaged ({error}); make the shards again") from error
     if not isinstance(manifest, dict):
         raise ValueError(f"{folder / MANIFEST} is no JSON object; make the shards again")
-    return manifest
+    return upgraded_fields(manifest, renamed.MANIFEST)
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from wantrain.video import Frames, write_mp4
 Floats = NDArray[np.float64]
 
 #: The file whose presence says that the footage is complete, and with which settings it was made.
-MARK = "demo.json"
+SENTINEL = "demo.json"
 
 #: What there is: name -> Chinese name (and value). No colour is near a background: those have no hue.
 SHAPES = {
@@ -358,10 +358,10 @@ def make_footage(
         "seed": seed,
         "size": size,
     }
-    if (folder / MARK).is_file():
+    if (folder / SENTINEL).is_file():
         _check_same(folder, settings)
         return
-    claim_folder(folder, mark=MARK, key="folder")
+    claim_folder(folder, sentinel=SENTINEL, key="folder")
     # Made beside and moved as a whole: what carries the final name is complete, whenever a run is killed.
     beside = folder.resolve().with_name(f".{folder.resolve().name}.making")
     shutil.rmtree(beside, ignore_errors=True)
@@ -372,7 +372,7 @@ def make_footage(
         _write_shot(beside, shot)
     lines = [json.dumps(_truth(shot), ensure_ascii=False) for shot in shots]
     (beside / "scenes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(beside / MARK, {**settings, "files": len(shots)})
+    write_json(beside / SENTINEL, {**settings, "files": len(shots)})
     beside.replace(folder.resolve())
 
 
@@ -393,7 +393,7 @@ def _truth(shot: Shot) -> dict[str, Any]:
 
 def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError if the finished footage in `folder` was made with other settings, naming them."""
-    there = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    there = json.loads((folder / SENTINEL).read_text(encoding="utf-8"))
     differing = [f"{key}={there.get(key)}" for key, value in settings.items() if there.get(key) != value]
     if differing:
         wanted = ", ".join(f"{key}={value}" for key, value in settings.items() if there.get(key) != value)

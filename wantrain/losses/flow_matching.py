@@ -22,14 +22,14 @@ from wantrain.util.seeds import generator_at
 
 
 class FlowMatching:
-    """Error of the velocity at sigmas drawn from the expert's own law.
+    """Error of the velocity at sigmas drawn from the expert's own distribution.
 
-    density     law of u before the shift: "uniform", "logit_normal", or an object of wantrain.flow
+    density     distribution of u before the shift: "uniform", "logit_normal", or an object of wantrain.flow
     shift       flow shift k, or a callable that gives one for a number of tokens
     low, high   the expert's noise window in sigma
     weighting   weight per sample by its sigma: "none" (Wan), another name of losses.weighting, or a callable
     huber       null: squared error; else the error of an element above which it counts linearly (see `distance`)
-    stratified  share the law out over a step: each sample of the global batch draws from its own equal part
+    stratified  share the distribution out over a step: each sample of the global batch draws from its own equal part
     batch_size, seed  the run's, by which samples find their parts
     """
 
@@ -67,7 +67,7 @@ class FlowMatching:
         return Loss(weighted.mean(), error.detach(), sigma)
 
     def draw(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
-        """The sigma of each sample, (B,), from the expert's law."""
+        """The sigma of each sample, (B,), from the expert's distribution."""
         p = torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
         if self.stratified:
             p = (self._strata(batch.positions) + p) / self.batch_size
@@ -75,7 +75,7 @@ class FlowMatching:
         return flow.sigma_quantiles(p, density=self.density, shift=shift, window=self.window)
 
     def _strata(self, positions: Sequence[int]) -> Tensor:
-        """Which of the `batch_size` equal parts of its step's law each position draws from: a permutation per step."""
+        """Which of `batch_size` equal parts of the distribution each position draws from: a permutation per step."""
         steps = [divmod(position, self.batch_size) for position in positions]
         return torch.tensor([_permutation(self.seed, step, self.batch_size)[place] for step, place in steps])
 
@@ -87,11 +87,11 @@ class FlowMatching:
 
     @property
     def mass(self) -> float:
-        """Share of the unrestricted law that falls into the window."""
+        """Share of the unrestricted distribution that falls into the window."""
         return flow.window_mass(self.window, density=self.density, shift=self.shift_for())
 
     def quadrature(self, num_points: int) -> Tensor:
-        """Sigmas at the midpoints of `num_points` equal slices of the law: a fixed stand-in for drawing.
+        """Sigmas at the midpoints of `num_points` equal slices of the distribution: a fixed stand-in for drawing.
 
         One list for all clips, so that levels compare: where the shift goes by tokens, it is that of `shift_for()`.
         """

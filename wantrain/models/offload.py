@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wantrain.models.pinned_memory import settle
 
 
-class Hosted:
+class HostWeights:
     """Frozen weights that live where they lie now, on the host, and come to the device for a while."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -31,7 +31,7 @@ class Hosted:
             parameter.data = home
 
 
-class Residence:
+class WeightSwapper:
     """Lets only one of several modules at a time have its frozen weights on the device; the others' wait on the host.
 
     A module moves in when it is called, whoever calls it (training, validation, a preview), and the one before moves
@@ -40,7 +40,7 @@ class Residence:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._inside: Hosted | None = None
+        self._inside: HostWeights | None = None
 
     def add(self, module: nn.Module, *, streamed: bool = False) -> None:
         """Take in another module: its frozen weights leave the device for an arena.
@@ -52,10 +52,10 @@ class Residence:
         if streamed:
             by_block(module, self.device)
             frozen = outside_blocks(module)
-        weights = Hosted(frozen)  # and no reference to the module, which would keep itself alive
+        weights = HostWeights(frozen)  # and no reference to the module, which would keep itself alive
         module.register_forward_pre_hook(lambda module, args: self._enter(weights))
 
-    def _enter(self, weights: Hosted) -> None:
+    def _enter(self, weights: HostWeights) -> None:
         if weights is not self._inside:
             self.leave()
             weights.come(self.device)
@@ -71,7 +71,7 @@ class Residence:
 def by_block(module: nn.Module, device: torch.device) -> None:
     """Let each block of a frozen transformer come to the device when it is called, and leave when it has answered."""
     for block in blocks_of(module):
-        weights = Hosted(block.parameters())
+        weights = HostWeights(block.parameters())
         block.register_forward_pre_hook(lambda block, args, weights=weights: weights.come(device))
         block.register_forward_hook(lambda block, args, result, weights=weights: weights.leave())
 

@@ -30,7 +30,7 @@ TEXT_LENGTH = 512
 
 
 def clean_prompt(text: str) -> str:
-    """The prompt as the tokenizer is to see it: mojibake mended, HTML entities undone, each white space one blank.
+    """The prompt as the tokenizer is to see it: mojibake fixed, HTML entities undone, each white space one blank.
 
     ftfy also straightens quotes. Nothing is lower-cased.
     """

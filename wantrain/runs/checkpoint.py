@@ -3,7 +3,7 @@
 A checkpoint is written beside its final name, every file synced, and renamed; `state.json`, written last, holds the
 hash of every other file: of tensors made while they are written, so that nothing is read again. A kill at any moment
 leaves the previous checkpoint as it was, and one that is to go loses its name before its files. What the disk refuses
-is one error with its mend. No pickles: tensors are safetensors, the rest is json. Random state is not saved, for there
+is one error with its fix. No pickles: tensors are safetensors, the rest is json. Random state is not saved, for there
 is none: randomness is a function of position.
 
 Hidden names are ours: `.step_N.tmp` is half written, `.step_N.old` was replaced by another step_N (and comes back if
@@ -32,9 +32,11 @@ from torch import Tensor
 
 import wantrain
 from wantrain.models.formats.weights import PICKLES, read_json
+from wantrain.util import renamed
 from wantrain.util.console import say
 from wantrain.util.files import file_hash, sync_file, write_json
 from wantrain.util.progress import report_progress
+from wantrain.util.renamed import upgraded_fields
 
 STATE = "state.json"
 #: What puts a checkpoint's tensors into a folder; it may give the sha256 of files that it hashed while writing them.
@@ -56,7 +58,7 @@ _MENDS = {
     errno.EPERM: "make the folder writable, or move the run (runs=)",
     errno.EROFS: "make the disk writable, or move the run (runs=)",
 }
-_OTHER_MEND = "look at what the path names and at the disk, or move the run to another disk (runs=)"
+_OTHER_FIX = "look at what the path names and at the disk, or move the run to another disk (runs=)"
 
 
 class Checkpoints:
@@ -334,7 +336,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE
     if path.is_file() and path.stat().st_size > STATE_BYTES:
         raise ValueError(f"{path} is larger than any that wantrain writes; it is not ours")
-    return read_json(path)
+    return upgraded_fields(read_json(path), renamed.STATE)
 
 
 def damaged_files(checkpoint: Path) -> list[str]:
@@ -384,5 +386,5 @@ def _score(checkpoint: Path) -> float | None:
 
 
 def _why(error: OSError) -> str:
-    """What the disk said, and the mend."""
-    return f"{error}; {_MENDS.get(error.errno or 0, _OTHER_MEND)}"
+    """What the disk said, and the fix."""
+    return f"{error}; {_MENDS.get(error.errno or 0, _OTHER_FIX)}"

@@ -61,7 +61,7 @@ def export_vae(trained: TrainedExpert, out: Path, *, measure: Path | None) -> No
         size = {key: settings[key] for key in ("area", "multiple", "holdout", "seed")}
         data = PixelData(shards=measure or settings["shards"], num_frames=LONGEST, **size)
         mean, std = measure_latents(vae, whole_clips(data))
-    claim_folder(out / "vae", mark="config.json", key="out")
+    claim_folder(out / "vae", sentinel="config.json", key="out")
     tensors = {key: tensor.half() for key, tensor in vae.state_dict().items()}
     write_part(out / "vae", {**vae.config(), "latents_mean": list(mean), "latents_std": list(std)}, tensors)
     say(f"wrote {out / 'vae'}")
@@ -70,7 +70,7 @@ def export_vae(trained: TrainedExpert, out: Path, *, measure: Path | None) -> No
 def whole_clips(data: PixelData) -> Iterator[Tensor]:
     """The pixels of every training clip, some of one bucket at a time: a lone small clip is six times slower."""
     for bucket in np.unique(data.buckets):
-        members = np.flatnonzero(data.buckets == bucket)
-        for start in range(0, len(members), TOGETHER):
-            some = members[start : start + TOGETHER]
+        trainers = np.flatnonzero(data.buckets == bucket)
+        for start in range(0, len(trainers), TOGETHER):
+            some = trainers[start : start + TOGETHER]
             yield data.load(some, [0] * len(some)).latents_BCTHW

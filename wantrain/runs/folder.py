@@ -17,6 +17,7 @@ import yaml
 
 from wantrain.runs.checkpoint import Checkpoints, read_state
 from wantrain.util.files import claim_folder, write_atomically
+from wantrain.util.renamed import upgraded_config
 
 CONFIG = "config.yaml"
 ADAPTER = "adapter.safetensors"
@@ -35,7 +36,7 @@ FREE = (
     "tracker",
     "checkpoint",
     "validation",
-    "tripwires",
+    "safeguards",
     "sample",
     "dry_run",
     "stop_after",
@@ -71,7 +72,7 @@ class RunFolder:
 
     @property
     def tripped(self) -> Path:
-        return self.path / "tripped.jsonl"
+        return self.path / "safeguards.jsonl"
 
     @property
     def metrics(self) -> Path:
@@ -80,7 +81,7 @@ class RunFolder:
     def open(self, config: dict[str, Any]) -> bool:
         """Make the folder or continue in it; True if it was there. Main process only; see the module's head."""
         existed = (self.path / CONFIG).is_file()
-        claim_folder(self.path, mark=CONFIG, key="run")
+        claim_folder(self.path, sentinel=CONFIG, key="run")
         self._lock()
         if existed:
             differing = differences(read_config(self.path), config)
@@ -121,7 +122,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(config, dict)
-    return config
+    return upgraded_config(config)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

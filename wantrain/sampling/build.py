@@ -11,7 +11,7 @@ from wantrain import geometry
 from wantrain.models import Base, WanTransformer
 from wantrain.models.formats.weights import read_tensors
 from wantrain.runs.experts import Found, add_loras, check_loras
-from wantrain.sampling import Experts, House, Sampler, Tiled
+from wantrain.sampling import ExpertOffloader, Experts, Sampler, Tiled
 from wantrain.sampling.generate import Velocity
 from wantrain.util.console import say
 from wantrain.util.progress import report_progress
@@ -35,7 +35,7 @@ def build_sampler(
 
     `texts` are embeddings that are there already; the text encoder is loaded for others alone (see `encode_texts`).
     `tile` is the side in pixels of the squares that are decoded one by one; None decodes whole frames. `way` is how the
-    experts are told what is known (condition.py). ValueError for a tile that the VAE cannot take.
+    experts are told what is known (conditioning.py). ValueError for a tile that the VAE cannot take.
     """
     vae = base.vae(device=device)
     decode: Callable[[Tensor], Tensor] = vae.decode
@@ -101,8 +101,8 @@ def house(
     offload: str = "none",
     scale: float = 1.0,
     alpha: float | None = None,
-) -> House:
-    """The experts that were found, with LoRA files added, living as `idle` and `offload` say (see House)."""
+) -> ExpertOffloader:
+    """The experts that were found, with LoRA files added, living as `idle` and `offload` say (see ExpertOffloader)."""
     check_loras(loras, found.names)
 
     def load(name: str, where: torch.device) -> WanTransformer:
@@ -110,4 +110,4 @@ def house(
         add_loras({name: module}, {name: loras.get(name)}, model=model, scale=scale, alpha=alpha)
         return module
 
-    return House(found.names, load, device, idle=idle, offload=offload)
+    return ExpertOffloader(found.names, load, device, idle=idle, offload=offload)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wantrain import conditioning, geometry
 from wantrain.conditioning import Condition, check_way
-from wantrain.data.footage.clips import Cut, Probe, Window, cut_windows
+from wantrain.data.footage.clips import Cut, VideoInfo, Window, cut_windows
 from wantrain.data.footage.probe import check_mask, probe, read_mask_windows, read_windows
 from wantrain.masks import painted
 from wantrain.video import Frames, to_pixels
@@ -182,7 +182,7 @@ def _read_image(key: str, path: Path) -> Frames:
     return next(read_windows(path, found, [Window(0.0, 1)], 1.0))[0]  # type: ignore[no-any-return]
 
 
-def _probe(key: str, path: Path) -> Probe:
+def _probe(key: str, path: Path) -> VideoInfo:
     """What is in a file; ValueError names the key it was given under."""
     if not path.is_file():
         raise ValueError(f"{key}={path} is not there")
@@ -216,7 +216,7 @@ def _read_video(
     return next(read_windows(video, found, [window], fps, size)), stays
 
 
-def _read_mask(path: Path, clip: Probe, window: Window, fps: float, size: tuple[int, int]) -> Tensor:
+def _read_mask(path: Path, clip: VideoInfo, window: Window, fps: float, size: tuple[int, int]) -> Tensor:
     """Where a mask is black, boolean (F or 1, height, width)."""
     if not path.is_file():
         raise ValueError(f"mask={path} is not there")

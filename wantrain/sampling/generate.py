@@ -106,7 +106,7 @@ class Sampler:
     """Prompts to frames, with everything a pipeline holds: experts, VAE, text encoder.
 
     `encode_texts(list of str) -> list of (L, D)`; `decode(latents) -> pixels in [-1, 1]`. Strides and channels are
-    the VAE's. `way` is how the experts are told what is known of a video (condition.py), None: not at all; what is
+    the VAE's. `way` is how the experts are told what is known of a video (conditioning.py), None: not at all; what is
     known goes through `encode_pixels(pixels in [-1, 1]) -> latents`. Texts are encoded once and kept; `texts` are those
     that are there already, and `warm` encodes many at once.
     """

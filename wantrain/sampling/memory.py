@@ -136,7 +136,9 @@ def needs(experts: Mapping[str, nn.Module], beside: int, idle: str, offload: str
     passing = 2 * max(max(_blocks(module)) for module in experts.values()) if streamed else 0
     held = sum(resident) if idle == "gpu" else max(resident)
     host = 0
-    if idle == "cpu" or (idle == "gpu" and streamed):  # what waits on the host for good lies in arenas (see House)
+    if idle == "cpu" or (
+        idle == "gpu" and streamed
+    ):  # what waits on the host for good lies in arenas (see ExpertOffloader)
         waiting = [module if idle == "cpu" else blocks_of(module) for module in experts.values()]
         host = sum(layout(parameter.nbytes for parameter in each.parameters())[1] for each in waiting)
     return Needs(idle, offload, held + passing, beside, host)

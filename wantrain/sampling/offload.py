@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from wantrain.models.offload import Hosted, Residence, blocks_of, by_block, outside_blocks
+from wantrain.models.offload import HostWeights, WeightSwapper, blocks_of, by_block, outside_blocks
 from wantrain.models.pinned_memory import settle
 
 IDLE = ("gpu", "cpu", "disk")
@@ -21,7 +21,7 @@ OFFLOAD = ("none", "blocks")
 Load = Callable[[str, torch.device], nn.Module]
 
 
-class House(Mapping[str, nn.Module]):
+class ExpertOffloader(Mapping[str, nn.Module]):
     """The experts by name; asking for one sends out the one before.
 
     idle     gpu: all stay on the device; cpu: those that do not answer wait in host memory; disk: they are not in
@@ -36,7 +36,7 @@ class House(Mapping[str, nn.Module]):
         self.names, self.load, self.device = tuple(names), load, device
         self.idle, self.offload = idle, offload
         self.inside: str | None = None
-        self._residence = Residence(device)
+        self._residence = WeightSwapper(device)
         self._loaded: dict[str, nn.Module] = {}
         for name in self.names if idle != "disk" else ():
             self._loaded[name] = self._take_in(name)
@@ -66,7 +66,7 @@ class House(Mapping[str, nn.Module]):
             if self.idle == "gpu":  # for good: worth the copy; with idle=disk the mapped file is all there is
                 settle(blocks_of(module).parameters())
             by_block(module, self.device)
-            Hosted(outside_blocks(module)).come(self.device)
+            HostWeights(outside_blocks(module)).come(self.device)
         return module
 
     def leave(self) -> None:

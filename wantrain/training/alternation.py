@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 
-class Turns:
+class ExpertAlternation:
     """The order in which one or two experts take their optimizer steps.
 
     share  of the steps, by expert: above 0, summing to 1. ValueError otherwise, naming `experts.share`.

@@ -1,4 +1,4 @@
-"""A member of a run: one expert in training, with all that is its own. A pair run has two."""
+"""The trainer of one expert: the module, with all that is its own. A pair run has two."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from wantrain.runs.folder import EMA
 from wantrain.training.engine.ema import Ema
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.engine.optim import Schedule
-from wantrain.training.trainable import Trainee
+from wantrain.training.trainable import TrainableModule
 
 OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass
-class Member:
+class ExpertTrainer:
     """One expert in training.
 
     name    high_noise, low_noise, dense, or vae
@@ -31,7 +31,7 @@ class Member:
     """
 
     name: str
-    trainee: Trainee
+    trainable: TrainableModule
     stepper: Stepper
     loss: LossFunction
     schedule: Schedule
@@ -43,7 +43,7 @@ class Member:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """How it answers when it is looked at: in evaluation mode, with the averaged weights if they are kept."""
-        module = self.trainee.module
+        module = self.trainable.module
         module.eval()
         with nullcontext() if self.ema is None else self.ema.applied():
             yield
@@ -64,10 +64,10 @@ class Member:
         All processes take part; only the main one may write. The snapshot before must have been written by now.
         """
         self.stepper.copier.begin()
-        weights = [self.trainee.snapshot(self.stepper.whole)]
+        weights = [self.trainable.snapshot(self.stepper.whole)]
         if self.ema is not None:
             with self.ema.applied():
-                weights.append(self.trainee.snapshot(self.stepper.whole))
+                weights.append(self.trainable.snapshot(self.stepper.whole))
         optimizer = self.stepper.optimizer_state()
 
         def write(checkpoint: Path) -> dict[Path, str]:
@@ -85,14 +85,14 @@ class Member:
         self.stepper.restore_optimizer_state(read_file(path)[0], path)
 
 
-def read_average(trainee: Trainee, checkpoint: Path) -> dict[str, Tensor] | None:
-    """The averaged weights in a checkpoint (a member's own folder), by parameter name; None if there are none.
+def read_average(trainable: TrainableModule, checkpoint: Path) -> dict[str, Tensor] | None:
+    """The averaged weights in a checkpoint (a trainer's own folder), by parameter name; None if there are none.
 
     Leaves the module with the checkpoint's weights, which are read after them.
     """
     average = None
     if (checkpoint / EMA).is_dir():
-        trainee.read(checkpoint / EMA)
-        average = trainee.trained()
-    trainee.read(checkpoint)
+        trainable.read(checkpoint / EMA)
+        average = trainable.trained()
+    trainable.read(checkpoint)
     return average

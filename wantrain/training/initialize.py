@@ -12,7 +12,7 @@ from torch import nn
 from wantrain.models import Base, WanVAE, adapters, partial
 from wantrain.models.formats.base import stated_expert
 from wantrain.models.formats.lora import read_lora
-from wantrain.training.trainable import Autoencoder, Trainee
+from wantrain.training.trainable import Autoencoder, TrainableModule
 from wantrain.util.console import say
 from wantrain.util.files import made_by
 from wantrain.util.seeds import seed_at
@@ -25,7 +25,7 @@ def without_values(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Start:
+class Initializer:
     """What a run starts from, and what becomes of it.
 
     make     builds the module with random values
@@ -48,12 +48,12 @@ class Start:
     gradient_checkpointing: bool = False
 
     @classmethod
-    def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Start:
+    def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Initializer:
         """A start by an expert's own settings, train.py's; `where` is base, device, dtype and recipe."""
         parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed", "gradient_checkpointing")}
         return cls(make, **parts, init=settings["init"], **where)
 
-    def trainee(self) -> Trainee:
+    def trainable(self) -> TrainableModule:
         """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
         module = self.module()
         if isinstance(module, WanVAE):
@@ -68,7 +68,7 @@ class Start:
         about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
         about |= {"base": self.base.name, "recipe": self.recipe, "made_by": made_by(), **settings}
         known = {key: str(value) for key, value in about.items() if value is not None and value is not False}
-        return Trainee(module, self.expert["part"], known)
+        return TrainableModule(module, self.expert["part"], known)
 
     def module(self) -> nn.Module:
         """What the expert starts from: the base's own part, else random values; says which it was.

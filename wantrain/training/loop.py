@@ -24,13 +24,13 @@ import torch
 from wantrain.batch import Batch
 from wantrain.losses import Draws
 from wantrain.runs.checkpoint import Checkpoints, read_state
-from wantrain.training.alternation import Turns
+from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.engine.main_process import on_main
 from wantrain.training.engine.signals import Signals
-from wantrain.training.expert import Member
+from wantrain.training.expert import ExpertTrainer
 from wantrain.training.micro_batches import micro_batches
 from wantrain.training.monitoring.metrics import Metrics
-from wantrain.training.monitoring.safeguards import Tripwires
+from wantrain.training.monitoring.safeguards import Safeguards
 from wantrain.training.monitoring.throughput import Meter
 from wantrain.training.protocols import Data, Hook
 from wantrain.util.progress import report_progress
@@ -43,24 +43,24 @@ LOG_EVERY = 10
 class Run:
     """Everything a run consists of; `fit` moves it from the step it has reached to `until`."""
 
-    members: Mapping[str, Member]
-    turns: Turns
+    trainers: Mapping[str, ExpertTrainer]
+    alternation: ExpertAlternation
     data: Data
     checkpoints: Checkpoints
     metrics: Metrics
     meter: Meter
-    tripwires: Tripwires
+    safeguards: Safeguards
     steps: int
     until: int  # where this start of it ends: `steps`, or earlier
     seed: int
     checkpoint_every: int
     state: Mapping[str, Any]  # what a checkpoint says besides its tensors
     hooks: list[Hook] = field(default_factory=list)
-    settled: Callable[[int], bool] = lambda step: False  # validation's word that the run may end at a step
+    should_stop: Callable[[int], bool] = lambda step: False  # validation's word that the run may end at a step
     score: float | None = None  # validation loss of the step the run is at, if it was measured
 
     def resume(self, checkpoint: Path | None) -> int:
-        """Go on from a checkpoint whose weights the members have already; returns its step (0: from the start)."""
+        """Go on from a checkpoint whose weights the trainers have already; returns its step (0: from the start)."""
         if checkpoint is None:
             self.metrics.cut_back(-1)
             return 0
@@ -70,9 +70,9 @@ class Run:
                 f"{checkpoint} was trained on other shards than data.shards holds now (another manifest); "
                 "give those it was trained on, or a new run=NAME"
             )
-        for member in self.members.values():
-            member.restore_optimizer(checkpoint)
-        self.tripwires.restore(state.get("usual", {}), self.members)  # older runs learn it anew
+        for trainer in self.trainers.values():
+            trainer.restore_optimizer(checkpoint)
+        self.safeguards.restore(state.get("loss_baselines", {}), self.trainers)  # older runs learn it anew
         self.metrics.cut_back(state["step"])
         return int(state["step"])
 
@@ -82,10 +82,15 @@ class Run:
         began = time.perf_counter()
         self.metrics.flush(speak=False)
         on_main(self.checkpoints.wait, "writing the checkpoint before")
-        snapshots = [member.snapshot() for member in self.members.values()]
-        taken = {name: self.turns.count(name, step) for name in self.members}
-        samples = {name: own * self.members[name].plan.batch_size for name, own in taken.items()}
-        state = {**self.state, "samples": sum(samples.values()), "experts": taken, "usual": self.tripwires.state()}
+        snapshots = [trainer.snapshot() for trainer in self.trainers.values()]
+        taken = {name: self.alternation.count(name, step) for name in self.trainers}
+        samples = {name: own * self.trainers[name].plan.batch_size for name, own in taken.items()}
+        state = {
+            **self.state,
+            "samples": sum(samples.values()),
+            "experts": taken,
+            "loss_baselines": self.safeguards.state(),
+        }
 
         def write(folder: Path) -> dict[Path, str]:
             return {path: digest for _, write_member in snapshots for path, digest in write_member(folder).items()}
@@ -102,8 +107,8 @@ class Run:
             return False
         report_progress(f"looking at step {step}: {', '.join(type(hook).__name__ for hook in due)}")
         with ExitStack() as watched:
-            for member in self.members.values():
-                watched.enter_context(member.watched())
+            for trainer in self.trainers.values():
+                watched.enter_context(trainer.watched())
             results: dict[str, Any] = {}
             for hook in due:
                 results |= hook(step)
@@ -114,7 +119,7 @@ class Run:
 
     def first_batch(self, count: int = 4) -> Batch:
         """The first samples of the run, at most `count`: something to measure on."""
-        samples = next(iter(self.members.values())).plan.batch(0)[:count]
+        samples = next(iter(self.trainers.values())).plan.batch(0)[:count]
         return self.data.load(samples, np.arange(len(samples)))
 
 
@@ -123,23 +128,23 @@ def fit(run: Run, start: int) -> int | None:
     metrics, step, stopped = run.metrics, start, None
     if step == 0:
         run.ask_hooks(step)
-    for member in run.members.values():
-        member.trainee.module.train()
-    batches = micro_batches(run.data, run.members, run.turns, start=start, until=run.until, seed=run.seed)
+    for trainer in run.trainers.values():
+        trainer.trainable.module.train()
+    batches = micro_batches(run.data, run.trainers, run.alternation, start=start, until=run.until, seed=run.seed)
     with Signals() as signals, run.checkpoints:
-        done = step >= run.until or run.settled(step)
+        done = step >= run.until or run.should_stop(step)
         while not done:
-            name, own = run.turns.at(step)
-            told, stopped = take_step(run, run.members[name], own, step + 1, batches, signals)
+            name, own = run.alternation.at(step)
+            told, stopped = take_step(run, run.trainers[name], own, step + 1, batches, signals)
             step += 1
-            whose = {"expert": name} if len(run.members) > 1 else {}
-            metrics.add(step, {**whose, "samples": step * run.members[name].plan.batch_size, **told})
+            whose = {"expert": name} if len(run.trainers) > 1 else {}
+            metrics.add(step, {**whose, "samples": step * run.trainers[name].plan.batch_size, **told})
             if run.ask_hooks(step):  # they may have taken long
-                stepper = run.members[name].stepper
+                stepper = run.trainers[name].stepper
                 stopped = int(stepper.any_signal(signals.received)) or None
-            done = step == run.until or stopped is not None or run.settled(step)
+            done = step == run.until or stopped is not None or run.should_stop(step)
             if done or step % LOG_EVERY == 0:
-                metrics.annotate(step, run.meter.report(run.members.values()))
+                metrics.annotate(step, run.meter.report(run.trainers.values()))
                 metrics.flush()
             if done or step % run.checkpoint_every == 0:
                 run.save(step)
@@ -148,40 +153,42 @@ def fit(run: Run, start: int) -> int | None:
 
 
 def take_step(
-    run: Run, member: Member, own: int, step: int, batches: Iterator[tuple[Batch, Draws]], signals: Signals
+    run: Run, trainer: ExpertTrainer, own: int, step: int, batches: Iterator[tuple[Batch, Draws]], signals: Signals
 ) -> tuple[dict[str, Any], int | None]:
-    """One optimizer step of `member`, its own number `own`, which brings the run to `step`.
+    """One optimizer step of `trainer`, its own number `own`, which brings the run to `step`.
 
     Returns what is logged, and the signal that any process has received. The host waits for the device once.
     """
-    stepper, meter, wires = member.stepper, run.meter, run.tripwires
-    scale = member.schedule(own, member.steps)
+    stepper, meter, safeguards = trainer.stepper, run.meter, run.safeguards
+    scale = trainer.schedule(own, trainer.steps)
     stepper.begin(scale)
-    wires.begin(member)
-    meter.begin(member, watch=step % LOG_EVERY == 0)
+    safeguards.begin(trainer)
+    meter.begin(trainer, watch=step % LOG_EVERY == 0)
     losses, parts = [], []
     for micro_step in range(stepper.accumulate):
         report_progress(f"training step {step}")
         batch, draws = next(batches)
         meter.mark("data")
         with stepper.forward_context():
-            record = member.loss(stepper.wrapped, batch.to(stepper.device), draws.to(stepper.device))
+            record = trainer.loss(stepper.wrapped, batch.to(stepper.device), draws.to(stepper.device))
         meter.mark("forward")
-        wires.drew(batch, draws, record)
-        value = wires.judge(record.value) if (last := micro_step == stepper.accumulate - 1) else record.value
+        safeguards.drew(batch, draws, record)
+        value = safeguards.judge(record.value) if (last := micro_step == stepper.accumulate - 1) else record.value
         stepper.backward(value, last=last)
         meter.mark("backward")
         meter.saw(batch, record)
         losses.append(record.value.detach())
         parts.append(record.parts)
     norm = stepper.clip_gradients()
-    (size,), (signal,), (excess,), own_losses = stepper.read(norm, stepper.any_signal(signals.received), *wires.facts())
-    update = wires.allow(step, size, excess, own_losses)
+    (size,), (signal,), (excess,), own_losses = stepper.read(
+        norm, stepper.any_signal(signals.received), *safeguards.facts()
+    )
+    update = safeguards.allow(step, size, excess, own_losses)
     stepper.step(update=update)
     if update:
-        wires.moved()
-        if member.ema is not None:
-            member.ema.follow(own + 1)
+        safeguards.moved()
+        if trainer.ema is not None:
+            trainer.ema.follow(own + 1)
     meter.mark("optimizer")
     told: dict[str, Any] = {key: stepper.mean(torch.stack([part[key] for part in parts]).mean()) for key in parts[0]}
     loss = stepper.mean(torch.stack(losses).mean())

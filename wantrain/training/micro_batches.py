@@ -16,38 +16,44 @@ from wantrain.batch import Batch, pinned
 from wantrain.data import share
 from wantrain.data.prefetch import prefetch
 from wantrain.losses import Draws
-from wantrain.training.alternation import Turns
-from wantrain.training.expert import Member
+from wantrain.training.alternation import ExpertAlternation
+from wantrain.training.expert import ExpertTrainer
 from wantrain.training.protocols import Data
 from wantrain.util import distributed
 from wantrain.util.seeds import generator_at
 
 
 def micro_batches(
-    data: Data, members: Mapping[str, Member], turns: Turns, *, start: int, until: int, seed: int
+    data: Data,
+    trainers: Mapping[str, ExpertTrainer],
+    alternation: ExpertAlternation,
+    *,
+    start: int,
+    until: int,
+    seed: int,
 ) -> Iterator[tuple[Batch, Draws]]:
     """This process's share of the optimizer steps from `start` to `until`, on the host."""
     rank, processes = distributed.rank(), distributed.world_size()
 
     def requests() -> Iterator[Callable[[], tuple[Batch, Draws]]]:
         for step in range(start, until):
-            name, own = turns.at(step)
-            plan, accumulate = members[name].plan, members[name].stepper.accumulate
+            name, own = alternation.at(step)
+            plan, accumulate = trainers[name].plan, trainers[name].stepper.accumulate
             samples = plan.batch(own)
             places = np.arange(own * plan.batch_size, (own + 1) * plan.batch_size)
             for micro_step in range(accumulate):
                 mine, positions = (share(each, micro_step, accumulate, rank, processes) for each in (samples, places))
-                yield partial(_ready, data, members[name], mine, positions, seed)
+                yield partial(_ready, data, trainers[name], mine, positions, seed)
 
     return prefetch(requests())
 
 
 def _ready(
-    data: Data, member: Member, samples: NDArray[np.int64], positions: NDArray[np.int64], seed: int
+    data: Data, trainer: ExpertTrainer, samples: NDArray[np.int64], positions: NDArray[np.int64], seed: int
 ) -> tuple[Batch, Draws]:
     """A micro-batch and what its loss draws, by the samples' positions in the run."""
     batch = data.load(samples, positions)
-    draws = member.loss.prepare(batch, [generator_at(seed, "noise", position) for position in batch.positions])
-    if member.stepper.device.type == "cpu":
+    draws = trainer.loss.prepare(batch, [generator_at(seed, "noise", position) for position in batch.positions])
+    if trainer.stepper.device.type == "cpu":
         return batch, draws
     return replace(batch, **pinned(batch)), replace(draws, **pinned(draws))

@@ -20,7 +20,7 @@ from wantrain.util.progress import report_progress
 
 
 @dataclass(frozen=True)
-class Kept:
+class Snapshot:
     """Weights as they were at one moment: their size in bytes, and what writes them into a folder and gives the sha256
     of each file of tensors.
     """
@@ -30,7 +30,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainableModule:
     """A module in training and its place on disk.
 
     part      folder of the diffusers layout: transformer, transformer_2 or vae
@@ -41,7 +41,7 @@ class Trainee:
     part: str
     metadata: Mapping[str, str | float] = field(default_factory=dict)
 
-    def snapshot(self, copy: Callable[[Tensor], Tensor]) -> Kept:
+    def snapshot(self, copy: Callable[[Tensor], Tensor]) -> Snapshot:
         """The weights of this moment: the adapter alone, or the whole part in the diffusers layout.
 
         `copy` makes of each parameter what is written.
@@ -49,13 +49,13 @@ class Trainee:
         if has_adapter(self.module):
             layers = adapter_layers(self.module, copy)
             size = sum(tensor.nbytes for layer in layers.values() for tensor in layer.tensors())
-            return Kept(
+            return Snapshot(
                 size, lambda folder: {folder / ADAPTER: write_lora(folder / ADAPTER, layers, metadata=self.metadata)}
             )
         config, tensors = self._layout()
         copies = {name: copy(tensor) for name, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in copies.values())
-        return Kept(size, lambda folder: write_part(folder / self.part, config, copies, metadata=self.metadata))
+        return Snapshot(size, lambda folder: write_part(folder / self.part, config, copies, metadata=self.metadata))
 
     @torch.no_grad()
     def read(self, folder: Path) -> None:

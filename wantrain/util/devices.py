@@ -1,4 +1,4 @@
-"""Where a verb computes: the device that was asked for, and why torch cannot use an NVIDIA card that is there.
+"""Where a command computes: the device that was asked for, and why torch cannot use an NVIDIA card that is there.
 
 The card is looked for without CUDA, in what the driver shows of itself: torch alone cannot tell a machine without a
 card from one whose CUDA does not work.
@@ -82,7 +82,7 @@ def _is_hidden() -> bool:
 
 
 def explain(card: Card, built_for: str | None, *, words: str = "") -> str:
-    """Why torch, built for CUDA `built_for` (None: built without), cannot use `card`, and the mend; one line.
+    """Why torch, built for CUDA `built_for` (None: built without), cannot use `card`, and the fix; one line.
 
     `words` is what torch itself said.
     """

@@ -32,10 +32,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def single_process(verb: str) -> None:
-    """Raise ValueError if a launcher started several processes of a verb that works as one."""
+def single_process(command: str) -> None:
+    """Raise ValueError if a launcher started several processes of a command that works as one."""
     if world_size() > 1:
-        raise ValueError(f"{verb} runs as one process, but {world_size()} were started; use python {verb}")
+        raise ValueError(f"{command} runs as one process, but {world_size()} were started; use python {command}")
 
 
 def cores() -> int:

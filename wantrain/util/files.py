@@ -50,16 +50,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def claim_folder(folder: Path, *, mark: str | None, key: str) -> None:
-    """Make `folder` ours to write into, or refuse: it must be absent, empty, or hold the file `mark` (None: no such).
+def claim_folder(folder: Path, *, sentinel: str | None, key: str) -> None:
+    """Make `folder` ours to write into, or refuse: it must be absent, empty, or hold the file `sentinel` (None:
+    no such).
 
     Hidden files do not count: they are our own locks and half-written files, which a kill may leave.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{key}={folder} is a file; give a folder")
     holds = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-    if holds and (mark is None or not (folder / mark).exists()):
-        why = "" if mark is None else f" (no {mark} in it)"
+    if holds and (sentinel is None or not (folder / sentinel).exists()):
+        why = "" if sentinel is None else f" (no {sentinel} in it)"
         raise ValueError(f"{key}={folder} holds something else{why}; give a new or empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from wantrain.data.footage.clips import Cut, Probe, Window, cut_windows, frames_on_screen, spans
+from wantrain.data.footage.clips import Cut, VideoInfo, Window, cut_windows, frames_on_screen, spans
 
 
 def probed(times, end):
-    return Probe(64, 64, np.asarray(times, dtype=np.float64), end)
+    return VideoInfo(64, 64, np.asarray(times, dtype=np.float64), end)
 
 
 def regular(count, rate, start=0.0):

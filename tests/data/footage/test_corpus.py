@@ -1,6 +1,6 @@
 """The torture corpus: every odd file ends as the frames that ffmpeg itself shows at the same times, or as a reject.
 
-The whole of shard.py runs over it at once: the run goes on, exits well, and its ledger has a place for each file.
+The whole of shard.py runs over it at once: the run goes on, exits well, and its stats has a place for each file.
 """
 
 import json
@@ -173,7 +173,7 @@ def check_frames(sample, path):
 
 
 def check_ledger(manifest):
-    for name, account in manifest["ledger"].items():
+    for name, account in manifest["stats"].items():
         scale = 1_000_000 if name == "seconds" else 1
         parts = [account["used"], *account["dropped"].values()]
         assert round(account["given"] * scale) == sum(round(part * scale) for part in parts), name
@@ -218,16 +218,16 @@ def test_from_every_mark_a_file_reads_on_as_from_its_start(corpus, monkeypatch):
     for name in (*GOOD, *COPIES, "claims_8k.mp4"):
         found = probe(folder / name)
         whole = list(read_whole(folder / name, found))
-        tried = Reader(folder / name, len(whole)).tried_marks(np.stack([look(frame) for frame in whole]))
-        marked[name] = [mark for mark in tried if mark is not None]
-        for mark in marked[name]:
-            onwards = Reader(folder / name, len(whole), [mark])
-            for number in range(mark.number, len(whole)):
-                np.testing.assert_array_equal(onwards.frame(number), whole[number], err_msg=f"{name} {mark}")
-            assert onwards.marks == [mark], f"{name}: {mark} was not found again"
+        tried = Reader(folder / name, len(whole)).tried_seek_points(np.stack([look(frame) for frame in whole]))
+        marked[name] = [seek_point for seek_point in tried if seek_point is not None]
+        for seek_point in marked[name]:
+            onwards = Reader(folder / name, len(whole), [seek_point])
+            for number in range(seek_point.number, len(whole)):
+                np.testing.assert_array_equal(onwards.frame(number), whole[number], err_msg=f"{name} {seek_point}")
+            assert onwards.seek_points == [seek_point], f"{name}: {seek_point} was not found again"
     assert marked["cut.mp4"] == marked["cut_hevc.mp4"] == []
     for name in ("h264.mp4", "h264_10.mkv", "prores.mov", "ntsc.mp4", "variable.mp4", "rotated.mp4", "fragmented.mp4"):
-        assert marked[name], f"{name} has no marks: it would be read from its start each time"
+        assert marked[name], f"{name} has no seek_points: it would be read from its start each time"
 
 
 def test_too_many_of_them_stop_the_work(corpus, tmp_path):
@@ -240,9 +240,9 @@ def test_too_many_of_them_stop_the_work(corpus, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["h264.mp4", pytest.param("hevc.mp4", marks=pytest.mark.slow), "vp9.webm",
-                                  pytest.param("fragmented.mp4", marks=pytest.mark.slow),
-                                  pytest.param("av1_10.webm", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("name", ["h264.mp4", pytest.param("hevc.mp4", seek_points=pytest.mark.slow), "vp9.webm",
+                                  pytest.param("fragmented.mp4", seek_points=pytest.mark.slow),
+                                  pytest.param("av1_10.webm", seek_points=pytest.mark.slow)])  # fmt: skip
 def test_a_file_that_is_cut_off_is_refused_or_right_as_far_as_it_goes(corpus, tmp_path, name):
     """Ten random places; of an mp4 the index stands in front, so that it looks whole."""
     folder, _ = corpus

@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 from wantrain.data import find_footage
-from wantrain.data.footage.clips import EPSILON, Cut, Probe, Window, cut_windows, frames_on_screen
+from wantrain.data.footage.clips import EPSILON, Cut, VideoInfo, Window, cut_windows, frames_on_screen
 from wantrain.data.footage.duplicates import look
 from wantrain.data.footage.probe import probe, read_whole, read_windows
-from wantrain.data.footage.reader import Mark, Reader
+from wantrain.data.footage.reader import Reader, SeekPoint
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ("-pix_fmt", "yuv420p", "-bf", "3", "-g", "30")
@@ -139,22 +139,22 @@ def seeks(monkeypatch, *, wrong_by=0, fail=None):
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    """A file of 120 frames with a keyframe every 20, its frames, and its marks."""
+    """A file of 120 frames with a keyframe every 20, its frames, and its seek_points."""
     path = tmp_path_factory.mktemp("long") / "long.mp4"
     encode(path, numbered(120), 24, "-pix_fmt", "yuv420p", "-bf", "3", "-g", "20", "-sc_threshold", "0")
     frames = list(read_whole(path, probe(path)))
-    marks = list(Reader(path, 120).tried_marks(np.stack([look(frame) for frame in frames])))
-    assert [mark.number for mark in marks] == [60]  # 48 or more from the start, and from one another
-    return path, frames, marks
+    seek_points = list(Reader(path, 120).tried_seek_points(np.stack([look(frame) for frame in frames])))
+    assert [seek_point.number for seek_point in seek_points] == [60]  # 48 or more from the start, and from one another
+    return path, frames, seek_points
 
 
 def test_what_lies_before_a_mark_is_not_read(long, monkeypatch):
-    path, frames, marks = long
+    path, frames, seek_points = long
     asked, skipped, real = seeks(monkeypatch), [], decord.VideoReader.skip_frames
     monkeypatch.setattr(decord.VideoReader, "skip_frames", lambda self, n: (skipped.append(n), real(self, n))[1])
     for first, expected, passed in [(0, [], 0), (59, [], 59), (60, [60], 0), (75, [60], 14), (110, [60], 49)]:
         window = Window(float(probe(path).times[first]), 5, native=True)
-        (clip,) = read_windows(path, probe(path), [window], 24, marks=marks)
+        (clip,) = read_windows(path, probe(path), [window], 24, seek_points=seek_points)
         np.testing.assert_array_equal(clip, np.stack(frames[first : first + 5]))
         assert asked == expected and sum(skipped) <= passed
         asked.clear()
@@ -173,20 +173,25 @@ def test_what_lies_before_a_mark_is_not_read(long, monkeypatch):
     ids=str,
 )
 def test_where_a_seek_is_wrong_the_file_is_read_forwards(long, monkeypatch, lie):
-    path, frames, marks = long
+    path, frames, seek_points = long
     asked, found = seeks(monkeypatch, **lie), probe(path)
     windows = [Window(float(found.times[first]), 5, native=True) for first in (3, 70, 100)]
-    for first, clip in zip((3, 70, 100), read_windows(path, found, windows, 24, marks=marks), strict=True):
+    for first, clip in zip((3, 70, 100), read_windows(path, found, windows, 24, seek_points=seek_points), strict=True):
         np.testing.assert_array_equal(clip, np.stack(frames[first : first + 5]))
     assert asked == [60]  # and never again
-    looks = np.stack([look(frame) for frame in frames])
-    assert list(Reader(path, 120).tried_marks(looks)) == [None]
+    thumbnails = np.stack([look(frame) for frame in frames])
+    assert list(Reader(path, 120).tried_seek_points(thumbnails)) == [None]
 
 
 def test_a_mark_of_another_file_changes_nothing(long):
     path, frames, _ = long
-    for mark in (Mark(60, "0" * 16), Mark(61, "0" * 16), Mark(119, "0" * 16), Mark(5000, "0" * 16)):
-        reader = Reader(path, 120, [mark])
+    for seek_point in (
+        SeekPoint(60, "0" * 16),
+        SeekPoint(61, "0" * 16),
+        SeekPoint(119, "0" * 16),
+        SeekPoint(5000, "0" * 16),
+    ):
+        reader = Reader(path, 120, [seek_point])
         np.testing.assert_array_equal(reader.frame(119), frames[119])
 
 
@@ -196,7 +201,7 @@ def test_a_frame_that_looks_like_another_is_no_mark(tmp_path):
     encode(tmp_path / "still.mp4", frames, 24, "-pix_fmt", "yuv420p", "-g", "20", "-crf", "30")
     shown = list(read_whole(tmp_path / "still.mp4", probe(tmp_path / "still.mp4")))
     alike = np.stack([look(shown[0])] * 120)
-    assert list(Reader(tmp_path / "still.mp4", 120).tried_marks(alike)) == []
+    assert list(Reader(tmp_path / "still.mp4", 120).tried_seek_points(alike)) == []
 
 
 def test_frames_at_a_constant_rate_are_those_of_arithmetic(videos):
@@ -285,7 +290,7 @@ def test_damaged_files_are_refused_with_a_reason(videos, tmp_path, name, reason)
 
 
 def probed(times, end):
-    return Probe(64, 64, np.asarray(times, dtype=np.float64), end)
+    return VideoInfo(64, 64, np.asarray(times, dtype=np.float64), end)
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 17, 81])
@@ -331,7 +336,7 @@ def test_a_long_file_is_read_in_several_sittings(videos, monkeypatch):
         windows = cut_windows(found, Cut(5, 16))
         assert len(windows) > 4
         whole = list(read_windows(videos / name, found, windows, 16))
-        monkeypatch.setattr("wantrain.data.footage.probe.SITTING_BYTES", 2 * whole[0].nbytes)
+        monkeypatch.setattr("wantrain.data.footage.probe.READ_PASS_BYTES", 2 * whole[0].nbytes)
         for clip, same in zip(read_windows(videos / name, found, windows, 16), whole, strict=True):
             np.testing.assert_array_equal(clip, same)
         monkeypatch.undo()

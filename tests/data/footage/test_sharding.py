@@ -1,4 +1,4 @@
-"""Cutting: every file, clip and second has its place in the ledger; what stands still or looks alike is found."""
+"""Cutting: every file, clip and second has its place in the stats; what stands still or looks alike is found."""
 
 import json
 import shutil
@@ -31,12 +31,12 @@ def cut(source, out, **changes):
 
 def check_ledger(manifest):
     """What came in is what was used and what was dropped, to the microsecond; and it is what is in the shards."""
-    for name, account in manifest["ledger"].items():
+    for name, account in manifest["stats"].items():
         scale = 1_000_000 if name == "seconds" else 1
         parts = [account["used"], *account["dropped"].values()]
         assert round(account["given"] * scale) == sum(round(part * scale) for part in parts), name
         assert min(parts) >= 0
-    files, clips = manifest["ledger"]["files"], manifest["ledger"]["clips"]
+    files, clips = manifest["stats"]["files"], manifest["stats"]["clips"]
     assert (files["given"], files["used"]) == (manifest["files_seen"], manifest["files_used"])
     assert sum(files["dropped"].values()) == manifest["files_rejected"]
     assert clips["used"] == manifest["clips"]
@@ -75,7 +75,7 @@ def footage(tmp_path_factory):
 
 def test_the_ledger_has_a_place_for_everything(footage, tmp_path, capsys):
     manifest = cut(footage, tmp_path / "out")
-    files, clips, seconds = (manifest["ledger"][name] for name in ("files", "clips", "seconds"))
+    files, clips, seconds = (manifest["stats"][name] for name in ("files", "clips", "seconds"))
     assert files == {
         "given": 10,
         "used": 5,
@@ -99,10 +99,10 @@ def test_the_ledger_has_a_place_for_everything(footage, tmp_path, capsys):
 
 @pytest.mark.parametrize("choice", ["first", "middle", "random"])
 def test_what_one_clip_of_each_file_leaves_is_accounted_for(footage, tmp_path, choice):
-    ledger = cut(footage, tmp_path / "out", clips=choice)["ledger"]
-    assert ledger["clips"]["used"] == 5
-    assert ledger["seconds"]["used"] == pytest.approx((17 * 3 + 9) / 16)
-    assert ledger["seconds"]["dropped"][f"not in the {choice} clip"] == pytest.approx((23 + 47 + 3 + 7) / 16)
+    stats = cut(footage, tmp_path / "out", clips=choice)["stats"]
+    assert stats["clips"]["used"] == 5
+    assert stats["seconds"]["used"] == pytest.approx((17 * 3 + 9) / 16)
+    assert stats["seconds"]["dropped"][f"not in the {choice} clip"] == pytest.approx((23 + 47 + 3 + 7) / 16)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_clips_that_stand_still_are_found_and_dropped_if_asked_for(footage, tmp_
     assert "1 clips stand still (first: still.mp4 (clip 0)); static=drop" in capsys.readouterr().out
     manifest = cut(footage, tmp_path / "dropped", static="drop")
     assert "still.mp4" not in samples(tmp_path / "dropped")
-    assert manifest["ledger"]["clips"]["dropped"] == {"static": 1}
-    assert manifest["ledger"]["seconds"]["dropped"]["static"] == pytest.approx(17 / 16)
+    assert manifest["stats"]["clips"]["dropped"] == {"static": 1}
+    assert manifest["stats"]["seconds"]["dropped"]["static"] == pytest.approx(17 / 16)
     rejects = map(json.loads, (tmp_path / "dropped" / "rejects.jsonl").read_text().splitlines())
     assert "none of its clips is used" in {row["name"]: row["reason"] for row in rejects}["still.mp4"]
 
@@ -148,7 +148,7 @@ def test_look_alikes_are_found_and_dropped_if_asked_for(footage, tmp_path, capsy
     ]
     assert "2 clips look like one of another file (first: long.mp4" in capsys.readouterr().out
     manifest = cut(footage, tmp_path / "dropped", duplicates="drop")
-    assert manifest["ledger"]["clips"]["dropped"] == {"duplicate": 2}
+    assert manifest["stats"]["clips"]["dropped"] == {"duplicate": 2}
     assert [row["start"] for row in samples(tmp_path / "dropped")["long.mp4"].about["windows"]] == [34 / 16]
 
 
@@ -177,11 +177,11 @@ def test_a_group_is_all_that_look_alike_also_through_others():
 def test_clips_of_different_things_are_not_alike(tmp_path):
     """Two hundred wandering views of pictures of blots: none stands still, none looks like another."""
     generator = np.random.default_rng(0)
-    looks = [np.stack([look(frame) for frame in moving(1, seed=seed, rate=5)]) for seed in range(200)]
+    thumbnails = [np.stack([look(frame) for frame in moving(1, seed=seed, rate=5)]) for seed in range(200)]
     memory = Memory()
-    assert not any(is_still(clip) for clip in looks)
-    assert [memory.find(remember(n, f"{n}", clip)) for n, clip in enumerate(looks)] == [None] * 200
-    for n, clip in enumerate(looks):
+    assert not any(is_still(clip) for clip in thumbnails)
+    assert [memory.find(remember(n, f"{n}", clip)) for n, clip in enumerate(thumbnails)] == [None] * 200
+    for n, clip in enumerate(thumbnails):
         noisy = np.clip(clip + generator.normal(0, 1, clip.shape).round(), 0, 255).astype(np.uint8)
         assert memory.find(remember(200 + n, "", noisy)).file == n
 
@@ -245,7 +245,7 @@ def starts_at_scenes(source, out):
     manifest = cut(source, out, scenes="split")
     (sample,) = samples(out).values()
     assert [round(row["start"] * 16) for row in sample.about["windows"]] == [0, 17, 40, 65]
-    assert manifest["ledger"]["seconds"]["dropped"] == {"rest, shorter than a clip": pytest.approx((6 + 8 + 5) / 16)}
+    assert manifest["stats"]["seconds"]["dropped"] == {"rest, shorter than a clip": pytest.approx((6 + 8 + 5) / 16)}
 
 
 def test_no_clip_goes_across_a_cut(three_scenes, detector, tmp_path):
@@ -322,7 +322,7 @@ def test_a_set_of_tars_at_an_address_becomes_video_shards(call, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("verb", "arguments", "problem"),
+    ("command", "arguments", "problem"),
     [
         ("shard.py", ["clips=last"], "clips=last is unknown; choose one of all, first, middle, random"),
         ("shard.py", ["fps=fast"], "fps=fast must be a number, or one of native, resample"),
@@ -337,8 +337,8 @@ def test_a_set_of_tars_at_an_address_becomes_video_shards(call, tmp_path):
         ("encode.py", ["upscale.limit=0"], "error: upscale.limit=0 must be above 0; 1 allows no enlarging"),
     ],
 )
-def test_choices_that_are_none_are_told_before_any_work(call, tmp_path, verb, arguments, problem):
-    where = {"shard.py": ["source=."], "encode.py": ["shards=."]}[verb]
-    ended = call(verb, *where, "out=out", *arguments, check=False)
+def test_choices_that_are_none_are_told_before_any_work(call, tmp_path, command, arguments, problem):
+    where = {"shard.py": ["source=."], "encode.py": ["shards=."]}[command]
+    ended = call(command, *where, "out=out", *arguments, check=False)
     assert problem in ended.stderr
     assert not (tmp_path / "out").exists()

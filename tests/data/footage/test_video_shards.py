@@ -174,7 +174,7 @@ def test_too_many_bad_files_stop_the_work(footage, tmp_path):
     assert [row["name"] for row in read_rejects(out)] == ["broken-0.mp4", "broken-1.mp4"]
     with pytest.raises(ValueError, match="is not finished"):
         read_manifest(out, "video")
-    # After the mend the same command works in the same folder.
+    # After the fix the same command works in the same folder.
     for path in footage.glob("broken-*"):
         path.unlink()
     assert shard(footage, out)["files_used"] == 7

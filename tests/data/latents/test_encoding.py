@@ -510,11 +510,11 @@ def test_marks_reach_who_reads_and_change_nothing(tmp_path, monkeypatch):
     (tmp_path / "footage" / "cut.txt").write_text("two things")
     shard(tmp_path / "footage", tmp_path / "with")
     (sample,) = read_video_shards(tmp_path / "with", read_manifest(tmp_path / "with", "video"))
-    assert [number for number, _ in sample.about["marks"]] == [60]
+    assert [number for number, _ in sample.about["seek_points"]] == [60]
     whole = list(read_sample(sample))
 
     def read_the_end(request):
-        assert request["marks"] == sample.about["marks"]
+        assert request["seek_points"] == sample.about["seek_points"]
         windows, seeks, real = request["windows"], [], Reader._seek
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Reader, "_seek", lambda self, number: (seeks.append(number), real(self, number))[1])
@@ -523,7 +523,7 @@ def test_marks_reach_who_reads_and_change_nothing(tmp_path, monkeypatch):
         yield from read_clips(request)
 
     encode(tmp_path / "with", tmp_path / "latents", read=read_the_end, rejects_limit=0.0)
-    monkeypatch.setattr(Survey, "marks", [])
+    monkeypatch.setattr(Survey, "seek_points", [])
     shard(tmp_path / "footage", tmp_path / "without")
     encode(tmp_path / "without", tmp_path / "same")
     assert members(tmp_path / "same") == members(tmp_path / "latents") != {}
@@ -557,7 +557,7 @@ def test_every_clip_has_its_place_in_the_ledger(damaged, videos, tmp_path):
     seen = read_manifest(tmp_path / "more", "video")["clips"]
     sizes = geometry.Buckets((4096,), (1.0, 16 / 9), 16, upscale=1.5)
     manifest = encode(tmp_path / "more", tmp_path / "out", rejects_limit=0.5, sizes=sizes)
-    clips, seconds, cropped = manifest["ledger"]["clips"], manifest["ledger"]["seconds"], manifest["cropped"]
+    clips, seconds, cropped = manifest["stats"]["clips"], manifest["stats"]["seconds"], manifest["cropped"]
     assert clips == {
         "given": seen,
         "used": manifest["clips"],

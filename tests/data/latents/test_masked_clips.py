@@ -185,7 +185,7 @@ def test_masks_travel_with_their_footage_and_clips_without_one_are_left_out(vide
     manifest = read_manifest(videos, "video")
     assert manifest["files_rejected"] == 2, "the masks themselves"
     encode(videos, tmp_path / "painted", {"mask": 1.0}, "channels")
-    told = read_manifest(tmp_path / "painted", "latent")["ledger"]
+    told = read_manifest(tmp_path / "painted", "latent")["stats"]
     assert told["clips"] == {"given": 12, "used": 4, "dropped": {"not for this condition": 8}}
     assert told["seconds"]["given"] * MICRO == (told["seconds"]["used"] + 2 * told["seconds"]["used"]) * MICRO
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "painted" / "rejects.jsonl").read_text().splitlines()]

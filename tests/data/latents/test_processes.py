@@ -19,7 +19,7 @@ import pytest
 
 from wantrain.data import check_folder, read_manifest
 from wantrain.data.latents import heartbeat
-from wantrain.data.latents.heartbeat import Attendance
+from wantrain.data.latents.heartbeat import Heartbeat
 from wantrain.data.latents.index import Index
 from wantrain.demo.footage import make_footage
 
@@ -158,7 +158,7 @@ def two(monkeypatch, tmp_path):
     def attend(rank, state, plan="plan"):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        present = Attendance(tmp_path, plan, patience=0.3)
+        present = Heartbeat(tmp_path, plan, heartbeat_timeout=0.3)
         if state is not None:
             present.say(state, now=True)
         return present

@@ -233,13 +233,15 @@ finally:
 def test_the_model_keeps_its_own_precision_under_every_engine(engine, tiny, pair, launch, tmp_path):
     (tmp_path / "seen.py").write_text(SEEN)
     command = (*tiny.train, f"weights={pair}", "batch_size=2", "steps=2", "precision=bf16", "adapter=lora", "run=r")
-    ended = launch(engine, ROOT / "train.py", *command, "check_expert=off", "tripwires.hang=7200", script="seen.py")
+    ended = launch(engine, ROOT / "train.py", *command, "check_expert=off", "safeguards.hang=7200", script="seen.py")
     assert ended.foreign == []
     timesteps = []
     for rank in (0, 1):
         seen = json.loads((tmp_path / f"rank_{rank}.json").read_text())
         assert (seen["engine"], seen["processes"]) == (engine, 2)
-        assert set(seen["timeouts"]) == {7200 + 300}, "tripwires.hang and a little more, in the engine's own groups too"
+        assert set(seen["timeouts"]) == {7200 + 300}, (
+            "safeguards.hang and a little more, in the engine's own groups too"
+        )
         assert len(seen["timeouts"]) >= (2 if engine.startswith("zero") else 1)
         assert seen["block"] == {
             "residual": ["float32", "float32"],
@@ -260,9 +262,9 @@ def drawn(count):
     from wantrain import flow
     from wantrain.util.seeds import generator_at
 
-    law = {"density": "uniform", "shift": 3.0, "window": flow.NoiseWindow(0.0, 0.875)}
+    distribution = {"density": "uniform", "shift": 3.0, "window": flow.NoiseWindow(0.0, 0.875)}
     streams = [generator_at(0, "noise", position) for position in range(count)]
-    return [1000 * flow.draw_sigma(1, generator=stream, **law).item() for stream in streams]
+    return [1000 * flow.draw_sigma(1, generator=stream, **distribution).item() for stream in streams]
 
 
 def test_a_pair_under_zero_is_one_error_that_names_the_two_jobs(tiny, launch, tmp_path):

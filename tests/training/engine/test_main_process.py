@@ -77,9 +77,9 @@ def pair(tmp_path, environment):
     started = []
 
     def start(scenario):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
+        with socket.socket() as evaluator:
+            evaluator.bind(("localhost", 0))
+            port = evaluator.getsockname()[1]
         for rank in (0, 1):
             place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
             env = {**environment, **place, "PYTHONPATH": str(ROOT)}
@@ -158,8 +158,8 @@ def test_one_process_waits_for_nobody():
 
 
 def test_a_collective_lasts_longer_than_the_watchdog_waits():
-    assert accelerator.patience(3600) > timedelta(seconds=3600 + GRACE)
-    assert accelerator.patience(None) == timedelta(days=1)
+    assert accelerator.timeout(3600) > timedelta(seconds=3600 + GRACE)
+    assert accelerator.timeout(None) == timedelta(days=1)
 
 
 #: Around train.py: from the start on no collective may take longer than LIMIT, and whatever the main process does for
@@ -194,7 +194,7 @@ def slow(owner, name, what):
     setattr(owner, name, outer)
 
 accelerator.start_accelerator = limited
-stepper.share_patience = lambda: None  # which would take the limit away again
+stepper.share_timeout = lambda: None  # which would take the limit away again
 slow(config, "base", "download")
 slow(checkpoint.Checkpoints, "newest", "hash")
 slow(readings, "_read", "readings")

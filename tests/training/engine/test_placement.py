@@ -25,11 +25,11 @@ def test_what_an_engine_cannot_do_is_said_before_anything_starts(engine, given, 
     monkeypatch.setattr(placement, "engine_of", lambda accelerator: engine)
     experts = config.experts(config.compose("train", given))
     with pytest.raises(ValueError, match=re.escape(message)):
-        placement.find_home(Alone(), {name: config.plain(own) for name, own in experts.items()})
+        placement.find_placement(Alone(), {name: config.plain(own) for name, own in experts.items()})
 
 
 class Alone:
-    """As much of an Accelerator as a home needs."""
+    """As much of an Accelerator as a placement needs."""
 
     device = torch.device("cpu")
 
@@ -38,5 +38,5 @@ def test_a_home_loads_on_the_host_what_is_cut_up_or_waits_there(monkeypatch):
     for engine, given, hosted in (("ddp", [], False), ("single", ["adapter=lora", "experts.idle=cpu"], True)):
         monkeypatch.setattr(placement, "engine_of", lambda accelerator, engine=engine: engine)
         experts = config.experts(config.compose("train", ["expert=both", *given]))
-        home = placement.find_home(Alone(), {name: config.plain(own) for name, own in experts.items()})
-        assert (home.residence is not None) == hosted
+        found = placement.find_placement(Alone(), {name: config.plain(own) for name, own in experts.items()})
+        assert (found.swapper is not None) == hosted

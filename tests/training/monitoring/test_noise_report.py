@@ -16,8 +16,8 @@ BELL = Gaussian(center=0.5, width=0.5, peak=2.0764, to_zero=True)
 
 
 def law_of(report, name="low_noise", number=0):
-    law = report[name]["laws"][number]
-    return law, *(np.array(law[key]) for key in ("sigma", "density", "weight", "effective_density"))
+    distribution = report[name]["distributions"][number]
+    return distribution, *(np.array(distribution[key]) for key in ("sigma", "density", "weight", "effective_density"))
 
 
 def test_the_effective_density_is_that_of_the_draws_times_the_weight(tmp_path):
@@ -29,9 +29,9 @@ def test_the_effective_density_is_that_of_the_draws_times_the_weight(tmp_path):
     noise_report.write(tmp_path, losses, ["17x64x64"], multiple=16)
     report = json.loads((tmp_path / "noise.json").read_text())
     for name, mean in (("high_noise", 0.34), ("low_noise", 1.47)):
-        loss, (law, edges, density, _, effective) = losses[name], law_of(report, name)
-        assert law["mean_weight"] == pytest.approx(mean, abs=0.01)
-        assert law["share_of_all_noise"] == pytest.approx(loss.mass)
+        loss, (distribution, edges, density, _, effective) = losses[name], law_of(report, name)
+        assert distribution["mean_weight"] == pytest.approx(mean, abs=0.01)
+        assert distribution["share_of_all_noise"] == pytest.approx(loss.mass)
         assert edges[0] == loss.window.low and edges[-1] == loss.window.high
         for curve in (density, effective):
             assert (curve * np.diff(edges)).sum() == pytest.approx(1)
@@ -47,23 +47,25 @@ def test_the_effective_density_is_that_of_the_draws_times_the_weight(tmp_path):
 def test_the_mean_weight_is_the_integral_over_the_law(tmp_path):
     loss = FlowMatching(density="logit_normal", shift=3.0, low=0.0, high=0.875, weighting="cosmap")
     noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64"], multiple=16)
-    law, *_ = law_of(json.loads((tmp_path / "noise.json").read_text()))
+    distribution, *_ = law_of(json.loads((tmp_path / "noise.json").read_text()))
 
-    def height(sigma):  # of the law of sigma, by the change of variables
+    def height(sigma):  # of the distribution of sigma, by the change of variables
         u = sigma / (3 - 2 * sigma)
         z = np.log(u / (1 - u))
         return np.exp(-(z**2) / 2) / (u * (1 - u)) * 3 / (3 - 2 * sigma) ** 2
 
     whole, _ = integrate.quad(height, 0, 0.875)
     weighed, _ = integrate.quad(lambda s: height(s) * loss.weight(torch.tensor(s)).item(), 0, 0.875)
-    assert law["mean_weight"] == pytest.approx(weighed / whole, rel=1e-4)
+    assert distribution["mean_weight"] == pytest.approx(weighed / whole, rel=1e-4)
 
 
 def test_a_shift_by_tokens_gives_a_law_for_each_size_of_clip(tmp_path):
     loss = FlowMatching(shift=RootShift(base=3.0, num_frames=17, area=4096, multiple=16), high=0.875)
     noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64", "17x32x128", "17x128x128"], multiple=16)
     report = json.loads((tmp_path / "noise.json").read_text())
-    assert [(law["tokens"], law["shift"]) for law in report["low_noise"]["laws"]] == [(80, 3.0), (320, 6.0)]
+    assert [
+        (distribution["tokens"], distribution["shift"]) for distribution in report["low_noise"]["distributions"]
+    ] == [(80, 3.0), (320, 6.0)]
 
 
 def test_going_on_under_another_law_is_refused_and_a_loss_without_noise_has_no_report(tmp_path):
@@ -73,7 +75,9 @@ def test_going_on_under_another_law_is_refused_and_a_loss_without_noise_has_no_r
 
     write(2)
     write(2)
-    with pytest.raises(ValueError, match=r"noise\.json: low_noise was trained on another law of noise.*run=NAME"):
+    with pytest.raises(
+        ValueError, match=r"noise\.json: low_noise was trained on another distribution of noise.*run=NAME"
+    ):
         write(3)
     noise_report.write(tmp_path / "vae", {"vae": object()}, [], multiple=16)
     assert not (tmp_path / "vae").exists()

@@ -1,4 +1,4 @@
-"""Every tripwire trips on its planted fault, at its first step; a run without faults trips none."""
+"""Every safeguard trips on its planted fault, at its first step; a run without faults trips none."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from wantrain.models import adapters
 from wantrain.models.formats.weights import read_file
 from wantrain.training.engine import optim
 from wantrain.training.engine.engine import Stepper
-from wantrain.training.monitoring.safeguards import SEEN, SLICES, Usual
+from wantrain.training.monitoring.safeguards import SEEN, SLICES, LossBaseline
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 RUN = ("init=scratch", "batch_size=4", "steps=6", "checkpoint.every=1", "checkpoint.keep=9", "run=r")
@@ -54,7 +54,7 @@ def checkpoint(tmp_path, step):
 
 def test_a_sound_run_trips_nothing(tiny, call, tmp_path):
     ended = call("train.py", *tiny.train, *RUN)
-    assert not (tmp_path / "runs" / "r" / "tripped.jsonl").exists()
+    assert not (tmp_path / "runs" / "r" / "safeguards.jsonl").exists()
     assert "updated" not in ended.stdout and "times what is usual" not in ended.stdout
 
 
@@ -69,7 +69,7 @@ def test_a_loss_that_is_no_number_updates_nothing_and_names_its_samples(value, m
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), "weights, moments, average"
     assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items()), "and then it goes on"
-    (row,) = rows_of(tmp_path, "tripped.jsonl")
+    (row,) = rows_of(tmp_path, "safeguards.jsonl")
     assert (row["step"], row["wire"], row["expert"], len(row["samples"])) == (3, "gradient", "low_noise", 4)
     assert [sample["position"] for sample in row["samples"]] == [8, 9, 10, 11]
     assert all(0 < sample["sigma"] < 0.875 and sample["id"] for sample in row["samples"])
@@ -90,7 +90,7 @@ def test_one_gradient_that_is_no_number_updates_nothing(tiny, call, tmp_path, mo
     call("train.py", *tiny.train, *RUN)
     before, after = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
-    assert [row["step"] for row in rows_of(tmp_path, "tripped.jsonl")] == [2]
+    assert [row["step"] for row in rows_of(tmp_path, "safeguards.jsonl")] == [2]
 
 
 def test_after_three_such_steps_in_a_row_the_run_ends_and_the_last_good_checkpoint_stands(
@@ -100,7 +100,7 @@ def test_after_three_such_steps_in_a_row_the_run_ends_and_the_last_good_checkpoi
                                                               value=record.value * math.nan))  # fmt: skip
     ended = call("train.py", *tiny.train, *RUN, check=False)
     assert "step 6: the gradient's norm is nan" in ended.error and "3 steps in a row" in ended.error
-    first = rows_of(tmp_path, "tripped.jsonl")[-1]["samples"][0]["id"]
+    first = rows_of(tmp_path, "safeguards.jsonl")[-1]["samples"][0]["id"]
     assert f"first such sample: {first}" in ended.error
     assert (tmp_path / "runs/r/checkpoints/step_000005").is_dir()
     monkeypatch.undo()
@@ -111,12 +111,12 @@ def test_a_thirtyfold_loss_is_said_with_its_worst_sample(tiny, call, tmp_path, m
     steps = 80
     spoiled(monkeypatch, {steps - 3}, lambda record: replaced(record, per_sample=record.per_sample * 30))
     ended = call("train.py", *tiny.train, *RUN[:2], "run=r", f"steps={steps}", "batch_size=8")
-    (row,) = rows_of(tmp_path, "tripped.jsonl")
+    (row,) = rows_of(tmp_path, "safeguards.jsonl")
     assert (row["step"], row["wire"]) == (steps - 3, "spike") and 10 < row["times_usual"] < 90
     worst = max(row["samples"], key=lambda sample: sample["loss"])
     assert f"the worst sample {worst['id']}" in ended.stdout
-    call("train.py", *tiny.train, *RUN[:2], "run=quiet", f"steps={steps}", "batch_size=8", "tripwires.spike=null")
-    assert not (tmp_path / "runs/quiet/tripped.jsonl").exists()
+    call("train.py", *tiny.train, *RUN[:2], "run=quiet", f"steps={steps}", "batch_size=8", "safeguards.spike=null")
+    assert not (tmp_path / "runs/quiet/safeguards.jsonl").exists()
 
 
 def test_a_thousandfold_loss_updates_nothing_also_after_a_restart(tiny, call, tmp_path, monkeypatch):
@@ -131,16 +131,16 @@ def test_a_thousandfold_loss_updates_nothing_also_after_a_restart(tiny, call, tm
     before, after, next_one = (checkpoint(tmp_path, step) for step in (60, 61, 62))
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), "weights and moments"
     assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items()), "and then it goes on"
-    (row,) = rows_of(tmp_path, "tripped.jsonl")
+    (row,) = rows_of(tmp_path, "safeguards.jsonl")
     assert (row["step"], row["wire"]) == (61, "spike") and 300 < row["times_usual"] < 3000
     assert re.search(
-        r"step 61: the loss is \d+ times .* \(tripwires.refuse=100\), so nothing was updated", ended.stdout
+        r"step 61: the loss is \d+ times .* \(safeguards.refuse=100\), so nothing was updated", ended.stdout
     )
 
 
 def test_what_is_usual_is_learned_for_each_noise_level():
     """Losses that differ a thousandfold between noise levels are all usual; tenfold at one level is not."""
-    usual = Usual(flow.NoiseWindow(0.0, 0.875))
+    usual = LossBaseline(flow.NoiseWindow(0.0, 0.875))
     sigmas = [0.875 * (slot + 0.5) / SLICES for slot in range(SLICES)]
     losses = [10 ** (-3 * slot / SLICES) for slot in range(SLICES)]
     sigmas, losses = torch.tensor(sigmas), torch.tensor(losses)
@@ -150,7 +150,7 @@ def test_what_is_usual_is_learned_for_each_noise_level():
     assert usual.excess(sigmas, losses) == pytest.approx(1.0, rel=0.2)
     for sigma, loss in zip(sigmas, losses, strict=True):
         assert usual.excess(sigma[None], 10 * loss[None]) == pytest.approx(10.0, rel=0.2)
-    once, apart = (Usual(flow.NoiseWindow(0.0, 0.875)) for _ in range(2))
+    once, apart = (LossBaseline(flow.NoiseWindow(0.0, 0.875)) for _ in range(2))
     for _ in range(SEEN):
         once.learn(sigmas.repeat(4), losses.repeat(4))
         for _ in range(4):
@@ -263,7 +263,7 @@ def test_a_fault_on_one_rank_updates_nothing_on_any(engine, tiny, planted, tmp_p
     before, after, next_one = (checkpoint(tmp_path, step) for step in (2, 3, 4))
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items())
-    rows = rows_of(tmp_path, "tripped.jsonl")
+    rows = rows_of(tmp_path, "safeguards.jsonl")
     assert sorted((row["rank"], row["step"]) for row in rows) == [(0, 3), (1, 3)], "each rank writes its own samples"
     assert sorted(sample["position"] for row in rows for sample in row["samples"]) == [8, 9, 10, 11]
 
@@ -276,7 +276,7 @@ def test_a_spike_on_one_rank_updates_nothing_on_any(engine, tiny, planted, tmp_p
     before, after, next_one = (checkpoint(tmp_path, step) for step in (39, 40, 41))
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items())
-    rows = rows_of(tmp_path, "tripped.jsonl")
+    rows = rows_of(tmp_path, "safeguards.jsonl")
     assert sorted((row["rank"], row["step"], row["wire"]) for row in rows) == [(0, 40, "spike"), (1, 40, "spike")]
     assert rows[0]["times_usual"] == rows[1]["times_usual"] > 100
 
@@ -297,9 +297,9 @@ def test_ranks_that_do_not_belong_together_end_the_run_at_the_first_step(fault, 
 
 def test_a_rank_that_never_comes_ends_all_of_them_with_their_stacks(tiny, planted, tmp_path):
     began = time.monotonic()
-    ended = planted("ddp", "hang", *tiny.train, *RUN, "tripwires.hang=4", "validation.every=1000", check=False)
+    ended = planted("ddp", "hang", *tiny.train, *RUN, "safeguards.hang=4", "validation.every=1000", check=False)
     assert ended.returncode != 0 and time.monotonic() - began < 150
-    assert "error: nothing has happened for 4 s (tripwires.hang) while training step 2" in ended.stderr
+    assert "error: nothing has happened for 4 s (safeguards.hang) while training step 2" in ended.stderr
     assert "time.sleep(1000)" in ended.stderr or "planted.py" in ended.stderr, "the stack that hangs is shown"
     left = subprocess.run(["pgrep", "-f", str(tmp_path / "planted.py")], capture_output=True, text=True, check=False)
     assert not left.stdout, "no process stays behind"

@@ -12,10 +12,10 @@ import pytest
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.monitoring import trackers
 from wantrain.training.monitoring.metrics import Metrics
-from wantrain.training.monitoring.trackers import Behind, build_tracker
+from wantrain.training.monitoring.trackers import AsyncTracker, build_tracker
 
 
-class Kept:
+class Snapshot:
     """A tracker that keeps what it is told, after `delay` seconds each time."""
 
     def __init__(self, delay=0.0):
@@ -48,9 +48,9 @@ def logged(path):
 
 
 def test_a_tracker_is_told_everything_in_order_by_its_own_thread(tmp_path):
-    kept, makers = Kept(), []
+    kept, makers = Snapshot(), []
     metrics = Metrics(tmp_path / "metrics.jsonl", steps=9)
-    metrics.tracker = Behind(lambda: makers.append(threading.current_thread()) or kept)
+    metrics.tracker = AsyncTracker(lambda: makers.append(threading.current_thread()) or kept)
     steps(metrics, 9)
     metrics.tracker.close()
     assert [told[0] for told in kept.told[:-1]] == list(range(1, 10)) and kept.told[-1] == "closed"
@@ -66,13 +66,13 @@ def test_whatever_is_wrong_with_it_steps_take_no_longer_and_the_log_is_whole(fau
             raise ConnectionError("no route to host")
         if fault == "exits":
             raise SystemExit(1)
-        kept = Kept(30.0 if fault == "slow" else 0.0)
+        kept = Snapshot(30.0 if fault == "slow" else 0.0)
         if fault == "breaks off":
             kept.scalars = lambda step, values: 1 / 0
         return kept
 
     metrics = Metrics(tmp_path / "metrics.jsonl", steps=40)
-    metrics.tracker = Behind(make, patience=0.5)
+    metrics.tracker = AsyncTracker(make, timeout=0.5)
     assert steps(metrics, 40) < 1.0, "nobody waits thirty seconds"
     began = time.perf_counter()
     metrics.tracker.close()
@@ -84,7 +84,7 @@ def test_whatever_is_wrong_with_it_steps_take_no_longer_and_the_log_is_whole(fau
 
 def test_what_a_tracker_cannot_take_in_time_is_left_out_and_that_is_said_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trackers, "WAITING", 5)
-    tracker = Behind(lambda: Kept(30.0), patience=0.1)
+    tracker = AsyncTracker(lambda: Snapshot(30.0), timeout=0.1)
     for step in range(50):
         tracker.scalars(step, {"loss": 1.0})
     tracker.close()
@@ -105,7 +105,7 @@ def test_a_run_with_a_broken_tracker_ends_well(tiny, call, tmp_path, monkeypatch
 
 def test_an_error_that_ends_a_run_is_told_to_its_tracker_with_the_last_steps(tiny, call, tmp_path, monkeypatch):
     """Steps since the last line on the console are in the log and with the tracker, and it is told how it ended."""
-    kept, step, calls = Kept(), Stepper.step, iter(range(1, 100))
+    kept, step, calls = Snapshot(), Stepper.step, iter(range(1, 100))
 
     def breaking(self, *, update):
         if next(calls) == 4:

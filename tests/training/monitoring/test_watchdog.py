@@ -55,7 +55,7 @@ def test_what_stands_still_is_ended_with_a_word_every_stack_and_its_own_code(wor
     ended = run(work)
     assert time.monotonic() - began < 60, "on a busy machine, with the imports"
     assert ended.returncode == HUNG == 75 and "beaten" in ended.stdout and "left" not in ended.stdout
-    assert "error: nothing has happened for 1 s (tripwires.hang) while work of 100 % weight" in ended.stderr
+    assert "error: nothing has happened for 1 s (safeguards.hang) while work of 100 % weight" in ended.stderr
     assert "exit code 75. The same command goes on from the last checkpoint" in ended.stderr
     stacks = ended.stderr.partition("error: nothing")[2]
     assert "most recent call first" in stacks and 'File "<string>"' in stacks, "the stacks follow what is said"
@@ -163,12 +163,12 @@ SLOW = """
 import itertools, runpy, sys, time
 sys.path.insert(0, {root!r})
 import matplotlib.pyplot  # on a busy machine an import alone takes seconds
-from wantrain.training.validation.measure import Probe
-calls, errors = itertools.count(1), Probe._errors
+from wantrain.training.validation.measure import Evaluator
+calls, errors = itertools.count(1), Evaluator._errors
 def slow(self, clip):
     time.sleep(1000 if next(calls) == 6 else 2.2)
     return errors(self, clip)
-Probe._errors = slow
+Evaluator._errors = slow
 sys.argv[0] = {root!r} + "/train.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -177,11 +177,11 @@ HANG = 10  # seconds, less than the 11 that the first five clips sleep
 
 def test_a_validation_longer_than_the_limit_is_not_ended_and_a_clip_that_is_stuck_is(tiny, tmp_path, environment):
     watched = ("data.holdout=0.3", "validation.every=1", "validation.clips=3", "validation.points=2")
-    size = ("init=scratch", "batch_size=2", "steps=1", "check_expert=off", "run=r", f"tripwires.hang={HANG}")
+    size = ("init=scratch", "batch_size=2", "steps=1", "check_expert=off", "run=r", f"safeguards.hang={HANG}")
     script = tmp_path / "slow.py"
     script.write_text(SLOW.format(root=str(ROOT)))
     command = [sys.executable, str(script), *tiny.train, *watched, *size]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == HUNG, ended.stderr
-    assert f"error: nothing has happened for {HANG} s (tripwires.hang) while measuring clip 6 of 6" in ended.stderr
+    assert f"error: nothing has happened for {HANG} s (safeguards.hang) while measuring clip 6 of 6" in ended.stderr
     assert "in over_ranks" in ended.stderr, "the stack of the clip"

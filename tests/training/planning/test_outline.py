@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from wantrain import config
 from wantrain.models.formats import base as bases
 from wantrain.models.formats import loading
-from wantrain.training.initialize import Start
+from wantrain.training.initialize import Initializer
 from wantrain.training.planning import memory
 from wantrain.training.planning.outline import find_clips, outline
 
@@ -30,7 +30,7 @@ def test_an_outline_is_the_trained_module_without_its_values(adapter, pair, tiny
     cfg = config.compose("train", [*tiny.train, f"weights={pair}", *ADAPTERS[adapter]])
     own, dtype = config.plain(cfg), config.dtype(cfg.precision)
     where = {"base": config.base(cfg, []), "device": torch.device("cpu"), "dtype": dtype}
-    loaded = Start.of(config.network(cfg), own, **where).trainee().module
+    loaded = Initializer.of(config.network(cfg), own, **where).trainable().module
     drawn = outline(config.network(cfg), own, dtype)
 
     def about(module):

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from wantrain.training.validation.budget import Budget, Extent, Memory
-from wantrain.training.validation.history import Readings
-from wantrain.training.validation.measure import Probe
+from wantrain.training.validation.history import EvalHistory
+from wantrain.training.validation.measure import Evaluator
 
 OPEN = {"every": None, "clips": None, "points": None}
 
@@ -97,8 +97,8 @@ def test_a_choice_is_kept_for_its_share_and_a_given_value_is_the_users(tmp_path)
 @pytest.fixture
 def timed(monkeypatch):
     """Counts the forwards that were timed."""
-    calls, seconds = [], Probe.seconds
-    monkeypatch.setattr(Probe, "seconds", lambda self, clip: calls.append(clip) or seconds(self, clip))
+    calls, seconds = [], Evaluator.seconds
+    monkeypatch.setattr(Evaluator, "seconds", lambda self, clip: calls.append(clip) or seconds(self, clip))
     return calls
 
 
@@ -123,7 +123,7 @@ def test_a_run_keeps_what_was_chosen_and_its_readings_compare(tiny, call, timed,
     row = row_of(run, 3)
     first = row_of(run, 0)["validation_loss"]
     assert row["validation_change"] == pytest.approx(row["validation_loss"] - first) and row["validation_change"] != 0
-    assert len({one.ruler for one in Readings(run / "validation.jsonl").all}) == 1
+    assert len({one.eval_key for one in EvalHistory(run / "validation.jsonl").all}) == 1
     assert json.loads((run / "validation.json").read_text()) == kept, "what was given is not noted"
     said = call(*command, "steps=700", "stop_after=4", "validation.points=2", "validation.every=4").stdout
     assert "13 clips x 2 noise levels" in said and len(timed) == 1, "the user's word is last"

@@ -21,20 +21,20 @@ EXPERTS = ("high_noise", "low_noise")
 
 
 @pytest.fixture(scope="module")
-def latents(verb, tmp_path_factory):
+def latents(command, tmp_path_factory):
     """A few clips of what wan-tiny was trained on, at its own size."""
     folder = tmp_path_factory.mktemp("known")
     make_footage(folder / "footage", num_videos=4, num_images=0, seed=5)
-    verb("shard.py", "source=footage", "out=videos", cwd=folder)
-    verb("encode.py", "shards=videos", "out=latents", f"weights={ASSETS}", cwd=folder)
+    command("shard.py", "source=footage", "out=videos", cwd=folder)
+    command("encode.py", "shards=videos", "out=latents", f"weights={ASSETS}", cwd=folder)
     return folder / "latents"
 
 
 @pytest.fixture(scope="module")
 def profiles(latents):
     data = LatentData(shards=latents, holdout=0.0)
-    members = np.flatnonzero(data.buckets == data.buckets[0])[:4]
-    batch = data.load(members, np.arange(len(members)))
+    trainers = np.flatnonzero(data.buckets == data.buckets[0])[:4]
+    batch = data.load(trainers, np.arange(len(trainers)))
 
     def of(name):
         module = Base(ASSETS).transformer(name)

@@ -126,7 +126,7 @@ def test_memory_returns_to_its_level_after_a_preview(idle, previewed, monkeypatc
 def test_a_missing_expert_is_said_once_with_what_the_preview_does_instead(tiny, capsys):
     size = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 64, "ffn_dim": 32, "num_layers": 1}
     stepper = SimpleNamespace(device=torch.device("cpu"), module=WanTransformer(**size))
-    run = SimpleNamespace(members={"low_noise": SimpleNamespace(stepper=stepper)})
+    run = SimpleNamespace(trainers={"low_noise": SimpleNamespace(stepper=stepper)})
     model = {"experts": ["high_noise", "low_noise"], "boundary": 0.875, "told_by": None}
     how = {"base": Base(tiny.base), "dtype": torch.float32, "idle": "disk", "offload": "none"}
     open_sampler = build.preview_sampler(run, model=model, **how)

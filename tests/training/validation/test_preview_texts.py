@@ -105,14 +105,14 @@ def test_a_run_encodes_what_its_previews_ask_for_before_it_loads_an_expert(exper
 @pytest.mark.parametrize(("engine", "others"), [("ddp", {}), ("fsdp2", {"told": "by the main process"})])
 def test_only_the_main_process_encodes_and_tells_those_that_sample_too(engine, others, tiny, monkeypatch):
     """Ranks that sample nothing load and keep nothing; where all sample, the others get the main one's embeddings."""
-    home = SimpleNamespace(engine=engine, accelerator=SimpleNamespace(device=CPU))
+    placement = SimpleNamespace(engine=engine, accelerator=SimpleNamespace(device=CPU))
     model = {"told_by": None, "area": 1024, "multiple": 16, "num_frames": 5, "negative_prompt": "blurred"}
     settings = {"sample": {"every": 2, "prompts": None, "count": 2}, "expert": {"name": "low_noise"}, "model": model}
     data = SimpleNamespace(captions=lambda: ["a red ring", "a cat", "a dog"])
-    made = build.preview_texts(data, settings, home, Base(tiny.base), torch.float32)
+    made = build.preview_texts(data, settings, placement, Base(tiny.base), torch.float32)
     assert list(made) == ["a red ring", "a cat", "blurred"]
 
     monkeypatch.setattr(build, "on_main", lambda work, doing: {"told": "by the main process"})
     monkeypatch.setattr(build.distributed, "is_main", lambda: False)
     monkeypatch.setattr(Base, "text_encoder", lambda *_, **__: pytest.fail("it was loaded"))
-    assert build.preview_texts(data, settings, home, Base(tiny.base), torch.float32) == others
+    assert build.preview_texts(data, settings, placement, Base(tiny.base), torch.float32) == others

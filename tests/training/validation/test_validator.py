@@ -22,12 +22,12 @@ from wantrain.models import Base, WanTransformer, adapters
 from wantrain.models.formats.weights import read_file
 from wantrain.training.engine.accelerator import autocast
 from wantrain.training.engine.ema import Ema
-from wantrain.training.expert import Member
-from wantrain.training.trainable import Trainee
+from wantrain.training.expert import ExpertTrainer
+from wantrain.training.trainable import TrainableModule
 from wantrain.training.validation.bootstrap import FEWEST_FILES, LEVEL, change, contrast
-from wantrain.training.validation.history import Reading, Readings
-from wantrain.training.validation.measure import Clips, Probe, one_by_one, over_ranks
-from wantrain.training.validation.validator import Patience, ReconstructionValidator, Validator
+from wantrain.training.validation.history import EvalHistory, EvalRecord
+from wantrain.training.validation.measure import Clips, Evaluator, one_by_one, over_ranks
+from wantrain.training.validation.validator import EarlyStopping, ReconstructionValidator, Validator
 from wantrain.util import distributed
 from wantrain.util.seeds import generator_at
 
@@ -68,20 +68,20 @@ def clips(count, *, seed=1):
 
 
 def probe(module, *, points=3, **more):
-    return Probe(alone(module), FlowMatching(shift=3.0, high=0.875).quadrature(points), **{"seed": 0, **more})
+    return Evaluator(alone(module), FlowMatching(shift=3.0, high=0.875).quadrature(points), **{"seed": 0, **more})
 
 
-# The ruler ------------------------------------------------------------------------------------------------------------
+# The eval_key ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_reading_is_the_velocity_error_at_the_laws_levels_with_noise_by_name():
     """Clips apart or together, levels apart or together: the formula is the plain one."""
     model, some = micro(), clips(4)[::2]
-    ruler = probe(model)
-    found = ruler.errors(some)
+    eval_key = probe(model)
+    found = eval_key.errors(some)
     for number, clip in enumerate(some):
         generator = generator_at(0, "validation", clip.ids[0])
-        for place, sigma in enumerate(ruler.sigmas):
+        for place, sigma in enumerate(eval_key.sigmas):
             noise = torch.randn(clip.latents_BCTHW.shape[1:], generator=generator)[None]
             wanted = velocity_error(model, clip, sigma[None], noise)
             assert found[number, place].item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -92,7 +92,7 @@ def test_a_reading_is_the_velocity_error_at_the_laws_levels_with_noise_by_name()
         tuple(clip.positions[0] for clip in some),
     )
     assert [clip.ids for clip in one_by_one([together])] == [clip.ids for clip in some]
-    assert torch.equal(ruler.errors(one_by_one([together])), found)
+    assert torch.equal(eval_key.errors(one_by_one([together])), found)
     torch.testing.assert_close(probe(model, together=3).errors(some), found, rtol=1e-6, atol=0)
 
 
@@ -128,12 +128,12 @@ def in_a_world(processes, measure):
 @pytest.mark.parametrize("processes", [2, 3, 4, 7])
 def test_any_number_of_processes_reads_the_same_bits_with_equally_many_forwards(processes):
     some, sigmas = clips(5), FlowMatching(shift=3.0).quadrature(2)
-    wanted = Probe(alone(micro()), sigmas, 0).errors(some)
-    found, calls = in_a_world(processes, lambda stepper: Probe(stepper, sigmas, 0).errors(some))
+    wanted = Evaluator(alone(micro()), sigmas, 0).errors(some)
+    found, calls = in_a_world(processes, lambda stepper: Evaluator(stepper, sigmas, 0).errors(some))
     assert all(torch.equal(errors, wanted) for errors in found)
     assert set(calls) == {2 * -(-5 // processes)}, "engines that cut up the weights would hang otherwise"
-    baseline = Probe(alone(micro()), sigmas, 0).linear(some)
-    found, _ = in_a_world(processes, lambda stepper: Probe(stepper, sigmas, 0).linear(some))
+    baseline = Evaluator(alone(micro()), sigmas, 0).linear(some)
+    found, _ = in_a_world(processes, lambda stepper: Evaluator(stepper, sigmas, 0).linear(some))
     assert all(torch.equal(linear, baseline) for linear in found)
 
 
@@ -144,8 +144,8 @@ def test_results_come_back_in_the_clips_order():
 
 
 def test_the_linear_predictor_is_the_least_squares_fit():
-    ruler, some = probe(None, points=2), clips(4)[::2]
-    for place, (sigma, found) in enumerate(zip(ruler.sigmas, ruler.linear(some), strict=True)):
+    eval_key, some = probe(None, points=2), clips(4)[::2]
+    for place, (sigma, found) in enumerate(zip(eval_key.sigmas, eval_key.linear(some), strict=True)):
         noisy, target = [], []
         for clip in some:
             generator = generator_at(0, "validation", clip.ids[0])
@@ -250,7 +250,7 @@ def experiment(known, expert, *, points, directions, nulls):
     levels, files = FlowMatching(shift=3.0, low=low, high=high).quadrature(points), [clip.ids[0][:16] for clip in known]
 
     def read(seed):
-        return Probe(alone(model), levels, seed, together=points).errors(known)
+        return Evaluator(alone(model), levels, seed, together=points).errors(known)
 
     def since(base, now):
         return change((now - base).mean(dim=1), files)
@@ -298,15 +298,15 @@ def test_one_percent_is_detected_each_time_and_at_most_one_of_twenty_unchanged_m
 def validator(folder, module, **more):
     """A Validator over eight held-out clips of four files, and four training clips."""
     held, train = clips(8), clips(4, seed=2)
-    member = SimpleNamespace(name="low_noise", stepper=alone(module), ema=None)
+    trainer = SimpleNamespace(name="low_noise", stepper=alone(module), ema=None)
     files = [int(clip.ids[0][:16], 16) for clip in (*held, *train)]
     tags = [("day", "near") if number % 2 else ("day",) for number in range(8)]
     return Validator(
-        member,
+        trainer,
         probe(module),
         Clips(held, files[:8], tags),
         Clips(train, [100 + file for file in files[8:]], [()] * 4),
-        Readings(folder / "validation.jsonl"),
+        EvalHistory(folder / "validation.jsonl"),
         every=10,
         steps=100,
         **more,
@@ -336,7 +336,7 @@ def test_what_is_logged_adds_up_and_a_new_start_reads_the_base_from_the_run_fold
         reach = row["validation_change_high"] is None, row["validation_gap_change_p"] > LEVEL
         assert reach == (True, True), "four files tell nothing"
         json.dumps(row, allow_nan=False)
-    assert [one.step for one in Readings(tmp_path / "validation.jsonl").all] == [0, 10], "10 was read anew"
+    assert [one.step for one in EvalHistory(tmp_path / "validation.jsonl").all] == [0, 10], "10 was read anew"
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith(")") and "not distinguishable from the base" in said[1] and said[1] == said[2]
 
@@ -346,7 +346,7 @@ def test_another_ruler_begins_again_and_says_since_when(tmp_path, capsys):
     validator(tmp_path, model)(0)
     for step in (10, 20):
         hook = validator(tmp_path, model)
-        hook.probe = probe(model, points=2)
+        hook.evaluator = probe(model, points=2)
         assert hook(step)["validation_change"] == 0
     assert "not distinguishable from step 10" in capsys.readouterr().out
 
@@ -364,7 +364,7 @@ def test_a_lora_is_held_against_its_base_switched_off(tmp_path):
     assert row["validation_change"] != 0
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
     validator(tmp_path, model)(20)
-    measured = [(one.step, one.weights) for one in Readings(tmp_path / "validation.jsonl").all]
+    measured = [(one.step, one.weights) for one in EvalHistory(tmp_path / "validation.jsonl").all]
     assert measured == [(10, "live"), (10, "base"), (20, "live")], "once in a run"
 
 
@@ -388,15 +388,17 @@ def test_what_must_answer_alike_is_measured_once(kind, ema, passes, tmp_path):
     if kind == "trained lora":
         next(iter(adapters.adapter_layers(model).values())).up[0, 0] = 0.5
     hook = validator(tmp_path, model.eval())
-    hook.member = Member("low_noise", Trainee(model, "transformer"), hook.member.stepper, None, None, None, 100)
+    hook.trainer = ExpertTrainer(
+        "low_noise", TrainableModule(model, "transformer"), hook.trainer.stepper, None, None, None, 100
+    )
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     if ema:
-        hook.member.stepper.engine = "single"
-        hook.member.ema = Ema(hook.member.stepper, 0.9)
+        hook.trainer.stepper.engine = "single"
+        hook.trainer.ema = Ema(hook.trainer.stepper, 0.9)
     found = []
     for step in (0, 10):
-        with hook.member.watched():
+        with hook.trainer.watched():
             row = hook(step)
         found.append(len(calls) / (12 * 3))
         calls.clear()
@@ -404,7 +406,7 @@ def test_what_must_answer_alike_is_measured_once(kind, ema, passes, tmp_path):
             for parameter in model.parameters():
                 parameter += 0.1 * parameter.requires_grad
         if ema:
-            hook.member.ema.follow(1)
+            hook.trainer.ema.follow(1)
         if step == 0:
             assert row.get("validation_live_loss", row["validation_loss"]) == row["validation_loss"]
             assert (row["validation_change"] == 0) == (kind != "trained lora")
@@ -421,11 +423,11 @@ def test_an_adapter_that_is_zero_answers_as_its_base_bit_for_bit(precision):
     """So what was read of one is what would be read of the other."""
     model, some = micro(), clips(3)
     adapters.inject(model, rank=2, alpha=2, targets="all", seed=0)
-    ruler = probe(model)
-    ruler.stepper.forward_context = lambda: autocast(precision, torch.device("cpu"))
-    on = ruler.errors(some)
+    eval_key = probe(model)
+    eval_key.stepper.forward_context = lambda: autocast(precision, torch.device("cpu"))
+    on = eval_key.errors(some)
     with adapters.switched_off(model):
-        assert torch.equal(ruler.errors(some), on)
+        assert torch.equal(eval_key.errors(some), on)
 
 
 def test_the_psnr_of_a_vae_is_the_mean_over_clips_each_measured_alone(capsys):
@@ -440,19 +442,19 @@ def test_the_psnr_of_a_vae_is_the_mean_over_clips_each_measured_alone(capsys):
 
 def reading(step, losses):
     errors = torch.as_tensor(losses, dtype=torch.float64)[:, None]
-    return Reading(step, "low_noise", "live", "same", errors, errors)
+    return EvalRecord(step, "low_noise", "live", "same", errors, errors)
 
 
 def test_patience_counts_from_the_last_distinguishable_improvement():
     """Small steps add up: what is not better than the reading before may be better than the best one."""
     random = torch.Generator().manual_seed(0)
-    start, patience, stale = torch.rand(12, generator=random), Patience(range(12)), []
+    start, stopping, stale = torch.rand(12, generator=random), EarlyStopping(range(12)), []
     drift = 0.1 + 0.02 * torch.randn(12, generator=random)
     noise = 0.12 * torch.randn(6, 12, generator=random)
     for step, amount in enumerate((0, 1, 1, 1.2, 2.5, 2.4)):
-        patience.see(reading(step, start - amount * drift + (noise[step] * 0.2 if step else 0)))
-        stale.append(patience.stale)
-    assert stale == [0, 0, 1, 2, 0, 1] and patience.best.step == 4
+        stopping.see(reading(step, start - amount * drift + (noise[step] * 0.2 if step else 0)))
+        stale.append(stopping.stale)
+    assert stale == [0, 0, 1, 2, 0, 1] and stopping.best.step == 4
 
 
 def test_validation_leaves_no_memory_behind(tmp_path):
@@ -481,7 +483,7 @@ def rows(run):
 
 
 def readings(run):
-    return [(one.step, one.weights, one.heldout, one.train) for one in Readings(run / "validation.jsonl").all]
+    return [(one.step, one.weights, one.heldout, one.train) for one in EvalHistory(run / "validation.jsonl").all]
 
 
 def same(mine, theirs):
@@ -539,16 +541,18 @@ def test_a_run_that_gets_no_better_ends_and_more_patience_lets_it_go_on(tiny, ca
     command = ("train.py", *tiny.train, "init=scratch", *WATCHED, "batch_size=2", "steps=30", "checkpoint.every=10")
     command = (*command, "optimizer.lr=1e-9", "run=r")
     run = tmp_path / "runs" / "r"
-    said = call(*command, "validation.stop_after=2").stdout
+    said = call(*command, "validation.early_stopping_patience=2").stdout
     assert "step 2: 2 validations in a row were not distinguishably better than the best before them" in said
     assert rows(run)[-1]["step"] == 2 and [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
-    said = call(*command, "validation.stop_after=2").stdout
+    said = call(*command, "validation.early_stopping_patience=2").stdout
     assert "step 2: 2 validations in a row" in said and rows(run)[-1]["step"] == 2
-    assert "step 3: 3 validations in a row" in call(*command, "validation.stop_after=3").stdout
+    assert "step 3: 3 validations in a row" in call(*command, "validation.early_stopping_patience=3").stdout
     assert [row["validation_stale"] for row in rows(run)] == [0, 1, 2, 3]
     call(*command, "steps=5")
     assert rows(run)[-1]["step"] == 5, "null never ends a run"
-    error = call(*command, "validation.stop_after=2", "data.holdout=0", "run=other", check=False).error
-    assert error.startswith("validation.stop_after=2 asks held-out clips") and "raise data.holdout" in error
-    error = call(*command, "validation.stop_after=0", check=False).error
-    assert "validation.stop_after=0" in error
+    error = call(*command, "validation.early_stopping_patience=2", "data.holdout=0", "run=other", check=False).error
+    assert (
+        error.startswith("validation.early_stopping_patience=2 asks held-out clips") and "raise data.holdout" in error
+    )
+    error = call(*command, "validation.early_stopping_patience=0", check=False).error
+    assert "validation.early_stopping_patience=0" in error

@@ -13,7 +13,7 @@ MICRO = 1_000_000
 
 
 @dataclass
-class Account:
+class StageCounts:
     """One thing that is counted: how much came in, how much was used, and what became of the rest."""
 
     given: int = 0
@@ -47,15 +47,15 @@ class Account:
 
 
 @dataclass
-class Ledger:
+class DatasetStats:
     """The accounts of a folder of shards.
 
     Files that are not looked into (no caption, no file...) or cannot be read have neither clips nor seconds.
     """
 
-    files: Account = field(default_factory=Account)
-    clips: Account = field(default_factory=Account)
-    micros: Account = field(default_factory=Account)
+    files: StageCounts = field(default_factory=StageCounts)
+    clips: StageCounts = field(default_factory=StageCounts)
+    micros: StageCounts = field(default_factory=StageCounts)
     cropped: list[float] = field(default_factory=list)
 
     def use_clip(self, seconds: float, cropped: float = 0.0) -> None:

@@ -26,7 +26,7 @@ CHOICES = ("all", "first", "middle", "random")
 
 
 @dataclass(frozen=True)
-class Probe:
+class VideoInfo:
     """What a file shows: height and width after rotation, and when (seconds) each displayed frame begins.
 
     `times` ascend; `end` is when the last frame ends. An image has one frame.
@@ -115,7 +115,7 @@ class Cut:
         return length if length >= min(5, self.num_frames) else 0
 
 
-def cut_windows(found: Probe, cut: Cut, *, scenes: Sequence[float] = (), name: str = "") -> list[Window]:
+def cut_windows(found: VideoInfo, cut: Cut, *, scenes: Sequence[float] = (), name: str = "") -> list[Window]:
     """The clips of a file, in order of time; each scene is cut as if it were a file of its own.
 
     scenes  when (seconds) a new scene begins, the first one excepted
@@ -145,7 +145,7 @@ def cut_windows(found: Probe, cut: Cut, *, scenes: Sequence[float] = (), name: s
 class _Steps:
     """One scene as a row of frames that a clip can be made of."""
 
-    def __init__(self, found: Probe, cut: Cut, begin: float, end: float) -> None:
+    def __init__(self, found: VideoInfo, cut: Cut, begin: float, end: float) -> None:
         self.found, self.cut, self.begin, self.stride = found, cut, begin, float(cut.stride)
         if cut.fps is None:
             self.first, last = np.searchsorted(found.times, [begin - EPSILON, end - EPSILON]).tolist()
@@ -180,7 +180,7 @@ class _Steps:
         return self.begin + step * self.stride / self.cut.fps
 
 
-def frames_on_screen(found: Probe, window: Window, fps: float) -> NDArray[np.int64]:
+def frames_on_screen(found: VideoInfo, window: Window, fps: float) -> NDArray[np.int64]:
     """Which displayed frames (from 0) a window shows: at each wanted time, the last frame that has begun."""
     steps = np.arange(window.num_frames) * window.stride
     if window.native:
@@ -191,7 +191,7 @@ def frames_on_screen(found: Probe, window: Window, fps: float) -> NDArray[np.int
     return np.clip(places, 0, None)
 
 
-def spans(found: Probe, windows: Sequence[Window], fps: float) -> list[float]:
+def spans(found: VideoInfo, windows: Sequence[Window], fps: float) -> list[float]:
     """The seconds of footage that each window covers: up to the next one, or to the end of its last step."""
     covered = []
     for place, window in enumerate(windows):

@@ -31,10 +31,10 @@ STILL = 2.0
 #: The hash has 64 bits: signs of the lowest waves of the picture. Alike pictures share one of its parts.
 _WAVES, _PARTS = 8, 4
 
-Look = NDArray[np.uint8]
+Thumbnail = NDArray[np.uint8]
 
 
-def look(frame: Frames) -> Look:
+def look(frame: Frames) -> Thumbnail:
     """A frame (H, W, 3) as (GRID, GRID, 3) mean colours."""
     side = GRID * _POINTS
     rows, columns = ((np.arange(side) + 0.5) * length / side for length in frame.shape[:2])
@@ -42,11 +42,11 @@ def look(frame: Frames) -> Look:
     return points.reshape(GRID, _POINTS, GRID, _POINTS, 3).mean((1, 3)).round().astype(np.uint8)
 
 
-def is_still(looks: NDArray[np.uint8]) -> bool:
+def is_still(thumbnails: NDArray[np.uint8]) -> bool:
     """True if nothing is seen to move in frames (F, GRID, GRID, 3); a single frame is no clip that stands still."""
-    if len(looks) < 2:
+    if len(thumbnails) < 2:
         return False
-    changes = np.abs(looks.astype(np.int16) - looks[0]).mean(-1)
+    changes = np.abs(thumbnails.astype(np.int16) - thumbnails[0]).mean(-1)
     return bool(changes.max() <= STILL)
 
 
@@ -56,12 +56,12 @@ class Clip:
 
     file: int
     name: str
-    looks: NDArray[np.uint8]
+    thumbnails: NDArray[np.uint8]
 
 
-def remember(file: int, name: str, looks: NDArray[np.uint8]) -> Clip:
+def remember(file: int, name: str, thumbnails: NDArray[np.uint8]) -> Clip:
     """A clip of frames (F, GRID, GRID, 3), by its first, middle and last one."""
-    return Clip(file, name, looks[[0, len(looks) // 2, -1]])
+    return Clip(file, name, thumbnails[[0, len(thumbnails) // 2, -1]])
 
 
 class Memory:
@@ -72,10 +72,12 @@ class Memory:
 
     def find(self, clip: Clip) -> Clip | None:
         """The clip seen before that this one is like, if there is one; else this one is kept."""
-        places = [(i, part, bits) for i, picture in enumerate(clip.looks) for part, bits in enumerate(_hash(picture))]
+        places = [
+            (i, part, bits) for i, picture in enumerate(clip.thumbnails) for part, bits in enumerate(_hash(picture))
+        ]
         seen = {id(other): other for place in places for other in self._clips.get(place, ())}
         for other in seen.values():
-            if _differ(clip.looks, other.looks) <= ALIKE:
+            if _differ(clip.thumbnails, other.thumbnails) <= ALIKE:
                 return other
         for place in places:
             self._clips[place].append(clip)
@@ -104,7 +106,7 @@ def _differ(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     return float(worst.mean(1).max())
 
 
-def _hash(picture: Look) -> Sequence[int]:
+def _hash(picture: Thumbnail) -> Sequence[int]:
     """The perceptual hash of a picture, in parts of 64 / _PARTS bits.
 
     The signs of the lowest waves of its brightness, against their median (Zauner 2010, "Implementation and benchmarking

@@ -15,7 +15,7 @@ import imageio_ffmpeg
 #: Transfer functions of high dynamic range: shown as they are, their pictures are grey and dull.
 HDR = ("smpte2084", "arib-std-b67")
 #: Seconds after which a header is given up.
-PATIENCE = 30
+TIMEOUT = 30
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def read_header(path: Path) -> Header:
         ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
         # -nostdin: it would read the terminal.
         ended = subprocess.run(
-            [ffmpeg, "-nostdin", "-hide_banner", "-i", f"file:{path}"], capture_output=True, timeout=PATIENCE
+            [ffmpeg, "-nostdin", "-hide_banner", "-i", f"file:{path}"], capture_output=True, timeout=TIMEOUT
         )
     except (OSError, RuntimeError, subprocess.TimeoutExpired):
         return Header()
@@ -50,7 +50,7 @@ def parse(said: str) -> Header:
 
 
 def refuse(header: Header, name: str) -> None:
-    """ValueError, with the command that mends it, if frames would not look as a player shows them."""
+    """ValueError, with the command that fixes it, if frames would not look as a player shows them."""
     stem = Path(name).stem
     if header.transfer in HDR:
         chain = "zscale=t=linear:npl=100,tonemap=hable,zscale=t=bt709:m=bt709:p=bt709,format=yuv420p"

@@ -18,7 +18,7 @@ from wantrain import geometry
 from wantrain.data.footage.clips import Window
 from wantrain.data.footage.decode_workers import Damaged
 from wantrain.data.footage.probe import fit_frame, probe, read_mask_windows, read_windows
-from wantrain.data.footage.reader import Mark
+from wantrain.data.footage.reader import SeekPoint
 from wantrain.data.footage.video_shards import VideoSample
 from wantrain.video import Frames, to_pixels
 
@@ -39,8 +39,8 @@ def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Ite
     """
     with _as_file(sample.content, sample.extension) as path:
         windows = [read_window(window) for window in sample.about["windows"]]
-        marks = read_marks(sample.about.get("marks", ()))
-        yield from read_windows(path, probe(path), windows, sample.about["fps"], size, marks)
+        seek_points = read_seek_points(sample.about.get("seek_points", ()))
+        yield from read_windows(path, probe(path), windows, sample.about["fps"], size, seek_points)
 
 
 def read_window(told: Mapping[str, Any]) -> Window:
@@ -48,9 +48,9 @@ def read_window(told: Mapping[str, Any]) -> Window:
     return Window(**{field.name: told[field.name] for field in fields(Window) if field.name in told})
 
 
-def read_marks(told: Sequence[tuple[int, str]]) -> list[Mark]:
+def read_seek_points(told: Sequence[tuple[int, str]]) -> list[SeekPoint]:
     """The frames that a seek finds, as a video shard tells them; those made before 2026-11-24 tell none."""
-    return [Mark(*each) for each in told]
+    return [SeekPoint(*each) for each in told]
 
 
 def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
@@ -62,7 +62,7 @@ def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
     windows, size = [read_window(window) for window in request["windows"]], tuple(request["size"])
     with _member(request, request) as path:
         found = probe(path)
-        clips = read_windows(path, found, windows, request["fps"], size, read_marks(request["marks"]))
+        clips = read_windows(path, found, windows, request["fps"], size, read_seek_points(request["seek_points"]))
         if request["mask"] is None:
             yield from clips
             return

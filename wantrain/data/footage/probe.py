@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 
 from wantrain import geometry
 from wantrain.data.footage.captions import Told
-from wantrain.data.footage.clips import EPSILON, Probe, Window, frames_on_screen
-from wantrain.data.footage.reader import Mark, Reader, peek
+from wantrain.data.footage.clips import EPSILON, VideoInfo, Window, frames_on_screen
+from wantrain.data.footage.reader import Reader, SeekPoint, peek
 from wantrain.data.rejects import IMAGES
 from wantrain.util.files import file_hash
 from wantrain.video import Frames
@@ -29,7 +29,7 @@ from wantrain.video import Frames
 #: The folder beside footage that holds its masks.
 MASKS = "masks"
 #: Frames read in one go, in bytes; a longer file is opened again for the rest.
-SITTING_BYTES = 2 << 30
+READ_PASS_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def probe(path: Path) -> Probe:
-    """Look into a file and decode its first frame. ValueError with the reason if it fails."""
+def probe(path: Path) -> VideoInfo:
+    """Thumbnail into a file and decode its first frame. ValueError with the reason if it fails."""
     if path.suffix.lower() in IMAGES:
         image = _read_image(path)
-        return Probe(image.shape[0], image.shape[1], np.zeros(1), 0.0)
+        return VideoInfo(image.shape[0], image.shape[1], np.zeros(1), 0.0)
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
     try:
@@ -128,10 +128,10 @@ def probe(path: Path) -> Probe:
     if len(shown) == 0:
         raise ValueError("has no frame that is displayed")
     times = np.sort(shown[:, 0])
-    return Probe(height, width, times, max(float(shown[:, 1].max()), float(times[-1])))
+    return VideoInfo(height, width, times, max(float(shown[:, 1].max()), float(times[-1])))
 
 
-def read_whole(path: Path, found: Probe) -> Iterator[Frames]:
+def read_whole(path: Path, found: VideoInfo) -> Iterator[Frames]:
     """Every displayed frame (H, W, 3) of a file, in order. ValueError with the reason if one cannot be decoded.
 
     A damaged file is to be refused as a whole: how many frames decord gives before it reports damage is a race.
@@ -149,15 +149,15 @@ def read_whole(path: Path, found: Probe) -> Iterator[Frames]:
 
 def read_windows(
     path: Path,
-    found: Probe,
+    found: VideoInfo,
     windows: list[Window],
     fps: float,
     size: tuple[int, int] | None = None,
-    marks: Sequence[Mark] = (),
+    seek_points: Sequence[SeekPoint] = (),
 ) -> Iterator[Frames]:
     """The frames (F, H, W, 3) uint8 of each window in turn, brought to `size` (height, width) if one is given.
 
-    Windows follow each other in time. `marks` save reading what lies before them. ValueError with the reason if
+    Windows follow each other in time. `seek_points` save reading what lies before them. ValueError with the reason if
     decoding fails.
     """
     if path.suffix.lower() in IMAGES:
@@ -166,13 +166,13 @@ def read_windows(
         return
     height, width = size or (found.height, found.width)
     longest = max(window.num_frames for window in windows)
-    sitting = max(1, SITTING_BYTES // (height * width * 3 * longest))
+    sitting = max(1, READ_PASS_BYTES // (height * width * 3 * longest))
     assert windows == sorted(windows, key=lambda window: window.start), "windows must be in order of time"
     for first in range(0, len(windows), sitting):
         chosen = [frames_on_screen(found, window, fps).tolist() for window in windows[first : first + sitting]]
         try:
             # A reader is never open while a clip is used: it would decode ahead without limit.
-            clips = _read_frames(Reader(path, len(found.times), marks), chosen, size)
+            clips = _read_frames(Reader(path, len(found.times), seek_points), chosen, size)
         except Exception as error:  # every decoder failure has a class of its own
             raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
         yield from clips
@@ -194,7 +194,7 @@ def _read_frames(reader: Reader, chosen: list[list[int]], size: tuple[int, int] 
     return clips
 
 
-def check_mask(found: Probe, clip: Probe) -> None:
+def check_mask(found: VideoInfo, clip: VideoInfo) -> None:
     """Raise ValueError, to follow its name, unless a mask is of its clip's size and length.
 
     One picture is a mask for all frames.
@@ -212,7 +212,12 @@ def check_mask(found: Probe, clip: Probe) -> None:
 
 
 def read_mask_windows(
-    path: Path, found: Probe, clip: Probe, windows: list[Window], fps: float, size: tuple[int, int] | None = None
+    path: Path,
+    found: VideoInfo,
+    clip: VideoInfo,
+    windows: list[Window],
+    fps: float,
+    size: tuple[int, int] | None = None,
 ) -> Iterator[Frames]:
     """The frames (F, H, W, 3) of a clip's mask in each window of the clip; one frame (1, H, W, 3) of a picture."""
     # Frames belong together by number: a mask need not have the timestamps of its clip.

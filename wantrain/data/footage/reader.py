@@ -5,8 +5,8 @@ Four things about decord were measured against PyAV and shape this file:
 - Where it seeks (also in `get_batch`, and in `skip_frames` past a keyframe) it lands on other frames than asked for
   after an edit list and in open groups of pictures, which x265 makes by default. Read forwards from the first frame it
   gives exactly the displayed frames; short of a keyframe it may skip, which decodes them and saves the rest, unless
-  frames that are not displayed shift its count. So it seeks only to a `Mark`: a keyframe where a seek was tried when
-  the file was read from end to end, and gave the very frames that reading forwards gives. How the frame there looks is
+  frames that are not displayed shift its count. So it seeks only to a `SeekPoint`: a keyframe where a seek was tried
+  when the file was read from end to end, and gave the very frames that reading forwards gives. The frame there is
   compared again each time; if it looks otherwise, the file is read forwards.
 - It decodes ahead without limit while its reader is idle, so a reader is never kept open while something else is done.
 - With more than one thread it fails on healthy VP9 files.
@@ -26,28 +26,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wantrain.data.footage.duplicates import Look, look
+from wantrain.data.footage.duplicates import Thumbnail, look
 from wantrain.video import Frames
 
-#: Marks are at least so many frames apart, and at most so many in a file: to try one takes a seek and `TRIED` frames.
+#: Seek points are at least so many frames apart, and at most so many in a file: one trial reads `TRIED` frames.
 APART, MOST_MARKS, TRIED = 48, 256, 4
 #: What a seek that fails raises, or the frames after it.
 SEEK_FAILS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, StopIteration)
-#: A mark that is less far ahead is not worth a seek.
+#: A seek_point that is less far ahead is not worth a seek.
 NEAR = 16
 
 
 @dataclass(frozen=True)
-class Mark:
+class SeekPoint:
     """A frame by number that a seek finds, and the hash of what it looks like from afar."""
 
     number: int
     seen: str
 
     @staticmethod
-    def of(number: int, picture: Look) -> Mark:
-        """The mark of a frame that looks so."""
-        return Mark(number, hashlib.sha256(picture.tobytes()).hexdigest()[:16])
+    def of(number: int, picture: Thumbnail) -> SeekPoint:
+        """The seek_point of a frame that looks so."""
+        return SeekPoint(number, hashlib.sha256(picture.tobytes()).hexdigest()[:16])
 
 
 def peek(path: Path) -> tuple[Frames, NDArray[np.float64]]:
@@ -63,11 +63,11 @@ def peek(path: Path) -> tuple[Frames, NDArray[np.float64]]:
 class Reader:
     """Frames of a file of `displayed` frames, each later than the one before. Any error of decord where decoding fails.
 
-    Of `marks` it uses those that a seek still finds.
+    Of `seek_points` it uses those that a seek still finds.
     """
 
-    def __init__(self, path: Path, displayed: int, marks: Sequence[Mark] = ()) -> None:
-        self.path, self.displayed, self.marks = path, displayed, list(marks)
+    def __init__(self, path: Path, displayed: int, seek_points: Sequence[SeekPoint] = ()) -> None:
+        self.path, self.displayed, self.seek_points = path, displayed, list(seek_points)
         self._start()
 
     def _start(self) -> None:
@@ -78,29 +78,29 @@ class Reader:
     def frame(self, number: int) -> Frames:
         """The frame (H, W, 3) of that number."""
         assert number >= self._next, f"frame {number} is behind"
-        if (mark := self._mark_before(number)) is not None:
-            found = self._found(mark)
+        if (seek_point := self._seek_point_before(number)) is not None:
+            found = self._found(seek_point)
             if found is None:
-                self.marks = []
+                self.seek_points = []
                 self._start()
-            elif mark.number == number:
+            elif seek_point.number == number:
                 return found
         self._pass_over(number)
         return self._read()
 
-    def _mark_before(self, number: int) -> Mark | None:
-        """The last mark up to that number, if it saves something."""
-        place = bisect.bisect_right(self.marks, number, key=lambda mark: mark.number)
-        mark = self.marks[place - 1] if place and self._keys else None
-        return mark if mark is not None and mark.number >= self._next + NEAR else None
+    def _seek_point_before(self, number: int) -> SeekPoint | None:
+        """The last seek_point up to that number, if it saves something."""
+        place = bisect.bisect_right(self.seek_points, number, key=lambda seek_point: seek_point.number)
+        seek_point = self.seek_points[place - 1] if place and self._keys else None
+        return seek_point if seek_point is not None and seek_point.number >= self._next + NEAR else None
 
-    def _found(self, mark: Mark) -> Frames | None:
-        """The frame of a mark, sought; None if another one is there."""
+    def _found(self, seek_point: SeekPoint) -> Frames | None:
+        """The frame of a seek_point, sought; None if another one is there."""
         try:
-            frames = self._seek(mark.number)
+            frames = self._seek(seek_point.number)
         except SEEK_FAILS:
             return None
-        return frames if Mark.of(mark.number, look(frames)) == mark else None
+        return frames if SeekPoint.of(seek_point.number, look(frames)) == seek_point else None
 
     def _seek(self, number: int) -> Frames:
         """What decord takes for the frame of that number."""
@@ -125,15 +125,16 @@ class Reader:
                 self._video.next()
             self._next += count
 
-    def tried_marks(self, looks: NDArray[np.uint8]) -> Iterator[Mark | None]:
-        """For each keyframe that is tried, the mark that it makes or None. `looks` (F, ...) is how frames look when
-        they are read forwards.
+    def tried_seek_points(self, thumbnails: NDArray[np.uint8]) -> Iterator[SeekPoint | None]:
+        """For each keyframe that is tried, its seek point or None.
+
+        `thumbnails` (F, ...) are those of the frames as read forwards.
         """
         apart = max(APART, self.displayed // MOST_MARKS)
-        marks = [Mark.of(number, picture) for number, picture in enumerate(looks)]
-        often, last = Counter(mark.seen for mark in marks), 0
+        seek_points = [SeekPoint.of(number, picture) for number, picture in enumerate(thumbnails)]
+        often, last = Counter(seek_point.seen for seek_point in seek_points), 0
         for key in self._keys:
-            if key < last + apart or key + TRIED > self.displayed or often[marks[key].seen] > 1:
+            if key < last + apart or key + TRIED > self.displayed or often[seek_points[key].seen] > 1:
                 continue
             last = key
             try:
@@ -142,8 +143,8 @@ class Reader:
                 self._start()
                 yield None
                 continue
-            right = all(np.array_equal(look(frame), looks[key + i]) for i, frame in enumerate(frames))
-            yield marks[key] if right else None
+            right = all(np.array_equal(look(frame), thumbnails[key + i]) for i, frame in enumerate(frames))
+            yield seek_points[key] if right else None
 
 
 def _open(path: Path) -> decord.VideoReader:

@@ -1,6 +1,6 @@
 """Footage to video shards: every file read once, its windows chosen, the file and what was found out written into tars.
 
-The ledger has a place for every file, clip and second.
+The stats has a place for every file, clip and second.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from wantrain.data.footage import duplicates
-from wantrain.data.footage.accounting import Ledger
+from wantrain.data.footage.accounting import DatasetStats
 from wantrain.data.footage.captions import Told
 from wantrain.data.footage.clips import Cut, Window, cut_windows, frames_on_screen, spans
 from wantrain.data.footage.probe import Footage, check_mask
@@ -59,7 +59,7 @@ def write_video_shards(
     workers: int | None = None,
     timeout: float = 120.0,
 ) -> dict[str, Any]:
-    """Probe every file, choose its windows and write the files with captions into shards; returns the manifest.
+    """VideoInfo every file, choose its windows and write the files with captions into shards; returns the manifest.
 
     `fps=None` takes every file's own frames; for num_frames to lengths and seed see `windows.Cut`, for workers and
     timeout `survey.Surveys`. `scenes="split"` cuts each scene by itself. Clips that stand still (`static`) and those
@@ -121,10 +121,10 @@ def write_video_shards(
         "kind": "video",
         "settings": settings,
         "files_seen": total,
-        "files_used": cutter.ledger.files.used,
+        "files_used": cutter.stats.files.used,
         "files_rejected": len(cutter.rejects),
-        "clips": cutter.ledger.clips.used,
-        "ledger": cutter.ledger.told(),
+        "clips": cutter.stats.clips.used,
+        "stats": cutter.stats.told(),
         "findings": cutter.findings(),
         "alike": cutter.alike_files(),
         "shards": shards,
@@ -132,15 +132,15 @@ def write_video_shards(
     write_json(out / MANIFEST, manifest)
     tars.remove_others()
     made.forget_all_but({digest for entry in entries for digest in (entry.digest, entry.mask_digest) if digest})
-    _say(out, manifest, cutter.ledger)
+    _say(out, manifest, cutter.stats)
     return manifest
 
 
-def _say(out: Path, manifest: dict[str, Any], ledger: Ledger) -> None:
+def _say(out: Path, manifest: dict[str, Any], stats: DatasetStats) -> None:
     """The summary for people."""
     used, dropped = manifest["files_used"], manifest["files_rejected"]
     say(f"{out}: {manifest['files_seen']} files seen = {used} used + {dropped} rejected; {manifest['clips']} clips")
-    for line in ledger.summary():
+    for line in stats.summary():
         say(f"  {line}")
     still, alike = manifest["findings"]["static"], manifest["findings"]["duplicates"]
     if still["clips"]:
@@ -220,11 +220,11 @@ class _Copy:
 
 @dataclass
 class _Cutter:
-    """One run over footage: what is entered in the ledger, what was rejected, what was found."""
+    """One run over footage: what is entered in the stats, what was rejected, what was found."""
 
     cut: Cut
     drops: dict[str, bool]
-    ledger: Ledger = field(default_factory=Ledger)
+    stats: DatasetStats = field(default_factory=DatasetStats)
     rejects: list[Reject] = field(default_factory=list)
     used: dict[str, _Copy] = field(default_factory=dict)
     failed: dict[str, tuple[Reject, float]] = field(default_factory=dict)
@@ -235,18 +235,18 @@ class _Cutter:
     def reject(self, reject: Reject) -> None:
         """A file that is not used."""
         self.rejects.append(reject)
-        self.ledger.files.drop(reject.kind, 1)
+        self.stats.files.drop(reject.kind, 1)
 
     def take_copy(self, file: Footage, digest: str) -> None:
         """A file with the bytes of an earlier one: it is not used, nor looked into."""
         if digest in self.failed:
             reject, seconds = self.failed[digest]
             self.reject(replace(reject, name=file.name))
-            self.ledger.drop_seconds(reject.kind, seconds)
+            self.stats.drop_seconds(reject.kind, seconds)
             return
         copy = self.used[digest]
         self.reject(Reject(file.name, f"same bytes as {copy.name}", bad=False, kind="copy"))
-        self.ledger.drop_seconds("copy", copy.seconds)
+        self.stats.drop_seconds("copy", copy.seconds)
 
     def _fail(self, reject: Reject, digest: str, seconds: float) -> None:
         """A file that cannot be used; whatever has its bytes cannot either."""
@@ -262,7 +262,7 @@ class _Cutter:
         try:
             windows = cut_windows(found, self.cut, scenes=survey.begins, name=digest)
         except ValueError as error:
-            self.ledger.drop_seconds("too short", found.seconds)
+            self.stats.drop_seconds("too short", found.seconds)
             self._fail(Reject(file.name, str(error), kind="too short"), digest, found.seconds)
             return None
         fps = self.cut.fps or found.rate
@@ -272,7 +272,7 @@ class _Cutter:
             self._fail(Reject(file.name, reason, bad=False, kind="no clip used"), digest, found.seconds)
             return None
         self.used[digest] = _Copy(file.name, found.seconds)
-        self.ledger.files.use(1)
+        self.stats.files.use(1)
         return {
             "caption": file.caption,
             "captions": list(file.told.captions) or [""],
@@ -285,7 +285,7 @@ class _Cutter:
             "fps": float(fps),
             "time": "native" if self.cut.fps is None else "resample",
             "windows": [asdict(window) for window in kept],
-            "marks": [[mark.number, mark.seen] for mark in survey.marks],
+            "seek_points": [[point.number, point.seen] for point in survey.seek_points],
         }
 
     def _choose(
@@ -296,28 +296,28 @@ class _Cutter:
         windows: list[Window],
         fps: float,
     ) -> list[Window]:
-        """The windows that are used; each one, and what none of them covers, is entered in the ledger."""
+        """The windows that are used; each one, and what none of them covers, is entered in the stats."""
         found, kept, rest = survey.found, [], survey.found.seconds
         for number, (window, seconds) in enumerate(zip(windows, spans(found, windows, fps), strict=True)):
             rest -= seconds
             name = f"{file.name} (clip {number})"
-            reason = self._finding(digest, name, survey.looks[frames_on_screen(found, window, fps)])
+            reason = self._finding(digest, name, survey.thumbnails[frames_on_screen(found, window, fps)])
             if reason is not None:
-                self.ledger.drop_clip(reason, seconds)
+                self.stats.drop_clip(reason, seconds)
             else:
-                self.ledger.use_clip(seconds)
+                self.stats.use_clip(seconds)
                 kept.append(window)
         whole = self.cut.clips == "all"
-        self.ledger.drop_seconds("rest, shorter than a clip" if whole else f"not in the {self.cut.clips} clip", rest)
+        self.stats.drop_seconds("rest, shorter than a clip" if whole else f"not in the {self.cut.clips} clip", rest)
         return kept
 
-    def _finding(self, digest: str, name: str, looks: NDArray[np.uint8]) -> str | None:
+    def _finding(self, digest: str, name: str, thumbnails: NDArray[np.uint8]) -> str | None:
         """Note what is odd about a clip; the reason if it is to be left out for that."""
-        if duplicates.is_still(looks):
+        if duplicates.is_still(thumbnails):
             self.still.append(name)
             if self.drops["static"]:
                 return "static"
-        clip = duplicates.remember(int(digest[:16], 16), name, looks)
+        clip = duplicates.remember(int(digest[:16], 16), name, thumbnails)
         other = self.memory.find(clip)
         # Clips of one file often look alike, and stay together anyway.
         if other is not None and other.file != clip.file:

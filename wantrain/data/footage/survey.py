@@ -19,16 +19,16 @@ from safetensors.numpy import load, save
 
 from wantrain.data.footage import duplicates, headers
 from wantrain.data.footage.captions import Told
-from wantrain.data.footage.clips import Probe
+from wantrain.data.footage.clips import VideoInfo
 from wantrain.data.footage.decode_workers import Decoders, Job
 from wantrain.data.footage.probe import Footage, probe, read_whole
-from wantrain.data.footage.reader import Mark, Reader
+from wantrain.data.footage.reader import Reader, SeekPoint
 from wantrain.data.footage.scenes import SceneDetector
 from wantrain.util import distributed
 from wantrain.video import Frames
 
 #: Raise it whenever the same bytes would be found to show something else than before.
-CODE = 2
+CODE = 3
 #: A process that reads a file says so every so many seconds.
 BEAT = 1.0
 #: Processes that read footage, unless said otherwise: the cores, up to this many.
@@ -41,30 +41,30 @@ class Survey:
     the numbers of frames that a seek finds (reader.py).
     """
 
-    found: Probe
-    looks: NDArray[np.uint8]
+    found: VideoInfo
+    thumbnails: NDArray[np.uint8]
     begins: list[float]
     marked: list[int]
 
     @property
-    def marks(self) -> list[Mark]:
+    def seek_points(self) -> list[SeekPoint]:
         """The frames that a seek finds."""
-        return [Mark.of(number, self.looks[number]) for number in self.marked]
+        return [SeekPoint.of(number, self.thumbnails[number]) for number in self.marked]
 
     def packed(self) -> bytes:
         """As bytes."""
         facts = np.array([self.found.height, self.found.width, self.found.end], dtype=np.float64)
         begins, marked = np.array(self.begins, dtype=np.float64), np.array(self.marked, dtype=np.int64)
-        times, looks = self.found.times, self.looks
-        return save({"facts": facts, "times": times, "looks": looks, "begins": begins, "marked": marked})
+        times, thumbnails = self.found.times, self.thumbnails
+        return save({"facts": facts, "times": times, "thumbnails": thumbnails, "begins": begins, "marked": marked})
 
     @staticmethod
     def unpacked(content: bytes) -> Survey:
         """From its bytes."""
         tensors = load(content)
         height, width, end = tensors["facts"].tolist()
-        found = Probe(int(height), int(width), tensors["times"], end)
-        return Survey(found, tensors["looks"], tensors["begins"].tolist(), tensors["marked"].tolist())
+        found = VideoInfo(int(height), int(width), tensors["times"], end)
+        return Survey(found, tensors["thumbnails"], tensors["begins"].tolist(), tensors["marked"].tolist())
 
 
 class Surveys:
@@ -131,14 +131,14 @@ def read_survey(request: dict[str, Any]) -> Iterator[Frames | None]:
     """
     member = request["member"]
     file = Footage(Path(request["path"]), request["name"], Told(), tuple(member) if member else None)
-    looks: list[duplicates.Look] = []
+    thumbnails: list[duplicates.Thumbnail] = []
     marked: list[int] = []
     with file.on_disk() as path:
         found = probe(path)
         scenes = SceneDetector() if request["split"] and not found.is_image else None
         said = time.monotonic()
         for frame in read_whole(path, found):
-            looks.append(duplicates.look(frame))
+            thumbnails.append(duplicates.look(frame))
             if scenes is not None:
                 scenes.watch(frame)
             if time.monotonic() - said > BEAT:
@@ -146,8 +146,8 @@ def read_survey(request: dict[str, Any]) -> Iterator[Frames | None]:
                 yield None
         if not found.is_image:
             headers.refuse(headers.read_header(path), Path(file.name).name)
-            for mark in Reader(path, len(looks)).tried_marks(np.stack(looks)):
-                marked += [mark.number] if mark is not None else []
+            for point in Reader(path, len(thumbnails)).tried_seek_points(np.stack(thumbnails)):
+                marked += [point.number] if point is not None else []
                 yield None
     begins = scenes.begins(found.times) if scenes is not None else []
-    yield np.frombuffer(Survey(found, np.stack(looks), begins, marked).packed(), dtype=np.uint8)
+    yield np.frombuffer(Survey(found, np.stack(thumbnails), begins, marked).packed(), dtype=np.uint8)

@@ -16,6 +16,7 @@ from webdataset import tariterators
 from wantrain.data.footage.probe import Footage
 from wantrain.data.rejects import IMAGES, VIDEOS
 from wantrain.data.shards import TarWriter, check_shards, describe_file, to_json
+from wantrain.util.renamed import VIDEO_SAMPLE, upgraded_fields
 
 #: What the extension of a mask begins with, which lies beside its video in a tar: KEY.mask.mp4.
 MASK = "mask."
@@ -94,7 +95,12 @@ def read_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Vid
             members = tariterators.tar_file_expander([{"url": shard["name"], "stream": file}])
             for sample in tariterators.group_by_keys(members):
                 (extension,) = [key for key in sample if not key.startswith(("__", MASK)) and key != "json"]
-                yield VideoSample(sample["__key__"], extension, sample[extension], json.loads(sample["json"]))
+                yield VideoSample(
+                    sample["__key__"],
+                    extension,
+                    sample[extension],
+                    upgraded_fields(json.loads(sample["json"]), VIDEO_SAMPLE),
+                )
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def scan_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Vid
                 video, opened = videos.pop(key, None), tar.extractfile(member)
                 if video is None or opened is None:
                     raise ValueError(f"{folder / shard['name']}: {member.name} comes without its video")
-                about = json.loads(opened.read())
+                about = upgraded_fields(json.loads(opened.read()), VIDEO_SAMPLE)
                 extension = _split_name(video, shard["name"])[1]
                 place = shard["name"], video.offset_data, video.size
                 yield VideoEntry(key, extension, *place, about, masks.pop(key, None))

@@ -24,7 +24,7 @@ class Conditions:
     """What is known of clips, by kind.
 
     spec     kinds by weight, with their settings (see `Mix.read`); empty where text is all
-    told_by  how the model is told: "channels", "frames" or None (condition.py)
+    told_by  how the model is told: "channels", "frames" or None (conditioning.py)
     key      what `spec` is called where the user wrote it
 
     ValueError for kinds that such a model cannot be told.
@@ -145,7 +145,7 @@ class Conditions:
     def adopt(self, stored: Mapping[str, Any], folder: object, *, model: str) -> None:
         """Take up how many variants a folder's latents have of each kind; `stored` is their `identity`.
 
-        ValueError, with the command that mends it, unless they hold what is to be trained.
+        ValueError, with the command that fixes it, unless they hold what is to be trained.
         """
         for name in dict.fromkeys(name for name, _ in self.stored):
             found = {key: value for key, value in stored.get(name, {}).items() if key != "variants"}

@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from wantrain import geometry
 from wantrain.conditioning import EncodePixels
-from wantrain.data.footage.accounting import Ledger
+from wantrain.data.footage.accounting import DatasetStats
 from wantrain.data.footage.decode_workers import Decoders, Job, Read
 from wantrain.data.footage.pixels import read_clips
 from wantrain.data.footage.video_shards import VideoEntry
 from wantrain.data.latents.clip_encoder import ClipEncoder
 from wantrain.data.latents.conditioning import Conditions
-from wantrain.data.latents.heartbeat import Attendance
+from wantrain.data.latents.heartbeat import Heartbeat
 from wantrain.data.latents.store import LatentFolder, Record, build_index
 from wantrain.data.latents.work_units import ClipRow, TextRow, Unit, Work, plan_work
 from wantrain.data.rejects import Reject
@@ -70,7 +70,7 @@ def encode_shards(
     workers: int | None = None,
     timeout: float = 120.0,
     retry: bool = False,
-    patience: float = 1800.0,
+    heartbeat_timeout: float = 1800.0,
     read: Read = read_clips,
 ) -> dict[str, Any] | None:
     """Make `out` the latents and texts of these video shards; returns the manifest (None on ranks other than 0).
@@ -81,7 +81,7 @@ def encode_shards(
     without padding, and beside a clip's latents those of what is known under the `conditions`, which also know the
     VAE's strides. `read` is what runs in `workers` processes (None: by the cores), `timeout` seconds a clip at most;
     what cannot be decoded goes to rejects.jsonl, and is tried again only with `retry`. Each process of a launcher does
-    its share of the units, and rank 0 waits for the others, `patience` seconds without a sign of life at most.
+    its share of the units, and rank 0 waits for the others, `heartbeat_timeout` seconds without a sign of life at most.
 
     `encoders` are the identities of the encoders' files (models/fingerprints.py), by part: train.py knows the encoders
     again by them. They stand in the manifest beside the settings, for the same values in other files make nothing new.
@@ -113,7 +113,7 @@ def encode_shards(
         return folder.earlier.manifest
     work = plan_work(shards, video, sizes, conditions, settings)
     folder.check_same_footage(work.sources)
-    with Attendance(out, work.name, patience=patience) as attendance:
+    with Heartbeat(out, work.name, timeout=heartbeat_timeout) as attendance:
         encoder = _Encoder(folder, encode_pixels, encode_texts, conditions, attendance, device)
         encoder.check_sources(shards, video)
         reading = _Reading(shards, read, workers, timeout, masks=PAINTED in conditions.identity())
@@ -153,8 +153,8 @@ def _conclude(
 ) -> dict[str, Any]:
     """Rank 0, when all units are made: count the rejects, write index and manifest, `facts` in it."""
     latents, texts = folder.gather(work.latents), folder.gather(work.texts)
-    ledger, rejects, identities = _accounts(work, latents)
-    seen = ledger.clips.given
+    stats, rejects, identities = _accounts(work, latents)
+    seen = stats.clips.given
     write_rejects(folder.out, rejects, seen, rejects_limit, "clip", identities)
     index, names = build_index(latents, texts, work.text_of, work.group_of)
     manifest = {
@@ -173,8 +173,8 @@ def _conclude(
         "texts": len(index.text_shard),
         "empty_text": index.text(work.text_of[""]),
         "clips_rejected": len(rejects),
-        "ledger": ledger.told(),
-        "cropped": ledger.told_crops(),
+        "stats": stats.told(),
+        "cropped": stats.told_crops(),
         "sources": sources,
         "shards": [record.tar for _, record in latents if record.tar],
         "text_shards": [record.tar for _, record in texts if record.tar],
@@ -184,29 +184,29 @@ def _conclude(
         f"{folder.out}: {seen} clips seen = {seen - len(rejects)} encoded + {len(rejects)} rejected; "
         f"{len(index.text_shard)} texts"
     )
-    for line in ledger.summary():
+    for line in stats.summary():
         say(f"  {line}")
     return manifest
 
 
-def _accounts(work: Work, latents: list[tuple[Unit, Record]]) -> tuple[Ledger, list[Reject], list[str]]:
-    """What became of every clip: the ledger, the rejects, and the identity of each ("" if it never had one)."""
-    ledger, rejects, identities = Ledger(), list[Reject](), list[str]()
+def _accounts(work: Work, latents: list[tuple[Unit, Record]]) -> tuple[DatasetStats, list[Reject], list[str]]:
+    """What became of every clip: the stats, the rejects, and the identity of each ("" if it never had one)."""
+    stats, rejects, identities = DatasetStats(), list[Reject](), list[str]()
     for clip in work.left_out:
         rejects.append(Reject(clip.name, clip.reason, bad=False, kind=clip.kind))
         identities.append("")
-        ledger.drop_clip(clip.kind, clip.seconds)
+        stats.drop_clip(clip.kind, clip.seconds)
     for unit, record in latents:
         for row in unit.rows:
             assert isinstance(row, ClipRow)
             reason = record.rejects.get(row.identity)
             if reason is None:
-                ledger.use_clip(row.seconds, row.about["cropped"])
+                stats.use_clip(row.seconds, row.about["cropped"])
                 continue
             rejects.append(Reject(row.name, reason))
             identities.append(row.identity)
-            ledger.drop_clip(rejects[-1].kind, row.seconds)
-    return ledger, rejects, identities
+            stats.drop_clip(rejects[-1].kind, row.seconds)
+    return stats, rejects, identities
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class _Reading:
                 "sha256": entry.about["sha256"],
                 "fps": entry.about["fps"],
                 "windows": [entry.about["windows"][row.number] for row in rows],
-                "marks": entry.about.get("marks", []),
+                "seek_points": entry.about.get("seek_points", []),
                 "size": [bucket.height, bucket.width],
                 "mask": self._mask(entry) if self.masks else None,
             }
@@ -263,7 +263,7 @@ class _Encoder:
         encode_pixels: EncodePixels,
         encode_texts: EncodeTexts,
         conditions: Conditions,
-        attendance: Attendance,
+        attendance: Heartbeat,
         device: torch.device,
     ) -> None:
         self.folder, self.encode_texts, self.attendance = folder, encode_texts, attendance

@@ -1,4 +1,4 @@
-"""Attendance: how far each process of a launch is, told through small files, where there is no process group to ask."""
+"""Heartbeat: how far each process of a launch is, told through small files, where there is no process group to ask."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from wantrain.util.files import write_atomically
 BEAT, GRACE = 2.0, 20.0
 
 
-class Attendance:
+class Heartbeat:
     """How far each process is, in small files, since there is no process group to ask.
 
     plan      what is being done, in a word: what was said about another plan does not count
-    patience  seconds without a sign of life after which a rank counts as lost
+    timeout  seconds without a sign of life after which a rank counts as lost
     """
 
-    def __init__(self, out: Path, plan: str, *, patience: float) -> None:
-        self.out, self.plan, self.patience = out, plan, patience
+    def __init__(self, out: Path, plan: str, *, timeout: float) -> None:
+        self.out, self.plan, self.timeout = out, plan, timeout
         self._said = -BEAT
         self._path(distributed.rank()).unlink(missing_ok=True)
 
-    def __enter__(self) -> Attendance:
+    def __enter__(self) -> Heartbeat:
         self.say("begun", now=True)
         return self
 
@@ -52,9 +52,9 @@ class Attendance:
                 told, since = self._read(rank), heard[rank][1]
                 if told != heard[rank][0]:
                     heard[rank] = told, time.monotonic()
-                elif time.monotonic() - since > self.patience:
+                elif time.monotonic() - since > self.timeout:
                     raise ValueError(
-                        f"rank {rank} of {distributed.world_size()} has given no sign of life for {self.patience:g} s "
+                        f"rank {rank} of {distributed.world_size()} has given no sign of life for {self.timeout:g} s "
                         f"(its last: {told.get('state', 'none')}); look at its output, and start the same "
                         "command again: it goes on where this one ends"
                     )

@@ -29,7 +29,7 @@ class Index:
 
     bucket    (N,) number into the manifest's list of buckets
     source    (N,) the file a clip was cut from, as a number
-    group     (N,) the same number for files that look alike (likeness.py): one of theirs, else the file's own
+    group     (N,) the same number for files that look alike (duplicates.py): one of theirs, else the file's own
     weight    (N,) how often it is drawn beside others; 1 unless the footage says otherwise
     windows   (N+1,) and captions (N+1,), see above; caption, a number into the texts for each
     tags      (N+1,) likewise; tag, a number into the manifest's list of tags for each

@@ -37,7 +37,7 @@ from wantrain.util.files import claim_folder, write_atomically, write_json
 _TARS = {"latent": "shards", "text": "text_shards"}
 _WIDTHS = {"latent": "latent_channels", "text": "text_dim"}
 #: Seconds after which a file that another machine has written must be seen here: NFS looks again after 60 at most.
-PATIENCE = 90.0
+TIMEOUT = 90.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class LatentFolder:
             if retry:
                 self.earlier.rejects.clear()
         else:
-            claim_folder(out, mark=REJECTS, key="out")
+            claim_folder(out, sentinel=REJECTS, key="out")
             (out / REJECTS).touch()  # from here on the folder is ours, also after a kill
         self._whole: dict[str, bool] = {}
 
@@ -113,8 +113,8 @@ class LatentFolder:
         return self._find_earlier(unit)
 
     def gather(self, units: Sequence[Unit]) -> list[tuple[Unit, Record]]:
-        """All units with what became of them. ValueError if one has not appeared for `PATIENCE` seconds."""
-        found, deadline = list[tuple[Unit, Record]](), time.monotonic() + PATIENCE
+        """All units with what became of them. ValueError if one has not appeared for `TIMEOUT` seconds."""
+        found, deadline = list[tuple[Unit, Record]](), time.monotonic() + TIMEOUT
         for unit in units:
             while (record := self.find(unit)) is None:
                 if time.monotonic() > deadline:

@@ -25,7 +25,7 @@ from wantrain.masks import PAINTED
 #: Raise it whenever the same footage, choices and weights would give other latents or texts than before.
 CODE = 2
 #: What a file's `about` may say without changing its latents; everything else is part of their identity.
-WORDS = frozenset(("caption", "captions", "source", "weight", "tags", "windows", "mask", "marks"))
+WORDS = frozenset(("caption", "captions", "source", "weight", "tags", "windows", "mask", "seek_points"))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Work:
 
     latents, texts  units of the clips, and of the distinct captions, the empty one among them
     text_of    a caption's identity
-    group_of   the group of each file that looks like another (likeness.py)
+    group_of   the group of each file that looks like another (duplicates.py)
     left_out   clips that are not encoded, with the reason: they would have to be enlarged too much, or are not told of
     """
 

@@ -12,7 +12,7 @@ from wantrain.util.seeds import seed_at
 def split_groups(groups: NDArray[np.uint64], share: float, seed: int) -> tuple[Indices, Indices]:
     """(train, held-out) sample numbers: whole groups of files are held out, so that what is alike never straddles.
 
-    A file is a group, unless it looks like others (likeness.py). The round(share * groups) groups with the smallest
+    A file is a group, unless it looks like others (duplicates.py). The round(share * groups) groups with the smallest
     hash of (seed, group) are held out: a fixed choice that adding files changes little. They come in the order of their
     hashes, so that the first few are of all kinds. ValueError if `share` is not in [0, 1) or leaves nothing to train
     on.

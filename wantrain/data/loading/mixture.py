@@ -197,7 +197,7 @@ def _open(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Laten
 
 
 def _common_facts(parts: Mapping[str, LatentData]) -> dict[str, Any]:
-    """What all manifests say alike. ValueError names two sets that do not go together, and the mend."""
+    """What all manifests say alike. ValueError names two sets that do not go together, and the fix."""
     (first, one), *others = parts.items()
     for name, other in others:
         for key in COMMON:

@@ -68,15 +68,15 @@ class Plan:
         # Long epochs are woven in parts, so that no table grows with them.
         self._parts = max(1, math.ceil(total / batch_size / TABLE))
         self._streams: list[list[_Stream]] = []
-        self._turns: list[_Weave] = []
+        self._turns: list[_Interleave] = []
         per_bucket = []
         for number, bucket in enumerate(sorted({bucket for bucket, _ in owners})):
             own = [place for place, (other, _) in enumerate(owners) if other == bucket]
             rate = sum((rates[place] for place in own), Fraction(0))
             self._streams.append([streams[place] for place in own])
-            self._turns.append(_Weave([rates[place] * ROUND / rate for place in own], seed, 2, number))
+            self._turns.append(_Interleave([rates[place] * ROUND / rate for place in own], seed, 2, number))
             per_bucket.append(rate / (batch_size * self._parts))
-        self._batches = _Weave(per_bucket, seed, 1)
+        self._batches = _Interleave(per_bucket, seed, 1)
 
     @classmethod
     def of(cls, data: Planned, *, batch_size: int, seed: int) -> Plan:
@@ -151,7 +151,7 @@ class _Stream:
         return np.searchsorted(self.line, points, side="right")
 
 
-class _Weave:
+class _Interleave:
     """Endless streams woven into one, each at its own rate: every item is the next one of some stream.
 
     Part p of the weave has floor(rate * (p+1)) - floor(rate * p) items of each stream, in shuffled order.

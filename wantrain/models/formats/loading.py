@@ -199,9 +199,9 @@ def check_like(sizes: Mapping[str, Any], like: Mapping[str, Any], where: Path) -
     if differing:
         width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
         fitting = VARIANTS.get((width, sizes["in_channels"]))
-        mend = f"it fits model={fitting}" if fitting else "choose model= to match"
+        fix = f"it fits model={fitting}" if fitting else "choose model= to match"
         raise ValueError(
-            f"{where} holds a transformer of another shape than the chosen model ({', '.join(differing)}); {mend}"
+            f"{where} holds a transformer of another shape than the chosen model ({', '.join(differing)}); {fix}"
         )
 
 

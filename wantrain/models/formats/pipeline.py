@@ -41,7 +41,7 @@ class About:
     guidance  guidance scale to sample with, per expert
     steps     solver steps to sample with
     origin    per expert: run, step, recipe, base, commit, adapter (whatever is known)
-    told_by   how it is told what is known of a video (condition.py): "channels", "frames", None: not at all
+    told_by   how it is told what is known of a video (conditioning.py): "channels", "frames", None: not at all
     """
 
     model: str
@@ -96,7 +96,7 @@ def write_pipeline(
         (folder / CARD).write_text(card(out.name, names, base, about, layout), encoding="utf-8")
 
 
-def mark(layout: str) -> str | None:
+def sentinel_file(layout: str) -> str | None:
     """The file by which a folder is known for an earlier export in this layout, whose parts a new one may replace.
 
     Only a pipeline has one. In the other layouts the same names stand in folders that are not ours: a ComfyUI's

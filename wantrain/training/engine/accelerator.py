@@ -54,7 +54,7 @@ def start_accelerator(device: str = "auto", *, hang: float | None) -> Accelerato
     wanted = engine_asked_for()
     if wanted.startswith("zero"):
         _refuse_stale_locks()
-    on_cpu, timeout = devices.choose(device).type == "cpu", patience(hang)
+    on_cpu, timeout = devices.choose(device).type == "cpu", group_timeout(hang)
     passed_over = on_cpu and torch.cuda.is_available()  # accelerate would take the GPU
     if passed_over and wanted not in {"single", "ddp"}:
         raise ValueError(
@@ -97,12 +97,12 @@ def engine_of(accelerator: Accelerator) -> str:
     return names[kind.value]
 
 
-def patience(hang: float | None) -> timedelta:
+def group_timeout(hang: float | None) -> timedelta:
     """The time-out of a process group beside a watchdog that ends a run after `hang` seconds (None: never)."""
     return LONGEST if hang is None else timedelta(seconds=hang) + MARGIN
 
 
-def share_patience() -> None:
+def share_timeout() -> None:
     """Give every process group the time-out of the first: those that an engine makes for itself have torch's own."""
     if dist.is_initialized():
         timeout = first_store().timeout

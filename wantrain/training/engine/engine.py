@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wantrain.models.adapters import keep_activation_dtype
 from wantrain.runs.checkpoint import Copier
-from wantrain.training.engine.accelerator import SHARDED, autocast, engine_of, share_patience
+from wantrain.training.engine.accelerator import SHARDED, autocast, engine_of, share_timeout
 from wantrain.training.engine.optim import fill_quantised, named_trainable, plain_tensors
 from wantrain.util import distributed
 from wantrain.util.libraries import is_dtensor
@@ -49,7 +49,7 @@ class Stepper:
             self._configure_deepspeed()
         trained = {name: parameter.numel() for name, parameter in named_trainable(module).items()}
         self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
-        share_patience()
+        share_timeout()
         self._check_trained(trained)
 
     def _check_trained(self, wanted: Mapping[str, int]) -> None:

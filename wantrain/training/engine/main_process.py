@@ -147,28 +147,28 @@ def _wait_for_main(call: int, doing: str) -> None:
     words: queue.Queue[Word | Exception] = queue.Queue()
     # By a thread, for a look at the store of a machine that has stopped never returns.
     threading.Thread(target=_listen, args=(call, words), name="listener", daemon=True).start()
-    patience = first_store().timeout.total_seconds()  # until it gets here; then it speaks all the time
+    timeout = first_store().timeout.total_seconds()  # until it gets here; then it speaks all the time
     word = Word(call, 0, -1, doing)
     while not _is_done(word, call):
         try:
-            new = _next(words, patience, doing)
+            new = _next(words, timeout, doing)
         except RuntimeError:
             if word.ended:
                 sys.exit(word.ended)  # what is wrong was said by the main process
             raise
         if new.advanced != word.advanced:
             report_progress(f"waiting for the main process: {new.doing}")
-        word, patience = new, FAREWELL if new.ended else SILENCE
+        word, timeout = new, FAREWELL if new.ended else SILENCE
 
 
-def _next(words: queue.Queue[Word | Exception], patience: float, doing: str) -> Word:
-    """The next announcement. RuntimeError if none comes for `patience` seconds, or none can come."""
+def _next(words: queue.Queue[Word | Exception], timeout: float, doing: str) -> Word:
+    """The next announcement. RuntimeError if none comes for `timeout` seconds, or none can come."""
     resume = "The last checkpoint is good: the same command goes on from it"
     try:
-        word = words.get(timeout=patience)
+        word = words.get(timeout=timeout)
     except queue.Empty as error:
         raise RuntimeError(
-            f"the main process has said nothing for {patience:.0f} s, while this one waited for it ({doing}): it was "
+            f"the main process has said nothing for {timeout:.0f} s, while this one waited for it ({doing}): it was "
             f"killed, or its machine is gone. {resume}"
         ) from error
     if isinstance(word, Exception):

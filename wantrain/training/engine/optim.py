@@ -202,7 +202,7 @@ def build_optimizer(
         else:
             tagged["hidden" if "blocks." in name and parameter.ndim == 2 else "matrices"].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": members, "tag": tag, "hidden": tag == "hidden"} for tag, members in tagged.items() if members
+        {"params": trainers, "tag": tag, "hidden": tag == "hidden"} for tag, trainers in tagged.items() if trainers
     ]
     for group in groups:
         if group["tag"] == "rest":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from wantrain.models.offload import Residence
+from wantrain.models.offload import WeightSwapper
 from wantrain.training.engine.accelerator import SHARDED, engine_of
 
 #: Optimizers that look at whole matrices, or at blocks of them, and not at each element: class -> what users call it.
@@ -18,32 +18,32 @@ WHOLE = {"MuonAdamW": "muon", "Muon": "torch.optim.Muon", "Adafactor": "adafacto
 
 
 @dataclass(frozen=True)
-class Home:
+class Placement:
     """Where a run's experts live.
 
     device     where weights are loaded to at first; an engine that cuts them up takes them from the host
-    residence  keeps the frozen weights of the expert whose turn it is not on the host, if that is wanted
+    swapper  keeps the frozen weights of the expert whose turn it is not on the host, if that is wanted
     """
 
     accelerator: Accelerator
     engine: str
     device: torch.device
-    residence: Residence | None
+    swapper: WeightSwapper | None
 
 
-def find_home(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]) -> Home:
-    """The home of the experts of a run, by their settings. ValueError if the engine cannot train them, or not so."""
+def find_placement(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]) -> Placement:
+    """Where the experts of a run live, by their settings. ValueError if the engine cannot train them, or not so."""
     engine = engine_of(accelerator)
     hosted = check_engine(engine, experts)
     device = torch.device("cpu") if hosted or engine in SHARDED else accelerator.device
-    return Home(accelerator, engine, device, Residence(accelerator.device) if hosted else None)
+    return Placement(accelerator, engine, device, WeightSwapper(accelerator.device) if hosted else None)
 
 
-def card_of(home: Home) -> int | None:
+def card_of(placement: Placement) -> int | None:
     """Bytes of the GPU that holds the whole run; None on a CPU, or where processes share it out."""
-    if home.engine not in {"single", "ddp"} or home.accelerator.device.type != "cuda":
+    if placement.engine not in {"single", "ddp"} or placement.accelerator.device.type != "cuda":
         return None
-    return int(torch.cuda.get_device_properties(home.accelerator.device).total_memory)
+    return int(torch.cuda.get_device_properties(placement.accelerator.device).total_memory)
 
 
 def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -25,20 +25,20 @@ LEVELS = 16
 
 
 def describe(loss: FlowMatching, shift: float) -> dict[str, Any]:
-    """One law as plain data: its shift, the edges of BINS slices of the window, and for each slice the density of the
-    draws, their mean weight, and the effective density, which like the first integrates to 1.
+    """One distribution as plain data: its shift, the edges of BINS slices of the window, and for each slice the
+    density of the draws, their mean weight, and the effective density, which like the first integrates to 1.
     """
-    law: dict[str, Any] = {"density": loss.density, "shift": shift, "window": loss.window}
+    distribution: dict[str, Any] = {"density": loss.density, "shift": shift, "window": loss.window}
     edges = torch.linspace(loss.window.low, loss.window.high, BINS + 1, dtype=torch.float64)
-    below = flow.sigma_cdf(edges, **law)
+    below = flow.sigma_cdf(edges, **distribution)
     mass, width = below.diff(), edges.diff()
     inside = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
-    sigma = flow.sigma_quantiles(below[:-1, None] + mass[:, None] * inside, **law)
+    sigma = flow.sigma_quantiles(below[:-1, None] + mass[:, None] * inside, **distribution)
     weight = loss.weight(sigma).double().mean(dim=1)
     effective = mass * weight / (mass * weight).sum()
     return {
         "shift": shift,
-        "share_of_all_noise": flow.window_mass(**law),
+        "share_of_all_noise": flow.window_mass(**distribution),
         "mean_weight": (mass * weight).sum().item(),
         "sigma": edges.tolist(),
         "density": (mass / width).tolist(),
@@ -51,7 +51,8 @@ def write(folder: Path, losses: Mapping[str, Any], buckets: Iterable[str], *, mu
     """Write the effective density of every velocity loss, by expert, into a run folder. Main process only.
 
     `buckets` are the sizes of the run's clips ("17x64x64") and `multiple` the pixels along a token's side: where the
-    shift goes by tokens there is one law for each number of them. ValueError if the folder holds another run's laws.
+    shift goes by tokens there is one distribution for each number of them. ValueError if the folder holds another
+    run's distributions.
     """
     velocity = {name: loss for name, loss in losses.items() if isinstance(loss, FlowMatching)}
     if not velocity or not distributed.is_main():
@@ -60,11 +61,19 @@ def write(folder: Path, losses: Mapping[str, Any], buckets: Iterable[str], *, mu
     report = {}
     for name, loss in velocity.items():
         shifts = {loss.shift_for(tokens): tokens for tokens in sorted(sizes)}
-        laws = [describe(loss, shift) for shift in shifts]
-        if len(laws) > 1:
-            laws = [{"tokens": tokens, **law} for tokens, law in zip(shifts.values(), laws, strict=True)]
+        distributions = [describe(loss, shift) for shift in shifts]
+        if len(distributions) > 1:
+            distributions = [
+                {"tokens": tokens, **distribution}
+                for tokens, distribution in zip(shifts.values(), distributions, strict=True)
+            ]
         window = [loss.window.low, loss.window.high]
-        report[name] = {"window": window, "distance": _distance(loss), "stratified": loss.stratified, "laws": laws}
+        report[name] = {
+            "window": window,
+            "distance": _distance(loss),
+            "stratified": loss.stratified,
+            "distributions": distributions,
+        }
     _refuse_another(folder / "noise.json", report)
     write_json(folder / "noise.json", report)
     _draw(folder / "noise.png", report)
@@ -81,15 +90,18 @@ def _distance(loss: FlowMatching) -> str:
 
 
 def _refuse_another(path: Path, report: Mapping[str, Any]) -> None:
-    """Raise ValueError where a run would go on under another law: a table's file, say, was changed in between."""
+    """Raise ValueError if a run would resume under another distribution, because a table's file was changed."""
     if not path.is_file():
         return
     for name, before in json.loads(path.read_text(encoding="utf-8")).items():
-        curves = [[law["effective_density"] for law in expert["laws"]] for expert in (before, report.get(name, before))]
+        curves = [
+            [distribution["effective_density"] for distribution in expert["distributions"]]
+            for expert in (before, report.get(name, before))
+        ]
         old, new = (torch.tensor(curve, dtype=torch.float64) for curve in curves)
         if old.shape != new.shape or not torch.allclose(old, new, rtol=1e-6, atol=1e-9):
             raise ValueError(
-                f"{path}: {name} was trained on another law of noise than the config gives now (a changed "
+                f"{path}: {name} was trained on another distribution of noise than the config gives now (a changed "
                 "noise.density.file?); put it back, or give the new run its own name (run=NAME)"
             )
 
@@ -100,11 +112,20 @@ def _draw(path: Path, report: Mapping[str, Any]) -> None:
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    curves = [(name, law) for name, expert in report.items() for law in expert["laws"]]
-    for number, (name, law) in enumerate(curves):
-        label = f"{name}, shift {law['shift']:.3g}" + (f" ({law['tokens']} tokens)" if "tokens" in law else "")
-        axes.stairs(law["effective_density"], law["sigma"], fill=True, alpha=0.3, color=f"C{number}", label=label)
-        axes.stairs(law["density"], law["sigma"], color=f"C{number}", linewidth=0.8)
+    curves = [(name, distribution) for name, expert in report.items() for distribution in expert["distributions"]]
+    for number, (name, distribution) in enumerate(curves):
+        label = f"{name}, shift {distribution['shift']:.3g}" + (
+            f" ({distribution['tokens']} tokens)" if "tokens" in distribution else ""
+        )
+        axes.stairs(
+            distribution["effective_density"],
+            distribution["sigma"],
+            fill=True,
+            alpha=0.3,
+            color=f"C{number}",
+            label=label,
+        )
+        axes.stairs(distribution["density"], distribution["sigma"], color=f"C{number}", linewidth=0.8)
     axes.set(xlim=(0, 1), ylim=(0, None), xlabel="sigma (0 clean, 1 noise)", ylabel="density")
     axes.set_title("noise levels: drawn (line), learned from (filled)", fontsize="medium")
     axes.legend(fontsize="small", frameon=False)

@@ -1,16 +1,16 @@
-"""Tripwires: always on, each for one way in which a run goes wrong and looks well.
+"""Safeguards: always on, each for one way in which a run goes wrong and looks well.
 
 draw      every noise level lies in the expert's window
 ranks     at the first step no two samples of a batch share their place or their noise, and after it the gradients
           (DDP) and the weights (where each process has all of them) are the same on every rank
 moves     at the first step something that is trained moves; every LoRA's B, or it is said which do not
-gradient  one that is no number updates nothing, on any rank; its samples are written down, `patience` such steps in a
+gradient  non-finite gradients skip the step, on every rank; the samples are written down, `max_skipped_steps` in a
           row end the run
 spike     a batch `spike` times as wrong as is usual for its noise levels is said and written down; one that is so
           `refuse` times updates nothing, on any rank
 
-What is written down goes to tripped.jsonl in the run's folder: each rank's own samples with their noise levels, whose
-noise anybody can draw again from (seed, "noise", position). The first two and the third raise ValueError.
+What is written down goes to safeguards.jsonl in the run's folder: each rank's own samples with their noise levels,
+whose noise anybody can draw again from (seed, "noise", position). The first two and the third raise ValueError.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from wantrain import flow
 from wantrain.batch import Batch
 from wantrain.losses import Draws, Loss
 from wantrain.training.engine.engine import Stepper
-from wantrain.training.expert import Member
+from wantrain.training.expert import ExpertTrainer
 from wantrain.util import distributed
 from wantrain.util.console import say
 
@@ -41,7 +41,7 @@ RATE = 0.02
 
 
 @dataclass
-class Usual:
+class LossBaseline:
     """The usual loss of each slice of a window, as a running mean of logarithms.
 
     Everything is computed where the losses are, and without asking for a value, so that nobody waits for a GPU.
@@ -75,34 +75,34 @@ class Usual:
 
 
 @dataclass
-class Tripwires:
-    """The wires of a run. The loop tells them what it does: begin, drew for each micro-step, allow with what was read
-    of `facts`, and moved after an update. They read nothing themselves after a run's first step.
+class Safeguards:
+    """The safeguards of a run. The loop tells them what it does: begin, drew for each micro-step, allow with what was
+    read of `facts`, and moved after an update. They read nothing themselves after a run's first step.
 
-    path      tripped.jsonl
-    patience  steps in a row without an update until the run ends
+    path      safeguards.jsonl
+    max_skipped_steps  steps in a row without an update until the run ends
     spike     how many times the usual loss is one; None: nothing is
     refuse    how many times the usual loss is not learned from; None: all is
     """
 
     path: Path
-    patience: int = 3
+    max_skipped_steps: int = 3
     spike: float | None = 10.0
     refuse: float | None = 100.0
     in_a_row: int = 0
     proved: set[str] = field(default_factory=set)
-    usual: dict[str, Usual] = field(default_factory=dict)
+    usual: dict[str, LossBaseline] = field(default_factory=dict)
 
-    def begin(self, member: Member) -> None:
-        """A step of `member` begins."""
-        self.member, self.samples = member, list[dict[str, Any]]()
+    def begin(self, trainer: ExpertTrainer) -> None:
+        """A step of `trainer` begins."""
+        self.trainer, self.samples = trainer, list[dict[str, Any]]()
         self.noises: list[int] = []
         self.levels, self.losses = list[Tensor](), list[Tensor]()  # of this process, on the device
         self.everyone: Tensor | None = None  # levels and losses of all ranks, (samples, 2)
         self.excess: Tensor | None = None  # how many times the usual this step's losses are, over all ranks
-        self.first = member.name not in self.proved
+        self.first = trainer.name not in self.proved
         if self.first:
-            self.before = digests(member.stepper)
+            self.before = digests(trainer.stepper)
 
     def drew(self, batch: Batch, draws: Draws, record: Loss) -> None:
         """One micro-step: its samples and what they drew, on the host, and the losses that came of it.
@@ -113,11 +113,11 @@ class Tripwires:
             {"id": name, "position": position} for name, position in zip(batch.ids, batch.positions, strict=True)
         ]
         if draws.sigma is not None and record.sigma is not None:
-            window = self.member.loss.window  # type: ignore[attr-defined]
+            window = self.trainer.loss.window  # type: ignore[attr-defined]
             outside = ~window.contains(draws.sigma)
             if outside.any():
                 raise ValueError(
-                    f"{self.member.name} drew sigma {draws.sigma[outside][0].item():.6f}, outside its window "
+                    f"{self.trainer.name} drew sigma {draws.sigma[outside][0].item():.6f}, outside its window "
                     f"[{window.low:g}, {window.high:g}): it would learn the other expert's noise; look at noise= and "
                     "loss="
                 )
@@ -134,8 +134,8 @@ class Tripwires:
         if not self.levels or (self.spike is None and self.refuse is None):
             return value
         mine = torch.stack([torch.cat(self.levels).double(), torch.cat(self.losses).double()], dim=1)
-        self.everyone = self.member.stepper.gather(mine)
-        self.excess = self._usual(self.member.name, self.member.loss.window).excess(*self.everyone.unbind(1))  # type: ignore[attr-defined]
+        self.everyone = self.trainer.stepper.gather(mine)
+        self.excess = self._usual(self.trainer.name, self.trainer.loss.window).excess(*self.everyone.unbind(1))  # type: ignore[attr-defined]
         if self.refuse is None:
             return value
         return value * torch.where(self.excess > self.refuse, math.nan, 1.0).to(value.dtype)
@@ -165,7 +165,7 @@ class Tripwires:
 
     def _compare_ranks(self) -> None:
         """ValueError if the ranks do not belong together; asked in the first step alone."""
-        stepper = self.member.stepper
+        stepper = self.trainer.stepper
         if not self.first or stepper.accelerator.num_processes == 1:
             return
         numbers = [[row["position"] for row in self.samples], self.noises]
@@ -183,41 +183,42 @@ class Tripwires:
         """The weights have been updated. ValueError if it was the first time and nothing moved, or ranks differ."""
         if not self.first:
             return
-        stepper = self.member.stepper
+        stepper = self.trainer.stepper
         after = digests(stepper)
         if stepper.engine in {"ddp", "zero1", "zero2"} and stepper.accelerator.num_processes > 1:
             _equal_over_ranks(stepper, after, "weights")
         self._check_moves(after)
-        self.proved.add(self.member.name)
+        self.proved.add(self.trainer.name)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to know of this one: the usual losses, by expert."""
         return {name: [own.means.tolist(), own.counts.tolist()] for name, own in self.usual.items()}
 
-    def restore(self, state: Mapping[str, Any], members: Mapping[str, Member]) -> None:
+    def restore(self, state: Mapping[str, Any], trainers: Mapping[str, ExpertTrainer]) -> None:
         """Go on from a `state`."""
         for name, told in state.items():
-            own = self._usual(name, members[name].loss.window)  # type: ignore[attr-defined]
+            own = self._usual(name, trainers[name].loss.window)  # type: ignore[attr-defined]
             own.means, own.counts = (torch.tensor(column, dtype=torch.float64) for column in told)
 
-    def _usual(self, name: str, window: flow.NoiseWindow) -> Usual:
-        return self.usual.setdefault(name, Usual(window))
+    def _usual(self, name: str, window: flow.NoiseWindow) -> LossBaseline:
+        return self.usual.setdefault(name, LossBaseline(window))
 
     def _refused(self, step: int, norm: float, excess: float) -> None:
         self.in_a_row += 1
         if self.refuse is not None and excess > self.refuse:
             self._write_down(step, "spike", times_usual=excess)
-            why = f"the loss is {excess:.0f} times what is usual for its noise (tripwires.refuse={self.refuse:g})"
+            why = f"the loss is {excess:.0f} times what is usual for its noise (safeguards.refuse={self.refuse:g})"
             bad = [max(self.samples, key=lambda row: row["loss"])]
         else:
             self._write_down(step, "gradient", grad_norm=norm)
             why, bad = f"the gradient's norm is {norm}", [x for x in self.samples if not math.isfinite(x["loss"])]
         which = f"; first such sample: {bad[0]['id']}" if bad else ""
         told = f"step {step}: {why}, so nothing was updated{which}; see {self.path}"
-        if self.in_a_row >= self.patience:
+        if self.in_a_row >= self.max_skipped_steps:
             raise ValueError(
-                f"{told}. That is {self.in_a_row} steps in a row (tripwires.patience={self.patience}); the last "
-                "checkpoint is good. Look at these samples, or lower optimizer.lr or clip"
+                f"{told}. That is {self.in_a_row} steps in a row "
+                f"(safeguards.max_skipped_steps={self.max_skipped_steps}); the last checkpoint "
+                "is good. Look at these samples, or lower optimizer.lr or clip"
             )
         say(told)
 
@@ -231,18 +232,18 @@ class Tripwires:
             )
         else:
             assert self.everyone is not None
-            self.usual[self.member.name].learn(*self.everyone.unbind(1))
+            self.usual[self.trainer.name].learn(*self.everyone.unbind(1))
 
     def _write_down(self, step: int, wire: str, **more: float) -> None:
         samples = [{key: _plain(value) for key, value in row.items()} for row in self.samples]
-        row = {"step": step, "wire": wire, "expert": self.member.name, "rank": distributed.rank()}
+        row = {"step": step, "wire": wire, "expert": self.trainer.name, "rank": distributed.rank()}
         row |= {key: _plain(value) for key, value in more.items()} | {"samples": samples}
         with self.path.open("a", encoding="utf-8") as file:  # one write: ranks append beside each other
             file.write(json.dumps(row) + "\n")
 
     def _check_moves(self, after: Mapping[str, int]) -> None:
         """ValueError if nothing that is trained has moved, of an adapter: no B; says which B have not."""
-        stepper, adapted = self.member.stepper, any("lora_B" in name for name in after)
+        stepper, adapted = self.trainer.stepper, any("lora_B" in name for name in after)
         names = [name for name in after if "lora_B" in name or not adapted]
         changed = torch.tensor([float(self.before[name] != after[name]) for name in names], device=stepper.device)
         anywhere = stepper.accelerator.reduce(changed, reduction="sum").tolist()
@@ -250,7 +251,7 @@ class Tripwires:
         what = "LoRA's B" if adapted else "trained tensor"
         if len(still) == len(names):
             raise ValueError(
-                f"the first step of {self.member.name} moved no {what} ({len(names)} of them): the run would learn "
+                f"the first step of {self.trainer.name} moved no {what} ({len(names)} of them): the run would learn "
                 "nothing; look at optimizer.lr and at what adapter= trains"
             )
         if adapted and still:

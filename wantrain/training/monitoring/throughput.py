@@ -24,7 +24,7 @@ from wantrain.losses import Loss
 from wantrain.models import WanTransformer
 from wantrain.models.flops import training_flops
 from wantrain.training.engine.engine import Stepper
-from wantrain.training.expert import Member
+from wantrain.training.expert import ExpertTrainer
 
 #: Dense bfloat16 operations per second with float32 sums, by model of card (see `card_model`); from the makers' data
 #: sheets. A card that is not listed has no known peak: a neighbour's number would make MFU wrong by a factor of 3.
@@ -87,9 +87,9 @@ class Meter:
     flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
     before: dict[str, Tensor] | None = None
 
-    def begin(self, member: Member, *, watch: bool) -> None:
+    def begin(self, trainer: ExpertTrainer, *, watch: bool) -> None:
         """A step begins; `watch` its update's size."""
-        self.member, self.device = member, member.stepper.device
+        self.trainer, self.device = trainer, trainer.stepper.device
         self.amounts = dict.fromkeys(("tokens", "video_seconds", "flops"), 0.0)
         self.marks = [("begin", self._now())]
         self.before = {name: part.detach().clone() for name, part in self._watched().items()} if watch else None
@@ -106,30 +106,30 @@ class Meter:
         self.amounts["video_seconds"] += len(batch) * ((frames - 1) * self.temporal_stride + 1) / self.fps
         self.amounts["flops"] += len(batch) * self._flops(tokens, batch.text_BLD.shape[1])
         if record.sigma is not None:
-            window = self.member.loss.window  # type: ignore[attr-defined]
-            if self.member.name not in self.noises:
+            window = self.trainer.loss.window  # type: ignore[attr-defined]
+            if self.trainer.name not in self.noises:
                 zeros = torch.zeros(SLICES, 2, dtype=torch.float64, device=self.device)
-                self.noises[self.member.name] = ByNoise(window, zeros)
-            self.noises[self.member.name].add(record.sigma, record.per_sample)
+                self.noises[self.trainer.name] = ByNoise(window, zeros)
+            self.noises[self.trainer.name].add(record.sigma, record.per_sample)
 
     def over(self) -> dict[str, Any]:
         """What is known of the step: its amounts over all processes, and its times (read when they are written)."""
         self.mark("rest")
-        processes = self.member.stepper.accelerator.num_processes
+        processes = self.trainer.stepper.accelerator.num_processes
         told: dict[str, Any] = {key: value * processes for key, value in self.amounts.items()}
         told["times"] = Times(tuple(self.marks))
         if self.before is not None:
             told |= self._change(self.before)
         return told
 
-    def report(self, members: Iterable[Member]) -> dict[str, Any]:
+    def report(self, trainers: Iterable[ExpertTrainer]) -> dict[str, Any]:
         """At a line of the log: losses by noise since the last one, and the most memory that was taken."""
         several = len(self.noises) > 1
         told: dict[str, Any] = {}
-        for member in members:
-            if member.name in self.noises:
-                prefix = f"{member.name}/" if several else ""
-                told[f"{prefix}loss_by_sigma"] = self.noises[member.name].report(member.stepper)
+        for trainer in trainers:
+            if trainer.name in self.noises:
+                prefix = f"{trainer.name}/" if several else ""
+                told[f"{prefix}loss_by_sigma"] = self.noises[trainer.name].report(trainer.stepper)
         told["host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         if self.device.type == "cuda":
             told["device_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
@@ -144,10 +144,10 @@ class Meter:
 
     def _flops(self, tokens: int, text_rows: int) -> int:
         """Operations of one sample; 0 for what is no transformer."""
-        module = self.member.trainee.module
+        module = self.trainer.trainable.module
         if not isinstance(module, WanTransformer):
             return 0
-        key = (self.member.name, tokens, text_rows)
+        key = (self.trainer.name, tokens, text_rows)
         if key not in self.flops:
             rows = min(text_rows + 1, module.text_length)
             self.flops[key] = training_flops(module, tokens=tokens, text_rows=rows).model
@@ -155,14 +155,14 @@ class Meter:
 
     def _watched(self) -> dict[str, Tensor]:
         """Trained tensors, as this process holds them, up to WATCHED elements: spread over the whole model."""
-        parts = self.member.stepper.local_parts()
+        parts = self.trainer.stepper.local_parts()
         total = sum(part.numel() for part in parts.values())
         stride = max(1, -(-total // WATCHED))
         return dict(list(parts.items())[::stride])
 
     def _change(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Norm of the update and of the weights, over what is watched."""
-        stepper, parts = self.member.stepper, self.member.stepper.local_parts()
+        stepper, parts = self.trainer.stepper, self.trainer.stepper.local_parts()
         sums = torch.zeros(2, dtype=torch.float64, device=stepper.device)
         for name, old in before.items():
             new = parts[name].detach()

@@ -23,7 +23,7 @@ from wantrain.util.seeds import seed_at
 #: Calls that may wait for a slow tracker; what comes on top is dropped.
 WAITING = 1000
 #: Seconds that the end of a run waits for its tracker, at most.
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,11 @@ class TensorBoardTracker:
         self.writer.close()
 
 
-class Behind:
+class AsyncTracker:
     """A tracker that `make` makes, worked by a thread that the run never waits for, but at its end."""
 
-    def __init__(self, make: Callable[[], Tracker], *, patience: float = PATIENCE) -> None:
-        self.patience = patience
+    def __init__(self, make: Callable[[], Tracker], *, timeout: float = TIMEOUT) -> None:
+        self.timeout = timeout
         self.calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(WAITING)
         self.dropped = 0
         self.thread = threading.Thread(target=self._work, args=(make,), name="tracker", daemon=True)
@@ -155,12 +155,12 @@ class Behind:
         self._put(lambda tracker: tracker.previews(step, looks))
 
     def close(self, *, failed: bool = False) -> None:
-        """Wait until everything is told, up to `patience` seconds."""
+        """Wait until everything is told, up to `timeout` seconds."""
         self._put(lambda tracker: tracker.close(failed=failed))
         self._put(None)
-        self.thread.join(self.patience)
+        self.thread.join(self.timeout)
         if self.thread.is_alive():
-            say(f"warning: the tracker did not take everything within {self.patience:g} s; metrics.jsonl has it all")
+            say(f"warning: the tracker did not take everything within {self.timeout:g} s; metrics.jsonl has it all")
 
     def _put(self, call: Callable[[Tracker], None] | None) -> None:
         try:
@@ -197,5 +197,5 @@ def build_tracker(name: str, *, project: str | None, run: str, folder: Path, con
     if name == "tensorboard":
         if importlib.util.find_spec("tensorboard") is None:
             raise ValueError('tracker=tensorboard needs its package: pip install "wantrain[tensorboard]"')
-        return Behind(partial(TensorBoardTracker, folder))
-    return Behind(partial(WandbTracker, project or "wantrain", run, folder, config))
+        return AsyncTracker(partial(TensorBoardTracker, folder))
+    return AsyncTracker(partial(WandbTracker, project or "wantrain", run, folder, config))

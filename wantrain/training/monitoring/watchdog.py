@@ -74,7 +74,7 @@ class Watchdog:
     def message(self) -> str:
         """What is said when it ends the process."""
         return (
-            f"error: nothing has happened for {self.seconds:g} s (tripwires.hang) while {self.doing}; every thread's "
+            f"error: nothing has happened for {self.seconds:g} s (safeguards.hang) while {self.doing}; every thread's "
             f"stack follows, and exit code {HUNG}. The same command goes on from the last checkpoint"
         )
 

@@ -12,7 +12,7 @@ from wantrain.data import Plan
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer
 from wantrain.models.flops import training_flops
-from wantrain.training.alternation import Turns
+from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.planning.batching import Batching
 from wantrain.training.planning.memory import Standing
 from wantrain.training.planning.outline import Clips
@@ -39,14 +39,16 @@ def progress(step: int, steps: int) -> str:
     return f"step {step} of {steps}{over}"
 
 
-def say_turns(turns: Turns, losses: Mapping[str, FlowMatching], steps: int | None) -> None:
-    """For a pair: each expert's steps, beside the share that the noise law alone would give it."""
+def say_turns(alternation: ExpertAlternation, losses: Mapping[str, FlowMatching], steps: int | None) -> None:
+    """For a pair: each expert's steps, beside the share that the noise distribution alone would give it."""
     if len(losses) == 1 or steps is None:
         return
     parts = []
     for name, loss in losses.items():
-        own = turns.count(name, steps)
-        parts.append(f"{name} {own} of {steps} = {own / steps:.1%} (the noise law alone would give {loss.mass:.1%})")
+        own = alternation.count(name, steps)
+        parts.append(
+            f"{name} {own} of {steps} = {own / steps:.1%} (the noise distribution alone would give {loss.mass:.1%})"
+        )
     say(f"optimizer steps     {'; '.join(parts)}")
 
 

@@ -17,7 +17,7 @@ from wantrain.data.shards import MANIFEST
 from wantrain.models import Base
 from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.training.engine.optim import named_trainable
-from wantrain.training.initialize import Start, without_values
+from wantrain.training.initialize import Initializer, without_values
 from wantrain.util import devices
 from wantrain.util.console import say
 
@@ -32,7 +32,7 @@ def outline(make: Callable[[], nn.Module], settings: Mapping[str, Any], dtype: t
 
     `make` builds the module, `settings` are the expert's own, `dtype` is that of frozen weights.
     """
-    start = Start.of(make, settings, base=Base(), device=torch.device("meta"), dtype=dtype)
+    start = Initializer.of(make, settings, base=Base(), device=torch.device("meta"), dtype=dtype)
     if not start.is_transformer and "vae" not in start.model:
         return None
     with torch.device("meta"):

@@ -14,15 +14,15 @@ from torch import Tensor
 from wantrain import geometry
 from wantrain.losses import FlowMatching
 from wantrain.models import Base
-from wantrain.sampling import House, Sampler, Settings, read_prompts
+from wantrain.sampling import ExpertOffloader, Sampler, Settings, read_prompts
 from wantrain.sampling.build import build_sampler, encode_texts
 from wantrain.sampling.generate import Velocity
 from wantrain.training.engine.accelerator import SHARDED
 from wantrain.training.engine.main_process import on_main
-from wantrain.training.engine.placement import Home
+from wantrain.training.engine.placement import Placement
 from wantrain.training.loop import Run
 from wantrain.training.protocols import Data, Hook, Latents
-from wantrain.training.validation.preview import Asked, Preview, as_trained
+from wantrain.training.validation.preview import Preview, PreviewRequest, as_trained
 from wantrain.training.validation.validators import build_validators
 from wantrain.util import distributed
 from wantrain.util.console import say
@@ -40,8 +40,8 @@ def build_hooks(
     """What looks at a run: validation of each expert, and previews (into `folder`) if they are wanted, of `texts`."""
     model, sample = settings["model"], settings["sample"]
     hooks = build_validators(run, **settings["validation"])
-    law = next(iter(run.members.values())).loss
-    if sample["every"] and isinstance(law, FlowMatching):
+    distribution = next(iter(run.trainers.values())).loss
+    if sample["every"] and isinstance(distribution, FlowMatching):
         how = Settings(
             guidance=model["guidance"],
             shift=model["shift"],
@@ -50,7 +50,7 @@ def build_hooks(
         )
         hooks.append(
             Preview(
-                [member.stepper for member in run.members.values()],
+                [trainer.stepper for trainer in run.trainers.values()],
                 preview_sampler(
                     run,
                     model=model,
@@ -75,7 +75,7 @@ def build_hooks(
 
 
 def preview_texts(
-    data: Data, settings: Mapping[str, Any], home: Home, base: Base, dtype: torch.dtype
+    data: Data, settings: Mapping[str, Any], placement: Placement, base: Base, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Embeddings of all texts that previews ask for, on the processes that sample; none where nothing is previewed.
 
@@ -87,21 +87,23 @@ def preview_texts(
     def encode() -> dict[str, Tensor]:
         asked = what_to_show(data, settings["model"], settings["sample"]["prompts"], settings["sample"]["count"])
         texts = [*(each.prompt for each in asked), settings["model"]["negative_prompt"]]
-        return encode_texts(base, texts, device=home.accelerator.device, dtype=dtype)
+        return encode_texts(base, texts, device=placement.accelerator.device, dtype=dtype)
 
     texts = on_main(encode, "encoding the previews' texts")
-    return texts if distributed.is_main() or home.engine in SHARDED else {}
+    return texts if distributed.is_main() or placement.engine in SHARDED else {}
 
 
-def what_to_show(data: Data, model: Mapping[str, Any], prompts: str | None, count: int) -> list[Asked]:
+def what_to_show(data: Data, model: Mapping[str, Any], prompts: str | None, count: int) -> list[PreviewRequest]:
     """What previews show: a file's prompts or held-out captions, at the model's size; without a file a model that is
     told what is known of a video goes on from what it knows of held-out clips, at their sizes.
     """
     if model["told_by"] is not None and prompts is None:
-        return [Asked(*example) for example in cast(Latents, data).examples(count)]
+        return [PreviewRequest(*example) for example in cast(Latents, data).examples(count)]
     size = geometry.sizes(model["area"], model["multiple"], [1.0])[0]
     bucket = geometry.Bucket(model["num_frames"], *size)
-    return [Asked(prompt, bucket) for prompt in (read_prompts(prompts) if prompts else data.captions())[:count]]
+    return [
+        PreviewRequest(prompt, bucket) for prompt in (read_prompts(prompts) if prompts else data.captions())[:count]
+    ]
 
 
 def preview_sampler(
@@ -109,16 +111,16 @@ def preview_sampler(
 ) -> Callable[[], AbstractContextManager[Sampler]]:
     """What opens a sampler over the experts in training, with the other one from the base where only one is.
 
-    The other one waits as `idle` says (see House) and is off the device between previews. Where the base has none, the
-    one in training answers for every noise level; that is said once.
+    The other one waits as `idle` says (see ExpertOffloader) and is off the device between previews. Where the base has
+    none, the one in training answers for every noise level; that is said once.
     """
-    device = next(iter(run.members.values())).stepper.device
-    own: dict[str, Velocity] = {name: as_trained(member.stepper) for name, member in run.members.items()}
+    device = next(iter(run.trainers.values())).stepper.device
+    own: dict[str, Velocity] = {name: as_trained(trainer.stepper) for name, trainer in run.trainers.items()}
     others = [name for name in model["experts"] if name not in own]
     if not all(base.holds(name) for name in others):
         say(f"previews: {base} holds no {others[0]}, so {', '.join(own)} answers for every noise level")
         others = []
-    house = House(
+    house = ExpertOffloader(
         others,
         lambda name, where: base.transformer(name, widen=widen, device=where, dtype=dtype),
         device,

@@ -14,7 +14,7 @@ from typing import Any
 from wantrain.batch import Batch
 from wantrain.losses import FlowMatching
 from wantrain.training.engine.engine import Stepper
-from wantrain.training.validation.measure import Probe, one_by_one
+from wantrain.training.validation.measure import Evaluator, one_by_one
 from wantrain.util.console import say
 
 #: Noise levels measured in each window.
@@ -58,9 +58,9 @@ def measure(stepper: Stepper, batch: Batch, *, boundary: float, shift: float, se
     errors = {}
     for expert, (low, high) in {"high_noise": (boundary, 1.0), "low_noise": (0.0, boundary)}.items():
         loss = FlowMatching(shift=shift, low=low, high=high)
-        probe, clips = Probe(stepper, loss.quadrature(POINTS), seed), one_by_one([batch])
-        levels = probe.errors(clips).mean(dim=0), probe.linear(clips)
-        measured = zip(probe.sigmas.tolist(), *(level.tolist() for level in levels), strict=True)
+        evaluator, clips = Evaluator(stepper, loss.quadrature(POINTS), seed), one_by_one([batch])
+        levels = evaluator.errors(clips).mean(dim=0), evaluator.linear(clips)
+        measured = zip(evaluator.sigmas.tolist(), *(level.tolist() for level in levels), strict=True)
         errors[expert] = {sigma: error / straight for sigma, error, straight in measured}
     return Profile(errors)
 

@@ -1,6 +1,6 @@
 """validation.jsonl: every error that validation has read, clip by clip, so that later readings can be held against it.
 
-Readings compare only where they were taken alike; the ruler's fingerprint says so (clips, noise levels, seed).
+EvalHistory compare only where they were taken alike; the eval_key's fingerprint says so (clips, noise levels, seed).
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from wantrain.training.engine.main_process import on_main
 from wantrain.util import distributed
 from wantrain.util.console import say
 from wantrain.util.files import write_atomically
+from wantrain.util.renamed import EVAL_RECORD, upgraded_fields
 
 
 @dataclass(frozen=True)
-class Reading:
+class EvalRecord:
     """Errors at one step: each (N clips, P noise levels), float64.
 
     expert   whose
     weights  live, ema or base
-    ruler    fingerprint of what was measured, and at which noise
+    eval_key    fingerprint of what was measured, and at which noise
     """
 
     step: int
     expert: str
     weights: str
-    ruler: str
+    eval_key: str
     heldout: Tensor
     train: Tensor
 
 
-class Readings:
+class EvalHistory:
     """All readings of a run, in its file and in memory. The main process alone reads and writes the file, and at the
     start tells the others what is in it: were one of them to see another file, it would validate at other steps.
     """
@@ -49,11 +50,11 @@ class Readings:
     def __init__(self, path: Path) -> None:
         self.path, self.all = path, on_main(partial(_read, path), f"reading {path.name}")
 
-    def of(self, expert: str, weights: str, ruler: str) -> list[Reading]:
+    def of(self, expert: str, weights: str, eval_key: str) -> list[EvalRecord]:
         """Those of one expert that compare with each other, in the order of their steps."""
-        return [one for one in self.all if (one.expert, one.weights, one.ruler) == (expert, weights, ruler)]
+        return [one for one in self.all if (one.expert, one.weights, one.eval_key) == (expert, weights, eval_key)]
 
-    def add(self, reading: Reading) -> None:
+    def add(self, reading: EvalRecord) -> None:
         """One more."""
         self.all.append(reading)
         self._write("a", [reading])
@@ -65,7 +66,7 @@ class Readings:
             self.all = kept
             self._write("w", kept)
 
-    def _write(self, mode: str, readings: Sequence[Reading]) -> None:
+    def _write(self, mode: str, readings: Sequence[EvalRecord]) -> None:
         """A reading that the disk refuses stays in memory: a log never ends a run."""
         if not distributed.is_main():
             return
@@ -87,16 +88,16 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _plain(reading: Reading) -> Mapping[str, Any]:
+def _plain(reading: EvalRecord) -> Mapping[str, Any]:
     return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in vars(reading).items()}
 
 
-def _read(path: Path) -> list[Reading]:
+def _read(path: Path) -> list[EvalRecord]:
     """What a file holds; a line that a kill has cut counts for nothing."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(ValueError):
-            row = json.loads(line)
+            row = upgraded_fields(json.loads(line), EVAL_RECORD)
             row |= {key: torch.tensor(row[key], dtype=torch.float64) for key in ("heldout", "train")}
-            found.append(Reading(**row))
+            found.append(EvalRecord(**row))
     return found

@@ -1,4 +1,4 @@
-"""The ruler of validation: fixed clips, fixed noises and fixed noise levels, read by any number of processes alike.
+"""What validation measures: fixed clips, fixed noises and fixed noise levels, read by any number of processes alike.
 
 A forward holds one clip and some of its noise levels, never other clips: so what it computes, and the memory that it
 takes, depend neither on how the clips were bucketed nor on how many processes share them.
@@ -46,10 +46,10 @@ def one_by_one(batches: Sequence[Batch]) -> list[Batch]:
 
 
 @dataclass(frozen=True)
-class Probe:
+class Evaluator:
     """Velocity errors of a model at fixed noise levels, with noise that each clip's own name draws.
 
-    sigmas      the levels, (P,): midpoints of equal slices of the law that is trained on
+    sigmas      the levels, (P,): midpoints of equal slices of the distribution that is trained on
     together    levels of a clip in one forward
     """
 
@@ -112,9 +112,9 @@ def over_ranks(clips: Sequence[Batch], measure: Callable[[Batch], Tensor], stepp
     the weights up all of them must call the model equally often.
     """
     rank, processes = distributed.rank(), distributed.world_size()
-    turns, mine = math.ceil(len(clips) / processes), []
-    for turn in range(turns):
-        report_progress(f"measuring clip {turn + 1} of {turns}")
+    rounds, mine = math.ceil(len(clips) / processes), []
+    for turn in range(rounds):
+        report_progress(f"measuring clip {turn + 1} of {rounds}")
         mine.append(measure(clips[(turn * processes + rank) % len(clips)]))
-    parts = stepper.gather(torch.stack(mine)).unflatten(0, (processes, turns))
+    parts = stepper.gather(torch.stack(mine)).unflatten(0, (processes, rounds))
     return parts.transpose(0, 1).flatten(0, 1)[: len(clips)].cpu()

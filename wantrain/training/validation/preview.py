@@ -31,7 +31,7 @@ HISTORY = "previews.jsonl"
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreviewRequest:
     """What is previewed: a prompt, the video's size, and what is known of it, if anything is (one clip's record)."""
 
     prompt: str
@@ -52,7 +52,7 @@ class Preview:
     steppers: Sequence[Stepper]  # of the experts in training
     open_sampler: Callable[[], AbstractContextManager[Sampler]]
     settings: Settings
-    asked: Sequence[Asked]
+    asked: Sequence[PreviewRequest]
     fps: float
     seed: int
     every: int

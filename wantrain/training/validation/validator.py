@@ -17,10 +17,10 @@ from torch import Tensor
 from wantrain.batch import Batch
 from wantrain.models import adapters
 from wantrain.training.engine.engine import Stepper
-from wantrain.training.expert import Member
+from wantrain.training.expert import ExpertTrainer
 from wantrain.training.validation.bootstrap import FEWEST_FILES, Change, change, contrast
-from wantrain.training.validation.history import Reading, Readings, fingerprint
-from wantrain.training.validation.measure import Clips, Probe, over_ranks
+from wantrain.training.validation.history import EvalHistory, EvalRecord, fingerprint
+from wantrain.training.validation.measure import Clips, Evaluator, over_ranks
 from wantrain.util.console import say
 
 #: Tags that are reported apart, the most frequent first.
@@ -36,16 +36,16 @@ class Validator:
     several validators, `prefix` tells their results apart.
     """
 
-    member: Member
-    probe: Probe
+    trainer: ExpertTrainer
+    evaluator: Evaluator
     heldout: Clips
     train: Clips
-    readings: Readings
+    readings: EvalHistory
     every: int
     steps: int
     prefix: str = ""
     linear: Tensor | None = None
-    patience: Patience | None = None
+    early_stopping: EarlyStopping | None = None
 
     def due(self, step: int) -> bool:
         """True at every `every`-th step and the last one, if there are clips."""
@@ -53,58 +53,58 @@ class Validator:
 
     def __call__(self, step: int) -> dict[str, Any]:
         if self.linear is None:
-            self.linear = self.probe.linear(self.heldout.batches)
-        patience = self._patience(step)
+            self.linear = self.evaluator.linear(self.heldout.batches)
+        early_stopping = self._early_stopping_at(step)
         shown, live = self._read(step)
         base = self._base(step, shown)
-        patience.see(shown)
+        early_stopping.see(shown)
         moved, moved_train = (shown.heldout - base.heldout).mean(dim=1), (shown.train - base.train).mean(dim=1)
         since = change(moved, self.heldout.files)
         gap = contrast(moved, self.heldout.files, moved_train, self.train.files)
         found = self._told(shown, live, base) | _keys("validation_change", since) | _keys("validation_gap_change", gap)
-        found |= {"validation_verdict": since.verdict, "validation_stale": patience.stale}
+        found |= {"validation_verdict": since.verdict, "validation_stale": early_stopping.stale}
         self._say(shown, base, since, gap)
         return {f"{self.prefix}{key}": value for key, value in found.items()}
 
     def stale(self, step: int) -> int:
         """Validations in a row, up to `step`, that were not distinguishably better than the best before them."""
-        return self._patience(step + 1).stale
+        return self._early_stopping_at(step + 1).stale
 
     @property
-    def ruler(self) -> str:
-        """Fingerprint of what is measured: readings of the same ruler compare."""
-        return fingerprint(self.heldout.ids, self.train.ids, self.probe.sigmas.tolist(), self.probe.seed)
+    def eval_key(self) -> str:
+        """Fingerprint of what is measured: readings of the same eval_key compare."""
+        return fingerprint(self.heldout.ids, self.train.ids, self.evaluator.sigmas.tolist(), self.evaluator.seed)
 
     @property
     def _shown(self) -> str:
         """Which weights the loop shows to its hooks."""
-        return "live" if self.member.ema is None else "ema"
+        return "live" if self.trainer.ema is None else "ema"
 
-    def _patience(self, step: int) -> Patience:
+    def _early_stopping_at(self, step: int) -> EarlyStopping:
         """How patient the readings before `step` have left it; the first time those after are of an earlier life."""
-        if self.patience is None:
-            self.readings.cut_back(self.member.name, step)
-            self.patience = Patience(self.heldout.files)
-            for reading in self.readings.of(self.member.name, self._shown, self.ruler):
-                self.patience.see(reading)
-        return self.patience
+        if self.early_stopping is None:
+            self.readings.cut_back(self.trainer.name, step)
+            self.early_stopping = EarlyStopping(self.heldout.files)
+            for reading in self.readings.of(self.trainer.name, self._shown, self.eval_key):
+                self.early_stopping.see(reading)
+        return self.early_stopping
 
-    def _read(self, step: int) -> tuple[Reading, Reading | None]:
-        """Readings of the shown weights, and of the live ones where those are others."""
+    def _read(self, step: int) -> tuple[EvalRecord, EvalRecord | None]:
+        """EvalHistory of the shown weights, and of the live ones where those are others."""
         shown = self._reading(step, self._shown)
-        if self.member.ema is None:
+        if self.trainer.ema is None:
             return shown, None
-        if not self.member.ema.moved:
+        if not self.trainer.ema.moved:
             return shown, self._same(shown, "live")
-        with self.member.unaveraged():
+        with self.trainer.unaveraged():
             return shown, self._reading(step, "live")
 
-    def _base(self, step: int, shown: Reading) -> Reading:
+    def _base(self, step: int, shown: EvalRecord) -> EvalRecord:
         """What later readings are held against: measured once and kept, or else the first reading there is."""
-        module = self.member.stepper.module
+        module = self.trainer.stepper.module
         if not adapters.has_adapter(module):
-            return self.readings.of(self.member.name, self._shown, self.ruler)[0]
-        known = self.readings.of(self.member.name, "base", self.ruler)
+            return self.readings.of(self.trainer.name, self._shown, self.eval_key)[0]
+        known = self.readings.of(self.trainer.name, "base", self.eval_key)
         if known:
             return known[0]
         if not self._changes_anything():
@@ -117,25 +117,25 @@ class Validator:
 
         A DoRA has lengths too, which are never zero: it is measured.
         """
-        stepper = self.member.stepper
+        stepper = self.trainer.stepper
         parts = [part for name, part in stepper.local_parts().items() if ".lora_A." not in name]
         found = torch.stack([part.any().to(stepper.device) for part in parts]).any()
         return bool(stepper.gather(found.float()[None]).any())
 
-    def _same(self, reading: Reading, weights: str) -> Reading:
+    def _same(self, reading: EvalRecord, weights: str) -> EvalRecord:
         """What was read, for other weights that answer alike: it is not measured again."""
         same = replace(reading, weights=weights)
         self.readings.add(same)
         return same
 
-    def _reading(self, step: int, weights: str) -> Reading:
-        errors = self.probe.errors([*self.heldout.batches, *self.train.batches])
+    def _reading(self, step: int, weights: str) -> EvalRecord:
+        errors = self.evaluator.errors([*self.heldout.batches, *self.train.batches])
         heldout, train = errors.split([len(self.heldout), len(self.train)])
-        reading = Reading(step, self.member.name, weights, self.ruler, heldout, train)
+        reading = EvalRecord(step, self.trainer.name, weights, self.eval_key, heldout, train)
         self.readings.add(reading)
         return reading
 
-    def _told(self, shown: Reading, live: Reading | None, base: Reading) -> dict[str, Any]:
+    def _told(self, shown: EvalRecord, live: EvalRecord | None, base: EvalRecord) -> dict[str, Any]:
         """What is logged; see docs/numerics.md for the keys."""
         assert self.linear is not None
         moved = shown.heldout - base.heldout
@@ -163,7 +163,9 @@ class Validator:
     def _by_sigma(self, errors: Tensor) -> dict[str, float | None]:
         """Mean over clips at each level, by the level."""
         means = errors.mean(dim=0).tolist()
-        return {f"{sigma:.4f}": _number(mean) for sigma, mean in zip(self.probe.sigmas.tolist(), means, strict=True)}
+        return {
+            f"{sigma:.4f}": _number(mean) for sigma, mean in zip(self.evaluator.sigmas.tolist(), means, strict=True)
+        }
 
     def _by_tag(self, losses: Tensor, moved: Tensor) -> dict[str, dict[str, Any]]:
         """Loss and change of the held-out clips that wear a tag."""
@@ -178,7 +180,7 @@ class Validator:
         since = change(moved[clips], [self.heldout.files[clip] for clip in clips])
         return {"clips": len(clips), "loss": _number(losses[clips].mean().item()), **_keys("change", since)}
 
-    def _say(self, shown: Reading, base: Reading, since: Change, gap: Change) -> None:
+    def _say(self, shown: EvalRecord, base: EvalRecord, since: Change, gap: Change) -> None:
         """One line for people: the loss, if it is better, worse or neither, and if training clips gain more."""
         assert self.linear is not None
         told = f"step {shown.step}: {self.prefix}validation loss {shown.heldout.mean():.4f}"
@@ -192,32 +194,32 @@ class Validator:
 
 
 @dataclass
-class Patience:
+class EarlyStopping:
     """How many readings in a row were not distinguishably better than the best one before them."""
 
     files: Sequence[int]
-    best: Reading | None = None
+    best: EvalRecord | None = None
     stale: int = 0
 
-    def see(self, reading: Reading) -> None:
+    def see(self, reading: EvalRecord) -> None:
         """The next one."""
         if self.best is None or self._is_better(reading, self.best):
             self.best, self.stale = reading, 0
         else:
             self.stale += 1
 
-    def _is_better(self, reading: Reading, best: Reading) -> bool:
+    def _is_better(self, reading: EvalRecord, best: EvalRecord) -> bool:
         since = change((reading.heldout - best.heldout).mean(dim=1), self.files)
         return since.distinct and since.mean < 0
 
 
-def settled(validators: Sequence[Validator], stop_after: int | None, step: int) -> bool:
-    """True if a run may end at `step`: each validator's last `stop_after` validations found nothing better."""
-    if stop_after is None or not all(validator.stale(step) >= stop_after for validator in validators):
+def should_stop(validators: Sequence[Validator], patience: int | None, step: int) -> bool:
+    """True if a run may end at `step`: each validator's last `patience` validations found nothing better."""
+    if patience is None or not all(validator.stale(step) >= patience for validator in validators):
         return False
     say(
-        f"step {step}: {stop_after} validations in a row were not distinguishably better than the best before them, so "
-        f"the run ends here; more patience: validation.stop_after"
+        f"step {step}: {patience} validations in a row were not distinguishably better than the best before them, so "
+        f"the run ends here; or raise validation.early_stopping_patience"
     )
     return True
 

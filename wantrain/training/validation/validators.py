@@ -13,57 +13,60 @@ from wantrain.batch import Batch
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer
 from wantrain.models.flops import training_flops
-from wantrain.training.expert import Member
+from wantrain.training.expert import ExpertTrainer
 from wantrain.training.loop import Run
 from wantrain.training.protocols import Hook, Latents
 from wantrain.training.validation.budget import BEST, Budget, Extent, Memory
-from wantrain.training.validation.history import Readings
-from wantrain.training.validation.measure import Clips, Probe, one_by_one
-from wantrain.training.validation.validator import ReconstructionValidator, Validator, describe, settled
+from wantrain.training.validation.history import EvalHistory
+from wantrain.training.validation.measure import Clips, Evaluator, one_by_one
+from wantrain.training.validation.validator import ReconstructionValidator, Validator, describe, should_stop
 from wantrain.util import distributed
 from wantrain.util.console import say
 
 
 def build_validators(
-    run: Run, *, together: int, share: float, stop_after: int | None, **given: int | None
+    run: Run, *, together: int, share: float, early_stopping_patience: int | None, **given: int | None
 ) -> list[Hook]:
     """The validation that goes with each expert's loss; it may end the run.
 
     `given` are every, clips and points (see Extent); what is None is chosen so that it takes at most `share` of
     training, and noted in the run folder.
     """
-    members = list(run.members.values())
+    trainers = list(run.trainers.values())
     memory = Memory(run.metrics.path.with_name("validation.json"), share)
     fixed = memory.recall(given)
     batches = run.data.heldout_batches(fixed.get("clips", BEST.clips))
-    if stop_after is not None and not (batches and all(isinstance(m.loss, FlowMatching) for m in members)):
+    if early_stopping_patience is not None and not (
+        batches and all(isinstance(m.loss, FlowMatching) for m in trainers)
+    ):
         raise ValueError(
-            f"validation.stop_after={stop_after} asks held-out clips of a transformer when to end, but there are none; "
-            "raise data.holdout, or give validation.stop_after=null"
+            f"validation.early_stopping_patience={early_stopping_patience} asks held-out clips of a "
+            "transformer when to end, but there are none; raise data.holdout, or give "
+            "validation.early_stopping_patience=null"
         )
     if not batches:
         say("no clips are held out (data.holdout is 0, or there are too few files): there is no validation")
         return []
-    if not all(isinstance(member.loss, FlowMatching) for member in members):
+    if not all(isinstance(trainer.loss, FlowMatching) for trainer in trainers):
         # A VAE reads each clip once: 16 samples in 100 steps are within any share, so nothing is chosen.
         every = replace(BEST, **fixed).every
-        return [ReconstructionValidator(member.stepper, one_by_one(batches), every, run.steps) for member in members]
+        return [ReconstructionValidator(trainer.stepper, one_by_one(batches), every, run.steps) for trainer in trainers]
     extent, heldout, train = settle_validation(run, memory, given, fixed, together)
-    readings = Readings(run.metrics.path.with_name("validation.jsonl"))
+    readings = EvalHistory(run.metrics.path.with_name("validation.jsonl"))
     validators = [
         Validator(
-            member,
-            probe_of(run, member, extent.points, together),
+            trainer,
+            evaluator_of(run, trainer, extent.points, together),
             heldout,
             train,
             readings,
             every=extent.every,
             steps=run.steps,
-            prefix=f"{member.name}/" if len(members) > 1 else "",
+            prefix=f"{trainer.name}/" if len(trainers) > 1 else "",
         )
-        for member in members
+        for trainer in trainers
     ]
-    run.settled = partial(settled, validators, stop_after)
+    run.should_stop = partial(should_stop, validators, early_stopping_patience)
     return [*validators]
 
 
@@ -74,19 +77,19 @@ def settle_validation(
 
     A forward is timed only where something is still to be chosen.
     """
-    data, members, seconds = cast(Latents, run.data), list(run.members.values()), None
+    data, trainers, seconds = cast(Latents, run.data), list(run.trainers.values()), None
 
     def clips(count: int) -> list[Clips]:
         return [measured_clips(data, some) for some in (data.heldout_batches(count), data.train_batches(count))]
 
     extent = replace(BEST, **fixed)
     heldout, train = clips(extent.clips)
-    first, clip = members[0], typical([*heldout.batches, *train.batches])
+    first, clip = trainers[0], typical([*heldout.batches, *train.batches])
     budget = Budget(
         share=memory.share,
         samples=first.plan.batch_size / distributed.world_size(),
-        per_sample=forwards_per_sample(first.trainee.module, clip),
-        passes=sum(1 if member.ema is None else 2 for member in members),
+        per_sample=forwards_per_sample(first.trainable.module, clip),
+        passes=sum(1 if trainer.ema is None else 2 for trainer in trainers),
         processes=distributed.world_size(),
         heldout=len(heldout),
         train=len(train),
@@ -98,7 +101,7 @@ def settle_validation(
         heldout, train = clips(extent.clips)
         levels = min(together, extent.points)
         with first.watched():
-            seconds = probe_of(run, first, levels, together).seconds(clip) / levels
+            seconds = evaluator_of(run, first, levels, together).seconds(clip) / levels
     say(describe(heldout, train, budget.describe(extent, seconds)))
     return extent, heldout, train
 
@@ -116,9 +119,9 @@ def forwards_per_sample(module: nn.Module, clip: Batch) -> float:
     return flops.executed / flops.forward
 
 
-def probe_of(run: Run, member: Member, points: int, together: int) -> Probe:
-    """The ruler of an expert: `points` levels of its own law."""
-    return Probe(member.stepper, cast(FlowMatching, member.loss).quadrature(points), run.seed, together)
+def evaluator_of(run: Run, trainer: ExpertTrainer, points: int, together: int) -> Evaluator:
+    """The eval_key of an expert: `points` levels of its own distribution."""
+    return Evaluator(trainer.stepper, cast(FlowMatching, trainer.loss).quadrature(points), run.seed, together)
 
 
 def measured_clips(data: Latents, batches: list[Batch]) -> Clips:

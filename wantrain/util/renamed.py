@@ -1,0 +1,94 @@
+"""What keys, values and fields were called before, and what they are called now: the one place that knows.
+
+A command refuses an old key with one error that names the new one. Files written before are read: their fields come out
+under the new names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+#: Config keys: old -> new. A key stands for all below it. On the command line each old one is an error.
+KEYS: Mapping[str, str] = {
+    "tripwires.patience": "safeguards.max_skipped_steps",
+    "tripwires": "safeguards",
+    "validation.stop_after": "validation.early_stopping_patience",
+    "patience": "heartbeat_timeout",
+}
+#: Values of config keys, by the new key: old -> new.
+VALUES: Mapping[str, Mapping[Any, Any]] = {
+    "init": {"widen": "expand_input_channels"},
+}
+
+
+def refuse_old_keys(words: Iterable[str]) -> None:
+    """Raise ValueError if a word of a command line (`key=value`) has an old key or value; it names the new one."""
+    problems = []
+    for word in words:
+        match = re.fullmatch(r"[+~]*([\w.]+)=(.*)", word, flags=re.DOTALL)
+        if match is None:
+            continue
+        key, value = match.groups()
+        new = new_key(key)
+        values = {old: now for old, now in VALUES.get(new, {}).items() if old is not None}
+        if value in values:
+            now = values[value]
+            said = f"{new}={now}"
+            if isinstance(now, Mapping):
+                said = " ".join(f"{new}.{name}={str(setting).lower()}" for name, setting in now.items())
+            problems.append(f"{key}={value} is now {said}")
+        elif new != key:
+            problems.append(f"{key} is now {new}: {new}={value}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def new_key(key: str) -> str:
+    """Today's name of a config key."""
+    for old, new in KEYS.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key[len(old) :]
+    return key
+
+
+def upgraded_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config of any age under today's names."""
+    upgraded: dict[str, Any] = {}
+    _upgrade("", config, upgraded)
+    return upgraded
+
+
+def _upgrade(prefix: str, config: Mapping[str, Any], into: dict[str, Any]) -> None:
+    for name, value in config.items():
+        key = new_key(f"{prefix}{name}")
+        if isinstance(value, Mapping) and value:
+            _upgrade(f"{prefix}{name}.", value, into)
+            continue
+        values = VALUES.get(key, {})
+        if not isinstance(value, list | Mapping) and value in values:
+            value = values[value]
+        place = into
+        *parents, last = key.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        if isinstance(value, Mapping) and isinstance(place.get(last), dict):
+            place[last].update(value)
+        else:
+            place[last] = dict(value) if isinstance(value, Mapping) else value
+
+
+def upgraded_fields(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A JSON object of any age with its fields under today's `names` (old -> new)."""
+    return {names.get(key, key): value for key, value in record.items()}
+
+
+#: Fields of a manifest (of video and of latent shards).
+MANIFEST = {"ledger": "stats"}
+#: Fields of what a video shard says about a file.
+VIDEO_SAMPLE = {"marks": "seek_points"}
+#: Fields of a checkpoint's state.json.
+STATE = {"usual": "loss_baselines"}
+#: Fields of a line of validation.jsonl.
+EVAL_RECORD = {"ruler": "eval_key"}
