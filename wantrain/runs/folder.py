@@ -49,6 +49,9 @@ FREE = (
     "gradient_checkpointing",
 )
 
+#: Modules of `_target_` that have moved: as earlier runs stored them -> where they are now.
+MOVED = {"wantrain.training.optim.": "wantrain.training.engine.optim."}
+
 
 @dataclass
 class RunFolder:
@@ -112,7 +115,7 @@ class RunFolder:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The stored config of a run, as plain data. ValueError if there is no such run."""
+    """The stored config of a run, as plain data with today's names. ValueError if there is no such run."""
     path = folder / CONFIG
     if not path.is_file():
         known = sorted(other.parent.name for other in folder.parent.glob(f"*/{CONFIG}"))
@@ -121,7 +124,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(config, dict)
-    return config
+    return {key: _with_moved(value) for key, value in config.items()}
+
+
+def _with_moved(value: Any) -> Any:
+    """A part of a stored config with every `_target_` under its present module."""
+    if not isinstance(value, dict):
+        return value
+    renamed = {key: _with_moved(inner) for key, inner in value.items()}
+    target = str(renamed.get("_target_", ""))
+    for before, now in MOVED.items():
+        if target.startswith(before):
+            renamed["_target_"] = now + target.removeprefix(before)
+    return renamed
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
