@@ -373,9 +373,9 @@ def test_other_shards_are_not_trained_on_in_the_same_run(tiny, call, tmp_path):
 TWO = """
 import json, runpy, sys
 from pathlib import Path
-from wantrain.training import parallel
+from wantrain.training.engine import accelerator as engines
 
-start = parallel.start_accelerator
+start = engines.start_accelerator
 
 def noted(*args, **how):
     accelerator = start(*args, **how)
@@ -383,7 +383,7 @@ def noted(*args, **how):
     Path(f"rank_{accelerator.process_index}.json").write_text(json.dumps(about))
     return accelerator
 
-parallel.start_accelerator = noted
+engines.start_accelerator = noted
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

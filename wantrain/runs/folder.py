@@ -113,7 +113,7 @@ class RunFolder:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The stored config of a run, as plain data. ValueError if there is no such run."""
+    """The stored config of a run, as plain data with today's names. ValueError if there is no such run."""
     path = folder / CONFIG
     if not path.is_file():
         known = sorted(other.parent.name for other in folder.parent.glob(f"*/{CONFIG}"))

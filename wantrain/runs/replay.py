@@ -18,6 +18,7 @@ from wantrain.models.formats.weights import read_json
 from wantrain.runs.checkpoint import versions
 from wantrain.util.console import say
 from wantrain.util.files import made_by, write_json
+from wantrain.util.renamed import upgraded_words
 
 #: How far two losses of one step may lie apart (relative) where engine, world, device or versions differ.
 BOUND = 1e-4
@@ -70,7 +71,7 @@ def arguments(given: list[str], conf: Path) -> list[str]:
     starts = read_starts(path)
     if not starts:
         raise ValueError(f"{path} tells of no start")
-    command = [str(word) for word in starts[0]["command"]]
+    command = upgraded_words(str(word) for word in starts[0]["command"])
     for word in command:
         _check_word(word, path, conf)
     if "steps" in words:

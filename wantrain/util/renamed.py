@@ -17,6 +17,8 @@ KEYS: Mapping[str, str] = {
     "validation.stop_after": "validation.early_stopping_patience",
     "patience": "heartbeat_timeout",
 }
+#: Modules that `_target_` names: old -> new.
+TARGETS: Mapping[str, str] = {"wantrain.training.optim": "wantrain.training.engine.optim"}
 #: Values of config keys, by the new key: old -> new.
 VALUES: Mapping[str, Mapping[Any, Any]] = {
     "init": {"widen": "expand_input_channels"},
@@ -45,12 +47,34 @@ def refuse_old_keys(words: Iterable[str]) -> None:
         raise ValueError("; ".join(problems))
 
 
+def upgraded_words(words: Iterable[str]) -> list[str]:
+    """A stored command line (`key=value` each) of any age with today's keys and values."""
+    upgraded = []
+    for word in words:
+        key, separator, value = word.partition("=")
+        key = new_key(key)
+        now = VALUES.get(key, {}).get(value, value) if separator else value
+        settings = (
+            {f"{key}.{name}": str(each).lower() for name, each in now.items()} if isinstance(now, Mapping) else {}
+        )
+        upgraded += [f"{name}={each}" for name, each in settings.items()] or [f"{key}{separator}{now}"]
+    return upgraded
+
+
 def new_key(key: str) -> str:
     """Today's name of a config key."""
     for old, new in KEYS.items():
         if key == old or key.startswith(f"{old}."):
             return new + key[len(old) :]
     return key
+
+
+def new_target(target: str) -> str:
+    """Today's place of a class or function that a stored config names."""
+    for old, new in TARGETS.items():
+        if target.startswith(f"{old}."):
+            return new + target.removeprefix(old)
+    return target
 
 
 def upgraded_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,6 +90,8 @@ def _upgrade(prefix: str, config: Mapping[str, Any], into: dict[str, Any]) -> No
         if isinstance(value, Mapping) and value:
             _upgrade(f"{prefix}{name}.", value, into)
             continue
+        if name == "_target_":
+            value = new_target(value)
         values = VALUES.get(key, {})
         if not isinstance(value, list | Mapping) and value in values:
             value = values[value]

@@ -416,7 +416,7 @@ def test_a_program_can_end_in_the_middle(end, code):
     program = (
         "import sys, torch\n"
         "from wantrain.batch import Batch\n"
-        "from wantrain.data import prefetch\n"
+        "from wantrain.data.prefetch import prefetch\n"
         "load = lambda: Batch(torch.randn(2000, 500).sort().values, torch.zeros(1), ('',), (0,))\n"
         f"answers = prefetch(load for _ in range(10**6))\nnext(answers)\n{end}"
     )

@@ -133,16 +133,16 @@ def test_a_run_goes_through_engines_and_worlds_as_if_it_had_never_moved(stations
 CONSUMED = """
 import json, os, runpy, sys
 from pathlib import Path
-from wantrain.data import loader
+from wantrain.data.loading import dataset
 
-load = loader.LatentData.load
+load = dataset.LatentData.load
 
 def noted(self, samples, positions):
     with Path(f"consumed_{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
         file.write(json.dumps([[int(s), int(p)] for s, p in zip(samples, positions)]) + "\\n")
     return load(self, samples, positions)
 
-loader.LatentData.load = noted
+dataset.LatentData.load = noted
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -185,13 +185,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from wantrain.models import transformer
-from wantrain.training import parallel
+from wantrain.training.engine import accelerator as engines
 
-seen, start = {}, accelerator.start_accelerator
+seen, start = {}, engines.start_accelerator
 
 def noted(*args, **how):
     accelerator = start(*args, **how)
-    seen["engine"], seen["processes"] = accelerator.engine_of(accelerator), accelerator.num_processes
+    seen["engine"], seen["processes"] = engines.engine_of(accelerator), accelerator.num_processes
     return accelerator
 
 def look(cls, name, key, about):
@@ -216,7 +216,7 @@ def block(self, args, result):
 def time(self, args, result):
     return {"timestep": dtype(args[0]), "value": args[0].flatten().tolist(), "tables": [dtype(t) for t in result]}
 
-accelerator.start_accelerator = noted
+engines.start_accelerator = noted
 look(transformer.Block, "forward", "block", block)
 look(transformer.WanTransformer, "_time", "time", time)
 sys.argv = sys.argv[1:]

@@ -23,8 +23,9 @@ import os, sys, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from wantrain import world
-from wantrain.training import waiting
+from wantrain.training.engine import main_process
+from wantrain.util.console import errors_to_exit_code
+from wantrain.util.progress import listening, report_progress
 
 main_process.ANNOUNCE, main_process.SILENCE, main_process.FAREWELL = 0.1, 4.0, 2.0
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -34,7 +35,7 @@ rank, heard = dist.get_rank(), []
 
 def work():
     for number in range(4):
-        world.progress(f"file {number}")
+        report_progress(f"file {number}")
         time.sleep(1.5 if sys.argv[1] in ("works", "barrier") else 0.1)
     print("working", flush=True)
     match sys.argv[1]:
@@ -48,7 +49,7 @@ def work():
             time.sleep(100)
     return {"tensor": torch.arange(3), "path": rank}
 
-with world.errors_to_exit_code(), world.listening(heard.append):
+with errors_to_exit_code(), listening(heard.append):
     if sys.argv[1] == "barrier":
         if rank == 0:
             work()
@@ -77,9 +78,9 @@ def pair(tmp_path, environment):
     started = []
 
     def start(scenario):
-        with socket.socket() as evaluator:
-            evaluator.bind(("localhost", 0))
-            port = evaluator.getsockname()[1]
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
         for rank in (0, 1):
             place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
             env = {**environment, **place, "PYTHONPATH": str(ROOT)}
@@ -158,8 +159,8 @@ def test_one_process_waits_for_nobody():
 
 
 def test_a_collective_lasts_longer_than_the_watchdog_waits():
-    assert accelerator.timeout(3600) > timedelta(seconds=3600 + GRACE)
-    assert accelerator.timeout(None) == timedelta(days=1)
+    assert accelerator.group_timeout(3600) > timedelta(seconds=3600 + GRACE)
+    assert accelerator.group_timeout(None) == timedelta(days=1)
 
 
 #: Around train.py: from the start on no collective may take longer than LIMIT, and whatever the main process does for
@@ -171,9 +172,11 @@ from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
 from wantrain import config
-from wantrain.training import checkpoint, parallel, preview, readings, stepper, waiting
+from wantrain.runs import checkpoint
+from wantrain.training.engine import accelerator as engines, engine, main_process
+from wantrain.training.validation import history, preview
 
-start, rank = accelerator.start_accelerator, int(os.environ["RANK"])
+start, rank = engines.start_accelerator, int(os.environ["RANK"])
 main_process.ANNOUNCE = 1.0
 
 def limited(*args, **how):
@@ -193,11 +196,11 @@ def slow(owner, name, what):
         return real(*args, **how)
     setattr(owner, name, outer)
 
-accelerator.start_accelerator = limited
-stepper.share_timeout = lambda: None  # which would take the limit away again
+engines.start_accelerator = limited
+engine.share_timeout = lambda: None  # which would take the limit away again
 slow(config, "base", "download")
 slow(checkpoint.Checkpoints, "newest", "hash")
-slow(readings, "_read", "readings")
+slow(history, "_read", "readings")
 slow(preview.Preview, "_sample", "preview")
 slow(checkpoint.Checkpoints, "_write", "write")
 sys.argv = sys.argv[1:]

@@ -199,9 +199,9 @@ def test_an_optimizer_that_lacks_parameters_ends_the_run(tiny, call, monkeypatch
 PLANT = """
 import os, sys, math, runpy, torch
 sys.path.insert(0, {root!r})
-from wantrain import world
 from wantrain.losses import FlowMatching
-from wantrain.training import feed, stepper
+from wantrain.training import micro_batches
+from wantrain.training.engine import engine
 fault, rank = {fault!r}, int(os.environ["RANK"])
 whole, calls = FlowMatching.__call__, iter(range(1, 1000))
 if fault == "nan":       # on one rank only, in the third step
@@ -217,17 +217,17 @@ elif fault == "spike":   # on one rank only, once enough is known
         return type(record)(**{{**vars(record), "value": record.value * times, "per_sample": record.per_sample * times}})
     FlowMatching.__call__ = loss
 elif fault == "noise":   # every rank seeds by its place in its own batch
-    generator = world.generator
-    world.generator = lambda seed, purpose, *at: generator(seed, purpose, *([] if purpose == "noise" else at))
+    generator_at = micro_batches.generator_at
+    micro_batches.generator_at = lambda seed, purpose, *at: generator_at(seed, purpose, *([] if purpose == "noise" else at))
 elif fault == "samples": # every rank takes rank 0's share
-    share = feed.share
-    feed.share = lambda batch, micro, accumulate, rank, world: share(batch, micro, accumulate, 0, world)
+    share = micro_batches.share
+    micro_batches.share = lambda batch, micro, accumulate, rank, world: share(batch, micro, accumulate, 0, world)
 elif fault == "gradients":  # the forward passes by DDP's wrapper, and nothing is reduced
-    prepare = stepper.Stepper.__init__
+    prepare = engine.Stepper.__init__
     def init(self, accelerator, module, *more, **how):
         prepare(self, accelerator, module, *more, **how)
         self.wrapped = module
-    stepper.Stepper.__init__ = init
+    engine.Stepper.__init__ = init
 elif fault == "hang":    # one rank never comes to the reduction
     import time
     def loss(self, model, batch, draws):

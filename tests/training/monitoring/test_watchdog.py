@@ -30,7 +30,8 @@ HELD = "import ctypes; ctypes.PyDLL(None).sleep(60)"
 WATCHED = """
 import sys, time, threading
 sys.path.insert(0, {root!r})
-from wantrain.training import deadline, watchdog
+from wantrain.training.monitoring import deadline, watchdog
+from wantrain.util.progress import report_progress
 {before}
 with watchdog.Watchdog(1.0) as watched:
     for _ in range(4):
