@@ -16,15 +16,16 @@ from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.engine.accelerator import engine_asked_for, start_accelerator
 from wantrain.training.engine.engine import finish
 from wantrain.training.engine.main_process import main_first
-from wantrain.training.engine.placement import card_of, check_engine, find_placement
-from wantrain.training.initialize import Initializer
-from wantrain.training.loop import Run, fit
+from wantrain.training.engine.placement import check_engine, find_placement
+from wantrain.training.loop import fit
 from wantrain.training.monitoring import noise_report
 from wantrain.training.monitoring.trackers import build_tracker
 from wantrain.training.monitoring.watchdog import Watchdog
-from wantrain.training.planning import estimate, memory
-from wantrain.training.planning.outline import check_size, find_clips, outline
-from wantrain.training.validation.build import build_hooks, preview_texts
+from wantrain.training.options import RunSetup
+from wantrain.training.planning import estimate
+from wantrain.training.planning.forecast import Forecast
+from wantrain.training.planning.outline import find_clips
+from wantrain.training.validation.build import build_evaluations, preview_texts
 from wantrain.util import distributed
 from wantrain.util.console import say
 
@@ -38,67 +39,46 @@ def main(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig) -> None:
-    """From a config that has been judged to the end of the run, or of a dry run."""
-    experts, dtype = config.experts(cfg), config.dtype(cfg.precision)
-    own = {name: config.plain(each) for name, each in experts.items()}
-    networks = {name: config.network(each) for name, each in experts.items()}
-    losses = {name: config.build(each.loss) for name, each in experts.items()}
-    optimizers = {name: config.build(each.optimizer, _partial_=True) for name, each in experts.items()}
-    alternation = ExpertAlternation(config.plain(cfg.experts.share) if len(experts) > 1 else dict.fromkeys(experts, 1))
-    batching, settings = (
-        config.batching(cfg, distributed.world_size()),
-        {**config.plain(cfg), "recipe": config.recipe()},
-    )
-    outlines = {name: outline(networks[name], own[name], dtype) for name in experts}
-    kept = memory.standing(outlines, optimizers, averaged={n for n in own if own[n]["ema"]}, idle=cfg.experts.idle)
-    length = {"steps": cfg.steps, "epochs": cfg.epochs, "default": cfg.model.steps}
+    """From a checked config to the end of the run, or of a dry run."""
+    settings, experts = config.settings(cfg), config.expert_options(cfg)
+    batching, dtype = config.batching(cfg, distributed.world_size()), config.dtype(cfg.precision)
+    alternation = ExpertAlternation.of(list(experts), settings["experts"]["share"])
+    forecast = Forecast.of(settings, experts, alternation, batching, dtype)
+    own = {name: expert.settings for name, expert in experts.items()}
     if cfg.dry_run:
         check_engine(engine_asked_for(), own)
         say(config.to_yaml(cfg))
-        clips = find_clips(config.shards(cfg), lambda: config.build(cfg.data), settings)
-        foreseen = estimate.foreseen_length(clips.plan, **length)
-        estimate.say_turns(alternation, losses, foreseen)
-        say(estimate.describe(clips, outlines, batching, foreseen, kept))
+        say(forecast.describe(find_clips(config.shards(cfg), lambda: config.build(cfg.data), settings)))
         return
     placement = find_placement(start_accelerator(cfg.device, hang=cfg.safeguards.hang), own)
-    check_size(outlines, placement.accelerator.device, cfg.device)
-    estimate.say_start(settings, batching, kept, card_of(placement))
-    base = main_first(lambda: config.base(cfg, build.wanted(settings, experts)), "finding the base model")
+    forecast.check_device(placement.device, asked=cfg.device)
+    say(forecast.start(placement.card_bytes))
+    base = main_first(lambda: config.base(cfg, build.parts_needed(settings, experts)), "finding the base model")
     main_first(lambda: make_own_data(config.shards(cfg), root=config.ROOT), "making the project's own data")
     data, folder = config.build(cfg.data), RunFolder(Path(cfg.runs) / cfg.run)
     encoder_check.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)
-    steps = estimate.run_length(Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed), **length)
+    steps = estimate.run_length(Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed), **forecast.length)
     texts = preview_texts(data, settings, placement, base, dtype)  # before experts leave the device no room
-    where = {"base": base, "device": placement.device, "dtype": dtype, "recipe": config.recipe()}
-    starts = {name: Initializer.of(networks[name], own[name], **where) for name in experts}
-    trainables = {name: start.trainable() for name, start in starts.items()}
-    estimate.say_turns(alternation, losses, steps)
-    checkpoints, newest = build.open_run(folder, settings, placement, data=data.fingerprint, command=config.command())
-    trainers = {
-        name: build.build_expert(
-            trainables[name], placement, checkpoint=newest, optimizer=optimizers[name],
-            how={"accumulate": batching.accumulate, "clip": each.clip, "precision": each.precision},
-            ema=each.ema, name=name, loss=losses[name], schedule=config.build(each.schedule),
-            plan=Plan.of(data, batch_size=cfg.batch_size, seed=cfg.seed), steps=alternation.count(name, steps),
-            folder=name if len(experts) > 1 else "",
-        )
-        for name, each in experts.items()
-    }  # fmt: skip
-    run = Run(
-        trainers=trainers, alternation=alternation, data=data, checkpoints=checkpoints,
-        **build.guards(folder, placement, steps=steps, fps=cfg.model.fps, safeguards=settings["safeguards"]),
-        steps=steps, until=min(steps, cfg.stop_after or steps), seed=cfg.seed, checkpoint_every=cfg.checkpoint.every,
-        state={"data": data.fingerprint, "engine": placement.engine, "config": settings},
-    )  # fmt: skip
-    start, ended_by = run.resume(newest), None
+    setup = RunSetup(settings, experts, alternation, batching, data, base, placement, folder, dtype, steps)
+    initializers = build.build_initializers(setup)
+    trainables = {name: initializer.trainable() for name, initializer in initializers.items()}
+    if line := forecast.share_of_steps(steps):
+        say(line)
+    checkpoints, newest = build.open_run(setup, config.command())
+    trainers = build.build_trainers(setup, trainables, newest)
+    monitoring = metrics, _, safeguards = build.build_monitoring(setup)
+    start = build.resume(trainers, safeguards, metrics, newest, data=data.fingerprint)
     say(f"run {folder.path}: {estimate.progress(start, steps)}")
-    if start < run.until:
-        run.metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
-        with run.metrics:
-            build.check_experts(run, starts, how=cfg.check_expert if start == 0 else "off")
+    ended_by = None
+    if start < min(steps, cfg.stop_after or steps):
+        metrics.tracker = build_tracker(**settings["tracker"], run=cfg.run, folder=folder.path, config=settings)
+        with metrics:
+            if start == 0:
+                build.check_experts(trainers, initializers, setup)
+            losses = {name: expert.loss for name, expert in experts.items()}
             noise_report.write(folder.path, losses, data.bucket_names, multiple=cfg.model.multiple)
-            run.hooks = build_hooks(run, settings, base=base, folder=folder.samples, texts=texts, dtype=dtype)
-            ended_by = fit(run, start)
+            evaluations = build_evaluations(setup, trainers, texts, metrics.tracker)
+            ended_by = fit(build.build_run(setup, trainers, checkpoints, monitoring, evaluations), start)
     finish(trainer.stepper for trainer in trainers.values())
     build.compare_replay(folder, settings)
     if ended_by is not None:

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ from wantrain.data import Plan
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer
 from wantrain.training.alternation import ExpertAlternation
-from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.training.engine.optim import Schedule
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.loop import Run, fit
 from wantrain.training.monitoring.metrics import Metrics
 from wantrain.training.monitoring.safeguards import Safeguards
-from wantrain.training.monitoring.throughput import Meter
+from wantrain.training.monitoring.throughput import Throughput
 from wantrain.training.monitoring.watchdog import Watchdog
 from wantrain.training.trainable import TrainableModule
 from wantrain.util.seeds import generator_at
@@ -120,7 +121,7 @@ class Ours:
         optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, fused=True)
         for group in optimizer.param_groups:
             group["peak_lr"] = RATE
-        stepper = Stepper(Accelerator(), module, optimizer, accumulate=1, clip=CLIP, precision="fp32")
+        stepper = Stepper(Accelerator(), module, optimizer, StepOptions(1, CLIP, "fp32"))
         trainer = ExpertTrainer(
             name="dense",
             trainable=TrainableModule(module, "transformer"),
@@ -136,19 +137,21 @@ class Ours:
             data=data,
             checkpoints=NoCheckpoints(),  # type: ignore[arg-type]
             metrics=Metrics(folder / "metrics.jsonl", steps=steps),
-            meter=Meter(16),
+            throughput=Throughput(16),
             safeguards=Safeguards(folder / "safeguards.jsonl"),
             steps=steps,
             until=0,
+            hooks=[],
+            should_stop=lambda step: False,
             seed=SEED,
             checkpoint_every=10**9,
-            state={},
+            facts={},
         )
         self.folder = folder
 
     def run(self, steps: int) -> float:
         start = self.run_.until
-        self.run_.until = start + steps
+        self.run_ = replace(self.run_, until=start + steps)
         with Watchdog(3600.0):
             fit(self.run_, start)
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]

@@ -94,7 +94,7 @@ _CHOICES = {
     "caption.missing": ("error", "skip", "empty"),
     "clips": ("all", "first", "middle", "random"),
     "report": ("page", "decode", "none"),
-    "init": ("base", "widen", "scratch"),
+    "init": ("base", "expand_input_channels", "scratch"),
     "check_expert": ("warn", "stop", "off"),
     "experts.idle": ("gpu", "cpu"),
     "idle": ("gpu", "cpu", "disk"),
@@ -173,9 +173,9 @@ def _check_expert(cfg: DictConfig) -> None:
     if cfg.ema is not None and not (config.is_number(cfg.ema, whole=False) and 0 < cfg.ema < 1):
         raise ValueError(f"ema={cfg.ema} must lie between 0 and 1, e.g. 0.999; null keeps no average")
     further = cfg.model.transformer.in_channels - cfg.model.transformer.out_channels
-    if cfg.init == "widen" and name in known and (not further or cfg.adapter.name != "none"):
+    if cfg.init == "expand_input_channels" and name in known and (not further or cfg.adapter.name != "none"):
         raise ValueError(
-            f"init=widen with model={cfg.model.name} (which has {further} further input channels) and "
+            f"init=expand_input_channels with model={cfg.model.name} (which has {further} further input channels) and "
             f"adapter={cfg.adapter.name}: it is for a model that is told by further channels, all of whose weights are "
             "trained; give init=base, or adapter=none"
         )

@@ -28,7 +28,8 @@ from wantrain import geometry
 from wantrain.data import Conditions, check_sets
 from wantrain.models import Base, open_base
 from wantrain.runs import replay
-from wantrain.training.planning.batching import Batching
+from wantrain.training.batching import Batching
+from wantrain.training.options import ExpertOptions
 from wantrain.util.console import errors_to_exit_code
 from wantrain.util.renamed import refuse_old_keys
 
@@ -197,6 +198,26 @@ def experts(cfg: DictConfig) -> dict[str, DictConfig]:
             OmegaConf.update(own, place, value)
         found[name] = own
     return found
+
+
+def expert_options(cfg: DictConfig) -> dict[str, ExpertOptions]:
+    """The experts in training, each with what its own config builds. ValueError as `experts`."""
+    return {
+        name: ExpertOptions(
+            name,
+            plain(own),
+            network(own),
+            build(own.loss),
+            build(own.optimizer, _partial_=True),
+            build(own.schedule),
+        )
+        for name, own in experts(cfg).items()
+    }
+
+
+def settings(cfg: DictConfig) -> dict[str, Any]:
+    """The whole config as plain data, with the recipe that was chosen."""
+    return {**plain(cfg), "recipe": recipe()}
 
 
 #: Settings that an expert of a pair may have for itself, and their places in the config.

@@ -46,6 +46,15 @@ class NoiseWindow:
         value = sigma.double()
         return (value >= self.low) & ((value < self.high) | ((value == 1.0) & (self.high == 1.0)))
 
+    def bin_edges(self, count: int) -> Tensor:
+        """The edges of `count` bins of equal width, (count + 1,) float64."""
+        return torch.linspace(self.low, self.high, count + 1, dtype=torch.float64)
+
+    def bin_of(self, sigma: Tensor, count: int) -> Tensor:
+        """The bin of each sigma, int64; what lies outside the window counts to the nearest one."""
+        width = (self.high - self.low) / count
+        return ((sigma.double() - self.low) / width).long().clamp(0, count - 1)
+
 
 class Density(Protocol):
     """A distribution of u on [0, 1], before the shift; both methods take and give float64 tensors, elementwise."""

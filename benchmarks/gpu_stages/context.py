@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wantrain.training.monitoring.throughput import Mark, Times, peak_of
+from wantrain.training.monitoring.throughput import Times, moment, peak_of
 from wantrain.util.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -98,15 +98,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def mark(device: torch.device) -> Mark:
-    """A moment of the device's work."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
 def measure(
     device: torch.device, parts: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
 ) -> dict[str, list[float]]:
@@ -115,13 +106,15 @@ def measure(
     for number in range(warmup + repeats):
         if number == warmup:
             reset_peak(device)
-        marks = [("begin", mark(device))]
+        begin, spans = moment(device), []
+        last = begin
         for name, work in parts.items():
             work()
-            marks.append((name, mark(device)))
-        rounds.append(marks)
+            spans.append((name, last, now := moment(device)))
+            last = now
+        rounds.append(Times(tuple(spans), begin, last))
     synchronize(device)
-    took = [Times(tuple(marks)).seconds() for marks in rounds[warmup:]]
+    took = [times.seconds() for times in rounds[warmup:]]
     return {name: [seconds[name] for seconds in took] for name in parts}
 
 

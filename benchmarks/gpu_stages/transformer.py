@@ -23,7 +23,7 @@ from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer, adapters
 from wantrain.models.flops import training_flops
 from wantrain.training.engine.accelerator import autocast, start_accelerator
-from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.training.engine.optim import build_optimizer
 from wantrain.util.seeds import generator_at
 
@@ -128,7 +128,7 @@ def _steps(context: Context, clip: str, *, repeats: int) -> dict[str, Any]:
 def one_step(context: Context, module: WanTransformer, bucket: Bucket) -> Callable[[], None]:
     """What makes one optimizer step with the project's own loss and Stepper, as the training loop does."""
     optimizer = build_optimizer(functools.partial(torch.optim.AdamW, lr=1e-4, fused=True), module)
-    stepper = Stepper(start_accelerator(hang=None), module, optimizer, accumulate=1, clip=1.0, precision="bf16")
+    stepper = Stepper(start_accelerator(hang=None), module, optimizer, StepOptions(1, 1.0, "bf16"))
     loss, (latents, text) = FlowMatching(shift=12.0, high=0.875), inputs(context, bucket)
     batch = Batch(latents, text, ("clip",), (0,))
     draws = loss.prepare(batch, [generator_at(0, "noise", 0)]).to(context.device)

@@ -35,7 +35,7 @@ def train(tiny, pair, told, call):
         own = [setting for setting in tiny.train if not setting.startswith(("weights=", "data.shards="))]
         common = ("batch_size=4", "data.holdout=0.3", "schedule=constant", *([f"data.{kinds}"] if kinds else []))
         settings = (f"model={model}", f"weights={pair}", f"data.shards={told}", *own, *common)
-        return call("train.py", *settings, "init=widen", "run=r", *more, check=check)
+        return call("train.py", *settings, "init=expand_input_channels", "run=r", *more, check=check)
 
     return run
 
@@ -53,7 +53,7 @@ def test_further_channels_change_nothing_until_they_are_trained(pair):
     """A widened model is the old one, whatever the new channels hold, and its new weights have a gradient."""
     old = load_transformer(pair, part="transformer_2")
     new = load_transformer(pair, part="transformer_2")
-    new.widen(36)
+    new.expand_input_channels(36)
     assert new.config()["in_channels"] == 36
     generator = torch.Generator().manual_seed(0)
     x, more, text = (
@@ -64,7 +64,7 @@ def test_further_channels_change_nothing_until_they_are_trained(pair):
     new(x, timestep, text, more).square().sum().backward()
     assert (new.patch_embedding.weight.grad[:, 16:].abs().amax(dim=(0, 2, 3, 4)) > 0).all()
     with pytest.raises(ValueError, match="36 input channels cannot be made one of 16"):
-        new.widen(16)
+        new.expand_input_channels(16)
 
 
 def test_it_trains_on_what_is_known_and_resumes_bit_for_bit(train, tmp_path):
@@ -89,7 +89,10 @@ def test_a_preview_goes_on_from_what_is_known_of_held_out_clips(train, tmp_path)
 
 def test_what_cannot_be_is_one_error_before_work_starts(train, told):
     for more, said in (
-        (("adapter=lora",), "init=widen with model=tiny_i2v (which has 20 further input channels) and adapter=lora"),
+        (
+            ("adapter=lora",),
+            "init=expand_input_channels with model=tiny_i2v (which has 20 further input channels) and adapter=lora",
+        ),
         (("init=base",), "16 against 36"),
         (("sample.prompts=p.txt", "sample.every=1"), "sample.prompts=p.txt: model=tiny_i2v makes videos of what is"),
     ):
@@ -143,7 +146,13 @@ def test_a_dog_with_its_mask_goes_from_file_to_sample(call, tmp_path):
     call("encode.py", "shards=videos", "out=latents", *model, "condition={mask: 1.0}")
     manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
     assert manifest["clips"] == 4 and manifest["condition"] == {"mask": {"variants": 1}}
-    settings = ("expert=both", "init=widen", "data.shards=latents", "data.condition={mask: 1.0}", "data.holdout=0")
+    settings = (
+        "expert=both",
+        "init=expand_input_channels",
+        "data.shards=latents",
+        "data.condition={mask: 1.0}",
+        "data.holdout=0",
+    )
     call("train.py", *model, *settings, "batch_size=4", "steps=20", "run=dog", "tracker=jsonl", "check_expert=off")
     size = ("num_frames=17", "steps=4")
     call("sample.py", "model=tiny_i2v", "run=dog", f"video={source / 'dog.mp4'}", f"mask={source / 'masks' / 'dog.mp4'}",

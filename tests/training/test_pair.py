@@ -14,7 +14,7 @@ from wantrain.models.offload import WeightSwapper
 from wantrain.runs.checkpoint import read_state
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.engine.ema import Ema
-from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.training.engine.optim import build_optimizer
 
 NAMES = ("high_noise", "low_noise")
@@ -54,7 +54,7 @@ def test_shares_that_are_none_are_refused(share):
 
 def stepper_over(module):
     optimizer = build_optimizer(lambda groups: torch.optim.SGD(groups, lr=1.0), module)
-    return Stepper(Accelerator(cpu=True), module, optimizer, accumulate=1, clip=1e9, precision="fp32")
+    return Stepper(Accelerator(cpu=True), module, optimizer, StepOptions(1, 1e9, "fp32"))
 
 
 def test_the_average_follows_by_its_formula_and_is_shown_only_while_it_is_applied():

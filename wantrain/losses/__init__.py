@@ -5,11 +5,12 @@ They are given a model and import none.
 
 from wantrain.losses.flow_matching import FlowMatching
 from wantrain.losses.reconstruction import Reconstruction
-from wantrain.losses.record import Draws, Loss, LossFunction
+from wantrain.losses.record import ClipValidation, Draws, Loss, LossFunction, Model, NoiseLevelValidation
 from wantrain.losses.shifts import FluxShift, RootShift
 from wantrain.losses.weighting import Gaussian, MinSNR
 
 __all__ = [
+    "ClipValidation",
     "Draws",
     "FlowMatching",
     "FluxShift",
@@ -17,6 +18,8 @@ __all__ = [
     "Loss",
     "LossFunction",
     "MinSNR",
+    "Model",
+    "NoiseLevelValidation",
     "Reconstruction",
     "RootShift",
 ]

@@ -1,7 +1,6 @@
-"""The velocity loss of rectified flow: noise a clean latent, ask the model for the way back, compare.
+"""The velocity loss of rectified flow: noise a clean latent, predict the velocity, compare.
 
-A loss is a callable loss(model, batch, loss.prepare(batch, generators)) -> Loss. It knows no expert and no task: the
-expert is a noise window, a task is a mask and a condition that travel in the batch.
+It knows no expert and no task: an expert is a noise window, a task is the conditioning that travels in the batch.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from torch import Tensor
 from wantrain import flow
 from wantrain.batch import Batch
 from wantrain.geometry import num_tokens
-from wantrain.losses.record import Draws, Loss, Model
+from wantrain.losses.record import Draws, Loss, LossFunction, Model, NoiseLevelValidation
 from wantrain.losses.shifts import ShiftByTokens
 from wantrain.losses.weighting import Weighting, weighting_named
 from wantrain.util.seeds import generator_at
 
 
-class FlowMatching:
+class FlowMatching(LossFunction):
     """Error of the velocity at sigmas drawn from the expert's own distribution.
 
     density     distribution of u before the shift: "uniform", "logit_normal", or an object of wantrain.flow
@@ -50,7 +49,7 @@ class FlowMatching:
             raise ValueError(f"loss.huber={huber} must be above 0; null is the squared error")
         self.density, self.shift, self.weighting, self.huber = density, shift, weighting, huber
         self.stratified, self.batch_size, self.seed = stratified, batch_size, seed
-        self.window = flow.NoiseWindow(low, high)
+        self.window: flow.NoiseWindow = flow.NoiseWindow(low, high)
         self.weight = weighting_named(weighting)
         self.quadrature(1)  # refuses a bad density or shift, or a window without mass, at once
 
@@ -86,7 +85,12 @@ class FlowMatching:
         return self.shift(self.shift.reference_tokens if tokens is None else tokens)
 
     @property
-    def mass(self) -> float:
+    def validation(self) -> NoiseLevelValidation:
+        """Squared velocity errors, unweighted, at the distribution's own noise levels."""
+        return NoiseLevelValidation(self.quadrature, velocity_error)
+
+    @property
+    def mass(self) -> float:  # type: ignore[override]
         """Share of the unrestricted distribution that falls into the window."""
         return flow.window_mass(self.window, density=self.density, shift=self.shift_for())
 

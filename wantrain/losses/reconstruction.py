@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from wantrain.batch import Batch
-from wantrain.losses.record import Draws, Loss, Model
+from wantrain.losses.record import ClipValidation, Draws, Loss, LossFunction, Model
 
 
-class Reconstruction:
+class Reconstruction(LossFunction):
     """Squared and absolute error of pixels and of their differences in space and time, and a KL term.
 
     absolute  weight of the absolute error beside the squared one; more of it alone learns grey before colour
@@ -24,6 +24,11 @@ class Reconstruction:
 
     def __init__(self, *, absolute: float = 0.1, edges: float = 0.1, kl: float = 1e-4) -> None:
         self.absolute, self.edges, self.kl = absolute, edges, kl
+
+    @property
+    def validation(self) -> ClipValidation:
+        """PSNR of clips through their posterior means."""
+        return ClipValidation("psnr", "dB", _clip_error, _mean_psnr)
 
     def prepare(self, batch: Batch, generators: Sequence[torch.Generator]) -> Draws:
         """Nothing can be drawn ahead: only the model knows the shape of its latents."""
@@ -48,6 +53,18 @@ class Reconstruction:
             squared.detach(),
             parts={"psnr": psnr, "kl": kl.detach()},
         )
+
+
+def _clip_error(model: Model, batch: Batch) -> Tensor:
+    """Mean squared error of each clip's pixels through its posterior mean, (B,) float64."""
+    pixels = batch.latents_BCTHW
+    rebuilt, _, _ = model(pixels, torch.zeros)
+    return (rebuilt.clamp(-1, 1) - pixels).square().mean(dim=(1, 2, 3, 4)).double()
+
+
+def _mean_psnr(errors: Tensor) -> Tensor:
+    """Mean PSNR in dB of clips with these squared errors; pixels span [-1, 1], so the peak is 2."""
+    return (-10 * torch.log10(errors / 4)).mean()
 
 
 def _difference(x: Tensor, dim: int) -> Tensor:

@@ -1,14 +1,15 @@
-"""What every loss returns, and what it is given."""
+"""What a loss is: what it draws, what it returns, and what it tells the loop about itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from wantrain import flow
 from wantrain.batch import Batch, moved
 
 #: Any callable network; for flow matching model(latents, timestep, text, condition) -> velocity.
@@ -17,9 +18,9 @@ Model = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in the loss of one batch, drawn on the host before the model is asked: while a step before runs.
+    """What is random in the loss of one batch, drawn on the host before the forward pass: while a step before runs.
 
-    generators   one per sample, whose next numbers are for what can only be drawn once the model has answered
+    generators   one per sample, whose next numbers are for what can only be drawn after the forward pass
     sigma        (B,) noise levels; None for a loss without any
     noise_BCTHW  standard normal noise of the latents' shape; None likewise
     """
@@ -35,7 +36,12 @@ class Draws:
 
 @dataclass(frozen=True)
 class Loss:
-    """The scalar to differentiate, and what the log wants to know about it."""
+    """The scalar to differentiate, and what the log shows of it.
+
+    per_sample  (B,) each sample's error, detached; what safeguards and the log compare
+    sigma       (B,) the noise levels of these errors; None for a loss without any
+    parts       further scalars for the log, by name
+    """
 
     value: Tensor
     per_sample: Tensor
@@ -43,9 +49,59 @@ class Loss:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
-class LossFunction(Protocol):
-    """What the loop asks of a loss: draw what is random, on the host; then ask the model, on the device."""
+@dataclass(frozen=True)
+class NoiseLevelValidation:
+    """A loss is validated by the errors of fixed clips at fixed noise levels; their mean is the validation loss.
 
-    def prepare(self, batch: Batch, generators: Sequence[torch.Generator]) -> Draws: ...
+    levels  (count) -> noise levels (count,): midpoints of equal slices of the distribution that is trained on
+    error   (model, batch, sigma (B,), noise) -> errors (B,) float32
+    """
 
-    def __call__(self, model: Model, batch: Batch, draws: Draws) -> Loss: ...
+    levels: Callable[[int], Tensor]
+    error: Callable[[Model, Batch, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ClipValidation:
+    """A loss is validated by one error per clip, shown as a score.
+
+    name, unit  of the score, as the log has it: validation_<name>
+    error       (model, batch) -> errors (B,)
+    score       errors of all clips (N,) -> scalar
+    """
+
+    name: str
+    unit: str
+    error: Callable[[Model, Batch], Tensor]
+    score: Callable[[Tensor], Tensor]
+
+
+class LossFunction:
+    """A loss: `prepare` draws what is random, on the host; a call computes, on the device. A new loss subclasses it.
+
+    window    the noise levels that its draws lie in; None for a loss without noise levels
+    networks  frozen networks that it needs besides the one in training; the run gives them by `attach`:
+              "reference", the network as the run started from it
+    mass      share of all noise that falls into the window; None where that has no meaning
+    """
+
+    window: flow.NoiseWindow | None = None
+    networks: tuple[str, ...] = ()
+    mass: float | None = None
+
+    def attach(self, networks: Mapping[str, Model]) -> None:
+        """Take the frozen networks that `networks` names, before the first step."""
+        self.attached = dict(networks)
+
+    def prepare(self, batch: Batch, generators: Sequence[torch.Generator]) -> Draws:
+        """What sample i draws from generators[i], and from nothing else: or a resumed run is another one."""
+        raise NotImplementedError
+
+    def __call__(self, model: Model, batch: Batch, draws: Draws) -> Loss:
+        """The loss of one batch, on the device of batch and draws."""
+        raise NotImplementedError
+
+    @property
+    def validation(self) -> NoiseLevelValidation | ClipValidation | None:
+        """How this loss is validated; None: it is not."""
+        return None

@@ -245,7 +245,7 @@ class WanTransformer(nn.Module):
         nn.init.zeros_(self.patch_embedding.bias)
         nn.init.zeros_(self.head.head.weight)
 
-    def widen(self, in_channels: int) -> None:
+    def expand_input_channels(self, in_channels: int) -> None:
         """Take further input channels, with weights of zero: the function stays what it is until they are trained.
 
         So an image-to-video model starts from a text-to-video one. ValueError if it has more channels than that.

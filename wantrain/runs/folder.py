@@ -71,8 +71,17 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
-    def tripped(self) -> Path:
+    def safeguards(self) -> Path:
         return self.path / "safeguards.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """How much validation measures, where that was chosen for the run."""
+        return self.path / "validation.json"
+
+    @property
+    def eval_history(self) -> Path:
+        return self.path / "validation.jsonl"
 
     @property
     def metrics(self) -> Path:

@@ -7,7 +7,7 @@ two single runs, a step of one after a step of the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 
@@ -21,10 +21,15 @@ class ExpertAlternation:
         # As they are written: 0.7 is 7/10, not the float beside it.
         shares = {name: Fraction(str(value)) for name, value in share.items()}
         if sum(shares.values()) != 1 or min(shares.values()) <= 0:
-            told = ", ".join(f"{name} {value}" for name, value in share.items())
-            raise ValueError(f"experts.share ({told}) must be above 0 for each expert, and 1 together")
+            given = ", ".join(f"{name} {value}" for name, value in share.items())
+            raise ValueError(f"experts.share ({given}) must be above 0 for each expert, and 1 together")
         self.names = list(shares)
         self._first = shares[self.names[0]]
+
+    @classmethod
+    def of(cls, names: Sequence[str], share: Mapping[str, float]) -> ExpertAlternation:
+        """The order of one expert alone, or of a pair by its `share`."""
+        return cls(share if len(names) > 1 else dict.fromkeys(names, 1))
 
     def count(self, name: str, steps: int) -> int:
         """How many of the first `steps` steps are this expert's."""

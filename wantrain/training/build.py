@@ -1,34 +1,40 @@
-"""Putting a run's pieces together from plain settings: what is trained, what watches it."""
+"""Building a run from its setup: the run's folder, the experts' trainers, and the record that the loop moves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from wantrain.data import Plan
+from wantrain.losses import LossFunction, Model
+from wantrain.models import adapters
 from wantrain.runs import replay
-from wantrain.runs.checkpoint import Checkpoints
+from wantrain.runs.checkpoint import Checkpoints, read_state
 from wantrain.runs.folder import RunFolder
 from wantrain.training.engine.ema import Ema
-from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.training.engine.main_process import on_main
 from wantrain.training.engine.optim import build_optimizer
-from wantrain.training.engine.placement import Placement, device_name
+from wantrain.training.engine.placement import device_name
 from wantrain.training.expert import ExpertTrainer, read_average
 from wantrain.training.initialize import Initializer
 from wantrain.training.loop import Run
 from wantrain.training.monitoring.metrics import Metrics
 from wantrain.training.monitoring.safeguards import Safeguards
-from wantrain.training.monitoring.throughput import Meter, peak_of
+from wantrain.training.monitoring.throughput import Throughput, peak_of
+from wantrain.training.options import ExpertOptions, RunSetup
 from wantrain.training.trainable import TrainableModule
 from wantrain.training.validation import expert_check
+from wantrain.training.validation.build import Evaluations
 from wantrain.util import distributed
 from wantrain.util.console import say
 
 
-def wanted(settings: Mapping[str, Any], experts: Iterable[str]) -> list[str]:
+def parts_needed(settings: Mapping[str, Any], experts: Iterable[str]) -> list[str]:
     """The parts of the base that a run reads: what trains, and with previews all that sampling takes.
 
     Of a repository of the hub these alone are downloaded.
@@ -38,75 +44,184 @@ def wanted(settings: Mapping[str, Any], experts: Iterable[str]) -> list[str]:
     return [*dict.fromkeys([*experts, *settings["model"]["experts"]]), "vae", "text_encoder", "tokenizer"]
 
 
-def open_run(
-    folder: RunFolder, settings: Mapping[str, Any], placement: Placement, *, data: str, command: Iterable[str]
-) -> tuple[Checkpoints, Path | None]:
-    """Open a run's folder for `settings` and write down how it was started; its checkpoints, and the newest good one,
-    which all processes agree on. `data` is the manifest's hash, `command` what was typed.
+def open_run(setup: RunSetup, command: Iterable[str]) -> tuple[Checkpoints, Path | None]:
+    """Open the run's folder and record how it was started; its checkpoints, and the newest good one, on which all
+    processes agree. `command` is what was typed.
     """
-    how = {key: value for key, value in settings["checkpoint"].items() if key != "every"}
-    checkpoints = Checkpoints(folder.checkpoints, **how)
+    folder, settings, placement = setup.folder, setup.settings, setup.placement
+    options = {key: value for key, value in settings["checkpoint"].items() if key != "every"}
+    checkpoints = Checkpoints(folder.checkpoints, **options)
 
-    def open_and_look() -> Path | None:
+    def open_folder() -> Path | None:
         folder.open(dict(settings))
-        processes, device = placement.accelerator.num_processes, device_name(placement.accelerator.device)
-        start = replay.described(command, data=data, engine=placement.engine, processes=processes, device=device)
+        start = replay.described(
+            command,
+            data=setup.data.fingerprint,
+            engine=placement.engine,
+            processes=placement.processes,
+            device=device_name(placement.device),
+        )
         if settings["replay"]:
             replay.told(Path(settings["replay"]), start)
         replay.record(folder.record, start, settings)
         checkpoints.prepare()
         return checkpoints.newest()
 
-    return checkpoints, on_main(open_and_look, "opening the run's folder")
+    return checkpoints, on_main(open_folder, "opening the run's folder")
 
 
 def compare_replay(folder: RunFolder, settings: Mapping[str, Any]) -> None:
-    """Hold a replay's losses against those of the run it repeats. ValueError if they part."""
+    """Compare a replay's losses with those of the run it repeats. ValueError if they differ."""
     if settings["replay"] and distributed.is_main():
         say(replay.compare(Path(settings["replay"]), folder.metrics))
 
 
-def build_expert(
-    trainable: TrainableModule,
-    placement: Placement,
-    *,
-    checkpoint: Path | None,
-    optimizer: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer],
-    how: Mapping[str, Any],
-    ema: float | None,
-    **own: Any,
-) -> ExpertTrainer:
-    """The trainer of one expert: first its weights from the checkpoint if there is one, then its engine.
-
-    `optimizer` makes one over parameter groups; `how` is what a Stepper is told; `own` is the rest of a ExpertTrainer.
-    """
-    average = None if checkpoint is None else read_average(trainable, checkpoint / own["folder"])
-    stepper = Stepper(placement.accelerator, trainable.module, build_optimizer(optimizer, trainable.module), **how)
-    if placement.swapper is not None:
-        placement.swapper.add(trainable.module)
-    kept = None if ema is None else Ema(stepper, ema, average)
-    return ExpertTrainer(trainable=trainable, stepper=stepper, ema=kept, **own)
-
-
-def guards(
-    folder: RunFolder, placement: Placement, *, steps: int, fps: float, safeguards: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What watches over a run, as a Run takes it: its log, its meter and its safeguards."""
-    # The watchdog is none of them: it watches from before there is a run.
-    safeguards = {key: value for key, value in safeguards.items() if key != "hang"}
+def build_initializers(setup: RunSetup) -> dict[str, Initializer]:
+    """What each expert starts from."""
+    placement = setup.placement
     return {
-        "metrics": Metrics(folder.metrics, steps=steps, peak=peak_of(placement.accelerator.device)),
-        "meter": Meter(fps),
-        "safeguards": Safeguards(folder.tripped, **safeguards),
+        name: Initializer.of(
+            expert.network,
+            expert.settings,
+            base=setup.base,
+            device=placement.weights_device,
+            dtype=setup.dtype,
+            recipe=setup.settings["recipe"],
+        )
+        for name, expert in setup.experts.items()
     }
 
 
-def check_experts(run: Run, starts: Mapping[str, Initializer], *, how: str) -> None:
-    """Measure whether what was loaded is the expert it is taken for (see which_expert), where that can be known and is
-    asked for: `how` is warn, stop or off.
+def build_trainers(
+    setup: RunSetup, trainables: Mapping[str, TrainableModule], checkpoint: Path | None
+) -> dict[str, ExpertTrainer]:
+    """The trainer of each expert, with the weights of the newest checkpoint if there is one."""
+    return {name: build_expert(setup, setup.experts[name], trainables[name], checkpoint) for name in setup.experts}
+
+
+def build_expert(
+    setup: RunSetup, expert: ExpertOptions, trainable: TrainableModule, checkpoint: Path | None
+) -> ExpertTrainer:
+    """The trainer of one expert: the loss's frozen networks, then the checkpoint's weights, then the engine."""
+    settings, placement = expert.settings, setup.placement
+    folder = expert.name if len(setup.experts) > 1 else ""
+    reference = _frozen_copy(trainable, expert.loss)
+    average = None if checkpoint is None else read_average(trainable, checkpoint / folder)
+    options = StepOptions(setup.batching.accumulate, settings["clip"], settings["precision"])
+    stepper = placement.stepper(trainable.module, build_optimizer(expert.optimizer, trainable.module), options)
+    expert.loss.attach(_networks(expert.loss, stepper, reference))
+    return ExpertTrainer(
+        name=expert.name,
+        trainable=trainable,
+        stepper=stepper,
+        loss=expert.loss,
+        schedule=expert.schedule,
+        plan=Plan.of(setup.data, batch_size=setup.batching.batch_size, seed=setup.settings["seed"]),
+        steps=setup.alternation.count(expert.name, setup.steps),
+        ema=None if settings["ema"] is None else Ema(stepper, settings["ema"], average),
+        folder=folder,
+    )
+
+
+def _frozen_copy(trainable: TrainableModule, loss: LossFunction) -> torch.nn.Module | None:
+    """A copy of what the expert starts from, for a loss that needs a reference; None where the adapter can be off."""
+    if wrong := [name for name in loss.networks if name != "reference"]:
+        raise ValueError(f"the loss {type(loss).__name__} needs a network {wrong[0]!r}; train.py provides: reference")
+    if not loss.networks or adapters.has_adapter(trainable.module):
+        return None
+    return copy.deepcopy(trainable.module).requires_grad_(False).eval()
+
+
+def _networks(loss: LossFunction, stepper: Stepper, reference: torch.nn.Module | None) -> dict[str, Model]:
+    """The frozen networks that a loss names, each as a callable without gradients."""
+
+    def answer(*args: Any, **keywords: Any) -> Any:
+        if reference is not None:
+            with torch.no_grad():
+                return reference.to(stepper.device)(*args, **keywords)
+        with torch.no_grad(), adapters.switched_off(stepper.module):
+            return stepper.module(*args, **keywords)
+
+    return dict.fromkeys(loss.networks, answer)
+
+
+def build_monitoring(setup: RunSetup) -> tuple[Metrics, Throughput, Safeguards]:
+    """The log of a run, its throughput and its safeguards. The watchdog is none of them: it starts before the run."""
+    settings = setup.settings
+    limits = {key: value for key, value in settings["safeguards"].items() if key != "hang"}
+    return (
+        Metrics(setup.folder.metrics, steps=setup.steps, peak=peak_of(setup.placement.device)),
+        Throughput(settings["model"]["fps"]),
+        Safeguards(setup.folder.safeguards, **limits),
+    )
+
+
+def resume(
+    trainers: Mapping[str, ExpertTrainer],
+    safeguards: Safeguards,
+    metrics: Metrics,
+    checkpoint: Path | None,
+    *,
+    data: str,
+) -> int:
+    """Go on from a checkpoint whose weights the trainers have already; returns its step (0: from the start).
+
+    `data` is the fingerprint of the shards. ValueError if the checkpoint was trained on others.
     """
-    for name, trainer in run.trainers.items():
-        if how != "off" and starts[name].is_measurable():
-            told: dict[str, Any] = {"model": starts[name].model, "expert": name, "how": how, "seed": run.seed}
-            with trainer.watched():
-                expert_check.check(trainer.stepper, run.first_batch(), **told)
+    if checkpoint is None:
+        metrics.cut_back(-1)
+        return 0
+    state = read_state(checkpoint)
+    if state["data"] != data:
+        raise ValueError(
+            f"{checkpoint} was trained on other shards than data.shards holds now (another manifest); "
+            "give those it was trained on, or a new run=NAME"
+        )
+    for trainer in trainers.values():
+        trainer.restore_optimizer(checkpoint)
+    safeguards.restore(state.get("loss_baselines", {}), trainers)  # older runs learn them anew
+    metrics.cut_back(state["step"])
+    return int(state["step"])
+
+
+def check_experts(
+    trainers: Mapping[str, ExpertTrainer], initializers: Mapping[str, Initializer], setup: RunSetup
+) -> None:
+    """Measure whether each loaded expert is the one it was asked for (expert_check.py), where that can be measured and
+    `check_expert=` wants it.
+    """
+    how, seed = setup.settings["check_expert"], setup.settings["seed"]
+    for name, trainer in trainers.items():
+        if how != "off" and initializers[name].is_measurable():
+            batch = trainer.first_batch(setup.data)
+            with trainer.evaluating():
+                expert_check.check(
+                    trainer.stepper, batch, model=initializers[name].model, expert=name, how=how, seed=seed
+                )
+
+
+def build_run(
+    setup: RunSetup,
+    trainers: Mapping[str, ExpertTrainer],
+    checkpoints: Checkpoints,
+    monitoring: tuple[Metrics, Throughput, Safeguards],
+    evaluations: Evaluations,
+) -> Run:
+    """The run as the loop takes it."""
+    settings, (metrics, throughput, safeguards) = setup.settings, monitoring
+    return Run(
+        trainers=trainers,
+        alternation=setup.alternation,
+        data=setup.data,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        throughput=throughput,
+        safeguards=safeguards,
+        hooks=evaluations.hooks,
+        should_stop=evaluations.should_stop,
+        steps=setup.steps,
+        until=min(setup.steps, settings["stop_after"] or setup.steps),
+        seed=settings["seed"],
+        checkpoint_every=settings["checkpoint"]["every"],
+        facts={"data": setup.data.fingerprint, "engine": setup.placement.engine, "config": settings},
+    )

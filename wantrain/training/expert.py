@@ -7,8 +7,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
+from wantrain.batch import Batch
 from wantrain.data import Plan
 from wantrain.losses import LossFunction
 from wantrain.models.formats.weights import read_file, write_file
@@ -16,6 +18,7 @@ from wantrain.runs.folder import EMA
 from wantrain.training.engine.ema import Ema
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.engine.optim import Schedule
+from wantrain.training.protocols import Samples
 from wantrain.training.trainable import TrainableModule
 
 OPTIMIZER = "optimizer.safetensors"
@@ -41,8 +44,8 @@ class ExpertTrainer:
     folder: str = ""
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """How it answers when it is looked at: in evaluation mode, with the averaged weights if they are kept."""
+    def evaluating(self) -> Iterator[None]:
+        """While active, the module is in evaluation mode, with the averaged weights if an average is kept."""
         module = self.trainable.module
         module.eval()
         with nullcontext() if self.ema is None else self.ema.applied():
@@ -51,15 +54,20 @@ class ExpertTrainer:
         module.train()
 
     @contextmanager
-    def unaveraged(self) -> Iterator[None]:
-        """Inside `watched`, where an average is kept: the weights in training again."""
+    def live_weights(self) -> Iterator[None]:
+        """Inside `evaluating`, where an average is kept: the weights in training again."""
         assert self.ema is not None
         with self.ema.applied():  # it exchanges the two, so that a second time undoes the first
             yield
 
+    def first_batch(self, data: Samples, count: int = 4) -> Batch:
+        """Its first samples, at most `count`: something to measure on."""
+        samples = self.plan.batch(0)[:count]
+        return data.load(samples, np.arange(len(samples)))
+
     def snapshot(self) -> tuple[int, Callable[[Path], dict[Path, str]]]:
-        """Its whole state as it is now, on the CPU: how many bytes, and what writes it into a checkpoint's folder and
-        gives the sha256 of each file of tensors.
+        """The whole state of this moment, on the CPU: its size in bytes, and what writes it into a checkpoint's folder
+        and gives the sha256 of each file of tensors.
 
         All processes take part; only the main one may write. The snapshot before must have been written by now.
         """
@@ -80,7 +88,7 @@ class ExpertTrainer:
         return sum(kept.size for kept in weights) + sum(tensor.nbytes for tensor in optimizer.values()), write
 
     def restore_optimizer(self, checkpoint: Path) -> None:
-        """Give the optimizer the state that a checkpoint holds, written under whatever engine and world."""
+        """Give the optimizer the state that a checkpoint holds, written under any engine and number of processes."""
         path = checkpoint / self.folder / OPTIMIZER
         self.stepper.restore_optimizer_state(read_file(path)[0], path)
 

@@ -30,7 +30,8 @@ class Initializer:
 
     make     builds the module with random values
     base     where trained weights lie
-    init     base: the base's weights; widen: those, with zeros for input channels that it has not; scratch: none
+    init     base: the base's weights; expand_input_channels: those, with zeros for the input channels that it lacks;
+             scratch: random values
     recipe   the recipe's name, for the files that are written
     device, dtype  what weights that stay frozen are loaded to; those that are trained are float32
     """
@@ -88,7 +89,7 @@ class Initializer:
                 f"adapter={self.adapter['name']} changes a trained model, but {self.base} holds no {name}; "
                 "give weights=FOLDER with a pipeline (assets/wan-tiny is one)"
             )
-        if self.init == "widen" or (self.init == "base" and not self.model["scratch"]):
+        if self.init == "expand_input_channels" or (self.init == "base" and not self.model["scratch"]):
             raise ValueError(
                 f"weights={self.base} holds no {name}; give the folder that does, parts.{name}=, or init=scratch"
             )
@@ -105,7 +106,9 @@ class Initializer:
             names = [name for name, _ in without_values(self.make).named_parameters()]
             fp32 = partial.choose(names, layers=self.adapter["layers"], tags=self.adapter["tags"])
         dtype = torch.float32 if kind == "none" else self.dtype
-        return self.base.transformer(name, widen=self.init == "widen", device=self.device, dtype=dtype, fp32=fp32)
+        return self.base.transformer(
+            name, expand_inputs=self.init == "expand_input_channels", device=self.device, dtype=dtype, fp32=fp32
+        )
 
     def _open_vae(self) -> nn.Module:
         vae = self.base.vae()

@@ -18,13 +18,13 @@ from wantrain.data.prefetch import prefetch
 from wantrain.losses import Draws
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.expert import ExpertTrainer
-from wantrain.training.protocols import Data
+from wantrain.training.protocols import Samples
 from wantrain.util import distributed
 from wantrain.util.seeds import generator_at
 
 
 def micro_batches(
-    data: Data,
+    data: Samples,
     trainers: Mapping[str, ExpertTrainer],
     alternation: ExpertAlternation,
     *,
@@ -49,7 +49,7 @@ def micro_batches(
 
 
 def _ready(
-    data: Data, trainer: ExpertTrainer, samples: NDArray[np.int64], positions: NDArray[np.int64], seed: int
+    data: Samples, trainer: ExpertTrainer, samples: NDArray[np.int64], positions: NDArray[np.int64], seed: int
 ) -> tuple[Batch, Draws]:
     """A micro-batch and what its loss draws, by the samples' positions in the run."""
     batch = data.load(samples, positions)

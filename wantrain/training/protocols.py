@@ -1,4 +1,4 @@
-"""What the loop asks of what it is given: data by number, and hooks that look at the run."""
+"""What the loop asks of what it is given: data by number, and hooks that evaluate the run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from numpy.typing import NDArray
 
 from wantrain.batch import Batch
 from wantrain.conditioning import Condition
+from wantrain.data.loading.sampler import Planned
 from wantrain.geometry import Bucket
 
 
-class Data(Protocol):
-    """What the loop asks of a data set: samples by number, for places in the run."""
+class Samples(Protocol):
+    """What the loop asks of a data set: samples by number, for positions in the run."""
 
     def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> Batch: ...
+
+
+class Data(Samples, Planned, Protocol):
+    """What a run asks of a data set."""
+
+    fingerprint: str
 
     def heldout_batches(self, count: int) -> list[Batch]: ...
 
@@ -35,7 +42,7 @@ class Latents(Data, Protocol):
 
 
 class Hook(Protocol):
-    """Something that looks at the run after some steps, step 0 included; what it returns is logged with that step."""
+    """Called after the steps at which it is due, step 0 included; what it returns is logged with that step."""
 
     def due(self, step: int) -> bool: ...
 

@@ -16,7 +16,7 @@ from wantrain.models import adapters
 from wantrain.models.formats.weights import read_file
 from wantrain.training.engine import optim
 from wantrain.training.engine.engine import Stepper
-from wantrain.training.monitoring.safeguards import SEEN, SLICES, LossBaseline
+from wantrain.training.monitoring.safeguards import BINS, SEEN, LossBaseline
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 RUN = ("init=scratch", "batch_size=4", "steps=6", "checkpoint.every=1", "checkpoint.keep=9", "run=r")
@@ -55,7 +55,7 @@ def checkpoint(tmp_path, step):
 def test_a_sound_run_trips_nothing(tiny, call, tmp_path):
     ended = call("train.py", *tiny.train, *RUN)
     assert not (tmp_path / "runs" / "r" / "safeguards.jsonl").exists()
-    assert "updated" not in ended.stdout and "times what is usual" not in ended.stdout
+    assert "skipped" not in ended.stdout and "times the usual" not in ended.stdout
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -70,10 +70,10 @@ def test_a_loss_that_is_no_number_updates_nothing_and_names_its_samples(value, m
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), "weights, moments, average"
     assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items()), "and then it goes on"
     (row,) = rows_of(tmp_path, "safeguards.jsonl")
-    assert (row["step"], row["wire"], row["expert"], len(row["samples"])) == (3, "gradient", "low_noise", 4)
+    assert (row["step"], row["safeguard"], row["expert"], len(row["samples"])) == (3, "gradient", "low_noise", 4)
     assert [sample["position"] for sample in row["samples"]] == [8, 9, 10, 11]
     assert all(0 < sample["sigma"] < 0.875 and sample["id"] for sample in row["samples"])
-    assert "step 3: the gradient's norm is" in ended.stdout
+    assert "step 3 skipped: the gradient's norm is" in ended.stdout
     logged = {row["step"]: row for row in rows_of(tmp_path, "metrics.jsonl") if "samples" in row}
     assert logged[3]["loss"] is None and all(logged[step]["loss"] for step in (1, 2, 4, 5, 6))
 
@@ -99,7 +99,7 @@ def test_after_three_such_steps_in_a_row_the_run_ends_and_the_last_good_checkpoi
     spoiled(monkeypatch, {2, 4, 5, 6}, lambda record: replaced(record, per_sample=record.per_sample * math.nan,
                                                               value=record.value * math.nan))  # fmt: skip
     ended = call("train.py", *tiny.train, *RUN, check=False)
-    assert "step 6: the gradient's norm is nan" in ended.error and "3 steps in a row" in ended.error
+    assert "step 6 skipped: the gradient's norm is nan" in ended.error and "3 steps in a row" in ended.error
     first = rows_of(tmp_path, "safeguards.jsonl")[-1]["samples"][0]["id"]
     assert f"first such sample: {first}" in ended.error
     assert (tmp_path / "runs/r/checkpoints/step_000005").is_dir()
@@ -112,7 +112,7 @@ def test_a_thirtyfold_loss_is_said_with_its_worst_sample(tiny, call, tmp_path, m
     spoiled(monkeypatch, {steps - 3}, lambda record: replaced(record, per_sample=record.per_sample * 30))
     ended = call("train.py", *tiny.train, *RUN[:2], "run=r", f"steps={steps}", "batch_size=8")
     (row,) = rows_of(tmp_path, "safeguards.jsonl")
-    assert (row["step"], row["wire"]) == (steps - 3, "spike") and 10 < row["times_usual"] < 90
+    assert (row["step"], row["safeguard"]) == (steps - 3, "spike") and 10 < row["times_usual"] < 90
     worst = max(row["samples"], key=lambda sample: sample["loss"])
     assert f"the worst sample {worst['id']}" in ended.stdout
     call("train.py", *tiny.train, *RUN[:2], "run=quiet", f"steps={steps}", "batch_size=8", "safeguards.spike=null")
@@ -132,17 +132,15 @@ def test_a_thousandfold_loss_updates_nothing_also_after_a_restart(tiny, call, tm
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), "weights and moments"
     assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items()), "and then it goes on"
     (row,) = rows_of(tmp_path, "safeguards.jsonl")
-    assert (row["step"], row["wire"]) == (61, "spike") and 300 < row["times_usual"] < 3000
-    assert re.search(
-        r"step 61: the loss is \d+ times .* \(safeguards.refuse=100\), so nothing was updated", ended.stdout
-    )
+    assert (row["step"], row["safeguard"]) == (61, "spike") and 300 < row["times_usual"] < 3000
+    assert re.search(r"step 61 skipped: the loss is \d+ times .* \(safeguards.refuse=100\)", ended.stdout)
 
 
 def test_what_is_usual_is_learned_for_each_noise_level():
     """Losses that differ a thousandfold between noise levels are all usual; tenfold at one level is not."""
     usual = LossBaseline(flow.NoiseWindow(0.0, 0.875))
-    sigmas = [0.875 * (slot + 0.5) / SLICES for slot in range(SLICES)]
-    losses = [10 ** (-3 * slot / SLICES) for slot in range(SLICES)]
+    sigmas = [0.875 * (slot + 0.5) / BINS for slot in range(BINS)]
+    losses = [10 ** (-3 * slot / BINS) for slot in range(BINS)]
     sigmas, losses = torch.tensor(sigmas), torch.tensor(losses)
     assert usual.excess(sigmas, losses) == 1.0, "nothing is known yet"
     for turn in range(2 * SEEN):
@@ -277,7 +275,7 @@ def test_a_spike_on_one_rank_updates_nothing_on_any(engine, tiny, planted, tmp_p
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert any(not torch.equal(next_one[key], tensor) for key, tensor in after.items())
     rows = rows_of(tmp_path, "safeguards.jsonl")
-    assert sorted((row["rank"], row["step"], row["wire"]) for row in rows) == [(0, 40, "spike"), (1, 40, "spike")]
+    assert sorted((row["rank"], row["step"], row["safeguard"]) for row in rows) == [(0, 40, "spike"), (1, 40, "spike")]
     assert rows[0]["times_usual"] == rows[1]["times_usual"] > 100
 
 

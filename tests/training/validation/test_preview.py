@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from wantrain.models import Base, WanTransformer
-from wantrain.training import build
 from wantrain.training.monitoring.metrics import Metrics
 from wantrain.training.monitoring.trackers import Look, build_tracker
+from wantrain.training.validation import build
 from wantrain.training.validation.preview import make_page, write_history
 from wantrain.video import write_mp4
 
@@ -99,10 +99,11 @@ def bytes_alive():
 
 @pytest.mark.parametrize("idle", ["disk", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_memory_returns_to_its_level_after_a_preview(idle, previewed, monkeypatch):
-    build_hooks, levels = build.build_hooks, []
+    build_evaluations, levels = build.build_evaluations, []
 
     def watching(*args, **how):
-        (*others, preview) = build_hooks(*args, **how)
+        made = build_evaluations(*args, **how)
+        preview = made.hooks[-1]
         call = type(preview).__call__
 
         def look(self, step):
@@ -112,9 +113,9 @@ def test_memory_returns_to_its_level_after_a_preview(idle, previewed, monkeypatc
             return result
 
         monkeypatch.setattr(type(preview), "__call__", look)
-        return [*others, preview]
+        return made
 
-    monkeypatch.setattr(build, "build_hooks", watching)
+    monkeypatch.setattr(build, "build_evaluations", watching)
     previewed("steps=4", f"sample.idle={idle}")
     assert len(levels) == 3
     (before, after, texts), *later = levels
@@ -126,10 +127,11 @@ def test_memory_returns_to_its_level_after_a_preview(idle, previewed, monkeypatc
 def test_a_missing_expert_is_said_once_with_what_the_preview_does_instead(tiny, capsys):
     size = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 64, "ffn_dim": 32, "num_layers": 1}
     stepper = SimpleNamespace(device=torch.device("cpu"), module=WanTransformer(**size))
-    run = SimpleNamespace(trainers={"low_noise": SimpleNamespace(stepper=stepper)})
     model = {"experts": ["high_noise", "low_noise"], "boundary": 0.875, "told_by": None}
-    how = {"base": Base(tiny.base), "dtype": torch.float32, "idle": "disk", "offload": "none"}
-    open_sampler = build.preview_sampler(run, model=model, **how)
+    settings = {"model": model, "sample": {"idle": "disk", "offload": "none"}, "init": "base"}
+    placement = SimpleNamespace(device=torch.device("cpu"))
+    setup = SimpleNamespace(settings=settings, base=Base(tiny.base), dtype=torch.float32, placement=placement)
+    open_sampler = build.preview_sampler(setup, {"low_noise": SimpleNamespace(stepper=stepper)})
     for _ in range(2):
         with open_sampler() as sampler:
             assert [sampler.experts.name_at(timestep) for timestep in (999, 10)] == ["low_noise"] * 2

@@ -10,8 +10,9 @@ import torch
 from wantrain.models import Base
 from wantrain.models.formats.weights import read_tensors
 from wantrain.models.text import TextEncoder
-from wantrain.runs import experts
-from wantrain.training import build
+from wantrain.sampling import build as sampling
+from wantrain.training.engine.placement import Placement
+from wantrain.training.validation import build
 
 TEXTS = ["a red ring moving left", "", "一只猫 🐈", "a red ring moving left"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
@@ -53,7 +54,7 @@ def test_each_text_is_encoded_alone_once_and_nothing_of_the_encoder_stays(dtype,
     monkeypatch.setattr(Base, "text_encoder", note)
     gc.disable()  # what is let go is let go at once
     try:
-        found = experts.encode_texts(base, TEXTS, device="cpu", dtype=dtype)
+        found = sampling.encode_texts(base, TEXTS, device="cpu", dtype=dtype)
         ((device, module, weight),) = loaded
         assert device == CPU and module() is None and weight() is None
     finally:
@@ -67,17 +68,17 @@ def test_the_encoder_goes_where_it_has_room(dtype, tiny, monkeypatch, capsys):
     """On a GPU if its weights and what encoding takes fit into what is free there, else on the host, which is said."""
     base = Base(tiny.base)
     weights = sum(tensor.numel() for tensor in read_tensors(tiny.base / "text_encoder").values()) * dtype.itemsize
-    needed, asked = weights + experts.ENCODING, []
+    needed, asked = weights + sampling.ENCODING, []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
     for free, place in ((needed, CUDA), (needed - 1, CPU)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: asked.append(device) or (free, 0))
-        assert experts._place_for_encoder(base, CUDA, dtype) == place
+        assert sampling._place_for_encoder(base, CUDA, dtype) == place
         assert ("texts are encoded on the CPU: it takes 1.1 GB, cuda:1 has" in capsys.readouterr().out) == (
             place == CPU
         )
     assert asked == ["emptied", CUDA] * 2
     other = torch.device("meta")
-    assert experts._place_for_encoder(base, other, dtype) == other and len(asked) == 4, "no other device is asked"
+    assert sampling._place_for_encoder(base, other, dtype) == other and len(asked) == 4, "no other device is asked"
 
 
 @pytest.mark.parametrize("idle", ["gpu", "disk"])
@@ -105,7 +106,7 @@ def test_a_run_encodes_what_its_previews_ask_for_before_it_loads_an_expert(exper
 @pytest.mark.parametrize(("engine", "others"), [("ddp", {}), ("fsdp2", {"told": "by the main process"})])
 def test_only_the_main_process_encodes_and_tells_those_that_sample_too(engine, others, tiny, monkeypatch):
     """Ranks that sample nothing load and keep nothing; where all sample, the others get the main one's embeddings."""
-    placement = SimpleNamespace(engine=engine, accelerator=SimpleNamespace(device=CPU))
+    placement = Placement(None, engine, CPU, CPU, None)
     model = {"told_by": None, "area": 1024, "multiple": 16, "num_frames": 5, "negative_prompt": "blurred"}
     settings = {"sample": {"every": 2, "prompts": None, "count": 2}, "expert": {"name": "low_noise"}, "model": model}
     data = SimpleNamespace(captions=lambda: ["a red ring", "a cat", "a dog"])

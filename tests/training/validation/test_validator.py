@@ -16,7 +16,7 @@ from wantrain.batch import Batch
 from wantrain.data import LatentData
 from wantrain.data.loading.holdout import one_per_group
 from wantrain.demo.footage import make_footage
-from wantrain.losses import FlowMatching
+from wantrain.losses import FlowMatching, Reconstruction
 from wantrain.losses.flow_matching import velocity_error
 from wantrain.models import Base, WanTransformer, adapters
 from wantrain.models.formats.weights import read_file
@@ -27,7 +27,7 @@ from wantrain.training.trainable import TrainableModule
 from wantrain.training.validation.bootstrap import FEWEST_FILES, LEVEL, change, contrast
 from wantrain.training.validation.history import EvalHistory, EvalRecord
 from wantrain.training.validation.measure import Clips, Evaluator, one_by_one, over_ranks
-from wantrain.training.validation.validator import EarlyStopping, ReconstructionValidator, Validator
+from wantrain.training.validation.validator import ClipValidator, EarlyStopping, Validator
 from wantrain.util import distributed
 from wantrain.util.seeds import generator_at
 
@@ -398,7 +398,7 @@ def test_what_must_answer_alike_is_measured_once(kind, ema, passes, tmp_path):
         hook.trainer.ema = Ema(hook.trainer.stepper, 0.9)
     found = []
     for step in (0, 10):
-        with hook.trainer.watched():
+        with hook.trainer.evaluating():
             row = hook(step)
         found.append(len(calls) / (12 * 3))
         calls.clear()
@@ -434,7 +434,7 @@ def test_the_psnr_of_a_vae_is_the_mean_over_clips_each_measured_alone(capsys):
     pixels = [torch.rand(1, 3, 1 + number, 8, 8) * 2 - 1 for number in range(3)]
     some = [Batch(clip, torch.zeros(1, 1, 1), (f"{number}",), (number,)) for number, clip in enumerate(pixels)]
     halves = mock.Mock(side_effect=lambda clip, draw: (clip / 2, None, None))
-    found = ReconstructionValidator(alone(halves), some, every=1, steps=1)(0)["validation_psnr"]
+    found = ClipValidator(alone(halves), Reconstruction().validation, some, every=1, steps=1)(0)["validation_psnr"]
     wanted = np.mean([10 * np.log10(4 / (clip / 2).square().mean().item()) for clip in pixels])
     assert found == pytest.approx(wanted) and "validation PSNR" in capsys.readouterr().out
     assert [call.args[0].shape[2] for call in halves.call_args_list] == [1, 2, 3]

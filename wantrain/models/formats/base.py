@@ -107,22 +107,22 @@ class Base:
         self,
         name: str,
         *,
-        widen: bool = False,
+        expand_inputs: bool = False,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         fp32: Iterable[str] = (),
     ) -> WanTransformer:
         """The expert `name`, after making sure that nothing says it is another one; parameters named in `fp32` are
-        float32 whatever `dtype` says. `widen` expects one that is told nothing but text, with as many channels in as
+        float32 whatever `dtype` says. `expand_inputs` expects a text-to-video transformer, with as many channels in as
         out, and gives it those that `like` has besides.
         """
         path, like = self.need(name), dict(self.like or {})
-        if widen:
+        if expand_inputs:
             like["in_channels"] = like["out_channels"]
         check_stated(path, name)
         module = load_transformer(path, part=PARTS[name], like=like or None, device=device, dtype=dtype, fp32=fp32)
-        if widen and self.like is not None:
-            module.widen(self.like["in_channels"])
+        if expand_inputs and self.like is not None:
+            module.expand_input_channels(self.like["in_channels"])
         return module
 
     def vae(self, *, device: str | torch.device = "cpu") -> WanVAE:

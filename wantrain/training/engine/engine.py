@@ -1,9 +1,9 @@
-"""The Stepper: one model under an engine. It hides how an engine steps, and where it keeps weights and state.
+"""The Stepper: one model under an engine. It hides how the engine steps, and where it keeps weights and state.
 
 DeepSpeed divides by the accumulation, clips and steps inside its backward; FSDP2 and ZeRO-3 give a process only parts
-of the weights. Outside this file nobody knows: a step is begin, backward for each micro-step, clip_gradients, step;
-weights and optimizer state come out whole, by the names that they have in one process, and go in again under any
-engine and number of processes.
+of the weights. Outside this file a step is begin, backward for each micro-step, clip_gradients, step; weights and
+optimizer state come out whole, under the names that they have in one process, and go in again under any engine and
+number of processes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,23 +27,30 @@ from wantrain.util.libraries import is_dtensor
 from wantrain.util.progress import report_progress
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """How an optimizer step is computed.
+
+    accumulate  micro-steps of a step
+    clip        largest norm of the whole gradient
+    precision   fp32 or bf16: what linear layers compute in
+    """
+
+    accumulate: int
+    clip: float
+    precision: str
+
+
 class Stepper:
     """A model under an engine: forward in its precision, backward, and one update per optimizer step."""
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        accumulate: int,
-        clip: float,
-        precision: str,
+        self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions
     ) -> None:
-        self.accelerator = accelerator
+        self._accelerator = accelerator
         self.engine = engine_of(accelerator)
         self.module = module
-        self.accumulate, self.clip, self.precision = accumulate, clip, precision
+        self.accumulate, self.clip, self.precision = options.accumulate, options.clip, options.precision
         self.device = accelerator.device
         self.copier = Copier()
         if self._zero:
@@ -68,17 +76,36 @@ class Stepper:
         return self.engine.startswith("zero")
 
     @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return self._accelerator.num_processes
+
+    @property
     def sharded(self) -> bool:
         """True if every forward needs all processes, for each holds only a part of the weights."""
         return self.engine in SHARDED
 
+    @property
+    def replicated_gradients(self) -> bool:
+        """True if every one of several processes holds all reduced gradients."""
+        return self.engine == "ddp" and self.processes > 1
+
+    @property
+    def replicated_weights(self) -> bool:
+        """True if every one of several processes holds all weights."""
+        return self.engine in {"ddp", "zero1", "zero2"} and self.processes > 1
+
+    def micro_steps(self) -> Iterator[bool]:
+        """The micro-steps of an optimizer step: for each, whether it is the last."""
+        return (number == self.accumulate for number in range(1, self.accumulate + 1))
+
     def _configure_deepspeed(self) -> None:
         """What Hydra owns goes into DeepSpeed's config here; the launch file owns the rest."""
-        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        config = self._accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = 1  # a name for its logs: the data come split by rank
         config["gradient_accumulation_steps"] = self.accumulate
         config["gradient_clipping"] = self.clip
-        self.accelerator.gradient_accumulation_steps = self.accumulate
+        self._accelerator.gradient_accumulation_steps = self.accumulate
         # DeepSpeed switches autocast off inside its forward unless it is told of it. No module is named as safe for
         # bf16: that list is not about computing, it is about which gradients are rounded before they are summed.
         precision = {"enabled": self.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -102,12 +129,12 @@ class Stepper:
         """
         loss = loss * (1 + 0 * loss.detach())
         if self._zero:
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            self.accelerator.backward(loss)
+            self._accelerator.gradient_state._set_sync_gradients(last)
+            self._accelerator.backward(loss)
             return
         alone = not last and self.engine == "ddp"  # FSDP2 would keep whole gradients until the last one
-        with self.accelerator.no_sync(self.wrapped) if alone else nullcontext():
-            self.accelerator.backward(loss / self.accumulate)
+        with self._accelerator.no_sync(self.wrapped) if alone else nullcontext():
+            self._accelerator.backward(loss / self.accumulate)
 
     def clip_gradients(self) -> Tensor:
         """The gradient's norm before it is clipped, a scalar on the device, the same on every rank."""
@@ -128,11 +155,15 @@ class Stepper:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all processes of a scalar."""
-        return self.accelerator.reduce(value.detach().clone(), reduction="mean")
+        return self._accelerator.reduce(value.detach().clone(), reduction="mean")
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, elementwise."""
+        return self._accelerator.reduce(values.detach().clone(), reduction="sum")
 
     def gather(self, values: Tensor) -> Tensor:
         """The rows of all processes, those of the first one first."""
-        gathered: Tensor = self.accelerator.gather(values)
+        gathered: Tensor = self._accelerator.gather(values)
         return gathered
 
     def any_signal(self, signal: int | None) -> Tensor:
@@ -272,21 +303,21 @@ class Stepper:
                 # ZeRO-3 fills up a parameter that does not divide by the processes; its setter for whole values
                 # forgets that, so each process cuts out its own part.
                 size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-                filled = value.new_zeros(size * self.accelerator.num_processes)
+                filled = value.new_zeros(size * self._accelerator.num_processes)
                 filled[: value.numel()] = value.flatten()
-                mine = filled.narrow(0, size * self.accelerator.process_index, size)
+                mine = filled.narrow(0, size * self._accelerator.process_index, size)
                 safe_set_local_optimizer_state(parameter, mine, key)
 
 
 def finish(steppers: Iterable[Stepper]) -> None:
     """Leave together: without this, a rank that is done first can abort the others. No step follows."""
     for stepper in steppers:
-        stepper.accelerator.wait_for_everyone()
+        stepper._accelerator.wait_for_everyone()
         # The wrapper goes before the process group. As the group's last owner it would end the group's threads while
         # it holds the interpreter, and one of them may be waiting for just that: 1 run in 50 never ended.
         del stepper.wrapped
-    stepper.accelerator.free_memory()
-    stepper.accelerator.end_training()
+    stepper._accelerator.free_memory()
+    stepper._accelerator.end_training()
 
 
 def laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wantrain.util import libraries
 
+#: Makes an optimizer over parameter groups.
+MakeOptimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
 #: How the learning rate falls: share of the way down that is left, by progress through the fall in [0, 1].
 FALLS: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -186,9 +188,7 @@ def fill_quantised(optimizer: torch.optim.Optimizer, state: Mapping[nn.Parameter
             tensor.copy_(saved[key])
 
 
-def build_optimizer(
-    make: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer], module: nn.Module
-) -> torch.optim.Optimizer:
+def build_optimizer(make: MakeOptimizer, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over up to three groups, by tag: `hidden`, the matrices inside blocks; `matrices`, the others; and
     `rest`, which has no weight decay.
 

@@ -9,41 +9,63 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from wantrain.models.offload import WeightSwapper
 from wantrain.training.engine.accelerator import SHARDED, engine_of
+from wantrain.training.engine.engine import StepOptions, Stepper
 
-#: Optimizers that look at whole matrices, or at blocks of them, and not at each element: class -> what users call it.
+#: Optimizers whose update of an element depends on its whole matrix, or a block of it: class -> what users call it.
 WHOLE = {"MuonAdamW": "muon", "Muon": "torch.optim.Muon", "Adafactor": "adafactor", "adamw_8bit": "adamw_8bit"}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a run's experts live.
+    """Where a run's experts live, and the engine that trains them.
 
-    device     where weights are loaded to at first; an engine that cuts them up takes them from the host
-    swapper  keeps the frozen weights of the expert whose turn it is not on the host, if that is wanted
+    engine          single, ddp, zero1, zero2, zero3 or fsdp2
+    device          what this process computes on
+    weights_device  where weights are loaded to: the host, for an engine that cuts them up or experts that wait there
+    swapper         keeps the frozen weights of the expert whose turn it is not on the host; None: all stay
     """
 
     accelerator: Accelerator
     engine: str
     device: torch.device
+    weights_device: torch.device
     swapper: WeightSwapper | None
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return self.accelerator.num_processes
+
+    @property
+    def every_process_samples(self) -> bool:
+        """True if a forward needs all processes, so that all of them make previews."""
+        return self.engine in SHARDED
+
+    @property
+    def card_bytes(self) -> int | None:
+        """Memory of the GPU that holds the whole run; None on a CPU, or where processes share it out."""
+        if self.engine not in {"single", "ddp"} or self.device.type != "cuda":
+            return None
+        return int(torch.cuda.get_device_properties(self.device).total_memory)
+
+    def stepper(self, module: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions) -> Stepper:
+        """An expert's module under the engine."""
+        stepper = Stepper(self.accelerator, module, optimizer, options)
+        if self.swapper is not None:
+            self.swapper.add(module)
+        return stepper
 
 
 def find_placement(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]) -> Placement:
     """Where the experts of a run live, by their settings. ValueError if the engine cannot train them, or not so."""
-    engine = engine_of(accelerator)
-    hosted = check_engine(engine, experts)
-    device = torch.device("cpu") if hosted or engine in SHARDED else accelerator.device
-    return Placement(accelerator, engine, device, WeightSwapper(accelerator.device) if hosted else None)
-
-
-def card_of(placement: Placement) -> int | None:
-    """Bytes of the GPU that holds the whole run; None on a CPU, or where processes share it out."""
-    if placement.engine not in {"single", "ddp"} or placement.accelerator.device.type != "cuda":
-        return None
-    return int(torch.cuda.get_device_properties(placement.accelerator.device).total_memory)
+    engine, device = engine_of(accelerator), accelerator.device
+    on_host = check_engine(engine, experts)
+    weights = torch.device("cpu") if on_host or engine in SHARDED else device
+    return Placement(accelerator, engine, device, weights, WeightSwapper(device) if on_host else None)
 
 
 def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:

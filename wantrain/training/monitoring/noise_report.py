@@ -29,7 +29,7 @@ def describe(loss: FlowMatching, shift: float) -> dict[str, Any]:
     density of the draws, their mean weight, and the effective density, which like the first integrates to 1.
     """
     distribution: dict[str, Any] = {"density": loss.density, "shift": shift, "window": loss.window}
-    edges = torch.linspace(loss.window.low, loss.window.high, BINS + 1, dtype=torch.float64)
+    edges = loss.window.bin_edges(BINS)
     below = flow.sigma_cdf(edges, **distribution)
     mass, width = below.diff(), edges.diff()
     inside = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS

@@ -1,16 +1,15 @@
-"""Safeguards: always on, each for one way in which a run goes wrong and looks well.
+"""Safeguards: always on, each for one way in which a run can go wrong without an error.
 
 draw      every noise level lies in the expert's window
-ranks     at the first step no two samples of a batch share their place or their noise, and after it the gradients
-          (DDP) and the weights (where each process has all of them) are the same on every rank
-moves     at the first step something that is trained moves; every LoRA's B, or it is said which do not
-gradient  non-finite gradients skip the step, on every rank; the samples are written down, `max_skipped_steps` in a
-          row end the run
-spike     a batch `spike` times as wrong as is usual for its noise levels is said and written down; one that is so
-          `refuse` times updates nothing, on any rank
+ranks     in the first step no two samples of a batch share their position or their noise; after it the gradients (DDP)
+          and the weights (where each process has all of them) are the same on every rank
+moves     the first step moves something that is trained; for a LoRA the log names a B that has not moved
+gradient  non-finite gradients skip the step, on every rank, and are recorded; `max_skipped_steps` in a row end the run
+spike     a batch with a loss `spike` times the usual one for its noise levels is reported and recorded; at `refuse`
+          times the step is skipped, on every rank
 
-What is written down goes to safeguards.jsonl in the run's folder: each rank's own samples with their noise levels,
-whose noise anybody can draw again from (seed, "noise", position). The first two and the third raise ValueError.
+Records go to safeguards.jsonl in the run's folder: each rank's own samples with their noise levels; the noise itself is
+a function of (seed, "noise", position). The first three raise ValueError.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,232 +34,255 @@ from wantrain.training.expert import ExpertTrainer
 from wantrain.util import distributed
 from wantrain.util.console import say
 
-#: Noise levels of an expert's window are compared within slices of it, once a slice has seen so many samples.
-SLICES, SEEN = 10, 20
-#: How fast the usual loss of a slice follows the run.
+#: Losses are compared within bins of an expert's noise window, once a bin has seen so many samples.
+BINS, SEEN = 10, 20
+#: How fast the usual loss of a bin follows the run.
 RATE = 0.02
 
 
 @dataclass
 class LossBaseline:
-    """The usual loss of each slice of a window, as a running mean of logarithms.
+    """The usual loss in each bin of a window, as a running mean of logarithms.
 
-    Everything is computed where the losses are, and without asking for a value, so that nobody waits for a GPU.
+    Everything is computed on the device of the losses, without reading a value, so that nothing waits for a GPU.
     """
 
     window: flow.NoiseWindow
-    means: Tensor = field(default_factory=lambda: torch.zeros(SLICES, dtype=torch.float64))
-    counts: Tensor = field(default_factory=lambda: torch.zeros(SLICES, dtype=torch.float64))
+    means: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
 
     def excess(self, sigmas: Tensor, errors: Tensor) -> Tensor:
-        """How many times the usual a batch's losses (B,) are, as a geometric mean; 1 where too little has been seen."""
+        """How many times the usual a batch's losses (B,) are, as a geometric mean; 1 where too few were seen."""
         self.means, self.counts = self.means.to(errors.device), self.counts.to(errors.device)
-        slots = self._slots(sigmas)
-        known = (self.counts[slots] >= SEEN) & (errors > 0) & errors.isfinite()
-        above = torch.where(known, errors.double().log() - self.means[slots], 0.0)
-        return (above.sum() / known.sum().clamp(min=1)).exp()
+        bins = self.window.bin_of(sigmas, BINS)
+        comparable = (self.counts[bins] >= SEEN) & (errors > 0) & errors.isfinite()
+        above = torch.where(comparable, errors.double().log() - self.means[bins], 0.0)
+        return (above.sum() / comparable.sum().clamp(min=1)).exp()
 
     def learn(self, sigmas: Tensor, errors: Tensor) -> None:
-        """Take a batch's losses as usual."""
-        kept = (errors > 0) & errors.isfinite()
-        slots = torch.arange(SLICES, device=errors.device)
-        places = ((self._slots(sigmas)[:, None] == slots) & kept[:, None]).double()
-        more, sums = places.sum(0), torch.where(kept, errors.double().log(), 0.0) @ places
+        """Count a batch's losses as usual ones."""
+        usable = (errors > 0) & errors.isfinite()
+        each = torch.arange(BINS, device=errors.device)
+        places = ((self.window.bin_of(sigmas, BINS)[:, None] == each) & usable[:, None]).double()
+        more, sums = places.sum(0), torch.where(usable, errors.double().log(), 0.0) @ places
         self.counts += more
         rates = torch.maximum(1 - (1 - RATE) ** more, more / self.counts.clamp(min=1))
         self.means += rates * (sums / more.clamp(min=1) - self.means)
 
-    def _slots(self, sigmas: Tensor) -> Tensor:
-        width = (self.window.high - self.window.low) / SLICES
-        return ((sigmas.double() - self.window.low) / width).long().clamp(0, SLICES - 1)
-
 
 @dataclass
 class Safeguards:
-    """The safeguards of a run. The loop tells them what it does: begin, drew for each micro-step, allow with what was
-    read of `facts`, and moved after an update. They read nothing themselves after a run's first step.
+    """The safeguards of a run; `step` goes around each of its steps.
 
-    path      safeguards.jsonl
-    max_skipped_steps  steps in a row without an update until the run ends
-    spike     how many times the usual loss is one; None: nothing is
-    refuse    how many times the usual loss is not learned from; None: all is
+    path               safeguards.jsonl
+    max_skipped_steps  skipped steps in a row that end the run
+    spike              how many times the usual loss is reported; None: none is
+    refuse             how many times the usual loss skips the step; None: none does
     """
 
     path: Path
     max_skipped_steps: int = 3
     spike: float | None = 10.0
     refuse: float | None = 100.0
-    in_a_row: int = 0
-    proved: set[str] = field(default_factory=set)
-    usual: dict[str, LossBaseline] = field(default_factory=dict)
+    skipped: int = 0
+    proved: set[str] = field(default_factory=set)  # experts whose first step was right
+    baselines: dict[str, LossBaseline] = field(default_factory=dict)
 
-    def begin(self, trainer: ExpertTrainer) -> None:
-        """A step of `trainer` begins."""
-        self.trainer, self.samples = trainer, list[dict[str, Any]]()
+    @contextmanager
+    def step(self, trainer: ExpertTrainer, step: int) -> Iterator[StepGuard]:
+        """Around the optimizer step of `trainer` that brings the run to `step`."""
+        guard = StepGuard(self, trainer, step)
+        yield guard
+        guard.check_update()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the usual losses, by expert."""
+        return {name: [own.means.tolist(), own.counts.tolist()] for name, own in self.baselines.items()}
+
+    def restore(self, state: Mapping[str, Any], trainers: Mapping[str, ExpertTrainer]) -> None:
+        """Go on from a `state`."""
+        for name, columns in state.items():
+            baseline = self.baseline(trainers[name])
+            baseline.means, baseline.counts = (torch.tensor(column, dtype=torch.float64) for column in columns)
+
+    def baseline(self, trainer: ExpertTrainer) -> LossBaseline:
+        """The usual losses of an expert, whose loss has noise levels."""
+        assert trainer.loss.window is not None
+        return self.baselines.setdefault(trainer.name, LossBaseline(trainer.loss.window))
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Append a line to safeguards.jsonl; one write, so that ranks append beside each other."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Verdict(NamedTuple):
+    """What becomes of a step: whether the weights move, and the signal that any rank has received (None: none)."""
+
+    update: bool
+    signal: int | None
+
+
+class StepGuard:
+    """The safeguards of one step: `observe` each micro-step, backward what `checked` gives, then ask for the `verdict`.
+
+    After a run's first step it reads the device once, in `verdict`.
+    """
+
+    def __init__(self, safeguards: Safeguards, trainer: ExpertTrainer, step: int) -> None:
+        self.safeguards, self.trainer, self.stepper, self.step = safeguards, trainer, trainer.stepper, step
+        self.samples: list[dict[str, Any]] = []  # of this rank: id, position, noise level
         self.noises: list[int] = []
-        self.levels, self.losses = list[Tensor](), list[Tensor]()  # of this process, on the device
-        self.everyone: Tensor | None = None  # levels and losses of all ranks, (samples, 2)
+        self.sigmas: list[Tensor] = []
+        self.losses: list[Tensor] = []  # of this rank, on the device
+        self.everyone: Tensor | None = None  # noise levels and losses of all ranks, (samples, 2)
         self.excess: Tensor | None = None  # how many times the usual this step's losses are, over all ranks
-        self.first = trainer.name not in self.proved
-        if self.first:
-            self.before = digests(trainer.stepper)
+        self.updated = False
+        self.first = trainer.name not in safeguards.proved
+        self.before = digests(self.stepper) if self.first else {}
 
-    def drew(self, batch: Batch, draws: Draws, record: Loss) -> None:
-        """One micro-step: its samples and what they drew, on the host, and the losses that came of it.
+    def observe(self, batch: Batch, draws: Draws, loss: Loss) -> None:
+        """One micro-step: its samples, what they drew (on the host), and their losses (on the device).
 
         ValueError for a noise level outside the window.
         """
         rows: list[dict[str, Any]] = [
             {"id": name, "position": position} for name, position in zip(batch.ids, batch.positions, strict=True)
         ]
-        if draws.sigma is not None and record.sigma is not None:
-            window = self.trainer.loss.window  # type: ignore[attr-defined]
-            outside = ~window.contains(draws.sigma)
-            if outside.any():
-                raise ValueError(
-                    f"{self.trainer.name} drew sigma {draws.sigma[outside][0].item():.6f}, outside its window "
-                    f"[{window.low:g}, {window.high:g}): it would learn the other expert's noise; look at noise= and "
-                    "loss="
-                )
+        if draws.sigma is not None and loss.sigma is not None:
+            self._check_window(draws.sigma)
             for row, sigma in zip(rows, draws.sigma.tolist(), strict=True):
                 row["sigma"] = sigma
-            self.levels.append(record.sigma.detach())
-        self.losses.append(record.per_sample.detach())
+            self.sigmas.append(loss.sigma.detach())
+        self.losses.append(loss.per_sample.detach())
         self.samples += rows
         if self.first:
             self.noises += [_number(generator.get_state().numpy().tobytes()) for generator in draws.generators]
 
-    def judge(self, value: Tensor) -> Tensor:
-        """The loss of a step's last micro-step as it may go backward: NaN, which updates nothing, if it is refused."""
-        if not self.levels or (self.spike is None and self.refuse is None):
+    def checked(self, value: Tensor) -> Tensor:
+        """The loss of the step's last micro-step as it goes backward: NaN, which skips the step, if it is refused."""
+        limits = self.safeguards
+        if not self.sigmas or (limits.spike is None and limits.refuse is None):
             return value
-        mine = torch.stack([torch.cat(self.levels).double(), torch.cat(self.losses).double()], dim=1)
-        self.everyone = self.trainer.stepper.gather(mine)
-        self.excess = self._usual(self.trainer.name, self.trainer.loss.window).excess(*self.everyone.unbind(1))  # type: ignore[attr-defined]
-        if self.refuse is None:
+        mine = torch.stack([torch.cat(self.sigmas).double(), torch.cat(self.losses).double()], dim=1)
+        self.everyone = self.stepper.gather(mine)
+        self.excess = limits.baseline(self.trainer).excess(*self.everyone.unbind(1))
+        if limits.refuse is None:
             return value
-        return value * torch.where(self.excess > self.refuse, math.nan, 1.0).to(value.dtype)
+        return value * torch.where(self.excess > limits.refuse, math.nan, 1.0).to(value.dtype)
 
-    def facts(self) -> tuple[Tensor, Tensor]:
-        """What `allow` has to know of a step whose gradients are there: how many times the usual its losses are, and
-        the losses of this process's samples; on the device.
+    def verdict(self, norm: Tensor, signal: Tensor) -> Verdict:
+        """Whether the step may move the weights: its gradient's `norm` is finite. The one read of the step.
+
+        ValueError if it is the first step and the ranks do not belong together, or if too many in a row were skipped.
         """
         losses = torch.cat(self.losses)
-        return losses.new_ones(()) if self.excess is None else self.excess, losses
-
-    def allow(self, step: int, norm: float, excess: float, losses: Sequence[float]) -> bool:
-        """True if the step that leads to `step` may move the weights: its gradient's `norm` is a number.
-
-        ValueError if it is the first one and the ranks do not belong together, or if too many were refused in a row.
-        """
-        self._compare_ranks()
-        for row, loss in zip(self.samples, losses, strict=True):
+        excess = losses.new_ones(()) if self.excess is None else self.excess
+        (size,), (received,), (times,), own_losses = self.stepper.read(norm, signal, excess, losses)
+        if self.first and self.stepper.processes > 1:
+            self._check_ranks()
+        for row, loss in zip(self.samples, own_losses, strict=True):
             row["loss"] = loss
-        if not math.isfinite(norm):
-            self._refused(step, norm, excess)
-            return False
-        self.in_a_row = 0
-        if self.everyone is not None:
-            self._compare(step, excess)
-        return True
+        self.updated = math.isfinite(size)
+        if self.updated:
+            self.safeguards.skipped = 0
+            if self.everyone is not None:
+                self._check_spike(self.everyone, times)
+        else:
+            self._skip(size, times)
+        return Verdict(self.updated, int(received) or None)
 
-    def _compare_ranks(self) -> None:
-        """ValueError if the ranks do not belong together; asked in the first step alone."""
-        stepper = self.trainer.stepper
-        if not self.first or stepper.accelerator.num_processes == 1:
+    def check_update(self) -> None:
+        """After the step: ValueError if it was the first one and moved nothing, or if ranks moved differently."""
+        if not (self.first and self.updated):
             return
+        after = digests(self.stepper)
+        if self.stepper.replicated_weights:
+            _check_equal(self.stepper, after, "weights")
+        self._check_moves(after)
+        self.safeguards.proved.add(self.trainer.name)
+
+    def _check_window(self, sigma: Tensor) -> None:
+        window = self.trainer.loss.window
+        assert window is not None
+        outside = ~window.contains(sigma)
+        if outside.any():
+            raise ValueError(
+                f"{self.trainer.name} drew sigma {sigma[outside][0].item():.6f}, outside its window "
+                f"[{window.low:g}, {window.high:g}): it would learn the other expert's noise; check noise= and loss="
+            )
+
+    def _check_ranks(self) -> None:
+        """ValueError if two samples of the batch are the same, or gradients differ between ranks (DDP)."""
         numbers = [[row["position"] for row in self.samples], self.noises]
         for what, mine in zip(("samples", "noise"), numbers, strict=True):
-            everyone = _gathered(stepper, torch.tensor(mine)).flatten().tolist()
+            everyone = _gathered(self.stepper, torch.tensor(mine)).flatten().tolist()
             if len(set(everyone)) < len(everyone):
                 raise ValueError(
                     f"ranks share their {what}: {len(everyone)} drawn for one batch, {len(set(everyone))} different "
                     "ones; more processes would bring nothing. This is a fault of the program, please report it"
                 )
-        if stepper.engine == "ddp":
-            _equal_over_ranks(stepper, digests(stepper, gradients=True), "gradients")
+        if self.stepper.replicated_gradients:
+            _check_equal(self.stepper, digests(self.stepper, gradients=True), "gradients")
 
-    def moved(self) -> None:
-        """The weights have been updated. ValueError if it was the first time and nothing moved, or ranks differ."""
-        if not self.first:
-            return
-        stepper = self.trainer.stepper
-        after = digests(stepper)
-        if stepper.engine in {"ddp", "zero1", "zero2"} and stepper.accelerator.num_processes > 1:
-            _equal_over_ranks(stepper, after, "weights")
-        self._check_moves(after)
-        self.proved.add(self.trainer.name)
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run has to know of this one: the usual losses, by expert."""
-        return {name: [own.means.tolist(), own.counts.tolist()] for name, own in self.usual.items()}
-
-    def restore(self, state: Mapping[str, Any], trainers: Mapping[str, ExpertTrainer]) -> None:
-        """Go on from a `state`."""
-        for name, told in state.items():
-            own = self._usual(name, trainers[name].loss.window)  # type: ignore[attr-defined]
-            own.means, own.counts = (torch.tensor(column, dtype=torch.float64) for column in told)
-
-    def _usual(self, name: str, window: flow.NoiseWindow) -> LossBaseline:
-        return self.usual.setdefault(name, LossBaseline(window))
-
-    def _refused(self, step: int, norm: float, excess: float) -> None:
-        self.in_a_row += 1
-        if self.refuse is not None and excess > self.refuse:
-            self._write_down(step, "spike", times_usual=excess)
-            why = f"the loss is {excess:.0f} times what is usual for its noise (safeguards.refuse={self.refuse:g})"
+    def _skip(self, norm: float, excess: float) -> None:
+        """Record and report a skipped step; ValueError if there were too many in a row."""
+        limits = self.safeguards
+        limits.skipped += 1
+        if limits.refuse is not None and excess > limits.refuse:
+            self._record("spike", times_usual=excess)
+            why = f"the loss is {excess:.0f} times the usual one for its noise (safeguards.refuse={limits.refuse:g})"
             bad = [max(self.samples, key=lambda row: row["loss"])]
         else:
-            self._write_down(step, "gradient", grad_norm=norm)
+            self._record("gradient", grad_norm=norm)
             why, bad = f"the gradient's norm is {norm}", [x for x in self.samples if not math.isfinite(x["loss"])]
         which = f"; first such sample: {bad[0]['id']}" if bad else ""
-        told = f"step {step}: {why}, so nothing was updated{which}; see {self.path}"
-        if self.in_a_row >= self.max_skipped_steps:
+        message = f"step {self.step} skipped: {why}{which}; see {limits.path}"
+        if limits.skipped >= limits.max_skipped_steps:
             raise ValueError(
-                f"{told}. That is {self.in_a_row} steps in a row "
-                f"(safeguards.max_skipped_steps={self.max_skipped_steps}); the last checkpoint "
-                "is good. Look at these samples, or lower optimizer.lr or clip"
+                f"{message}. That is {limits.skipped} steps in a row "
+                f"(safeguards.max_skipped_steps={limits.max_skipped_steps}); the last checkpoint is good. Check these "
+                "samples, or lower optimizer.lr or clip"
             )
-        say(told)
+        say(message)
 
-    def _compare(self, step: int, excess: float) -> None:
-        if self.spike is not None and excess > self.spike:
-            self._write_down(step, "spike", times_usual=excess)
-            worst = max(self.samples, key=lambda row: row["loss"])
-            say(
-                f"step {step}: the loss is {excess:.0f} times what is usual for its noise, the worst sample "
-                f"{worst['id']} ({worst['loss']:.3g} at sigma {worst['sigma']:.3f}); see {self.path}"
-            )
-        else:
-            assert self.everyone is not None
-            self.usual[self.trainer.name].learn(*self.everyone.unbind(1))
+    def _check_spike(self, everyone: Tensor, excess: float) -> None:
+        """Record and report an unusual loss; a usual one goes into the baseline."""
+        limits = self.safeguards
+        if limits.spike is None or excess <= limits.spike:
+            limits.baseline(self.trainer).learn(*everyone.unbind(1))
+            return
+        self._record("spike", times_usual=excess)
+        worst = max(self.samples, key=lambda row: row["loss"])
+        say(
+            f"step {self.step}: the loss is {excess:.0f} times the usual one for its noise, the worst sample "
+            f"{worst['id']} ({worst['loss']:.3g} at sigma {worst['sigma']:.3f}); see {limits.path}"
+        )
 
-    def _write_down(self, step: int, wire: str, **more: float) -> None:
+    def _record(self, safeguard: str, **values: float) -> None:
         samples = [{key: _plain(value) for key, value in row.items()} for row in self.samples]
-        row = {"step": step, "wire": wire, "expert": self.trainer.name, "rank": distributed.rank()}
-        row |= {key: _plain(value) for key, value in more.items()} | {"samples": samples}
-        with self.path.open("a", encoding="utf-8") as file:  # one write: ranks append beside each other
-            file.write(json.dumps(row) + "\n")
+        row = {"step": self.step, "safeguard": safeguard, "expert": self.trainer.name, "rank": distributed.rank()}
+        self.safeguards.record(row | {key: _plain(value) for key, value in values.items()} | {"samples": samples})
 
     def _check_moves(self, after: Mapping[str, int]) -> None:
-        """ValueError if nothing that is trained has moved, of an adapter: no B; says which B have not."""
-        stepper, adapted = self.trainer.stepper, any("lora_B" in name for name in after)
+        """ValueError if nothing that is trained has moved (for a LoRA: no B); reports a B that has not."""
+        adapted = any("lora_B" in name for name in after)
         names = [name for name in after if "lora_B" in name or not adapted]
-        changed = torch.tensor([float(self.before[name] != after[name]) for name in names], device=stepper.device)
-        anywhere = stepper.accelerator.reduce(changed, reduction="sum").tolist()
+        changed = torch.tensor([float(self.before[name] != after[name]) for name in names], device=self.stepper.device)
+        anywhere = self.stepper.sum(changed).tolist()
         still = [name for name, moved in zip(names, anywhere, strict=True) if not moved]
         what = "LoRA's B" if adapted else "trained tensor"
         if len(still) == len(names):
             raise ValueError(
                 f"the first step of {self.trainer.name} moved no {what} ({len(names)} of them): the run would learn "
-                "nothing; look at optimizer.lr and at what adapter= trains"
+                "nothing; check optimizer.lr and what adapter= trains"
             )
         if adapted and still:
             say(f"the first step moved {len(names) - len(still)} of {len(names)} B of the LoRA; not {still[0]}")
 
 
 def digests(stepper: Stepper, *, gradients: bool = False) -> dict[str, int]:
-    """A number for the bits of every trained parameter (or its gradient), as far as this process holds it."""
+    """A checksum of every trained parameter (or its gradient), of the part that this process holds."""
     found = {name: part.grad if gradients else part for name, part in stepper.local_parts().items()}
     return {name: 0 if part is None else _bits(part) for name, part in found.items()}
 
@@ -271,16 +294,15 @@ def _bits(tensor: Tensor) -> int:
 
 
 def _number(content: bytes) -> int:
-    """63 bits that stand for some bytes."""
+    """A hash of 63 bits."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
 
 
 def _gathered(stepper: Stepper, mine: Tensor) -> Tensor:
-    gathered: Tensor = stepper.accelerator.gather(mine.to(stepper.device)[None])
-    return gathered
+    return stepper.gather(mine.to(stepper.device)[None])
 
 
-def _equal_over_ranks(stepper: Stepper, mine: Mapping[str, int], what: str) -> None:
+def _check_equal(stepper: Stepper, mine: Mapping[str, int], what: str) -> None:
     """ValueError that names the first parameter whose bits are not the same on every rank."""
     rows = _gathered(stepper, torch.tensor(list(mine.values())))
     differing = (rows != rows[0]).any(dim=0).tolist()
@@ -294,5 +316,5 @@ def _equal_over_ranks(stepper: Stepper, mine: Mapping[str, int], what: str) -> N
 
 
 def _plain(value: Any) -> Any:
-    """A number as JSON has it: what is none becomes a word."""
+    """A value as JSON has it: a non-finite number as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

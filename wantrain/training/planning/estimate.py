@@ -9,14 +9,13 @@ from torch import nn
 
 from wantrain import geometry
 from wantrain.data import Plan
-from wantrain.losses import FlowMatching
+from wantrain.losses import LossFunction
 from wantrain.models import WanTransformer
 from wantrain.models.flops import training_flops
 from wantrain.training.alternation import ExpertAlternation
-from wantrain.training.planning.batching import Batching
+from wantrain.training.batching import Batching
 from wantrain.training.planning.memory import Standing
 from wantrain.training.planning.outline import Clips
-from wantrain.util.console import say
 
 
 def run_length(plan: Plan, *, steps: int | None, epochs: float | None, default: int) -> int:
@@ -39,17 +38,16 @@ def progress(step: int, steps: int) -> str:
     return f"step {step} of {steps}{over}"
 
 
-def say_turns(alternation: ExpertAlternation, losses: Mapping[str, FlowMatching], steps: int | None) -> None:
-    """For a pair: each expert's steps, beside the share that the noise distribution alone would give it."""
+def share_of_steps(alternation: ExpertAlternation, losses: Mapping[str, LossFunction], steps: int | None) -> str:
+    """For a pair: each expert's steps, beside the share that the noise distribution alone would give it; else empty."""
     if len(losses) == 1 or steps is None:
-        return
+        return ""
     parts = []
     for name, loss in losses.items():
         own = alternation.count(name, steps)
-        parts.append(
-            f"{name} {own} of {steps} = {own / steps:.1%} (the noise distribution alone would give {loss.mass:.1%})"
-        )
-    say(f"optimizer steps     {'; '.join(parts)}")
+        alone = "" if loss.mass is None else f" (the noise distribution alone would give {loss.mass:.1%})"
+        parts.append(f"{name} {own} of {steps} = {own / steps:.1%}{alone}")
+    return f"optimizer steps     {'; '.join(parts)}"
 
 
 def chosen(settings: Mapping[str, Any], batching: Batching) -> str:
@@ -60,13 +58,6 @@ def chosen(settings: Mapping[str, Any], batching: Batching) -> str:
     blocks = "blocks recomputed" if settings["gradient_checkpointing"] else "nothing recomputed"
     whose = f" (defaults of model={settings['model']['name']})" if default else ""
     return f"batch {batching.batch_size} = {batching}, {blocks}{whose}"
-
-
-def say_start(settings: Mapping[str, Any], batching: Batching, kept: Standing, card: int | None) -> None:
-    """How a step is computed, and what is kept in memory if that is too much for one card of `card` bytes."""
-    say(chosen(settings, batching))
-    if card is not None and (line := kept.warning(card)):
-        say(line)
 
 
 def describe(

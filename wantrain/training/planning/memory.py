@@ -4,16 +4,13 @@ anything is loaded. Activations come on top; they depend on the clip's size and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from wantrain.training.engine.optim import build_optimizer, named_trainable, plain_tensors
-
-MakeOptimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
+from wantrain.training.engine.optim import MakeOptimizer, build_optimizer, named_trainable, plain_tensors
 
 #: Bytes of a card of 80 GB, as CUDA counts them.
 CARD = 85_500_000_000

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wantrain import flow
 from wantrain.batch import Batch
+from wantrain.losses import Model
 from wantrain.losses.flow_matching import velocity_error
 from wantrain.training.engine.engine import Stepper
 from wantrain.util import distributed
@@ -47,16 +48,18 @@ def one_by_one(batches: Sequence[Batch]) -> list[Batch]:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Velocity errors of a model at fixed noise levels, with noise that each clip's own name draws.
+    """Errors of a model at fixed noise levels, with noise that is a function of each clip's name.
 
-    sigmas      the levels, (P,): midpoints of equal slices of the distribution that is trained on
+    sigmas      the noise levels, (P,): midpoints of equal slices of the distribution that is trained on
     together    levels of a clip in one forward
+    error       (model, batch, sigma, noise) -> errors (B,): the loss's own, or the squared velocity error
     """
 
     stepper: Stepper
     sigmas: Tensor
     seed: int
     together: int = 1
+    error: Callable[[Model, Batch, Tensor, Tensor], Tensor] = velocity_error
 
     def errors(self, clips: Sequence[Batch]) -> Tensor:
         """Error of each clip at each level, (N, P) float64, the same in every process."""
@@ -82,7 +85,7 @@ class Evaluator:
         here, noises, found = clip.to(self.stepper.device), self._noises(clip), []
         for levels in self.sigmas.split(self.together):
             noise = torch.stack([next(noises) for _ in levels]).to(self.stepper.device)
-            found.append(velocity_error(self.stepper.module, here.take([0] * len(levels)), levels, noise))
+            found.append(self.error(self.stepper.module, here.take([0] * len(levels)), levels, noise))
         return torch.cat(found).double()
 
     def _moments(self, clip: Batch) -> Tensor:

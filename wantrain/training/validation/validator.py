@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wantrain.batch import Batch
+from wantrain.losses import ClipValidation
 from wantrain.models import adapters
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
@@ -96,7 +97,7 @@ class Validator:
             return shown, None
         if not self.trainer.ema.moved:
             return shown, self._same(shown, "live")
-        with self.trainer.unaveraged():
+        with self.trainer.live_weights():
             return shown, self._reading(step, "live")
 
     def _base(self, step: int, shown: EvalRecord) -> EvalRecord:
@@ -246,10 +247,11 @@ def _number(value: float) -> float | None:
 
 
 @dataclass
-class ReconstructionValidator:
-    """Hook: PSNR of a VAE on held-out clips, through its posterior mean."""
+class ClipValidator:
+    """Hook: the score of held-out clips, for a loss without noise levels (a VAE's PSNR)."""
 
     stepper: Stepper
+    validation: ClipValidation
     clips: list[Batch]
     every: int
     steps: int
@@ -261,12 +263,10 @@ class ReconstructionValidator:
     def __call__(self, step: int) -> dict[str, Any]:
         with torch.no_grad(), self.stepper.forward_context():
             errors = over_ranks(self.clips, self._error, self.stepper)
-        psnr = (-10 * torch.log10(errors / 4)).mean().item()
-        say(f"step {step}: validation PSNR {psnr:.2f} dB")
-        return {"validation_psnr": psnr}
+        score = self.validation.score(errors).item()
+        say(f"step {step}: validation {self.validation.name.upper()} {score:.2f} {self.validation.unit}")
+        return {f"validation_{self.validation.name}": score}
 
     def _error(self, clip: Batch) -> Tensor:
-        """Mean squared error of one clip's pixels, a scalar."""
-        pixels = clip.latents_BCTHW.to(self.stepper.device)
-        rebuilt, _, _ = self.stepper.module(pixels, torch.zeros)
-        return (rebuilt.clamp(-1, 1) - pixels).square().mean().double()
+        """The error of one clip, a scalar."""
+        return self.validation.error(self.stepper.module, clip.to(self.stepper.device))[0]

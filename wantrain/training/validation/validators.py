@@ -1,131 +1,159 @@
-"""The validations of a run: how much they measure, and one for each expert."""
+"""The validations of a run: how much they measure, and one for each expert, as its loss says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
 from torch import nn
 
 from wantrain.batch import Batch
-from wantrain.losses import FlowMatching
+from wantrain.losses import ClipValidation, NoiseLevelValidation
 from wantrain.models import WanTransformer
 from wantrain.models.flops import training_flops
 from wantrain.training.expert import ExpertTrainer
-from wantrain.training.loop import Run
+from wantrain.training.options import RunSetup
 from wantrain.training.protocols import Hook, Latents
 from wantrain.training.validation.budget import BEST, Budget, Extent, Memory
 from wantrain.training.validation.history import EvalHistory
 from wantrain.training.validation.measure import Clips, Evaluator, one_by_one
-from wantrain.training.validation.validator import ReconstructionValidator, Validator, describe, should_stop
+from wantrain.training.validation.validator import ClipValidator, Validator, describe, should_stop
 from wantrain.util import distributed
 from wantrain.util.console import say
 
 
-def build_validators(
-    run: Run, *, together: int, share: float, early_stopping_patience: int | None, **given: int | None
-) -> list[Hook]:
-    """The validation that goes with each expert's loss; it may end the run.
+@dataclass(frozen=True)
+class Evaluations:
+    """What evaluates a run: its hooks, and whether validation asks it to end at a step."""
 
-    `given` are every, clips and points (see Extent); what is None is chosen so that it takes at most `share` of
-    training, and noted in the run folder.
+    hooks: Sequence[Hook] = ()
+    should_stop: Callable[[int], bool] = lambda step: False
+
+
+def build_validators(setup: RunSetup, trainers: Mapping[str, ExpertTrainer]) -> Evaluations:
+    """The validation of each expert, as its loss says; it may end the run.
+
+    What of `validation.every`, `clips` and `points` is null is chosen so that validation takes at most
+    `validation.share` of training, and recorded in the run's folder.
     """
-    trainers = list(run.trainers.values())
-    memory = Memory(run.metrics.path.with_name("validation.json"), share)
-    fixed = memory.recall(given)
-    batches = run.data.heldout_batches(fixed.get("clips", BEST.clips))
-    if early_stopping_patience is not None and not (
-        batches and all(isinstance(m.loss, FlowMatching) for m in trainers)
-    ):
+    settings, memory = (
+        setup.settings["validation"],
+        Memory(setup.folder.validation, setup.settings["validation"]["share"]),
+    )
+    given = {key: settings[key] for key in ("every", "clips", "points")}
+    fixed, patience = memory.recall(given), settings["early_stopping_patience"]
+    batches = setup.data.heldout_batches(fixed.get("clips", BEST.clips))
+    validations = {name: trainer.loss.validation for name, trainer in trainers.items()}
+    noisy = all(isinstance(validation, NoiseLevelValidation) for validation in validations.values())
+    if patience is not None and not (batches and noisy):
         raise ValueError(
-            f"validation.early_stopping_patience={early_stopping_patience} asks held-out clips of a "
-            "transformer when to end, but there are none; raise data.holdout, or give "
-            "validation.early_stopping_patience=null"
+            f"validation.early_stopping_patience={patience} asks held-out clips of a transformer when to end, but "
+            "there are none; raise data.holdout, or give validation.early_stopping_patience=null"
         )
     if not batches:
         say("no clips are held out (data.holdout is 0, or there are too few files): there is no validation")
-        return []
-    if not all(isinstance(trainer.loss, FlowMatching) for trainer in trainers):
-        # A VAE reads each clip once: 16 samples in 100 steps are within any share, so nothing is chosen.
-        every = replace(BEST, **fixed).every
-        return [ReconstructionValidator(trainer.stepper, one_by_one(batches), every, run.steps) for trainer in trainers]
-    extent, heldout, train = settle_validation(run, memory, given, fixed, together)
-    readings = EvalHistory(run.metrics.path.with_name("validation.jsonl"))
-    validators = [
+        return Evaluations()
+    if not noisy:
+        # Each clip is read once: 16 samples in 100 steps are within any share, so nothing is chosen.
+        every, clips = replace(BEST, **fixed).every, one_by_one(batches)
+        return Evaluations(
+            [
+                ClipValidator(trainers[name].stepper, validation, clips, every, setup.steps)
+                for name, validation in validations.items()
+                if isinstance(validation, ClipValidation)
+            ]
+        )
+    validators = _at_noise_levels(setup, trainers, memory, given)
+    return Evaluations(validators, partial(should_stop, validators, patience))
+
+
+def _at_noise_levels(
+    setup: RunSetup, trainers: Mapping[str, ExpertTrainer], memory: Memory, given: Mapping[str, int | None]
+) -> list[Validator]:
+    """A validator for each expert, all of the same clips."""
+    together = setup.settings["validation"]["together"]
+    extent, heldout, train = choose_extent(setup, trainers, memory, given)
+    history = EvalHistory(setup.folder.eval_history)
+    return [
         Validator(
             trainer,
-            evaluator_of(run, trainer, extent.points, together),
+            evaluator_of(trainer, extent.points, setup.settings["seed"], together),
             heldout,
             train,
-            readings,
+            history,
             every=extent.every,
-            steps=run.steps,
-            prefix=f"{trainer.name}/" if len(trainers) > 1 else "",
+            steps=setup.steps,
+            prefix=f"{name}/" if len(trainers) > 1 else "",
         )
-        for trainer in trainers
+        for name, trainer in trainers.items()
     ]
-    run.should_stop = partial(should_stop, validators, early_stopping_patience)
-    return [*validators]
 
 
-def settle_validation(
-    run: Run, memory: Memory, given: Mapping[str, int | None], fixed: Mapping[str, int], together: int
+def choose_extent(
+    setup: RunSetup, trainers: Mapping[str, ExpertTrainer], memory: Memory, given: Mapping[str, int | None]
 ) -> tuple[Extent, Clips, Clips]:
-    """What validations of transformers measure: the extent and its held-out and training clips; says what it costs.
+    """How much validation measures, its held-out and its training clips; says what it costs.
 
     A forward is timed only where something is still to be chosen.
     """
-    data, trainers, seconds = cast(Latents, run.data), list(run.trainers.values()), None
+    data, fixed, seconds = cast(Latents, setup.data), memory.recall(given), None
+    together = setup.settings["validation"]["together"]
 
     def clips(count: int) -> list[Clips]:
         return [measured_clips(data, some) for some in (data.heldout_batches(count), data.train_batches(count))]
 
     extent = replace(BEST, **fixed)
     heldout, train = clips(extent.clips)
-    first, clip = trainers[0], typical([*heldout.batches, *train.batches])
+    first, clip = next(iter(trainers.values())), typical([*heldout.batches, *train.batches])
     budget = Budget(
         share=memory.share,
         samples=first.plan.batch_size / distributed.world_size(),
         per_sample=forwards_per_sample(first.trainable.module, clip),
-        passes=sum(1 if trainer.ema is None else 2 for trainer in trainers),
+        passes=sum(1 if trainer.ema is None else 2 for trainer in trainers.values()),
         processes=distributed.world_size(),
         heldout=len(heldout),
         train=len(train),
-        steps=run.steps,
+        steps=setup.steps,
     )
     if len(fixed) < len(given):
         extent = budget.choose(fixed)
         memory.note(given, extent)
         heldout, train = clips(extent.clips)
         levels = min(together, extent.points)
-        with first.watched():
-            seconds = evaluator_of(run, first, levels, together).seconds(clip) / levels
+        with first.evaluating():
+            seconds = evaluator_of(first, levels, setup.settings["seed"], together).seconds(clip) / levels
     say(describe(heldout, train, budget.describe(extent, seconds)))
     return extent, heldout, train
 
 
 def typical(clips: Sequence[Batch]) -> Batch:
-    """The clip whose size is nearest to the mean of some."""
+    """The clip whose size is nearest to the mean."""
     mean = sum(clip.num_tokens for clip in clips) / len(clips)
     return min(clips, key=lambda clip: abs(clip.num_tokens - mean))
 
 
 def forwards_per_sample(module: nn.Module, clip: Batch) -> float:
-    """What training on a clip costs, in forwards: 3 for all weights, less for a LoRA, 1 more with recomputing."""
-    assert isinstance(module, WanTransformer)
+    """What training on a clip costs, in forwards: 3 for all weights, less for a LoRA, 1 more with recomputation.
+
+    3 for what is no WanTransformer, whose operations nobody has counted.
+    """
+    if not isinstance(module, WanTransformer):
+        return 3.0
     flops = training_flops(module, tokens=clip.num_tokens, text_rows=module.text_length)
     return flops.executed / flops.forward
 
 
-def evaluator_of(run: Run, trainer: ExpertTrainer, points: int, together: int) -> Evaluator:
-    """The eval_key of an expert: `points` levels of its own distribution."""
-    return Evaluator(trainer.stepper, cast(FlowMatching, trainer.loss).quadrature(points), run.seed, together)
+def evaluator_of(trainer: ExpertTrainer, points: int, seed: int, together: int) -> Evaluator:
+    """What measures an expert: `points` noise levels of its own distribution."""
+    validation = trainer.loss.validation
+    assert isinstance(validation, NoiseLevelValidation)
+    return Evaluator(trainer.stepper, validation.levels(points), seed, together, validation.error)
 
 
 def measured_clips(data: Latents, batches: list[Batch]) -> Clips:
-    """Clips as validation takes them: each alone, with the file that it is of and its tags."""
+    """Clips as validation takes them: each alone, with its file's group and its tags."""
     singles = one_by_one(batches)
     numbers = [clip.positions[0] for clip in singles]
     return Clips(singles, data.groups_of(numbers), data.tags_of(numbers))

@@ -3,7 +3,7 @@
 import pytest
 
 from wantrain import config
-from wantrain.training.planning.batching import Batching
+from wantrain.training.batching import Batching
 from wantrain.training.planning.estimate import chosen
 
 

@@ -1,0 +1,57 @@
+"""What a run is built from, as typed records: the entry point makes them from the config, the builders read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from wantrain.losses import LossFunction
+from wantrain.models import Base
+from wantrain.runs.folder import RunFolder
+from wantrain.training.alternation import ExpertAlternation
+from wantrain.training.batching import Batching
+from wantrain.training.engine.optim import MakeOptimizer, Schedule
+from wantrain.training.engine.placement import Placement
+from wantrain.training.protocols import Data
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """One expert of a run.
+
+    settings   its config as plain data, with what `experts.NAME.*` overrides
+    network    builds the module with random values
+    optimizer  makes its optimizer over parameter groups
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    network: Callable[[], nn.Module]
+    loss: LossFunction
+    optimizer: MakeOptimizer
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """Everything that a run is built from, before its weights are loaded.
+
+    settings  the whole config as plain data
+    dtype     of frozen weights; trained ones are float32
+    steps     optimizer steps, of all experts together
+    """
+
+    settings: Mapping[str, Any]
+    experts: Mapping[str, ExpertOptions]
+    alternation: ExpertAlternation
+    batching: Batching
+    data: Data
+    base: Base
+    placement: Placement
+    folder: RunFolder
+    dtype: torch.dtype
+    steps: int

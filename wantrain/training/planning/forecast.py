@@ -1,0 +1,77 @@
+"""What a run will be, computed on the meta device: no weights are opened, no data made, no network used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from wantrain.training.alternation import ExpertAlternation
+from wantrain.training.batching import Batching
+from wantrain.training.options import ExpertOptions
+from wantrain.training.planning import estimate, memory
+from wantrain.training.planning.outline import Clips, check_size, outline
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The forecast of a run.
+
+    modules  what each expert trains, without values; None for a VAE whose sizes only its weights say
+    kept     what stays in memory from step to step
+    """
+
+    settings: Mapping[str, Any]
+    experts: Mapping[str, ExpertOptions]
+    alternation: ExpertAlternation
+    batching: Batching
+    modules: Mapping[str, nn.Module | None]
+    kept: memory.Standing
+
+    @classmethod
+    def of(
+        cls,
+        settings: Mapping[str, Any],
+        experts: Mapping[str, ExpertOptions],
+        alternation: ExpertAlternation,
+        batching: Batching,
+        dtype: torch.dtype,
+    ) -> Forecast:
+        """The forecast by a run's settings; `dtype` is that of frozen weights."""
+        modules = {name: outline(expert.network, expert.settings, dtype) for name, expert in experts.items()}
+        optimizers = {name: expert.optimizer for name, expert in experts.items()}
+        averaged = {name for name, expert in experts.items() if expert.settings["ema"]}
+        kept = memory.standing(modules, optimizers, averaged=averaged, idle=settings["experts"]["idle"])
+        return cls(settings, experts, alternation, batching, modules, kept)
+
+    @property
+    def length(self) -> dict[str, Any]:
+        """What says how long the run is."""
+        return {
+            "steps": self.settings["steps"],
+            "epochs": self.settings["epochs"],
+            "default": self.settings["model"]["steps"],
+        }
+
+    def check_device(self, device: torch.device, *, asked: str) -> None:
+        """ValueError if a large transformer would be trained on a CPU that nobody asked for; `asked` is device=."""
+        check_size(self.modules, device, asked)
+
+    def start(self, card: int | None) -> str:
+        """How a step is computed, and what stays in memory if that is too much for one card of `card` bytes."""
+        warning = None if card is None else self.kept.warning(card)
+        return "\n".join(filter(None, (estimate.chosen(self.settings, self.batching), warning)))
+
+    def share_of_steps(self, steps: int | None) -> str:
+        """For a pair: each expert's steps; empty for one expert, or an unknown length."""
+        losses = {name: expert.loss for name, expert in self.experts.items()}
+        return estimate.share_of_steps(self.alternation, losses, steps)
+
+    def describe(self, clips: Clips) -> str:
+        """Lines for `dry_run=true`: what the run will be, each figure as an equation."""
+        steps = estimate.foreseen_length(clips.plan, **self.length)
+        lines = estimate.describe(clips, self.modules, self.batching, steps, self.kept)
+        return "\n".join(filter(None, (self.share_of_steps(steps), lines)))
