@@ -103,11 +103,7 @@ def preview_sampler(
     base has none, the one in training answers for every noise level; that is said once.
     """
     settings, base, device = setup.settings, setup.base, setup.placement.device
-    model, sample, expand_input_channels = (
-        settings["model"],
-        settings["sample"],
-        settings["init"] == "expand_input_channels",
-    )
+    model, sample, expand = settings["model"], settings["sample"], settings["init"] == "expand_input_channels"
     own: dict[str, Velocity] = {name: as_trained(trainer.stepper) for name, trainer in trainers.items()}
     others = [name for name in model["experts"] if name not in own]
     if not all(base.holds(name) for name in others):
