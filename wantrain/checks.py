@@ -49,8 +49,8 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         judge(lambda: config.shards(cfg))
         if cfg.sample.prompts is not None and cfg.model.told_by == "channels":
             problems.append(
-                f"sample.prompts={cfg.sample.prompts}: model={cfg.model.name} makes videos of what is known, so its "
-                "previews go on from held-out clips; leave it out"
+                f"sample.prompts={cfg.sample.prompts}: model={cfg.model.name} makes videos from conditioning inputs, so "
+                "its previews go on from held-out clips; leave it out"
             )
         if "condition" in cfg.data:
             judge(lambda: Conditions(config.plain(cfg.data.condition), cfg.data.told_by, key="data.condition"))
@@ -169,11 +169,11 @@ def _check_experts(cfg: DictConfig) -> None:
 
 
 def _check_expert(cfg: DictConfig) -> None:
-    name, known = cfg.expert.name, list(cfg.model.experts)
+    name, experts = cfg.expert.name, list(cfg.model.experts)
     if cfg.ema is not None and not (config.is_number(cfg.ema, whole=False) and 0 < cfg.ema < 1):
         raise ValueError(f"ema={cfg.ema} must lie between 0 and 1, e.g. 0.999; null keeps no average")
     further = cfg.model.transformer.in_channels - cfg.model.transformer.out_channels
-    if cfg.init == "expand_input_channels" and name in known and (not further or cfg.adapter.name != "none"):
+    if cfg.init == "expand_input_channels" and name in experts and (not further or cfg.adapter.name != "none"):
         raise ValueError(
             f"init=expand_input_channels with model={cfg.model.name} (which has {further} further input channels) and "
             f"adapter={cfg.adapter.name}: it is for a model that is told by further channels, all of whose weights are "
@@ -198,10 +198,10 @@ def _check_expert(cfg: DictConfig) -> None:
             raise ValueError(f"expert.trains={cfg.expert.trains} is unknown; choose one of all, decoder")
         if cfg.weights is None and cfg.parts.vae is None and "vae" not in cfg.model:
             raise ValueError("expert=vae needs weights= to start from, or model.vae as in recipe=wan_tiny_vae_images")
-    elif name not in known:  # also both, where the model is one transformer
+    elif name not in experts:  # also both, where the model is one transformer
         raise ValueError(
-            f"expert={name}: model={cfg.model.name} has {', '.join(known)}; "
-            f"use {' or '.join(f'expert={other}' for other in known)}, or another model="
+            f"expert={name}: model={cfg.model.name} has {', '.join(experts)}; "
+            f"use {' or '.join(f'expert={other}' for other in experts)}, or another model="
         )
 
 
@@ -212,10 +212,10 @@ def _check_optimizer(node: DictConfig) -> None:
         takes = inspect.signature(config.named(name)).parameters
     except Exception as error:  # whatever importing somebody's module raises
         raise ValueError(f"optimizer._target_={name} is no class that can be imported: {error}") from error
-    known = [key for key in list(takes)[1:] if takes[key].kind not in {inspect.Parameter.VAR_KEYWORD}]
-    if len(known) == len(takes) - 1 and (wrong := [key for key in given if key not in known]):
-        raise ValueError(f"optimizer.{wrong[0]} is no keyword of {name}; it takes {', '.join(known)}")
-    if missing := [key for key in known if takes[key].default is inspect.Parameter.empty and key not in given]:
+    keywords = [key for key in list(takes)[1:] if takes[key].kind not in {inspect.Parameter.VAR_KEYWORD}]
+    if len(keywords) == len(takes) - 1 and (wrong := [key for key in given if key not in keywords]):
+        raise ValueError(f"optimizer.{wrong[0]} is no keyword of {name}; it takes {', '.join(keywords)}")
+    if missing := [key for key in keywords if takes[key].default is inspect.Parameter.empty and key not in given]:
         raise ValueError(f"{name} needs optimizer.{missing[0]}; give +optimizer.{missing[0]}=VALUE")
 
 

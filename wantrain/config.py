@@ -1,4 +1,4 @@
-"""The entry point of every command: the only module that knows Hydra; OmegaConf is known to it, the commands and
+"""The entry point of every command: the only module that knows Hydra; OmegaConf is keys to it, the commands and
 checks.py alone.
 
 `app` turns a command into a program (free text and paths are taken as typed; errors are one line), `build` makes the
@@ -121,8 +121,8 @@ def _readable(error: Exception, name: str) -> str:
     if match is None:
         return re.sub(r" See https://hydra\S* for details", "", text)
     wrong = override[1] if override else match[1]
-    known = _all_keys(compose(name))
-    nearest = difflib.get_close_matches(wrong, known, n=3, cutoff=0.5)
+    keys = _all_keys(compose(name))
+    nearest = difflib.get_close_matches(wrong, keys, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
     return f"{wrong} is not a key of {name}.py{hint} (python {name}.py --cfg job lists all)"
 

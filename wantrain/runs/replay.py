@@ -94,7 +94,7 @@ def _check_word(word: str, path: Path, conf: Path) -> None:
         raise ValueError(f"{path}: {word!r} is none of the options in conf/{key}")
 
 
-def told(path: Path, now: Mapping[str, Any]) -> None:
+def compare_starts(path: Path, now: Mapping[str, Any]) -> None:
     """Say what differs between the start that is replayed and this one. ValueError if the data do."""
     before = read_starts(path)[0]
     if before["data"] != now["data"]:

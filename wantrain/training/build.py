@@ -62,7 +62,7 @@ def open_run(setup: RunSetup, command: Iterable[str]) -> tuple[Checkpoints, Path
             device=device_name(placement.device),
         )
         if settings["replay"]:
-            replay.told(Path(settings["replay"]), start)
+            replay.compare_starts(Path(settings["replay"]), start)
         replay.record(folder.record, start, settings)
         checkpoints.prepare()
         return checkpoints.newest()

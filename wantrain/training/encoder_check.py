@@ -32,13 +32,13 @@ def check(data: Any, base: Base, dtype: torch.dtype, *, places: Sequence[str], o
     """
     if "vae_fingerprint" not in data.manifest:
         return
-    told = Told(data.manifest, ", ".join(places), base, dtype)
+    comparison = EncoderCheck(data.manifest, ", ".join(places), base, dtype)
     notes = data.folder if os.access(data.folder, os.W_OK) else otherwise
-    on_main(lambda: told.compare(notes), "comparing the latents' encoders")
+    on_main(lambda: comparison.compare(notes), "comparing the latents' encoders")
 
 
 @dataclass(frozen=True)
-class Told:
+class EncoderCheck:
     """What a manifest tells of the encoders of `shards`, to be held against those of a base."""
 
     manifest: Mapping[str, Any]

@@ -68,8 +68,8 @@ class Initializer:
             say(f"the adapter goes on from {origin}: {layers}, rank {settings['rank']}, alpha {settings['alpha']:g}")
         about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
         about |= {"base": self.base.name, "recipe": self.recipe, "made_by": made_by(), **settings}
-        known = {key: str(value) for key, value in about.items() if value is not None and value is not False}
-        return TrainableModule(module, self.expert["part"], known)
+        metadata = {key: str(value) for key, value in about.items() if value is not None and value is not False}
+        return TrainableModule(module, self.expert["part"], metadata)
 
     def module(self) -> nn.Module:
         """What the expert starts from: the base's own part, else random values; says which it was.

@@ -200,13 +200,13 @@ engines.start_accelerator = limited
 engine.share_timeout = lambda: None  # which would take the limit away again
 slow(config, "base", "download")
 slow(checkpoint.Checkpoints, "newest", "hash")
-slow(history, "_read", "readings")
+slow(history, "_read", "records")
 slow(preview.Preview, "_sample", "preview")
 slow(checkpoint.Checkpoints, "_write", "write")
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-EVERYTHING = ("download", "hash", "readings", "preview", "write")
+EVERYTHING = ("download", "hash", "records", "preview", "write")
 
 
 def slow_run(launch, tiny, tmp_path, now, *more, **how):
@@ -234,7 +234,7 @@ def slow_run(launch, tiny, tmp_path, now, *more, **how):
         (("write",), ()),
         (("download", "preview"), ()),
         pytest.param(("write",), ("checkpoint.background=false",), marks=slow),
-        pytest.param(("hash", "readings"), (), marks=slow),
+        pytest.param(("hash", "records"), (), marks=slow),
     ],
 )
 def test_two_processes_end_well_where_the_main_one_needs_three_times_the_groups_time_out(

@@ -70,7 +70,7 @@ def test_without_the_timers_a_held_interpreter_still_ends_the_process():
 
 def test_work_that_advances_is_not_ended_however_long_it_takes_nor_is_what_follows():
     """Another thread's progress counts, and none after the end sets the timers anew."""
-    late = "watched.beat('late'); time.sleep(5.5)"
+    late = "watched.feed('late'); time.sleep(5.5)"
     ended = run(
         "threading.Thread(target=lambda: [(time.sleep(0.4), report_progress('beside')) for _ in range(8)]).start(); "
         "time.sleep(3.0); print('doing', watched.doing)",

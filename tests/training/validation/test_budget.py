@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from wantrain.training.validation.budget import Budget, Extent, Memory
+from wantrain.training.validation.budget import Budget, ChosenExtent, Extent
 from wantrain.training.validation.history import EvalHistory
 from wantrain.training.validation.measure import Evaluator
 
@@ -69,7 +69,7 @@ def test_what_it_costs_is_said_as_arithmetic():
     assert said == "32 clips x 8 noise levels = 256 forwards of 3.4 s (14.5 min), every 700 steps: 9.1 % of training"
     said = budget(passes=2, processes=8, samples=2).describe(Extent(100, 16, 8), 0.02)
     assert said.startswith(
-        "32 clips x 8 noise levels x 2 readings = 512 forwards, 64 on each of 8 processes, of 0.02 s"
+        "32 clips x 8 noise levels x 2 evaluations = 512 forwards, 64 on each of 8 processes, of 0.02 s"
     )
     assert said.endswith("(1.3 s), every 100 steps: 11 % of training")
     said = budget(steps=100).describe(Extent(300, 8, 4), None)
@@ -77,7 +77,7 @@ def test_what_it_costs_is_said_as_arithmetic():
 
 
 def test_a_choice_is_kept_for_its_share_and_a_given_value_is_the_users(tmp_path):
-    memory, path = Memory(tmp_path / "validation.json", 0.1), tmp_path / "validation.json"
+    memory, path = ChosenExtent(tmp_path / "validation.json", 0.1), tmp_path / "validation.json"
     assert memory.recall(OPEN) == {} and memory.recall({**OPEN, "every": 7}) == {"every": 7}
     memory.note({**OPEN, "every": 7}, Extent(7, 8, 4))
     assert json.loads(path.read_text()) == {"share": 0.1, "chosen": {"clips": 8, "points": 4}}
@@ -85,7 +85,7 @@ def test_a_choice_is_kept_for_its_share_and_a_given_value_is_the_users(tmp_path)
     memory.note(OPEN, Extent(500, 8, 4))
     assert memory.recall(OPEN) == {"every": 500, "clips": 8, "points": 4}
     assert memory.recall({**OPEN, "clips": 2}) == {"every": 500, "clips": 2, "points": 4}
-    assert Memory(path, 0.2).recall(OPEN) == {}, "another share is another question"
+    assert ChosenExtent(path, 0.2).recall(OPEN) == {}, "another share is another question"
     path.write_text("[")
     with pytest.raises(ValueError, match=r"validation\.json cannot be read as JSON"):
         memory.recall(OPEN)
@@ -107,7 +107,7 @@ def row_of(run, step):
     return next(row for row in rows if row["step"] == step)
 
 
-def test_a_run_keeps_what_was_chosen_and_its_readings_compare(tiny, call, timed, tmp_path):
+def test_a_run_keeps_what_was_chosen_and_its_records_compare(tiny, call, timed, tmp_path):
     """Five held-out clips are too many beside two steps of one sample, with any of training's: at the ends alone."""
     command = ("train.py", *tiny.train[:-1], "init=scratch", "data.holdout=0.3", "batch_size=1", "checkpoint.every=1")
     command, run = (*command, "check_expert=off", "run=r"), tmp_path / "runs" / "r"

@@ -15,7 +15,7 @@ import torch
 
 from wantrain.models import Base, WanTransformer
 from wantrain.training.monitoring.metrics import Metrics
-from wantrain.training.monitoring.trackers import Look, build_tracker
+from wantrain.training.monitoring.trackers import PreviewClip, build_tracker
 from wantrain.training.validation import build
 from wantrain.training.validation.preview import make_page, write_history
 from wantrain.video import write_mp4
@@ -75,15 +75,15 @@ def test_a_preview_is_what_sample_makes_of_the_checkpoint_bit_for_bit(precision,
 
 
 def test_previews_of_a_run_that_went_back_are_dropped(tmp_path):
-    def look(number):
-        return Look(number, PROMPTS[number], number, tmp_path / f"{number}.mp4", 1.0, 0.5)
+    def clip(number):
+        return PreviewClip(number, PROMPTS[number], number, tmp_path / f"{number}.mp4", 1.0, 0.5)
 
     path = tmp_path / "previews.jsonl"
     for step in (0, 2, 4):
-        write_history(path, step, [look(0), look(1)])
-    history = write_history(path, 2, [look(0)])
+        write_history(path, step, [clip(0), clip(1)])
+    history = write_history(path, 2, [clip(0)])
     assert [(step, kept.number) for step, kept in history] == [(0, 0), (0, 1), (2, 0)]
-    assert history[0][1] == look(0) and len(rows(path)) == 3
+    assert history[0][1] == clip(0) and len(rows(path)) == 3
 
 
 def bytes_alive():
@@ -106,13 +106,13 @@ def test_memory_returns_to_its_level_after_a_preview(idle, previewed, monkeypatc
         preview = made.hooks[-1]
         call = type(preview).__call__
 
-        def look(self, step):
+        def clip(self, step):
             before = bytes_alive()
             result = call(self, step)
             levels.append((before, bytes_alive(), sum(text.nbytes for text in self.texts.values())))
             return result
 
-        monkeypatch.setattr(type(preview), "__call__", look)
+        monkeypatch.setattr(type(preview), "__call__", clip)
         return made
 
     monkeypatch.setattr(build, "build_evaluations", watching)
@@ -147,13 +147,13 @@ def test_wandb_offline_leaves_the_videos_and_a_table_per_prompt_in_the_run_folde
     metrics.tracker = build_tracker("wandb", project="p", run="r", folder=tmp_path, config={})
     contents = set()
     for step in (0, 2):
-        looks = []
+        clips = []
         for number, prompt in enumerate(PROMPTS):
             file = tmp_path / "samples" / f"step_{step}_{number}.mp4"
             write_mp4(file, frames + step + number, 16)
             contents.add(file.read_bytes())
-            looks.append(Look(number, prompt, number, file, 1.5, 0.25))
-        metrics.tracker.previews(step, looks)  # before the scalars of the steps that came before
+            clips.append(PreviewClip(number, prompt, number, file, 1.5, 0.25))
+        metrics.tracker.previews(step, clips)  # before the scalars of the steps that came before
         metrics.add(step, {"loss": 1.0, "samples": 2, "grad_norm": 1.0})
         metrics.annotate(step, {"preview_motion": 1.5})
         metrics.flush(speak=False)
@@ -194,9 +194,9 @@ def test_scalars_of_steps_before_a_preview_are_not_behind_it():
 
     tracker = WandbTracker.__new__(WandbTracker)
     tracker.wandb, tracker.run, tracker.waiting, tracker.tables = Wandb, Run(), {}, {}
-    look = Look(0, "p", 0, None, 1.0, 0.0)
+    clip = PreviewClip(0, "p", 0, None, 1.0, 0.0)
     for step in (0, 10, 12):
-        tracker.previews(step, [look])
+        tracker.previews(step, [clip])
     for step in (0, 8, 9, 10, 11):
         tracker.scalars(step, {"loss": 1.0})
     tracker.close()
@@ -212,12 +212,12 @@ def test_the_page_plays_in_a_browser_without_a_network(tmp_path):
     if browser is None:
         pytest.skip(f"no browser is found to open the page with; wanted is one of {', '.join(BROWSERS)}")
     ramp = torch.linspace(0, 255, 64)[None, None, :, None].expand(33, 48, 64, 3).clone()
-    looks = []
+    clips = []
     for step in (0, 5, 9):
         file = tmp_path / "samples" / f"step {step} #1.mp4"
         write_mp4(file, ramp.byte().numpy(), 16)
-        looks.append((step, Look(0, PROMPTS[1], 0, file, 1.0, 0.0)))
-    document = make_page("a run", looks, tmp_path / "samples")
+        clips.append((step, PreviewClip(0, PROMPTS[1], 0, file, 1.0, 0.0)))
+    document = make_page("a run", clips, tmp_path / "samples")
     # The page itself, with a witness after its own script.
     witness = """<script>
       document.querySelectorAll("details").forEach(details => { details.open = true; });

@@ -96,7 +96,7 @@ def test_a_reading_is_the_velocity_error_at_the_laws_levels_with_noise_by_name()
     torch.testing.assert_close(probe(model, together=3).errors(some), found, rtol=1e-6, atol=0)
 
 
-def test_two_readings_of_one_model_are_bit_equal_and_draw_nothing_from_the_run():
+def test_two_records_of_one_model_are_bit_equal_and_draw_nothing_from_the_run():
     model = micro()
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     first, second = (probe(model).errors(clips(5)) for _ in range(2))
@@ -413,9 +413,7 @@ def test_what_must_answer_alike_is_measured_once(kind, ema, passes, tmp_path):
     assert found == passes
     weights = ["ema", "live"] if ema else ["live"]
     first = [*weights, *["base"] * (kind != "none")]
-    assert [(one.step, one.weights) for one in hook.readings.all] == [(0, w) for w in first] + [
-        (10, w) for w in weights
-    ]
+    assert [(one.step, one.weights) for one in hook.history.all] == [(0, w) for w in first] + [(10, w) for w in weights]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -440,7 +438,7 @@ def test_the_psnr_of_a_vae_is_the_mean_over_clips_each_measured_alone(capsys):
     assert [call.args[0].shape[2] for call in halves.call_args_list] == [1, 2, 3]
 
 
-def reading(step, losses):
+def record(step, losses):
     errors = torch.as_tensor(losses, dtype=torch.float64)[:, None]
     return EvalRecord(step, "low_noise", "live", "same", errors, errors)
 
@@ -452,7 +450,7 @@ def test_patience_counts_from_the_last_distinguishable_improvement():
     drift = 0.1 + 0.02 * torch.randn(12, generator=random)
     noise = 0.12 * torch.randn(6, 12, generator=random)
     for step, amount in enumerate((0, 1, 1, 1.2, 2.5, 2.4)):
-        stopping.see(reading(step, start - amount * drift + (noise[step] * 0.2 if step else 0)))
+        stopping.see(record(step, start - amount * drift + (noise[step] * 0.2 if step else 0)))
         stale.append(stopping.stale)
     assert stale == [0, 0, 1, 2, 0, 1] and stopping.best.step == 4
 
@@ -470,8 +468,8 @@ def test_validation_leaves_no_memory_behind(tmp_path):
     before = process.memory_info().rss
     for step in range(10, 60, 10):
         hook(step)
-    kept = sum(one.heldout.nbytes + one.train.nbytes for one in hook.readings.all[1:])
-    assert alive() - tensors <= 2 * kept, "nothing but its readings (views and what they are views of)"
+    kept = sum(one.heldout.nbytes + one.train.nbytes for one in hook.history.all[1:])
+    assert alive() - tensors <= 2 * kept, "nothing but its records (views and what they are views of)"
     assert process.memory_info().rss - before < 8 << 20
 
 
@@ -482,7 +480,7 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def readings(run):
+def records(run):
     return [(one.step, one.weights, one.heldout, one.train) for one in EvalHistory(run / "validation.jsonl").all]
 
 
@@ -503,7 +501,7 @@ def test_processes_read_what_one_reads_bit_for_bit(engine, processes, tiny, pair
     command = (*tiny.train, f"weights={pair}", *WATCHED, "steps=1", "batch_size=4", "adapter=lora", "adapter.rank=2")
     call("train.py", *command, "run=one")
     launch(engine, *command, "run=many", processes=processes)
-    one, many = (readings(tmp_path / "runs" / name)[:2] for name in ("one", "many"))
+    one, many = (records(tmp_path / "runs" / name)[:2] for name in ("one", "many"))
     assert [row[:2] for row in one] == [(0, "live"), (0, "base")] and same(one, many)
     first, again = (rows(tmp_path / "runs" / name)[0] for name in ("one", "many"))
     assert {key: value for key, value in first.items() if "validation" in key} == {
@@ -530,7 +528,7 @@ def test_a_watched_run_trains_bit_for_bit_as_an_unwatched_one_and_resumes_its_va
     ]  # fmt: skip
     assert kept[0].keys() == kept[1].keys() and kept[0]
     assert all(torch.equal(value, other[key]) for key, value in kept[0].items() for other in kept[1:])
-    assert same(readings(runs[1]), readings(runs[2])), "and the broken run was measured as the unbroken one"
+    assert same(records(runs[1]), records(runs[2])), "and the broken run was measured as the unbroken one"
     told = [[{k: v for k, v in row.items() if "validation" in k} for row in rows(run)] for run in runs[1:]]
     assert told[0] == told[1] and told[0][-1]["validation_live_loss"] != told[0][-1]["validation_loss"]
     first, last = rows(runs[1])[0], rows(runs[1])[-1]

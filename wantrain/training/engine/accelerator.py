@@ -149,7 +149,7 @@ _HYDRAS = {
 
 
 def _refuse_hydras_knobs() -> None:
-    """Raise ValueError where the launcher was told what train.py decides: one of the two would lose in silence."""
+    """Raise ValueError where the launch file sets what train.py decides: one of the two would be ignored."""
     clashes = [
         f"{key}: {os.environ[variable]} (give {hydras} to train.py)"
         for variable, (key, allowed, hydras) in _HYDRAS.items()

@@ -106,7 +106,7 @@ class Stepper:
         config["gradient_accumulation_steps"] = self.accumulate
         config["gradient_clipping"] = self.clip
         self._accelerator.gradient_accumulation_steps = self.accumulate
-        # DeepSpeed switches autocast off inside its forward unless it is told of it. No module is named as safe for
+        # DeepSpeed switches autocast off inside its forward unless its config says so. No module is named as safe for
         # bf16: that list is not about computing, it is about which gradients are rounded before they are summed.
         precision = {"enabled": self.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
         config["torch_autocast"] = precision

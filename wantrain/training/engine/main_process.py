@@ -1,7 +1,7 @@
 """Work that the main process does while the others wait: downloads, hashes, writes, previews.
 
 The others do not wait inside a collective: one that stays open for longer than the group's time-out ends the job, and a
-rank inside it cannot be told anything. They read, a few times a second, what the main process puts into the group's
+rank inside it hears nothing. They read, a few times a second, what the main process puts into the group's
 store: that it is alive, what it is doing, and in the end that it is done or has failed.
 """
 
@@ -31,7 +31,7 @@ ANNOUNCE = 5.0
 SILENCE = 300.0
 #: Seconds without an announcement of a main process whose work has failed, after which it is gone.
 FAREWELL = 20.0
-#: Seconds between two looks at the store, at most.
+#: Seconds between two reads of the store, at most.
 LOOK = 0.25
 #: Where in the store the announcement stands; each replaces the one before.
 KEY = "wantrain/on_main"
@@ -145,7 +145,7 @@ def _exit_code(error: BaseException) -> int:
 def _wait_for_main(call: int, doing: str) -> None:
     """Until the main process has done the work of its `call`-th `on_main`. Exits where that failed."""
     words: queue.Queue[Word | Exception] = queue.Queue()
-    # By a thread, for a look at the store of a machine that has stopped never returns.
+    # By a thread, for a read of the store of a machine that has stopped never returns.
     threading.Thread(target=_listen, args=(call, words), name="listener", daemon=True).start()
     timeout = first_store().timeout.total_seconds()  # until it gets here; then it speaks all the time
     word = Word(call, 0, -1, doing)

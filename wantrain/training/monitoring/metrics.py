@@ -137,14 +137,14 @@ def rates(rows: Sequence[Mapping[str, Any]], *, peak: float | None) -> dict[str,
     each process) is known.
     """
     seconds = sum(row["seconds"] for row in rows)
-    told = {
+    speed = {
         "tokens_per_second": sum(row["tokens"] for row in rows) / seconds,
         "video_seconds_per_second": sum(row["video_seconds"] for row in rows) / seconds,
         "tflops": sum(row["flops"] for row in rows) / seconds / 1e12,
     }
     if peak is not None:
-        told["mfu"] = told["tflops"] * 1e12 / peak / distributed.world_size()
-    return told
+        speed["mfu"] = speed["tflops"] * 1e12 / peak / distributed.world_size()
+    return speed
 
 
 def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:

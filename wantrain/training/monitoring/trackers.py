@@ -27,7 +27,7 @@ TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
-class Look:
+class PreviewClip:
     """One video of a preview: the prompt's place in the list, and what was measured on it."""
 
     number: int
@@ -44,7 +44,7 @@ class Tracker(Protocol):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Values of one step; steps come in order."""
 
-    def previews(self, step: int, looks: Sequence[Look]) -> None:
+    def previews(self, step: int, clips: Sequence[PreviewClip]) -> None:
         """Videos of one step, before its scalars."""
 
     def close(self, *, failed: bool = False) -> None:
@@ -56,7 +56,7 @@ class NoTracker:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def previews(self, step: int, looks: Sequence[Look]) -> None: ...
+    def previews(self, step: int, clips: Sequence[PreviewClip]) -> None: ...
 
     def close(self, *, failed: bool = False) -> None: ...
 
@@ -85,7 +85,7 @@ class WandbTracker:
             config=dict(config),
             mode="offline" if offline else None,
         )
-        self.waiting: dict[int, Sequence[Look]] = {}
+        self.waiting: dict[int, Sequence[PreviewClip]] = {}
         self.tables: dict[int, Any] = {}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -93,8 +93,8 @@ class WandbTracker:
             self.run.log(self._media(earlier), step=earlier)
         self.run.log({**values, **self._media(step)}, step=step)
 
-    def previews(self, step: int, looks: Sequence[Look]) -> None:
-        self.waiting[step] = looks
+    def previews(self, step: int, clips: Sequence[PreviewClip]) -> None:
+        self.waiting[step] = clips
 
     def close(self, *, failed: bool = False) -> None:
         for step in sorted(self.waiting):
@@ -104,17 +104,17 @@ class WandbTracker:
     def _media(self, step: int) -> dict[str, Any]:
         """The videos of a preview, and for each prompt a table whose rows are steps."""
         media: dict[str, Any] = {}
-        for look in self.waiting.pop(step, ()):
+        for clip in self.waiting.pop(step, ()):
             # The file's path, not an array: W&B then copies our mp4 instead of encoding its own.
-            video = self.wandb.Video(str(look.file), caption=look.prompt, format="mp4")
-            media[f"samples/{look.number}"] = video
-            if look.number not in self.tables:
+            video = self.wandb.Video(str(clip.file), caption=clip.prompt, format="mp4")
+            media[f"samples/{clip.number}"] = video
+            if clip.number not in self.tables:
                 columns: list[str | int] = ["step", "video", "prompt", "seed", "motion", "flicker"]
                 # Incremental: each log holds its new rows alone, not all videos so far once more.
-                self.tables[look.number] = self.wandb.Table(columns=columns, log_mode="INCREMENTAL")
-            row = (step, video, look.prompt, look.seed, look.motion, look.flicker)
-            self.tables[look.number].add_data(*row)
-            media[f"previews/{look.number}"] = self.tables[look.number]
+                self.tables[clip.number] = self.wandb.Table(columns=columns, log_mode="INCREMENTAL")
+            row = (step, video, clip.prompt, clip.seed, clip.motion, clip.flicker)
+            self.tables[clip.number].add_data(*row)
+            media[f"previews/{clip.number}"] = self.tables[clip.number]
         return media
 
 
@@ -130,9 +130,9 @@ class TensorBoardTracker:
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
 
-    def previews(self, step: int, looks: Sequence[Look]) -> None:
-        for look in looks:
-            self.writer.add_text(f"previews/{look.number}", f"{look.prompt} (seed {look.seed}): {look.file}", step)
+    def previews(self, step: int, clips: Sequence[PreviewClip]) -> None:
+        for clip in clips:
+            self.writer.add_text(f"previews/{clip.number}", f"{clip.prompt} (seed {clip.seed}): {clip.file}", step)
 
     def close(self, *, failed: bool = False) -> None:
         self.writer.close()
@@ -151,11 +151,11 @@ class AsyncTracker:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._put(lambda tracker: tracker.scalars(step, values))
 
-    def previews(self, step: int, looks: Sequence[Look]) -> None:
-        self._put(lambda tracker: tracker.previews(step, looks))
+    def previews(self, step: int, clips: Sequence[PreviewClip]) -> None:
+        self._put(lambda tracker: tracker.previews(step, clips))
 
     def close(self, *, failed: bool = False) -> None:
-        """Wait until everything is told, up to `timeout` seconds."""
+        """Wait until everything is logged, up to `timeout` seconds."""
         self._put(lambda tracker: tracker.close(failed=failed))
         self._put(None)
         self.thread.join(self.timeout)
@@ -179,9 +179,9 @@ class AsyncTracker:
             while (call := self.calls.get()) is not None:
                 call(tracker)
         except (Exception, SystemExit) as error:  # whatever a tracker and the network behind it come up with
-            told = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:300]
             say(
-                f"warning: the tracker failed ({type(error).__name__}: {told}); the run goes on without it, and "
+                f"warning: the tracker failed ({type(error).__name__}: {reason}); the run goes on without it, and "
                 "metrics.jsonl has everything"
             )
             while self.calls.get() is not None:  # the queue stays empty for whoever puts

@@ -41,11 +41,11 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.seconds is not None:
             self.owner, self.deadline = threading.get_ident(), Deadline(HUNG, STDERR)
-            self.beat("starting")
+            self.feed("starting")
             self._arm()
             self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self.thread.start()
-            self.fed.enter_context(listening(self.beat))
+            self.fed.enter_context(listening(self.feed))
         return self
 
     def __exit__(
@@ -53,12 +53,12 @@ class Watchdog:
     ) -> None:
         self.fed.close()
         if self.thread is not None and self.deadline is not None:
-            with self.arming:  # a beat of another thread may be under way
+            with self.arming:  # another thread's feed may be under way
                 self.over.set()
                 self.deadline.close()
             self.thread.join()
 
-    def beat(self, doing: str) -> None:
+    def feed(self, doing: str) -> None:
         """Something was done, and `doing` begins. What other threads do shows that work goes on, and is not named: the
         one that entered is what all else waits for.
         """

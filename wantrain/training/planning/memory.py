@@ -35,8 +35,8 @@ class Standing:
 
     def __str__(self) -> str:
         parts = {name: size for name, size in vars(self).items() if size or name != "average"}
-        told = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
-        return f"{told} = {self.total / 1e9:.4g} GB"
+        equation = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
+        return f"{equation} = {self.total / 1e9:.4g} GB"
 
     def warning(self, card: int = CARD) -> str | None:
         """A line where it leaves activations no room on one card of so many bytes; else None."""

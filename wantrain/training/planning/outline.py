@@ -1,4 +1,4 @@
-"""What can be known of a run before anything is opened: its modules without values, and the shapes of its clips."""
+"""What a run trains, as modules without values, and the shapes of its clips: before anything is opened."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_size(outlines: Mapping[str, nn.Module | None], device: torch.device, a
 
 @dataclass(frozen=True)
 class Clips:
-    """The clips of a run, as far as they are known.
+    """The clips of a run, as far as they exist.
 
     counts   training clips of each bucket, by its name, "FxHxW" in pixels
     strides  the VAE's over time and space; None where clips are trained on as pixels
@@ -101,8 +101,8 @@ def _is_finished(place: str) -> bool:
 
 def _clips_of(data: Dataset, settings: Mapping[str, Any]) -> Clips:
     """The clips of a data set that is there."""
-    known = "spatial_stride" in data.manifest
-    strides = (data.manifest["temporal_stride"], data.manifest["spatial_stride"]) if known else None
+    encoded = "spatial_stride" in data.manifest
+    strides = (data.manifest["temporal_stride"], data.manifest["spatial_stride"]) if encoded else None
     plan = Plan.of(data, batch_size=settings["batch_size"], seed=settings["seed"])
     return Clips(Counter(data.bucket_names), strides, plan)
 

@@ -34,7 +34,7 @@ class Extent:
 
 #: What is measured where it costs little enough.
 BEST = Extent()
-#: What is given up where validations would else be too rare, in this order; of fewer files nothing could be told.
+#: What is given up where validations would else be too rare, in this order; fewer files could show nothing.
 LESS: tuple[dict[str, int], ...] = ({}, {"points": 4}, {"points": 4, "clips": max(8, FEWEST_FILES)})
 
 
@@ -97,15 +97,15 @@ class Budget:
     def describe(self, extent: Extent, seconds: float | None) -> str:
         """The arithmetic of an extent; `seconds` are those of one forward, if they were measured."""
         each, clips = self.forwards(extent), self.clips(extent)
-        told = f"{clips} clips x {extent.points} noise levels"
-        told += f" x {self.passes} readings" if self.passes > 1 else ""
-        told += f" = {clips * extent.points * self.passes} forwards"
-        told += f", {each} on each of {self.processes} processes," if self.processes > 1 else ""
-        told += f" of {seconds:.2g} s ({_duration(seconds * each)})" if seconds is not None else ""
+        line = f"{clips} clips x {extent.points} noise levels"
+        line += f" x {self.passes} evaluations" if self.passes > 1 else ""
+        line += f" = {clips * extent.points * self.passes} forwards"
+        line += f", {each} on each of {self.processes} processes," if self.processes > 1 else ""
+        line += f" of {seconds:.2g} s ({_duration(seconds * each)})" if seconds is not None else ""
         if extent.every < self.steps:
-            return f"{told}, every {extent.every} steps: {_percent(self.share_of(extent))} of training"
+            return f"{line}, every {extent.every} steps: {_percent(self.share_of(extent))} of training"
         whole = replace(extent, every=self.steps)
-        return f"{told}, at step 0 and the last, {self.steps}: {_percent(2 * self.share_of(whole))} of training"
+        return f"{line}, at step 0 and the last, {self.steps}: {_percent(2 * self.share_of(whole))} of training"
 
 
 def _percent(share: float) -> str:
@@ -117,8 +117,8 @@ def _duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What was chosen for a run, in its folder: readings compare only while the same is measured.
+class ChosenExtent:
+    """What was chosen for a run, in its folder: records compare only while the same is measured.
 
     share  for which it is chosen; for another one it is chosen anew
     """

@@ -45,7 +45,7 @@ def build_evaluations(
             steps=sample["steps"],
             negative_prompt=model["negative_prompt"],
         ),
-        asked=what_to_show(setup.data, model, sample["prompts"], sample["count"]),
+        requests=what_to_show(setup.data, model, sample["prompts"], sample["count"]),
         fps=model["fps"],
         seed=sample["seed"],
         every=sample["every"],
@@ -73,8 +73,8 @@ def preview_texts(
         return {}
 
     def encode() -> dict[str, Tensor]:
-        asked = what_to_show(data, settings["model"], settings["sample"]["prompts"], settings["sample"]["count"])
-        texts = [*(each.prompt for each in asked), settings["model"]["negative_prompt"]]
+        requests = what_to_show(data, settings["model"], settings["sample"]["prompts"], settings["sample"]["count"])
+        texts = [*(each.prompt for each in requests), settings["model"]["negative_prompt"]]
         return encode_texts(base, texts, device=placement.device, dtype=dtype)
 
     texts = on_main(encode, "encoding the previews' texts")

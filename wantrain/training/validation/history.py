@@ -1,4 +1,4 @@
-"""validation.jsonl: every error that validation has read, clip by clip, so that later readings can be held against it.
+"""validation.jsonl: every validation error, clip by clip, which later validations are compared with.
 
 EvalHistory compare only where they were taken alike; the eval_key's fingerprint says so (clips, noise levels, seed).
 """
@@ -43,7 +43,7 @@ class EvalRecord:
 
 
 class EvalHistory:
-    """All readings of a run, in its file and in memory. The main process alone reads and writes the file, and at the
+    """All records of a run, in its file and in memory. The main process alone reads and writes the file, and at the
     start tells the others what is in it: were one of them to see another file, it would validate at other steps.
     """
 
@@ -54,10 +54,10 @@ class EvalHistory:
         """Those of one expert that compare with each other, in the order of their steps."""
         return [one for one in self.all if (one.expert, one.weights, one.eval_key) == (expert, weights, eval_key)]
 
-    def add(self, reading: EvalRecord) -> None:
+    def add(self, record: EvalRecord) -> None:
         """One more."""
-        self.all.append(reading)
-        self._write("a", [reading])
+        self.all.append(record)
+        self._write("a", [record])
 
     def cut_back(self, expert: str, step: int) -> None:
         """Drop what an expert's validation read at `step` or later, in an earlier life of the run."""
@@ -66,11 +66,11 @@ class EvalHistory:
             self.all = kept
             self._write("w", kept)
 
-    def _write(self, mode: str, readings: Sequence[EvalRecord]) -> None:
-        """A reading that the disk refuses stays in memory: a log never ends a run."""
+    def _write(self, mode: str, records: Sequence[EvalRecord]) -> None:
+        """A record that the disk refuses stays in memory: a log never ends a run."""
         if not distributed.is_main():
             return
-        text = "".join(json.dumps(_plain(reading)) + "\n" for reading in readings)
+        text = "".join(json.dumps(_plain(record)) + "\n" for record in records)
         try:
             if mode == "w":
                 write_atomically(self.path, text)
@@ -84,12 +84,12 @@ class EvalHistory:
 
 
 def fingerprint(*parts: object) -> str:
-    """A short hash of what a reading depends on besides the weights."""
+    """A short hash of what a record depends on besides the weights."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _plain(reading: EvalRecord) -> Mapping[str, Any]:
-    return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in vars(reading).items()}
+def _plain(record: EvalRecord) -> Mapping[str, Any]:
+    return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in vars(record).items()}
 
 
 def _read(path: Path) -> list[EvalRecord]:

@@ -20,7 +20,7 @@ from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.generate import Velocity
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.engine.main_process import on_main
-from wantrain.training.monitoring.trackers import Look, Tracker
+from wantrain.training.monitoring.trackers import PreviewClip, Tracker
 from wantrain.util.console import say
 from wantrain.util.files import write_atomically
 from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
@@ -41,8 +41,8 @@ class PreviewRequest:
 
 @dataclass
 class Preview:
-    """Hook: every `every` steps, step 0 included, one mp4 of each asked and a contact sheet; index.html shows the first
-    preview beside the newest, and the tracker gets the mp4s.
+    """Hook: every `every` steps, step 0 included, one mp4 of each request and a contact sheet; index.html shows the
+    first preview beside the newest, and the tracker gets the mp4s.
 
     The main process samples and the others wait, so ranks stay together; where each holds only a part of the weights,
     all sample the same. `open_sampler` makes what a preview needs and takes it away again: between previews nothing of
@@ -52,14 +52,14 @@ class Preview:
     steppers: Sequence[Stepper]  # of the experts in training
     open_sampler: Callable[[], AbstractContextManager[Sampler]]
     settings: Settings
-    asked: Sequence[PreviewRequest]
+    requests: Sequence[PreviewRequest]
     fps: float
     seed: int
     every: int
     steps: int
     folder: Path
     tracker: Tracker
-    texts: dict[str, Tensor]  # embeddings of all that is asked, by text, on the processes that sample
+    texts: dict[str, Tensor]  # embeddings of all requests, by text, on the processes that sample
 
     def due(self, step: int) -> bool:
         """True at every `every`-th step and the last one."""
@@ -75,10 +75,11 @@ class Preview:
 
     def _show(self, step: int, clips: Sequence[Frames]) -> dict[str, float]:
         """Write the clips, give them to the tracker, and say how much they move and flicker, on average."""
-        looks = self._write(step, clips)
-        self.tracker.previews(step, looks)
+        previews = self._write(step, clips)
+        self.tracker.previews(step, previews)
         return {
-            f"preview_{what}": sum(getattr(look, what) for look in looks) / len(looks) for what in ("motion", "flicker")
+            f"preview_{what}": sum(getattr(preview, what) for preview in previews) / len(previews)
+            for what in ("motion", "flicker")
         }
 
     def _sample(self) -> list[Frames]:
@@ -87,29 +88,31 @@ class Preview:
             sampler.texts = self.texts
             clips = [
                 sampler(each.prompt, bucket=each.bucket, known=each.known, settings=self.settings, seed=seed)
-                for seed, each in enumerate(self.asked, start=self.seed)
+                for seed, each in enumerate(self.requests, start=self.seed)
             ]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # blocks of the preview's sizes are of no use to training
         return clips
 
-    def _write(self, step: int, clips: Sequence[Frames]) -> list[Look]:
+    def _write(self, step: int, clips: Sequence[Frames]) -> list[PreviewClip]:
         """Everything that a preview leaves in the run folder."""
-        looks = []
-        prompts = [asked.prompt for asked in self.asked]
+        previews = []
+        prompts = [request.prompt for request in self.requests]
         for number, (prompt, frames) in enumerate(zip(prompts, clips, strict=True)):
             file = self.folder / f"step_{step:06d}_{number}.mp4"
             write_mp4(file, frames, self.fps)
-            looks.append(
-                Look(number, prompt, self.seed + number, file, round(motion(frames), 4), round(flicker(frames), 4))
+            previews.append(
+                PreviewClip(
+                    number, prompt, self.seed + number, file, round(motion(frames), 4), round(flicker(frames), 4)
+                )
             )
         titled = {f"step {step}: {prompt}": frames for prompt, frames in zip(prompts, clips, strict=True)}
         contact_sheet(self.folder / f"step_{step:06d}.png", titled)
-        history = write_history(self.folder / HISTORY, step, looks)
+        history = write_history(self.folder / HISTORY, step, previews)
         title = f"{self.folder.parent.name}: step {step} of {self.steps}"
         write_atomically(self.folder.parent / INDEX, make_page(title, history, self.folder))
-        say(f"step {step}: {len(looks)} previews, shown by {self.folder.parent / INDEX}")
-        return looks
+        say(f"step {step}: {len(previews)} previews, shown by {self.folder.parent / INDEX}")
+        return previews
 
 
 def as_trained(stepper: Stepper) -> Velocity:
@@ -125,32 +128,32 @@ def as_trained(stepper: Stepper) -> Velocity:
     return velocity
 
 
-def write_history(path: Path, step: int, looks: Sequence[Look]) -> list[tuple[int, Look]]:
-    """All looks up to `step`, which are added; later ones, of a run that has gone back to a checkpoint, are dropped."""
+def write_history(path: Path, step: int, previews: Sequence[PreviewClip]) -> list[tuple[int, PreviewClip]]:
+    """All previews up to `step`; later ones, of a run that has resumed from a checkpoint before, are dropped."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
     kept = [row for row in rows if row["step"] < step]
-    kept += [{"step": step, **asdict(replace(look, file=Path(look.file.name)))} for look in looks]
+    kept += [{"step": step, **asdict(replace(each, file=Path(each.file.name)))} for each in previews]
     lines = [json.dumps({**row, "file": str(row["file"])}, ensure_ascii=False) for row in kept]
     write_atomically(path, "".join(f"{line}\n" for line in lines))
-    return [(row.pop("step"), Look(**{**row, "file": path.parent / row["file"]})) for row in kept]
+    return [(row.pop("step"), PreviewClip(**{**row, "file": path.parent / row["file"]})) for row in kept]
 
 
-def make_page(title: str, history: Sequence[tuple[int, Look]], folder: Path) -> str:
+def make_page(title: str, history: Sequence[tuple[int, PreviewClip]], folder: Path) -> str:
     """A row for each prompt and seed: its first preview beside its newest, and those between, smaller."""
-    by_prompt: dict[tuple[str, int], list[tuple[int, Look]]] = {}
-    for step, look in history:
-        by_prompt.setdefault((look.prompt, look.seed), []).append((step, look))
+    by_prompt: dict[tuple[str, int], list[tuple[int, PreviewClip]]] = {}
+    for step, preview in history:
+        by_prompt.setdefault((preview.prompt, preview.seed), []).append((step, preview))
     rows = []
-    for (prompt, seed), looks in sorted(by_prompt.items(), key=lambda item: -item[1][-1][0]):
-        first, *between, last = looks if len(looks) > 1 else [*looks, looks[0]]
+    for (prompt, seed), previews in sorted(by_prompt.items(), key=lambda item: -item[1][-1][0]):
+        first, *between, last = previews if len(previews) > 1 else [*previews, previews[0]]
         shown = [first] if first == last else [first, last]
-        strips = Html("".join(page.figure(_strip(look), f"step {step}") for step, look in shown))
+        strips = Html("".join(page.figure(_strip(preview), f"step {step}") for step, preview in shown))
         rows.append(
             Row(
                 prompt,
                 f"seed {seed}",
-                [_shown(step, look, folder) for step, look in shown],
-                [_shown(step, look, folder) for step, look in between],
+                [_shown(step, preview, folder) for step, preview in shown],
+                [_shown(step, preview, folder) for step, preview in between],
                 f"{len(between)} between",
                 strips,
             )
@@ -159,10 +162,12 @@ def make_page(title: str, history: Sequence[tuple[int, Look]], folder: Path) -> 
     return page.page(title, page.paragraph(note, quiet=True), page.comparison(rows))
 
 
-def _shown(step: int, look: Look, folder: Path) -> Shown:
+def _shown(step: int, preview: PreviewClip, folder: Path) -> Shown:
     label = "step 0: before training" if step == 0 else f"step {step}"
-    return Shown(f"{folder.name}/{look.file.name}", label, f"motion {look.motion:.2f}, flicker {look.flicker:.2f}")
+    return Shown(
+        f"{folder.name}/{preview.file.name}", label, f"motion {preview.motion:.2f}, flicker {preview.flicker:.2f}"
+    )
 
 
-def _strip(look: Look) -> Html:
-    return page.picture(jpeg(filmstrip(read_mp4(look.file), cell=96)), look.prompt)
+def _strip(preview: PreviewClip) -> Html:
+    return page.picture(jpeg(filmstrip(read_mp4(preview.file), cell=96)), preview.prompt)

@@ -41,7 +41,7 @@ class Validator:
     evaluator: Evaluator
     heldout: Clips
     train: Clips
-    readings: EvalHistory
+    history: EvalHistory
     every: int
     steps: int
     prefix: str = ""
@@ -62,7 +62,9 @@ class Validator:
         moved, moved_train = (shown.heldout - base.heldout).mean(dim=1), (shown.train - base.train).mean(dim=1)
         since = change(moved, self.heldout.files)
         gap = contrast(moved, self.heldout.files, moved_train, self.train.files)
-        found = self._told(shown, live, base) | _keys("validation_change", since) | _keys("validation_gap_change", gap)
+        found = (
+            self._results(shown, live, base) | _keys("validation_change", since) | _keys("validation_gap_change", gap)
+        )
         found |= {"validation_verdict": since.verdict, "validation_stale": early_stopping.stale}
         self._say(shown, base, since, gap)
         return {f"{self.prefix}{key}": value for key, value in found.items()}
@@ -73,25 +75,25 @@ class Validator:
 
     @property
     def eval_key(self) -> str:
-        """Fingerprint of what is measured: readings of the same eval_key compare."""
+        """Fingerprint of what is measured: records of the same eval_key compare."""
         return fingerprint(self.heldout.ids, self.train.ids, self.evaluator.sigmas.tolist(), self.evaluator.seed)
 
     @property
     def _shown(self) -> str:
-        """Which weights the loop shows to its hooks."""
+        """Which weights hooks see."""
         return "live" if self.trainer.ema is None else "ema"
 
     def _early_stopping_at(self, step: int) -> EarlyStopping:
-        """How patient the readings before `step` have left it; the first time those after are of an earlier life."""
+        """The early stopping that the records before `step` lead to; at the first call later ones are dropped."""
         if self.early_stopping is None:
-            self.readings.cut_back(self.trainer.name, step)
+            self.history.cut_back(self.trainer.name, step)
             self.early_stopping = EarlyStopping(self.heldout.files)
-            for reading in self.readings.of(self.trainer.name, self._shown, self.eval_key):
-                self.early_stopping.see(reading)
+            for record in self.history.of(self.trainer.name, self._shown, self.eval_key):
+                self.early_stopping.see(record)
         return self.early_stopping
 
     def _read(self, step: int) -> tuple[EvalRecord, EvalRecord | None]:
-        """EvalHistory of the shown weights, and of the live ones where those are others."""
+        """Records of the shown weights, and of the live ones where those are others."""
         shown = self._reading(step, self._shown)
         if self.trainer.ema is None:
             return shown, None
@@ -101,13 +103,13 @@ class Validator:
             return shown, self._reading(step, "live")
 
     def _base(self, step: int, shown: EvalRecord) -> EvalRecord:
-        """What later readings are held against: measured once and kept, or else the first reading there is."""
+        """What later records are compared with: the base, measured once and kept, or else the first record."""
         module = self.trainer.stepper.module
         if not adapters.has_adapter(module):
-            return self.readings.of(self.trainer.name, self._shown, self.eval_key)[0]
-        known = self.readings.of(self.trainer.name, "base", self.eval_key)
-        if known:
-            return known[0]
+            return self.history.of(self.trainer.name, self._shown, self.eval_key)[0]
+        stored = self.history.of(self.trainer.name, "base", self.eval_key)
+        if stored:
+            return stored[0]
         if not self._changes_anything():
             return self._same(shown, "base")
         with adapters.switched_off(module):
@@ -123,20 +125,20 @@ class Validator:
         found = torch.stack([part.any().to(stepper.device) for part in parts]).any()
         return bool(stepper.gather(found.float()[None]).any())
 
-    def _same(self, reading: EvalRecord, weights: str) -> EvalRecord:
-        """What was read, for other weights that answer alike: it is not measured again."""
-        same = replace(reading, weights=weights)
-        self.readings.add(same)
+    def _same(self, record: EvalRecord, weights: str) -> EvalRecord:
+        """The same errors for other weights that give the same answers: they are not measured again."""
+        same = replace(record, weights=weights)
+        self.history.add(same)
         return same
 
     def _reading(self, step: int, weights: str) -> EvalRecord:
         errors = self.evaluator.errors([*self.heldout.batches, *self.train.batches])
         heldout, train = errors.split([len(self.heldout), len(self.train)])
-        reading = EvalRecord(step, self.trainer.name, weights, self.eval_key, heldout, train)
-        self.readings.add(reading)
-        return reading
+        record = EvalRecord(step, self.trainer.name, weights, self.eval_key, heldout, train)
+        self.history.add(record)
+        return record
 
-    def _told(self, shown: EvalRecord, live: EvalRecord | None, base: EvalRecord) -> dict[str, Any]:
+    def _results(self, shown: EvalRecord, live: EvalRecord | None, base: EvalRecord) -> dict[str, Any]:
         """What is logged; see docs/numerics.md for the keys."""
         assert self.linear is not None
         moved = shown.heldout - base.heldout
@@ -169,7 +171,7 @@ class Validator:
         }
 
     def _by_tag(self, losses: Tensor, moved: Tensor) -> dict[str, dict[str, Any]]:
-        """Loss and change of the held-out clips that wear a tag."""
+        """Loss and change of the held-out clips with a tag."""
         wearing: dict[str, list[int]] = {}
         for number, tags in enumerate(self.heldout.tags):
             for tag in dict.fromkeys(tags):
@@ -184,33 +186,33 @@ class Validator:
     def _say(self, shown: EvalRecord, base: EvalRecord, since: Change, gap: Change) -> None:
         """One line for people: the loss, if it is better, worse or neither, and if training clips gain more."""
         assert self.linear is not None
-        told = f"step {shown.step}: {self.prefix}validation loss {shown.heldout.mean():.4f}"
-        told += f" (best linear predictor {self.linear.mean():.4f})"
+        line = f"step {shown.step}: {self.prefix}validation loss {shown.heldout.mean():.4f}"
+        line += f" (best linear predictor {self.linear.mean():.4f})"
         if shown is not base and shown.step:
             origin = "the base" if base.weights == "base" or base.step == 0 else f"step {base.step}"
-            told += f": {since.verdict} {'than' if since.distinct else 'from'} {origin} ({since})"
+            line += f": {since.verdict} {'than' if since.distinct else 'from'} {origin} ({since})"
         if gap.distinct and gap.mean > 0:
-            told += f"; it does better on what it trains on, by {gap.mean:.4f} more than at first"
-        say(told)
+            line += f"; it does better on what it trains on, by {gap.mean:.4f} more than at first"
+        say(line)
 
 
 @dataclass
 class EarlyStopping:
-    """How many readings in a row were not distinguishably better than the best one before them."""
+    """How many records in a row were not distinguishably better than the best one before them."""
 
     files: Sequence[int]
     best: EvalRecord | None = None
     stale: int = 0
 
-    def see(self, reading: EvalRecord) -> None:
+    def see(self, record: EvalRecord) -> None:
         """The next one."""
-        if self.best is None or self._is_better(reading, self.best):
-            self.best, self.stale = reading, 0
+        if self.best is None or self._is_better(record, self.best):
+            self.best, self.stale = record, 0
         else:
             self.stale += 1
 
-    def _is_better(self, reading: EvalRecord, best: EvalRecord) -> bool:
-        since = change((reading.heldout - best.heldout).mean(dim=1), self.files)
+    def _is_better(self, record: EvalRecord, best: EvalRecord) -> bool:
+        since = change((record.heldout - best.heldout).mean(dim=1), self.files)
         return since.distinct and since.mean < 0
 
 
@@ -226,15 +228,15 @@ def should_stop(validators: Sequence[Validator], patience: int | None, step: int
 
 
 def describe(heldout: Clips, train: Clips, cost: str) -> str:
-    """What a validation will look at, and what it will cost."""
+    """What validation measures, and what it costs."""
     files = len(set(heldout.files))
-    told = f"validation: {len(heldout)} held-out clips of {files} files and {len(train)} training clips; {cost}"
+    line = f"validation: {len(heldout)} held-out clips of {files} files and {len(train)} training clips; {cost}"
     if files < FEWEST_FILES:
-        told += (
-            f"; with fewer than {FEWEST_FILES} files no change can be told from chance: raise data.holdout or "
+        line += (
+            f"; with fewer than {FEWEST_FILES} files no change can be distinguished from chance: raise data.holdout or "
             "validation.clips"
         )
-    return told
+    return line
 
 
 def _keys(name: str, found: Change) -> dict[str, float | None]:

@@ -16,7 +16,7 @@ from wantrain.models.flops import training_flops
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.options import RunSetup
 from wantrain.training.protocols import Hook, Latents
-from wantrain.training.validation.budget import BEST, Budget, Extent, Memory
+from wantrain.training.validation.budget import BEST, Budget, ChosenExtent, Extent
 from wantrain.training.validation.history import EvalHistory
 from wantrain.training.validation.measure import Clips, Evaluator, one_by_one
 from wantrain.training.validation.validator import ClipValidator, Validator, describe, should_stop
@@ -38,12 +38,12 @@ def build_validators(setup: RunSetup, trainers: Mapping[str, ExpertTrainer]) -> 
     What of `validation.every`, `clips` and `points` is null is chosen so that validation takes at most
     `validation.share` of training, and recorded in the run's folder.
     """
-    settings, memory = (
+    settings, chosen = (
         setup.settings["validation"],
-        Memory(setup.folder.validation, setup.settings["validation"]["share"]),
+        ChosenExtent(setup.folder.validation, setup.settings["validation"]["share"]),
     )
     given = {key: settings[key] for key in ("every", "clips", "points")}
-    fixed, patience = memory.recall(given), settings["early_stopping_patience"]
+    fixed, patience = chosen.recall(given), settings["early_stopping_patience"]
     batches = setup.data.heldout_batches(fixed.get("clips", BEST.clips))
     validations = {name: trainer.loss.validation for name, trainer in trainers.items()}
     noisy = all(isinstance(validation, NoiseLevelValidation) for validation in validations.values())
@@ -65,16 +65,16 @@ def build_validators(setup: RunSetup, trainers: Mapping[str, ExpertTrainer]) -> 
                 if isinstance(validation, ClipValidation)
             ]
         )
-    validators = _at_noise_levels(setup, trainers, memory, given)
+    validators = _at_noise_levels(setup, trainers, chosen, given)
     return Evaluations(validators, partial(should_stop, validators, patience))
 
 
 def _at_noise_levels(
-    setup: RunSetup, trainers: Mapping[str, ExpertTrainer], memory: Memory, given: Mapping[str, int | None]
+    setup: RunSetup, trainers: Mapping[str, ExpertTrainer], chosen: ChosenExtent, given: Mapping[str, int | None]
 ) -> list[Validator]:
     """A validator for each expert, all of the same clips."""
     together = setup.settings["validation"]["together"]
-    extent, heldout, train = choose_extent(setup, trainers, memory, given)
+    extent, heldout, train = choose_extent(setup, trainers, chosen, given)
     history = EvalHistory(setup.folder.eval_history)
     return [
         Validator(
@@ -92,13 +92,13 @@ def _at_noise_levels(
 
 
 def choose_extent(
-    setup: RunSetup, trainers: Mapping[str, ExpertTrainer], memory: Memory, given: Mapping[str, int | None]
+    setup: RunSetup, trainers: Mapping[str, ExpertTrainer], chosen: ChosenExtent, given: Mapping[str, int | None]
 ) -> tuple[Extent, Clips, Clips]:
     """How much validation measures, its held-out and its training clips; says what it costs.
 
     A forward is timed only where something is still to be chosen.
     """
-    data, fixed, seconds = cast(Latents, setup.data), memory.recall(given), None
+    data, fixed, seconds = cast(Latents, setup.data), chosen.recall(given), None
     together = setup.settings["validation"]["together"]
 
     def clips(count: int) -> list[Clips]:
@@ -108,7 +108,7 @@ def choose_extent(
     heldout, train = clips(extent.clips)
     first, clip = next(iter(trainers.values())), typical([*heldout.batches, *train.batches])
     budget = Budget(
-        share=memory.share,
+        share=chosen.share,
         samples=first.plan.batch_size / distributed.world_size(),
         per_sample=forwards_per_sample(first.trainable.module, clip),
         passes=sum(1 if trainer.ema is None else 2 for trainer in trainers.values()),
@@ -119,7 +119,7 @@ def choose_extent(
     )
     if len(fixed) < len(given):
         extent = budget.choose(fixed)
-        memory.note(given, extent)
+        chosen.note(given, extent)
         heldout, train = clips(extent.clips)
         levels = min(together, extent.points)
         with first.evaluating():
