@@ -49,8 +49,8 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         judge(lambda: config.shards(cfg))
         if cfg.sample.prompts is not None and cfg.model.told_by == "channels":
             problems.append(
-                f"sample.prompts={cfg.sample.prompts}: model={cfg.model.name} makes videos from conditioning inputs, so "
-                "its previews go on from held-out clips; leave it out"
+                f"sample.prompts={cfg.sample.prompts}: model={cfg.model.name} makes videos from conditioning inputs, "
+                "so its previews go on from held-out clips; leave it out"
             )
         if "condition" in cfg.data:
             judge(lambda: Conditions(config.plain(cfg.data.condition), cfg.data.told_by, key="data.condition"))
