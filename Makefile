@@ -7,14 +7,20 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 CODE := wantrain tests train.py shard.py encode.py sample.py export.py demo.py assets benchmarks
 
-.PHONY: demo test test-all lint format install
+.PHONY: demo test-quick test test-all lint format install
 
 demo: $(STAMP)
 	$(BIN)/python demo.py
 
+# Under two minutes: no process starts, nothing trains.
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --quick -m "not slow"
+
+# Under twelve minutes on two quiet cores.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow"
 
+# All, also what takes minutes by itself.
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
 

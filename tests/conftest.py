@@ -8,6 +8,7 @@ import functools
 import gc
 import importlib.util
 import io
+import multiprocessing
 import os
 import re
 import shutil
@@ -29,6 +30,29 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "assets" / "wan-tiny"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="skip every test that starts a process")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_processes(request):
+    """With --quick no process starts: a test that would start one is skipped, and says so."""
+    if not request.config.getoption("--quick"):
+        yield
+        return
+
+    def refuse(*_, **__):
+        pytest.skip("starts a process: make test runs it")
+
+    with (
+        mock.patch.object(subprocess.Popen, "__init__", refuse),
+        mock.patch.object(subprocess.Popen, "__del__", lambda self: None),
+        mock.patch.object(multiprocessing.process.BaseProcess, "start", refuse),
+    ):
+        yield
+
 
 #: A Wan of 60 thousand parameters, for runs in which what is learned does not matter.
 MICRO = (
