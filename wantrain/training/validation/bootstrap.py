@@ -20,7 +20,7 @@ from wantrain.util.seeds import generator_at
 LEVEL = 0.01
 #: Resamples: LEVEL * (DRAWS + 1) is whole, so that interval and p-value agree at the edge.
 DRAWS = 4999
-#: Fewer files than this cannot tell anything at this level: too many draws would be one file again and again.
+#: With fewer files nothing is significant at this level: too many draws would repeat one file.
 FEWEST_FILES = 5
 
 

@@ -1,6 +1,6 @@
 """validation.jsonl: every validation error, clip by clip, which later validations are compared with.
 
-EvalHistory compare only where they were taken alike; the eval_key's fingerprint says so (clips, noise levels, seed).
+Records compare only where the same was measured: their eval_key is a fingerprint of clips, noise levels and seed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from wantrain.util.renamed import EVAL_RECORD, upgraded_fields
 class EvalRecord:
     """Errors at one step: each (N clips, P noise levels), float64.
 
-    expert   whose
-    weights  live, ema or base
-    eval_key    fingerprint of what was measured, and at which noise
+    expert    name of the expert
+    weights   live, ema or base
+    eval_key  fingerprint of what was measured, and at which noise
     """
 
     step: int
@@ -44,18 +44,18 @@ class EvalRecord:
 
 class EvalHistory:
     """All records of a run, in its file and in memory. The main process alone reads and writes the file, and at the
-    start tells the others what is in it: were one of them to see another file, it would validate at other steps.
+    start sends its content to the others: if one saw another file, it would validate at other steps.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.all = path, on_main(partial(_read, path), f"reading {path.name}")
 
     def of(self, expert: str, weights: str, eval_key: str) -> list[EvalRecord]:
-        """Those of one expert that compare with each other, in the order of their steps."""
+        """The records of one expert that compare with each other, in the order of their steps."""
         return [one for one in self.all if (one.expert, one.weights, one.eval_key) == (expert, weights, eval_key)]
 
     def add(self, record: EvalRecord) -> None:
-        """One more."""
+        """Append a record."""
         self.all.append(record)
         self._write("a", [record])
 
