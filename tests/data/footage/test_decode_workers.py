@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from wantrain.data.footage import decode_workers
-from wantrain.data.footage.decode_workers import Damaged, Decoders, Job
+from wantrain.data.footage.decode_process import Damaged
+from wantrain.data.footage.decode_workers import Decoders, Job
 
 
 def frames_of(name, start):

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from wantrain.data import find_footage
-from wantrain.data.footage.captions import Told
+from wantrain.data.footage.captions import Annotation
 
 
 def folder_with(folder, **texts):
@@ -155,11 +155,11 @@ def test_a_file_may_have_several_captions_a_weight_and_tags(tmp_path):
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     footage, _ = find_footage(tmp_path, caption_prefix="ohwx")
-    assert {file.name: file.told for file in footage} == {
-        "a.mp4": Told(("ohwx one", "ohwx two"), 2.5, ("cat", "roof")),
-        "b.mp4": Told(("ohwx beside",), 1.0, ("night", "rain")),
-        "c.mp4": Told(("ohwx first", "ohwx second")),
-        "d.mp4": Told(("ohwx d",)),
+    assert {file.name: file.annotation for file in footage} == {
+        "a.mp4": Annotation(("ohwx one", "ohwx two"), 2.5, ("cat", "roof")),
+        "b.mp4": Annotation(("ohwx beside",), 1.0, ("night", "rain")),
+        "c.mp4": Annotation(("ohwx first", "ohwx second")),
+        "d.mp4": Annotation(("ohwx d",)),
     }
     assert [file.caption for file in footage] == ["ohwx one", "ohwx beside", "ohwx first", "ohwx d"]
 
@@ -173,10 +173,10 @@ def test_a_csv_says_what_a_jsonl_says(tmp_path):
         encoding="utf-8",
     )
     footage, _ = find_footage(tmp_path)
-    assert {file.name: file.told for file in footage} == {
-        "a.mp4": Told(('a cat, "asleep" on a roof', "二只猫"), 0.5, ("cat", "roof")),
-        "c.mp4": Told(("beside",)),
-        "x/b.mp4": Told(("b",)),
+    assert {file.name: file.annotation for file in footage} == {
+        "a.mp4": Annotation(('a cat, "asleep" on a roof', "二只猫"), 0.5, ("cat", "roof")),
+        "c.mp4": Annotation(("beside",)),
+        "x/b.mp4": Annotation(("b",)),
     }
 
 
@@ -232,13 +232,13 @@ def tar(tmp_path):
 
 
 def contents(found):
-    return {file.name: (file.read(), file.told) for file in found[0]}
+    return {file.name: (file.read(), file.annotation) for file in found[0]}
 
 
 IN_THE_TAR = {
-    "000.mp4": (b"video zero", Told(("一只猫 asleep",), 3.0, ("cat",))),
-    "x/001.webm": (b"video one", Told(("a", "b"))),
-    "003.png": (b"picture", Told(("a picture",))),
+    "000.mp4": (b"video zero", Annotation(("一只猫 asleep",), 3.0, ("cat",))),
+    "x/001.webm": (b"video one", Annotation(("a", "b"))),
+    "003.png": (b"picture", Annotation(("a picture",))),
 }
 
 

@@ -158,9 +158,9 @@ def two(monkeypatch, tmp_path):
     def attend(rank, state, plan="plan"):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        present = Heartbeat(tmp_path, plan, heartbeat_timeout=0.3)
+        present = Heartbeat(tmp_path, plan, timeout=0.3)
         if state is not None:
-            present.say(state, now=True)
+            present.beat(state, now=True)
         return present
 
     monkeypatch.setattr(heartbeat, "GRACE", 0.2)
@@ -182,9 +182,9 @@ def test_rank_0_waits_until_the_others_are_done(two):
 @pytest.mark.parametrize(
     ("state", "plan", "message"),
     [
-        ("encoding", "plan", "rank 1 of 2 has given no sign of life for 0.3 s (its last: encoding)"),
-        (None, "plan", "(its last: none)"),
-        ("done", "another plan", "(its last: none)"),
+        ("encoding", "plan", "rank 1 of 2 has given no sign of life for 0.3 s (its last state: encoding)"),
+        (None, "plan", "(its last state: none)"),
+        ("done", "another plan", "(its last state: none)"),
         ("failed: no space", "plan", "rank 1 of 2 failed: no space"),
     ],
 )

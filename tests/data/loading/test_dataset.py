@@ -12,19 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shard_helpers import encode, shard
 
 from wantrain import geometry
 from wantrain.batch import Batch
 from wantrain.data import (
+    BatchSampler,
     Conditions,
     LatentData,
     PixelData,
-    Plan,
-    encode_shards,
-    find_footage,
     prefetch,
     read_manifest,
-    write_video_shards,
 )
 from wantrain.data.footage.video_shards import read_video_shards
 from wantrain.data.latents.index import Index
@@ -58,14 +56,14 @@ def videos(tmp_path_factory):
     write_mp4(folder / "footage" / "long.mp4", np.concatenate([frames, frames[::-1], frames]), 16)
     (folder / "footage" / "long.txt").write_text("a long one")
     settings = {"model": "tiny", "num_frames": 17, "fps": 16, "clips": "all", "rejects_limit": 0}
-    write_video_shards(*find_footage(folder / "footage"), folder / "videos", shard_bytes=60_000, **settings)
+    shard(folder / "footage", folder / "videos", shard_bytes=60_000, **settings)
     return folder / "videos"
 
 
 @pytest.fixture(scope="module")
 def latents(videos):
     out = videos.parent / "latents"
-    encode_shards(
+    encode(
         videos,
         out,
         encode_pixels=lambda pixels: pixels[:, :, ::4, ::8, ::8],
@@ -202,7 +200,7 @@ def test_held_out_clips_are_never_trained_on_and_keep_their_captions(latents):
 
 def test_a_plan_over_the_loader_loads_every_sample_once_an_epoch(latents):
     data = LatentData(shards=latents, holdout=0.2, caption_dropout=0)
-    plan = Plan(data.buckets, batch_size=1, seed=0)
+    plan = BatchSampler(data.buckets, batch_size=1, seed=0)
     names = [data.load(plan.batch(step), [step]).ids[0] for step in range(len(data.train))]
     assert sorted(names) == sorted(data.index.name(int(sample)) for sample in data.train)
 

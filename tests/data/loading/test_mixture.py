@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wantrain.data import LatentData, MixedData, Plan
+from wantrain.data import BatchSampler, LatentData, MixedData
 from wantrain.demo.footage import make_footage
 
 
@@ -54,7 +54,7 @@ def test_a_mix_has_the_samples_of_its_sets(tiny, other, capsys):
 
 def test_a_batch_of_several_sets_is_in_the_plans_order(tiny, other):
     data = mixed(tiny, other)
-    plan = Plan.of(data, batch_size=8, seed=0)
+    plan = BatchSampler.of(data, batch_size=8, seed=0)
     owners = []
     for step in range(40):
         samples = plan.batch(step)
