@@ -142,8 +142,8 @@ def claim(
         claim_folder(out, sentinel=REJECTS, key="out")
         write_atomically(out / REJECTS, "")  # marks the folder as ours, even after a kill
         return None
-    if load_manifest(out).get("kind") != kind:
-        raise ValueError(f"out={out} holds other shards than {kind} shards; give another out=")
+    if (other := load_manifest(out).get("kind")) != kind:
+        raise ValueError(f"out={out} holds {other} shards, not {kind} shards; give another out=")
     manifest = read_manifest(out, kind)
     differing = [key for key in settings if manifest["settings"].get(key) != settings[key]]
     if differing and not (differing == ["footage"] and same_footage()):

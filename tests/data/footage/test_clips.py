@@ -92,7 +92,7 @@ def test_lengths_are_those_that_are_allowed():
     assert lengths(200) == [49] * 4
     with pytest.raises(ValueError, match=r"it lasts 1\.00 s, less than 17 frames at 16 fps"):
         lengths(16)
-    with pytest.raises(ValueError, match="is one frame, lengths"):
+    with pytest.raises(ValueError, match="is one frame, and lengths"):
         cut_windows(regular(1, 16), ClipOptions(17, 16, lengths=(17,)))
 
 
@@ -136,7 +136,7 @@ def test_seconds_of_clips_are_counted_once(rate, count, stride, fps):
     [
         ({"num_frames": 16}, "num_frames=16 is not 4k"),
         ({"lengths": (5, 8)}, "lengths=8 is not 4k"),
-        ({"lengths": (33,)}, "none is within num_frames=17"),
+        ({"lengths": (33,)}, "all are longer than num_frames=17"),
         ({"clips": "last"}, "clips=last is unknown; choose one of all, first, middle, random"),
         ({"stride": 0}, "stride=0 must be 1 or more"),
     ],

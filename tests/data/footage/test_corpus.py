@@ -18,7 +18,7 @@ from shard_helpers import shard
 from wantrain.data import find_footage, read_manifest
 from wantrain.data.footage import reader
 from wantrain.data.footage.clips import EPSILON
-from wantrain.data.footage.duplicates import look
+from wantrain.data.footage.duplicates import thumbnail
 from wantrain.data.footage.pixels import read_sample
 from wantrain.data.footage.probe import probe, read_whole
 from wantrain.data.footage.reader import Reader
@@ -219,7 +219,7 @@ def test_from_every_mark_a_file_reads_on_as_from_its_start(corpus, monkeypatch):
     for name in (*GOOD, *COPIES, "claims_8k.mp4"):
         found = probe(folder / name)
         whole = list(read_whole(folder / name, found))
-        tried = Reader(folder / name, len(whole)).tried_seek_points(np.stack([look(frame) for frame in whole]))
+        tried = Reader(folder / name, len(whole)).tried_seek_points(np.stack([thumbnail(frame) for frame in whole]))
         marked[name] = [seek_point for seek_point in tried if seek_point is not None]
         for seek_point in marked[name]:
             onwards = Reader(folder / name, len(whole), [seek_point])
@@ -241,9 +241,9 @@ def test_too_many_of_them_stop_the_work(corpus, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["h264.mp4", pytest.param("hevc.mp4", seek_points=pytest.mark.slow), "vp9.webm",
-                                  pytest.param("fragmented.mp4", seek_points=pytest.mark.slow),
-                                  pytest.param("av1_10.webm", seek_points=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("name", ["h264.mp4", pytest.param("hevc.mp4", marks=pytest.mark.slow), "vp9.webm",
+                                  pytest.param("fragmented.mp4", marks=pytest.mark.slow),
+                                  pytest.param("av1_10.webm", marks=pytest.mark.slow)])  # fmt: skip
 def test_a_file_that_is_cut_off_is_refused_or_right_as_far_as_it_goes(corpus, tmp_path, name):
     """Ten random places; of an mp4 the index stands in front, so that it looks whole."""
     folder, _ = corpus

@@ -91,8 +91,8 @@ def test_captions_from_metadata(tmp_path):
         ('{"caption": "x"}', "line 2 is not .*path|line 2 is not .*file_name"),
         ('{"path": "b.mp4"}', "line 2 is not"),
         ('{"path": "gone.mp4", "caption": "x"}', "line 2 names gone.mp4, which is not in"),
-        ('{"path": "../other.mp4", "caption": "x"}', "line 2 names ../other.mp4, which is no video or image below"),
-        ('{"path": "note.md", "caption": "x"}', "line 2 names note.md, which is no video"),
+        ('{"path": "../other.mp4", "caption": "x"}', "line 2 names ../other.mp4, which is not a video or image below"),
+        ('{"path": "note.md", "caption": "x"}', "line 2 names note.md, which is not a video"),
         ('{"path": "a.mp4", "caption": "x"}', "line 2 names a.mp4 for the second time"),
     ],
 )
@@ -114,7 +114,7 @@ def test_a_caption_that_is_not_utf8_is_an_error_with_its_file(tmp_path):
 def test_nothing_to_find(tmp_path):
     with pytest.raises(ValueError, match="holds no videos or images"):
         find_footage(tmp_path)
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="does not exist"):
         find_footage(tmp_path / "absent")
 
 
@@ -311,7 +311,7 @@ def test_a_damaged_tar_is_an_error_never_a_shorter_set(tmp_path, tar):
         ends = [member.offset_data + -(-member.size // 512) * 512 for member in opened.getmembers()]
     for end in (*ends, *(end - 300 for end in ends), *(end + 200 for end in ends[:-1])):
         tar.write_bytes(whole[:end])
-        with pytest.raises(ValueError, match=r"set-000\.tar is (cut short|no tar)"):
+        with pytest.raises(ValueError, match=r"set-000\.tar is (cut short|not a tar)"):
             find_footage(str(tar))
     tar.write_bytes(b"no tar at all" * 99)
     with pytest.raises(ValueError, match="is no tar"):

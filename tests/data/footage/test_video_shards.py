@@ -322,7 +322,7 @@ def test_a_long_file_has_its_time_as_long_as_frames_come(source, tmp_path, monke
             yield frame
 
     monkeypatch.setattr("wantrain.data.footage.survey.read_whole", slow)
-    monkeypatch.setattr("wantrain.data.footage.survey.BEAT", 0.2)
+    monkeypatch.setattr("wantrain.data.footage.survey.HEARTBEAT_SECONDS", 0.2)
     only = tmp_path / "one"
     only.mkdir()
     for suffix in ("mp4", "txt"):
@@ -392,5 +392,5 @@ def test_a_manifest_is_needed_and_must_be_right(mine, tmp_path):
 def test_a_folder_with_shards_of_another_kind_is_refused(source, mine):
     manifest = read_manifest(mine, "video")
     (mine / "manifest.json").write_text(json.dumps({**manifest, "kind": "latent"}))
-    with pytest.raises(ValueError, match="holds shards of another kind"):
+    with pytest.raises(ValueError, match="holds latent shards, not video shards"):
         shard(source, mine)

@@ -105,7 +105,7 @@ def test_other_folders_refused(videos, latents, mine, footage, tmp_path):
             encode(videos, tmp_path / "out", model="large", fps=fps, num_frames=num_frames)
     with pytest.raises(ValueError, match="video shards are needed"):
         encode(latents, tmp_path / "out")
-    with pytest.raises(ValueError, match="holds shards of another kind"):
+    with pytest.raises(ValueError, match="holds video shards, not latent shards"):
         encode(videos, videos)
     make_footage(tmp_path / "other", num_videos=2, num_images=0, seed=5)
     shard(tmp_path / "other", tmp_path / "others")
