@@ -367,28 +367,6 @@ def test_the_frame_on_screen_is_the_last_that_has_begun():
     assert frames_on_screen(probed([0, 0.042, 0.083], 0.125), Window(0.0, 3), 24).tolist() == [0, 1, 2]
 
 
-# ------------------------------------------------------------------------------------------------- images
-
-
-def test_images_are_upright_and_without_transparency(tmp_path):
-    picture = Image.new("RGB", (40, 20), "red")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to show
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    found = probe(tmp_path / "turned.jpg")
-    assert (found.height, found.width, found.is_image) == (40, 20, True)
-    Image.new("RGBA", (8, 8), (0, 0, 255, 0)).save(tmp_path / "clear.png")
-    (clip,) = read_windows(tmp_path / "clear.png", probe(tmp_path / "clear.png"), [Window(0, 1)], 16)
-    assert clip.shape == (1, 8, 8, 3)
-    assert (clip == 255).all()
-
-
-def test_an_image_with_more_than_8_bits_is_refused(tmp_path):
-    Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        probe(tmp_path / "deep.png")
-
-
 @pytest.mark.skipif(SHARED is None, reason="set WANTRAIN_FOOTAGE to a folder with the shared real footage")
 def test_the_shared_footage():
     footage, rejects = find_footage(Path(SHARED))

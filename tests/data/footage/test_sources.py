@@ -314,7 +314,7 @@ def test_a_damaged_tar_is_an_error_never_a_shorter_set(tmp_path, tar):
         with pytest.raises(ValueError, match=r"set-000\.tar is (cut short|not a tar)"):
             find_footage(str(tar))
     tar.write_bytes(b"no tar at all" * 99)
-    with pytest.raises(ValueError, match="is no tar"):
+    with pytest.raises(ValueError, match="is not a tar"):
         find_footage(str(tar))
     for name, content in {"000.json": b"[1]", "000.txt": b"\xff"}.items():
         tar_with(tar, {"000.mp4": b"video", name: content})

@@ -118,7 +118,7 @@ def killed(kills, command, out, unbroken, environment, seed=0):
 
 
 def test_a_launch_shares_the_work_and_one_process_ends_what_two_left(tiny, environment, launch_command, call, tmp_path):
-    """R2. accelerate launch without a process group: each rank says what it has made; a killed one leaves no trace."""
+    """A launch without a process group: each rank says what it has made; a killed one leaves no trace."""
     unbroken, out = tmp_path / "unbroken", tmp_path / "out"
     command = choices(tiny.videos, tiny.base, 1024)
     start = launch_command("ddp", *command, f"out={unbroken}", script=ENCODE)
@@ -135,7 +135,7 @@ def test_a_launch_shares_the_work_and_one_process_ends_what_two_left(tiny, envir
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_processes_killed_at_twenty_random_moments(tiny, long_set, call, environment, tmp_path):
-    """R2. Five lives, each killed four times and then left in peace."""
+    """Five lives, each killed four times and then left in peace."""
     unbroken, command, tars = tmp_path / "unbroken", choices(long_set, tiny.base, 4096), list[int]()
     call("encode.py", *command, f"out={unbroken}")
     for life in range(5):
@@ -195,7 +195,7 @@ def test_a_rank_that_is_silent_or_has_failed_is_named(two, state, plan, message)
 
 
 def test_clocks_that_differ_change_nothing(two, monkeypatch):
-    """R22. A rank whose clock is a day behind, and goes back meanwhile, is heard all the same."""
+    """A rank whose clock is a day behind, and goes back meanwhile, is heard all the same."""
     monkeypatch.setattr(time, "time", lambda: 1e9)
     two(1, "encoding")
     first = two(0, "begun")

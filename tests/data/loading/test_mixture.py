@@ -135,7 +135,7 @@ def test_bad_sets_are_refused(tiny):
         ({}, "data=mixed needs sets"),
         ({"a": "DIR"}, r"data\.sets\.a=DIR has no shards"),
         ({"a": {"weight": 1}}, "has no shards"),
-        ({"a": {**good, "wieght": 1}}, r"data\.sets\.a\.wieght is no setting of a set; it takes .*weight"),
+        ({"a": {**good, "wieght": 1}}, r"data\.sets\.a\.wieght is not a setting of a set; choose from .*weight"),
         ({"a": good, "b": {**good, "weight": 0}}, r"data\.sets\.b\.weight=0 must be a number above 0"),
         ({"a": {**good, "weight": "much"}}, r"data\.sets\.a\.weight=much must be"),
         ({"a": good, "b": {"shards": "nowhere"}}, r"data\.sets\.b: nowhere holds no shards"),

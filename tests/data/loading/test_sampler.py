@@ -355,5 +355,5 @@ def test_bad_sizes_are_refused():
         BatchSampler(np.array([], dtype=np.int64), batch_size=4, seed=0)
     with pytest.raises(ValueError, match="batch_size=0"):
         BatchSampler(np.zeros(4, dtype=np.int64), batch_size=0, seed=0)
-    with pytest.raises(ValueError, match=r"batch_size=10 must divide by accumulate x processes = 2 x 2"):
+    with pytest.raises(ValueError, match=r"batch_size=10 must be a multiple of accumulate x processes = 2 x 2"):
         share(np.arange(10), 0, 2, 0, 2)
