@@ -117,9 +117,12 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
-def refuse_large(name: str, parameters: int, device: torch.device, asked: str) -> None:
-    """Raise ValueError if a transformer with more than `LARGE` parameters would train on a CPU without device=cpu."""
-    if device.type == "cpu" and asked != "cpu" and parameters > LARGE:
+def refuse_large(name: str, parameters: int, device: torch.device, option: str) -> None:
+    """Raise ValueError if a transformer with more than `LARGE` parameters would train on a CPU without device=cpu.
+
+    `option` is the value of device=.
+    """
+    if device.type == "cpu" and option != "cpu" and parameters > LARGE:
         raise ValueError(
             f"{name} has {parameters / 1e9:.1f} billion parameters and no GPU can be used: on a CPU a training step "
             "takes minutes to hours. Give device=cpu to do it anyway, or dry_run=true to see the plan"
