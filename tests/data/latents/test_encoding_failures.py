@@ -134,7 +134,7 @@ def test_every_clip_counted(damaged, videos, tmp_path):
 @pytest.mark.parametrize(
     ("broken", "problem"),
     [
-        (lambda pixels: encode_pixels(pixels) * float("nan"), "gave NaN"),
+        (lambda pixels: encode_pixels(pixels) * float("nan"), "returned NaN"),
         (lambda pixels: encode_pixels(pixels)[:, :, :, 1:], "the shape"),
         (lambda pixels: encode_pixels(pixels)[:, :, :-1], "the shape"),
     ],
