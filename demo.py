@@ -1,11 +1,11 @@
-"""A LoRA on somebody's own footage, from clips to files that others load, on one CPU: what people come for.
+"""Demo: train a LoRA on new footage, from clips to files that other programs load, on one CPU.
 
 python demo.py              everything; `make demo` installs first (under ten minutes on two cores after that)
 python demo.py data NAME    only footage and shards, into data/NAME: demo, wug, wan_tiny, wan_tiny_i2v, vae
 
-The footage shows a wug, a thing that the shipped model wan-tiny has never seen, and beside it a few clips of what it
-knows, so that it does not forget. Both experts learn from it; the same prompts and seeds are sampled before and after,
-and a judge that knows nothing about the model says what they show.
+The footage shows a wug, which the shipped model wan-tiny has never seen, and some clips of what it knows, so that it
+does not forget them. Both experts are trained; the same prompts and seeds are sampled before and after, and a judge
+that uses image analysis alone measures what the samples show.
 """
 
 import json
@@ -20,8 +20,9 @@ import imageio.v3 as iio
 import matplotlib
 import numpy as np
 
-from wantrain.demo.footage import SETS, make_footage
+from wantrain.demo.footage import make_footage
 from wantrain.demo.judge import judge, scores, spared_scenes, wug_scenes
+from wantrain.demo.vocabulary import SETS
 from wantrain.util.console import errors_to_exit_code, say
 from wantrain.util.files import write_json
 from wantrain.video import Frames, contact_sheet
@@ -31,37 +32,37 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent
 DATA, RUN = Path("data"), Path("runs/demo")
-#: Sets that are not for the shipped model: whose they are, and what encode.py stores beside their latents.
-TOLD = {"wan_tiny_i2v": ("model=tiny_i2v", "condition={image: 1, boxes: 1}")}
+#: Arguments of shard.py and encode.py for data sets of other models than the shipped one.
+ARGUMENTS = {"wan_tiny_i2v": ("model=tiny_i2v", "condition={image: 1, boxes: 1}")}
 EXPERTS = ("high_noise", "low_noise")
 STEPS = 500
 WUGS, OTHERS = wug_scenes(20), spared_scenes(40)
 PROMPTS = [scene.caption(language) for scene, language in [*WUGS, *OTHERS]]
-#: What before_after.png shows, by place in PROMPTS: wugs, then what the model knew before.
+#: Rows of before_after.png, by place in PROMPTS: wugs, then what the model knew before.
 SHOWN = (0, 1, 2, 3, 4, 20, 23, 31)
 
 
 def command(*command: str) -> None:
-    """Run one command as a user would, showing the command."""
+    """Print and run one command, as a user would."""
     say("\n$ python " + " ".join(part if " " not in part else f"'{part}'" for part in command))
-    ended = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False)
-    if ended.returncode:
-        sys.exit(ended.returncode)  # the command has said what is wrong
+    process = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False)
+    if process.returncode:
+        sys.exit(process.returncode)  # the command has printed the error
 
 
 def make_data(name: str) -> None:
-    """Footage -> video shards -> latent shards, in data/NAME; the VAE's own footage stays pixels."""
+    """Footage -> video shards -> latent shards, in data/NAME; no latent shards for the VAE's own footage."""
     folder = DATA / name
     for scenes, amount in SETS[name].items():
         make_footage(folder / "footage" / scenes, scenes=scenes, **amount)
-    model, *condition = TOLD.get(name, ("model=tiny",))
+    model, *condition = ARGUMENTS.get(name, ("model=tiny",))
     command("shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}", model)
     if name != "vae":
         command("encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", model, *condition)
 
 
 def main() -> None:
-    """Footage, shards, a LoRA for each expert, export; samples before and after; what they show."""
+    """Footage, shards, a LoRA for each expert, export; samples before and after, and what they show."""
     started = time.time()
     make_data("wug")
     for expert in EXPERTS:
@@ -82,7 +83,7 @@ def main() -> None:
 
 
 def summarise(seconds: float) -> None:
-    """Judge the samples, write summary.json, loss.png and before_after.png into runs/demo, and say what came out."""
+    """Judge the samples, write summary.json, loss.png and before_after.png into runs/demo, and print the result."""
     logs = {expert: read_log(RUN / expert / "metrics.jsonl") for expert in EXPERTS}
     clips = {what: [iio.imread(path) for path in sorted((RUN / what).glob("*.mp4"))] for what in ("before", "after")}
     judged = {what: judge_samples(videos) for what, videos in clips.items()}
@@ -109,17 +110,17 @@ def summarise(seconds: float) -> None:
 
 
 def judge_samples(clips: Sequence[Frames]) -> dict[str, float]:
-    """The share of wugs among what should show one, and the mean score (colour, shape, direction) of the others."""
+    """The share of wugs among samples that should show one, and the mean score (colour, shape, direction) of others."""
     verdicts = [judge(clip) for clip in clips]
     wugs = [verdict.shape == "wug" for verdict in verdicts[: len(WUGS)]]
-    known = scores(verdicts[len(WUGS) :], [scene for scene, _ in OTHERS])
+    others = scores(verdicts[len(WUGS) :], [scene for scene, _ in OTHERS])
     moves = scores(verdicts[: len(WUGS)], [scene for scene, _ in WUGS])["direction"]
-    mean = float(np.mean([known[what] for what in ("colour", "shape", "direction")]))
-    return {"wug": float(np.mean(wugs)), "wug_direction": moves, "others": mean, **known}
+    mean = float(np.mean([others[what] for what in ("colour", "shape", "direction")]))
+    return {"wug": float(np.mean(wugs)), "wug_direction": moves, "others": mean, **others}
 
 
 def losses(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """Validation on held-out clips of the new footage: at step 0, at the end, and what a linear predictor reaches."""
+    """Validation losses on held-out clips of the new footage: at step 0, at the end, and of a linear predictor."""
     validated = [row for row in log if "validation_loss" in row]
     return {
         "steps": log[-1]["step"],
@@ -131,7 +132,7 @@ def losses(log: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl."""
+    """The rows of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -166,8 +167,8 @@ def draw_losses(logs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if words and (words[0] != "data" or len(words) != 2 or words[1] not in SETS):
-        sys.exit(f"error: demo.py takes nothing, or data and one of {', '.join(SETS)}; got {' '.join(words)}")
+    arguments = sys.argv[1:]
+    if arguments and (arguments[0] != "data" or len(arguments) != 2 or arguments[1] not in SETS):
+        sys.exit(f"error: demo.py takes nothing, or data and one of {', '.join(SETS)}; got {' '.join(arguments)}")
     with errors_to_exit_code():
-        make_data(words[1]) if words else main()
+        make_data(arguments[1]) if arguments else main()

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from wantrain import checks, config
-from wantrain.data import check_folder, encode_shards, write_report
+from wantrain.data import DecodeOptions, EncodeOptions, Encoders, check_folder, encode_shards, write_report
 from wantrain.models.formats.fingerprints import Fingerprints, identity
 from wantrain.models.formats.weights import fingerprint
 from wantrain.models.precision import computing_in
@@ -22,7 +22,7 @@ from wantrain.util import devices, distributed
 
 @config.app("encode")
 def main(cfg: DictConfig) -> None:
-    """Decode every clip, bring it to its bucket, encode pixels and captions, write tars and a manifest."""
+    """Decode every clip, fit it to its bucket, encode pixels and captions, write tars and a manifest."""
     if cfg.check is True:
         check_folder(config.needed_path(cfg, "out"))
         return
@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     distributed.set_threads()
     device, base = devices.choose(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
 
-    # Loaded when they are first needed: not at all where nothing is to be encoded.
+    # Loaded on first use: not at all if nothing is to be encoded.
     @functools.cache
     def vae() -> Any:
         return base.vae(device=device)
@@ -39,11 +39,11 @@ def main(cfg: DictConfig) -> None:
     def text() -> Any:
         return base.text_encoder(device=device, dtype=config.dtype(cfg.precision))
 
-    def look_at_vae() -> dict[str, Any]:
+    def facts_of_vae() -> dict[str, Any]:
         strides = {"temporal_stride": vae().temporal_stride, "spatial_stride": vae().spatial_stride}
         return {"vae_fingerprint": fingerprint(vae()), **strides}
 
-    def look_at_text() -> dict[str, Any]:
+    def facts_of_text() -> dict[str, Any]:
         tokenizer = hashlib.sha256(text().tokenizer.to_str().encode()).hexdigest()[:16]
         return {"text_fingerprint": fingerprint(text()), "tokenizer_fingerprint": tokenizer}
 
@@ -52,35 +52,50 @@ def main(cfg: DictConfig) -> None:
         with computing_in(config.dtype(cfg.vae_precision), device):
             return vae().encode(pixels_BCTHW)
 
+    @torch.inference_mode()
+    def decode_latents(latents_BCTHW: torch.Tensor) -> torch.Tensor:
+        with computing_in(config.dtype(cfg.vae_precision), device):
+            return vae().decode(latents_BCTHW.to(device))
+
     prints, dtype = Fingerprints(Path(cfg.out)), config.dtype(cfg.precision)
     files = {part: identity(base, part, dtype) for part in ("vae", "text_encoder")}
-    of_vae = prints.of("vae", files["vae"], look_at_vae)
+    of_vae = prints.of("vae", files["vae"], facts_of_vae)
     strides = {key: of_vae.pop(key) for key in ("temporal_stride", "spatial_stride")}
-    encode_shards(
-        Path(cfg.shards),
-        Path(cfg.out),
+    encoders = Encoders(
         encode_pixels=encode_pixels,
         encode_texts=lambda captions: text().encode_unpadded(captions),
         device=device,
         **of_vae,
         vae_precision=cfg.vae_precision,
-        **prints.of("text encoder", files["text_encoder"], look_at_text),
-        encoders=files,
+        **prints.of("text encoder", files["text_encoder"], facts_of_text),
+        files=files,
+    )
+    encode_shards(
+        Path(cfg.shards),
+        Path(cfg.out),
+        encoders,
         sizes=config.buckets(cfg, strides["temporal_stride"]),
         conditions=config.conditions(cfg, **strides),
+        options=_options(cfg),
+    )
+    prints.write()
+    if cfg.report != "none" and distributed.is_main():
+        decode = decode_latents if cfg.report == "decode" else None
+        write_report(Path(cfg.out), "latent", decode=decode, count_tokens=lambda caption: text().count(caption))
+
+
+def _options(cfg: DictConfig) -> EncodeOptions:
+    return EncodeOptions(
         model=cfg.model.name,
         fps=cfg.model.fps,
         num_frames=cfg.model.num_frames,
         rejects_limit=cfg.rejects.limit,
         shard_bytes=cfg.shard_mb << 20,
         shard_clips=cfg.shard_clips,
-        **cfg.decode,
+        retry=cfg.decode.retry,
         heartbeat_timeout=cfg.heartbeat_timeout,
+        decode=DecodeOptions(workers=cfg.decode.workers, timeout=cfg.decode.timeout),
     )
-    prints.write()
-    if cfg.report != "none" and distributed.is_main():
-        decode = (lambda latents: vae().decode(latents.to(device))) if cfg.report == "decode" else None
-        write_report(Path(cfg.out), "latent", decode=decode, count_tokens=lambda caption: text().count(caption))
 
 
 if __name__ == "__main__":

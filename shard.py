@@ -9,18 +9,18 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from wantrain import checks, config
-from wantrain.data import find_footage, write_report, write_video_shards
+from wantrain.data import ClipOptions, DecodeOptions, ShardOptions, find_footage, write_report, write_video_shards
 from wantrain.util import distributed
 
 
 @config.app("shard")
 def main(cfg: DictConfig) -> None:
-    """Find footage and captions, read every file, choose clips by timestamp, write tars, a stats and a manifest."""
+    """Find footage and captions, survey every file, select clips by timestamp, write tars and a manifest."""
     checks.check(cfg)
     distributed.single_process("shard.py")
-    out = Path(cfg.out)
+    out, options = Path(cfg.out), _options(cfg)
     downloads = out / ".downloads"
-    shutil.rmtree(downloads, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(downloads, ignore_errors=True)  # left by a killed run
     try:
         footage, rejects = find_footage(
             cfg.source,
@@ -29,29 +29,32 @@ def main(cfg: DictConfig) -> None:
             caption_default=cfg.caption.default,
             downloads=downloads,
         )
-        write_video_shards(
-            footage,
-            rejects,
-            out,
-            model=cfg.model.name,
-            num_frames=cfg.num_frames,
-            fps={"native": None, "resample": cfg.model.fps}.get(cfg.fps, cfg.fps),
-            rejects_limit=cfg.rejects.limit,
-            shard_bytes=cfg.shard_mb << 20,
-            clips=cfg.clips,
-            stride=cfg.stride,
-            stretch=cfg.stretch,
-            lengths=cfg.lengths,
-            scenes=cfg.scenes,
-            static=cfg.static,
-            duplicates=cfg.duplicates,
-            seed=cfg.seed,
-            **cfg.decode,
-        )
+        write_video_shards(footage, rejects, out, options)
     finally:
         shutil.rmtree(downloads, ignore_errors=True)
     if cfg.report != "none":
         write_report(out, "video")
+
+
+def _options(cfg: DictConfig) -> ShardOptions:
+    return ShardOptions(
+        model=cfg.model.name,
+        clips=ClipOptions(
+            num_frames=cfg.num_frames,
+            fps={"native": None, "resample": cfg.model.fps}.get(cfg.fps, cfg.fps),
+            clips=cfg.clips,
+            stride=cfg.stride,
+            stretch=cfg.stretch,
+            lengths=tuple(cfg.lengths),
+            seed=cfg.seed,
+        ),
+        scenes=cfg.scenes,
+        static=cfg.static,
+        duplicates=cfg.duplicates,
+        rejects_limit=cfg.rejects.limit,
+        shard_bytes=cfg.shard_mb << 20,
+        decode=DecodeOptions(**cfg.decode),
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import numpy as np
 
 from wantrain.data.footage.clips import Window
 from wantrain.data.footage.decode_workers import Decoders, Job
-from wantrain.data.footage.duplicates import look
+from wantrain.data.footage.duplicates import thumbnail
 from wantrain.data.footage.probe import probe, read_whole, read_windows
 from wantrain.data.footage.reader import Reader, SeekPoint
 from wantrain.video import Frames
@@ -92,7 +92,7 @@ SIDES: dict[str, Read] = {"wantrain": ours, "decord2": with_decord, "PyAV": with
 
 def marks_of(path: Path) -> list[SeekPoint]:
     """What shard.py finds when it reads a file from end to end."""
-    thumbnails = np.stack([look(frame) for frame in read_whole(path, probe(path))])
+    thumbnails = np.stack([thumbnail(frame) for frame in read_whole(path, probe(path))])
     return [mark for mark in Reader(path, len(thumbnails)).tried_seek_points(thumbnails) if mark is not None]
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from wantrain import geometry
 from wantrain.batch import Batch
-from wantrain.data import Conditions, LatentData, encode_shards
+from wantrain.data import Conditions, DecodeOptions, EncodeOptions, Encoders, LatentData, encode_shards
 from wantrain.data.prefetch import prefetch
 from wantrain.data.shards import MANIFEST, SCHEMA, TarWriter, to_json
 from wantrain.util.files import write_json
@@ -62,17 +62,17 @@ def write_latents(videos: Path, folder: Path) -> None:
     encode_shards(
         videos,
         folder,
-        encode_pixels=lambda pixels: torch.randn(len(pixels), *SHAPE, generator=random),
-        encode_texts=lambda texts: [torch.randn(*TEXT, generator=random) for _ in texts],
+        Encoders(
+            encode_pixels=lambda pixels: torch.randn(len(pixels), *SHAPE, generator=random),
+            encode_texts=lambda texts: [torch.randn(*TEXT, generator=random) for _ in texts],
+            vae_fingerprint="random",
+            text_fingerprint="random",
+        ),
         sizes=geometry.Buckets((SHAPE[2] * SHAPE[3],), (SHAPE[3] / SHAPE[2],), 4),
         conditions=Conditions({}, None, **STRIDES),
-        model="any",
-        vae_fingerprint="random",
-        text_fingerprint="random",
-        rejects_limit=0.0,
-        shard_bytes=1 << 30,
-        shard_clips=CLIPS,
-        workers=1,
+        options=EncodeOptions(
+            "any", rejects_limit=0.0, shard_bytes=1 << 30, shard_clips=CLIPS, decode=DecodeOptions(workers=1)
+        ),
         read=lambda request: iter([np.zeros((SHAPE[1], SHAPE[2], SHAPE[3], 3), np.uint8)]),
     )
 

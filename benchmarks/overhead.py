@@ -27,7 +27,7 @@ from accelerate import Accelerator
 
 from wantrain import flow
 from wantrain.batch import Batch
-from wantrain.data import Plan
+from wantrain.data import BatchSampler
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer
 from wantrain.training.alternation import ExpertAlternation
@@ -128,7 +128,7 @@ class Ours:
             stepper=stepper,
             loss=FlowMatching(density="uniform", shift=3.0),
             schedule=Schedule("constant"),
-            plan=Plan(np.zeros(64, dtype=np.int64), batch_size=1, seed=SEED),
+            plan=BatchSampler(np.zeros(64, dtype=np.int64), batch_size=1, seed=SEED),
             steps=steps,
         )
         self.run_ = Run(

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from safetensors.numpy import save  # noqa: E402
 
 from wantrain import geometry  # noqa: E402
-from wantrain.data import LatentData, Plan, share  # noqa: E402
+from wantrain.data import BatchSampler, LatentData, share  # noqa: E402
 from wantrain.data.latents.index import Index, pack_identities, pack_ids  # noqa: E402
 from wantrain.data.shards import LATENT_SCHEMA, MANIFEST, TarWriter, describe_file  # noqa: E402
 from wantrain.util.files import write_json  # noqa: E402
@@ -98,12 +98,12 @@ def start(folder: Path) -> dict[str, float]:
     data = LatentData(shards=folder)
     if "--trace" in sys.argv:
         tracemalloc.start()
-    plan = Plan.of(data, batch_size=BATCH, seed=0)
+    plan = BatchSampler.of(data, batch_size=BATCH, seed=0)
     kept = tracemalloc.get_traced_memory()[0]
     data.load(plan.batch(0), range(BATCH))
     first = time.perf_counter()
     found = {"first": first - STARTED, "after_imports": first - imported, "memory": anonymous() - before, "plan": kept}
-    again = Plan.of(data, batch_size=BATCH, seed=0)
+    again = BatchSampler.of(data, batch_size=BATCH, seed=0)
     again.batch(LATE // BATCH)
     return {**found, "resume": time.perf_counter() - first}
 
@@ -147,7 +147,7 @@ def mixed() -> dict[str, Any]:
     work = (
         tokens * 6 * 14.3e9 + 12.0 * 40 * 5120 * tokens.astype(float) ** 2
     )  # linear layers, attention: forward+backward
-    plan, ranks = Plan(buckets, batch_size=16, seed=0), 8
+    plan, ranks = BatchSampler(buckets, batch_size=16, seed=0), 8
     steps = plan.steps_for_epochs(4)
     order = [plan.batch(step) for step in range(steps)]
     imbalance = 0.0

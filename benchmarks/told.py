@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wantrain import conditioning, geometry
-from wantrain.data import prepare_pixels
+from wantrain.data.footage.pixels import prepare_pixels
 from wantrain.demo.footage import Shot, draw_shot
 from wantrain.demo.judge import judge, scores
 from wantrain.masks import Mix

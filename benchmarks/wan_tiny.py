@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from wantrain import geometry
-from wantrain.data import prepare_pixels
-from wantrain.demo.footage import DIRECTIONS, VOCABULARIES, draw_shot
+from wantrain.data.footage.pixels import prepare_pixels
+from wantrain.demo.footage import draw_shot
 from wantrain.demo.judge import Verdict, judge, scores, spared_scenes
+from wantrain.demo.vocabulary import DIRECTIONS, VOCABULARIES
 from wantrain.models import Base, load_vae
 from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.build import build_sampler

@@ -160,7 +160,7 @@ class Buckets:
         for area in self.areas:
             sizes(area, self.multiple, self.aspects)
 
-    def told(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """For a manifest: plain values."""
         limit = self.upscale if math.isfinite(self.upscale) else None
         return {**vars(self), "areas": list(self.areas), "aspects": list(self.aspects), "upscale": limit}

@@ -79,7 +79,7 @@ def test_check_reads_every_byte_and_names_what_is_not_as_written(command, mine, 
     assert len(files) == 1 or f"{last.name} is missing" in ended.stderr
 
 
-# ------------------------------------------------------------------------------------------- R22: disks and clocks
+# ------------------------------------------------------------------------------------------- disks and clocks -----
 
 
 @pytest.mark.parametrize("command", ["shard.py", "encode.py"])

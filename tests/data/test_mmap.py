@@ -8,7 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from wantrain.data.mmap import DTYPES, tensors_in
+from wantrain.data.mmap import tensors_in
+from wantrain.util.tensor_dtypes import SAFETENSORS_DTYPES
+
+#: The dtypes that torch converts to; the library's writer lacks some others.
+SUPPORTED = {name: SAFETENSORS_DTYPES[name] for name in ("BF16", "F16", "F32", "BOOL", "U8", "I32", "I64", "U64")}
 
 
 def some():
@@ -16,7 +20,7 @@ def some():
     shapes = [(3, 5), (7,), (), (2, 0, 4), (1, 1, 3, 2)]
     return {
         f"{name}-{number}": (torch.rand(shape, generator=generator) * 200).to(dtype)
-        for name, dtype in DTYPES.items()
+        for name, dtype in SUPPORTED.items()
         for number, shape in enumerate(shapes)
     }
 

@@ -8,18 +8,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from wantrain.demo.footage import (
-    BACKGROUNDS,
-    COLOURS,
-    DIRECTIONS,
-    SHAPES,
-    VOCABULARIES,
-    Scene,
-    draw_shot,
-    is_spared,
-    make_footage,
-    signed_distance,
-)
+from wantrain.demo.footage import draw_shot, make_footage
+from wantrain.demo.scene import Scene, signed_distance
+from wantrain.demo.vocabulary import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, VOCABULARIES, is_spared
 
 SMALL = {"num_videos": 5, "num_images": 2}
 

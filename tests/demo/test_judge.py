@@ -7,8 +7,10 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from wantrain.demo.footage import DIRECTIONS, SHAPES, VOCABULARIES, Scene, is_spared, make_footage
+from wantrain.demo.footage import make_footage
 from wantrain.demo.judge import judge, scores, spared_scenes, wug_scenes
+from wantrain.demo.scene import Scene
+from wantrain.demo.vocabulary import DIRECTIONS, SHAPES, VOCABULARIES, is_spared
 
 PLAIN = VOCABULARIES["plain"]
 

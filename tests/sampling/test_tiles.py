@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wantrain.data import prepare_pixels
+from wantrain.data.footage.pixels import prepare_pixels
 from wantrain.demo.footage import make_footage
 from wantrain.models import load_vae
 from wantrain.sampling.tiles import Tiled, ramp, starts

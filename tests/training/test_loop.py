@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wantrain import config, flow
-from wantrain.data import Plan
+from wantrain.data import BatchSampler
 from wantrain.models import WanTransformer
 from wantrain.training.engine.optim import named_trainable
 from wantrain.util.seeds import generator_at, seed_at
@@ -23,7 +23,7 @@ def by_hand(tiny):
     the samples' order and the distribution of noise; and the model itself."""
     cfg = config.compose("train", [*tiny.train, *COMMAND])
     data = config.build(cfg.data)
-    plan = Plan(data.buckets, batch_size=BATCH, seed=SEED)
+    plan = BatchSampler(data.buckets, batch_size=BATCH, seed=SEED)
     torch.manual_seed(seed_at(SEED, "weights", "low_noise"))
     model = WanTransformer(**{key: value for key, value in cfg.model.transformer.items() if key != "_target_"})
     groups = {"hidden": [], "matrices": [], "others": []}

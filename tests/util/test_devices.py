@@ -57,7 +57,7 @@ def test_a_card_is_found_without_cuda(shown, tools, card, tmp_path):
 )
 def test_why_a_card_cannot_be_used_is_one_line_with_the_versions_and_the_mend(card, built_for, told, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    line = explain(card, built_for, words="torch said so")
+    line = explain(card, built_for, warning="torch said so")
     assert all(part in line for part in told), line
     assert "\n" not in line
 

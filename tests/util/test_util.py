@@ -78,10 +78,9 @@ def test_a_verb_that_works_alone_refuses_to_be_launched_as_several(monkeypatch):
 
 @pytest.mark.parametrize("above", ["file", "/proc/nowhere"])
 def test_a_folder_that_cannot_be_made_is_one_error_that_names_the_key(tmp_path, monkeypatch, above):
-    """R22."""
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(ValueError, match=rf"out={above}/deeper cannot be made \(.+\); give a folder that can be"):
+    with pytest.raises(ValueError, match=rf"out={above}/deeper cannot be created \(.+\); give another folder"):
         claim_folder(Path(above) / "deeper", sentinel=None, key="out")
 
 

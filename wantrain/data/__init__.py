@@ -1,34 +1,43 @@
-"""The data room: footage -> video shards -> latent shards -> batches in a planned order."""
+"""Data: footage -> video shards -> latent shards -> batches in a fixed order."""
 
-from wantrain.data.footage.pixels import prepare_pixels
-from wantrain.data.footage.probe import Footage
-from wantrain.data.footage.sharding import write_video_shards
+from wantrain.data.footage.clips import ClipOptions
+from wantrain.data.footage.decode_workers import DecodeOptions
+from wantrain.data.footage.sharding import ShardOptions, write_video_shards
 from wantrain.data.footage.sources import find_footage
 from wantrain.data.latents.conditioning import Conditions
 from wantrain.data.latents.encoding import encode_shards
+from wantrain.data.latents.options import EncodeOptions, Encoders
 from wantrain.data.loading.dataset import LatentData
 from wantrain.data.loading.mixture import MixedData, check_sets
 from wantrain.data.loading.pixel_dataset import PixelData
-from wantrain.data.loading.sampler import Plan, share
-from wantrain.data.prefetch import prefetch
-from wantrain.data.rejects import Reject
+from wantrain.data.loading.protocol import TrainingData
+from wantrain.data.loading.sampler import BatchSampler, share
 from wantrain.data.report import write_report
 from wantrain.data.shards import check_folder, read_manifest
 
+#: mypy checks here that every data set satisfies the protocol.
+DATA_SETS: tuple[type[TrainingData], ...] = (LatentData, MixedData, PixelData)
+
+#: The former name, until the last caller has changed.
+Plan = BatchSampler
+
 __all__ = [
+    "BatchSampler",
+    "ClipOptions",
     "Conditions",
-    "Footage",
+    "DecodeOptions",
+    "EncodeOptions",
+    "Encoders",
     "LatentData",
     "MixedData",
     "PixelData",
     "Plan",
-    "Reject",
+    "ShardOptions",
+    "TrainingData",
     "check_folder",
     "check_sets",
     "encode_shards",
     "find_footage",
-    "prefetch",
-    "prepare_pixels",
     "read_manifest",
     "share",
     "write_report",

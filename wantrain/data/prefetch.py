@@ -1,6 +1,6 @@
-"""Batches, or whatever else is loaded, ahead of the consumer: one thread that loads, in order.
+"""Prefetching: one thread loads batches, or other items, ahead of the consumer, in order.
 
-A thread, not processes: reading a mapped file and stacking arrays hold the interpreter only briefly, and a pipe to
+A thread, not a process: reading a mapped file and stacking arrays hold the interpreter lock only briefly, and a pipe to
 another process costs more than the work.
 """
 
@@ -16,21 +16,21 @@ T = TypeVar("T")
 
 
 def prefetch(requests: Iterator[Callable[[], T]], depth: int = 2) -> Prefetch[T]:
-    """Answer requests in order, one thread ahead of the consumer by up to `depth`; its errors are raised here."""
+    """Call the requests in order in a thread, up to `depth` results ahead; its errors are raised in the consumer."""
     return Prefetch(requests, depth)
 
 
 class Prefetch(Iterator[T], Generic[T]):
-    """Batches in order from one thread that loads ahead. `close` ends the thread; so do the last reference and exit.
+    """Results of requests, from a thread that runs ahead. `close`, losing the last reference, and exit end it.
 
-    The thread is waited for, because one that is inside torch while the interpreter is taken down aborts the process
-    with another exit code.
+    Ending waits for the thread: a thread inside torch while the interpreter shuts down would abort the process with
+    another exit code.
     """
 
     def __init__(self, requests: Iterator[Callable[[], T]], depth: int) -> None:
         self._ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=depth)
         stopped = threading.Event()
-        # The thread must not hold `self`, or it would never be the last reference that goes.
+        # The thread must not hold `self`, or the last reference would never be lost.
         thread = threading.Thread(target=_answer, args=(requests, self._ready, stopped), name="prefetch", daemon=True)
         self._thread = thread
         self.close = weakref.finalize(self, _end, thread, stopped)
@@ -46,15 +46,15 @@ class Prefetch(Iterator[T], Generic[T]):
         raise StopIteration if item is None else item
 
     def _next_item(self) -> T | BaseException | None:
-        """What comes next; ValueError if the thread is gone without a word, for then nothing ever would."""
+        """The next item; ValueError if the thread died without an error, since nothing would ever come."""
         while True:
             try:
                 return self._ready.get(timeout=1.0)
             except queue.Empty:
                 if not self._thread.is_alive() and self._ready.empty():
                     raise ValueError(
-                        "the thread that loads data is gone, and has left no batch; start the same command again: it "
-                        "goes on from what is finished"
+                        "the thread that loads data has ended without an error and without a batch; start the same "
+                        "command again: it continues from what is finished"
                     ) from None
 
 
@@ -63,7 +63,7 @@ def _answer(
     ready: queue.Queue[T | BaseException | None],
     stopped: threading.Event,
 ) -> None:
-    """The thread of a Prefetch: answers in order, then an error or None."""
+    """The thread of a Prefetch: puts results in order, then an error or None."""
 
     def put(item: T | BaseException | None) -> None:
         while not stopped.is_set():
@@ -79,7 +79,7 @@ def _answer(
             if stopped.is_set():
                 return
         put(None)
-    except BaseException as error:  # handed to the consumer, who raises it
+    except BaseException as error:  # raised in the consumer
         put(error)
 
 

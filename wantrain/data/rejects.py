@@ -1,20 +1,20 @@
-"""What a data stage does not use, with the reason; and which extensions count as footage."""
+"""Rejects: files and clips that a data stage does not use; and the file extensions of footage."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"))
-
-
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A file, or a clip of one, that is not used, and why: in full, and as one of a few `kind`s that are counted.
+    """A file or clip that is not used.
 
-    Only `bad` ones count towards rejects.limit.
+    reason  why, in full
+    bad     True if it counts towards rejects.limit
+    kind    one of a few categories, under which statistics count it
     """
 
     name: str

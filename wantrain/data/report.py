@@ -1,8 +1,8 @@
-"""report.html: what is in a finished folder of shards, as one page that holds all it shows.
+"""report.html: the content of a finished folder of shards, as one self-contained page.
 
-The totals are over everything; filmstrips and captions are of a fixed sample of clips, chosen by their names' hashes,
-so that the page stays small and shows the same clips each time. It is made from what lies in the folder: manifest,
-tars (of which only the JSON and the sampled clips are read), rejects.jsonl.
+Totals and histograms cover all clips. Filmstrips and captions show a fixed sample of clips, chosen by the hashes of
+their names, so that the page stays small and shows the same clips each time. The page is made from the folder alone:
+manifest, rejects.jsonl, and tars, of which only the JSON and the sampled clips are read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load
 from torch import Tensor
 
 from wantrain import page
 from wantrain.data.footage.pixels import read_sample
 from wantrain.data.footage.video_shards import VideoSample
 from wantrain.data.latents.index import captions_by_key
+from wantrain.data.mmap import tensors_in
 from wantrain.data.shards import MANIFEST, REJECTS, read_manifest
 from wantrain.page import Html
 from wantrain.util.console import say
@@ -34,14 +34,14 @@ from wantrain.util.seeds import seed_at
 from wantrain.video import Frames, filmstrip, jpeg, to_frames
 
 REPORT = "report.html"
-#: Clips that are shown, rejects that are named, rows of a histogram: what bounds the page's size.
+#: Limits of the page: clips shown, rejects listed by name, rows of a histogram.
 SHOWN, NAMED, ROWS = 48, 200, 24
-#: Height of a filmstrip, and frames in it.
+#: Height of a filmstrip in pixels, and its number of frames.
 CELL, COLUMNS = 80, 8
-#: Rows of text that a Wan transformer takes.
+#: Text tokens that a Wan transformer takes.
 TEXT_LENGTH = 512
-#: Numbers in a manifest that count nothing.
-_FACTS = {
+#: Manifest fields that are not counts.
+_NOT_COUNTS = {
     "schema",
     "temporal_stride",
     "spatial_stride",
@@ -56,13 +56,15 @@ _FACTS = {
 #: A word, or a character of a script that puts no space between words.
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
 
+#: A caption -> its number of tokens.
 CountTokens = Callable[[str], int]
-Decode = Callable[[Tensor], Tensor]
+#: Latents (B, C, T, H, W) -> pixels (B, 3, F, H, W) in [-1, 1].
+DecodeLatents = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """One sample of a tar: its JSON, and where its other member lies."""
+    """One sample of a tar: its JSON, and the tar and name of its other member."""
 
     key: str
     about: dict[str, Any]
@@ -70,7 +72,7 @@ class _Sample:
     member: str
 
     def content(self) -> bytes:
-        """The bytes of its other member."""
+        """The bytes of the other member."""
         with tarfile.open(self.tar) as tar:
             file = tar.extractfile(self.member)
             assert file is not None
@@ -78,17 +80,17 @@ class _Sample:
 
     @property
     def extension(self) -> str:
-        """Of the other member."""
+        """Extension of the other member."""
         return self.member.removeprefix(f"{self.key}.")
 
 
 def write_report(
-    folder: Path, kind: str, *, decode: Decode | None = None, count_tokens: CountTokens | None = None
+    folder: Path, kind: str, *, decode: DecodeLatents | None = None, count_tokens: CountTokens | None = None
 ) -> Path | None:
-    """Write report.html into a finished folder of `kind` ("video" or "latent"); None if it is there already.
+    """Write report.html into a finished folder of `kind`, "video" or "latent"; None if an up-to-date page exists.
 
-    `decode(latents) -> pixels in [-1, 1]` shows the clips of a latent folder too; `count_tokens(caption)` tells how
-    long captions are for the text encoder, before they are cut (without it words are counted).
+    With `decode` the page of a latent folder shows decoded clips. `count_tokens` gives the length of a caption for the
+    text encoder, before truncation; without it words are counted.
     """
     content_key = f"{file_hash(folder / MANIFEST)} {'decoded' if decode else 'text'}"
     out = folder / REPORT
@@ -125,12 +127,13 @@ def _samples(folder: Path, manifest: Mapping[str, Any]) -> Iterator[_Sample]:
                 file = tar.extractfile(info)
                 assert file is not None
                 about = json.loads(file.read())
-                told = {"captions": captions[key]} if key in captions else {}
-                yield _Sample(key, {**about, **told}, path, others[key])
+                if key in captions:
+                    about["captions"] = captions[key]
+                yield _Sample(key, about, path, others[key])
 
 
 def captions_of(about: Mapping[str, Any]) -> list[str]:
-    """The captions of a clip, whether it has one or several."""
+    """The captions of a clip, from `captions` or `caption`."""
     several = about.get("captions")
     if not several:
         return [str(about.get("caption", ""))]
@@ -138,7 +141,7 @@ def captions_of(about: Mapping[str, Any]) -> list[str]:
 
 
 def _clip_seconds(about: Mapping[str, Any]) -> float:
-    """Seconds of a video sample that its clips show; an image shows none."""
+    """Seconds of all clips of a video sample; 0 for an image."""
     frames = (window["num_frames"] for window in about["windows"])
     return sum((count if count > 1 else 0) for count in frames) / about["fps"]
 
@@ -146,7 +149,7 @@ def _clip_seconds(about: Mapping[str, Any]) -> float:
 def _totals(
     kind: str, manifest: Mapping[str, Any], samples: Sequence[_Sample], rejects: Sequence[Mapping[str, Any]]
 ) -> Html:
-    """The counts that add up, from the manifest and from what lies there."""
+    """The section of counts, from the manifest and the samples."""
     rows: list[tuple[str, str | int | float]] = [("clips", manifest["clips"]), ("rejects", len(rejects))]
     rows += [(name.replace("_", " "), value) for name, value in _numbers(manifest)]
     if kind == "video":
@@ -161,9 +164,9 @@ def _totals(
 
 
 def _numbers(manifest: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every count in a manifest, those of a ledger inside it too, in its order."""
+    """Every count in a manifest, also nested ones such as its statistics, in order."""
     for key, value in manifest.items():
-        if key in _FACTS:
+        if key in _NOT_COUNTS:
             continue
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{key}: ")
@@ -174,7 +177,7 @@ def _numbers(manifest: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 def _histograms(
     kind: str, manifest: Mapping[str, Any], samples: Sequence[_Sample], count_tokens: CountTokens | None
 ) -> Html:
-    """Buckets, lengths, captions: over all clips."""
+    """The section of histograms over all clips: buckets, lengths, captions."""
     if kind == "latent":
         shapes = Counter(str(sample.about["bucket"]) for sample in samples)
         lengths = Counter(int(str(sample.about["bucket"]).split("x")[0]) for sample in samples)
@@ -195,33 +198,33 @@ def _histograms(
 
 
 def _most(counts: Mapping[str, int]) -> dict[str, int]:
-    """At most ROWS entries: the largest in the order given, the others together."""
-    kept = set(sorted(counts, key=lambda name: -counts[name])[: ROWS - 1]) if len(counts) > ROWS else set(counts)
-    rest = sum(count for name, count in counts.items() if name not in kept)
-    return {name: count for name, count in counts.items() if name in kept} | ({"others": rest} if rest else {})
+    """At most ROWS entries: the largest in their given order, and the sum of the others."""
+    largest = set(sorted(counts, key=lambda name: -counts[name])[: ROWS - 1]) if len(counts) > ROWS else set(counts)
+    rest = sum(count for name, count in counts.items() if name not in largest)
+    return {name: count for name, count in counts.items() if name in largest} | ({"others": rest} if rest else {})
 
 
 def _caption_lengths(samples: Sequence[_Sample], count_tokens: CountTokens | None) -> Html:
-    """Captions by length: in tokens against what the model takes, or else in words."""
+    """Histogram of caption lengths, in tokens, or in words without `count_tokens`."""
     captions = [caption for sample in samples for caption in captions_of(sample.about)]
     count = count_tokens or (lambda caption: len(_WORDS.findall(caption)))
-    known = {caption: count(caption) for caption in dict.fromkeys(captions)}
-    lengths = np.array([known[caption] for caption in captions] or [0])
+    length_of = {caption: count(caption) for caption in dict.fromkeys(captions)}
+    lengths = np.array([length_of[caption] for caption in captions] or [0])
     edges = [0, 16, 32, 64, 128, 256, TEXT_LENGTH + 1, max(TEXT_LENGTH + 2, int(lengths.max()) + 1)]
     counted, _ = np.histogram(lengths, bins=edges)
     labels = [*(f"{low} to {high - 1}" for low, high in pairwise(edges[:-1])), f"{edges[-2]} and more"]
-    told = dict(zip(labels, counted.tolist(), strict=True))
+    bars = dict(zip(labels, counted.tolist(), strict=True))
     cut = int((lengths > TEXT_LENGTH).sum())
     unit = "tokens" if count_tokens else "words"
     over = f"{cut} of {len(captions)} are longer than {TEXT_LENGTH} tokens and are cut there; " if count_tokens else ""
     empty = sum(not caption for caption in captions)
     return page.bars(
-        f"Captions by {unit}", told, note=f"{over}the longest has {int(lengths.max())} {unit}; {empty} are empty"
+        f"Captions by {unit}", bars, note=f"{over}the longest has {int(lengths.max())} {unit}; {empty} are empty"
     )
 
 
 def _rejects(rejects: Sequence[Mapping[str, Any]]) -> Html:
-    """Rejects by reason, and the first of them by name."""
+    """The section of rejects: counts by reason, and the first ones by name."""
     reasons = Counter(str(row["reason"]) for row in rejects)
     by_reason = [(count, reason) for reason, count in reasons.most_common(ROWS)]
     named = [(str(row["name"]), str(row["reason"])) for row in rejects[:NAMED]]
@@ -235,8 +238,8 @@ def _rejects(rejects: Sequence[Mapping[str, Any]]) -> Html:
     )
 
 
-def _clips(kind: str, samples: Sequence[_Sample], decode: Decode | None) -> Html:
-    """The sampled clips, each with a filmstrip if it can be seen, its captions and where it comes from."""
+def _clips(kind: str, samples: Sequence[_Sample], decode: DecodeLatents | None) -> Html:
+    """The section of sampled clips, each with a filmstrip if available, its captions and its source."""
     places = [(sample, i) for sample in samples for i in range(len(sample.about.get("windows", [None])))]
     chosen = heapq.nsmallest(SHOWN, places, key=lambda place: seed_at("report", place[0].key, place[1]))
     chosen.sort(key=lambda place: (place[0].key, place[1]))
@@ -254,8 +257,8 @@ def _clips(kind: str, samples: Sequence[_Sample], decode: Decode | None) -> Html
     return page.section("Clips", page.paragraph(note, quiet=True), page.element("div", *shown, class_="row"))
 
 
-def _strip(sample: _Sample, number: int, decode: Decode | None) -> Html:
-    """A filmstrip of one clip; where it cannot be read, the reason."""
+def _strip(sample: _Sample, number: int, decode: DecodeLatents | None) -> Html:
+    """A filmstrip of one clip, or the reason why it cannot be read."""
     try:
         frames = _decoded(sample, decode) if decode else _window(sample, number)
     except ValueError as error:
@@ -263,9 +266,10 @@ def _strip(sample: _Sample, number: int, decode: Decode | None) -> Html:
     return page.picture(jpeg(filmstrip(frames, columns=COLUMNS, cell=CELL)), sample.key)
 
 
-def _decoded(sample: _Sample, decode: Decode) -> Frames:
-    """The frames that a clip's latents decode to."""
-    return to_frames(decode(load(sample.content())["latents"][None].float())[0])
+def _decoded(sample: _Sample, decode: DecodeLatents) -> Frames:
+    """The frames that a clip's stored latents decode to."""
+    latents_CTHW = tensors_in(memoryview(bytearray(sample.content())))["latents"]
+    return to_frames(decode(latents_CTHW[None].float())[0])
 
 
 def _window(sample: _Sample, number: int) -> Frames:

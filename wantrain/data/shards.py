@@ -1,8 +1,8 @@
-"""Shards on disk: WebDataset tars of videos or of latents, each folder with a manifest that is written last.
+"""Shards on disk: folders of WebDataset tars of videos or latents, with a manifest that is written last.
 
-A folder without manifest.json is not finished. Tars are written beside their name and renamed, hold no pickle, and
-have the same bytes for the same input. Readers check a shard's hash before they use it, because a tar that was cut
-short reads as a shorter epoch without an error.
+A folder without manifest.json is not finished. Tars are written under a temporary name and renamed, hold no pickle, and
+have the same bytes for the same input. Readers check hashes, because a truncated tar reads as a shorter one without
+an error.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from wantrain.util.console import say
 from wantrain.util.files import claim_folder, file_hash, sync_file, write_atomically
 from wantrain.util.renamed import upgraded_fields
 
-#: Versions of the two formats: of folders of videos, and of folders of latents.
+#: Format versions of folders of video shards and of latent shards.
 SCHEMA = 2
 LATENT_SCHEMA = 2
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
-#: The lists of a manifest that describe files.
+#: Manifest fields that list files.
 FILES = ("shards", "text_shards", "files")
 MADE_BY = {"video": "shard.py", "latent": "encode.py"}
 
 
 class TarWriter:
-    """One tar, written at `beside` and given its name by `finish`; left without that, it is removed.
+    """Writes a tar at the path `partial`; `finish` renames it, and leaving the `with` without `finish` removes it.
 
-    Equal samples give equal bytes. ValueError says what the disk refuses.
+    Equal samples give equal bytes. ValueError if the disk refuses to write.
     """
 
-    def __init__(self, beside: Path) -> None:
-        self.beside, self.samples = beside, 0
-        # TarInfo leaves time and owner at zero.
-        self._tar = tarfile.open(beside, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+    def __init__(self, partial: Path) -> None:
+        self.partial, self.samples = partial, 0
+        # TarInfo leaves time and owner at zero, so equal content gives equal bytes.
+        self._tar = tarfile.open(partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def __enter__(self) -> TarWriter:
         return self
@@ -51,43 +51,43 @@ class TarWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.beside.exists():
-            with suppress(OSError):  # what is buffered may not fit either
+        if self.partial.exists():
+            with suppress(OSError):  # the disk may be too full for the buffered bytes
                 self._tar.close()
-            self.beside.unlink()
+            self.partial.unlink()
 
     @property
     def size(self) -> int:
-        """Bytes so far."""
+        """Bytes written so far."""
         return self._tar.offset
 
     def write(self, key: str, members: Mapping[str, bytes]) -> dict[str, tuple[int, int]]:
-        """Add one sample, its members by extension; (offset, size) of each one's content."""
+        """Add a sample, given as members by extension; returns (offset, size) of each member's content."""
         places = {}
         for extension, content in members.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(content)
-            with disk_errors(self.beside):
+            with disk_errors(self.partial):
                 self._tar.addfile(info, io.BytesIO(content))
-            # The content ends at the last whole block; it began right after the header.
+            # The content fills whole blocks, right before the current offset.
             padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             places[extension] = (self._tar.offset - padded, len(content))
         self.samples += 1
         return places
 
     def finish(self, final: Path) -> dict[str, Any]:
-        """Sync, rename to `final`; returns what a manifest says about the tar."""
-        with disk_errors(self.beside):
+        """Sync and rename to `final`; returns the manifest's row about the tar."""
+        with disk_errors(self.partial):
             self._tar.close()
-            sync_file(self.beside)
-            row = {**describe_file(self.beside), "name": final.name, "samples": self.samples}
-            self.beside.replace(final)
+            sync_file(self.partial)
+            row = {**describe_file(self.partial), "name": final.name, "samples": self.samples}
+            self.partial.replace(final)
         return row
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """What the disk refuses is one error for people, with its fix."""
+    """Turn an OSError of writing `path` into a ValueError with the fix."""
     try:
         yield
     except OSError as error:
@@ -99,16 +99,17 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """A JSON object as bytes, the same for the same value."""
+    """A JSON object as bytes; equal objects give equal bytes."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
 
 
 def write_rejects(
     out: Path, rejects: list[Reject], total: int, limit: float, unit: str, identities: list[str] | None = None
 ) -> None:
-    """Write rejects.jsonl, say the first; ValueError if the bad ones' share of `total` is above `limit`, or all go.
+    """Write rejects.jsonl and print the first rejects.
 
-    `identities` are noted beside, where rejects are known again by them.
+    `unit` names what is counted in messages, "file" or "clip". `identities` are stored with the rejects, so that a
+    later run recognises them. ValueError if the share of bad ones in `total` is above `limit`, or if all are rejected.
     """
     rows = [{"name": reject.name, "reason": reject.reason} for reject in rejects]
     for row, identity in zip(rows, identities or [], strict=False):
@@ -126,23 +127,23 @@ def write_rejects(
             "fix or remove them, or raise rejects.limit"
         )
     if len(rejects) == total:
-        raise ValueError(f"all {total} {unit}s are rejected; the reasons are in {out / REJECTS}")
+        raise ValueError(f"all {total} {unit}s are rejected, so nothing is left; the reasons are in {out / REJECTS}")
 
 
 def claim(
     out: Path, kind: str, settings: Mapping[str, Any], *, same_footage: Callable[[], bool]
 ) -> dict[str, Any] | None:
-    """The manifest of `out`, made with these settings or with other footage; None, and claimed, if it is not finished.
+    """Claim `out` for shards of this kind; returns the manifest of a finished run, or None without one.
 
-    `same_footage` says if an earlier run had some of the files. ValueError if the folder holds something else, or the
-    same kind of shards made with other settings.
+    The finished run must have the same settings, except that its footage may differ if `same_footage()`: if it has some
+    files in common. ValueError for a folder that holds something else, or shards made with other settings.
     """
     if not (out / MANIFEST).is_file():
         claim_folder(out, sentinel=REJECTS, key="out")
-        write_atomically(out / REJECTS, "")  # from here on the folder is ours, also after a kill
+        write_atomically(out / REJECTS, "")  # marks the folder as ours, even after a kill
         return None
-    if load_manifest(out).get("kind") != kind:
-        raise ValueError(f"out={out} holds shards of another kind; give another out=")
+    if (other := load_manifest(out).get("kind")) != kind:
+        raise ValueError(f"out={out} holds {other} shards, not {kind} shards; give another out=")
     manifest = read_manifest(out, kind)
     differing = [key for key in settings if manifest["settings"].get(key) != settings[key]]
     if differing and not (differing == ["footage"] and same_footage()):
@@ -152,7 +153,7 @@ def claim(
 
 
 def is_whole(out: Path, manifest: Mapping[str, Any]) -> bool:
-    """True if all files of a manifest are there in full size."""
+    """True if all files of a manifest exist in full size."""
     return all(_has_size(out, file) for file in files_of(manifest))
 
 
@@ -162,14 +163,14 @@ def _has_size(out: Path, file: Mapping[str, Any]) -> bool:
 
 
 def _change(key: str, before: Any, now: Any) -> str:
-    """One difference between settings, for people: hashes are not shown."""
+    """A changed setting in words; hashes are not shown."""
     if key in {"footage", "shards"}:
         return "footage: other files altogether" if key == "footage" else "shards: other video shards"
     return f"{key}: {before} -> {now}"
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
-    """The manifest of a finished folder of `kind` ("video" or "latent"); ValueError says which command to run."""
+    """The manifest of a finished folder of `kind`, "video" or "latent"; ValueError names the command to run."""
     command = MADE_BY[kind]
     if not (folder / MANIFEST).is_file():
         what = "is not finished" if (folder / REJECTS).exists() else "holds no shards"
@@ -188,22 +189,23 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, of any kind and version, with the field names of today. ValueError if it is damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / MANIFEST} is damaged ({error}); make the shards again") from error
     if not isinstance(manifest, dict):
-        raise ValueError(f"{folder / MANIFEST} is no JSON object; make the shards again")
+        raise ValueError(f"{folder / MANIFEST} is not a JSON object; make the shards again")
     return upgraded_fields(manifest, renamed.MANIFEST)
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """What a manifest says about a file beside it: name, bytes, sha256."""
+    """The manifest's row about a file: name, bytes, sha256."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def check_shards(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = True) -> None:
-    """Raise ValueError if a file is absent or not what was written: by size, and by hash too if `hashes`."""
+    """Raise ValueError if a file is absent or damaged: by its size, and with `hashes` also by its hash."""
     for file in files_of(manifest):
         path = folder / file["name"]
         size = path.stat().st_size if path.is_file() else None
@@ -213,9 +215,9 @@ def check_shards(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = Tr
 
 
 def check_folder(folder: Path) -> None:
-    """Read every file of a finished folder of either kind and say so; ValueError names all that are damaged."""
+    """Check every file of a finished folder by its hash and print the result; ValueError names all damaged files."""
     if not (folder / MANIFEST).is_file():
-        read_manifest(folder, "latent")  # says what is missing
+        read_manifest(folder, "latent")  # raises with what is missing
     manifest = read_manifest(folder, str(load_manifest(folder).get("kind")))
     files, damage = files_of(manifest), []
     for file in tqdm(files, desc="check", unit="file", disable=not distributed.is_main()):
@@ -230,5 +232,5 @@ def check_folder(folder: Path) -> None:
 
 
 def files_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a manifest says about every file beside it: name, bytes, sha256."""
+    """A manifest's rows about all files: name, bytes, sha256."""
     return [file for group in FILES for file in manifest.get(group, [])]

@@ -1,8 +1,8 @@
-"""What a clip of procedural footage shows, read off its pixels: colour, shape, direction of motion.
+"""Measures what a clip of procedural footage shows: colour, shape and direction of motion, from its pixels.
 
-Plain image analysis, no learned part, so that it can judge a model: the shape is what has hue (backgrounds are grey),
-its colour the hue most of it has, its form the outline that overlaps best once place and area are taken out, its
-direction the line its centre follows. It knows the demo's vocabulary and nothing about the model or the prompt.
+Plain image analysis without a learned part, so that it can judge a model. The shape is the region with hue, since
+backgrounds are grey. Its colour is its most frequent hue; its form, the known outline with the largest overlap at equal
+centre and area; its direction, that of its centre. The judge knows the demo's vocabulary, not the model or the prompt.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from wantrain.demo.footage import COLOURS, DIRECTIONS, SHAPES, VOCABULARIES, WUG, Scene, is_spared, signed_distance
+from wantrain.demo.scene import Scene, signed_distance
+from wantrain.demo.vocabulary import COLOURS, DIRECTIONS, SHAPES, VOCABULARIES, WUG, is_spared
 from wantrain.video import Frames
 
 Floats = NDArray[np.float64]
 
-#: Chroma (largest minus smallest channel, of 255) below which a clip shows nothing.
+#: Chroma (largest minus smallest channel, of 255) below which a clip shows no shape.
 LEAST_CHROMA = 40.0
-#: Way of the centre over the whole clip, as a share of the shorter side, below which it stands still.
-LEAST_WAY = 0.08
-#: The grid on which outlines are compared: it spans this many radii of the disc of equal area, with this many points.
+#: Distance that the centre travels in a clip, as a share of the shorter side, below which the shape stands still.
+LEAST_TRAVEL = 0.08
+#: The grid on which outlines are compared: half its side in radii of the disc of equal area, and its points per side.
 SPAN, POINTS = 2.2, 56
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a clip shows; "" where nothing can be told. `overlap` is the share by which the outline fits `shape`."""
+    """What a clip shows; "" where it cannot be determined. `overlap` is the outline's overlap (IoU) with `shape`."""
 
     colour: str
     shape: str
@@ -40,7 +41,7 @@ class Verdict:
     overlap: float
 
     def agrees(self, scene: Scene) -> dict[str, bool]:
-        """Which of colour, shape and direction are those of `scene`; a wug's colours are part of its shape."""
+        """Which of colour, shape and direction match `scene`; a wug's colours are part of its shape."""
         return {
             "colour": self.colour == ("wug" if scene.shape == "wug" else scene.colour),
             "shape": self.shape == scene.shape,
@@ -49,10 +50,10 @@ class Verdict:
 
 
 def judge(frames: Frames) -> Verdict:
-    """Read uint8 frames (F, H, W, 3) with one shape of the plain vocabulary, or a wug, over a grey background."""
+    """Judge uint8 frames (F, H, W, 3) of one shape of the plain vocabulary, or a wug, over a grey background."""
     levels = frames.astype(float)
     chroma = levels.max(-1) - levels.min(-1)
-    # The shape covers a thirtieth of the picture or more: its own chroma is what the best fiftieth has.
+    # The shape covers at least a thirtieth of the picture, so the 98 % quantile is its chroma.
     peak = float(np.quantile(chroma, 0.98))
     if peak < LEAST_CHROMA:
         return Verdict("", "", "", 0.0)
@@ -72,10 +73,10 @@ def judge(frames: Frames) -> Verdict:
 
 
 def spared_scenes(count: int) -> list[tuple[Scene, str]]:
-    """`count` scenes, with a language each, that plain footage never shows: what a trained model is asked for.
+    """`count` scenes, each with a language, that plain footage never shows: prompts for testing a trained model.
 
-    Every spared combination in turn, backgrounds and languages going round; size and place are a prompt's to leave
-    open. The same scenes whoever asks.
+    Takes every spared combination in turn, and cycles through backgrounds and languages; prompts leave size and place
+    open. Always the same scenes.
     """
     words = VOCABULARIES["plain"]
     spared = [
@@ -85,17 +86,17 @@ def spared_scenes(count: int) -> list[tuple[Scene, str]]:
         for colour in words.colours
         if is_spared(shape, colour, direction)
     ]
-    return [_asked(*spared[i % len(spared)], turn=i % len(spared) + i // len(spared)) for i in range(count)]
+    return [_test_scene(*spared[i % len(spared)], turn=i % len(spared) + i // len(spared)) for i in range(count)]
 
 
 def wug_scenes(count: int) -> list[tuple[Scene, str]]:
-    """`count` scenes of the made-up thing, with a language each: directions, backgrounds and languages going round."""
-    ways = list(DIRECTIONS)
-    return [_asked("wug", WUG[0], ways[i % len(ways)], turn=i % len(ways) + i // len(ways)) for i in range(count)]
+    """`count` scenes of a wug, each with a language; cycles through directions, backgrounds and languages."""
+    directions, size = list(DIRECTIONS), len(DIRECTIONS)
+    return [_test_scene("wug", WUG[0], directions[i % size], turn=i % size + i // size) for i in range(count)]
 
 
-def _asked(shape: str, colour: str, direction: str, *, turn: int) -> tuple[Scene, str]:
-    """A scene on the background and in the language whose `turn` it is."""
+def _test_scene(shape: str, colour: str, direction: str, *, turn: int) -> tuple[Scene, str]:
+    """A scene and a language; `turn` chooses background and language."""
     backgrounds = VOCABULARIES["plain"].backgrounds
     background = backgrounds[turn // 2 % len(backgrounds)]
     band = WUG[1] if shape == "wug" else ""
@@ -104,14 +105,14 @@ def _asked(shape: str, colour: str, direction: str, *, turn: int) -> tuple[Scene
 
 
 def scores(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, float]:
-    """The share of clips whose colour, shape and direction (and all three) are those of their scene."""
+    """The share of clips whose colour, shape, direction, and all three match their scene."""
     agreements = [verdict.agrees(scene) for verdict, scene in zip(verdicts, scenes, strict=True)]
-    told = {what: float(np.mean([each[what] for each in agreements])) for what in ("colour", "shape", "direction")}
-    return {**told, "all": float(np.mean([all(each.values()) for each in agreements]))}
+    shares = {what: float(np.mean([each[what] for each in agreements])) for what in ("colour", "shape", "direction")}
+    return {**shares, "all": float(np.mean([all(each.values()) for each in agreements]))}
 
 
 def _colour_shares(pixels: Floats) -> dict[str, float]:
-    """The share of pixels (n, 3) whose hue is nearest to each colour's."""
+    """The share of pixels (n, 3) whose hue is nearest to that of each colour."""
     names = sorted({*VOCABULARIES["plain"].colours, *WUG})
     hues = np.array([_hue(np.array(COLOURS[name][1], dtype=float)) for name in names])
     far = np.abs(_hue(pixels)[:, None] - hues)
@@ -125,7 +126,7 @@ def _hue(rgb: Floats) -> Floats:
 
 
 def _normalised(soft: Floats, centre: Floats, radius: float) -> Floats:
-    """The cover (H, W) around `centre` (row, column) with `radius` for a unit: (POINTS, POINTS)."""
+    """Resample the cover (H, W) around `centre` (row, column), in units of `radius`: (POINTS, POINTS)."""
     height, width = soft.shape
     steps = np.linspace(-SPAN, SPAN, POINTS) * radius
     rows, columns = (centre[0] + steps) / height * 2 - 1, (centre[1] + steps) / width * 2 - 1
@@ -136,7 +137,7 @@ def _normalised(soft: Floats, centre: Floats, radius: float) -> Floats:
 
 @cache
 def _templates() -> dict[str, NDArray[np.bool_]]:
-    """Each shape's outline on the comparison grid, its centre of area in the middle, its area that of the disc."""
+    """Each shape's outline on the comparison grid, with its centroid in the middle and the area of the unit disc."""
     fine = np.linspace(-1.2, 1.2, 400)
     y, x = np.meshgrid(fine, fine, indexing="ij")
     steps = np.linspace(-SPAN, SPAN, POINTS)
@@ -151,7 +152,7 @@ def _templates() -> dict[str, NDArray[np.bool_]]:
 
 
 def _best_shape(outline: NDArray[np.bool_], two_tone: bool) -> tuple[str, float]:
-    """The shape whose outline shares most of its area with `outline`; only two-tone things can be wugs."""
+    """The shape whose outline has the largest IoU with `outline`, and that IoU; only two-tone shapes can be wugs."""
     names = [*VOCABULARIES["plain"].shapes, *(["wug"] if two_tone else [])]
     overlaps = {
         name: float((outline & _templates()[name]).sum() / (outline | _templates()[name]).sum()) for name in names
@@ -161,12 +162,12 @@ def _best_shape(outline: NDArray[np.bool_], two_tone: bool) -> tuple[str, float]
 
 
 def _direction(centres: Floats, short: int) -> str:
-    """The direction that centres (frames, 2: row and column) go in; "" for a slanting way."""
+    """The direction of motion of the centres (frames, 2), row and column; "" for a diagonal one."""
     if len(centres) < 2:
         return "still"
     time = np.linspace(-0.5, 0.5, len(centres))
     down, right = (time @ (centres - centres.mean(axis=0))) / (time @ time) / short
-    if max(abs(down), abs(right)) < LEAST_WAY:
+    if max(abs(down), abs(right)) < LEAST_TRAVEL:
         return "still"
     if min(abs(down), abs(right)) > 0.6 * max(abs(down), abs(right)):
         return ""

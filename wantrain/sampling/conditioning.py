@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wantrain import conditioning, geometry
 from wantrain.conditioning import Condition, check_way
-from wantrain.data.footage.clips import Cut, VideoInfo, Window, cut_windows
+from wantrain.data.footage.clips import ClipOptions, VideoInfo, Window, cut_windows
 from wantrain.data.footage.probe import check_mask, probe, read_mask_windows, read_windows
 from wantrain.masks import painted
 from wantrain.video import Frames, to_pixels
@@ -203,7 +203,7 @@ def _read_video(
         raise ValueError(f"video={video} is a picture; give image=FILE")
     _check_aspect("video", video, (found.height, found.width), aspect)
     geometry.check_num_frames(num_frames, key="keep")
-    longest = cut_windows(found, Cut(4 * 10**6 + 1, fps, clips="first"))[0].num_frames
+    longest = cut_windows(found, ClipOptions(4 * 10**6 + 1, fps, clips="first"))[0].num_frames
     if longest < num_frames:
         key = "num_frames" if sources.keep is None else "keep"
         raise ValueError(

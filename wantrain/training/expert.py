@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from wantrain.batch import Batch
-from wantrain.data import Plan
+from wantrain.data import BatchSampler
 from wantrain.losses import LossFunction
 from wantrain.models.formats.weights import read_file, write_file
 from wantrain.runs.folder import EMA
@@ -38,7 +38,7 @@ class ExpertTrainer:
     stepper: Stepper
     loss: LossFunction
     schedule: Schedule
-    plan: Plan
+    plan: BatchSampler
     steps: int
     ema: Ema | None = None
     folder: str = ""

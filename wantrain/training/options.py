@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wantrain.data import TrainingData
 from wantrain.losses import LossFunction
 from wantrain.models import Base
 from wantrain.runs.folder import RunFolder
@@ -16,7 +17,6 @@ from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.batching import Batching
 from wantrain.training.engine.optim import MakeOptimizer, Schedule
 from wantrain.training.engine.placement import Placement
-from wantrain.training.protocols import Data
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RunSetup:
     experts: Mapping[str, ExpertOptions]
     alternation: ExpertAlternation
     batching: Batching
-    data: Data
+    data: TrainingData
     base: Base
     placement: Placement
     folder: RunFolder

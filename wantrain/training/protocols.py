@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from wantrain.batch import Batch
-from wantrain.conditioning import Condition
-from wantrain.data.loading.sampler import Planned
-from wantrain.geometry import Bucket
 
 
 class Samples(Protocol):
     """What the loop asks of a data set: samples by number, for positions in the run."""
 
     def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> Batch: ...
-
-
-class Data(Samples, Planned, Protocol):
-    """What a run asks of a data set."""
-
-    fingerprint: str
-
-    def heldout_batches(self, count: int) -> list[Batch]: ...
-
-    def captions(self) -> list[str]: ...
-
-
-class Latents(Data, Protocol):
-    """What validation of a velocity asks besides, of the clips that are the positions of such batches, and previews."""
-
-    def train_batches(self, count: int) -> list[Batch]: ...
-
-    def examples(self, count: int) -> list[tuple[str, Bucket, Condition | None]]: ...
-
-    def groups_of(self, clips: Sequence[int]) -> list[int]: ...
-
-    def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]: ...
 
 
 class Hook(Protocol):

@@ -1,4 +1,4 @@
-"""Messages to the user: said once, by the main process; errors become one line and an exit code."""
+"""Messages to the user, printed by the main process only; errors as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from wantrain.util.distributed import is_main
 
 
 def say(message: str) -> None:
-    """Tell the user something, once: rank 0 only, on standard output, at once."""
+    """Print a message on rank 0 only, and flush."""
     if is_main():
         print(message, flush=True)
 
 
 @contextmanager
 def errors_to_exit_code() -> Iterator[None]:
-    """At the door of a program: a ValueError is one clear line for the user and exit code 2; the rest is a bug."""
+    """For the entry point of a program: print a ValueError as one line and exit with code 2; other errors are bugs."""
     try:
         yield
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Where a command computes: the device that was asked for, and why torch cannot use an NVIDIA card that is there.
+"""The device that a command computes on, and why torch cannot use an NVIDIA card that is present.
 
-The card is looked for without CUDA, in what the driver shows of itself: torch alone cannot tell a machine without a
-card from one whose CUDA does not work.
+The card is detected without CUDA, from the files of its driver: torch alone cannot distinguish a machine without a card
+from one whose CUDA does not work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from wantrain.util import distributed
 from wantrain.util.console import say
 
-#: Parameters from which on a transformer is trained on a CPU only if that is asked for: a step takes minutes there.
+#: A transformer with more parameters is trained on a CPU only with device=cpu: a step takes minutes there.
 LARGE = 1_000_000_000
 #: The oldest driver that runs programs built for each major version of CUDA on Linux (NVIDIA's CUDA release notes).
 OLDEST_DRIVER = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 65, 6)}
@@ -27,13 +27,13 @@ OLDEST_DRIVER = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 65, 6)}
 
 @dataclass(frozen=True)
 class Card:
-    """An NVIDIA card as the operating system shows it, with the version of its driver; None if no driver is loaded."""
+    """An NVIDIA card that the operating system shows; `driver` is its driver's version, None if no driver is loaded."""
 
     driver: str | None
 
 
 def find_card(root: Path = Path("/"), which: Callable[[str], str | None] = shutil.which) -> Card | None:
-    """The NVIDIA card of this machine, found without CUDA; None if nothing points to one."""
+    """The NVIDIA card of this machine, detected without CUDA; None if there is no sign of one."""
     version = root / "proc/driver/nvidia/version"
     if version.is_file():
         number = re.search(r"\b\d{3,}\.\d+(\.\d+)*\b", version.read_text(encoding="utf-8", errors="replace"))
@@ -42,22 +42,24 @@ def find_card(root: Path = Path("/"), which: Callable[[str], str | None] = shuti
 
 
 def choose(name: str, *, find: Callable[[], Card | None] = find_card) -> torch.device:
-    """`auto`, `cpu` or `cuda` (this process's own) as a device.
+    """The device for `auto`, `cpu` or `cuda` (this process's own GPU).
 
-    ValueError for a GPU that is not there or cannot be used. With `auto` the CPU takes its place; where there is a card
-    that torch cannot use, that is said in one line.
+    With `cuda`, ValueError if no GPU can be used. With `auto` the CPU is used then; if there is a card that torch
+    cannot use, a message says why.
     """
     if name == "cpu":
         return torch.device("cpu")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
-        for each in said:
+        for each in caught:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         return _own_gpu()
     card = None if _is_hidden() else find()
-    why = "" if card is None else explain(card, torch.version.cuda, words=" ".join(str(each.message) for each in said))
+    why = ""
+    if card is not None:
+        why = explain(card, torch.version.cuda, warning=" ".join(str(each.message) for each in caught))
     if name == "cuda":
         raise ValueError(f"device=cuda, but no GPU is visible{why and f': {why}'}; use device=cpu or device=auto")
     if why:
@@ -66,7 +68,7 @@ def choose(name: str, *, find: Callable[[], Card | None] = find_card) -> torch.d
 
 
 def _own_gpu() -> torch.device:
-    """The GPU of this process, made torch's current one; ValueError where a machine has fewer GPUs than processes."""
+    """Make this process's GPU torch's current one; ValueError if a machine has fewer GPUs than processes."""
     if distributed.local_rank() >= torch.cuda.device_count():
         raise ValueError(
             f"process {distributed.local_rank()} of this machine has no GPU of its own: {torch.cuda.device_count()} "
@@ -77,14 +79,14 @@ def _own_gpu() -> torch.device:
 
 
 def _is_hidden() -> bool:
-    """True if the user has hidden all cards from CUDA."""
+    """True if the user has hidden all GPUs from CUDA."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}
 
 
-def explain(card: Card, built_for: str | None, *, words: str = "") -> str:
-    """Why torch, built for CUDA `built_for` (None: built without), cannot use `card`, and the fix; one line.
+def explain(card: Card, built_for: str | None, *, warning: str = "") -> str:
+    """Why torch, built for CUDA `built_for` (None: without CUDA), cannot use `card`, and the fix, in one line.
 
-    `words` is what torch itself said.
+    `warning` is torch's own message.
     """
     version = f"torch {torch.__version__}"
     if card.driver is None:
@@ -107,7 +109,7 @@ def explain(card: Card, built_for: str | None, *, words: str = "") -> str:
     seen = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
     return (
         f"this machine has an NVIDIA card (driver {card.driver}{seen}), but {version} for CUDA {built_for} cannot use "
-        f"it{words and f' ({words})'}; compare what nvidia-smi shows"
+        f"it{warning and f' ({warning})'}; compare what nvidia-smi shows"
     )
 
 
@@ -115,10 +117,13 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
-def refuse_large(name: str, parameters: int, device: torch.device, asked: str) -> None:
-    """Raise ValueError if a transformer of so many parameters would be trained on a CPU that nobody asked for."""
-    if device.type == "cpu" and asked != "cpu" and parameters > LARGE:
+def refuse_large(name: str, parameters: int, device: torch.device, option: str) -> None:
+    """Raise ValueError if a transformer with more than `LARGE` parameters would train on a CPU without device=cpu.
+
+    `option` is the value of device=.
+    """
+    if device.type == "cpu" and option != "cpu" and parameters > LARGE:
         raise ValueError(
             f"{name} has {parameters / 1e9:.1f} billion parameters and no GPU can be used: on a CPU a training step "
-            "takes minutes to hours. Give device=cpu to do it all the same, or dry_run=true to see what it would be"
+            "takes minutes to hours. Give device=cpu to do it anyway, or dry_run=true to see the plan"
         )

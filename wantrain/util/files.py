@@ -1,4 +1,4 @@
-"""Files that are whole or absent: synced, hashed, written atomically; folders that are claimed before writing."""
+"""Files that are complete or absent: atomic writes, sync, hashes; and folders that are claimed before writing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wantrain.util.progress import report_progress
 
 
 def sync_file(path: Path) -> None:
-    """Make a file's content, or a folder's names, survive a power cut."""
+    """Flush a file's content, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -25,7 +25,7 @@ def sync_file(path: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hex; tells of its progress, for a checkpoint of 170 GB takes minutes."""
+    """sha256 of a file's bytes, in hex; reports progress, since a checkpoint of 170 GB takes minutes."""
     digest, chunk = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(chunk):
@@ -35,26 +35,26 @@ def file_hash(path: Path) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a kill leaves the old one or the new one, never half of either."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
+    """Write a small text file; a kill leaves the complete old file or the complete new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    partial.replace(path)
     sync_file(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """`write_atomically` for a JSON object, readable by people (indented, Unicode as it is)."""
+    """Write a JSON object atomically, indented and with Unicode characters as they are."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def claim_folder(folder: Path, *, sentinel: str | None, key: str) -> None:
-    """Make `folder` ours to write into, or refuse: it must be absent, empty, or hold the file `sentinel` (None:
-    no such).
+    """Create `folder` for writing. It must be absent or empty, or contain the file `sentinel` (None: absent or empty).
 
-    Hidden files do not count: they are our own locks and half-written files, which a kill may leave.
+    Hidden files do not count: they are our own locks and partial files, which a kill may leave. ValueError otherwise;
+    `key` is the config key of the folder.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{key}={folder} is a file; give a folder")
@@ -65,17 +65,17 @@ def claim_folder(folder: Path, *, sentinel: str | None, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{key}={folder} cannot be made ({error.strerror}); give a folder that can be") from error
+        raise ValueError(f"{key}={folder} cannot be created ({error.strerror}); give another folder") from error
 
 
 @functools.cache
 def made_by() -> str:
-    """What files say wrote them: this version, and the commit where it runs from a checkout."""
+    """The program's version for metadata of files, with the commit if it runs from a git checkout."""
     root = Path(wantrain.__file__).resolve().parent.parent
     commit = ""
     if (root / ".git").exists():
-        asked = subprocess.run(
+        process = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
         )
-        commit = f", commit {asked.stdout.strip()}" if asked.returncode == 0 else ""
+        commit = f", commit {process.stdout.strip()}" if process.returncode == 0 else ""
     return f"wantrain {wantrain.__version__}{commit}"

@@ -1,13 +1,14 @@
-"""Importing large libraries: when they are asked for, and without two messages of torchao's.
+"""Imports of large libraries without two irrelevant log messages of torchao.
 
-transformers imports torchao wherever it is installed, and peft imports transformers; of wantrain only
-optimizer=adamw_8bit asks for torchao. While it is imported, torchao 0.18 logs on every machine
+transformers imports torchao wherever it is installed, and peft imports transformers; in wantrain only
+optimizer=adamw_8bit uses torchao. When imported, torchao 0.18 logs on every machine
 
-  that its compiled kernels cannot be loaded: its wheel holds one built for another Python, and one that needs a GPU of
-  a certain kind. Nothing here calls them: its AdamW is written in torch operations;
-  that it registers two of its own enums with torch in a way that torch 2.13 deprecates: for its authors to change.
+  that its compiled kernels cannot be loaded: its wheel holds one built for another Python, and one that needs a certain
+  GPU. wantrain does not call them: torchao's AdamW is written in torch operations;
+  that it registers two of its own enums with torch in a way that torch 2.13 deprecates, which is for its authors to
+  change.
 
-Exactly these are dropped, and only while an import that was asked for goes on. All else that libraries log is shown.
+Only these two are suppressed, and only during such an import. All other messages of libraries are shown.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def _is_about_enums(record: logging.LogRecord) -> bool:
     return theirs and "is an Enum subclass and is now natively supported" in str(record.msg)
 
 
-#: What is dropped, by the name of the logger that says it.
-DROPPED: dict[str, Judge] = {"torchao": _is_about_kernels, "torch.utils._pytree": _is_about_enums}
+#: Suppressed messages, by the name of their logger.
+SUPPRESSED: dict[str, Judge] = {"torchao": _is_about_kernels, "torch.utils._pytree": _is_about_enums}
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around an import that may bring torchao with it: what stands in DROPPED is not logged."""
-    filters = {name: lambda record, known=known: not known(record) for name, known in DROPPED.items()}
+    """Around an import that may import torchao: the messages in SUPPRESSED are not logged."""
+    filters = {name: lambda record, judge=judge: not judge(record) for name, judge in SUPPRESSED.items()}
     for name, keeps in filters.items():
         logging.getLogger(name).addFilter(keeps)
     try:
@@ -53,9 +54,9 @@ def importing() -> Iterator[None]:
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
-    """True for a tensor that is laid out over processes.
+    """True for a tensor that is sharded over processes.
 
-    Asking imports nothing: torch.distributed.tensor takes a second, and where nobody has imported it there is none.
+    Does not import torch.distributed.tensor, which takes a second: without that import there are no such tensors.
     """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

@@ -1,4 +1,4 @@
-"""Progress of long work: code reports each unit of it, and a watchdog, for one, listens."""
+"""Progress of long work: code reports each step of it, and listeners, such as a watchdog, receive it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _listeners: list[Callable[[str], None]] = []
 
 
 def report_progress(doing: str) -> None:
-    """A unit of work is done and `doing` begins: whoever listens is told, a watchdog for one. Cheap: call it often."""
+    """Report to all listeners that the step `doing` begins. Cheap enough to be called often."""
     for listener in tuple(_listeners):
         listener(doing)
 
 
 @contextmanager
 def listening(listener: Callable[[str], None]) -> Iterator[None]:
-    """While active, `listener(doing)` is called at every `report_progress`, in the thread that made it."""
+    """Inside the `with`, every `report_progress` calls `listener(doing)`, in the reporting thread."""
     _listeners.append(listener)
     try:
         yield

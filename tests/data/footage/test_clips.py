@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from wantrain.data.footage.clips import Cut, VideoInfo, Window, cut_windows, frames_on_screen, spans
+from wantrain.data.footage.clips import ClipOptions, VideoInfo, Window, cut_windows, frames_on_screen, spans
 
 
 def probed(times, end):
@@ -24,51 +24,53 @@ def test_native_windows_show_a_files_own_frames():
     """Every frame once, whatever the rate, also where frames come irregularly."""
     times = np.cumsum(np.random.default_rng(0).uniform(0.01, 0.2, 53)) + 3.5
     found = probed(times, times[-1] + 0.1)
-    windows = cut_windows(found, Cut(17, None))
+    windows = cut_windows(found, ClipOptions(17, None))
     assert [shown(found, window) for window in windows] == [list(range(i * 17, i * 17 + 17)) for i in range(3)]
     assert all(window.native for window in windows)
-    (short,) = cut_windows(probed(times[:16], 9), Cut(17, None))
+    (short,) = cut_windows(probed(times[:16], 9), ClipOptions(17, None))
     assert shown(probed(times[:16], 9), short) == list(range(13))
     with pytest.raises(ValueError, match="less than 5 frames at its own rate"):
-        cut_windows(probed(times[:4], 9), Cut(17, None))
+        cut_windows(probed(times[:4], 9), ClipOptions(17, None))
 
 
 @pytest.mark.parametrize("stride", [2, 3])
 def test_a_stride_leaves_frames_out(stride):
     found = regular(100, 16)
     for fps in (16, None):
-        windows = cut_windows(found, Cut(9, fps, stride=stride))
+        windows = cut_windows(found, ClipOptions(9, fps, stride=stride))
         numbers = [number for window in windows for number in shown(found, window)]
         assert numbers == list(range(0, len(numbers) * stride, stride))
         # All that fits is there: the frames that are left are too few for one more clip.
         assert 100 - len(numbers) * stride < 9 * stride
     with pytest.raises(ValueError, match="less than 5 frames at 16 fps, every 30th taken"):
-        cut_windows(found, Cut(9, 16, stride=30))
+        cut_windows(found, ClipOptions(9, 16, stride=30))
 
 
 @pytest.mark.parametrize("fps", [16, None])
 def test_time_is_stretched_only_if_asked_for(fps):
     found = regular(10, 16)
-    (short,) = cut_windows(found, Cut(17, fps))
+    (short,) = cut_windows(found, ClipOptions(17, fps))
     assert (short.num_frames, short.stride) == (9, 1)
-    (stretched,) = cut_windows(found, Cut(17, fps, stretch=True))
+    (stretched,) = cut_windows(found, ClipOptions(17, fps, stretch=True))
     assert stretched.num_frames == 17
     numbers = shown(found, stretched)
     assert numbers == [int(k * 10 / 17 + 1e-6) for k in range(17)]
     assert spans(found, [stretched], fps or 16) == pytest.approx([10 / 16])
     # A file that is long enough is as it was.
-    assert cut_windows(regular(40, 16), Cut(17, fps, stretch=True)) == cut_windows(regular(40, 16), Cut(17, fps))
+    assert cut_windows(regular(40, 16), ClipOptions(17, fps, stretch=True)) == cut_windows(
+        regular(40, 16), ClipOptions(17, fps)
+    )
 
 
 def test_random_clips_are_drawn_by_seed_and_file():
     found = regular(64, 16)
     starts = [
-        cut_windows(found, Cut(17, 16, "random", seed=seed), name=f"{n}")[0].start
+        cut_windows(found, ClipOptions(17, 16, "random", seed=seed), name=f"{n}")[0].start
         for seed in (0, 1)
         for n in range(200)
     ]
     again = [
-        cut_windows(found, Cut(17, 16, "random", seed=seed), name=f"{n}")[0].start
+        cut_windows(found, ClipOptions(17, 16, "random", seed=seed), name=f"{n}")[0].start
         for seed in (0, 1)
         for n in range(200)
     ]
@@ -81,7 +83,8 @@ def test_random_clips_are_drawn_by_seed_and_file():
 def test_lengths_are_those_that_are_allowed():
     def lengths(count, **choices):
         return [
-            window.num_frames for window in cut_windows(regular(count, 16), Cut(81, 16, lengths=(17, 49), **choices))
+            window.num_frames
+            for window in cut_windows(regular(count, 16), ClipOptions(81, 16, lengths=(17, 49), **choices))
         ]
 
     assert lengths(48) == [17, 17]
@@ -89,8 +92,8 @@ def test_lengths_are_those_that_are_allowed():
     assert lengths(200) == [49] * 4
     with pytest.raises(ValueError, match=r"it lasts 1\.00 s, less than 17 frames at 16 fps"):
         lengths(16)
-    with pytest.raises(ValueError, match="is one frame, lengths"):
-        cut_windows(regular(1, 16), Cut(17, 16, lengths=(17,)))
+    with pytest.raises(ValueError, match="is one frame, and lengths"):
+        cut_windows(regular(1, 16), ClipOptions(17, 16, lengths=(17,)))
 
 
 @pytest.mark.parametrize("fps", [16, 24, None])
@@ -98,7 +101,7 @@ def test_lengths_are_those_that_are_allowed():
 def test_no_clip_goes_across_a_cut(fps, clips):
     found = regular(120, 24, start=1.0)
     cuts = [1 + 41 / 24, 1 + 44 / 24, 1 + 90 / 24]  # scenes of 41, 3, 46 and 30 frames
-    windows = cut_windows(found, Cut(9, fps, clips), scenes=cuts)
+    windows = cut_windows(found, ClipOptions(9, fps, clips), scenes=cuts)
     scene = np.searchsorted([41, 44, 90], np.arange(120), side="right")
     per_scene = [set(scene[shown(found, window, fps or 24)].tolist()) for window in windows]
     assert all(len(scenes) == 1 for scenes in per_scene)
@@ -107,7 +110,7 @@ def test_no_clip_goes_across_a_cut(fps, clips):
     assert clips == "all" or taken == [0, 2, 3]
     assert windows == sorted(windows, key=lambda window: window.start)
     with pytest.raises(ValueError, match="each of its scenes less than 5 frames"):
-        cut_windows(regular(12, 24), Cut(9, fps), scenes=[4 / 24, 8 / 24])
+        cut_windows(regular(12, 24), ClipOptions(9, fps), scenes=[4 / 24, 8 / 24])
 
 
 @pytest.mark.parametrize("fps", [8, 16, 24, None])
@@ -116,7 +119,7 @@ def test_no_clip_goes_across_a_cut(fps, clips):
 def test_seconds_of_clips_are_counted_once(rate, count, stride, fps):
     found = regular(count, rate, 0.5)
     try:
-        windows = cut_windows(found, Cut(17, fps, stride=stride))
+        windows = cut_windows(found, ClipOptions(17, fps, stride=stride))
     except ValueError:
         return
     covered = spans(found, windows, fps or found.rate)
@@ -133,14 +136,14 @@ def test_seconds_of_clips_are_counted_once(rate, count, stride, fps):
     [
         ({"num_frames": 16}, "num_frames=16 is not 4k"),
         ({"lengths": (5, 8)}, "lengths=8 is not 4k"),
-        ({"lengths": (33,)}, "none is within num_frames=17"),
+        ({"lengths": (33,)}, "all are longer than num_frames=17"),
         ({"clips": "last"}, "clips=last is unknown; choose one of all, first, middle, random"),
         ({"stride": 0}, "stride=0 must be 1 or more"),
     ],
 )
 def test_choices_that_are_none(choice, problem):
     with pytest.raises(ValueError, match=problem):
-        Cut(**{"num_frames": 17, "fps": 16, **choice})
+        ClipOptions(**{"num_frames": 17, "fps": 16, **choice})
 
 
 def test_a_window_survives_json():

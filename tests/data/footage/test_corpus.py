@@ -13,11 +13,12 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from shard_helpers import shard
 
-from wantrain.data import find_footage, read_manifest, write_video_shards
+from wantrain.data import find_footage, read_manifest
 from wantrain.data.footage import reader
 from wantrain.data.footage.clips import EPSILON
-from wantrain.data.footage.duplicates import look
+from wantrain.data.footage.duplicates import thumbnail
 from wantrain.data.footage.pixels import read_sample
 from wantrain.data.footage.probe import probe, read_whole
 from wantrain.data.footage.reader import Reader
@@ -127,13 +128,13 @@ def corpus(tmp_path_factory):
     return folder, reasons
 
 
-def shard(folder, out, **changes):
+def shard_all(folder, out, **changes):
     settings = {"model": "tiny", "num_frames": 17, "fps": FPS, "rejects_limit": 0.9, "shard_bytes": 1 << 20}
     found = find_footage(folder, caption_default="x")
     ended, manifest = threading.Event(), {}
 
     def run():
-        manifest.update(write_video_shards(*found, out, **{**settings, **changes}))
+        manifest.update(shard(None, out, found=found, **{**settings, **changes}))
         ended.set()
 
     threading.Thread(target=run, daemon=True).start()
@@ -186,7 +187,7 @@ def rejects_of(folder):
 
 def test_every_file_ends_as_right_frames_or_with_its_reason(corpus, tmp_path):
     folder, reasons = corpus
-    manifest = shard(folder, tmp_path / "out")
+    manifest = shard_all(folder, tmp_path / "out")
     rejects = rejects_of(tmp_path / "out")
     samples = {
         s.about["source"]: s for s in read_video_shards(tmp_path / "out", read_manifest(tmp_path / "out", "video"))
@@ -218,7 +219,7 @@ def test_from_every_mark_a_file_reads_on_as_from_its_start(corpus, monkeypatch):
     for name in (*GOOD, *COPIES, "claims_8k.mp4"):
         found = probe(folder / name)
         whole = list(read_whole(folder / name, found))
-        tried = Reader(folder / name, len(whole)).tried_seek_points(np.stack([look(frame) for frame in whole]))
+        tried = Reader(folder / name, len(whole)).tried_seek_points(np.stack([thumbnail(frame) for frame in whole]))
         marked[name] = [seek_point for seek_point in tried if seek_point is not None]
         for seek_point in marked[name]:
             onwards = Reader(folder / name, len(whole), [seek_point])
@@ -236,13 +237,13 @@ def test_too_many_of_them_stop_the_work(corpus, tmp_path):
     found = find_footage(folder, caption_default="x")
     settings = {"model": "tiny", "num_frames": 17, "fps": FPS, "shard_bytes": 1 << 20}
     with pytest.raises(ValueError, match=r"11 of \d+ files are bad, more than rejects\.limit=0\.1"):
-        write_video_shards(*found, tmp_path / "out", rejects_limit=0.1, **settings)
+        shard(None, tmp_path / "out", found=found, rejects_limit=0.1, **settings)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["h264.mp4", pytest.param("hevc.mp4", seek_points=pytest.mark.slow), "vp9.webm",
-                                  pytest.param("fragmented.mp4", seek_points=pytest.mark.slow),
-                                  pytest.param("av1_10.webm", seek_points=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("name", ["h264.mp4", pytest.param("hevc.mp4", marks=pytest.mark.slow), "vp9.webm",
+                                  pytest.param("fragmented.mp4", marks=pytest.mark.slow),
+                                  pytest.param("av1_10.webm", marks=pytest.mark.slow)])  # fmt: skip
 def test_a_file_that_is_cut_off_is_refused_or_right_as_far_as_it_goes(corpus, tmp_path, name):
     """Ten random places; of an mp4 the index stands in front, so that it looks whole."""
     folder, _ = corpus
@@ -256,7 +257,7 @@ def test_a_file_that_is_cut_off_is_refused_or_right_as_far_as_it_goes(corpus, tm
     for place in np.random.default_rng(0).integers(1, len(content), 10).tolist():
         (source / f"{place:06d}{whole.suffix}").write_bytes(content[:place])
     (source / "whole.mp4").write_bytes((folder / "h264.mp4").read_bytes())
-    manifest = shard(source, tmp_path / "out", rejects_limit=1.0)
+    manifest = shard_all(source, tmp_path / "out", rejects_limit=1.0)
     rejects = rejects_of(tmp_path / "out")
     for sample in read_video_shards(tmp_path / "out", read_manifest(tmp_path / "out", "video")):
         check_frames(sample, source / sample.about["source"])
@@ -291,7 +292,7 @@ def test_five_in_a_hundred_damaged_at_random(corpus, tmp_path):
             else:
                 content[place : place + 4096] = bytes(len(content[place : place + 4096]))
         (source / f"{number:03d}_{made}").write_bytes(content)
-    manifest = shard(source, tmp_path / "out", rejects_limit=0.1)
+    manifest = shard_all(source, tmp_path / "out", rejects_limit=0.1)
     check_ledger(manifest)
     samples = [s.about["source"] for s in read_video_shards(tmp_path / "out", read_manifest(tmp_path / "out", "video"))]
     assert samples == sorted(samples)

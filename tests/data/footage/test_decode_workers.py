@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from wantrain.data.footage import decode_workers
-from wantrain.data.footage.decode_workers import Damaged, Decoders, Job
+from wantrain.data.footage.decode_process import Damaged
+from wantrain.data.footage.decode_workers import Decoders, Job
 
 
 def frames_of(name, start):
@@ -98,7 +99,7 @@ def test_what_waits_is_bounded(least, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("how", ["sleeps", "opens a pipe that nobody writes to", "spins"])
 def test_a_file_that_hangs_its_decoder_is_given_up_and_the_others_are_not(how, tmp_path):
-    """R14: seen within the time and 5 s."""
+    """Seen within the time and 5 s."""
     os.mkfifo(tmp_path / "pipe")
 
     def hang(request):
@@ -153,7 +154,7 @@ def test_a_decoder_that_crashes_is_tried_again_once(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_workers_lose_nothing_and_repeat_nothing(workers):
-    """R15: kill -9 of decode workers in the middle of their files."""
+    """Kill -9 of decode workers in the middle of their files."""
     jobs = [job(n, 4, sleep=0.005) for n in range(40)]
     random = np.random.default_rng(workers)
     with Decoders(read, workers=workers, timeout=20) as decoders:

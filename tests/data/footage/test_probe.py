@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from wantrain.data import find_footage
-from wantrain.data.footage.clips import EPSILON, Cut, VideoInfo, Window, cut_windows, frames_on_screen
-from wantrain.data.footage.duplicates import look
+from wantrain.data.footage.clips import EPSILON, ClipOptions, VideoInfo, Window, cut_windows, frames_on_screen
+from wantrain.data.footage.duplicates import thumbnail
 from wantrain.data.footage.probe import probe, read_whole, read_windows
 from wantrain.data.footage.reader import Reader, SeekPoint
 
@@ -96,7 +96,7 @@ def test_a_clip_is_what_a_player_shows(videos, name, num_frames):
     found = probe(path)
     assert (found.height, found.width) == frames[0].shape[:2]
     np.testing.assert_allclose(found.times - found.times[0], times, atol=2e-3)
-    windows = cut_windows(found, Cut(num_frames, 16))
+    windows = cut_windows(found, ClipOptions(num_frames, 16))
     assert windows
     for window, clip in zip(windows, read_windows(path, found, windows, 16), strict=True):
         wanted = window.start - found.times[0] + np.arange(window.num_frames) / 16
@@ -143,7 +143,7 @@ def long(tmp_path_factory):
     path = tmp_path_factory.mktemp("long") / "long.mp4"
     encode(path, numbered(120), 24, "-pix_fmt", "yuv420p", "-bf", "3", "-g", "20", "-sc_threshold", "0")
     frames = list(read_whole(path, probe(path)))
-    seek_points = list(Reader(path, 120).tried_seek_points(np.stack([look(frame) for frame in frames])))
+    seek_points = list(Reader(path, 120).tried_seek_points(np.stack([thumbnail(frame) for frame in frames])))
     assert [seek_point.number for seek_point in seek_points] == [60]  # 48 or more from the start, and from one another
     return path, frames, seek_points
 
@@ -179,7 +179,7 @@ def test_where_a_seek_is_wrong_the_file_is_read_forwards(long, monkeypatch, lie)
     for first, clip in zip((3, 70, 100), read_windows(path, found, windows, 24, seek_points=seek_points), strict=True):
         np.testing.assert_array_equal(clip, np.stack(frames[first : first + 5]))
     assert asked == [60]  # and never again
-    thumbnails = np.stack([look(frame) for frame in frames])
+    thumbnails = np.stack([thumbnail(frame) for frame in frames])
     assert list(Reader(path, 120).tried_seek_points(thumbnails)) == [None]
 
 
@@ -200,14 +200,14 @@ def test_a_frame_that_looks_like_another_is_no_mark(tmp_path):
     frames = np.repeat(numbered(1), 120, axis=0)
     encode(tmp_path / "still.mp4", frames, 24, "-pix_fmt", "yuv420p", "-g", "20", "-crf", "30")
     shown = list(read_whole(tmp_path / "still.mp4", probe(tmp_path / "still.mp4")))
-    alike = np.stack([look(shown[0])] * 120)
+    alike = np.stack([thumbnail(shown[0])] * 120)
     assert list(Reader(tmp_path / "still.mp4", 120).tried_seek_points(alike)) == []
 
 
 def test_frames_at_a_constant_rate_are_those_of_arithmetic(videos):
     for name, fps in [("plain.mp4", 24), ("eight.mp4", 8), ("thirty.mp4", 30)]:
         found = probe(videos / name)
-        windows = cut_windows(found, Cut(9, 16))
+        windows = cut_windows(found, ClipOptions(9, 16))
         clips = list(read_windows(videos / name, found, windows, 16))
         shown = [number_in(frame) for clip in clips for frame in clip]
         assert shown == [i * fps // 16 for i in range(len(shown))]
@@ -301,9 +301,9 @@ def test_windows_fill_the_file_and_never_more(rate, count, fps, num_frames):
     held = len([k for k in range(10000) if k / fps < found.end - EPSILON])  # frames that the file's time holds
     if held < min(5, num_frames):
         with pytest.raises(ValueError, match="less than 5 frames"):
-            cut_windows(found, Cut(num_frames, fps))
+            cut_windows(found, ClipOptions(num_frames, fps))
         return
-    windows = cut_windows(found, Cut(num_frames, fps))
+    windows = cut_windows(found, ClipOptions(num_frames, fps))
     lengths = {window.num_frames for window in windows}
     assert len(lengths) == 1
     (length,) = lengths
@@ -312,9 +312,9 @@ def test_windows_fill_the_file_and_never_more(rate, count, fps, num_frames):
     for before, after in itertools.pairwise(windows):
         assert after.start - before.start == pytest.approx(length / fps)
     assert windows[-1].start + (length - 1) / fps < found.end
-    (first,) = cut_windows(found, Cut(num_frames, fps, clips="first"))
+    (first,) = cut_windows(found, ClipOptions(num_frames, fps, clips="first"))
     assert first == windows[0]
-    (middle,) = cut_windows(found, Cut(num_frames, fps, clips="middle"))
+    (middle,) = cut_windows(found, ClipOptions(num_frames, fps, clips="middle"))
     margins = middle.start, found.end - middle.start - length / fps
     assert abs(margins[0] - margins[1]) <= 2 / fps + 1e-6
 
@@ -323,7 +323,7 @@ def test_a_video_of_one_frame_is_an_image(tmp_path):
     encode(tmp_path / "one.mp4", numbered(1), 24, *H264)
     found = probe(tmp_path / "one.mp4")
     assert found.is_image
-    windows = cut_windows(found, Cut(17, 16))
+    windows = cut_windows(found, ClipOptions(17, 16))
     assert windows == [Window(0.0, 1)]
     (clip,) = read_windows(tmp_path / "one.mp4", found, windows, 16)
     assert clip.shape == (1, 48, 112, 3)
@@ -333,7 +333,7 @@ def test_a_long_file_is_read_in_several_sittings(videos, monkeypatch):
     """Memory is bounded by the sitting; what is read does not depend on it."""
     for name in ("cut_hevc.mp4", "eight.mp4"):
         found = probe(videos / name)
-        windows = cut_windows(found, Cut(5, 16))
+        windows = cut_windows(found, ClipOptions(5, 16))
         assert len(windows) > 4
         whole = list(read_windows(videos / name, found, windows, 16))
         monkeypatch.setattr("wantrain.data.footage.probe.READ_PASS_BYTES", 2 * whole[0].nbytes)
@@ -354,7 +354,7 @@ def test_no_reader_is_open_while_a_clip_is_used(videos, monkeypatch):
 
     monkeypatch.setattr("wantrain.data.footage.reader.decord.VideoReader", spy)
     found = probe(videos / "plain.mp4")
-    for _ in read_windows(videos / "plain.mp4", found, cut_windows(found, Cut(17, 16)), 16):
+    for _ in read_windows(videos / "plain.mp4", found, cut_windows(found, ClipOptions(17, 16)), 16):
         assert [reader for reader in opened if reader() is not None] == []
     assert len(opened) == 2
 
@@ -365,28 +365,6 @@ def test_the_frame_on_screen_is_the_last_that_has_begun():
     assert shown.tolist() == [0, 1, 1, 1, 1, 2, 3, 3, 3]
     # A container that rounds to milliseconds may begin a frame a little after the wanted time.
     assert frames_on_screen(probed([0, 0.042, 0.083], 0.125), Window(0.0, 3), 24).tolist() == [0, 1, 2]
-
-
-# ------------------------------------------------------------------------------------------------- images
-
-
-def test_images_are_upright_and_without_transparency(tmp_path):
-    picture = Image.new("RGB", (40, 20), "red")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to show
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    found = probe(tmp_path / "turned.jpg")
-    assert (found.height, found.width, found.is_image) == (40, 20, True)
-    Image.new("RGBA", (8, 8), (0, 0, 255, 0)).save(tmp_path / "clear.png")
-    (clip,) = read_windows(tmp_path / "clear.png", probe(tmp_path / "clear.png"), [Window(0, 1)], 16)
-    assert clip.shape == (1, 8, 8, 3)
-    assert (clip == 255).all()
-
-
-def test_an_image_with_more_than_8_bits_is_refused(tmp_path):
-    Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        probe(tmp_path / "deep.png")
 
 
 @pytest.mark.skipif(SHARED is None, reason="set WANTRAIN_FOOTAGE to a folder with the shared real footage")
@@ -404,7 +382,7 @@ def test_the_shared_footage():
     for file in footage:
         found = probe(file.path)
         sizes[file.name] = found.height, found.width
-        windows = cut_windows(found, Cut(9, 16, clips="first"))
+        windows = cut_windows(found, ClipOptions(9, 16, clips="first"))
         (clip,) = read_windows(file.path, found, windows, 16)
         assert clip.shape == (9, found.height, found.width, 3)
         assert clip[:, ::8, ::8].std() > 1

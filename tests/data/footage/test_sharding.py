@@ -10,9 +10,10 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
+from shard_helpers import shard
 
-from wantrain.data import find_footage, read_manifest, write_video_shards
-from wantrain.data.footage.duplicates import Memory, group_of, is_still, look, remember
+from wantrain.data import find_footage, read_manifest
+from wantrain.data.footage.duplicates import SeenClips, group_of, is_still, summarise, thumbnail
 from wantrain.data.footage.headers import Header, parse, read_header, refuse
 from wantrain.data.footage.pixels import read_sample
 from wantrain.data.footage.video_shards import read_video_shards
@@ -24,7 +25,7 @@ SETTINGS = {"model": "tiny", "num_frames": 17, "fps": 16, "rejects_limit": 1.0, 
 
 
 def cut(source, out, **changes):
-    manifest = write_video_shards(*find_footage(source, caption_default="x"), out, **{**SETTINGS, **changes})
+    manifest = shard(None, out, found=find_footage(source, caption_default="x"), **{**SETTINGS, **changes})
     check_ledger(manifest)
     return manifest
 
@@ -177,13 +178,13 @@ def test_a_group_is_all_that_look_alike_also_through_others():
 def test_clips_of_different_things_are_not_alike(tmp_path):
     """Two hundred wandering views of pictures of blots: none stands still, none looks like another."""
     generator = np.random.default_rng(0)
-    thumbnails = [np.stack([look(frame) for frame in moving(1, seed=seed, rate=5)]) for seed in range(200)]
-    memory = Memory()
+    thumbnails = [np.stack([thumbnail(frame) for frame in moving(1, seed=seed, rate=5)]) for seed in range(200)]
+    seen = SeenClips()
     assert not any(is_still(clip) for clip in thumbnails)
-    assert [memory.find(remember(n, f"{n}", clip)) for n, clip in enumerate(thumbnails)] == [None] * 200
+    assert [seen.find(summarise(n, f"{n}", clip)) for n, clip in enumerate(thumbnails)] == [None] * 200
     for n, clip in enumerate(thumbnails):
         noisy = np.clip(clip + generator.normal(0, 1, clip.shape).round(), 0, 255).astype(np.uint8)
-        assert memory.find(remember(200 + n, "", noisy)).file == n
+        assert seen.find(summarise(200 + n, "", noisy)).file == n
 
 
 def test_what_is_said_about_a_file_is_in_its_shard(tmp_path):

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from wantrain.data import find_footage
-from wantrain.data.footage.captions import Told
+from wantrain.data.footage.captions import Annotation
 
 
 def folder_with(folder, **texts):
@@ -91,8 +91,8 @@ def test_captions_from_metadata(tmp_path):
         ('{"caption": "x"}', "line 2 is not .*path|line 2 is not .*file_name"),
         ('{"path": "b.mp4"}', "line 2 is not"),
         ('{"path": "gone.mp4", "caption": "x"}', "line 2 names gone.mp4, which is not in"),
-        ('{"path": "../other.mp4", "caption": "x"}', "line 2 names ../other.mp4, which is no video or image below"),
-        ('{"path": "note.md", "caption": "x"}', "line 2 names note.md, which is no video"),
+        ('{"path": "../other.mp4", "caption": "x"}', "line 2 names ../other.mp4, which is not a video or image below"),
+        ('{"path": "note.md", "caption": "x"}', "line 2 names note.md, which is not a video"),
         ('{"path": "a.mp4", "caption": "x"}', "line 2 names a.mp4 for the second time"),
     ],
 )
@@ -114,7 +114,7 @@ def test_a_caption_that_is_not_utf8_is_an_error_with_its_file(tmp_path):
 def test_nothing_to_find(tmp_path):
     with pytest.raises(ValueError, match="holds no videos or images"):
         find_footage(tmp_path)
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="does not exist"):
         find_footage(tmp_path / "absent")
 
 
@@ -155,11 +155,11 @@ def test_a_file_may_have_several_captions_a_weight_and_tags(tmp_path):
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     footage, _ = find_footage(tmp_path, caption_prefix="ohwx")
-    assert {file.name: file.told for file in footage} == {
-        "a.mp4": Told(("ohwx one", "ohwx two"), 2.5, ("cat", "roof")),
-        "b.mp4": Told(("ohwx beside",), 1.0, ("night", "rain")),
-        "c.mp4": Told(("ohwx first", "ohwx second")),
-        "d.mp4": Told(("ohwx d",)),
+    assert {file.name: file.annotation for file in footage} == {
+        "a.mp4": Annotation(("ohwx one", "ohwx two"), 2.5, ("cat", "roof")),
+        "b.mp4": Annotation(("ohwx beside",), 1.0, ("night", "rain")),
+        "c.mp4": Annotation(("ohwx first", "ohwx second")),
+        "d.mp4": Annotation(("ohwx d",)),
     }
     assert [file.caption for file in footage] == ["ohwx one", "ohwx beside", "ohwx first", "ohwx d"]
 
@@ -173,10 +173,10 @@ def test_a_csv_says_what_a_jsonl_says(tmp_path):
         encoding="utf-8",
     )
     footage, _ = find_footage(tmp_path)
-    assert {file.name: file.told for file in footage} == {
-        "a.mp4": Told(('a cat, "asleep" on a roof', "二只猫"), 0.5, ("cat", "roof")),
-        "c.mp4": Told(("beside",)),
-        "x/b.mp4": Told(("b",)),
+    assert {file.name: file.annotation for file in footage} == {
+        "a.mp4": Annotation(('a cat, "asleep" on a roof', "二只猫"), 0.5, ("cat", "roof")),
+        "c.mp4": Annotation(("beside",)),
+        "x/b.mp4": Annotation(("b",)),
     }
 
 
@@ -232,13 +232,13 @@ def tar(tmp_path):
 
 
 def contents(found):
-    return {file.name: (file.read(), file.told) for file in found[0]}
+    return {file.name: (file.read(), file.annotation) for file in found[0]}
 
 
 IN_THE_TAR = {
-    "000.mp4": (b"video zero", Told(("一只猫 asleep",), 3.0, ("cat",))),
-    "x/001.webm": (b"video one", Told(("a", "b"))),
-    "003.png": (b"picture", Told(("a picture",))),
+    "000.mp4": (b"video zero", Annotation(("一只猫 asleep",), 3.0, ("cat",))),
+    "x/001.webm": (b"video one", Annotation(("a", "b"))),
+    "003.png": (b"picture", Annotation(("a picture",))),
 }
 
 
@@ -311,10 +311,10 @@ def test_a_damaged_tar_is_an_error_never_a_shorter_set(tmp_path, tar):
         ends = [member.offset_data + -(-member.size // 512) * 512 for member in opened.getmembers()]
     for end in (*ends, *(end - 300 for end in ends), *(end + 200 for end in ends[:-1])):
         tar.write_bytes(whole[:end])
-        with pytest.raises(ValueError, match=r"set-000\.tar is (cut short|no tar)"):
+        with pytest.raises(ValueError, match=r"set-000\.tar is (cut short|not a tar)"):
             find_footage(str(tar))
     tar.write_bytes(b"no tar at all" * 99)
-    with pytest.raises(ValueError, match="is no tar"):
+    with pytest.raises(ValueError, match="is not a tar"):
         find_footage(str(tar))
     for name, content in {"000.json": b"[1]", "000.txt": b"\xff"}.items():
         tar_with(tar, {"000.mp4": b"video", name: content})

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import webdataset
+from shard_helpers import shard
 
-from wantrain.data import check_folder, find_footage, read_manifest, write_video_shards
+from wantrain.data import check_folder, find_footage, read_manifest
 from wantrain.data.footage.probe import probe, read_whole
 from wantrain.data.footage.survey import Surveys
 from wantrain.data.footage.video_shards import read_video_shards
@@ -34,11 +35,6 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards") / "footage"
     make_footage(folder, num_videos=5, num_images=2)
     return folder
-
-
-def shard(source, out, **changes):
-    footage, rejects = find_footage(source)
-    return write_video_shards(footage, rejects, out, **{**SETTINGS, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +181,10 @@ def test_copies_and_skipped_files_are_not_bad(footage, tmp_path):
         (footage / f"copy-{number}.mp4").write_bytes((footage / "clip-0000.mp4").read_bytes())
     found, rejects = find_footage(footage, caption_missing="skip")
     assert len(rejects) == 5
-    manifest = write_video_shards(found, rejects, tmp_path / "out", **{**SETTINGS, "rejects_limit": 0.0})
+    manifest = shard(None, tmp_path / "out", found=(found, rejects), rejects_limit=0.0)
     assert (manifest["files_seen"], manifest["files_used"], manifest["files_rejected"]) == (12, 7, 5)
     found, rejects = find_footage(footage, caption_missing="empty")
-    manifest = write_video_shards(found, rejects, tmp_path / "other", **{**SETTINGS, "rejects_limit": 0.0})
+    manifest = shard(None, tmp_path / "other", found=(found, rejects), rejects_limit=0.0)
     assert manifest["files_rejected"] == 5
 
 
@@ -197,7 +193,7 @@ def test_nothing_left_is_an_error(tmp_path):
     (tmp_path / "footage" / "a.mp4").write_bytes(b"no video")
     found, rejects = find_footage(tmp_path / "footage", caption_missing="empty")
     with pytest.raises(ValueError, match="all 1 files are rejected"):
-        write_video_shards(found, rejects, tmp_path / "out", **{**SETTINGS, "rejects_limit": 1.0})
+        shard(None, tmp_path / "out", found=(found, rejects), rejects_limit=1.0)
 
 
 # ------------------------------------------------------------------------------------- again, and otherwise
@@ -326,7 +322,7 @@ def test_a_long_file_has_its_time_as_long_as_frames_come(source, tmp_path, monke
             yield frame
 
     monkeypatch.setattr("wantrain.data.footage.survey.read_whole", slow)
-    monkeypatch.setattr("wantrain.data.footage.survey.BEAT", 0.2)
+    monkeypatch.setattr("wantrain.data.footage.survey.HEARTBEAT_SECONDS", 0.2)
     only = tmp_path / "one"
     only.mkdir()
     for suffix in ("mp4", "txt"):
@@ -396,5 +392,5 @@ def test_a_manifest_is_needed_and_must_be_right(mine, tmp_path):
 def test_a_folder_with_shards_of_another_kind_is_refused(source, mine):
     manifest = read_manifest(mine, "video")
     (mine / "manifest.json").write_text(json.dumps({**manifest, "kind": "latent"}))
-    with pytest.raises(ValueError, match="holds shards of another kind"):
+    with pytest.raises(ValueError, match="holds latent shards, not video shards"):
         shard(source, mine)

@@ -7,11 +7,13 @@ import time
 
 import numpy as np
 import pytest
+import shard_helpers
 import torch
 from safetensors.torch import load
+from shard_helpers import shard
 
 from wantrain import conditioning, geometry
-from wantrain.data import Conditions, encode_shards, find_footage, read_manifest, write_video_shards
+from wantrain.data import Conditions, read_manifest
 from wantrain.data.footage.pixels import read_clips
 from wantrain.data.footage.video_shards import VideoEntry, read_video_shards
 from wantrain.data.latents import clip_encoder, portions
@@ -44,7 +46,7 @@ def videos(tmp_path_factory):
             frame[4 * number :, step : step + 16] = 255
         write_mp4(folder / "footage" / "masks" / f"{number}.mp4", mask, 16, quality=0)
     settings = {"model": "tiny", "num_frames": FRAMES, "fps": 16, "rejects_limit": 0.6, "shard_bytes": 1 << 20}
-    write_video_shards(*find_footage(folder / "footage"), folder / "videos", **settings)
+    shard(folder / "footage", folder / "videos", **settings)
     return folder / "videos"
 
 
@@ -71,7 +73,7 @@ def encode(shards, out, **changes):
         "shard_clips": 1,
         "workers": 1,
     }
-    return encode_shards(shards, out, **{**settings, **changes})
+    return shard_helpers.encode(shards, out, **{**settings, **changes})
 
 
 def stored(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shard_helpers
 import torch
 
 from wantrain import conditioning, geometry
@@ -17,10 +18,7 @@ from wantrain.data import (
     Conditions,
     LatentData,
     MixedData,
-    encode_shards,
-    find_footage,
     read_manifest,
-    write_video_shards,
 )
 from wantrain.data.footage import survey
 from wantrain.data.footage.accounting import MICRO
@@ -54,7 +52,7 @@ def encode(shards, out, spec=SPEC, told_by="channels", **changes):
         "shard_bytes": 1 << 20,
         "shard_clips": 4,
     }
-    return encode_shards(shards, out, **{**settings, **changes})
+    return shard_helpers.encode(shards, out, **{**settings, **changes})
 
 
 def never(_):
@@ -86,7 +84,7 @@ def footage(tmp_path_factory):
 
 def shard(source, out, **changes):
     settings = {"model": "tiny", "num_frames": FRAMES, "fps": 16, "rejects_limit": 0.5, "shard_bytes": 1 << 16}
-    return write_video_shards(*find_footage(source), out, **{**settings, **changes})
+    return shard_helpers.shard(source, out, **{**settings, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def killed(kills, command, out, unbroken, environment, seed=0):
 
 
 def test_a_launch_shares_the_work_and_one_process_ends_what_two_left(tiny, environment, launch_command, call, tmp_path):
-    """R2. accelerate launch without a process group: each rank says what it has made; a killed one leaves no trace."""
+    """A launch without a process group: each rank says what it has made; a killed one leaves no trace."""
     unbroken, out = tmp_path / "unbroken", tmp_path / "out"
     command = choices(tiny.videos, tiny.base, 1024)
     start = launch_command("ddp", *command, f"out={unbroken}", script=ENCODE)
@@ -135,7 +135,7 @@ def test_a_launch_shares_the_work_and_one_process_ends_what_two_left(tiny, envir
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_processes_killed_at_twenty_random_moments(tiny, long_set, call, environment, tmp_path):
-    """R2. Five lives, each killed four times and then left in peace."""
+    """Five lives, each killed four times and then left in peace."""
     unbroken, command, tars = tmp_path / "unbroken", choices(long_set, tiny.base, 4096), list[int]()
     call("encode.py", *command, f"out={unbroken}")
     for life in range(5):
@@ -158,9 +158,9 @@ def two(monkeypatch, tmp_path):
     def attend(rank, state, plan="plan"):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        present = Heartbeat(tmp_path, plan, heartbeat_timeout=0.3)
+        present = Heartbeat(tmp_path, plan, timeout=0.3)
         if state is not None:
-            present.say(state, now=True)
+            present.beat(state, now=True)
         return present
 
     monkeypatch.setattr(heartbeat, "GRACE", 0.2)
@@ -182,9 +182,9 @@ def test_rank_0_waits_until_the_others_are_done(two):
 @pytest.mark.parametrize(
     ("state", "plan", "message"),
     [
-        ("encoding", "plan", "rank 1 of 2 has given no sign of life for 0.3 s (its last: encoding)"),
-        (None, "plan", "(its last: none)"),
-        ("done", "another plan", "(its last: none)"),
+        ("encoding", "plan", "rank 1 of 2 has given no sign of life for 0.3 s (its last state: encoding)"),
+        (None, "plan", "(its last state: none)"),
+        ("done", "another plan", "(its last state: none)"),
         ("failed: no space", "plan", "rank 1 of 2 failed: no space"),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_rank_that_is_silent_or_has_failed_is_named(two, state, plan, message)
 
 
 def test_clocks_that_differ_change_nothing(two, monkeypatch):
-    """R22. A rank whose clock is a day behind, and goes back meanwhile, is heard all the same."""
+    """A rank whose clock is a day behind, and goes back meanwhile, is heard all the same."""
     monkeypatch.setattr(time, "time", lambda: 1e9)
     two(1, "encoding")
     first = two(0, "begun")

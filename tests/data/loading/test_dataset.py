@@ -1,37 +1,28 @@
 """Loaders: the stored tensors come back, files are held out whole, randomness is by position, damage is an error."""
 
-import itertools
 import json
 import shutil
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shard_helpers import encode, shard
 
 from wantrain import geometry
-from wantrain.batch import Batch
 from wantrain.data import (
+    BatchSampler,
     Conditions,
     LatentData,
     PixelData,
-    Plan,
-    encode_shards,
-    find_footage,
-    prefetch,
     read_manifest,
-    write_video_shards,
 )
 from wantrain.data.footage.video_shards import read_video_shards
 from wantrain.data.latents.index import Index
 from wantrain.data.loading.holdout import split_groups
 from wantrain.data.shards import describe_file
 from wantrain.demo.footage import draw_shot, make_footage
-from wantrain.video import write_mp4
+from wantrain.video import to_pixels, write_mp4
 
 SIZES = geometry.Buckets((4096,), (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16), 16)
 
@@ -58,14 +49,14 @@ def videos(tmp_path_factory):
     write_mp4(folder / "footage" / "long.mp4", np.concatenate([frames, frames[::-1], frames]), 16)
     (folder / "footage" / "long.txt").write_text("a long one")
     settings = {"model": "tiny", "num_frames": 17, "fps": 16, "clips": "all", "rejects_limit": 0}
-    write_video_shards(*find_footage(folder / "footage"), folder / "videos", shard_bytes=60_000, **settings)
+    shard(folder / "footage", folder / "videos", shard_bytes=60_000, **settings)
     return folder / "videos"
 
 
 @pytest.fixture(scope="module")
 def latents(videos):
     out = videos.parent / "latents"
-    encode_shards(
+    encode(
         videos,
         out,
         encode_pixels=lambda pixels: pixels[:, :, ::4, ::8, ::8],
@@ -202,7 +193,7 @@ def test_held_out_clips_are_never_trained_on_and_keep_their_captions(latents):
 
 def test_a_plan_over_the_loader_loads_every_sample_once_an_epoch(latents):
     data = LatentData(shards=latents, holdout=0.2, caption_dropout=0)
-    plan = Plan(data.buckets, batch_size=1, seed=0)
+    plan = BatchSampler(data.buckets, batch_size=1, seed=0)
     names = [data.load(plan.batch(step), [step]).ids[0] for step in range(len(data.train))]
     assert sorted(names) == sorted(data.index.name(int(sample)) for sample in data.train)
 
@@ -298,7 +289,7 @@ def test_a_place_in_the_clip_is_drawn_by_position(pixels):
     sample = pixels.bucket_names.index("9x64x64")
     one, again = (pixels.load([sample], [5]).latents_BCTHW for _ in range(2))
     torch.testing.assert_close(one, again, rtol=0, atol=0)
-    whole = pixels.clips[pixels.train[sample]].float() / 127.5 - 1
+    whole = to_pixels(pixels.clips[pixels.train[sample]])
     starts = set()
     for position in range(60):
         clip = pixels.load([sample], [position]).latents_BCTHW[0]
@@ -311,115 +302,10 @@ def test_pixels_hold_out_the_files_that_latents_do(pixels, latents):
     data = LatentData(shards=latents, holdout=0.2, seed=1)
     assert held == {name for batch in data.heldout_batches(100) for name in batch.ids}
     for batch in pixels.heldout_batches(3):
-        first = pixels.clips[pixels.names.index(batch.ids[0])][:, : batch.latents_BCTHW.shape[2]]
-        torch.testing.assert_close(batch.latents_BCTHW[0], first.float() / 127.5 - 1)
+        first = pixels.clips[pixels.names.index(batch.ids[0])][: batch.latents_BCTHW.shape[2]]
+        torch.testing.assert_close(batch.latents_BCTHW[0], to_pixels(first), rtol=0, atol=0)
 
 
 def test_more_pixels_than_memory_are_refused(videos):
     with pytest.raises(ValueError, match=r"data\.max_gb=0\.001"):
         PixelData(shards=videos, num_frames=9, area=4096, multiple=16, max_gb=0.001)
-
-
-# ------------------------------------------------------------------------------------------------- prefetch
-
-
-def prefetching():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-def wait_for_the_end():
-    deadline = time.monotonic() + 5
-    while prefetching() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not prefetching()
-
-
-def batch_of(number):
-    """A batch that carries a number."""
-    return Batch(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1), (str(number),), (number,))
-
-
-def numbers(count):
-    return (lambda number=number: batch_of(number) for number in range(count))
-
-
-def test_answers_come_in_order_from_a_thread_that_is_ahead_by_depth():
-    asked = []
-
-    def requests():
-        for request in numbers(20):
-            asked.append(request)
-            yield request
-
-    answers = prefetch(requests(), depth=3)
-    assert next(answers).positions == (0,)
-    deadline = time.monotonic() + 5
-    while len(asked) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(asked) == 5  # one given, three waiting, one in hand
-    assert [batch.positions[0] for batch in answers] == list(range(1, 20))
-    wait_for_the_end()
-    assert list(answers) == []
-
-
-def test_a_thread_that_is_gone_without_a_word_is_an_error_and_no_wait_for_ever(monkeypatch):
-    """R15: what kills a thread of Python's own is not known; what then happens must be."""
-    answers = sys.modules["wantrain.data.prefetch"]
-    monkeypatch.setattr(answers, "_answer", lambda requests, ready, stopped: ready.put(next(requests)()))
-    answers = prefetch(numbers(5))
-    assert next(answers).positions == (0,)
-    with pytest.raises(ValueError, match="the thread that loads data is gone"):
-        next(answers)
-
-
-def test_an_error_arrives_at_its_place_in_the_order():
-    def fail():
-        raise ValueError("latent-000001.tar: damaged")
-
-    answers = prefetch(itertools.chain(numbers(2), [fail], numbers(1)))
-    assert [next(answers).positions, next(answers).positions] == [(0,), (1,)]
-    with pytest.raises(ValueError, match="damaged"):
-        next(answers)
-    with pytest.raises(StopIteration):
-        next(answers)
-    wait_for_the_end()
-
-
-def test_an_error_of_the_requests_themselves_arrives_too():
-    def requests():
-        yield from numbers(1)
-        raise ValueError("no such step")
-
-    answers = prefetch(requests())
-    assert next(answers).positions == (0,)
-    with pytest.raises(ValueError, match="no such step"):
-        next(answers)
-
-
-def test_the_thread_ends_when_nobody_listens_any_more():
-    answers = prefetch(numbers(1000))
-    assert next(answers).positions == (0,)
-    answers.close()
-    assert not prefetching()
-    with pytest.raises(StopIteration):
-        next(answers)
-    answers = prefetch(numbers(1000))
-    assert next(answers).positions == (0,)
-    del answers
-    assert not prefetching()
-
-
-@pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(143)", 143)])
-def test_a_program_can_end_in_the_middle(end, code):
-    """A thread that is inside torch while the interpreter is taken down would abort it: exit code -6."""
-    program = (
-        "import sys, torch\n"
-        "from wantrain.batch import Batch\n"
-        "from wantrain.data.prefetch import prefetch\n"
-        "load = lambda: Batch(torch.randn(2000, 500).sort().values, torch.zeros(1), ('',), (0,))\n"
-        f"answers = prefetch(load for _ in range(10**6))\nnext(answers)\n{end}"
-    )
-    result = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
-    assert result.returncode == code
-    assert "terminate" not in result.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wantrain.data import LatentData, MixedData, Plan
+from wantrain.data import BatchSampler, LatentData, MixedData
 from wantrain.demo.footage import make_footage
 
 
@@ -54,7 +54,7 @@ def test_a_mix_has_the_samples_of_its_sets(tiny, other, capsys):
 
 def test_a_batch_of_several_sets_is_in_the_plans_order(tiny, other):
     data = mixed(tiny, other)
-    plan = Plan.of(data, batch_size=8, seed=0)
+    plan = BatchSampler.of(data, batch_size=8, seed=0)
     owners = []
     for step in range(40):
         samples = plan.batch(step)
@@ -135,7 +135,7 @@ def test_bad_sets_are_refused(tiny):
         ({}, "data=mixed needs sets"),
         ({"a": "DIR"}, r"data\.sets\.a=DIR has no shards"),
         ({"a": {"weight": 1}}, "has no shards"),
-        ({"a": {**good, "wieght": 1}}, r"data\.sets\.a\.wieght is no setting of a set; it takes .*weight"),
+        ({"a": {**good, "wieght": 1}}, r"data\.sets\.a\.wieght is not a setting of a set; choose from .*weight"),
         ({"a": good, "b": {**good, "weight": 0}}, r"data\.sets\.b\.weight=0 must be a number above 0"),
         ({"a": {**good, "weight": "much"}}, r"data\.sets\.a\.weight=much must be"),
         ({"a": good, "b": {"shards": "nowhere"}}, r"data\.sets\.b: nowhere holds no shards"),

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from wantrain.data import Plan, prefetch, share
+from wantrain.data import BatchSampler, share
 from wantrain.data.loading.sampler import TABLE
+from wantrain.data.prefetch import prefetch
 
 GOLDEN = [[9, 5], [3, 7], [6, 0], [4, 8], [2, 5], [1, 1]]
 
@@ -41,7 +42,7 @@ def first_steps(plan, epochs):
 @pytest.mark.parametrize(("sizes", "batch_size"), CASES)
 def test_a_batch_is_of_one_bucket_and_full(sizes, batch_size):
     buckets = buckets_of(sizes)
-    plan = Plan(buckets, batch_size=batch_size, seed=0)
+    plan = BatchSampler(buckets, batch_size=batch_size, seed=0)
     for step in range(60):
         batch = plan.batch(step)
         assert batch.shape == (batch_size,)
@@ -52,7 +53,7 @@ def test_a_batch_is_of_one_bucket_and_full(sizes, batch_size):
 def test_every_sample_of_a_bucket_comes_once_before_any_comes_again(sizes, batch_size):
     """For each bucket, the n-th pass over its samples is a permutation of them, whatever the batch size."""
     buckets = buckets_of(sizes)
-    plan = Plan(buckets, batch_size=batch_size, seed=0)
+    plan = BatchSampler(buckets, batch_size=batch_size, seed=0)
     used = np.concatenate([plan.batch(step) for step in first_steps(plan, 9)])
     for bucket, size in zip(sorted(set(buckets)), sizes, strict=True):
         stream = used[buckets[used] == bucket]
@@ -65,7 +66,7 @@ def test_every_sample_of_a_bucket_comes_once_before_any_comes_again(sizes, batch
 def test_counts_stay_within_the_leftover_at_every_end_of_an_epoch(sizes, batch_size):
     """After e epochs every sample was used e times, but for fewer than a batch per bucket that is carried over."""
     buckets = buckets_of(sizes)
-    plan = Plan(buckets, batch_size=batch_size, seed=1)
+    plan = BatchSampler(buckets, batch_size=batch_size, seed=1)
     for epochs in (1, 2, 5, 8):
         used = Counter(int(sample) for step in first_steps(plan, epochs) for sample in plan.batch(step))
         for bucket in set(buckets):
@@ -76,7 +77,7 @@ def test_counts_stay_within_the_leftover_at_every_end_of_an_epoch(sizes, batch_s
 
 
 def test_epochs_divide_evenly_where_batches_do():
-    plan = Plan(buckets_of([40, 24]), batch_size=8, seed=0)
+    plan = BatchSampler(buckets_of([40, 24]), batch_size=8, seed=0)
     for epoch in range(4):
         samples = np.concatenate([plan.batch(step) for step in range(epoch * 8, epoch * 8 + 8)])
         assert sorted(samples.tolist()) == list(range(64))
@@ -85,7 +86,7 @@ def test_epochs_divide_evenly_where_batches_do():
 
 def test_the_order_depends_on_seed_and_epoch():
     def order(seed, epoch):
-        plan = Plan(buckets_of([64]), batch_size=8, seed=seed)
+        plan = BatchSampler(buckets_of([64]), batch_size=8, seed=seed)
         return [plan.batch(step).tolist() for step in range(epoch * 8, epoch * 8 + 8)]
 
     assert order(0, 0) == order(0, 0)
@@ -96,7 +97,7 @@ def test_the_order_depends_on_seed_and_epoch():
 
 def test_buckets_are_mixed_within_an_epoch():
     buckets = buckets_of([80, 80])
-    plan = Plan(buckets, batch_size=4, seed=0)
+    plan = BatchSampler(buckets, batch_size=4, seed=0)
     order = [int(buckets[plan.batch(step)[0]]) for step in range(40)]
     changes = sum(a != b for a, b in itertools.pairwise(order))
     assert 10 <= changes <= 30
@@ -105,15 +106,15 @@ def test_buckets_are_mixed_within_an_epoch():
 @pytest.mark.parametrize(("sizes", "batch_size"), CASES)
 def test_random_access_equals_the_sequence(sizes, batch_size):
     buckets = buckets_of(sizes)
-    plan = Plan(buckets, batch_size=batch_size, seed=5)
+    plan = BatchSampler(buckets, batch_size=batch_size, seed=5)
     sequence = [plan.batch(step).tolist() for step in range(50)]
     for step in np.random.default_rng(0).permutation(50):
         assert plan.batch(int(step)).tolist() == sequence[step]
-        assert Plan(buckets, batch_size=batch_size, seed=5).batch(int(step)).tolist() == sequence[step]
+        assert BatchSampler(buckets, batch_size=batch_size, seed=5).batch(int(step)).tolist() == sequence[step]
 
 
 def test_a_far_step_is_quick():
-    plan = Plan(buckets_of([600_000, 300_000, 100_000]), batch_size=16, seed=0)
+    plan = BatchSampler(buckets_of([600_000, 300_000, 100_000]), batch_size=16, seed=0)
     start = time.perf_counter()
     batches = [plan.batch(step) for step in (10**6, 10**9, 10**12 + 7)]
     assert time.perf_counter() - start < 3  # 0.2 s where nothing else runs
@@ -126,7 +127,7 @@ def test_a_far_step_is_quick():
 
 def test_the_order_is_fixed_for_good():
     """A run resumed under another version of NumPy, or on another machine, goes on in this same order."""
-    plan = Plan(np.array([0, 1, 0, 1, 0, 0, 0, 1, 0, 0]), batch_size=2, seed=7)
+    plan = BatchSampler(np.array([0, 1, 0, 1, 0, 0, 0, 1, 0, 0]), batch_size=2, seed=7)
     assert [plan.batch(step).tolist() for step in range(6)] == GOLDEN
 
 
@@ -140,7 +141,9 @@ def order_of(plan, steps):
 @pytest.mark.parametrize("size", [TABLE + 1, 2**13, 3 * TABLE + 7])
 def test_large_buckets_are_shuffled_by_arithmetic_as_well_as_by_a_table(size):
     def stream(seed):
-        return order_of(Plan(np.zeros(size, dtype=np.int32), batch_size=50, seed=seed), range(2 * size // 50 + 1))
+        return order_of(
+            BatchSampler(np.zeros(size, dtype=np.int32), batch_size=50, seed=seed), range(2 * size // 50 + 1)
+        )
 
     laps = stream(4)[: 2 * size].reshape(2, size)
     for lap in laps:
@@ -159,7 +162,7 @@ def test_large_buckets_are_shuffled_by_arithmetic_as_well_as_by_a_table(size):
 def test_epochs_of_many_batches_are_still_epochs():
     sizes = [2 * TABLE + 5, 700, 11]
     buckets = buckets_of(sizes)
-    plan = Plan(buckets, batch_size=1, seed=0)
+    plan = BatchSampler(buckets, batch_size=1, seed=0)
     assert plan._parts > 2
     for epoch in range(2):
         steps = range(epoch * sum(sizes), (epoch + 1) * sum(sizes))
@@ -176,7 +179,7 @@ def test_a_million_samples_take_little_memory():
     weights = rng.random(10**6).astype(np.float32)
     for more in ({}, {"weights": weights, "sets": sets, "shares": (0.7, 0.3)}):
         tracemalloc.start()
-        plan = Plan(buckets, batch_size=16, seed=0, **more)
+        plan = BatchSampler(buckets, batch_size=16, seed=0, **more)
         plan.batch(0)
         kept, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
@@ -188,11 +191,11 @@ def test_a_million_samples_take_little_memory():
 
 def test_weights_of_one_change_nothing_and_whole_weights_are_repeats():
     buckets = buckets_of([33, 5, 2])
-    plain = Plan(buckets, batch_size=4, seed=0)
-    ones = Plan(buckets, batch_size=4, seed=0, weights=np.ones(40))
+    plain = BatchSampler(buckets, batch_size=4, seed=0)
+    ones = BatchSampler(buckets, batch_size=4, seed=0, weights=np.ones(40))
     assert [plain.batch(step).tolist() for step in range(50)] == [ones.batch(step).tolist() for step in range(50)]
     weights = np.arange(40) % 4
-    plan = Plan(buckets, batch_size=1, seed=0, weights=weights)
+    plan = BatchSampler(buckets, batch_size=1, seed=0, weights=weights)
     assert plan.samples_per_epoch == weights.sum()
     for epoch in range(3):
         used = order_of(plan, range(epoch * weights.sum(), (epoch + 1) * weights.sum()))
@@ -203,7 +206,7 @@ def test_samples_come_as_often_as_they_weigh():
     """Over many epochs each within 1 % of its weight, and never far from it on the way."""
     weights = np.array([0.1, 0.25, 0.5, 1, 1, 2.5, 3.141, 0.333, 7, 0.007] * 6)
     buckets = np.repeat([0, 1, 2], 20)
-    plan = Plan(buckets, batch_size=5, seed=1, weights=weights)
+    plan = BatchSampler(buckets, batch_size=5, seed=1, weights=weights)
     epochs, steps = 1000, 1000 * plan.samples_per_epoch // 5
     used = np.bincount(order_of(plan, range(steps)), minlength=60)
     wanted = weights * steps * 5 / weights.sum()
@@ -221,7 +224,7 @@ def test_bad_weights_are_refused():
         (np.ones(3), "3 weights were given for 4 samples"),
     ):
         with pytest.raises(ValueError, match=said):
-            Plan(np.zeros(4, dtype=np.int64), batch_size=1, seed=0, weights=weights)
+            BatchSampler(np.zeros(4, dtype=np.int64), batch_size=1, seed=0, weights=weights)
 
 
 # ------------------------------------------------------------------------------------------------- several sets
@@ -233,7 +236,7 @@ def mix(batch_size, *, seed=0, shares=(0.7, 0.2, 0.1)):
     sets, buckets = np.repeat(np.array(list(sizes)), list(sizes.values()), axis=0).T
     mixed = np.random.default_rng(0).permutation(len(sets))
     sets, buckets = sets[mixed], buckets[mixed]
-    return Plan(buckets, batch_size=batch_size, seed=seed, sets=sets, shares=shares), sets, buckets
+    return BatchSampler(buckets, batch_size=batch_size, seed=seed, sets=sets, shares=shares), sets, buckets
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 48])
@@ -273,7 +276,7 @@ def test_a_mix_is_resumed_at_any_sample_and_weights_hold_in_it():
     for step in np.random.default_rng(0).permutation(300)[:60]:
         assert mix(4)[0].batch(int(step)).tolist() == sequence[step]
     weights = np.where(np.arange(len(sets)) % 2, 1.5, 0.5)
-    weighted = Plan.of(
+    weighted = BatchSampler.of(
         SimpleNamespace(buckets=buckets, weights=weights, sets=sets, shares=(1, 1, 2)), batch_size=8, seed=0
     )
     used = order_of(weighted, range(8000))
@@ -289,7 +292,7 @@ def test_bad_shares_are_refused():
     sets = np.array([0, 0, 1, 1])
     for shares, said in (((1, 0), "above 0"), ((1, float("nan")), "above 0"), ((1, 1, 1), "set 2 has nothing")):
         with pytest.raises(ValueError, match=said):
-            Plan(np.zeros(4, dtype=np.int64), batch_size=1, seed=0, sets=sets, shares=shares)
+            BatchSampler(np.zeros(4, dtype=np.int64), batch_size=1, seed=0, sets=sets, shares=shares)
 
 
 # ------------------------------------------------------------------------------------------------- workers, processes
@@ -328,7 +331,7 @@ def test_processes_share_every_step_and_have_equal_work(world):
 
 @pytest.mark.parametrize("epochs", [1, 3, 0.5, 2.25, 1e-9])
 def test_steps_for_epochs(epochs):
-    plan = Plan(buckets_of([41]), batch_size=8, seed=0)
+    plan = BatchSampler(buckets_of([41]), batch_size=8, seed=0)
     steps = plan.steps_for_epochs(epochs)
     assert steps * 8 >= epochs * 41
     assert (steps - 1) * 8 < epochs * 41
@@ -349,8 +352,8 @@ def test_shares_of_all_processes_are_the_batch(accumulate, world):
 
 def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="no samples"):
-        Plan(np.array([], dtype=np.int64), batch_size=4, seed=0)
+        BatchSampler(np.array([], dtype=np.int64), batch_size=4, seed=0)
     with pytest.raises(ValueError, match="batch_size=0"):
-        Plan(np.zeros(4, dtype=np.int64), batch_size=0, seed=0)
-    with pytest.raises(ValueError, match=r"batch_size=10 must divide by accumulate x processes = 2 x 2"):
+        BatchSampler(np.zeros(4, dtype=np.int64), batch_size=0, seed=0)
+    with pytest.raises(ValueError, match=r"batch_size=10 must be a multiple of accumulate x processes = 2 x 2"):
         share(np.arange(10), 0, 2, 0, 2)

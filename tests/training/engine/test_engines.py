@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from wantrain import config
-from wantrain.data import Plan
+from wantrain.data import BatchSampler
 from wantrain.models.formats.weights import read_file, read_tensors
 from wantrain.training.engine import accelerator
 
@@ -159,7 +159,7 @@ def test_one_two_and_four_processes_consume_exactly_what_the_plan_has(tiny, laun
     assert len(files) == 4, "four ranks in the end"
     consumed = [pair for file in files for line in file.read_text().splitlines() for pair in json.loads(line)]
     cfg = config.compose("train", [*command])
-    plan = Plan(config.build(cfg.data).buckets, batch_size=8, seed=0)
+    plan = BatchSampler(config.build(cfg.data).buckets, batch_size=8, seed=0)
     wanted = [[int(sample), step * 8 + i] for step in range(6) for i, sample in enumerate(plan.batch(step))]
     assert sorted(consumed, key=lambda pair: pair[1]) == wanted
 

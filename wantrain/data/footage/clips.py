@@ -1,8 +1,8 @@
-"""Clips of a file, as arithmetic on the times of its frames: where each begins, and which frames it shows.
+"""Clips of a file, computed from its frame timestamps: where each clip begins, and which frames it shows.
 
-Time is kept as it is: frame k of a clip is what a player shows at start + k/fps. Three choices change that, each asked
-for by name: `stride` leaves frames out, `native` takes a file's own frames whatever their rate, `stretch` slows down a
-file that is too short.
+Frame k of a clip is what a player shows at start + k/fps, so playback speed is unchanged. Three options change that:
+`stride` skips frames, `native` takes a file's own frames whatever their rate, `stretch` slows down a file that is too
+short.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from wantrain.util.seeds import seed_at
 #: decord gives them in float32 (half a millisecond of error after two hours).
 EPSILON = 1e-3
 
-#: Which clips of a file, or of each of its scenes, are taken.
+#: Which clips of a file, or of each of its scenes, are used.
 CHOICES = ("all", "first", "middle", "random")
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file shows: height and width after rotation, and when (seconds) each displayed frame begins.
+    """Facts of a video or image file.
 
-    `times` ascend; `end` is when the last frame ends. An image has one frame.
+    height, width  in pixels, after rotation
+    times          (F,) when each displayed frame begins, in seconds, ascending; an image has one frame
+    end            when the last frame ends, in seconds
     """
 
     height: int
@@ -43,26 +45,26 @@ class VideoInfo:
 
     @property
     def start(self) -> float:
-        """When its first frame begins, in seconds."""
+        """When the first frame begins, in seconds."""
         return float(self.times[0])
 
     @property
     def seconds(self) -> float:
-        """How long it is on screen; an image takes no time."""
+        """Duration; 0 for an image."""
         return 0.0 if self.is_image else self.end - self.start
 
     @property
     def rate(self) -> float:
-        """Its frames per second, on average; 1 of an image."""
+        """Mean frames per second; 1 for an image."""
         return len(self.times) / self.seconds if self.seconds > 0 else 1.0
 
 
 @dataclass(frozen=True)
 class Window:
-    """A clip of a file: `num_frames` frames from `start` seconds on.
+    """Position of a clip in a file: `num_frames` frames from `start` seconds on.
 
-    stride  steps from one frame to the next: of the model's rate, or of the file's own frames if `native`. Above 1 the
-            clip plays faster than the file, below 1 (stretched) slower.
+    stride  distance of consecutive frames, in frames of the model's rate, or in frames of the file if `native`. Above 1
+            the clip plays faster than the file, below 1 (stretched) slower.
     """
 
     start: float
@@ -72,16 +74,18 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Cut:
+class ClipOptions:
     """How files are cut into clips.
 
-    num_frames  the longest clip, 4k+1
-    fps         the rate to resample to, by timestamps; None takes every file's own frames
-    clips       all of a file, one after another, or the first, the middle or a random one
-    stride      every n-th frame only
-    stretch     a file that is too short for `num_frames` is slowed down to fill them
-    lengths     the lengths that a clip may have, where not every 4k+1 is wanted
-    seed        of the random clips
+    num_frames  frames of the longest clip, 4k+1
+    fps         rate to resample to, by timestamps; None keeps every file's own frames
+    clips       "all" clips of a file, one after another, or only the "first", "middle" or a "random" one
+    stride      use every n-th frame only
+    stretch     slow down a file that is too short for `num_frames`
+    lengths     lengths that a clip may have, each 4k+1; empty: every 4k+1
+    seed        of random clips
+
+    ValueError names the key that is out of range.
     """
 
     num_frames: int
@@ -93,13 +97,13 @@ class Cut:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """ValueError if a choice is none; names the key."""
         geometry.check_num_frames(self.num_frames)
         for length in self.lengths:
             geometry.check_num_frames(length, key="lengths")
         if self.lengths and min(self.lengths) > self.num_frames:
             raise ValueError(
-                f"lengths={list(self.lengths)}: none is within num_frames={self.num_frames}; raise it, or add a shorter"
+                f"lengths={list(self.lengths)}: all are longer than num_frames={self.num_frames}; raise num_frames, or "
+                "add a shorter length"
             )
         if self.clips not in CHOICES:
             raise ValueError(f"clips={self.clips} is unknown; choose one of {', '.join(CHOICES)}")
@@ -107,62 +111,64 @@ class Cut:
             raise ValueError(f"stride={self.stride} must be 1 or more; 1 takes every frame")
 
     def length(self, available: int) -> int:
-        """The longest clip that so many frames can fill; 0 if there is none."""
-        held = min(available, self.num_frames)
+        """Frames of the longest clip that `available` frames can fill; 0 if there is none."""
+        most = min(available, self.num_frames)
         if self.lengths:
-            return max((length for length in self.lengths if length <= held), default=0)
-        length = geometry.floor_num_frames(held)
+            return max((length for length in self.lengths if length <= most), default=0)
+        length = geometry.floor_num_frames(most)
         return length if length >= min(5, self.num_frames) else 0
 
 
-def cut_windows(found: VideoInfo, cut: Cut, *, scenes: Sequence[float] = (), name: str = "") -> list[Window]:
-    """The clips of a file, in order of time; each scene is cut as if it were a file of its own.
+def cut_windows(info: VideoInfo, options: ClipOptions, *, scenes: Sequence[float] = (), name: str = "") -> list[Window]:
+    """The clips of a file, in order of time; each scene is treated as a file of its own.
 
-    scenes  when (seconds) a new scene begins, the first one excepted
-    name    what random clips are drawn by, beside the seed: the same file gives the same clip
+    scenes  when each scene but the first begins, in seconds
+    name    identifies the file for random clips: the same name and seed give the same clip
 
-    ValueError with the reason if not even the shortest clip can be filled.
+    ValueError, as a reason that follows the file's name, if the file is shorter than the shortest clip.
     """
-    if found.is_image:
-        if cut.lengths and 1 not in cut.lengths:
-            raise ValueError(f"it is one frame, lengths={list(cut.lengths)} does not hold 1")
+    if info.is_image:
+        if options.lengths and 1 not in options.lengths:
+            raise ValueError(
+                f"it is one frame, and lengths={list(options.lengths)} does not contain 1; add 1 to use images"
+            )
         return [Window(0.0, 1)]
-    bounds = [found.start, *scenes, found.end]
+    bounds = [info.start, *scenes, info.end]
     windows = []
     for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        # The frame that begins a scene is not to be reached by the tolerance of the one before.
-        steps = _Steps(found, cut, begin, end - (EPSILON if end < found.end else 0.0))
-        windows.extend(steps.windows(seed_at(cut.seed, "clip", name, number)))
+        # The tolerance must not reach the first frame of the next scene.
+        scene = _SceneClips(info, options, begin, end - (EPSILON if end < info.end else 0.0))
+        windows.extend(scene.windows(seed_at(options.seed, "clip", name, number)))
     if not windows:
-        rate = f"{cut.fps:g} fps" if cut.fps else "its own rate"
-        every = f", every {cut.stride}th taken" if cut.stride > 1 else ""
+        rate = f"{options.fps:g} fps" if options.fps else "its own rate"
+        every = f", every {options.stride}th taken" if options.stride > 1 else ""
         less = "each of its scenes less" if scenes else "less"
-        least = min(cut.lengths, default=min(5, cut.num_frames))
-        raise ValueError(f"it lasts {found.seconds:.2f} s, {less} than {least} frames at {rate}{every}")
+        least = min(options.lengths, default=min(5, options.num_frames))
+        raise ValueError(f"it lasts {info.seconds:.2f} s, {less} than {least} frames at {rate}{every}")
     return windows
 
 
-class _Steps:
-    """One scene as a row of frames that a clip can be made of."""
+class _SceneClips:
+    """One scene of a file, and the clips that fit into it."""
 
-    def __init__(self, found: VideoInfo, cut: Cut, begin: float, end: float) -> None:
-        self.found, self.cut, self.begin, self.stride = found, cut, begin, float(cut.stride)
-        if cut.fps is None:
-            self.first, last = np.searchsorted(found.times, [begin - EPSILON, end - EPSILON]).tolist()
+    def __init__(self, info: VideoInfo, options: ClipOptions, begin: float, end: float) -> None:
+        self.info, self.options, self.begin, self.stride = info, options, begin, float(options.stride)
+        if options.fps is None:
+            self.first, last = np.searchsorted(info.times, [begin - EPSILON, end - EPSILON]).tolist()
             frames = last - self.first
         else:
-            # Frame k is wanted at begin + k/fps, and must begin before the scene ends.
-            frames = (end - begin - EPSILON) * cut.fps
-        self.available = max(0, int(np.floor((frames - (cut.fps is None)) / self.stride)) + 1)
-        if cut.stretch and 1 < self.available < cut.num_frames:
+            # Frame k of the scene lies at begin + k/fps, which must be before the scene ends.
+            frames = (end - begin - EPSILON) * options.fps
+        self.available = max(0, int(np.floor((frames - (options.fps is None)) / self.stride)) + 1)
+        if options.stretch and 1 < self.available < options.num_frames:
             self.stride *= (
-                self.available if cut.fps is None else (end - begin) * cut.fps / self.stride
-            ) / cut.num_frames
-            self.available = cut.num_frames
+                self.available if options.fps is None else (end - begin) * options.fps / self.stride
+            ) / options.num_frames
+            self.available = options.num_frames
 
     def windows(self, draw: int) -> list[Window]:
-        """The clips of this scene; none if it is too short. `draw` is a large random number."""
-        length = self.cut.length(self.available)
+        """The clips of this scene; none if it is too short. `draw` is a large random number, for a random clip."""
+        length = self.options.length(self.available)
         if length == 0:
             return []
         spare = self.available - length
@@ -171,35 +177,35 @@ class _Steps:
             "first": [0],
             "middle": [spare // 2],
             "random": [draw % (spare + 1)],
-        }[self.cut.clips]
-        return [Window(self._time(first), length, self.stride, self.cut.fps is None) for first in firsts]
+        }[self.options.clips]
+        return [Window(self._time(first), length, self.stride, self.options.fps is None) for first in firsts]
 
     def _time(self, step: int) -> float:
-        if self.cut.fps is None:
-            return float(self.found.times[self.first + int(step * self.stride + 1e-6)])
-        return self.begin + step * self.stride / self.cut.fps
+        if self.options.fps is None:
+            return float(self.info.times[self.first + int(step * self.stride + 1e-6)])
+        return self.begin + step * self.stride / self.options.fps
 
 
-def frames_on_screen(found: VideoInfo, window: Window, fps: float) -> NDArray[np.int64]:
-    """Which displayed frames (from 0) a window shows: at each wanted time, the last frame that has begun."""
+def frames_on_screen(info: VideoInfo, window: Window, fps: float) -> NDArray[np.int64]:
+    """Numbers (from 0) of the displayed frames that a window shows: at each time, the last frame that has begun."""
     steps = np.arange(window.num_frames) * window.stride
     if window.native:
-        first = int(np.searchsorted(found.times, window.start + EPSILON, side="right")) - 1
+        first = int(np.searchsorted(info.times, window.start + EPSILON, side="right")) - 1
         places = first + np.floor(steps + 1e-6).astype(np.int64)
-        return np.clip(places, 0, len(found.times) - 1)
-    places = np.searchsorted(found.times, window.start + steps / fps + EPSILON, side="right") - 1
+        return np.clip(places, 0, len(info.times) - 1)
+    places = np.searchsorted(info.times, window.start + steps / fps + EPSILON, side="right") - 1
     return np.clip(places, 0, None)
 
 
-def spans(found: VideoInfo, windows: Sequence[Window], fps: float) -> list[float]:
-    """The seconds of footage that each window covers: up to the next one, or to the end of its last step."""
+def spans(info: VideoInfo, windows: Sequence[Window], fps: float) -> list[float]:
+    """Seconds of footage that each window covers: up to the next window, or to the end of its last frame."""
     covered = []
     for place, window in enumerate(windows):
         if window.native:
-            after = int(frames_on_screen(found, window, fps)[-1]) + max(1, round(window.stride))
-            end = float(found.times[after]) if after < len(found.times) else found.end
+            after = int(frames_on_screen(info, window, fps)[-1]) + max(1, round(window.stride))
+            end = float(info.times[after]) if after < len(info.times) else info.end
         else:
             end = window.start + window.num_frames * window.stride / fps
-        limit = windows[place + 1].start if place + 1 < len(windows) else found.end
-        covered.append(0.0 if found.is_image else max(0.0, min(end, limit) - window.start))
+        limit = windows[place + 1].start if place + 1 < len(windows) else info.end
+        covered.append(0.0 if info.is_image else max(0.0, min(end, limit) - window.start))
     return covered

@@ -1,79 +1,71 @@
-"""Decoding in processes that can be killed: a file that hangs or crashes its decoder is a reject, never the end.
+"""Decoding in worker processes that can be killed: a file that hangs or crashes its decoder is rejected.
 
-Workers are forked, as torch's own are, so that nothing is imported twice. Each reads one file at a time and hands over
-its clips, one by one, in memory that both sides map; a thread here keeps them busy up to a limit of bytes while the
-clips are used, and gives them out in the order asked for, whatever the number of workers. A worker dies with its
-parent.
+Workers are forked, as torch's own are, so that nothing is imported twice. Each decodes one file at a time and hands
+over its clips one by one. A thread of the parent keeps all workers busy, up to a limit of decoded bytes, and returns
+the clips in the order of the jobs, whatever the number of workers. A worker dies with its parent.
 """
 
 from __future__ import annotations
 
 import collections
-import ctypes
-import json
-import mmap
-import multiprocessing
-import os
 import queue
 import selectors
-import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
-import torch
-
+from wantrain.data.footage.decode_process import Damaged, DecodeProcess, Read
 from wantrain.video import Frames
 
-#: Decoded clips that may wait to be used, in bytes, and as many behind a file whose turn comes first; beside them one
-#: of each worker.
+#: Bytes of decoded clips that may wait for the consumer, and as many again behind an earlier job that is not complete;
+#: beside them one clip of each worker.
 WAITING_BYTES = 1 << 30
-#: What a small clip counts as: so not more than 256 wait, and a long list of small ones takes no more memory.
+#: Least bytes that a clip counts for, so that at most 256 wait.
 LEAST_BYTES = 4 << 20
-#: A worker that dies is replaced, and its file tried again, until it has died this often without giving a clip.
+#: A worker that dies is replaced and its file tried again, until it has died this often without returning a clip.
 ATTEMPTS = 2
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-
-#: None is a sign of life of a reader that has nothing to give yet.
-Read = Callable[[dict[str, Any]], Iterator[Frames | None]]
 
 
-class Damaged(ValueError):
-    """What a worker was given to read is not what was written: no reject, but the end of the run."""
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Options of the decoder processes.
+
+    workers  number of processes; None: by the number of cores, at most 8
+    timeout  seconds that a file may take to return its next clip, or another heartbeat
+    """
+
+    workers: int | None = None
+    timeout: float = 120.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """One file to read: `request["windows"]` are the clips wanted of it, in order; the rest is for `read` alone."""
+    """One file to decode: `request["windows"]` lists the clips, in order; only `read` uses the rest of the request."""
 
     request: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The next clip of a job: its frames (F, H, W, 3) uint8; or the reason why it and those after it never come."""
+    """The next clip of a job: its frames (F, H, W, 3) uint8; or None and the reason why this and later clips fail."""
 
     frames: Frames | None
     reason: str = ""
 
 
 class Decoders:
-    """`workers` processes that run `read(request) -> frames of each window in turn`, while the `with` lasts.
+    """`workers` processes that run `read(request) -> frames of each window in turn`, inside the `with`.
 
-    timeout  seconds that a file may take to give its next clip, and as much again for each whole minute of footage
-             before that clip, which has to be read first
+    timeout  seconds that a file may take to return its next clip, plus as much again for each whole minute of footage
+             before that clip, which has to be decoded first
 
-    A reader that yields None begins its time anew. A ValueError of `read` is a reject, `Damaged` and every other
-    exception are raised here.
+    A None from `read` restarts the timeout. A ValueError of `read` rejects the file; `Damaged` and all other
+    exceptions are raised here.
     """
 
     def __init__(self, read: Read, *, workers: int, timeout: float) -> None:
@@ -81,12 +73,12 @@ class Decoders:
         self._folder = tempfile.TemporaryDirectory(prefix="wantrain-decode-")
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
-        self._workers: list[_Worker] = []
-        self._stop: Callable[[], None] = lambda: None  # ends the thread that is at work
-        self._closed, self._lock = False, threading.Lock()  # a thread begins before `close` and is ended, or never
+        self._workers: list[DecodeProcess] = []
+        self._stop: Callable[[], None] = lambda: None  # ends the running scheduler thread
+        self._closed, self._lock = False, threading.Lock()  # no scheduler thread starts after `close`
         try:
             for _ in range(workers):
-                self._workers.append(_Worker(read, self._folder.name, self._workers))
+                self._workers.append(DecodeProcess(read, self._folder.name, self._workers))
         except BaseException:
             self.close()
             raise
@@ -98,7 +90,7 @@ class Decoders:
         self.close()
 
     def close(self) -> None:
-        """Kill the workers, whatever they are doing; a `decode` that has not begun gives nothing."""
+        """Kill the workers; a `decode` that has not begun returns nothing."""
         with self._lock:
             self._closed = True
         self._stop()
@@ -110,13 +102,13 @@ class Decoders:
         self._folder.cleanup()
 
     def decode(self, jobs: Iterable[Job]) -> Generator[Decoded]:
-        """Every clip of every job in order; of a job that fails, those before that and then one with the reason."""
-        pump = _Pump(self._workers, self._replace, iter(jobs), self.timeout, self._woken)
-        thread = threading.Thread(target=pump.run, name="decoders", daemon=True)
+        """Every clip of every job, in order; a job that fails ends with one item that holds the reason."""
+        scheduler = _Scheduler(self._workers, self._replace, iter(jobs), self.timeout, self._woken)
+        thread = threading.Thread(target=scheduler.run, name="decoders", daemon=True)
 
         def stop() -> None:
-            pump.stopped.set()
-            self._rouse()
+            scheduler.stopped.set()
+            self._wake_scheduler()
             thread.join()
 
         with self._lock:
@@ -125,146 +117,45 @@ class Decoders:
             thread.start()
             self._stop = stop
         try:
-            while (item := pump.ready.get()) is not None:
+            while (item := scheduler.ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 if item.frames is not None:
-                    pump.take(_size(item))
-                    self._rouse()
+                    scheduler.take(_size(item))
+                    self._wake_scheduler()
                 yield item
         finally:
             stop()
 
-    def _rouse(self) -> None:
-        """Let the thread look again."""
-        with suppress(OSError):  # it has plenty of calls to answer already, or is gone with all else
+    def _wake_scheduler(self) -> None:
+        """Make the scheduler check its state."""
+        with suppress(OSError):  # the socket is full of earlier calls, or closed
             self._wake.send(b"x")
 
-    def _replace(self, worker: _Worker) -> None:
-        """A new worker in the place of one that is dead or is to be."""
+    def _replace(self, worker: DecodeProcess) -> None:
+        """Kill a worker and start a new one in its place."""
         place = self._workers.index(worker)
         worker.kill()
-        self._workers[place] = _Worker(self.read, self._folder.name, self._workers)
-
-
-class _Worker:
-    """One process, seen from its parent: requests go out through a pipe, answers come back through a socket."""
-
-    def __init__(self, read: Read, folder: str, siblings: list[_Worker]) -> None:
-        fork = multiprocessing.get_context("fork")
-        requests, self.requests = fork.Pipe(duplex=False)
-        self.answers, answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        others = [end for worker in [*siblings, self] for end in (worker.requests, worker.answers)]
-        self.process = fork.Process(
-            target=_serve, args=(read, requests, answers, others, folder, os.getpid()), name="decoder", daemon=True
-        )
-        self.process.start()
-        requests.close()
-        answers.close()
-
-    def kill(self) -> None:
-        """End the process, whatever it is doing, and wait for that."""
-        self.process.kill()
-        self.process.join()
-        self.requests.close()
-        self.answers.close()
-
-    def ask(self, request: dict[str, Any] | None) -> bool:
-        """Send a request, or (None) leave to go on; False if the worker is dead."""
-        try:
-            self.requests.send_bytes(b"" if request is None else json.dumps(request).encode())
-        except OSError:
-            return False
-        return True
-
-    def answer(self) -> tuple[dict[str, Any], int | None] | None:
-        """What it says, with the file that holds the frames; None if it is dead."""
-        try:
-            content, files, *_ = socket.recv_fds(self.answers, 1 << 16, 1)
-        except OSError:
-            return None
-        return (json.loads(content), files[0] if files else None) if content else None
-
-    @property
-    def fate(self) -> str:
-        """How it ended, for people."""
-        self.process.join(1)
-        code = self.process.exitcode
-        return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-
-
-def _serve(
-    read: Read,
-    requests: Connection,
-    answers: socket.socket,
-    others: list[Connection | socket.socket],
-    folder: str,
-    parent: int,
-) -> None:
-    """A worker's life: read what is asked for, one clip at a time, until nobody asks any more."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
-    for end in others:
-        end.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and a launcher's end are for the parent to answer
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)  # the parent's threads are not here, and several workers share the cores
-    tempfile.tempdir = folder
-    while True:
-        try:
-            request = json.loads(requests.recv_bytes())
-        except EOFError:
-            return
-        said: dict[str, Any] = {"end": True}
-        try:
-            for frames in read(request):
-                if frames is None:
-                    answers.send(json.dumps({"alive": True}).encode())
-                    continue
-                _hand_over(answers, frames)
-                requests.recv_bytes()  # leave to go on
-        except Damaged as error:
-            said = {"damaged": str(error)}
-        except (ValueError, MemoryError) as error:
-            said = {"reject": str(error) or type(error).__name__}
-        except EOFError:
-            return
-        except Exception as error:  # a bug: the parent raises it
-            said = {"bug": f"{error}\n{traceback.format_exc()}"[-10_000:]}
-        answers.send(json.dumps(said).encode())
-
-
-def _hand_over(answers: socket.socket, frames: Frames) -> None:
-    """Put frames into a file that is nowhere but in memory, and pass it on."""
-    file = os.memfd_create("frames")
-    try:
-        content, done = np.ascontiguousarray(frames).reshape(-1).data, 0
-        while done < len(content):
-            done += os.write(file, content[done:])
-        socket.send_fds(answers, [json.dumps({"shape": frames.shape}).encode()], [file])
-    finally:
-        os.close(file)
+        self._workers[place] = DecodeProcess(self.read, self._folder.name, self._workers)
 
 
 @dataclass
-class _Reading:
-    """A job in work: how many clips it has given, since when it owes the next, how often its worker died meanwhile."""
+class _Progress:
+    """State of a job: how many clips it has returned, when the next is due, how often its worker has died since."""
 
     job: Job
     number: int
-    given: int = 0
+    returned: int = 0
     deaths: int = 0
-    deadline: float | None = None  # None: waiting for leave to go on
+    deadline: float | None = None  # None: waiting for permission to continue
 
 
 @dataclass
-class _Pump:
-    """The thread that keeps workers busy: hands out jobs, gathers clips, sees who is late or dead."""
+class _Scheduler:
+    """The scheduler thread: assigns jobs to workers, collects clips, and replaces workers that are late or dead."""
 
-    workers: list[_Worker]
-    replace: Callable[[_Worker], None]
+    workers: list[DecodeProcess]
+    replace: Callable[[DecodeProcess], None]
     jobs: Iterator[Job]
     timeout: float
     woken: socket.socket
@@ -273,51 +164,53 @@ class _Pump:
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
-        self.emitted_bytes = self.held_bytes = 0  # in `ready`, and in `held` behind an earlier job
-        self.held: dict[int, collections.deque[Decoded | None]] = {}  # by job; None ends it
-        self.head = self.next = 0  # the job that `ready` is fed from, and the next to be handed out
-        self.active: dict[_Worker, _Reading] = {}
-        self.again: list[_Reading] = []  # whose worker died
+        self.emitted_bytes = self.held_bytes = 0  # of clips in `ready`, and of those in `held` behind an earlier job
+        self.held: dict[int, collections.deque[Decoded | None]] = {}  # by job number; None ends a job
+        self.head = self.next = 0  # the job whose clips go into `ready`, and the next to assign
+        self.active: dict[DecodeProcess, _Progress] = {}
+        self.retries: list[_Progress] = []  # jobs whose worker died
         self.exhausted = False
 
     def take(self, size: int) -> None:
-        """The consumer has taken so many bytes."""
+        """Note that the consumer has taken `size` bytes."""
         with self.lock:
             self.emitted_bytes -= size
 
     def run(self) -> None:
-        """The thread: until all jobs are read, an error, or `stopped`."""
+        """Run until all jobs are decoded, an error occurs, or `stopped` is set."""
         try:
             while not self.stopped.is_set():
-                self._hand_out()
-                if self.exhausted and not self.active and not self.again:
+                self._assign()
+                if self.exhausted and not self.active and not self.retries:
                     break
-                self._gather()
+                self._wait()
             self.ready.put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self.ready.put(error)
 
     def _room(self, number: int) -> bool:
-        """True if one more clip of a job may wait: the one whose turn it is looks at its own bytes alone."""
+        """True if there is room for one more clip of a job; the job at the head counts only the clips in `ready`."""
         with self.lock:
             used = self.emitted_bytes + (0 if number == self.head else self.held_bytes)
         return used < WAITING_BYTES
 
-    def _hand_out(self) -> None:
-        for worker, reading in list(self.active.items()):
-            if reading.deadline is None and self._room(reading.number):
-                self._start(worker, reading, None)
+    def _assign(self) -> None:
+        """Let workers continue, and give jobs to idle ones, as far as there is room."""
+        for worker, progress in list(self.active.items()):
+            if progress.deadline is None and self._room(progress.number):
+                self._start(worker, progress, None)
         for worker in [worker for worker in self.workers if worker not in self.active]:
-            following = self._next_reading()
+            following = self._next_job()
             if following is None:
                 return
             self.active[worker] = following
-            windows = following.job.request["windows"][following.given :]
+            windows = following.job.request["windows"][following.returned :]
             self._start(worker, following, {**following.job.request, "windows": windows})
 
-    def _next_reading(self) -> _Reading | None:
-        if self.again:
-            return self.again.pop(0)
+    def _next_job(self) -> _Progress | None:
+        """A job whose worker died, or the next new one; None if there is neither, or no room."""
+        if self.retries:
+            return self.retries.pop(0)
         if self.exhausted or not self._room(self.next):
             return None
         job = next(self.jobs, None)
@@ -326,19 +219,19 @@ class _Pump:
             return None
         self.next += 1
         self.held[self.next - 1] = collections.deque()
-        return _Reading(job, self.next - 1)
+        return _Progress(job, self.next - 1)
 
-    def _start(self, worker: _Worker, reading: _Reading, request: dict[str, Any] | None) -> None:
-        """Let a worker begin, or go on; its time runs from here."""
-        windows = reading.job.request["windows"]
-        minutes = int(windows[min(reading.given, len(windows) - 1)].get("start", 0) // 60)
-        reading.deadline = time.monotonic() + self.timeout * (1 + minutes)
+    def _start(self, worker: DecodeProcess, progress: _Progress, request: dict[str, Any] | None) -> None:
+        """Let a worker begin, or continue; its timeout starts here."""
+        windows = progress.job.request["windows"]
+        minutes = int(windows[min(progress.returned, len(windows) - 1)].get("start", 0) // 60)
+        progress.deadline = time.monotonic() + self.timeout * (1 + minutes)
         if not worker.ask(request):
-            self._died(worker)
+            self._replace_dead(worker)
 
-    def _gather(self) -> None:
-        """Wait for the next answer, or a deadline, or the consumer; then see to all that has happened."""
-        deadlines = [reading.deadline for reading in self.active.values() if reading.deadline is not None]
+    def _wait(self) -> None:
+        """Wait for an answer, a deadline or the consumer, and handle all of them that have come."""
+        deadlines = [progress.deadline for progress in self.active.values() if progress.deadline is not None]
         wait = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
         with selectors.DefaultSelector() as selector:
             selector.register(self.woken, selectors.EVENT_READ)
@@ -349,57 +242,57 @@ class _Pump:
         if len(answered) < len(events):
             self.woken.recv(1 << 16)
         for worker in answered:
-            self._hear(worker)
+            self._handle_answer(worker)
         now = time.monotonic()
-        for worker, reading in list(self.active.items()):
-            if reading.deadline is not None and reading.deadline < now and worker not in answered:
+        for worker, progress in list(self.active.items()):
+            if progress.deadline is not None and progress.deadline < now and worker not in answered:
                 self.replace(worker)
                 del self.active[worker]
-                self._give(reading, Decoded(None, f"its decoder gave no clip within {self.timeout:g} s"))
-                self._give(reading, None)
+                self._emit(progress, Decoded(None, f"its decoder gave no clip within {self.timeout:g} s"))
+                self._emit(progress, None)
 
-    def _hear(self, worker: _Worker) -> None:
-        answer = worker.answer()
-        if answer is None:
-            return self._died(worker)
-        (said, file), reading = answer, self.active[worker]
-        if file is not None:
-            reading.given, reading.deaths, reading.deadline = reading.given + 1, 0, None
-            return self._give(reading, Decoded(_mapped(file, said["shape"])))
-        if "alive" in said:
-            reading.deadline = time.monotonic() + self.timeout
+    def _handle_answer(self, worker: DecodeProcess) -> None:
+        answered = worker.answer()
+        if answered is None:
+            return self._replace_dead(worker)
+        (answer, frames), progress = answered, self.active[worker]
+        if frames is not None:
+            progress.returned, progress.deaths, progress.deadline = progress.returned + 1, 0, None
+            return self._emit(progress, Decoded(frames))
+        if "alive" in answer:
+            progress.deadline = time.monotonic() + self.timeout
             return None
-        if "damaged" in said:
-            raise Damaged(said["damaged"])
-        if "bug" in said:
-            raise RuntimeError(f"in a decoder process: {said['bug']}")
+        if "damaged" in answer:
+            raise Damaged(answer["damaged"])
+        if "bug" in answer:
+            raise RuntimeError(f"in a decoder process: {answer['bug']}")
         del self.active[worker]
-        if "reject" in said:
-            self._give(reading, Decoded(None, said["reject"]))
-        elif reading.given < len(reading.job.request["windows"]):
-            self._give(reading, Decoded(None, f"gave {reading.given} clips only"))
-        return self._give(reading, None)
+        if "reject" in answer:
+            self._emit(progress, Decoded(None, answer["reject"]))
+        elif progress.returned < len(progress.job.request["windows"]):
+            self._emit(progress, Decoded(None, f"gave {progress.returned} clips only"))
+        return self._emit(progress, None)
 
-    def _died(self, worker: _Worker) -> None:
-        """A worker is dead: another takes its place, and what it owed is asked for again, or given up."""
+    def _replace_dead(self, worker: DecodeProcess) -> None:
+        """Replace a dead worker; its job is tried again, or rejected after too many attempts."""
         fate = worker.fate
         self.replace(worker)
-        reading = self.active.pop(worker, None)
-        if reading is None:
+        progress = self.active.pop(worker, None)
+        if progress is None:
             return
-        # What it had given before is here; one that has just given all dies of something else.
-        reading.deaths += 1
-        if reading.given == len(reading.job.request["windows"]):
-            self._give(reading, None)
-        elif reading.deaths < ATTEMPTS:
-            self.again.append(reading)
+        # Clips returned before are kept. A job whose clips have all been returned is complete.
+        progress.deaths += 1
+        if progress.returned == len(progress.job.request["windows"]):
+            self._emit(progress, None)
+        elif progress.deaths < ATTEMPTS:
+            self.retries.append(progress)
         else:
-            self._give(reading, Decoded(None, f"its decoder died {reading.deaths} times ({fate})"))
-            self._give(reading, None)
+            self._emit(progress, Decoded(None, f"its decoder died {progress.deaths} times ({fate})"))
+            self._emit(progress, None)
 
-    def _give(self, reading: _Reading, item: Decoded | None) -> None:
-        """Keep an item at its place in the order, and let go of all whose turn has come."""
-        self.held[reading.number].append(item)
+    def _emit(self, progress: _Progress, item: Decoded | None) -> None:
+        """Hold an item at its place in the order, and make all items ready whose turn has come."""
+        self.held[progress.number].append(item)
         with self.lock:
             self.held_bytes += _size(item)
         while self.head in self.held:
@@ -420,12 +313,3 @@ class _Pump:
 
 def _size(item: Decoded | None) -> int:
     return 0 if item is None or item.frames is None else max(LEAST_BYTES, item.frames.nbytes)
-
-
-def _mapped(file: int, shape: list[int]) -> Frames:
-    """The frames of a file in memory; it goes when the last reference to them does."""
-    try:
-        content = mmap.mmap(file, int(np.prod(shape)))
-    finally:
-        os.close(file)
-    return np.frombuffer(content, dtype=np.uint8).reshape(shape)

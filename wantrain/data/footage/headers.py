@@ -1,6 +1,6 @@
-"""What a file's header says that changes how its frames must be shown, and that decord does not tell.
+"""Colour transfer and pixel aspect of a video, which decord does not report, from the ffmpeg that imageio brings.
 
-Read by the ffmpeg that imageio brings. Numbers of frames and lengths are not read here: headers lie about those.
+Frame counts and durations are not read here: headers are unreliable about those.
 """
 
 from __future__ import annotations
@@ -12,36 +12,40 @@ from pathlib import Path
 
 import imageio_ffmpeg
 
-#: Transfer functions of high dynamic range: shown as they are, their pictures are grey and dull.
+#: Transfer functions of high dynamic range. Without tone mapping such frames look grey and dull.
 HDR = ("smpte2084", "arib-std-b67")
-#: Seconds after which a header is given up.
+#: Seconds that ffmpeg may take to read a header.
 TIMEOUT = 30
 
 
 @dataclass(frozen=True)
 class Header:
-    """transfer: how light is written, as ffmpeg names it, empty if unknown. aspect: width / height of one pixel."""
+    """Facts of the first video stream.
+
+    transfer  transfer function as ffmpeg names it; empty if unknown or not HDR
+    aspect    (width, height) of one pixel
+    """
 
     transfer: str = ""
     aspect: tuple[int, int] = (1, 1)
 
 
 def read_header(path: Path) -> Header:
-    """The first video stream's header; an empty one where ffmpeg finds none, or is not there."""
+    """Read the first video stream's header; an empty header where ffmpeg finds no stream or is not installed."""
     try:
         ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
-        # -nostdin: it would read the terminal.
-        ended = subprocess.run(
+        # -nostdin: ffmpeg would read the terminal.
+        process = subprocess.run(
             [ffmpeg, "-nostdin", "-hide_banner", "-i", f"file:{path}"], capture_output=True, timeout=TIMEOUT
         )
     except (OSError, RuntimeError, subprocess.TimeoutExpired):
         return Header()
-    return parse(ended.stderr.decode("utf-8", "replace"))
+    return parse(process.stderr.decode("utf-8", "replace"))
 
 
-def parse(said: str) -> Header:
-    """What ffmpeg prints about a file, read."""
-    lines = (line for line in said.splitlines() if re.match(r"\s*Stream #.*: Video: ", line))
+def parse(output: str) -> Header:
+    """Parse what ffmpeg prints about a file."""
+    lines = (line for line in output.splitlines() if re.match(r"\s*Stream #.*: Video: ", line))
     line = next((line for line in lines if "(attached pic)" not in line), "")
     transfer = next((name for name in HDR if name in line), "")
     sar = re.search(r"\bSAR (\d+):(\d+)", line)
@@ -50,17 +54,17 @@ def parse(said: str) -> Header:
 
 
 def refuse(header: Header, name: str) -> None:
-    """ValueError, with the command that fixes it, if frames would not look as a player shows them."""
+    """Raise ValueError, with the ffmpeg command that fixes it, for HDR video and for pixels that are not square."""
     stem = Path(name).stem
     if header.transfer in HDR:
         chain = "zscale=t=linear:npl=100,tonemap=hable,zscale=t=bt709:m=bt709:p=bt709,format=yuv420p"
         raise ValueError(
-            f"is HDR ({header.transfer}), which shown without tone mapping is dull and grey; "
+            f"is HDR ({header.transfer}), which looks dull and grey without tone mapping; convert it: "
             f"ffmpeg -i {name} -vf {chain} {stem}_sdr.mp4"
         )
     width, height = header.aspect
     if abs(width / height - 1) > 0.02:
         raise ValueError(
-            f"its pixels are not square ({width}:{height}), so that it would be squeezed; "
+            f"its pixels are not square ({width}:{height}), so frames would look squeezed; convert it: "
             f"ffmpeg -i {name} -vf scale=iw*sar:ih,setsar=1 {stem}_square.mp4"
         )

@@ -1,4 +1,4 @@
-"""From files of video shards to frames: read, scaled, cropped; and frames of any size to pixels of a given one."""
+"""Frames of the files in video shards: decoded, scaled, cropped; and frames of any size as pixels of a given size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wantrain import geometry
 from wantrain.data.footage.clips import Window
-from wantrain.data.footage.decode_workers import Damaged
+from wantrain.data.footage.decode_process import Damaged
 from wantrain.data.footage.probe import fit_frame, probe, read_mask_windows, read_windows
 from wantrain.data.footage.reader import SeekPoint
 from wantrain.data.footage.video_shards import VideoSample
@@ -24,18 +24,18 @@ from wantrain.video import Frames, to_pixels
 
 
 def prepare_pixels(frames: Frames, size: tuple[int, int]) -> tuple[Tensor, float]:
-    """Frames (F, H, W, 3) uint8 -> pixels (3, F, height, width) in [-1, 1], and the share cropped away.
+    """Frames (F, H, W, 3) uint8 -> pixels (3, F, height, width) in [-1, 1], and the share that is cropped away.
 
-    Every frame is scaled to cover the target without squeezing, and cropped at the centre (see `fit_frame`).
+    Every frame is scaled to cover `size` (height, width) and cropped at the centre (see `fit_frame`).
     """
     *_, cropped = geometry.cover(frames.shape[1], frames.shape[2], *size)
     return to_pixels(torch.from_numpy(np.stack([fit_frame(frame, size) for frame in frames]))), cropped
 
 
 def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Iterator[Frames]:
-    """The frames of every window of a video sample in turn, brought to `size` if one is given.
+    """The frames (F, H, W, 3) of each window of a video sample in turn, brought to `size` if one is given.
 
-    ValueError with the reason where decoding fails.
+    ValueError with the reason if decoding fails.
     """
     with _as_file(sample.content, sample.extension) as path:
         windows = [read_window(window) for window in sample.about["windows"]]
@@ -43,31 +43,31 @@ def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Ite
         yield from read_windows(path, probe(path), windows, sample.about["fps"], size, seek_points)
 
 
-def read_window(told: Mapping[str, Any]) -> Window:
-    """A window as a video shard tells it; what it says besides (which clip it belongs to) is not the reader's."""
-    return Window(**{field.name: told[field.name] for field in fields(Window) if field.name in told})
+def read_window(row: Mapping[str, Any]) -> Window:
+    """A window from its row in a video shard; further keys, such as the clip it belongs to, are ignored."""
+    return Window(**{field.name: row[field.name] for field in fields(Window) if field.name in row})
 
 
-def read_seek_points(told: Sequence[tuple[int, str]]) -> list[SeekPoint]:
-    """The frames that a seek finds, as a video shard tells them; those made before 2026-11-24 tell none."""
-    return [SeekPoint(*each) for each in told]
+def read_seek_points(rows: Sequence[tuple[int, str]]) -> list[SeekPoint]:
+    """Seek points from their rows in a video shard; shards made before 2026-11-24 have none."""
+    return [SeekPoint(*row) for row in rows]
 
 
 def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
-    """What a decoder process does: the wanted windows of one file of a video shard (`request`), at their size.
+    """Runs in a decoder process: the requested windows of one file of a video shard, at the requested size.
 
-    With a mask, which `request["mask"]` describes, frames have a fourth channel: its brightness.
-    ValueError with the reason where decoding fails; `Damaged` if the bytes are not those that were sharded.
+    With a mask, which `request["mask"]` describes, frames have a fourth channel: the mask's brightness.
+    ValueError with the reason if decoding fails; `Damaged` if the bytes are not those that were sharded.
     """
     windows, size = [read_window(window) for window in request["windows"]], tuple(request["size"])
     with _member(request, request) as path:
-        found = probe(path)
-        clips = read_windows(path, found, windows, request["fps"], size, read_seek_points(request["seek_points"]))
+        info = probe(path)
+        clips = read_windows(path, info, windows, request["fps"], size, read_seek_points(request["seek_points"]))
         if request["mask"] is None:
             yield from clips
             return
         with _member(request, request["mask"]) as mask:
-            masks = read_mask_windows(mask, probe(mask), found, windows, request["fps"], size)
+            masks = read_mask_windows(mask, probe(mask), info, windows, request["fps"], size)
             for frames, painted in zip(clips, masks, strict=True):
                 gray = painted.mean(axis=-1, keepdims=True).round().astype(np.uint8)
                 yield np.concatenate([frames, np.broadcast_to(gray, (*frames.shape[:3], 1))], axis=-1)
@@ -75,7 +75,7 @@ def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
 
 @contextmanager
 def _member(request: Mapping[str, Any], member: Mapping[str, Any]) -> Iterator[Path]:
-    """A member of a tar (offset, bytes, extension, sha256) as a file of its own."""
+    """A tar member (offset, bytes, extension, sha256) as a file of its own; `Damaged` if its hash differs."""
     with Path(request["tar"]).open("rb") as file:
         file.seek(member["offset"])
         content = file.read(member["bytes"])
@@ -90,7 +90,7 @@ def _member(request: Mapping[str, Any], member: Mapping[str, Any]) -> Iterator[P
 
 @contextmanager
 def _as_file(content: bytes, extension: str) -> Iterator[Path]:
-    """Bytes as a file with a name that decoders take."""
+    """Bytes as a temporary file with a name that decoders accept."""
     with tempfile.NamedTemporaryFile(suffix=f".{extension}") as file:
         file.write(content)
         file.flush()

@@ -1,6 +1,6 @@
-"""Footage: one file with what is said about it, what is really in it, and its frames, chosen by timestamp.
+"""Footage: a file with its annotation, what a probe finds in it, and its frames, chosen by timestamp.
 
-A file that cannot be used is a Reject with its reason, never silence.
+A file that cannot be used raises ValueError with the reason, which becomes a Reject.
 """
 
 from __future__ import annotations
@@ -19,70 +19,70 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from wantrain import geometry
-from wantrain.data.footage.captions import Told
+from wantrain.data.footage.captions import Annotation
 from wantrain.data.footage.clips import EPSILON, VideoInfo, Window, frames_on_screen
 from wantrain.data.footage.reader import Reader, SeekPoint, peek
 from wantrain.data.rejects import IMAGES
 from wantrain.util.files import file_hash
 from wantrain.video import Frames
 
-#: The folder beside footage that holds its masks.
+#: Name of the folder beside footage that holds mask videos.
 MASKS = "masks"
-#: Frames read in one go, in bytes; a longer file is opened again for the rest.
+#: Bytes of frames that one read pass holds; a file with more is read in several passes.
 READ_PASS_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
 class Footage:
-    """One file and what is said about it.
+    """One file of footage and its annotation.
 
-    path    the file, or the tar that holds it
-    name    what people call it: its path below the source folder with forward slashes, or in its tar
-    told    captions, weight, tags
-    member  (offset, size) of its bytes, where it lies in a tar
+    path        the file, or the tar that holds it
+    name        its path below the source folder with forward slashes, or its name in the tar
+    annotation  captions, weight, tags
+    member      (offset, size) of its bytes, if it lies in a tar
     """
 
     path: Path
     name: str
-    told: Told
+    annotation: Annotation
     member: tuple[int, int] | None = None
 
     @property
     def caption(self) -> str:
-        """The first of its captions; empty if there is none."""
-        return next(iter(self.told.captions), "")
+        """The first caption; empty if there is none."""
+        return next(iter(self.annotation.captions), "")
 
     @property
     def extension(self) -> str:
-        """What its name ends in, without the dot."""
+        """The file name's extension in lower case, without the dot."""
         return Path(self.name).suffix.lower().removeprefix(".")
 
     @property
     def mask(self) -> Path | None:
-        """The mask beside it, if there is one: masks/NAME, or masks/ and its name ending in .mp4 or .png."""
+        """The mask of this file, if there is one: masks/NAME, or masks/STEM.mp4 or masks/STEM.png beside it."""
         names = [self.path.name, f"{self.path.stem}.mp4", f"{self.path.stem}.png"]
         paths = [self.path.parent / MASKS / name for name in names] if self.member is None else []
         return next((path for path in paths if path.is_file()), None)
 
     @property
     def size(self) -> int:
-        """How many bytes it has."""
+        """Size in bytes."""
         return self.path.stat().st_size if self.member is None else self.member[1]
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """The bytes of the file."""
         offset, size = self.member or (0, -1)
         with self.path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
 
     def digest(self) -> str:
-        """sha256 of its bytes, in hex."""
+        """sha256 of the bytes, in hex."""
         return file_hash(self.path) if self.member is None else hashlib.sha256(self.read()).hexdigest()
 
     @contextmanager
     def on_disk(self) -> Iterator[Path]:
-        """A file with its bytes and a name that decoders take, for as long as it is looked at."""
+        """A path with these bytes and a name that decoders accept, valid inside the `with`."""
         if self.member is None and _is_utf8(self.path):
             yield self.path
             return
@@ -99,7 +99,7 @@ class Footage:
 
 
 def _is_utf8(path: Path) -> bool:
-    """False for a path whose bytes are not UTF-8, which decord cannot open."""
+    """False for a path that is not UTF-8, which decord cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -108,7 +108,7 @@ def _is_utf8(path: Path) -> bool:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Thumbnail into a file and decode its first frame. ValueError with the reason if it fails."""
+    """Decode the first frame and read the timestamps of a file. ValueError with the reason if that fails."""
     if path.suffix.lower() in IMAGES:
         image = _read_image(path)
         return VideoInfo(image.shape[0], image.shape[1], np.zeros(1), 0.0)
@@ -121,9 +121,9 @@ def probe(path: Path) -> VideoInfo:
         raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
     if not (np.abs(spans) < 1e8).all():
         raise ValueError(
-            f"has frames without a timestamp, as old AVI files do; write it anew: ffmpeg -i {path.name} {path.stem}.mp4"
+            f"has frames without a timestamp, as old AVI files do; convert it: ffmpeg -i {path.name} {path.stem}.mp4"
         )
-    # Shown are the frames from time zero on: those before an edit list no player shows, nor does the reader.
+    # Frames before time zero precede an edit list: players do not show them, and the reader skips them.
     shown = spans[spans[:, 0] > -EPSILON]
     if len(shown) == 0:
         raise ValueError("has no frame that is displayed")
@@ -131,17 +131,17 @@ def probe(path: Path) -> VideoInfo:
     return VideoInfo(height, width, times, max(float(shown[:, 1].max()), float(times[-1])))
 
 
-def read_whole(path: Path, found: VideoInfo) -> Iterator[Frames]:
+def read_whole(path: Path, info: VideoInfo) -> Iterator[Frames]:
     """Every displayed frame (H, W, 3) of a file, in order. ValueError with the reason if one cannot be decoded.
 
-    A damaged file is to be refused as a whole: how many frames decord gives before it reports damage is a race.
+    A damaged file is rejected as a whole: how many frames decord gives before it reports damage varies between runs.
     """
     if path.suffix.lower() in IMAGES:
         yield _read_image(path)
         return
     try:
-        reader = Reader(path, len(found.times))
-        for number in range(len(found.times)):
+        reader = Reader(path, len(info.times))
+        for number in range(len(info.times)):
             yield reader.frame(number)
     except Exception as error:  # every decoder failure has a class of its own
         raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
@@ -149,7 +149,7 @@ def read_whole(path: Path, found: VideoInfo) -> Iterator[Frames]:
 
 def read_windows(
     path: Path,
-    found: VideoInfo,
+    info: VideoInfo,
     windows: list[Window],
     fps: float,
     size: tuple[int, int] | None = None,
@@ -157,36 +157,36 @@ def read_windows(
 ) -> Iterator[Frames]:
     """The frames (F, H, W, 3) uint8 of each window in turn, brought to `size` (height, width) if one is given.
 
-    Windows follow each other in time. `seek_points` save reading what lies before them. ValueError with the reason if
+    Windows must be in order of time. `seek_points` save decoding the frames before them. ValueError with the reason if
     decoding fails.
     """
     if path.suffix.lower() in IMAGES:
         for _ in windows:
             yield fit_frame(_read_image(path), size)[None]
         return
-    height, width = size or (found.height, found.width)
+    height, width = size or (info.height, info.width)
     longest = max(window.num_frames for window in windows)
-    sitting = max(1, READ_PASS_BYTES // (height * width * 3 * longest))
+    per_pass = max(1, READ_PASS_BYTES // (height * width * 3 * longest))
     assert windows == sorted(windows, key=lambda window: window.start), "windows must be in order of time"
-    for first in range(0, len(windows), sitting):
-        chosen = [frames_on_screen(found, window, fps).tolist() for window in windows[first : first + sitting]]
+    for first in range(0, len(windows), per_pass):
+        chosen = [frames_on_screen(info, window, fps).tolist() for window in windows[first : first + per_pass]]
         try:
-            # A reader is never open while a clip is used: it would decode ahead without limit.
-            clips = _read_frames(Reader(path, len(found.times), seek_points), chosen, size)
+            # No reader stays open while a clip is used: it would decode ahead without limit.
+            clips = _read_frames(Reader(path, len(info.times), seek_points), chosen, size)
         except Exception as error:  # every decoder failure has a class of its own
             raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
         yield from clips
 
 
 def _read_frames(reader: Reader, chosen: list[list[int]], size: tuple[int, int] | None) -> list[Frames]:
-    """Several clips at once, each given by the numbers of its frames, none before the last one of the clip before."""
+    """Read several clips, each given by ascending frame numbers that begin no earlier than the previous clip ends."""
     current, clips, fitted = -1, [], np.empty(0, dtype=np.uint8)
     for numbers in chosen:
         clip: Frames | None = None
         for place, number in enumerate(numbers):
             if current < number:
                 fitted, current = fit_frame(reader.frame(number), size), number
-            if clip is None:  # one block for all, not a list of frames: memory that is new costs as much as decoding
+            if clip is None:  # one block, not a list of frames: allocating memory costs as much as decoding
                 clip = np.empty((len(numbers), *fitted.shape), dtype=np.uint8)
             clip[place] = fitted
         assert clip is not None, "a window has frames"
@@ -194,46 +194,46 @@ def _read_frames(reader: Reader, chosen: list[list[int]], size: tuple[int, int] 
     return clips
 
 
-def check_mask(found: VideoInfo, clip: VideoInfo) -> None:
-    """Raise ValueError, to follow its name, unless a mask is of its clip's size and length.
+def check_mask(info: VideoInfo, clip: VideoInfo) -> None:
+    """Raise ValueError, as a reason that follows the mask's name, unless a mask has its video's size and length.
 
-    One picture is a mask for all frames.
+    A single picture is a mask for all frames.
     """
-    if (found.height, found.width) != (clip.height, clip.width):
+    if (info.height, info.width) != (clip.height, clip.width):
         raise ValueError(
-            f"is {found.height}x{found.width} (height x width), its video {clip.height}x{clip.width}; a mask has the "
-            "size of its video"
+            f"is {info.height}x{info.width} (height x width), its video {clip.height}x{clip.width}; a mask must have "
+            "the size of its video"
         )
-    if not found.is_image and len(found.times) != len(clip.times):
+    if not info.is_image and len(info.times) != len(clip.times):
         raise ValueError(
-            f"has {len(found.times)} frames, its video {len(clip.times)}; a mask has a frame for each of the video's, "
-            "or is one picture for all"
+            f"has {len(info.times)} frames, its video {len(clip.times)}; give a mask with as many frames, or one "
+            "picture for all"
         )
 
 
 def read_mask_windows(
     path: Path,
-    found: VideoInfo,
+    info: VideoInfo,
     clip: VideoInfo,
     windows: list[Window],
     fps: float,
     size: tuple[int, int] | None = None,
 ) -> Iterator[Frames]:
-    """The frames (F, H, W, 3) of a clip's mask in each window of the clip; one frame (1, H, W, 3) of a picture."""
-    # Frames belong together by number: a mask need not have the timestamps of its clip.
-    return read_windows(path, found if found.is_image else clip, windows, fps, size)
+    """The frames (F, H, W, 3) of a video's mask in each window of the video; one frame (1, H, W, 3) for a picture."""
+    # Frames are matched by number: a mask need not have the timestamps of its video.
+    return read_windows(path, info if info.is_image else clip, windows, fps, size)
 
 
 def fit_frame(frame: Frames, size: tuple[int, int] | None) -> Frames:
-    """A frame (H, W, 3) scaled (antialiased, never squeezed) to cover `size` (height, width) and cropped at the centre.
+    """Scale a frame (H, W, 3) to cover `size` (height, width), antialiased and with its aspect, and crop the centre.
 
-    None leaves it as it is.
+    `size=None` returns the frame unchanged.
     """
     if size is None or frame.shape[:2] == size:
         return frame
     height, width, _ = geometry.cover(frame.shape[0], frame.shape[1], *size)
-    # torch scales bytes as Pillow does (equal to 2 in 255), ten times as fast: reading must keep up with the decoder,
-    # or 4K frames pile up behind it.
+    # torch scales bytes as Pillow does (within 2 of 255) and ten times as fast; slower scaling lets 4K frames pile up
+    # behind the decoder.
     frame_BCHW = torch.from_numpy(frame.copy()).permute(2, 0, 1)[None]
     scaled_BCHW = F.interpolate(frame_BCHW, (height, width), mode="bicubic", antialias=True)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
@@ -241,12 +241,12 @@ def fit_frame(frame: Frames, size: tuple[int, int] | None) -> Frames:
 
 
 def _read_image(path: Path) -> Frames:
-    """An image as it is meant to be seen: turned by its EXIF tag, transparency over white."""
+    """Read an image: rotated by its EXIF tag, transparency over white."""
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode in {"I", "F"} or image.mode.startswith("I;"):  # PIL would clip them to white
-                raise ValueError("more than 8 bits of grey; save it with 8")
+                raise ValueError("more than 8 bits of grey; save it with 8 bits")
             if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -256,7 +256,7 @@ def _read_image(path: Path) -> Frames:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """The first line of an error, without the clock times, source lines and file names that libraries put in."""
+    """The first line of an error, without the times, source lines and file names that libraries add."""
     text = str(error).replace(str(path), "the file")
     text = re.sub(r"\[\d\d:\d\d:\d\d\] (\S+?:\d+: )?", "", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,15 +1,16 @@
-"""The displayed frames of a video file in order, by number, with decord: right ones, and no more decoded than it takes.
+"""The displayed frames of a video file by number, with decord: exact frames, with as little decoding as possible.
 
-Four things about decord were measured against PyAV and shape this file:
-- Frames before an edit list, which no player shows, have negative timestamps and are counted, but not given.
-- Where it seeks (also in `get_batch`, and in `skip_frames` past a keyframe) it lands on other frames than asked for
-  after an edit list and in open groups of pictures, which x265 makes by default. Read forwards from the first frame it
-  gives exactly the displayed frames; short of a keyframe it may skip, which decodes them and saves the rest, unless
-  frames that are not displayed shift its count. So it seeks only to a `SeekPoint`: a keyframe where a seek was tried
-  when the file was read from end to end, and gave the very frames that reading forwards gives. The frame there is
-  compared again each time; if it looks otherwise, the file is read forwards.
-- It decodes ahead without limit while its reader is idle, so a reader is never kept open while something else is done.
-- With more than one thread it fails on healthy VP9 files.
+Four properties of decord, measured against PyAV, shape this file:
+- Frames before an edit list, which players do not show, have negative timestamps. decord counts them, but does not
+  return them.
+- A seek (also in `get_batch`, and in `skip_frames` past a keyframe) can land on a wrong frame: after an edit list, and
+  in open groups of pictures, which x265 makes by default. Reading forwards from the first frame returns exactly the
+  displayed frames. Skipping short of the next keyframe is exact too, unless frames that are not displayed shift the
+  count. So this reader seeks only to a `SeekPoint`: a keyframe where a trial seek, made when the file was read from end
+  to end, returned the same frames as reading forwards. Each later seek compares the frame again; if it differs, the
+  file is read forwards.
+- decord decodes ahead without limit while its reader is idle, so no reader is kept open during other work.
+- With more than one thread decord fails on healthy VP9 files.
 """
 
 from __future__ import annotations
@@ -26,34 +27,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wantrain.data.footage.duplicates import Thumbnail, look
+from wantrain.data.footage.duplicates import Thumbnail, thumbnail
 from wantrain.video import Frames
 
-#: Seek points are at least so many frames apart, and at most so many in a file: one trial reads `TRIED` frames.
-APART, MOST_MARKS, TRIED = 48, 256, 4
-#: What a seek that fails raises, or the frames after it.
+#: Seek points are at least so many frames apart, and at most so many per file; a trial seek compares `TRIED` frames.
+APART, MOST_SEEK_POINTS, TRIED = 48, 256, 4
+#: Exceptions of a failed seek, or of reading the frames after it.
 SEEK_FAILS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, StopIteration)
-#: A seek_point that is less far ahead is not worth a seek.
+#: A seek point fewer frames ahead than this is not worth a seek.
 NEAR = 16
 
 
 @dataclass(frozen=True)
 class SeekPoint:
-    """A frame by number that a seek finds, and the hash of what it looks like from afar."""
+    """The number of a frame that a seek finds exactly, and the hash of its thumbnail."""
 
     number: int
     seen: str
 
     @staticmethod
     def of(number: int, picture: Thumbnail) -> SeekPoint:
-        """The seek_point of a frame that looks so."""
+        """The seek point of a frame with this thumbnail."""
         return SeekPoint(number, hashlib.sha256(picture.tobytes()).hexdigest()[:16])
 
 
 def peek(path: Path) -> tuple[Frames, NDArray[np.float64]]:
-    """The first frame (H, W, 3), and when each frame that is counted begins and ends, in seconds (F, 2).
+    """The first frame (H, W, 3), and when each counted frame begins and ends, (F, 2) in seconds.
 
-    Any error of decord.
+    Raises whatever decord raises.
     """
     video = _open(path)
     spans = np.asarray(video.get_frame_timestamp(range(len(video))), dtype=np.float64).reshape(-1, 2)
@@ -61,9 +62,9 @@ def peek(path: Path) -> tuple[Frames, NDArray[np.float64]]:
 
 
 class Reader:
-    """Frames of a file of `displayed` frames, each later than the one before. Any error of decord where decoding fails.
+    """Reads frames of a file with `displayed` frames, in ascending order. Raises whatever decord raises.
 
-    Of `seek_points` it uses those that a seek still finds.
+    `seek_points` are used as long as seeks to them return the expected frames.
     """
 
     def __init__(self, path: Path, displayed: int, seek_points: Sequence[SeekPoint] = ()) -> None:
@@ -76,34 +77,34 @@ class Reader:
         self._keys = keys if len(self._video) == self.displayed and keys[:1] == [0] else []
 
     def frame(self, number: int) -> Frames:
-        """The frame (H, W, 3) of that number."""
+        """The frame (H, W, 3) with this number."""
         assert number >= self._next, f"frame {number} is behind"
         if (seek_point := self._seek_point_before(number)) is not None:
-            found = self._found(seek_point)
-            if found is None:
+            frame = self._frame_at(seek_point)
+            if frame is None:
                 self.seek_points = []
                 self._start()
             elif seek_point.number == number:
-                return found
+                return frame
         self._pass_over(number)
         return self._read()
 
     def _seek_point_before(self, number: int) -> SeekPoint | None:
-        """The last seek_point up to that number, if it saves something."""
+        """The last seek point up to this number, if seeking to it saves decoding."""
         place = bisect.bisect_right(self.seek_points, number, key=lambda seek_point: seek_point.number)
         seek_point = self.seek_points[place - 1] if place and self._keys else None
         return seek_point if seek_point is not None and seek_point.number >= self._next + NEAR else None
 
-    def _found(self, seek_point: SeekPoint) -> Frames | None:
-        """The frame of a seek_point, sought; None if another one is there."""
+    def _frame_at(self, seek_point: SeekPoint) -> Frames | None:
+        """Seek to a seek point; its frame, or None if another frame is there."""
         try:
-            frames = self._seek(seek_point.number)
+            frame = self._seek(seek_point.number)
         except SEEK_FAILS:
             return None
-        return frames if SeekPoint.of(seek_point.number, look(frames)) == seek_point else None
+        return frame if SeekPoint.of(seek_point.number, thumbnail(frame)) == seek_point else None
 
     def _seek(self, number: int) -> Frames:
-        """What decord takes for the frame of that number."""
+        """The frame that decord returns for a seek to this number."""
         self._video.seek_accurate(number)
         self._next = number
         return self._read()
@@ -113,10 +114,10 @@ class Reader:
         return _next_frame(self._video)
 
     def _pass_over(self, end: int) -> None:
-        """Read up to frame `end` without using what is read."""
+        """Advance to frame `end`."""
         while self._next < end:
             after = bisect.bisect_right(self._keys, self._next)
-            # To skip up to a keyframe would be a seek to it.
+            # Skipping up to a keyframe would be a seek to it.
             count = (min(end, self._keys[after] - 1) if after < len(self._keys) else end) - self._next
             if self._keys and count > 0:
                 self._video.skip_frames(count)
@@ -126,15 +127,15 @@ class Reader:
             self._next += count
 
     def tried_seek_points(self, thumbnails: NDArray[np.uint8]) -> Iterator[SeekPoint | None]:
-        """For each keyframe that is tried, its seek point or None.
+        """Try a seek to each candidate keyframe: its seek point, or None if the seek returns other frames.
 
-        `thumbnails` (F, ...) are those of the frames as read forwards.
+        `thumbnails` (F, GRID, GRID, 3) are of the frames as read forwards.
         """
-        apart = max(APART, self.displayed // MOST_MARKS)
+        apart = max(APART, self.displayed // MOST_SEEK_POINTS)
         seek_points = [SeekPoint.of(number, picture) for number, picture in enumerate(thumbnails)]
-        often, last = Counter(seek_point.seen for seek_point in seek_points), 0
+        counts, last = Counter(seek_point.seen for seek_point in seek_points), 0
         for key in self._keys:
-            if key < last + apart or key + TRIED > self.displayed or often[seek_points[key].seen] > 1:
+            if key < last + apart or key + TRIED > self.displayed or counts[seek_points[key].seen] > 1:
                 continue
             last = key
             try:
@@ -143,12 +144,12 @@ class Reader:
                 self._start()
                 yield None
                 continue
-            right = all(np.array_equal(look(frame), thumbnails[key + i]) for i, frame in enumerate(frames))
-            yield seek_points[key] if right else None
+            exact = all(np.array_equal(thumbnail(frame), thumbnails[key + i]) for i, frame in enumerate(frames))
+            yield seek_points[key] if exact else None
 
 
 def _open(path: Path) -> decord.VideoReader:
-    # fault_tol: where a frame cannot be decoded, decord would give its neighbour instead; this makes it raise.
+    # fault_tol: without it decord returns a neighbour in place of a frame that cannot be decoded; with it, it raises.
     return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
 
 
@@ -158,7 +159,7 @@ def _next_frame(video: decord.VideoReader) -> Frames:
     decord2 takes the padding of its rows for a fourth channel where it happens to be as wide as one (widths 16, 24,
     32, 48, 96, 144): such a frame holds RGB in the first 3*W bytes of every row.
     """
-    frame: Frames = torch.utils.dlpack.from_dlpack(video.next().to_dlpack()).numpy()  # as it is, not copied
+    frame: Frames = torch.utils.dlpack.from_dlpack(video.next().to_dlpack()).numpy()  # without a copy
     height, width, channels = frame.shape
     if channels == 3:
         return frame

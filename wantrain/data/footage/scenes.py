@@ -1,7 +1,7 @@
-"""Where one scene ends and another begins, by PySceneDetect (the extra `scenes`), on the frames that players show.
+"""Scene detection by PySceneDetect (the extra `scenes`), on the displayed frames.
 
-It is given our frames one by one instead of the file: opened by itself it would read through OpenCV, which counts the
-frames before an edit list and has its own times.
+PySceneDetect receives our frames one by one instead of the file. Given the file it would read through OpenCV, which
+counts the frames before an edit list and uses its own timestamps.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from wantrain.video import Frames
 
-#: Its detectors look at frames of about this width.
+#: Frames are reduced to about this width for the detector.
 WIDTH = 256
 
 
 def library() -> ModuleType:
-    """PySceneDetect; ValueError names the extra if it is not installed."""
+    """Import PySceneDetect; ValueError names the extra if it is not installed."""
     try:
         import scenedetect  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
@@ -31,7 +31,7 @@ def library() -> ModuleType:
 
 
 class SceneDetector:
-    """Watches the frames of one file in their order; `begins` is when new scenes begin."""
+    """Detects scene changes in the frames of one file, given in order."""
 
     def __init__(self) -> None:
         self._library = library()
@@ -40,14 +40,14 @@ class SceneDetector:
         self._count = 0
 
     def watch(self, frame: Frames) -> None:
-        """The next frame (H, W, 3) RGB."""
+        """Process the next frame (H, W, 3), RGB."""
         step = max(1, frame.shape[1] // WIDTH)
-        small = np.ascontiguousarray(frame[::step, ::step, ::-1])  # it takes BGR
+        small = np.ascontiguousarray(frame[::step, ::step, ::-1])  # the detector takes BGR
         self._note(self._detector.process_frame(self._place(self._count), small))
         self._count += 1
 
     def begins(self, times: NDArray[np.float64]) -> list[float]:
-        """When each scene but the first begins (seconds); `times` are those of the frames that were watched."""
+        """When each scene but the first begins, in seconds; `times` are those of the processed frames."""
         self._note(self._detector.post_process(self._place(max(0, self._count - 1))))
         return [float(times[number]) for number in sorted(self._cuts) if 0 < number < len(times)]
 
@@ -55,5 +55,5 @@ class SceneDetector:
         self._cuts.update(int(cut.frame_num) for cut in cuts)
 
     def _place(self, number: int) -> Any:
-        # Only the number counts; the rate is what its shortest scene (15 frames) would be read in.
+        # Only the frame number matters; the rate has no effect on the result.
         return self._library.FrameTimecode(number, 30.0)

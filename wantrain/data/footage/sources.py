@@ -1,6 +1,6 @@
-"""Where footage comes from: folders of files, WebDataset tars, here or at any URL; each file with its captions.
+"""Sources of footage: folders of files and WebDataset tars, local or at a URL; each file with its annotation.
 
-Nothing is passed over in silence: what is named like footage is found, or is a Reject with its reason.
+Every file with the extension of a video or image is returned as Footage, or as a Reject with its reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import fsspec
 from braceexpand import braceexpand
 
 from wantrain.data.footage import captions
-from wantrain.data.footage.captions import Told
+from wantrain.data.footage.captions import Annotation
 from wantrain.data.footage.probe import MASKS, Footage
 from wantrain.data.rejects import IMAGES, VIDEOS, Reject
 from wantrain.data.remote import open_url, reaching
@@ -32,13 +32,15 @@ def find_footage(
     caption_default: str = "",
     downloads: Path | None = None,
 ) -> tuple[list[Footage], list[Reject]]:
-    """All videos and images of `source`, sorted, with captions; and those rejected for lack of one.
+    """All videos and images of `source`, sorted, with captions; and those that are rejected.
 
     `source` is a folder, or WebDataset tars: a file, a pattern (`data/*.tar`, `data/{000..012}.tar`) or a URL that
-    fsspec knows; braces work in it too. Remote tars are copied into `downloads` first. In a folder a caption comes
-    from metadata.jsonl or .csv or from NAME.txt beside the file, in a tar from the sample's .json or .txt; else it is
-    `caption_default`, else `caption_missing` decides: "error", "skip" or "empty". ValueError if there is nothing, a
-    caption is missing under "error", a table names a file that is absent, or a tar is damaged.
+    fsspec knows; braces work in URLs too. Remote tars are copied into `downloads` first. In a folder a caption comes
+    from metadata.jsonl or .csv or from NAME.txt beside the file, in a tar from the sample's .json or .txt. Without
+    one it is `caption_default`; without that, `caption_missing` decides: "error", "skip" or "empty".
+
+    ValueError if nothing is found, a caption is missing under "error", a table names an absent file, or a tar is
+    damaged.
     """
     found: list[Footage | Reject] = []
     where = _local(source)
@@ -48,20 +50,26 @@ def find_footage(
         for tar in tars:
             found.extend(_in_tar(tar, f"{_name(tar, where)}/"))
         if not found:
-            raise ValueError(f"source={source} holds no videos or images ({' '.join(sorted(VIDEOS | IMAGES))})")
+            raise ValueError(
+                f"source={source} holds no videos or images ({' '.join(sorted(VIDEOS | IMAGES))}); give the folder "
+                "that holds them"
+            )
     else:
         paths = [where] if where is not None else _tars(str(source), downloads)
         for path in paths:
             found.extend(_in_tar(path, f"{path.name}/" if len(paths) > 1 else ""))
         if not found:
-            raise ValueError(f"source={source}: no sample holds a video or an image")
-    return _judge(found, caption_missing, caption_prefix, caption_default)
+            raise ValueError(
+                f"source={source}: no sample holds a video or an image ({' '.join(sorted(VIDEOS | IMAGES))}); give "
+                "tars that do"
+            )
+    return _select(found, caption_missing, caption_prefix, caption_default)
 
 
-def _judge(
+def _select(
     found: list[Footage | Reject], missing: str, prefix: str, default: str
 ) -> tuple[list[Footage], list[Reject]]:
-    """Footage with the captions it is used with, and the rejects among what was found."""
+    """Split into footage with its final captions, and rejects."""
     footage, rejects, without = [], [], []
     fallback = " ".join(default.split())
     for file in found:
@@ -73,8 +81,8 @@ def _judge(
         elif not file.caption and file.member is None and _is_mask(file.path):
             rejects.append(Reject(file.name, f"is the mask of {file.path.name}, not footage", bad=False, kind="mask"))
         elif file.caption or fallback or missing == "empty":
-            told = file.told if file.caption else replace(file.told, captions=(fallback,))
-            footage.append(replace(file, told=told.with_prefix(prefix)))
+            annotation = file.annotation if file.caption else replace(file.annotation, captions=(fallback,))
+            footage.append(replace(file, annotation=annotation.with_prefix(prefix)))
         elif missing == "skip":
             rejects.append(Reject(file.name, "no caption", bad=False, kind="no caption"))
         else:
@@ -92,19 +100,20 @@ def _judge(
 
 
 def _in_folder(source: Path) -> Iterator[Footage]:
-    """Everything below `source` that is named like a video or image, sorted; hidden files and folders are not."""
-    listed = captions.read_tables(source, _is_footage)
+    """Every video and image below `source` by its extension, sorted, without hidden files and folders."""
+    annotations = captions.read_tables(source, _is_footage)
     for path in _find_files(source):
-        row = listed.get(path, Told())
-        about = row if row.captions else replace(row, captions=captions.beside(path).captions)
-        yield Footage(path, _name(path, source), about)
+        annotation = annotations.get(path, Annotation())
+        if not annotation.captions:
+            annotation = replace(annotation, captions=captions.read_sidecar(path).captions)
+        yield Footage(path, _name(path, source), annotation)
 
 
 def _find_files(source: Path) -> list[Path]:
     found: list[Path] = []
     for folder, folders, names in os.walk(source):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        # A folder with such a name is listed too, to be rejected by name instead of passed over.
+        # A folder with such a name is listed too, so that it is rejected by name instead of ignored.
         paths = [Path(folder, name) for name in [*names, *folders] if not name.startswith(".")]
         found.extend(path for path in paths if _is_footage(path))
     return sorted(found)
@@ -119,25 +128,25 @@ def _hidden(path: Path, source: Path) -> bool:
 
 
 def _name(path: Path, source: Path) -> str:
-    """The path below `source` with forward slashes; bytes that are not UTF-8 are written as escapes."""
+    """The path below `source` with forward slashes; bytes that are not UTF-8 as escapes."""
     return os.fsencode(path.relative_to(source).as_posix()).decode("utf-8", "backslashreplace")
 
 
 def _is_mask(path: Path) -> bool:
-    """True for a file in masks/ whose footage lies beside masks/ (see Footage.mask), by the field's convention."""
-    beside = path.parent.parent.glob(f"{glob.escape(path.stem)}.*")
-    return path.parent.name == MASKS and any(_is_footage(other) for other in beside)
+    """True for a file in masks/ whose video or image lies beside masks/ (see Footage.mask)."""
+    siblings = path.parent.parent.glob(f"{glob.escape(path.stem)}.*")
+    return path.parent.name == MASKS and any(_is_footage(other) for other in siblings)
 
 
 # ---------------------------------------------------------------------------------------------------- tars
 
 
 def _in_tar(path: Path, prefix: str) -> Iterator[Footage | Reject]:
-    """The videos and images of a tar, named `prefix`NAME; ValueError if it is damaged or no tar."""
+    """The videos and images of a tar, named `prefix`NAME; ValueError if it is damaged or not a tar."""
     empty = True
     for stem, members in _samples(path):
         files = {suffix: place for suffix, place in members.items() if f".{suffix}" in VIDEOS | IMAGES}
-        # A still beside its video, as some sets have them, is not footage of its own.
+        # Some datasets store a still beside each video; it is not footage of its own.
         main = next((suffix for suffix in files if f".{suffix}" in VIDEOS), next(iter(files), None))
         if main is None:
             continue
@@ -151,14 +160,14 @@ def _in_tar(path: Path, prefix: str) -> Iterator[Footage | Reject]:
             try:
                 yield Footage(path, name, captions.from_members(*texts), place)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, {stem}: {error}; its .json or .txt cannot be used") from error
+                raise ValueError(f"{path}, {stem}: {error}; correct its .json or .txt") from error
     if empty:
         name = prefix.rstrip("/") or path.name
         yield Reject(name, "no sample of it holds a video or an image", bad=False, kind="empty tar")
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(name without suffix, {suffix: (offset, size)}) of neighbours of one name, as WebDataset groups them."""
+    """(name without suffix, {suffix: (offset, size)}) of adjacent members of one name, as WebDataset groups them."""
     size, end, stem, members = path.stat().st_size, 0, "", dict[str, tuple[int, int]]()
     try:
         with tarfile.open(path, "r:") as tar:
@@ -175,8 +184,10 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                     stem, members = own, {}
                 members[suffix] = info.offset_data, info.size
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is no tar, is compressed, or is damaged ({error}); unpack or replace it") from error
-    if end + tarfile.BLOCKSIZE > size:  # an end mark is missing: Python reads a tar that was cut as a shorter one
+        raise ValueError(
+            f"{path} is not a tar, is compressed, or is damaged ({error}); unpack or replace it"
+        ) from error
+    if end + tarfile.BLOCKSIZE > size:  # no end block: Python reads a truncated tar as a shorter one
         raise ValueError(f"{path} is cut short ({size} bytes); copy it again")
     if members:
         yield stem, members
@@ -189,7 +200,7 @@ def _slice(path: Path, place: tuple[int, int]) -> bytes:
 
 
 def _local(source: str | Path) -> Path | None:
-    """The file or folder that `source` names; None if it is a pattern or an address."""
+    """The file or folder that `source` names; None if it is a pattern or a URL."""
     if isinstance(source, str) and "://" in source:
         return None
     path = Path(source)
@@ -197,18 +208,18 @@ def _local(source: str | Path) -> Path | None:
         return path
     if any(sign in str(source) for sign in "*?[{"):
         return None
-    raise ValueError(f"source={source} is not a folder, nor a tar")
+    raise ValueError(f"source={source} does not exist; give a folder, a tar, a pattern or a URL")
 
 
 def _tars(source: str, downloads: Path | None) -> list[Path]:
-    """Every tar that a pattern or an address names, on this machine."""
+    """Local paths of every tar that a pattern or a URL names; remote ones are downloaded."""
     names = list(braceexpand(source))
     if "://" not in source:
         found = [path for name in names for path in _glob(name)]
         if not found:
-            raise ValueError(f"source={source} matches no file")
+            raise ValueError(f"source={source} matches no file; correct the pattern")
         return found
-    assert downloads is not None, "remote tars need a place"
+    assert downloads is not None, "remote tars need a download folder"
     if any(sign in source for sign in "*[") or ("?" in source and not source.startswith("http")):
         names = [name for pattern in names for name in _remote_glob(pattern)]
     return [_download(name, downloads / f"{place:06d}" / _last(name)) for place, name in enumerate(names)]
@@ -225,7 +236,7 @@ def _remote_glob(pattern: str) -> list[str]:
         system, path = fsspec.core.url_to_fs(pattern)
         found = sorted(system.unstrip_protocol(name) for name in system.glob(path))
     if not found:
-        raise ValueError(f"source={pattern} matches nothing")
+        raise ValueError(f"source={pattern} matches nothing; correct the pattern")
     return found
 
 
@@ -234,7 +245,7 @@ def _last(url: str) -> str:
 
 
 def _download(url: str, target: Path) -> Path:
-    """Copy a remote file to `target`. ValueError if it cannot be had whole."""
+    """Copy a remote file to `target`. ValueError if it cannot be read completely."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with reaching(url), open_url(url) as remote, target.open("wb") as file:
         shutil.copyfileobj(remote, file, 1 << 20)

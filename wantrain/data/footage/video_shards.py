@@ -1,4 +1,4 @@
-"""Video shards: tars that hold files of footage as they came, their masks, and what shard.py found out about each."""
+"""Video shards: tars that hold the original files of footage, their masks, and a .json with what shard.py found."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from wantrain.data.rejects import IMAGES, VIDEOS
 from wantrain.data.shards import TarWriter, check_shards, describe_file, to_json
 from wantrain.util.renamed import VIDEO_SAMPLE, upgraded_fields
 
-#: What the extension of a mask begins with, which lies beside its video in a tar: KEY.mask.mp4.
+#: Prefix of a mask's extension; a mask lies beside its video in the tar as KEY.mask.mp4.
 MASK = "mask."
 
 
 class VideoTars:
-    """Files of footage gathered into tars of about `shard_bytes`, each named after what is in it.
+    """Writes files of footage into tars of about `shard_bytes`, each named by the hash of its content.
 
-    A tar that is there already, of `earlier` (the manifest of a finished run) or of one that was killed, is not written
-    again; none is written over.
+    A tar that exists already, from a finished run (`earlier` is its manifest) or from a killed one, is not written
+    again. No tar is overwritten.
     """
 
     def __init__(self, out: Path, shard_bytes: int, earlier: Mapping[str, Any] | None) -> None:
@@ -39,32 +39,32 @@ class VideoTars:
             leftover.unlink()
 
     def add(self, file: Footage, key: str, about: Mapping[str, Any]) -> None:
-        """Add a file, its mask if it has one, and what is said about it."""
+        """Add a file, its mask if it has one, and its .json."""
         self._samples.append((file, key, to_json(about)))
         self._size += file.size + len(self._samples[-1][2])
         if self._size >= self.shard_bytes:
             self._end()
 
     def finish(self) -> list[dict[str, Any]]:
-        """What a manifest says about each tar."""
+        """Write the last tar; the manifest's row of each tar."""
         if self._samples:
             self._end()
         return self._shards
 
     def remove_others(self) -> None:
-        """Remove tars that are none of these."""
-        mine = {tar["name"] for tar in self._shards}
+        """Remove all other tars of the folder."""
+        own = {tar["name"] for tar in self._shards}
         for path in self.out.glob("video-*.tar"):
-            if path.name not in mine:
+            if path.name not in own:
                 path.unlink()
 
     def _end(self) -> None:
         content = "\n".join(f"{key}.{file.extension} {about.decode()}" for file, key, about in self._samples)
         path = self.out / f"video-{hashlib.sha256(content.encode()).hexdigest()[:16]}.tar"
-        told = self._earlier.get(path.name)
-        if told is not None and path.is_file() and path.stat().st_size == told["bytes"]:
-            self._shards.append(told)
-        elif told is None and path.is_file():  # of a run that was killed: a tar has its name only when it is whole
+        row = self._earlier.get(path.name)
+        if row is not None and path.is_file() and path.stat().st_size == row["bytes"]:
+            self._shards.append(row)
+        elif row is None and path.is_file():  # left by a killed run: a tar gets its name only when it is complete
             self._shards.append({**describe_file(path), "samples": len(self._samples)})
         else:
             with TarWriter(path.with_name(f".{path.name}.tmp")) as tar:
@@ -77,7 +77,7 @@ class VideoTars:
 
 @dataclass(frozen=True)
 class VideoSample:
-    """One file of a video shard: its bytes and what shard.py found out about it."""
+    """One file of a video shard: its bytes, and in `about` what shard.py found."""
 
     key: str
     extension: str
@@ -90,8 +90,8 @@ def read_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Vid
     for shard in manifest["shards"]:
         check_shards(folder, {"kind": "video", "shards": [shard]})
         with (folder / shard["name"]).open("rb") as file:
-            # webdataset's own iteration over a tar, and nothing above it: its default decoders run code from .pyd,
-            # .pickle and .pth members, its opener runs paths that begin with "pipe:", its splitter looks at ranks.
+            # Only webdataset's iteration over a tar, nothing above it: its default decoders run code from .pyd,
+            # .pickle and .pth members, its opener runs paths that begin with "pipe:", its splitter depends on ranks.
             members = tariterators.tar_file_expander([{"url": shard["name"], "stream": file}])
             for sample in tariterators.group_by_keys(members):
                 (extension,) = [key for key in sample if not key.startswith(("__", MASK)) and key != "json"]
@@ -105,9 +105,9 @@ def read_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Vid
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """One file of a video shard that has not been read: where its bytes lie, and what shard.py found out about it.
+    """One file of a video shard, not read: where its bytes lie, and in `about` what shard.py found.
 
-    `mask` is (extension, offset, size) of the mask that came with it, or None.
+    `mask` is (extension, offset, size) of its mask, or None.
     """
 
     key: str
@@ -120,10 +120,10 @@ class VideoEntry:
 
 
 def scan_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[VideoEntry]:
-    """Every file of a video folder, in order, without reading videos: headers and .json members only.
+    """Every file of a video folder, in order, without reading videos: tar headers and .json members only.
 
-    Sizes of the tars are checked, hashes are not. ValueError for a member that no video shard has: what is no video or
-    image, a link, a name that leads out of the folder.
+    Checks the sizes of the tars, not their hashes. ValueError for a member that a video shard cannot have: one that is
+    not a video, image or .json, a link, or a name with a folder in it.
     """
     check_shards(folder, manifest, hashes=False)
     for shard in manifest["shards"]:
@@ -139,7 +139,10 @@ def scan_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Vid
                     continue
                 video, opened = videos.pop(key, None), tar.extractfile(member)
                 if video is None or opened is None:
-                    raise ValueError(f"{folder / shard['name']}: {member.name} comes without its video")
+                    raise ValueError(
+                        f"{folder / shard['name']}: {member.name} comes without its video; make the shards again with "
+                        "shard.py"
+                    )
                 about = upgraded_fields(json.loads(opened.read()), VIDEO_SAMPLE)
                 extension = _split_name(video, shard["name"])[1]
                 place = shard["name"], video.offset_data, video.size
@@ -147,19 +150,19 @@ def scan_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Vid
 
 
 def _split_name(member: tarfile.TarInfo, shard: str) -> tuple[str, str]:
-    """A member's key and extension; ValueError if no video shard has such a member."""
+    """A member's key and extension; ValueError if a video shard cannot have such a member."""
     key, _, extension = member.name.partition(".")
-    known = extension == "json" or f".{extension.removeprefix(MASK)}" in VIDEOS | IMAGES
-    if not member.isreg() or "/" in member.name or not known:
+    expected = extension == "json" or f".{extension.removeprefix(MASK)}" in VIDEOS | IMAGES
+    if not member.isreg() or "/" in member.name or not expected:
         raise ValueError(
-            f"{shard} holds {member.name!r}, which is no video, image or .json: refused; make it with shard.py"
+            f"{shard} holds {member.name!r}, which is not a video, image or .json; make the shards with shard.py"
         )
     return key, extension
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[tarfile.TarFile]:
-    """A tar, opened; damage is a ValueError that names it."""
+    """An opened tar; damage is a ValueError that names it."""
     try:
         with tarfile.open(path, "r:") as tar:
             yield tar

@@ -1,7 +1,7 @@
-"""Units of clips through a device: decoded, encoded, and written as latents, all three at the same time.
+"""Encodes work units of clips on a device: decoding, encoding and writing overlap.
 
-The device is sent frames as they were decoded, uint8: a quarter of the bytes of pixels in [-1, 1], which it computes
-itself in a moment. Of the same frames, sent once, it also makes what is known of each clip (conditions.py).
+The device receives frames as uint8: a quarter of the bytes of pixels in [-1, 1], which it computes itself. Of the same
+frames, sent once, it also makes what is known of each clip (conditions.py).
 
 Tensor suffixes: B clips of one bucket, C channels, F frames, H W rows and columns, T latent frames, M mask channels.
 """
@@ -23,11 +23,11 @@ from wantrain.data.latents.pipeline import Pipeline
 from wantrain.data.latents.portions import Group, Portion, entries, parts, stage
 from wantrain.data.latents.store import LatentFolder, UnitWriter
 from wantrain.data.latents.transfer import Arriving, Transfer
-from wantrain.data.latents.work_units import ClipRow, Unit
+from wantrain.data.latents.work_units import ClipRow, WorkUnit
 from wantrain.masks import painted
 from wantrain.video import to_pixels
 
-#: A portion, and the tensors of each of its groups on their way to the device; or back from it.
+#: A portion, and the tensors of each of its groups while they are copied to the device, or back.
 Moving = tuple[Portion, list[Arriving]]
 
 
@@ -52,11 +52,11 @@ class ClipEncoder:
 
     def pipeline(
         self,
-        units: Sequence[tuple[Unit, Sequence[ClipRow]]],
+        units: Sequence[tuple[WorkUnit, Sequence[ClipRow]]],
         decoded: Iterator[Decoded],
         close_decoded: Callable[[], None],
     ) -> Pipeline[Portion, Moving, Moving]:
-        """What makes these units, each with the rows that are missing, whose frames `decoded` gives in turn."""
+        """The pipeline that makes these work units, each given with its missing rows, whose frames `decoded` yields."""
         self.transfer = Transfer(self.device)
         return Pipeline(
             self._portions(units, decoded),
@@ -67,16 +67,16 @@ class ClipEncoder:
         )
 
     def _portions(
-        self, units: Sequence[tuple[Unit, Sequence[ClipRow]]], decoded: Iterator[Decoded]
+        self, units: Sequence[tuple[WorkUnit, Sequence[ClipRow]]], decoded: Iterator[Decoded]
     ) -> Iterator[Callable[[], Portion]]:
-        """What makes each portion of the units ready, in order."""
+        """For each portion of the work units, in order, the function that prepares it."""
         for unit, rows in units:
             missing = {row.identity for row in rows}
             for part, last in parts(unit, entries(unit, missing, decoded, self.folder.rejected)):
                 yield partial(stage, unit, part, last, self.conditions, self.transfer)
 
     def _upload(self, portion: Portion) -> Moving:
-        """Begin to copy a portion to the device."""
+        """Start to copy a portion to the device."""
         return portion, [self.transfer.upload([group.frames_BFHWC, *group.known]) for group in portion.groups]
 
     def _encode(self, uploaded: Moving) -> Moving:
@@ -96,7 +96,7 @@ class ClipEncoder:
         return self.transfer.download(made)
 
     def _store(self, encoded: Iterator[Moving]) -> None:
-        """Write units of latents, in order: rows that were encoded now, and the rest taken over."""
+        """Write work units of latents, in order: newly encoded rows, and copies of earlier ones."""
         for portion, arriving in encoded:
             with self.folder.writer(portion.unit) as writer:
                 self._write(portion, arriving, writer)
@@ -106,7 +106,7 @@ class ClipEncoder:
                 writer.finish()
 
     def _write(self, portion: Portion, arriving: list[Arriving], writer: UnitWriter) -> None:
-        """Write a portion's rows, in their order."""
+        """Write a portion's rows, in order."""
         made: dict[str, bytes] = {}
         for group, arrive in zip(portion.groups, arriving, strict=True):
             made.update(self._contents(group, arrive(), writer))
@@ -119,7 +119,7 @@ class ClipEncoder:
                 self.told(0 if entry.reason is not None else entry.row.bucket.num_frames)
 
     def _contents(self, group: Group, tensors: list[Tensor], writer: UnitWriter) -> Iterator[tuple[str, bytes]]:
-        """What is stored of each clip of a group, by its row's key."""
+        """(key, .safetensors member) of each clip of a group."""
         latents_BCTHW, *known = tensors
         records = [Condition(*pair) for pair in zip(known[::2], known[1::2], strict=True)]
         for number, (row, latents) in enumerate(zip(group.rows, latents_BCTHW, strict=True)):
@@ -129,10 +129,10 @@ class ClipEncoder:
             yield row.key, save({"latents": latents.contiguous(), **beside})
 
     def _check(self, row: ClipRow, latents: Tensor) -> None:
-        """ValueError if a row's latents are not what a VAE must give."""
+        """Raise ValueError if a row's latents have the wrong shape or are not finite."""
         shape = geometry.latent_shape(row.bucket, **self.conditions.strides)
         if tuple(latents.shape[1:]) != shape or not torch.isfinite(latents).all():
             raise ValueError(
-                f"{row.name}: the VAE gave NaN, infinity or the shape {tuple(latents.shape)}, wanted were {shape} per "
-                "channel"
+                f"{row.name}: the VAE returned NaN or infinity, or the shape {tuple(latents.shape)} instead of "
+                f"(channels, {', '.join(map(str, shape))}); check weights= and parts.vae, or try vae_precision=fp32"
             )

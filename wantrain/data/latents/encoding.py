@@ -1,8 +1,8 @@
 """Video shards to latent shards, given functions from pixels to latents and from texts to embeddings.
 
-What there is to do is the business of units.py, where it goes of latents.py, who decodes of decoding.py, how clips get
-through the device of clips.py; here is what happens in which order. Processes share the units by number, and know
-nothing of each other until all are done.
+This file holds the order of the steps: work_units.py lists the work, decode_workers.py decodes, clip_encoder.py runs
+clips through the device, store.py writes. Ranks share the work units by number, and do not communicate until all are
+done.
 """
 
 from __future__ import annotations
@@ -17,125 +17,95 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 from tqdm import tqdm
 
 from wantrain import geometry
-from wantrain.conditioning import EncodePixels
 from wantrain.data.footage.accounting import DatasetStats
-from wantrain.data.footage.decode_workers import Decoders, Job, Read
+from wantrain.data.footage.decode_process import Read
+from wantrain.data.footage.decode_workers import DecodeOptions, Decoders, Job
 from wantrain.data.footage.pixels import read_clips
 from wantrain.data.footage.video_shards import VideoEntry
 from wantrain.data.latents.clip_encoder import ClipEncoder
 from wantrain.data.latents.conditioning import Conditions
 from wantrain.data.latents.heartbeat import Heartbeat
+from wantrain.data.latents.options import EncodeOptions, Encoders
 from wantrain.data.latents.store import LatentFolder, Record, build_index
-from wantrain.data.latents.work_units import ClipRow, TextRow, Unit, Work, plan_work
+from wantrain.data.latents.work_units import ClipRow, TextRow, Work, WorkUnit, plan_work
 from wantrain.data.rejects import Reject
 from wantrain.data.shards import LATENT_SCHEMA, MANIFEST, check_shards, file_hash, read_manifest, write_rejects
 from wantrain.masks import PAINTED
 from wantrain.util import distributed
 from wantrain.util.console import say
 
-EncodeTexts = Callable[[list[str]], list[Tensor]]
-
-CPU = torch.device("cpu")
-
-#: Captions are encoded so many together, those of like length, because they are padded to the longest.
+#: Captions per batch of the text encoder. Captions of similar length share a batch: each is padded to the longest.
 TEXTS_TOGETHER = 16
-#: Decoder processes, unless said otherwise: the cores but one, up to this many.
+#: Default number of decoder processes: one less than the cores, up to this many.
 MOST_WORKERS = 8
 
 
 def encode_shards(
     shards: Path,
     out: Path,
+    encoders: Encoders,
     *,
-    encode_pixels: EncodePixels,
-    encode_texts: EncodeTexts,
     sizes: geometry.Buckets,
     conditions: Conditions,
-    model: str,
-    fps: float | None = None,
-    num_frames: int | None = None,
-    device: torch.device = CPU,
-    vae_fingerprint: str,
-    vae_precision: str = "fp32",
-    text_fingerprint: str,
-    tokenizer_fingerprint: str = "",
-    encoders: Mapping[str, str] | None = None,
-    rejects_limit: float,
-    shard_bytes: int,
-    shard_clips: int = 64,
-    workers: int | None = None,
-    timeout: float = 120.0,
-    retry: bool = False,
-    heartbeat_timeout: float = 1800.0,
+    options: EncodeOptions,
     read: Read = read_clips,
 ) -> dict[str, Any] | None:
-    """Make `out` the latents and texts of these video shards; returns the manifest (None on ranks other than 0).
+    """Encode the clips and captions of video shards into the latent folder `out`; returns the manifest (None on ranks
+    other than 0).
 
-    Only what is not there yet is made: nothing is encoded or loaded for a clip or caption whose identity is in `out`,
-    and what no clip needs any more is removed at the end. `encode_pixels(pixels_BCTHW in [-1, 1]) -> latents`, both on
-    `device`, computes in `vae_precision`; `encode_texts(list of str) -> list of (L, D)`. Both are stored in bf16, texts
-    without padding, and beside a clip's latents those of what is known under the `conditions`, which also know the
-    VAE's strides. `read` is what runs in `workers` processes (None: by the cores), `timeout` seconds a clip at most;
-    what cannot be decoded goes to rejects.jsonl, and is tried again only with `retry`. Each process of a launcher does
-    its share of the units, and rank 0 waits for the others, `heartbeat_timeout` seconds without a sign of life at most.
+    Only what is missing is made: no clip or caption whose identity is in `out` is encoded again, and the encoders are
+    called only if something is missing. What no clip needs any more is removed at the end. Latents and texts are
+    stored in bf16, texts without padding; beside a clip's latents those of its conditioning inputs. `conditions` also
+    hold the VAE's strides. `read` runs in the decoder processes. Clips that cannot be decoded are listed in
+    rejects.jsonl. Each rank of a launch does its share of the work units, and rank 0 waits for the others.
 
-    `encoders` are the identities of the encoders' files (models/fingerprints.py), by part: train.py knows the encoders
-    again by them. They stand in the manifest beside the settings, for the same values in other files make nothing new.
-
-    Shards that were cut for another model are taken if their clips are of this one's rate (`fps`) and not longer than
-    its `num_frames`.
-
-    ValueError if more than `rejects_limit` are rejected, if the shards were cut for a model unlike this one, if `out`
-    holds something else, or for what an encoder must not give.
+    ValueError if more than `options.rejects_limit` of the clips are bad, if the shards were cut for a model with
+    another frame rate or shorter clips, if `out` holds something else, or if an encoder returns NaN or infinity.
     """
     video = read_manifest(shards, "video")
-    _check_cut(shards, video["settings"], model, fps, num_frames)
+    _check_cut(shards, video["settings"], options)
     settings = {
-        "model": model,
+        "model": options.model,
         "shards": file_hash(shards / MANIFEST),
-        "vae_fingerprint": vae_fingerprint,
-        # Said where it is not fp32 only: latents from before there was a choice stay what they are.
-        **({} if vae_precision == "fp32" else {"vae_precision": vae_precision}),
-        "text_encoder_fingerprint": text_fingerprint,
-        "tokenizer_fingerprint": tokenizer_fingerprint,
-        "sizes": sizes.told(),
+        **encoders.settings(),
+        "sizes": sizes.to_dict(),
         "condition": conditions.identity(),
-        "shard_bytes": shard_bytes,
-        "shard_clips": shard_clips,
+        "shard_bytes": options.shard_bytes,
+        "shard_clips": options.shard_clips,
     }
-    folder = LatentFolder(out, retry=retry)
-    if folder.is_finished(settings) and not (retry and folder.earlier.manifest["clips_rejected"]):
+    folder = LatentFolder(out, retry=options.retry)
+    if folder.is_finished(settings) and not (options.retry and folder.earlier.manifest["clips_rejected"]):
         say(f"{out} is finished already: {folder.earlier.manifest['clips']} clips; nothing to do")
         return folder.earlier.manifest
     work = plan_work(shards, video, sizes, conditions, settings)
     folder.check_same_footage(work.sources)
-    with Heartbeat(out, work.name, timeout=heartbeat_timeout) as attendance:
-        encoder = _Encoder(folder, encode_pixels, encode_texts, conditions, attendance, device)
+    with Heartbeat(out, work.name, timeout=options.heartbeat_timeout) as heartbeat:
+        encoder = _Encoder(folder, encoders, conditions, heartbeat)
         encoder.check_sources(shards, video)
-        reading = _Reading(shards, read, workers, timeout, masks=PAINTED in conditions.identity())
-        encoder.make(work.share(distributed.rank(), distributed.world_size()), reading, retry)
+        jobs = _DecodeJobs(shards, read, options.decode, masks=PAINTED in conditions.identity())
+        encoder.make(work.share(distributed.rank(), distributed.world_size()), jobs, options.retry)
     if not distributed.is_main():
         return None
-    attendance.wait()
+    heartbeat.wait()
     return _conclude(
         folder,
         work,
         settings,
-        {**conditions.strides, "encoders": dict(encoders or {})},
+        {**conditions.strides, "encoders": dict(encoders.files)},
         [shard["sha256"] for shard in video["shards"]],
-        rejects_limit,
+        options.rejects_limit,
     )
 
 
-def _check_cut(shards: Path, cut: Mapping[str, Any], model: str, fps: float | None, num_frames: int | None) -> None:
-    """Raise ValueError if clips were cut for a model of another rate or length."""
+def _check_cut(shards: Path, cut: Mapping[str, Any], options: EncodeOptions) -> None:
+    """Raise ValueError if the clips, by the settings `cut` of their shards, have another rate or are too long."""
+    model, longest = options.model, options.num_frames
     if cut["model"] == model:
         return
-    if cut["fps"] != fps or num_frames is None or cut["num_frames"] > num_frames:
+    if cut["fps"] != options.fps or longest is None or cut["num_frames"] > longest:
         rate = "its files' own rates" if cut["fps"] == "native" else f"{cut['fps']:g} fps"
         raise ValueError(
             f"shards={shards} were cut for model={cut['model']} ({rate}, up to {cut['num_frames']} frames), not for "
@@ -151,9 +121,9 @@ def _conclude(
     sources: list[str],
     rejects_limit: float,
 ) -> dict[str, Any]:
-    """Rank 0, when all units are made: count the rejects, write index and manifest, `facts` in it."""
+    """On rank 0, when all work units are done: write rejects, index and manifest; `facts` are further fields of it."""
     latents, texts = folder.gather(work.latents), folder.gather(work.texts)
-    stats, rejects, identities = _accounts(work, latents)
+    stats, rejects, identities = _count(work, latents)
     seen = stats.clips.given
     write_rejects(folder.out, rejects, seen, rejects_limit, "clip", identities)
     index, names = build_index(latents, texts, work.text_of, work.group_of)
@@ -173,8 +143,8 @@ def _conclude(
         "texts": len(index.text_shard),
         "empty_text": index.text(work.text_of[""]),
         "clips_rejected": len(rejects),
-        "stats": stats.told(),
-        "cropped": stats.told_crops(),
+        "stats": stats.to_dict(),
+        "cropped": stats.crops_to_dict(),
         "sources": sources,
         "shards": [record.tar for _, record in latents if record.tar],
         "text_shards": [record.tar for _, record in texts if record.tar],
@@ -189,8 +159,8 @@ def _conclude(
     return manifest
 
 
-def _accounts(work: Work, latents: list[tuple[Unit, Record]]) -> tuple[DatasetStats, list[Reject], list[str]]:
-    """What became of every clip: the stats, the rejects, and the identity of each ("" if it never had one)."""
+def _count(work: Work, latents: list[tuple[WorkUnit, Record]]) -> tuple[DatasetStats, list[Reject], list[str]]:
+    """The statistics of all clips, the rejects, and the identity of each reject ("" for clips that have none)."""
     stats, rejects, identities = DatasetStats(), list[Reject](), list[str]()
     for clip in work.left_out:
         rejects.append(Reject(clip.name, clip.reason, bad=False, kind=clip.kind))
@@ -210,23 +180,25 @@ def _accounts(work: Work, latents: list[tuple[Unit, Record]]) -> tuple[DatasetSt
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """How files are read: from which folder, by what, in how many processes, and how long one may take; with masks?"""
+class _DecodeJobs:
+    """Makes the jobs of the decoder processes, and starts these.
+
+    masks  decode the clips' masks too
+    """
 
     shards: Path
     read: Read
-    workers: int | None
-    timeout: float
+    options: DecodeOptions
     masks: bool
 
     @staticmethod
     def _mask(entry: VideoEntry) -> dict[str, Any]:
-        assert entry.mask is not None, "check_clip has let it through"
+        assert entry.mask is not None, "check_clip rejects clips without one"
         extension, offset, size = entry.mask
         return {"extension": extension, "offset": offset, "bytes": size, "sha256": entry.about["mask"]}
 
     def job(self, rows: list[ClipRow]) -> Job:
-        """The job that reads these windows of one file."""
+        """The job that decodes these windows of one file."""
         entry, bucket = rows[0].entry, rows[0].bucket
         return Job(
             {
@@ -245,42 +217,34 @@ class _Reading:
         )
 
     def decoders(self, jobs: list[Job]) -> Decoders:
-        """The processes that decode, not more than there is work for."""
-        workers = self.workers or min(max(1, distributed.cores() - 1), MOST_WORKERS)
-        return Decoders(self.read, workers=min(workers, len(jobs)), timeout=self.timeout)
+        """The decoder processes, at most one per job."""
+        workers = self.options.workers or min(max(1, distributed.cores() - 1), MOST_WORKERS)
+        return Decoders(self.read, workers=min(workers, len(jobs)), timeout=self.options.timeout)
 
     def jobs(self, rows: list[ClipRow]) -> list[Job]:
-        """What is to be decoded for these windows, file by file."""
+        """The jobs that decode these windows, one per file."""
         return [self.job(list(group)) for _, group in itertools.groupby(rows, key=lambda row: row.entry.key)]
 
 
 class _Encoder:
-    """One process's encoding: functions from pixels and texts, the folder they go to, and how far it is."""
+    """Makes one rank's share of the work units, and reports progress."""
 
-    def __init__(
-        self,
-        folder: LatentFolder,
-        encode_pixels: EncodePixels,
-        encode_texts: EncodeTexts,
-        conditions: Conditions,
-        attendance: Heartbeat,
-        device: torch.device,
-    ) -> None:
-        self.folder, self.encode_texts, self.attendance = folder, encode_texts, attendance
-        self.clips = ClipEncoder(folder, encode_pixels, conditions, device, self._step)
+    def __init__(self, folder: LatentFolder, encoders: Encoders, conditions: Conditions, heartbeat: Heartbeat) -> None:
+        self.folder, self.encode_texts, self.heartbeat = folder, encoders.encode_texts, heartbeat
+        self.clips = ClipEncoder(folder, encoders.encode_pixels, conditions, encoders.device, self._step)
         self.bar = tqdm(desc="encode", unit="clip", disable=True)
         self.began, self.frames = time.monotonic(), 0
 
     def check_sources(self, shards: Path, video: Mapping[str, Any]) -> None:
-        """Check the hashes of this rank's share of the video shards, unless an earlier run did."""
-        known = set(self.folder.earlier.manifest.get("sources", []))
+        """Check the hashes of this rank's share of the video shards, except those that an earlier run checked."""
+        checked = set(self.folder.earlier.manifest.get("sources", []))
         for shard in video["shards"][distributed.rank() :: distributed.world_size()]:
-            if shard["sha256"] not in known:
+            if shard["sha256"] not in checked:
                 check_shards(shards, {"kind": "video", "shards": [shard]})
-                self.attendance.say("checking the video shards")
+                self.heartbeat.beat("checking the video shards")
 
-    def make(self, units: list[Unit], reading: _Reading, retry: bool) -> None:
-        """Make the units that are not done yet. Decoding begins while captions are being encoded."""
+    def make(self, units: list[WorkUnit], jobs: _DecodeJobs, retry: bool) -> None:
+        """Make the work units that are not done. Decoding begins while captions are being encoded."""
         for unit in units if retry else []:
             self.folder.forget_rejects(unit)
         todo = [(unit, self._missing(unit)) for unit in units if self.folder.find(unit) is None]
@@ -288,59 +252,59 @@ class _Encoder:
         latents = [(unit, rows) for unit, rows in todo if unit.kind == "latent"]
         clips = [row for _, rows in latents for row in rows]
         with ExitStack() as stack:
-            make_latents = self._begin(latents, reading, stack)
+            make_latents = self._begin(latents, jobs, stack)
             self.bar = stack.enter_context(
                 tqdm(total=len(clips), desc="encode", unit="clip", disable=not distributed.is_main())
             )
             for unit, rows in texts:
                 self._make_texts(unit, rows)
             make_latents()
-        if distributed.world_size() > 1:  # every rank says it, so that a log shows who did what
+        if distributed.world_size() > 1:  # on every rank, so that a log shows what each did
             made = f"{len(clips)} clips, {sum(len(rows) for _, rows in texts)} texts"
             print(
                 f"rank {distributed.rank()} of {distributed.world_size()}: {made} encoded in {len(todo)} tars",
                 flush=True,
             )
 
-    def _missing(self, unit: Unit) -> list[Any]:
-        """The rows that have to be made: no earlier tar holds them, and no earlier run rejected them."""
+    def _missing(self, unit: WorkUnit) -> list[Any]:
+        """The rows that have to be made: not in an earlier tar, and not rejected by an earlier run."""
         return [row for row in unit.rows if self.folder.rejected(row) is None and self.folder.stored(row) is None]
 
-    def _make_texts(self, unit: Unit, rows: list[TextRow]) -> None:
-        """A unit of texts: what is missing is encoded in batches of like length, the rest taken over."""
+    def _make_texts(self, unit: WorkUnit, rows: list[TextRow]) -> None:
+        """Make a work unit of texts: encode the missing ones in batches of similar length, copy the others."""
         made: dict[str, bytes] = {}
         ordered = sorted(rows, key=lambda row: (len(row.caption), row.identity))
         with self.folder.writer(unit) as writer:
             for start in range(0, len(ordered), TEXTS_TOGETHER):
-                some = ordered[start : start + TEXTS_TOGETHER]
-                for row, text in zip(some, self.encode_texts([row.caption for row in some]), strict=True):
+                batch = ordered[start : start + TEXTS_TOGETHER]
+                for row, text in zip(batch, self.encode_texts([row.caption for row in batch]), strict=True):
                     if not torch.isfinite(text).all():
                         raise ValueError(
                             f"the text encoder gave NaN or infinity for {row.caption!r}; try precision=fp32"
                         )
                     made[row.identity] = save({"text": text.to(torch.bfloat16).cpu().contiguous()})
                     writer.width = text.shape[-1]
-                self.attendance.say(f"encoding texts, {unit.name}")
+                self.heartbeat.beat(f"encoding texts, {unit.name}")
             for each in unit.rows:
                 writer.write(each, made[each.identity] if each.identity in made else self.folder.read(each))
             writer.finish()
 
     def _begin(
-        self, latents: list[tuple[Unit, list[ClipRow]]], reading: _Reading, stack: ExitStack
+        self, latents: list[tuple[WorkUnit, list[ClipRow]]], decode_jobs: _DecodeJobs, stack: ExitStack
     ) -> Callable[[], None]:
-        """Begin to decode what is missing of these units; the call makes them. What was begun ends with the stack."""
+        """Start to decode the missing rows of these work units; the returned function makes them. `stack` ends all."""
         if not latents:
             return lambda: None
-        jobs = reading.jobs([row for _, rows in latents for row in rows])
-        if not jobs:  # all rows are in earlier tars, and change their places
+        jobs = decode_jobs.jobs([row for _, rows in latents for row in rows])
+        if not jobs:  # all rows are in earlier tars and are only copied
             return stack.enter_context(self.clips.pipeline(latents, iter(()), lambda: None)).run
-        decoders = stack.enter_context(reading.decoders(jobs))
+        decoders = stack.enter_context(decode_jobs.decoders(jobs))
         return stack.enter_context(self.clips.pipeline(latents, decoders.decode(jobs), decoders.close)).run
 
     def _step(self, frames: int) -> None:
-        """One more clip on the bar, with so many frames (0: it was rejected)."""
+        """Advance the progress bar by one clip with this number of frames (0: it was rejected)."""
         self.frames += frames
         self.bar.update()
         seconds = max(1e-3, time.monotonic() - self.began)
         self.bar.set_postfix_str(f"{self.frames / seconds:.1f} frames/s", refresh=False)
-        self.attendance.say(f"encoding clips, {self.bar.n} of {self.bar.total}")
+        self.heartbeat.beat(f"encoding clips, {self.bar.n} of {self.bar.total}")

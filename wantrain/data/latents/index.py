@@ -1,4 +1,4 @@
-"""The index of a latent folder: in columns, where each clip's latents and captions lie."""
+"""The index of a latent folder: columns that say where each clip's latents and captions lie."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from safetensors.numpy import save_file
 from wantrain.data.mmap import map_file, tensors_in
 from wantrain.util.files import sync_file
 
-#: Bytes of a name (`ids`) and of an identity.
+#: Bytes of a window's name (`ids`) and of an identity.
 ID_LENGTH, IDENTITY_LENGTH = 24, 16
 
 
 @dataclass(frozen=True)
 class Index:
-    """Three tables in columns: N clips (what a plan orders), M windows (their latents), and T distinct texts.
+    """Three tables in columns: N clips (which training samples from), M windows (their latents), T distinct texts.
 
-    Clip n has the windows windows[n] to windows[n+1] (one, unless several were asked for: they share its bucket), and
-    the texts caption[captions[n]] to caption[captions[n+1]], and so its tags.
+    Clip n has the windows windows[n] to windows[n+1], usually one; all have its bucket. It has the texts
+    caption[captions[n]] to caption[captions[n+1]], and likewise its tags.
 
     bucket    (N,) number into the manifest's list of buckets
-    source    (N,) the file a clip was cut from, as a number
-    group     (N,) the same number for files that look alike (duplicates.py): one of theirs, else the file's own
-    weight    (N,) how often it is drawn beside others; 1 unless the footage says otherwise
-    windows   (N+1,) and captions (N+1,), see above; caption, a number into the texts for each
-    tags      (N+1,) likewise; tag, a number into the manifest's list of tags for each
-    shard, offset, size  (M,) a window's .safetensors member inside its tar (number into the manifest's `shards`)
-    ids       (M, 24) its name, zero padded
-    identity  (M, 16) hash of all that made it
-    text_shard, text_offset, text_size, text_identity  (T,) the same for each text (its tar is in `text_shards`)
+    source    (N,) number of the file that the clip was cut from
+    group     (N,) group of files with near-duplicates (duplicates.py): the number of one of them, else the file's own
+    weight    (N,) sampling weight; 1 unless the footage's annotation gives another
+    windows   (N+1,) first window of each clip
+    captions  (N+1,) first entry of each clip in `caption`, which holds numbers of texts
+    tags      (N+1,) first entry of each clip in `tag`, which holds numbers into the manifest's list of tags
+    shard, offset, size  (M,) a window's .safetensors member in its tar, a number into the manifest's `shards`
+    ids       (M, 24) a window's name, zero padded
+    identity  (M, 16) hash of everything that a window's latents depend on
+    text_shard, text_offset, text_size, text_identity  (T,) the same for each text; its tar is in `text_shards`
     """
 
     bucket: NDArray[np.int32]
@@ -59,17 +60,17 @@ class Index:
     text_identity: NDArray[np.uint8]
 
     def __len__(self) -> int:
-        """How many clips there are."""
+        """Number of clips."""
         return len(self.bucket)
 
     def name(self, window: int) -> str:
-        """The id of one window."""
+        """The name of a window."""
         return self.ids[window].tobytes().rstrip(b"\0").decode()
 
     def text(self, identity: str) -> int:
-        """The number of a text, by its identity."""
-        (found,) = np.flatnonzero((self.text_identity == pack_identities([identity])).all(1)).tolist()
-        return int(found)
+        """The number of the text with this identity."""
+        (number,) = np.flatnonzero((self.text_identity == pack_identities([identity])).all(1)).tolist()
+        return int(number)
 
     def windows_of(self, clip: int) -> range:
         """The numbers of a clip's windows."""
@@ -84,28 +85,28 @@ class Index:
         return self.tag[self.tags[clip] : self.tags[clip + 1]].tolist()  # type: ignore[no-any-return]
 
     def write(self, path: Path) -> None:
-        """Write the index beside its name, then rename it."""
-        beside = path.with_name(f".{path.name}.tmp")
-        save_file({name: np.ascontiguousarray(column) for name, column in vars(self).items()}, beside)
-        beside.chmod(0o644)  # safetensors makes files that nobody else on a shared disk can read
-        sync_file(beside)
-        beside.replace(path)
+        """Write the index under a temporary name, then rename it."""
+        partial = path.with_name(f".{path.name}.tmp")
+        save_file({name: np.ascontiguousarray(column) for name, column in vars(self).items()}, partial)
+        partial.chmod(0o644)  # safetensors creates files that other users of a shared disk cannot read
+        sync_file(partial)
+        partial.replace(path)
 
     @staticmethod
     def read(path: Path) -> Index:
-        """The index from its file, which is mapped: only the columns that are asked for are read."""
+        """Map the index from its file: only the columns that are used are read."""
         return Index(**{name: column.numpy() for name, column in tensors_in(map_file(path)).items()})
 
 
 def captions_by_key(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
     """The captions of every window of a latent folder, by its key in the tars."""
-    index, said = Index.read(folder / manifest["files"][0]["name"]), list[str]()
+    index, captions = Index.read(folder / manifest["files"][0]["name"]), list[str]()
     for shard in manifest["text_shards"]:  # in the index's order
         with tarfile.open(folder / shard["name"], "r:") as tar:
             opened = [tar.extractfile(member) for member in tar if member.name.endswith(".json")]
-            said += [json.loads(file.read())["caption"] for file in opened if file is not None]
+            captions += [json.loads(file.read())["caption"] for file in opened if file is not None]
     return {
-        index.name(window): [said[text] for text in index.texts_of(clip)]
+        index.name(window): [captions[text] for text in index.texts_of(clip)]
         for clip in range(len(index))
         for window in index.windows_of(clip)
     }

@@ -1,9 +1,9 @@
-"""A pipeline of batches: one thread makes them ready, the caller works on them, another thread stores what comes out.
+"""A pipeline of batches in three threads: one prepares batches, the caller's computes, a third stores the results.
 
-While the device works on batch n, batch n+1 is read, stacked and copied to it, and batch n-1 is brought back and
-written. Everything that the device is given comes from the caller's thread, because the current device, stream and
-inference mode belong to a thread. Six batches exist at most: one being read, one that is ready, one on its way to the
-device, one being worked on; and results of two, one waiting and one being stored.
+While the device computes batch n, batch n+1 is read, stacked and copied to it, and batch n-1 is copied back and
+written. All device work is issued from the caller's thread, because the current device, stream and inference mode are
+per thread. At most six batches exist: one being read, one ready, one being copied to the device, one being computed,
+and the results of two, one waiting and one being stored.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Item = TypeVar("Item")
 
 
 class Pipeline(Generic[Ready, Uploaded, Result]):
-    """Batches on their way from `source` to `store`, in order.
+    """Moves batches from `source` to `store`, in order.
 
-    source        what makes each batch ready; iterated and called in a thread of its own, from `__enter__` on
-    close_source  makes `source` end, whatever it waits for; called from the caller's thread
-    upload        begins to copy a batch to the device, one batch ahead of `work`
+    source        yields functions that prepare one batch each; iterated and called in its own thread
+    close_source  ends `source`, whatever it waits for; called from the caller's thread
+    upload        starts to copy a batch to the device, one batch ahead of `work`
     work          a batch on the device -> its result
-    store         is given the results and stores them all, in a thread of its own; where the pipeline ends early, its
-                  iterator raises `Abandoned` after those that were made
+    store         stores all results of the iterator that it receives, in its own thread; if the pipeline ends early,
+                  the iterator raises `Abandoned` after the last result
 
-    An error of any of them is raised in the caller's thread, and leaves no thread behind.
+    An error in any of them is raised in the caller's thread, and no thread is left running.
     """
 
     def __init__(
@@ -52,27 +52,27 @@ class Pipeline(Generic[Ready, Uploaded, Result]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close_source()  # first, since the thread may be waiting in it
+        self.close_source()  # first: the thread may be waiting in it
         self._ready.close()
 
     def run(self) -> None:
-        """All batches from beginning to end."""
+        """Process all batches."""
         with _Storing(self.store) as storing:
             for batch in _one_ahead(map(self.upload, self._ready)):
                 storing.put(self.work(batch))
 
 
 class Abandoned(Exception):
-    """No more results will come, though more were to."""
+    """The pipeline ended early: no more results will come."""
 
 
 class _Storing(Generic[Result]):
-    """The thread that stores. Its error is raised by the next `put`, or at the end."""
+    """The storing thread. Its error is raised by the next `put`, or at the end."""
 
     def __init__(self, store: Callable[[Iterator[Result]], None]) -> None:
         self.store = store
         self.results: queue.Queue[Result | None] = queue.Queue(maxsize=1)
-        self.whole = False  # None has come because nothing is left
+        self.complete = False  # True if all results have been put
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="storing", daemon=True)
 
@@ -83,14 +83,14 @@ class _Storing(Generic[Result]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.whole = kind is None
+        self.complete = kind is None
         self._put(None)
         self.thread.join()
         if self.error is not None and self.error is not error:
             raise self.error
 
     def put(self, result: Result) -> None:
-        """Hand over a result; waits while one is being stored and another waits already."""
+        """Hand over a result; blocks while one result is being stored and another one waits."""
         self._put(result)
         if self.error is not None:
             raise self.error
@@ -104,24 +104,24 @@ class _Storing(Generic[Result]):
                 continue
 
     def _run(self) -> None:
-        results = self._taken()
+        results = self._results()
         try:
             self.store(results)
             assert next(results, None) is None, "store takes all results"
         except Abandoned:
-            return  # the caller has an error already
+            return  # the caller already has an error
         except BaseException as error:  # the caller raises it
             self.error = error
 
-    def _taken(self) -> Iterator[Result]:
+    def _results(self) -> Iterator[Result]:
         while (result := self.results.get()) is not None:
             yield result
-        if not self.whole:
+        if not self.complete:
             raise Abandoned
 
 
 def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items, each asked for before the one before it is given."""
+    """The same items, each fetched before the previous one is yielded."""
     waiting: list[Item] = []
     for item in items:
         waiting.append(item)

@@ -1,4 +1,4 @@
-"""Portions of a unit of clips: rows that go through encode.py's pipeline together, in their order, as tensors.
+"""Portions of a work unit of clips: rows that go through encode.py's pipeline together, in order, as tensors.
 
 Tensor suffixes: B clips of one bucket, F frames, H W rows and columns of pixels, C channels: red, green, blue and, with
 mask videos, the mask's brightness.
@@ -15,19 +15,19 @@ from torch import Tensor
 from wantrain.data.footage.decode_workers import Decoded
 from wantrain.data.latents.conditioning import Conditions
 from wantrain.data.latents.transfer import Transfer
-from wantrain.data.latents.work_units import ClipRow, Row, Unit
+from wantrain.data.latents.work_units import ClipRow, Row, WorkUnit
 from wantrain.video import Frames
 
-#: Clips are encoded together up to this many pixels: large ones one by one, small ones in batches, since a
+#: Clips are encoded together up to this many pixels: large clips one by one, small ones in batches, because a
 #: convolution over one small clip is six times slower per clip on a CPU.
 PIXELS_TOGETHER = 1 << 20
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to be written: made of its frames, or rejected for a reason, or (neither) taken over from an earlier tar.
+    """A row to be written: from its `frames`, or rejected with a `reason`, or (neither) copied from an earlier tar.
 
-    new  this run has tried to decode it
+    new  True if this run has tried to decode the row
     """
 
     row: ClipRow
@@ -51,20 +51,20 @@ class Group:
 
 @dataclass(frozen=True)
 class Portion:
-    """Entries of a unit without their frames, which are in the groups; `last` ends the unit."""
+    """Entries of a work unit without their frames, which are in the groups; `last` marks its last portion."""
 
-    unit: Unit
+    unit: WorkUnit
     entries: list[Entry]
     groups: list[Group]
     last: bool
 
 
 def entries(
-    unit: Unit, missing: set[str], decoded: Iterator[Decoded], rejected: Callable[[Row], str | None]
+    unit: WorkUnit, missing: set[str], decoded: Iterator[Decoded], rejected: Callable[[Row], str | None]
 ) -> Iterator[Entry]:
-    """Every row of a unit, in order. The rows whose identities are `missing` take the next of what is `decoded`, up to
-    the first that fails in each file; `rejected` says why an earlier run could not make a row."""
-    failed: dict[str, str] = {}  # files by key, and why
+    """Every row of a work unit, in order. Rows whose identities are `missing` take the next item of `decoded`;
+    after the first failure in a file its later rows fail too. `rejected` gives the reason of an earlier reject."""
+    failed: dict[str, str] = {}  # reasons, by the file's key
     for row in unit.rows:
         assert isinstance(row, ClipRow)
         reason = rejected(row)
@@ -80,8 +80,8 @@ def entries(
         yield Entry(row, frames, reason, new=True)
 
 
-def parts(unit: Unit, entries: Iterable[Entry]) -> Iterator[tuple[list[Entry], bool]]:
-    """A unit's entries cut where the pixels to be encoded reach `PIXELS_TOGETHER`, and whether a part is the last."""
+def parts(unit: WorkUnit, entries: Iterable[Entry]) -> Iterator[tuple[list[Entry], bool]]:
+    """Split a work unit's entries where the pixels to encode reach `PIXELS_TOGETHER`: (entries, last part or not)."""
     part, pixels = list[Entry](), 0
     for count, entry in enumerate(entries, start=1):
         part.append(entry)
@@ -92,7 +92,7 @@ def parts(unit: Unit, entries: Iterable[Entry]) -> Iterator[tuple[list[Entry], b
             part, pixels = [], 0
 
 
-def stage(unit: Unit, part: list[Entry], last: bool, conditions: Conditions, transfer: Transfer) -> Portion:
+def stage(unit: WorkUnit, part: list[Entry], last: bool, conditions: Conditions, transfer: Transfer) -> Portion:
     """A part made ready for the device: the clips of each bucket stacked, and what will be known of them drawn."""
     groups, given = list[Group](), [entry for entry in part if entry.frames is not None]
     for bucket in dict.fromkeys(entry.row.bucket for entry in given):

@@ -1,9 +1,9 @@
-"""A folder of latents: what an earlier run left in it, what this one makes, and how the two become one.
+"""A folder of latents: what earlier runs left in it, what this run adds, and the index and manifest over both.
 
-Each unit (units.py) becomes one tar, named after what is in it, and a hidden record beside it that says where each row
-lies and which were rejected. Whoever has written all records is followed by rank 0, which makes index and manifest of
-them and removes what nothing refers to any more. Until then the folder is what it was before, so a run may be killed at
-any moment; the next takes up all that was finished, by name.
+Each work unit (work_units.py) becomes one tar, named by the hash of its content, and a hidden record that says where
+each row lies and which rows were rejected. When all records are written, rank 0 makes index and manifest from them and
+removes files that nothing refers to. Until then the folder keeps its earlier state, so a run may be killed at any
+time; the next run finds all finished work units by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from wantrain.data.latents.index import Index, pack_identities, pack_ids
-from wantrain.data.latents.work_units import Row, Unit, tar_name
+from wantrain.data.latents.work_units import Row, WorkUnit, tar_name
 from wantrain.data.shards import (
     LATENT_SCHEMA,
     MANIFEST,
@@ -33,21 +33,21 @@ from wantrain.data.shards import (
 )
 from wantrain.util.files import claim_folder, write_atomically, write_json
 
-#: Where a manifest lists the tars of each kind, and where it says how wide their tensors are.
+#: Manifest fields, by the kind of work unit: the list of tars, and the width of their tensors.
 _TARS = {"latent": "shards", "text": "text_shards"}
 _WIDTHS = {"latent": "latent_channels", "text": "text_dim"}
-#: Seconds after which a file that another machine has written must be seen here: NFS looks again after 60 at most.
+#: Seconds after which a file written by another machine must be visible here; NFS refreshes after at most 60.
 TIMEOUT = 90.0
 
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a unit.
+    """Result of a work unit.
 
-    tar      what a manifest says about its tar; None if every row was rejected
+    tar      the manifest's row about its tar; None if every row was rejected
     places   (offset, size) of each row's .safetensors member, by identity
-    rejects  the reason of each row that could not be made, by identity
-    width    latent channels, or the text's dimension; 0 if nothing was made
+    rejects  the reason of each rejected row, by identity
+    width    latent channels, or the texts' dimension; 0 if nothing was made
     """
 
     tar: dict[str, Any] | None
@@ -58,7 +58,7 @@ class Record:
 
 @dataclass
 class _Earlier:
-    """What a finished run left: its manifest, and by identity the tar, offset and size of each row."""
+    """What a finished run left: its manifest, and (tar, offset, size) of each row by identity."""
 
     manifest: dict[str, Any] = field(default_factory=dict)
     places: dict[str, tuple[str, int, int]] = field(default_factory=dict)
@@ -68,9 +68,9 @@ class _Earlier:
 
 
 class LatentFolder:
-    """`out` in work. `retry` forgets which rows an earlier run rejected.
+    """The latent folder `out` while a run fills it. `retry` ignores the rejects of earlier runs.
 
-    ValueError if the folder holds something else, or latents of an older schema.
+    ValueError if the folder holds something else, or latents of another schema.
     """
 
     def __init__(self, out: Path, *, retry: bool = False) -> None:
@@ -82,11 +82,11 @@ class LatentFolder:
                 self.earlier.rejects.clear()
         else:
             claim_folder(out, sentinel=REJECTS, key="out")
-            (out / REJECTS).touch()  # from here on the folder is ours, also after a kill
+            (out / REJECTS).touch()  # marks the folder as ours, even after a kill
         self._whole: dict[str, bool] = {}
 
     def is_finished(self, settings: Mapping[str, Any]) -> bool:
-        """True if the folder is what these settings give, and all its files are there in full size."""
+        """True if the folder was made with these settings, and all its files exist in full size."""
         manifest = self.earlier.manifest
         return (
             bool(manifest)
@@ -95,15 +95,15 @@ class LatentFolder:
         )
 
     def check_same_footage(self, sources: set[int]) -> None:
-        """Raise ValueError if the folder's clips come from other files altogether: then `out` is a mistake."""
+        """Raise ValueError if the folder's clips come from entirely different files: then `out` is a mistake."""
         if self.earlier.sources and sources and not self.earlier.sources & sources:
             raise ValueError(
                 f"out={self.out} holds latents of other footage, without a file in common; give another out=, or "
                 "remove it"
             )
 
-    def find(self, unit: Unit) -> Record | None:
-        """What became of a unit, if it is done already: in this run, in one that was killed, or in an earlier one."""
+    def find(self, unit: WorkUnit) -> Record | None:
+        """The record of a work unit that this, a killed or an earlier run has done; None if it is not done."""
         path = self._record(unit)
         if path.is_file():
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -112,18 +112,18 @@ class LatentFolder:
                 return record
         return self._find_earlier(unit)
 
-    def gather(self, units: Sequence[Unit]) -> list[tuple[Unit, Record]]:
-        """All units with what became of them. ValueError if one has not appeared for `TIMEOUT` seconds."""
-        found, deadline = list[tuple[Unit, Record]](), time.monotonic() + TIMEOUT
+    def gather(self, units: Sequence[WorkUnit]) -> list[tuple[WorkUnit, Record]]:
+        """All work units with their records. ValueError if one has not appeared after `TIMEOUT` seconds."""
+        records, deadline = list[tuple[WorkUnit, Record]](), time.monotonic() + TIMEOUT
         for unit in units:
             while (record := self.find(unit)) is None:
                 if time.monotonic() > deadline:
-                    raise ValueError(f"{self.out}: {unit.name} is not there any more; start the same command again")
+                    raise ValueError(f"{self.out}: {unit.name} has disappeared; start the same command again")
                 time.sleep(0.2)
-            found.append((unit, record))
-        return found
+            records.append((unit, record))
+        return records
 
-    def _find_earlier(self, unit: Unit) -> Record | None:
+    def _find_earlier(self, unit: WorkUnit) -> Record | None:
         rejects = {row.identity: reason for row in unit.rows if (reason := self.earlier.rejects.get(row.identity))}
         rows = [row for row in unit.rows if row.identity not in rejects]
         name = tar_name(unit.kind, rows)
@@ -132,8 +132,8 @@ class LatentFolder:
         places = {row.identity: self.earlier.places[row.identity][1:] for row in rows}
         return Record(self.earlier.tars.get(name), places, rejects, self.width(unit.kind) if rows else 0)
 
-    def forget_rejects(self, unit: Unit) -> None:
-        """Undo a unit of a killed run in which something was rejected."""
+    def forget_rejects(self, unit: WorkUnit) -> None:
+        """Remove the record of a killed run's work unit that has rejects, so that it is made again."""
         record = self.find(unit)
         if record is not None and record.rejects:
             self._record(unit).unlink(missing_ok=True)
@@ -143,11 +143,11 @@ class LatentFolder:
         return int(self.earlier.manifest.get(_WIDTHS[kind], 0))
 
     def rejected(self, row: Row) -> str | None:
-        """Why an earlier run could not make a row; None if it has not said so."""
+        """The reason if an earlier run rejected a row, else None."""
         return self.earlier.rejects.get(row.identity)
 
     def stored(self, row: Row) -> Callable[[], bytes] | None:
-        """What reads a row's .safetensors member out of an earlier tar; None if it is not there, or damaged."""
+        """A function that reads a row's .safetensors member from an earlier tar; None if it is absent or damaged."""
         place = self.earlier.places.get(row.identity)
         if place is None or not self._is_whole(place[0]):
             return None
@@ -161,33 +161,33 @@ class LatentFolder:
         return read
 
     def read(self, row: Row) -> bytes:
-        """A row's .safetensors member out of an earlier tar, where it is known to be."""
+        """A row's .safetensors member from an earlier tar, which must hold it."""
         stored = self.stored(row)
-        assert stored is not None, "what is not missing is there"
+        assert stored is not None, "a row that is not missing is stored"
         return stored()
 
     def _is_whole(self, name: str) -> bool:
-        """True if an earlier tar still has its hash; each is read once."""
+        """True if an earlier tar still has its hash; each tar is hashed once."""
         if name not in self._whole:
             tar = self.earlier.tars.get(name)
             self._whole[name] = tar is not None and file_hash(self.out / name) == tar["sha256"]
         return self._whole[name]
 
-    def writer(self, unit: Unit) -> UnitWriter:
-        """What writes a unit; use it in a `with`."""
+    def writer(self, unit: WorkUnit) -> UnitWriter:
+        """A writer for a work unit, to be used in a `with`."""
         return UnitWriter(self.out, unit, self._record(unit), self.width(unit.kind))
 
-    def _record(self, unit: Unit) -> Path:
+    def _record(self, unit: WorkUnit) -> Path:
         return self.out / f".{unit.name}.json"
 
     def finish(self, manifest: dict[str, Any], index: Index) -> dict[str, Any]:
-        """Write index and manifest, which make the folder what they say, and remove everything else of ours."""
-        beside = self.out / ".index.new"
-        with disk_errors(beside):
-            index.write(beside)
-        described = describe_file(beside)
+        """Write index and manifest, which completes the folder, and remove all our files that they do not name."""
+        partial = self.out / ".index.new"
+        with disk_errors(partial):
+            index.write(partial)
+        described = describe_file(partial)
         described["name"] = f"index-{described['sha256'][:16]}.safetensors"
-        beside.replace(self.out / described["name"])
+        partial.replace(self.out / described["name"])
         manifest = {**manifest, "files": [described]}
         with disk_errors(self.out / MANIFEST):
             write_json(self.out / MANIFEST, manifest)
@@ -196,16 +196,16 @@ class LatentFolder:
             for path in self.out.glob(pattern):
                 if path.name not in keep:
                     path.unlink()
-        for pattern in (".latent-*", ".text-*", ".rank-*.json", ".*.tmp"):  # the last: what a kill left half written
+        for pattern in (".latent-*", ".text-*", ".rank-*.json", ".*.tmp"):  # .tmp: left half written by a kill
             for path in self.out.glob(pattern):
                 path.unlink(missing_ok=True)
         return manifest
 
 
 class UnitWriter:
-    """Writes the rows of one unit into its tar, in order; `finish` gives tar and record their names."""
+    """Writes the rows of one work unit into its tar, in order; `finish` gives tar and record their names."""
 
-    def __init__(self, out: Path, unit: Unit, record: Path, width: int) -> None:
+    def __init__(self, out: Path, unit: WorkUnit, record: Path, width: int) -> None:
         self.unit, self._path, self.width = unit, record, width
         self.written: list[Row] = []
         self.places: dict[str, tuple[int, int]] = {}
@@ -219,17 +219,17 @@ class UnitWriter:
         self._tar.__exit__(*error)
 
     def write(self, row: Row, content: bytes) -> None:
-        """Add a row."""
+        """Add a row with its .safetensors member."""
         places = self._tar.write(row.key, {"safetensors": content, "json": to_json(row.about)})
         self.places[row.identity] = places["safetensors"]
         self.written.append(row)
 
     def reject(self, row: Row, reason: str) -> None:
-        """Note why a row is not there."""
+        """Note the reason why a row is missing."""
         self.rejects[row.identity] = reason
 
     def finish(self) -> Record:
-        """The unit is done."""
+        """Complete the tar and write the work unit's record."""
         tar = None
         if self.written:
             tar = self._tar.finish(self._out / tar_name(self.unit.kind, self.written))
@@ -240,10 +240,10 @@ class UnitWriter:
 
 
 def _read_earlier(out: Path) -> _Earlier:
-    """What a finished folder holds, as far as it is whole; ValueError if it is no folder of latents of this schema."""
+    """The intact part of a finished folder; ValueError if it holds something else than latents of this schema."""
     manifest = load_manifest(out)
     if manifest.get("kind") != "latent":
-        raise ValueError(f"out={out} holds shards of another kind; give another out=")
+        raise ValueError(f"out={out} holds {manifest.get('kind')} shards, not latent shards; give another out=")
     if manifest.get("schema") != LATENT_SCHEMA:
         raise ValueError(
             f"out={out} holds latents of schema {manifest.get('schema')}, this version writes {LATENT_SCHEMA}; remove "
@@ -272,7 +272,7 @@ def _read_earlier(out: Path) -> _Earlier:
 
 
 def _intact(out: Path, manifest: Mapping[str, Any]) -> set[str]:
-    """The names of a manifest's files that are there in full size."""
+    """Names of a manifest's files that exist in full size."""
     return {file["name"] for file in files_of(manifest) if _has_size(out, file)}
 
 
@@ -282,14 +282,14 @@ def _has_size(out: Path, file: Mapping[str, Any]) -> bool:
 
 
 def build_index(
-    latents: Sequence[tuple[Unit, Record]],
-    texts: Sequence[tuple[Unit, Record]],
+    latents: Sequence[tuple[WorkUnit, Record]],
+    texts: Sequence[tuple[WorkUnit, Record]],
     text_of: Mapping[str, str],
     group_of: Mapping[int, int],
 ) -> tuple[Index, dict[str, list[str]]]:
-    """The index of what has been made, and the names of its `buckets` and `tags`.
+    """The index over all records, and the names of its `buckets` and `tags`.
 
-    `text_of` is a caption's identity, `group_of` the group of each file that looks like another.
+    `text_of` is the identity of each caption's row, `group_of` the group of each file with near-duplicates.
     """
     text_places = [
         (number, *record.places[row.identity], row.identity)
@@ -308,11 +308,11 @@ def build_index(
     places = [place for members in clips.values() for _, place in members]
     firsts = [members[0][0] for members in clips.values()]
     sources = [int(first.entry.key, 16) for first in firsts]
-    said = [dict.fromkeys(text_of[caption] for caption in first.captions) for first in firsts]
+    texts_of = [dict.fromkeys(text_of[caption] for caption in first.captions) for first in firsts]
     buckets = list(dict.fromkeys(str(first.bucket) for first in firsts))
     bucket_number = {bucket: number for number, bucket in enumerate(buckets)}
-    worn = [first.entry.about.get("tags", []) for first in firsts]
-    tags = list(dict.fromkeys(tag for own in worn for tag in own))
+    tags_of = [first.entry.about.get("tags", []) for first in firsts]
+    tags = list(dict.fromkeys(tag for own in tags_of for tag in own))
     tag_number = {tag: number for number, tag in enumerate(tags)}
     shards, offsets, sizes = _columns(places, 3)
     text_shards, text_offsets, text_sizes = _columns([place[:3] for place in text_places], 3)
@@ -322,10 +322,10 @@ def build_index(
         group=np.array([group_of.get(source, source) for source in sources], dtype=np.uint64),
         weight=np.array([first.entry.about.get("weight", 1.0) for first in firsts], dtype=np.float32),
         windows=_ends([len(members) for members in clips.values()]),
-        captions=_ends([len(own) for own in said]),
-        caption=np.array([text_number[identity] for own in said for identity in own], dtype=np.int32),
-        tags=_ends([len(own) for own in worn]),
-        tag=np.array([tag_number[tag] for own in worn for tag in own], dtype=np.int32),
+        captions=_ends([len(own) for own in texts_of]),
+        caption=np.array([text_number[identity] for own in texts_of for identity in own], dtype=np.int32),
+        tags=_ends([len(own) for own in tags_of]),
+        tag=np.array([tag_number[tag] for own in tags_of for tag in own], dtype=np.int32),
         shard=shards.astype(np.int32),
         offset=offsets,
         size=sizes,
@@ -344,5 +344,5 @@ def _columns(rows: Sequence[Sequence[int]], count: int) -> Any:
 
 
 def _ends(counts: list[int]) -> Any:
-    """Where each of so many things begins, and where the last one ends."""
+    """Running sums from 0: where each of the given counts begins, and where the last ends."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -1,8 +1,9 @@
-"""What is to be encoded, as arithmetic: rows with an identity each, cut into units of work that become one tar each.
+"""What is to be encoded: rows, each with an identity, divided into work units, each of which becomes one tar.
 
-An identity is the hash of all that makes a row's content. Where a unit ends depends on its own rows, so a clip that
-comes or goes changes one or two units and leaves the others, and with them their tars, as they are. A unit knows
-neither processes nor history: any number of processes, killed or not, ends with the same tars.
+An identity is the hash of everything that a row's content depends on. Where a work unit ends depends on its own rows
+only. So a clip that is added or removed changes one or two work units, and the tars of the others stay as they are.
+Work units do not depend on processes or on earlier runs: any number of processes, killed or not, ends with the same
+tars.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from wantrain.data.footage.video_shards import VideoEntry, scan_video_shards
 from wantrain.data.latents.conditioning import Conditions
 from wantrain.masks import PAINTED
 
-#: Raise it whenever the same footage, choices and weights would give other latents or texts than before.
+#: Version of the encoding; raise it when the same footage, options and weights would give other latents or texts.
 CODE = 2
-#: What a file's `about` may say without changing its latents; everything else is part of their identity.
-WORDS = frozenset(("caption", "captions", "source", "weight", "tags", "windows", "mask", "seek_points"))
+#: Fields of a file's `about` that do not change its latents; all others are part of their identity.
+IRRELEVANT = frozenset(("caption", "captions", "source", "weight", "tags", "windows", "mask", "seek_points"))
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ClipRow(Row):
-    """The latents of one window of a file; `number` counts the file's windows."""
+    """The latents of one window of a file; `number` is the window's number in its file."""
 
     entry: VideoEntry
     number: int
@@ -47,23 +48,23 @@ class ClipRow(Row):
 
     @property
     def clip(self) -> tuple[str, int, str]:
-        """What the windows of one clip share: windows that carry the same number `clip` and have one bucket."""
+        """Identifies the row's clip: windows of a file with the same field `clip` and the same bucket are one clip."""
         return self.entry.key, self.entry.about["windows"][self.number].get("clip", self.number), str(self.bucket)
 
     @property
     def captions(self) -> list[str]:
-        """Its file's captions, each once: `captions` if there are several, else `caption`."""
+        """The file's captions, each once: `captions`, or `caption` where there are none."""
         about = self.entry.about
         return list(dict.fromkeys(str(caption) for caption in about.get("captions") or [about["caption"]]))
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The clip in messages."""
         return clip_name(self.entry, self.number)
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Duration; 0 for an image."""
         return clip_seconds(self.entry, self.number)
 
 
@@ -77,15 +78,18 @@ class TextRow(Row):
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Rows that are made together and lie in one tar (those of them that could be made)."""
+class WorkUnit:
+    """Rows that one process makes together; those that could be made lie in one tar.
+
+    kind  "latent" or "text"
+    """
 
     kind: str
     rows: tuple[Row, ...]
 
     @functools.cached_property
     def name(self) -> str:
-        """Its name, a hash of what is wanted."""
+        """A hash of the rows."""
         return f"{self.kind}-{_content(self.rows)}"
 
 
@@ -96,7 +100,7 @@ def tar_name(kind: str, rows: Iterable[Row]) -> str:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A clip that is not encoded, and why: in full, and as a word that is counted."""
+    """A clip that is not encoded: the reason in full, and as a `kind` that is counted."""
 
     name: str
     seconds: float
@@ -108,30 +112,30 @@ class LeftOut:
 class Work:
     """All that a latent folder is to hold.
 
-    latents, texts  units of the clips, and of the distinct captions, the empty one among them
-    text_of    a caption's identity
-    group_of   the group of each file that looks like another (duplicates.py)
+    latents, texts  work units of the clips, and of the distinct captions, including the empty one
+    text_of    identity of each caption's row
+    group_of   group of each file with near-duplicates (duplicates.py)
     left_out   clips that are not encoded, with the reason: they would have to be enlarged too much, or are not told of
     """
 
-    latents: list[Unit]
-    texts: list[Unit]
+    latents: list[WorkUnit]
+    texts: list[WorkUnit]
     text_of: dict[str, str]
     group_of: dict[int, int]
     left_out: list[LeftOut]
 
     @property
     def name(self) -> str:
-        """A word that is the same for the same work."""
+        """A hash of all work units."""
         return _hash([unit.name for unit in [*self.latents, *self.texts]])[:16]
 
     @property
     def sources(self) -> set[int]:
-        """The files that clips are cut from, as numbers."""
+        """Numbers of the files that clips are cut from."""
         return {int(row.entry.key, 16) for unit in self.latents for row in unit.rows if isinstance(row, ClipRow)}
 
-    def share(self, rank: int, size: int) -> list[Unit]:
-        """The units that one of `size` processes makes."""
+    def share(self, rank: int, size: int) -> list[WorkUnit]:
+        """The work units that process `rank` of `size` makes."""
         return [*self.texts[rank::size], *self.latents[rank::size]]
 
 
@@ -142,7 +146,7 @@ def plan_work(
     conditions: Conditions,
     settings: Mapping[str, Any],
 ) -> Work:
-    """What sizes and settings make of a folder of video shards, by its headers. ValueError for a key seen twice."""
+    """All work for a folder of video shards, from its headers. ValueError for a key that occurs twice."""
     vae = " ".join(settings[key] for key in ("vae_fingerprint", "vae_precision") if key in settings)
     files, left_out, seen = list[list[ClipRow]](), list[LeftOut](), set[str]()
     for entry in scan_video_shards(shards, video):
@@ -182,15 +186,15 @@ def _left_out(entry: VideoEntry, number: int, why: ValueError, kind: str) -> Lef
 
 
 def clip_rows(entry: VideoEntry, sizes: geometry.Buckets, conditions: Conditions, vae: str) -> list[ClipRow]:
-    """The rows of a file's windows, all at the size that its longest gets. ValueError if no size is small enough.
+    """The rows of a file's windows, all at the size of the longest one. ValueError if no size is small enough.
 
-    `vae` says what encodes: its fingerprint, and the precision where it is not fp32.
+    `vae` is the VAE's fingerprint, followed by its precision if that is not fp32.
     """
     about, rows = entry.about, []
     longest = max(window["num_frames"] for window in about["windows"])
     height, width = sizes.choose(longest, about["height"], about["width"])
     *_, cropped = geometry.cover(about["height"], about["width"], height, width)
-    made_of = {key: value for key, value in about.items() if key not in WORDS}
+    made_of = {key: value for key, value in about.items() if key not in IRRELEVANT}
     if stored := conditions.identity():
         made_of["condition"] = {**stored, **({PAINTED: about.get("mask")} if PAINTED in stored else {})}
     for number, window in enumerate(about["windows"]):
@@ -208,33 +212,34 @@ def text_row(caption: str, text_fingerprint: str) -> TextRow:
     return TextRow(identity[:24], identity, {"caption": caption, "identity": identity})
 
 
-def latent_units(files: Iterable[Sequence[ClipRow]], *, most: int, limit: int) -> list[Unit]:
-    """Units of about `most` clips at most and `limit` bytes; the clips of a file stay together, as it is read once."""
+def latent_units(files: Iterable[Sequence[ClipRow]], *, most: int, limit: int) -> list[WorkUnit]:
+    """Work units of at most about `most` clips and `limit` bytes; a file's clips stay together, so it is read once."""
     groups = [(int(rows[0].entry.key[:8], 16), rows, sum(_latent_bytes(row.bucket) for row in rows)) for rows in files]
     return _cut("latent", groups, most, limit)
 
 
-def text_units(rows: Iterable[TextRow], *, most: int) -> list[Unit]:
-    """Units of about `most` texts at most, in the order of their identities."""
+def text_units(rows: Iterable[TextRow], *, most: int) -> list[WorkUnit]:
+    """Work units of at most about `most` texts, in the order of their identities."""
     ordered = sorted(rows, key=lambda row: row.identity)
     return _cut("text", [(int(row.identity[:8], 16), [row], 0) for row in ordered], most, 1)
 
 
 def clip_name(entry: VideoEntry, number: int) -> str:
-    """What people call a window of a file."""
+    """A window of a file in messages."""
     return f"{entry.about['source']} (clip {number})"
 
 
 def clip_seconds(entry: VideoEntry, number: int) -> float:
-    """How long a window is, at the rate that it was cut at; an image takes no time."""
+    """Duration of a window in seconds, at the rate it was cut at; 0 for an image."""
     window = read_window(entry.about["windows"][number])
     return 0.0 if window.num_frames == 1 else window.num_frames * window.stride / float(entry.about["fps"])
 
 
-def _cut(kind: str, groups: Iterable[tuple[int, Sequence[Row], int]], most: int, limit: int) -> list[Unit]:
-    """Groups of rows, each with a number of its own and its bytes, gathered into units.
+def _cut(kind: str, groups: Iterable[tuple[int, Sequence[Row], int]], most: int, limit: int) -> list[WorkUnit]:
+    """Collect groups of rows, given as (number, rows, bytes), into work units.
 
-    A unit ends where it is full; or, once a quarter full, after a group whose own number says so.
+    A work unit ends when it is full; or, once a quarter full, after a group whose number divides by half of `most`. So
+    the ends depend on the content, and a change of one group moves few of them.
     """
     units, rows, size = [], list[Row](), 0
     for number, group, more in groups:
@@ -242,13 +247,13 @@ def _cut(kind: str, groups: Iterable[tuple[int, Sequence[Row], int]], most: int,
         size += more
         full = len(rows) >= most or size >= max(1, limit)
         if full or (len(rows) >= most // 4 and number % max(1, most // 2) == 0):
-            units.append(Unit(kind, tuple(rows)))
+            units.append(WorkUnit(kind, tuple(rows)))
             rows, size = [], 0
-    return [*units, Unit(kind, tuple(rows))] if rows else units
+    return [*units, WorkUnit(kind, tuple(rows))] if rows else units
 
 
 def _latent_bytes(bucket: geometry.Bucket) -> int:
-    """About what a clip's latents take: 16 channels in bf16 for 4x8x8 pixels. Only where units end depends on it."""
+    """Approximate bytes of a clip's latents: 16 channels in bf16 per 4x8x8 pixels. Used for the ends of work units."""
     return bucket.num_frames * bucket.height * bucket.width // 8
 
 

@@ -1,7 +1,7 @@
-"""Shards to batches: samples by number, read where they lie; no worker processes, no order of its own.
+"""LatentData: latent shards as batches of samples by number, read from mapped files.
 
-Which samples come when is plan.py's business. A latent is a slice of a mapped file, so one thread that loads ahead is
-faster than the pipes of worker processes (benchmarks/latents.py).
+The sampler (sampler.py) decides the order. There are no worker processes: a latent is a slice of a mapped file, so one
+thread that loads ahead is faster than pipes between processes (benchmarks/latents.py).
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ from wantrain.util.seeds import generator_at
 
 
 class LatentData:
-    """Latent shards as clips by number.
+    """Latent shards as samples for training.
 
-    train, heldout   numbers of the training and of the held-out clips
-    buckets          bucket number of each training clip, in the order of `train`
-    bucket_names     its name, "FxHxW" in pixels
-    weights          how often each is drawn beside others, float32: 1 unless its footage says otherwise
+    Attributes beside those of TrainingData:
+
+    train    clip number of each training sample
+    heldout  numbers of the held-out clips
+    index    index of the latent folder (latents/index.py)
 
     Of a clip's windows and captions, and of the kinds of `condition` (data/conditions.py), one each is drawn by the
     place in the run.
     """
+
+    sets: None = None
+    shares: tuple[float, ...] = (1.0,)
 
     def __init__(
         self,
@@ -55,7 +59,9 @@ class LatentData:
         seed: int = 0,
     ) -> None:
         if not 0 <= caption_dropout <= 1:
-            raise ValueError(f"data.caption_dropout={caption_dropout} must be in [0, 1]")
+            raise ValueError(
+                f"data.caption_dropout={caption_dropout} must be in [0, 1]: the share of samples with the empty caption"
+            )
         self.files = open_shards(shards, cache=cache, cache_gb=cache_gb)
         self.folder, self.caption_dropout, self.seed = self.files.folder, caption_dropout, seed
         self.manifest = read_manifest(self.folder, "latent")
@@ -71,11 +77,11 @@ class LatentData:
 
     @property
     def bucket_names(self) -> list[str]:
-        """The bucket of each training clip."""
+        """Bucket of each training sample, "FxHxW" in pixels."""
         return [self.manifest["buckets"][bucket] for bucket in self.buckets]
 
     def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
-        """Training clips (numbers into `train`) of one bucket, for places in the run, which draw what is drawn."""
+        """Training samples (numbers into `train`) of one bucket; `positions` seed their random draws."""
         clips, places = [int(self.train[sample]) for sample in samples], [int(place) for place in positions]
         pairs = list(zip(clips, places, strict=True))
         windows = [self._drawn(self.index.windows_of(clip), "window", place) for clip, place in pairs]
@@ -91,16 +97,16 @@ class LatentData:
         return self._bucketed(one_per_group(self.heldout, self.index.group)[:count])
 
     def train_batches(self, count: int) -> list[Batch]:
-        """`count` training clips chosen alike, to be measured beside them; files in the order of their hashes."""
+        """At most `count` training clips, chosen like the held-out ones, to be measured beside them."""
         by_group = self.train[np.argsort(self.index.group[self.train], kind="stable")]
         return self._bucketed(one_per_group(by_group, self.index.group)[:count])
 
     def groups_of(self, clips: Sequence[int]) -> list[int]:
-        """The group of files that look alike that each clip (a number in the index) was cut from, as a number."""
+        """The group of near-duplicate files that each clip (by number in the index) was cut from."""
         return [int(self.index.group[clip]) for clip in clips]
 
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
-        """The tags of each clip (a number in the index), if its footage came with any."""
+        """The tags of each clip (by number in the index)."""
         return [tuple(self.manifest["tags"][tag] for tag in self.index.tags_of(clip)) for clip in clips]
 
     def _bucketed(self, chosen: Indices) -> list[Batch]:
@@ -114,7 +120,7 @@ class LatentData:
         return batches
 
     def captions(self) -> list[str]:
-        """Up to 200 distinct captions, those of held-out clips first: prompts for previews."""
+        """Up to 200 distinct captions, those of held-out clips first, as prompts for previews."""
         order = [*self.heldout[:100].tolist(), *self.train[:100].tolist()]
         return list(dict.fromkeys(self._caption(self.index.texts_of(clip)[0]) for clip in order))
 
@@ -144,7 +150,9 @@ class LatentData:
             records.append(self._known(window, tensors, self._bucket(clip), draw))
             if number == 0:
                 latents_BCTHW = torch.empty(len(clips), *tensors["latents"].shape)
-            latents_BCTHW[number] = tensors["latents"]  # from bf16 to its place in one go: new memory is what costs
+            latents_BCTHW[number] = tensors[
+                "latents"
+            ]  # converted from bf16 in place: allocating memory is what costs time
         condition, mask = self.conditions.tell(records)
         names = tuple(self.index.name(window) for window in windows)
         return Batch(latents_BCTHW, pad_texts(texts), names, tuple(positions), mask, condition)
@@ -163,20 +171,20 @@ class LatentData:
         return geometry.Bucket(*map(int, self.manifest["buckets"][self.index.bucket[clip]].split("x")))
 
     def _drawn(self, choices: Sequence[int], purpose: str, position: int) -> int:
-        """One of the choices; nothing is drawn where there is one."""
+        """One of the choices, drawn by position; a single choice needs no draw."""
         if len(choices) == 1:
             return choices[0]
         return choices[int(torch.randint(len(choices), (), generator=generator_at(self.seed, purpose, position)))]
 
     def _drawn_text(self, clip: int, position: int) -> Tensor:
-        """One of the clip's texts, or the empty one."""
+        """One of the clip's texts, or the empty text with probability `caption_dropout`; drawn by position."""
         generator = generator_at(self.seed, "caption", position)
         if torch.rand((), generator=generator) < self.caption_dropout:
             return self.empty_text
         return self._text(self._drawn(self.index.texts_of(clip), "which caption", position))
 
     def _tensors(self, tar: str, offset: int, size: int, what: str, key: str) -> dict[str, Tensor]:
-        """A safetensors member, `key` among its tensors; ValueError if it is damaged, or holds NaN or infinity."""
+        """Read a safetensors member; ValueError if it is damaged, lacks the tensor `key`, or holds NaN or infinity."""
         content = self.files.read(tar, offset, offset + size)
         try:
             tensors = tensors_in(content)
@@ -184,7 +192,9 @@ class LatentData:
         except (ValueError, KeyError, TypeError, struct.error) as error:
             raise ValueError(f"{self.folder}/{tar}, {what}: damaged ({error}); encode the shards again") from error
         for name, tensor in tensors.items():
-            if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # of bf16 ten times as fast as asking each
+            if (
+                not torch.stack(torch.aminmax(tensor)).isfinite().all()
+            ):  # ten times as fast for bf16 as isfinite of each
                 raise ValueError(f"{self.folder}/{tar}, {what}: {name} hold NaN or infinity; encode the shards again")
         return tensors
 
@@ -212,7 +222,7 @@ class LatentData:
         return self._tensors(tar, *place, f"text {text}", "text")["text"].float()
 
     def _caption(self, text: int) -> str:
-        """What a text says: its .json member, which follows the .safetensors member in its tar."""
+        """The caption of a text, from the .json member that follows its .safetensors member in the tar."""
         tar = self.manifest["text_shards"][self.index.text_shard[text]]["name"]
         end, block = int(self.index.text_offset[text] + self.index.text_size[text]), tarfile.BLOCKSIZE
         header = -(-end // block) * block

@@ -1,7 +1,7 @@
-"""Several sets of latents behind the face of one: what MixedData answers, LatentData would.
+"""MixedData: several sets of latent shards as one data set.
 
-Which set a sample comes from is plan.py's business; here are the sets' numbers put after each other, their buckets
-under common names, and what must be equal in all of them compared.
+The sets' samples are numbered one set after another, and their buckets get common numbers. Facts that must be equal in
+all sets are compared. The sampler (sampler.py) decides which set a sample comes from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wantrain.data.remote import CACHE
 from wantrain.geometry import Bucket
 from wantrain.util.console import say
 
-#: What the manifests of all sets must agree on: who made the latents and texts, and their geometry.
+#: Manifest fields that must be equal in all sets: encoders and geometry.
 COMMON = (
     "vae_fingerprint",
     "text_encoder_fingerprint",
@@ -40,15 +40,18 @@ COMMON = (
 
 
 class MixedData:
-    """Sets of latent shards, each with a share of the samples. Same methods as LatentData.
+    """Sets of latent shards, each with a share of the samples.
 
-    sets     given by name: `shards`, `weight` (1 unless given; a set's share is its weight over their sum), and
-             whatever else of LatentData's settings is to differ for it; kept as the set of each training sample
-    shares   of the sets
-    buckets  of each training sample: a number into the names of the buckets of all sets
-    weights  how often each comes beside others of its set
+    sets  by name: `shards`, `weight` (default 1; a set's share is its weight over the sum), and any other setting of
+          LatentData that differs for this set; the other arguments are the defaults for all sets
 
-    Clips whose file another set trains on are no held-out clips: they are left out of validation, and that is said.
+    Attributes beside those of TrainingData:
+
+    parts    the LatentData of each set, by name
+    train    numbers of the training samples
+    heldout  numbers of the held-out clips
+
+    Held-out clips of files that another set trains on are left out of validation, with a message.
     """
 
     def __init__(
@@ -70,9 +73,9 @@ class MixedData:
             "caption_dropout": caption_dropout,
         }
         common |= {"condition": condition, "told_by": told_by}
-        told = check_sets(sets)
-        self.parts = {name: _open(name, own, {**common, "seed": seed}) for name, own in told.items()}
-        self.shares = tuple(float(own.get("weight", 1)) for own in told.values())
+        checked = check_sets(sets)
+        self.parts = {name: _open(name, own, {**common, "seed": seed}) for name, own in checked.items()}
+        self.shares = tuple(float(own.get("weight", 1)) for own in checked.values())
         self.manifest = _common_facts(self.parts)
         self.folder = next(iter(self.parts.values())).folder
         names = sorted({name for part in self.parts.values() for name in part.bucket_names})
@@ -88,23 +91,23 @@ class MixedData:
         self.train = np.arange(self._first[-1])
         self._drop_trained()
         self.heldout = np.arange(sum(len(part.heldout) for part in self.parts.values()))
-        told_apart = sorted((name, part.fingerprint) for name, part in self.parts.items())
-        self.fingerprint = hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
+        fingerprints = sorted((name, part.fingerprint) for name, part in self.parts.items())
+        self.fingerprint = hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
         self._say()
 
     @property
     def bucket_names(self) -> list[str]:
-        """The bucket of each training sample."""
+        """Bucket of each training sample, "FxHxW" in pixels."""
         return [self._names[bucket] for bucket in self.buckets]
 
     def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
-        """Training samples of one bucket, of any sets, for places in the run; ids begin with the set's name."""
-        wanted, places = np.asarray(samples), np.asarray(positions)
-        owners, batches, order = self.sets[wanted], [], []
+        """Training samples of one bucket, of any sets; `positions` seed their draws. Ids begin with the set's name."""
+        numbers, places = np.asarray(samples), np.asarray(positions)
+        owners, batches, order = self.sets[numbers], [], []
         for number, (name, part) in enumerate(self.parts.items()):
             own = np.flatnonzero(owners == number)
             if len(own):
-                batches.append(_named(part.load(wanted[own] - self._first[number], places[own]), name))
+                batches.append(_named(part.load(numbers[own] - self._first[number], places[own]), name))
                 order.append(own)
         return _joined(batches, np.argsort(np.concatenate(order)))
 
@@ -116,24 +119,24 @@ class MixedData:
         return self._numbered(count, lambda part, own: part.heldout_batches(own))
 
     def train_batches(self, count: int) -> list[Batch]:
-        """Training clips chosen alike."""
+        """Training clips, chosen like the held-out ones."""
         return self._numbered(count, lambda part, own: part.train_batches(own))
 
     def examples(self, count: int) -> list[tuple[str, Bucket, Condition | None]]:
-        """The sets' examples, taking turns."""
+        """Examples of the sets in turn."""
         turns = itertools.zip_longest(*(part.examples(count) for part in self.parts.values()))
         return [example for turn in turns for example in turn if example is not None][:count]
 
     def groups_of(self, clips: Sequence[int]) -> list[int]:
-        """The group of files that look alike that each clip was cut from, as a number."""
+        """The group of near-duplicate files that each clip was cut from."""
         return [part.groups_of([own])[0] for _, part, own in map(self._owner, clips)]
 
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
-        """The tags of each clip, the name of its set first: so a set's validation is told apart."""
+        """The tags of each clip, with the name of its set first, so that validation reports each set."""
         return [(name, *part.tags_of([own])[0]) for name, part, own in map(self._owner, clips)]
 
     def captions(self) -> list[str]:
-        """Distinct captions, the sets' taking turns: prompts for previews."""
+        """Distinct captions of the sets in turn, as prompts for previews."""
         turns = itertools.zip_longest(*(part.captions() for part in self.parts.values()))
         return list(dict.fromkeys(caption for turn in turns for caption in turn if caption is not None))
 
@@ -147,7 +150,7 @@ class MixedData:
         return found
 
     def _owner(self, clip: int) -> tuple[str, LatentData, int]:
-        """A clip's set, and its number in there."""
+        """(name, data, own number) of the set that a clip belongs to."""
         for name, part in self.parts.items():
             if clip < len(part.index):
                 return name, part, clip
@@ -155,7 +158,7 @@ class MixedData:
         raise IndexError(clip)
 
     def _drop_trained(self) -> None:
-        """Take held-out clips of which another set trains on the same file out of validation."""
+        """Remove held-out clips of files that another set trains on."""
         for name, part in self.parts.items():
             trained = [other.index.source[other.train] for key, other in self.parts.items() if key != name]
             leaked = np.isin(part.index.source[part.heldout], np.concatenate([np.empty(0, np.uint64), *trained]))
@@ -174,15 +177,17 @@ class MixedData:
 
 
 def check_sets(sets: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
-    """The sets as they are told, if they can be; ValueError names the one that cannot, before any is opened."""
+    """The settings of each set by name, checked before any is opened; ValueError names the wrong key and the fix."""
     if not isinstance(sets, Mapping) or not sets:
         raise ValueError("data=mixed needs sets: data.sets={cats: {shards: DIR, weight: 0.7}, dogs: {shards: DIR}}")
-    known = {"weight", *inspect.signature(LatentData).parameters}
+    allowed = {"weight", *inspect.signature(LatentData).parameters}
     for name, own in sets.items():
         if not isinstance(own, Mapping) or not own.get("shards"):
             raise ValueError(f"data.sets.{name}={own} has no shards; give data.sets.{name}={{shards: DIR}}")
-        if wrong := sorted(set(own) - known):
-            raise ValueError(f"data.sets.{name}.{wrong[0]} is no setting of a set; it takes {', '.join(sorted(known))}")
+        if wrong := sorted(set(own) - allowed):
+            raise ValueError(
+                f"data.sets.{name}.{wrong[0]} is not a setting of a set; choose from {', '.join(sorted(allowed))}"
+            )
         weight = own.get("weight", 1)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise ValueError(f"data.sets.{name}.weight={weight} must be a number above 0")
@@ -197,7 +202,7 @@ def _open(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Laten
 
 
 def _common_facts(parts: Mapping[str, LatentData]) -> dict[str, Any]:
-    """What all manifests say alike. ValueError names two sets that do not go together, and the fix."""
+    """The manifest fields that all sets share. ValueError names two sets that differ, the field, and the fix."""
     (first, one), *others = parts.items()
     for name, other in others:
         for key in COMMON:
@@ -208,7 +213,7 @@ def _common_facts(parts: Mapping[str, LatentData]) -> dict[str, Any]:
                     f"cannot learn from both; encode {name} again with the weights= and parts.*= that {first} was "
                     "encoded with: python encode.py"
                 )
-    # The files of one set's encoders are as good as another's, since their values are the same.
+    # Any set's encoder files will do: the fingerprints, which are equal, are hashes of their weights.
     files = [part.manifest["encoders"] for part in parts.values() if "encoders" in part.manifest][:1]
     common = {key: one.manifest[key] for key in COMMON if key in one.manifest}
     return common | ({"encoders": files[0]} if files else {})
@@ -219,7 +224,7 @@ def _named(batch: Batch, name: str) -> Batch:
 
 
 def _joined(batches: list[Batch], order: Indices) -> Batch:
-    """Batches of one shape as one, its samples taken in `order`."""
+    """Concatenate batches of one shape, with the samples in `order`."""
     if len(batches) == 1:
         return batches[0]  # in order already
     ids = [name for batch in batches for name in batch.ids]

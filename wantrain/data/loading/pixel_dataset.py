@@ -1,4 +1,4 @@
-"""Video shards as decoded pixels in memory: what a small VAE is trained on."""
+"""PixelData: video shards as decoded frames in memory, for training a small VAE."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wantrain import geometry
 from wantrain.batch import Batch
+from wantrain.conditioning import Condition
 from wantrain.data.footage.duplicates import group_of
 from wantrain.data.footage.pixels import read_sample
 from wantrain.data.footage.video_shards import VideoSample, read_video_shards
@@ -18,15 +19,27 @@ from wantrain.data.loading.holdout import split_groups
 from wantrain.data.loading.sampler import Indices
 from wantrain.data.shards import MANIFEST, file_hash, read_manifest
 from wantrain.util.seeds import generator_at
-from wantrain.video import Frames
+from wantrain.video import Frames, to_pixels
 
 
 class PixelData:
-    """Video shards as decoded pixels in memory: what a small VAE is trained on. Same methods as LatentData.
+    """Video shards as decoded frames in memory, for training a small VAE.
 
-    A sample is `num_frames` frames (fewer of a shorter clip), from a place in the clip drawn by the sample's
-    position. ValueError if the decoded clips would take more than `max_gb`.
+    A sample is `num_frames` frames (fewer of a shorter clip) from a random start, drawn by the sample's position.
+
+    shards      folder of video shards
+    num_frames  frames of a sample, 4k+1
+    area        pixels of one frame
+    multiple    what height and width must divide by
+    holdout     share of the files kept for validation
+    max_gb      limit of the decoded clips, in 10^9 bytes
+
+    ValueError if the decoded clips would take more than `max_gb`.
     """
+
+    weights: None = None
+    sets: None = None
+    shares: tuple[float, ...] = (1.0,)
 
     def __init__(
         self,
@@ -44,25 +57,30 @@ class PixelData:
         self.fingerprint = file_hash(self.folder / MANIFEST)
         sizes = geometry.sizes(area, multiple, [1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16])
         if (need := self.manifest["clips"] * self.manifest["settings"]["num_frames"] * area * 3 / 1e9) > max_gb:
-            raise ValueError(f"{self.folder}: decoded clips take {need:.1f} GB, data.max_gb={max_gb}; use fewer clips")
-        self.clips: list[Tensor] = []
+            raise ValueError(
+                f"{self.folder}: decoded clips take {need:.1f} GB, more than data.max_gb={max_gb}; raise it, or use "
+                "fewer clips"
+            )
+        self.clips: list[Tensor] = []  # (F, H, W, 3) uint8
         self.names: list[str] = []
         lengths: list[str] = []
-        groups, group_of_file = list[int](), group_of(self.manifest)
+        self._groups, group_of_file = list[int](), group_of(self.manifest)
+        self._tags: list[tuple[str, ...]] = []
         for sample in read_video_shards(self.folder, self.manifest):
             size = geometry.nearest_size(sample.about["height"], sample.about["width"], sizes)
             for number, frames in enumerate(self._decode(sample, size)):
-                self.clips.append(torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).contiguous())
+                self.clips.append(torch.from_numpy(frames.copy()))
                 self.names.append(f"{sample.key}-{number:04d}")
                 lengths.append(str(geometry.Bucket(min(len(frames), num_frames), *size)))
-                groups.append(group_of_file.get(int(sample.key, 16), int(sample.key, 16)))
+                self._groups.append(group_of_file.get(int(sample.key, 16), int(sample.key, 16)))
+                self._tags.append(tuple(sample.about.get("tags", ())))
         self._lengths, self._bucket_list = lengths, list(dict.fromkeys(lengths))
-        self.train, self.heldout = split_groups(np.array(groups, dtype=np.uint64), holdout, seed)
+        self.train, self.heldout = split_groups(np.array(self._groups, dtype=np.uint64), holdout, seed)
         self.buckets = np.array([self._bucket_list.index(lengths[sample]) for sample in self.train])
 
     @staticmethod
     def _decode(sample: VideoSample, size: tuple[int, int]) -> Iterator[Frames]:
-        """The clips of a file; ValueError names it if it is damaged."""
+        """The clips of a file; ValueError names the file if it is damaged."""
         try:
             yield from read_sample(sample, size)
         except ValueError as error:
@@ -70,33 +88,51 @@ class PixelData:
 
     @property
     def bucket_names(self) -> list[str]:
-        """The bucket of each training sample."""
+        """Bucket of each training sample, "FxHxW" in pixels."""
         return [self._lengths[sample] for sample in self.train]
 
     def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
-        """Training samples (numbers into `train`) of one bucket, for places in the run."""
+        """Training samples (numbers into `train`) of one bucket; `positions` seed their starts."""
         numbers = [int(self.train[sample]) for sample in samples]
         starts = [self._start(number, int(place)) for number, place in zip(numbers, positions, strict=True)]
         return self._batch(numbers, starts, [int(place) for place in positions])
 
     def captions(self) -> list[str]:
-        """None: pixels are not prompted."""
+        """Empty: a VAE takes no prompts."""
         return []
 
+    def examples(self, count: int) -> list[tuple[str, geometry.Bucket, Condition | None]]:
+        """Empty: a VAE has no previews."""
+        return []
+
+    def groups_of(self, clips: Sequence[int]) -> list[int]:
+        """The group of near-duplicate files that each clip was cut from."""
+        return [self._groups[clip] for clip in clips]
+
+    def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
+        """The tags of each clip."""
+        return [self._tags[clip] for clip in clips]
+
     def heldout_batches(self, count: int) -> list[Batch]:
-        """The first `count` held-out samples from their first frame on, one batch per bucket."""
-        chosen = self.heldout[:count].tolist()
+        """The first `count` held-out clips, from their first frame on, one batch per bucket."""
+        return self._bucketed(self.heldout[:count].tolist())
+
+    def train_batches(self, count: int) -> list[Batch]:
+        """The first `count` training clips, from their first frame on, one batch per bucket."""
+        return self._bucketed(self.train[:count].tolist())
+
+    def _bucketed(self, chosen: list[int]) -> list[Batch]:
         buckets = dict.fromkeys(self._lengths[sample] for sample in chosen)
         groups = [[sample for sample in chosen if self._lengths[sample] == bucket] for bucket in buckets]
         return [self._batch(group, [0] * len(group), group) for group in groups]
 
     def _start(self, number: int, position: int) -> int:
-        spare = self.clips[number].shape[1] - int(self._lengths[number].split("x")[0])
+        spare = len(self.clips[number]) - int(self._lengths[number].split("x")[0])
         return int(torch.randint(spare + 1, (), generator=generator_at(self.seed, "crop", position)))
 
     def _batch(self, numbers: list[int], starts: list[int], positions: list[int]) -> Batch:
         length = int(self._lengths[numbers[0]].split("x")[0])
-        cut = [self.clips[n][:, start : start + length] for n, start in zip(numbers, starts, strict=True)]
-        pixels = torch.stack(cut).float() / 127.5 - 1
+        cut = [self.clips[number][start : start + length] for number, start in zip(numbers, starts, strict=True)]
+        pixels = to_pixels(torch.stack(cut))
         names = tuple(self.names[number] for number in numbers)
         return Batch(pixels, pixels.new_zeros(len(numbers), 1, 1), names, tuple(positions))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from wantrain.util.progress import report_progress
+from wantrain.util.tensor_dtypes import SAFETENSORS_DTYPES
 
 #: Bytes at whose multiples torch begins its own tensors: one that begins elsewhere gives other last digits.
 ALIGNMENT = 64
@@ -31,26 +32,7 @@ PIECE = 1 << 20
 #: Pieces that the hash may be behind the writing.
 BEHIND = 16
 #: What the format calls each dtype, in the order in which tensors follow each other in a file.
-DTYPES = {
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float32: "F32",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _PLACES = {dtype: place for place, dtype in enumerate(DTYPES)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from wantrain import geometry
-from wantrain.data import Plan
+from wantrain.data import BatchSampler
 from wantrain.losses import LossFunction
 from wantrain.models import WanTransformer
 from wantrain.models.flops import training_flops
@@ -18,14 +18,14 @@ from wantrain.training.planning.memory import Standing
 from wantrain.training.planning.outline import Clips
 
 
-def run_length(plan: Plan, *, steps: int | None, epochs: float | None, default: int) -> int:
+def run_length(plan: BatchSampler, *, steps: int | None, epochs: float | None, default: int) -> int:
     """Optimizer steps of a run: as given, or as many as `epochs` full passes take, or the model's default."""
     if epochs is not None:
         return plan.steps_for_epochs(epochs)
     return default if steps is None else steps
 
 
-def foreseen_length(plan: Plan | None, *, steps: int | None, epochs: float | None, default: int) -> int | None:
+def foreseen_length(plan: BatchSampler | None, *, steps: int | None, epochs: float | None, default: int) -> int | None:
     """`run_length`; without a plan, for the data are not there yet, None where epochs were asked for."""
     if plan is not None:
         return run_length(plan, steps=steps, epochs=epochs, default=default)

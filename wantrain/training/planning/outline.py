@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wantrain import geometry
-from wantrain.data import LatentData, MixedData, PixelData, Plan
+from wantrain.data import BatchSampler, TrainingData
 from wantrain.data.shards import MANIFEST
 from wantrain.models import Base
 from wantrain.models.formats.loading import cast_as_loaded
@@ -23,7 +23,6 @@ from wantrain.util.console import say
 
 #: Width / height of the clip that stands for footage that is not there yet.
 WIDE = 16 / 9
-Dataset = LatentData | MixedData | PixelData
 
 
 def outline(make: Callable[[], nn.Module], settings: Mapping[str, Any], dtype: torch.dtype) -> nn.Module | None:
@@ -62,7 +61,7 @@ class Clips:
 
     counts: Counter[str]
     strides: tuple[int, int] | None
-    plan: Plan | None
+    plan: BatchSampler | None
 
     @property
     def commonest(self) -> str:
@@ -75,7 +74,7 @@ class Clips:
         return geometry.latent_shape(geometry.Bucket(*map(int, bucket.split("x"))), *self.strides)
 
 
-def find_clips(places: Sequence[str], open_data: Callable[[], Dataset], settings: Mapping[str, Any]) -> Clips:
+def find_clips(places: Sequence[str], open_data: Callable[[], TrainingData], settings: Mapping[str, Any]) -> Clips:
     """The clips at `places`; where they are not there, or an address cannot be read, one of the model's own size, and
     that is said. Nothing is made. `settings` are train.py's.
 
@@ -99,11 +98,11 @@ def _is_finished(place: str) -> bool:
     return (Path(place).expanduser() / MANIFEST).is_file()
 
 
-def _clips_of(data: Dataset, settings: Mapping[str, Any]) -> Clips:
+def _clips_of(data: TrainingData, settings: Mapping[str, Any]) -> Clips:
     """The clips of a data set that is there."""
     encoded = "spatial_stride" in data.manifest
     strides = (data.manifest["temporal_stride"], data.manifest["spatial_stride"]) if encoded else None
-    plan = Plan.of(data, batch_size=settings["batch_size"], seed=settings["seed"])
+    plan = BatchSampler.of(data, batch_size=settings["batch_size"], seed=settings["seed"])
     return Clips(Counter(data.bucket_names), strides, plan)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wantrain import geometry
+from wantrain.data import TrainingData
 from wantrain.models import Base
 from wantrain.sampling import ExpertOffloader, Sampler, Settings, read_prompts
 from wantrain.sampling.build import build_sampler, encode_texts
@@ -21,7 +22,6 @@ from wantrain.training.engine.placement import Placement
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.monitoring.trackers import Tracker
 from wantrain.training.options import RunSetup
-from wantrain.training.protocols import Data, Latents
 from wantrain.training.validation.preview import Preview, PreviewRequest, as_trained
 from wantrain.training.validation.validators import Evaluations, build_validators
 from wantrain.util import distributed
@@ -63,7 +63,7 @@ def makes_previews(settings: Mapping[str, Any]) -> bool:
 
 
 def preview_texts(
-    data: Data, settings: Mapping[str, Any], placement: Placement, base: Base, dtype: torch.dtype
+    data: TrainingData, settings: Mapping[str, Any], placement: Placement, base: Base, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Embeddings of all texts that previews need, on the processes that sample; none where nothing is previewed.
 
@@ -81,12 +81,12 @@ def preview_texts(
     return texts if distributed.is_main() or placement.every_process_samples else {}
 
 
-def what_to_show(data: Data, model: Mapping[str, Any], prompts: str | None, count: int) -> list[PreviewRequest]:
+def what_to_show(data: TrainingData, model: Mapping[str, Any], prompts: str | None, count: int) -> list[PreviewRequest]:
     """What previews show: a file's prompts or held-out captions, at the model's size; without a file a model that is
     told what is known of a video goes on from what it knows of held-out clips, at their sizes.
     """
     if model["told_by"] is not None and prompts is None:
-        return [PreviewRequest(*example) for example in cast(Latents, data).examples(count)]
+        return [PreviewRequest(*example) for example in data.examples(count)]
     size = geometry.sizes(model["area"], model["multiple"], [1.0])[0]
     bucket = geometry.Bucket(model["num_frames"], *size)
     return [

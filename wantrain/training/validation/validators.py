@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 from torch import nn
 
 from wantrain.batch import Batch
+from wantrain.data import TrainingData
 from wantrain.losses import ClipValidation, NoiseLevelValidation
 from wantrain.models import WanTransformer
 from wantrain.models.flops import training_flops
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.options import RunSetup
-from wantrain.training.protocols import Hook, Latents
+from wantrain.training.protocols import Hook
 from wantrain.training.validation.budget import BEST, Budget, ChosenExtent, Extent
 from wantrain.training.validation.history import EvalHistory
 from wantrain.training.validation.measure import Clips, Evaluator, one_by_one
@@ -98,7 +98,7 @@ def choose_extent(
 
     A forward is timed only where something is still to be chosen.
     """
-    data, fixed, seconds = cast(Latents, setup.data), chosen.recall(given), None
+    data, fixed, seconds = setup.data, chosen.recall(given), None
     together = setup.settings["validation"]["together"]
 
     def clips(count: int) -> list[Clips]:
@@ -152,7 +152,7 @@ def evaluator_of(trainer: ExpertTrainer, points: int, seed: int, together: int) 
     return Evaluator(trainer.stepper, validation.levels(points), seed, together, validation.error)
 
 
-def measured_clips(data: Latents, batches: list[Batch]) -> Clips:
+def measured_clips(data: TrainingData, batches: list[Batch]) -> Clips:
     """Clips as validation takes them: each alone, with its file's group and its tags."""
     singles = one_by_one(batches)
     numbers = [clip.positions[0] for clip in singles]

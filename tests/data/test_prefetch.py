@@ -1,0 +1,115 @@
+"""Prefetching: results come in order from a thread that runs ahead, and its errors and its end are seen."""
+
+import itertools
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from wantrain.batch import Batch
+from wantrain.data.prefetch import prefetch
+
+
+def prefetching():
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def wait_for_the_end():
+    deadline = time.monotonic() + 5
+    while prefetching() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not prefetching()
+
+
+def batch_of(number):
+    """A batch that carries a number."""
+    return Batch(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1), (str(number),), (number,))
+
+
+def numbers(count):
+    return (lambda number=number: batch_of(number) for number in range(count))
+
+
+def test_answers_come_in_order_from_a_thread_that_is_ahead_by_depth():
+    asked = []
+
+    def requests():
+        for request in numbers(20):
+            asked.append(request)
+            yield request
+
+    answers = prefetch(requests(), depth=3)
+    assert next(answers).positions == (0,)
+    deadline = time.monotonic() + 5
+    while len(asked) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(asked) == 5  # one given, three waiting, one in hand
+    assert [batch.positions[0] for batch in answers] == list(range(1, 20))
+    wait_for_the_end()
+    assert list(answers) == []
+
+
+def test_a_thread_that_is_gone_without_a_word_is_an_error_and_no_wait_for_ever(monkeypatch):
+    """What kills a thread of Python's own is not known; what then happens must be."""
+    answers = sys.modules["wantrain.data.prefetch"]
+    monkeypatch.setattr(answers, "_answer", lambda requests, ready, stopped: ready.put(next(requests)()))
+    answers = prefetch(numbers(5))
+    assert next(answers).positions == (0,)
+    with pytest.raises(ValueError, match="the thread that loads data has ended"):
+        next(answers)
+
+
+def test_an_error_arrives_at_its_place_in_the_order():
+    def fail():
+        raise ValueError("latent-000001.tar: damaged")
+
+    answers = prefetch(itertools.chain(numbers(2), [fail], numbers(1)))
+    assert [next(answers).positions, next(answers).positions] == [(0,), (1,)]
+    with pytest.raises(ValueError, match="damaged"):
+        next(answers)
+    with pytest.raises(StopIteration):
+        next(answers)
+    wait_for_the_end()
+
+
+def test_an_error_of_the_requests_themselves_arrives_too():
+    def requests():
+        yield from numbers(1)
+        raise ValueError("no such step")
+
+    answers = prefetch(requests())
+    assert next(answers).positions == (0,)
+    with pytest.raises(ValueError, match="no such step"):
+        next(answers)
+
+
+def test_the_thread_ends_when_nobody_listens_any_more():
+    answers = prefetch(numbers(1000))
+    assert next(answers).positions == (0,)
+    answers.close()
+    assert not prefetching()
+    with pytest.raises(StopIteration):
+        next(answers)
+    answers = prefetch(numbers(1000))
+    assert next(answers).positions == (0,)
+    del answers
+    assert not prefetching()
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(143)", 143)])
+def test_a_program_can_end_in_the_middle(end, code):
+    """A thread that is inside torch while the interpreter is taken down would abort it: exit code -6."""
+    program = (
+        "import sys, torch\n"
+        "from wantrain.batch import Batch\n"
+        "from wantrain.data.prefetch import prefetch\n"
+        "load = lambda: Batch(torch.randn(2000, 500).sort().values, torch.zeros(1), ('',), (0,))\n"
+        f"answers = prefetch(load for _ in range(10**6))\nnext(answers)\n{end}"
+    )
+    result = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
+    assert result.returncode == code
+    assert "terminate" not in result.stderr

@@ -1,0 +1,76 @@
+"""TrainingData: everything that training uses of a data set. LatentData, MixedData and PixelData satisfy it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wantrain.batch import Batch
+from wantrain.conditioning import Condition
+from wantrain.data.loading.sampler import Indices
+from wantrain.geometry import Bucket
+
+
+class TrainingData(Protocol):
+    """Samples by number, grouped into buckets of one shape, and batches to validate on.
+
+    Samples are numbered from 0 to N - 1; `load` and the order of training (BatchSampler) use these numbers. Validation
+    batches hold clips, whose numbers `groups_of` and `tags_of` take.
+    """
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that changes with the data; a run that resumes compares it."""
+
+    @property
+    def folder(self) -> Path:
+        """The local folder of the manifest."""
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """The manifest; of several sets, the fields that all have in common."""
+
+    @property
+    def buckets(self) -> NDArray[np.integer]:
+        """(N,) bucket number of each sample."""
+
+    @property
+    def bucket_names(self) -> list[str]:
+        """Bucket of each sample, "FxHxW" in pixels."""
+
+    @property
+    def weights(self) -> NDArray[np.float32] | None:
+        """(N,) sampling weight of each sample; None: all equal."""
+
+    @property
+    def sets(self) -> NDArray[np.integer] | None:
+        """(N,) set number of each sample; None: one set."""
+
+    @property
+    def shares(self) -> Sequence[float]:
+        """Share of each set, in any unit."""
+
+    def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
+        """Samples of one bucket, by number; `positions` are their places in the run, which seed their randomness."""
+
+    def heldout_batches(self, count: int) -> list[Batch]:
+        """At most `count` held-out clips, one batch per bucket."""
+
+    def train_batches(self, count: int) -> list[Batch]:
+        """At most `count` training clips, chosen like the held-out ones, one batch per bucket."""
+
+    def captions(self) -> list[str]:
+        """Distinct captions, as prompts for previews; those of held-out clips first."""
+
+    def examples(self, count: int) -> list[tuple[str, Bucket, Condition | None]]:
+        """At most `count` clips for previews: caption, size, conditioning input."""
+
+    def groups_of(self, clips: Sequence[int]) -> list[int]:
+        """The group of near-duplicate files that each clip was cut from."""
+
+    def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
+        """The tags of each clip."""
