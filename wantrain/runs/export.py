@@ -10,7 +10,8 @@ from torch import Tensor
 
 from wantrain.data import PixelData
 from wantrain.models import load_vae
-from wantrain.models.formats.lora import is_complete, read_lora, write_lora
+from wantrain.models.formats.lora import read_lora, write_lora
+from wantrain.models.formats.lora_dialects import is_complete
 from wantrain.models.formats.weights import write_part
 from wantrain.models.vae import measure_latents
 from wantrain.runs.folder import TrainedExpert

@@ -45,8 +45,9 @@ FREE = (
     "data.cache",
     "data.cache_gb",
     "loss.batch_size",  # follows batch_size, which is compared
-    "model.train",  # defaults, of what is compared where it counts
-    "accumulate",  # like the number of processes and recomputation it changes rounding at most
+    "model.train",  # defaults of settings that are compared themselves
+    "model.transformer.attention",  # changes rounding at most, as do the next two and the number of processes
+    "accumulate",
     "gradient_checkpointing",
 )
 

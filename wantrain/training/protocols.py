@@ -41,6 +41,11 @@ class Latents(Data, Protocol):
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]: ...
 
 
+def due(step: int, *, every: int, last: int) -> bool:
+    """True at step 0, at every `every`-th optimizer step, and at step `last`."""
+    return step % every == 0 or step == last
+
+
 class Hook(Protocol):
     """Called after the steps at which it is due, step 0 included; what it returns is logged with that step."""
 

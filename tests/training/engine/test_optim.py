@@ -267,7 +267,7 @@ def test_an_optimizer_of_the_users_own_choice_is_built_from_the_command_line():
 
 def test_frozen_parameters_are_in_no_group():
     model = WanTransformer(**SIZE)
-    adapters.inject(model, rank=2, alpha=2, targets="attention", seed=0)
+    adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="attention"), seed=0)
     optimizer = build_optimizer(adamw, model)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert trained == {id(p) for name, p in model.named_parameters() if "lora_" in name} and len(trained) == 16

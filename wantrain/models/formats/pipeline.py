@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from wantrain.models.facts import is_fp32
 from wantrain.models.formats.base import OFFICIAL, PARTS, Base
 from wantrain.models.formats.weights import SHARD_BYTES, read_json, renamed_to_diffusers, write_file, write_part
 from wantrain.models.transformer import WanTransformer
@@ -79,8 +80,7 @@ def write_pipeline(
         for name, model in experts:
             names.append(name)
             tensors = {
-                key: tensor if any(part in key for part in model.fp32_parts) else tensor.to(dtype)
-                for key, tensor in model.state_dict().items()
+                key: tensor if is_fp32(model, key) else tensor.to(dtype) for key, tensor in model.state_dict().items()
             }
             how: dict[str, Any] = {"metadata": about.metadata(name), "shard_bytes": shard_bytes}
             if layout == "diffusers":
@@ -199,8 +199,8 @@ def official_config(model: WanTransformer, told_by: str | None) -> dict[str, Any
         "ffn_dim": model.ffn_dim,
         "freq_dim": model.freq_dim,
         "out_dim": model.out_channels,
-        "num_heads": model.dim // model.head_dim,
-        "num_layers": len(model.blocks),
+        "num_heads": model.num_attention_heads,
+        "num_layers": model.num_layers,
         "eps": model.eps,
     }
 
