@@ -72,13 +72,13 @@ def test_the_encoder_goes_where_it_has_room(dtype, tiny, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
     for free, place in ((needed, CUDA), (needed - 1, CPU)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: asked.append(device) or (free, 0))
-        assert sampling._place_for_encoder(base, CUDA, dtype) == place
+        assert sampling._encoder_device(base, CUDA, dtype) == place
         assert ("texts are encoded on the CPU: it takes 1.1 GB, cuda:1 has" in capsys.readouterr().out) == (
             place == CPU
         )
     assert asked == ["emptied", CUDA] * 2
     other = torch.device("meta")
-    assert sampling._place_for_encoder(base, other, dtype) == other and len(asked) == 4, "no other device is asked"
+    assert sampling._encoder_device(base, other, dtype) == other and len(asked) == 4, "no other device is asked"
 
 
 @pytest.mark.parametrize("offload", ["none", "disk"])
