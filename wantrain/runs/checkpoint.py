@@ -257,7 +257,7 @@ class Checkpoints:
             say(f"warning: old checkpoints in {self.folder} could not be removed: {_why(error)}")
 
     def _remove(self, paths: Iterable[Path]) -> None:
-        """Delete folders: rename all, sync the renames, then remove files, so that a kill leaves no partial checkpoint."""
+        """Delete folders: rename all, sync, then remove files, so that a kill leaves no partial checkpoint."""
         for path in paths:
             gone = self.folder / f".{path.stem.removeprefix('.')}.gone"
             if gone.exists():
