@@ -13,7 +13,7 @@ from wantrain import checks, config
 from wantrain.models import WanTransformer
 from wantrain.models.formats.inspect import describe
 from wantrain.models.formats.pipeline import CARD, About, sentinel_file, write_pipeline
-from wantrain.runs.experts import add_loras, base_of, find_experts
+from wantrain.runs.experts import Loras, add_loras, base_of, check_loras, find_experts
 from wantrain.runs.export import convert_lora, export_vae
 from wantrain.runs.folder import trained_experts
 from wantrain.util.console import say
@@ -28,8 +28,8 @@ def main(cfg: DictConfig) -> None:
         say(describe(config.locate(cfg.inspect)))
         return
     out, lora = config.needed_path(cfg, "out"), config.plain(cfg.lora)
-    how = {key: lora.pop(key) for key in ("scale", "alpha")}
-    dialect, files = lora.pop("dialect"), {name: file for name, file in lora.items() if file is not None}
+    dialect, loras = lora.pop("dialect"), Loras.of(lora)
+    files = loras.files
     trained = trained_experts(cfg.run, cfg.runs) if cfg.run is not None else []
     if trained and trained[0].name == "vae":
         export_vae(trained[0], out, measure=None if cfg.measure is None else Path(cfg.measure))
@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
     if base is None and not trained and files:
         for name, file in files.items():
             target = out / f"{Path(file).stem}_{dialect}.safetensors"
-            convert_lora(config.locate(file), target, dialect, {"expert": name}, alpha=how["alpha"])
+            convert_lora(config.locate(file), target, dialect, {"expert": name}, alpha=loras.alpha)
         return
     model = trained[0].config["model"] if trained else config.plain(cfg.model)
     facts = {"model": model["name"], "boundary": model["boundary"]}
@@ -50,9 +50,7 @@ def main(cfg: DictConfig) -> None:
     found = find_experts(
         model["experts"], **facts, run=cfg.run, runs=cfg.runs, base=base, locate=config.locate, alone=cfg.alone
     )
-    strange = sorted(files.keys() - set(found.names))
-    if strange:
-        raise ValueError(f"lora.{strange[0]}={files[strange[0]]}: this model has {', '.join(found.names)}")
+    check_loras(files, found.names)
     claim_folder(out, sentinel=sentinel_file(cfg.layout), key="out")
     origin, dtype = found.origin(), config.dtype(cfg.dtype)
     for name, file in files.items():
@@ -63,7 +61,7 @@ def main(cfg: DictConfig) -> None:
         for name in found.names:
             merged = name in files or found.has_adapter(name)
             module = found.load(name, dtype=torch.float32 if merged else dtype)
-            add_loras({name: module}, {name: files.get(name)}, model=model["name"], **how)
+            add_loras({name: module}, loras.only(name), model=model["name"])
             yield name, module
 
     more = {"shift": model["shift"], "guidance": model["guidance"], "told_by": model.get("told_by")}
@@ -73,8 +71,8 @@ def main(cfg: DictConfig) -> None:
     say(f"wrote {out}: {', '.join(found.names)}; {out / CARD} says how to load and sample it")
     for expert in found.trained:
         if expert.adapter is not None:
-            file = out / "lora" / f"{expert.config['run']}_{expert.name}.safetensors"
-            convert_lora(expert.adapter, file, dialect, about.metadata(expert.name))
+            path = out / "lora" / f"{expert.config['run']}_{expert.name}.safetensors"
+            convert_lora(expert.adapter, path, dialect, about.metadata(expert.name))
 
 
 if __name__ == "__main__":

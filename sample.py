@@ -11,10 +11,11 @@ from omegaconf import DictConfig
 from wantrain import checks, config
 from wantrain.geometry import Bucket, sizes
 from wantrain.models import Base, WanVAE
+from wantrain.models.offload import OffloadPolicy
 from wantrain.models.vae import vae_keywords
-from wantrain.runs.experts import Found, check_loras, find_compared, find_experts
+from wantrain.runs.experts import Found, Loras, check_loras, find_compared, find_experts
 from wantrain.sampling import Settings, memory
-from wantrain.sampling.build import build_sampler, encode_texts, house
+from wantrain.sampling.build import build_sampler, encode_texts, load_experts
 from wantrain.sampling.conditioning import Known, read_known, sources_from
 from wantrain.sampling.gallery import Gallery, fill, mine, write_comparison, write_index
 from wantrain.sampling.prompts import Job, list_jobs, read_prompts
@@ -53,22 +54,21 @@ def find(cfg: DictConfig, run: str | None, base: Base | None = None) -> Found:
 
 def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], known: Known | None) -> Gallery:
     """Make what is missing of this process's share of `jobs`, and the page; nothing is loaded if nothing is missing."""
-    loras = config.plain(cfg.lora)
-    scale, alpha = loras.pop("scale"), loras.pop("alpha")
-    check_loras(loras, found.names)
+    loras = Loras.of(config.plain(cfg.lora))
+    check_loras(loras.files, found.names)
     device, dtype = devices.choose(cfg.device), config.dtype(cfg.precision)
     negative = cfg.model.negative_prompt if cfg.negative_prompt is None else cfg.negative_prompt
     settings = Settings({name: cfg.guidance[name] for name in found.names}, cfg.shift, cfg.steps, cfg.solver, negative)
-    more = {"precision": cfg.precision, "tile": cfg.tile, "lora": [scale, alpha] if any(loras.values()) else None}
+    more = {"precision": cfg.precision, "tile": cfg.tile, "lora": [loras.scale, loras.alpha] if loras.files else None}
     more |= {} if known is None else {"known": known.identity}
-    identity = found.identity(file for file in loras.values() if file is not None)
+    identity = found.identity(loras.files.values())
     gallery = Gallery(out, settings, bucket(cfg, known), cfg.model.fps, identity, found.label(), more)
     say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
     if missing := gallery.missing(mine(jobs)):
-        how = {"idle": cfg.idle, "offload": cfg.offload, "scale": scale, "alpha": alpha}
         prompts = [*(job.prompt for job in missing), negative]
         texts = encode_texts(found.base, prompts, device=device, dtype=dtype)  # first: experts leave the device no room
-        experts = house(found, loras, cfg.model.name, device, dtype, **how)
+        policy = OffloadPolicy(**config.plain(cfg.offload))
+        experts = load_experts(found, loras, cfg.model.name, device, dtype, policy)
         facts = {"boundary": cfg.model.boundary, "way": cfg.model.told_by, "tile": cfg.tile, "texts": texts}
         sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, **facts)
         fill(gallery, missing, sampler, batch_size=cfg.batch_size, known=known)
@@ -95,7 +95,7 @@ def memory_plan(cfg: DictConfig) -> str:
         lambda: config.build(cfg.model.transformer),
         lambda: WanVAE(**vae_keywords(vae, Path("model.vae"))),
         names=list(cfg.model.experts), bucket=bucket(cfg), batch_size=cfg.batch_size,
-        dtype=config.dtype(cfg.precision), idle=cfg.idle, offload=cfg.offload, tile=cfg.tile,
+        dtype=config.dtype(cfg.precision), policy=OffloadPolicy(**config.plain(cfg.offload)), tile=cfg.tile,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wantrain import checks, config
 from wantrain.config import compose, quoted
-from wantrain.models import adapters
+from wantrain.models import WanTransformer
 from wantrain.runs.checkpoint import ON_FAILURE, Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,7 +218,7 @@ def test_what_is_wrong_with_a_part_is_told_before_any_work(wrong, words):
 
 
 def test_the_groups_of_layers_that_the_door_knows_are_those_that_there_are():
-    assert checks._CHOICES["adapter.targets"] == tuple(adapters.TARGETS)
+    assert checks._CHOICES["adapter.targets"] == tuple(WanTransformer.adapter_targets)
 
 
 def test_the_batch_divides_over_processes_too():

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from wantrain import config, geometry
 from wantrain.data import Conditions
 from wantrain.models import partial
+from wantrain.models.offload import EXPERTS
 
 
 def check(cfg: DictConfig, *, processes: int = 1) -> None:
@@ -60,6 +61,10 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
     if "guidance" in cfg and not isinstance(cfg.guidance, DictConfig):
         first = next(iter(cfg.model.experts))
         problems.append(f"guidance={cfg.guidance} must be given per expert: guidance.{first}=...")
+    for key in ("offload", "sample.offload"):
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not isinstance(value, DictConfig):
+            problems.append(f"{key}={value} must be given as {key}.experts= and {key}.blocks=")
     for key, allowed in _CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in allowed:
@@ -96,11 +101,9 @@ _CHOICES = {
     "report": ("page", "decode", "none"),
     "init": ("base", "expand_input_channels", "scratch"),
     "check_expert": ("warn", "stop", "off"),
-    "experts.idle": ("gpu", "cpu"),
-    "idle": ("gpu", "cpu", "disk"),
-    "offload": ("none", "blocks"),
-    "sample.idle": ("gpu", "cpu", "disk"),
-    "sample.offload": ("none", "blocks"),
+    "experts.offload": ("none", "cpu"),
+    "offload.experts": EXPERTS,
+    "sample.offload.experts": EXPERTS,
     "checkpoint.on_failure": ("stop", "continue"),
     "layout": ("diffusers", "official", "comfyui"),
     "lora.dialect": ("comfyui", "diffusers", "kohya"),
@@ -120,6 +123,7 @@ _WHOLE = (
 )  # fmt: skip
 _SWITCHES = (
     "check", "decode.retry", "stretch", "checkpoint.keep_best", "checkpoint.background", "gradient_checkpointing",
+    "offload.blocks", "sample.offload.blocks",
 )  # fmt: skip
 _POSITIVE = (
     "decode.timeout",

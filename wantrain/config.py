@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
@@ -28,10 +28,12 @@ from wantrain import geometry
 from wantrain.data import Conditions, check_sets
 from wantrain.models import Base, open_base
 from wantrain.runs import replay
-from wantrain.training.batching import Batching
-from wantrain.training.options import ExpertOptions
 from wantrain.util.console import errors_to_exit_code
 from wantrain.util.renamed import refuse_old_keys
+
+if TYPE_CHECKING:  # sample.py and export.py import nothing of training
+    from wantrain.training.batching import Batching
+    from wantrain.training.options import ExpertOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -202,6 +204,8 @@ def experts(cfg: DictConfig) -> dict[str, DictConfig]:
 
 def expert_options(cfg: DictConfig) -> dict[str, ExpertOptions]:
     """The experts in training, each with what its own config builds. ValueError as `experts`."""
+    from wantrain.training.options import ExpertOptions
+
     return {
         name: ExpertOptions(
             name,
@@ -262,6 +266,8 @@ def shards(cfg: DictConfig) -> list[str]:
 
 def batching(cfg: DictConfig, processes: int) -> Batching:
     """How a step's samples are shared out over backward passes and `processes`; ValueError if they cannot be."""
+    from wantrain.training.batching import Batching
+
     micro = cfg.model.train.micro_batch
     return Batching.of(cfg.batch_size, accumulate=cfg.accumulate, micro_batch=micro, processes=processes)
 

@@ -1,11 +1,11 @@
 """Rectified-flow mathematics: noise distributions, expert windows, the straight path, its velocity, sampling schedules.
 
-The one sentence the field gets wrong, held here once: with flow shift k and an expert's window [a, b), sigma is
-drawn by pushing u through sigma = k*u / (1 + (k-1)*u), *conditioned on the window*. The shift is invertible, so this
-is a truncated draw in u: no clamping (which piles samples on the edge), no rejection, no fallback.
+With flow shift k and an expert's window [a, b), sigma is drawn by pushing u through sigma = k*u / (1 + (k-1)*u),
+*conditioned on the window*. The shift is invertible, so this is a truncated draw in u, in closed form: no clamping
+(which would pile samples on the edge), no rejection, no fallback.
 
 Conventions: sigma in [0, 1] (0 clean, 1 noise), timestep = 1000*sigma, x_sigma = (1-sigma)*x0 + sigma*noise,
-velocity = noise - x0. Laws are computed in float64 and handed out in float32, which is kept up to the embedding.
+velocity = noise - x0. Distributions are computed in float64 and returned in float32, which is kept up to the embedding.
 Sources: Wan report (arXiv 2503.20314) and the Wan2.2 code's constants; SD3 (Esser et al. 2024, arXiv 2403.03206) for
 shift, logit-normal and mode sampling.
 """
@@ -132,7 +132,7 @@ class Beta:
 
     @functools.cached_property
     def _curve(self) -> Curve:
-        # In z = logit(u) the density has no pole and falls off exponentially at both ends: an even grid of z holds it.
+        # In z = logit(u) the density has no pole and falls exponentially at both ends, so an even grid of z covers it.
         spread = 9 * math.sqrt(1 / self.alpha + 1 / self.beta)
         middle = math.log(self.alpha / self.beta)
         low, high = max(-700.0, middle - spread - 37 / self.alpha), min(36.0, middle + spread + 37 / self.beta)
@@ -149,7 +149,7 @@ class Beta:
 
 
 class Curve:
-    """A density given at points and straight between them, 0 outside; cdf and quantile are exact for that curve.
+    """A piecewise linear density given at points, 0 outside them; cdf and quantile are exact for it.
 
     u, height  float64 tensors (n,): rising points in [0, 1]; the density there, up to a factor
     """
@@ -169,14 +169,14 @@ class Curve:
     def quantile(self, p: Tensor) -> Tensor:
         i = (torch.searchsorted(self.below, p.contiguous(), right=True) - 1).clamp(0, len(self.slope) - 1)
         rest = p - self.below[i]
-        # The root of slope/2 * x^2 + height*x = rest, in the form that stands a slope of 0.
+        # The root of slope/2 * x^2 + height*x = rest, in the form that allows a slope of 0.
         root = (self.height[i] ** 2 + 2 * self.slope[i] * rest).clamp(min=0).sqrt()
         along = torch.where(rest > 0, 2 * rest / (self.height[i] + root), 0.0)
         return self.u[i] + along.clamp(torch.zeros_like(p), self.u[i + 1] - self.u[i])
 
 
 class Table(Curve):
-    """A density of one's own: [u, height] points with straight lines between them, as a list or in a text file.
+    """A user's density: [u, height] points with straight lines between them, as a list or in a text file.
 
     points  rising u in [0, 1], heights up to a factor; nothing is drawn outside the first and last u
     file    instead: one point per line, two numbers with a space or comma between; # begins a comment
@@ -199,7 +199,7 @@ class Table(Curve):
 
 
 def _read_points(path: Path, where: str) -> list[list[float]]:
-    """The points of a table's file; ValueError naming the line that is none."""
+    """The points of a table's file. ValueError names a line that is not two numbers."""
     if not path.is_file():
         raise ValueError(f"{where}: there is no such file")
     rows = []
@@ -216,12 +216,12 @@ def density_named(density: str | Density) -> Density:
     """The density object for "uniform" or "logit_normal"; an object with cdf and quantile passes through."""
     if not isinstance(density, str):
         return density
-    known: dict[str, Density] = {"uniform": Uniform(), "logit_normal": LogitNormal()}
-    if density not in known:
+    by_name: dict[str, Density] = {"uniform": Uniform(), "logit_normal": LogitNormal()}
+    if density not in by_name:
         raise ValueError(
-            f"density={density!r} is unknown; choose one of {', '.join(known)}, or for more noise=beta, mode or table"
+            f"density={density!r} is unknown; choose one of {', '.join(by_name)}, or for more noise=beta, mode or table"
         )
-    return known[density]
+    return by_name[density]
 
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:
@@ -244,7 +244,7 @@ def _edges(density: Density, shift: float, window: NoiseWindow) -> tuple[float, 
 
 
 def window_mass(window: NoiseWindow, *, density: str | Density, shift: float = 1.0) -> float:
-    """Share of the unrestricted distribution that falls into `window`: the expert's natural share of training steps."""
+    """Probability of `window` under the unrestricted distribution: the expert's natural share of training steps."""
     low, high = _edges(density_named(density), shift, window)
     return high - low
 
@@ -269,7 +269,7 @@ def sigma_quantiles(
             f"the noise distribution has no mass in [{window.low}, {window.high}); change density or shift"
         )
     sigma = shift_sigma(distribution.quantile(low + p.double() * (high - low)), shift)
-    # Rounding to float32 may step over an edge by one unit in the last place; step back, onto the window's own side.
+    # Rounding to float32 may cross an edge of the window by one unit in the last place; step back inside.
     low32, high32 = (torch.tensor(end, dtype=torch.float32) for end in (window.low, window.high))
     if low32.item() < window.low:
         low32 = torch.nextafter(low32, torch.tensor(1.0))
@@ -340,5 +340,5 @@ def sampling_sigmas(num_steps: int, shift: float, *, start: float = SECOND_NOISI
 
 
 def sampling_timesteps(sigmas: Tensor) -> Tensor:
-    """The integer timesteps that samplers show the model: floor(1000*sigma) of all but the final 0 (int64)."""
+    """The integer timesteps that published samplers use: floor(1000*sigma) of all sigmas but the final 0 (int64)."""
     return (sigmas[:-1] * TIMESTEPS).long()

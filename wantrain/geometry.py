@@ -1,6 +1,6 @@
-"""Frames, pixels, latents, tokens: every count and every divisibility rule, in one place.
+"""Frames, pixels, latents, tokens: all counts and divisibility rules.
 
-Nothing here touches a tensor. Names: `num_frames` counts pixel frames, `latent_frames` the VAE's; a size is
+Nothing here uses tensors. Names: `num_frames` counts pixel frames, `latent_frames` the VAE's; a size is
 (height, width) in pixels; `multiple` is what both must divide by (VAE stride x patch: 16 for the 4x8x8 VAE).
 Source: Wan2.2's published strides; see docs/glossary.md.
 """
@@ -17,7 +17,7 @@ PATCH = (1, 2, 2)
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """The shape that clips are brought to so that they can share a batch: frames, height and width in pixels."""
+    """A shape that clips are resized and cut to, so that they can share a batch: frames, height and width in pixels."""
 
     num_frames: int
     height: int
@@ -33,7 +33,7 @@ def is_valid_num_frames(num_frames: int, stride: int = 4) -> bool:
 
 
 def floor_num_frames(num_frames: int, stride: int = 4) -> int:
-    """The longest valid clip that `num_frames` frames can fill (0 if there is none)."""
+    """The largest valid number of frames up to `num_frames` (0 if there is none)."""
     return (num_frames - 1) // stride * stride + 1 if num_frames >= 1 else 0
 
 
@@ -71,7 +71,7 @@ def pixel_frames(latent_frames: int, stride: int = 4) -> int:
 
 
 def num_tokens(latent_shape: Sequence[int], patch: Sequence[int] = PATCH) -> int:
-    """Tokens of one sample whose latent is (T, height, width): what the transformer attends over."""
+    """Tokens of one sample with latents (T, height, width)."""
     return math.prod(side // part for side, part in zip(latent_shape, patch, strict=True))
 
 
@@ -84,12 +84,12 @@ def latent_shape(bucket: Bucket, temporal_stride: int = 4, spatial_stride: int =
 def sizes(area: int, multiple: int, aspects: Iterable[float]) -> list[tuple[int, int]]:
     """The largest (height, width) within `area` pixels for each aspect (width / height), duplicates once.
 
-    Sides are multiples of `multiple`. Among the two roundings that fit (height first, width first) the one closer
-    in aspect is taken, and of equals the larger. ValueError if even one block is larger than the area.
+    Sides are multiples of `multiple`. Of the roundings that fit (height first, width first) the closest in aspect is
+    taken, and of equals the largest. ValueError if even one block is larger than the area.
     """
     if area < multiple * multiple:
         raise ValueError(f"area={area} holds not even one {multiple}x{multiple} block; give at least {multiple**2}")
-    found: list[tuple[int, int]] = []
+    chosen: list[tuple[int, int]] = []
     for aspect in aspects:
         ideal_height, ideal_width = math.sqrt(area / aspect), math.sqrt(area * aspect)
         candidates = set()
@@ -100,22 +100,21 @@ def sizes(area: int, multiple: int, aspects: Iterable[float]) -> list[tuple[int,
             candidates.add((area // width // multiple * multiple, width))
         fitting = [(h, w) for h, w in candidates if h > 0 and w > 0]
         best = min(fitting, key=lambda hw: (abs(math.log(hw[1] / hw[0] / aspect)), -hw[0] * hw[1], hw))
-        if best not in found:
-            found.append(best)
-    return found
+        if best not in chosen:
+            chosen.append(best)
+    return chosen
 
 
 def floored_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
-    """A picture's own aspect at about `area` pixels, each side rounded down: the size of Wan2.2's image-to-video."""
+    """A picture's own aspect at about `area` pixels, each side rounded down, as in Wan2.2's image-to-video."""
     sides = (math.sqrt(area * height / width), math.sqrt(area * width / height))
     rows, columns = (max(1, int(side // multiple)) * multiple for side in sides)
     return rows, columns
 
 
 def fitted_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
-    """The size within `area` whose aspect is nearer to a picture's, of rounding its width down first or its height.
-
-    The other side then takes what is left of the area. Source: how Wan2.2's TI2V-5B is given an image.
+    """The size within `area` nearest to a picture's aspect: the width is rounded down and the height fills the area, or
+    the other way round. Source: Wan2.2's TI2V-5B with an image.
     """
     ideal_width = math.sqrt(area * width / height)
     columns = max(1, int(ideal_width // multiple)) * multiple
@@ -129,17 +128,17 @@ def fitted_size(height: int, width: int, area: int, multiple: int) -> tuple[int,
 
 
 def nearest_size(height: int, width: int, choices: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The choice whose aspect is nearest (in log) to height x width, so that the crop is smallest."""
+    """The choice whose log aspect is nearest to that of height x width, so that the crop is smallest."""
     aspect = math.log(width / height)
     return min(choices, key=lambda hw: (abs(math.log(hw[1] / hw[0]) - aspect), -hw[0] * hw[1]))
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes that clips are brought to: each of `aspects` (width / height) at each of `areas` (pixels of one frame).
+    """The sizes that clips are resized to: each of `aspects` (width / height) at each of `areas` (pixels of one frame).
 
-    tokens   most tokens of one clip: a long one gets a smaller size than a short one. None: no such limit
-    upscale  how many times a picture may be enlarged; a smaller one goes to a smaller area
+    tokens   most tokens of one clip, so that long clips get smaller sizes; None: no limit
+    upscale  largest enlargement of a picture; a smaller one gets a smaller area
     """
 
     areas: tuple[int, ...]
@@ -166,7 +165,7 @@ class Buckets:
         return {**vars(self), "areas": list(self.areas), "aspects": list(self.aspects), "upscale": limit}
 
     def area(self, area: int, num_frames: int) -> int:
-        """Of `area`, what the budget of tokens leaves a clip of `num_frames`; a token is `multiple` pixels squared."""
+        """The largest area up to `area` within the tokens of a clip of `num_frames`; a token is `multiple`^2 pixels."""
         if self.tokens is None:
             return area
         per_frame = self.tokens // latent_frames(num_frames, self.temporal_stride)
@@ -180,8 +179,8 @@ class Buckets:
         return [sizes(area, self.multiple, self.aspects) for area in areas]
 
     def choose(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) for a clip: of the largest area that it need not be enlarged for beyond the limit, the
-        one nearest in shape. ValueError with the numbers if even the smallest would enlarge it too much.
+        """The (height, width) for a clip: of the largest area that needs no enlargement beyond the limit, the size
+        nearest in aspect. ValueError with the numbers if even the smallest area enlarges it too much.
         """
         for choices in self.sizes(num_frames):
             size = nearest_size(height, width, choices)
@@ -194,16 +193,16 @@ class Buckets:
 
 
 def enlargement(height: int, width: int, target_height: int, target_width: int) -> float:
-    """How many times larger a picture becomes when it is scaled to cover the target; below 1 it shrinks."""
+    """The factor by which a picture is scaled to cover the target; below 1 it shrinks."""
     return max(target_height / height, target_width / width)
 
 
 def cover(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int, float]:
-    """Scale that covers the target without squeezing, and what the centre crop then costs.
+    """Size of a picture scaled to cover the target with its aspect kept, and the share that a centre crop removes.
 
     Returns (resized height, resized width, share of the resized picture that is cropped away, in [0, 1)).
     """
     scale = enlargement(height, width, target_height, target_width)
     resized = max(target_height, round(height * scale)), max(target_width, round(width * scale))
-    kept = target_height * target_width / (resized[0] * resized[1])
-    return resized[0], resized[1], 1.0 - kept
+    remaining = target_height * target_width / (resized[0] * resized[1])
+    return resized[0], resized[1], 1.0 - remaining

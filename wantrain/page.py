@@ -1,8 +1,8 @@
-"""HTML pages that hold all they need: text in any script, pictures inside, videos as files beside; no network.
+"""Self-contained HTML pages: text in any script, embedded pictures, videos as files beside the page; no network.
 
-A page is put together from pieces. A piece is Html, which is markup already; a plain str is text and is escaped
-wherever it is put in, so a caption cannot become markup. What a page may load is written into it: its own inline style,
-script and pictures, and files beside it; whatever a caption says, a browser asks nobody else.
+A page is built from pieces. A piece of type Html is markup; a plain str is text and is always escaped, so a caption
+cannot become markup. A content security policy limits a page to its inline style, script and pictures and to files
+beside it, so that a browser requests nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ table { border-collapse: collapse; } td, th { padding: .15em .9em .15em 0; text-
 svg text { font-size: 11px; fill: currentColor; } svg rect { fill: var(--bar); }
 button { font: inherit; padding: .3em .9em; } summary { cursor: pointer; color: var(--quiet); }
 """
-#: Videos play while they are in view; the button sets all of them to their first frame, so that they run together.
+#: Videos play while in view; the button restarts all of them together.
 _SCRIPT = """
 const videos = [...document.querySelectorAll("video")];
 const watch = new IntersectionObserver(changes => changes.forEach(change =>
@@ -45,12 +45,12 @@ function together() { videos.forEach(video => { video.currentTime = 0; }); }
 
 
 class Html(str):
-    """Markup, as against text."""
+    """Markup, not text."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One video of a page: the file's path as seen from the page, a label above it and notes below."""
+    """One video of a page: its path relative to the page, a label above and notes below."""
 
     video: str
     label: str
@@ -59,7 +59,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Row:
-    """What stands side by side: a heading (a prompt, say), a note, the videos, and smaller ones that unfold."""
+    """Videos side by side: a heading (such as a prompt), a note, the videos, and smaller ones in a fold."""
 
     heading: str
     note: str
@@ -71,13 +71,13 @@ class Row:
 
 def element(name: str, *pieces: str, **attributes: str | int) -> Html:
     """`<name attributes>pieces</name>`, text and attributes escaped; `class_` stands for class."""
-    told = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items())
+    written = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items())
     inside = "".join(piece if isinstance(piece, Html) else html.escape(piece) for piece in pieces)
-    return Html(f"<{name}{told}>{inside}</{name}>")
+    return Html(f"<{name}{written}>{inside}</{name}>")
 
 
 def page(title: str, *pieces: str, content_key: str = "") -> str:
-    """A whole page; `content_key` is kept in its head, unseen (see `content_key_of`)."""
+    """A whole page; `content_key` is stored in its head (see `content_key_of`)."""
     metas = {
         'http-equiv="Content-Security-Policy"': _RULES,
         'name="viewport"': "width=device-width",
@@ -111,7 +111,7 @@ def paragraph(text: str, *, quiet: bool = False) -> Html:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str | int | float]]) -> Html:
-    """A table; numbers stand to the right."""
+    """A table; numbers are right-aligned."""
     lines = [element("tr", *(element("th", name) for name in head))]
     for row in rows:
         lines.append(element("tr", *(_cell(value) for value in row)))
@@ -119,7 +119,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str | int | float]]) -> H
 
 
 def bars(title: str, counts: Mapping[str, float], *, note: str = "") -> Html:
-    """A bar chart as inline SVG: a labelled bar for each entry, its length by value."""
+    """A bar chart as inline SVG: a labelled bar for each entry, its length proportional to the value."""
     most = max(counts.values(), default=0) or 1
     left, full, height = 150, 420, 18
     drawn = [
@@ -142,12 +142,12 @@ def picture(jpeg: bytes, alt: str = "") -> Html:
 
 def figure(inside: Html, caption: str, notes: str = "") -> Html:
     """A picture with its caption below."""
-    said = [element("figcaption", words, dir="auto") for words in (caption, notes) if words]
-    return element("figure", inside, *said)
+    captions = [element("figcaption", words, dir="auto") for words in (caption, notes) if words]
+    return element("figure", inside, *captions)
 
 
 def comparison(rows: Iterable[Row]) -> Html:
-    """Rows of videos that are to be looked at side by side."""
+    """Rows of videos to compare side by side."""
     return Html("".join(_row(row) for row in rows))
 
 

@@ -1,4 +1,4 @@
-"""Frames to pixels and back, to files and figures: H.264 mp4 that every player opens, filmstrips, motion and flicker.
+"""Frames to pixels and back, H.264 mp4 files, filmstrips, and the measures motion and flicker.
 
 Frames are uint8 (F, H, W, 3), RGB.
 """
@@ -22,10 +22,10 @@ Frames = NDArray[np.uint8]
 def to_pixels(frames: Tensor) -> Tensor:
     """Frames (..., F, H, W, 3) uint8 -> pixels (..., 3, F, H, W) float32 in [-1, 1], on the frames' device.
 
-    The same bits on every device, and channels first in memory: cast and reorder are one copy.
+    Bits are equal on every device. Channels are first in memory: cast and reorder are one copy.
     """
     levels = frames.movedim(-1, -4).to(torch.float32, memory_format=torch.contiguous_format)
-    # By a tensor: CUDA divides by a Python number as a product with its reciprocal, which rounds otherwise than a CPU.
+    # By a tensor: CUDA multiplies by the reciprocal of a Python number, which rounds differently from a CPU's division.
     return levels.div_(torch.full((), 127.5, device=frames.device)).sub_(1)
 
 
@@ -38,7 +38,7 @@ def to_frames(pixels_CTHW: Tensor) -> Frames:
 def write_mp4(path: str | Path, frames: Frames, fps: float, *, quality: int = 18) -> None:
     """Write H.264, yuv420p, with the index in front (plays while it loads). `quality` is x264's crf, 0 is lossless.
 
-    Odd sides are extended by their last row or column, since yuv420p has none. The file appears when it is whole.
+    Odd sides are padded with their last row or column, since yuv420p needs even ones. The file appears when complete.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
         raise ValueError(f"{path}: expected frames (F, H, W, 3), got {frames.shape}")
@@ -73,14 +73,14 @@ def motion(frames: Frames) -> float:
 
 
 def flicker(frames: Frames) -> float:
-    """How much a clip flickers: the mean part of such a change that the next frame takes back, in grey levels.
+    """How much a clip flickers: the mean part of a change in brightness that the next frame reverses, in grey levels.
 
-    Something that moves across a pixel changes it and is gone frames later; what flickers goes to and fro.
+    A moving object changes a pixel and leaves it frames later; flicker reverses at once.
     """
     steps = np.diff(_brightness(frames), axis=0)
     before, after = steps[:-1], steps[1:]
-    taken_back = np.where(before * after < 0, np.minimum(np.abs(before), np.abs(after)), 0.0)
-    return float(taken_back.mean()) if len(taken_back) else 0.0
+    reversed_part = np.where(before * after < 0, np.minimum(np.abs(before), np.abs(after)), 0.0)
+    return float(reversed_part.mean()) if len(reversed_part) else 0.0
 
 
 def _brightness(frames: Frames) -> NDArray[np.float32]:
@@ -89,7 +89,7 @@ def _brightness(frames: Frames) -> NDArray[np.float32]:
 
 
 def contact_sheet(path: str | Path, clips: Mapping[str, Frames], *, columns: int = 8, cell: int = 128) -> None:
-    """Write a PNG with one titled strip per clip: up to `columns` frames, evenly spaced, first and last included."""
+    """Write a PNG with a titled strip per clip: up to `columns` frames, evenly spaced, including first and last."""
     font = ImageFont.load_default(size=13)
     title = 18
     rows = [(name, filmstrip(frames, columns=columns, cell=cell)) for name, frames in clips.items()]
@@ -97,7 +97,7 @@ def contact_sheet(path: str | Path, clips: Mapping[str, Frames], *, columns: int
     sheet = Image.new("RGB", (width, sum(strip.height + title for _, strip in rows)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for name, strip in rows:
-        # The default font has no glyphs beyond Latin; what it cannot draw is shown as its escape, not as a box.
+        # The default font has Latin glyphs only; other characters are shown as escapes, not as boxes.
         label = name.encode("latin-1", "backslashreplace").decode("latin-1")
         draw.text((3, top + 1), label[: width // 6], fill="black", font=font)
         sheet.paste(strip, (0, top + title))
@@ -112,11 +112,11 @@ def filmstrip(frames: Frames, *, columns: int = 8, cell: int = 128) -> Image.Ima
     count = min(columns, len(frames))
     picks: Sequence[int] = np.linspace(0, len(frames) - 1, count).round().astype(int).tolist()
     width = max(1, round(frames.shape[2] * cell / frames.shape[1]))
-    # Small frames grow without a blur, large ones shrink without moire.
-    how = Image.Resampling.NEAREST if cell >= frames.shape[1] else Image.Resampling.BOX
+    # Enlarged without blur, reduced without moire.
+    resampling = Image.Resampling.NEAREST if cell >= frames.shape[1] else Image.Resampling.BOX
     strip = Image.new("RGB", (count * (width + 2), cell), "white")
     for place, pick in enumerate(picks):
-        strip.paste(Image.fromarray(frames[pick]).resize((width, cell), how), (place * (width + 2), 0))
+        strip.paste(Image.fromarray(frames[pick]).resize((width, cell), resampling), (place * (width + 2), 0))
     return strip
 
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from gpu_stages import sizes
 from gpu_stages.context import Context, measure, summary, synchronize
 from wantrain.geometry import num_tokens
-from wantrain.models.attention import attend
+from wantrain.models.attention import sdpa
 
 LIBRARIES = ("torch", "triton", "accelerate", "peft", "transformers", "diffusers", "deepspeed", "torchao")
 
@@ -119,14 +119,14 @@ BACKENDS = (
 def _attention(
     device: torch.device, queries: int, keys: int, bias: Tensor | None, N: int, K: int
 ) -> Callable[[], None]:
-    """Forward and backward of attend() on bf16 tensors of these sizes."""
+    """Forward and backward of sdpa() on bf16 tensors of these sizes."""
     rows = {"q": queries, "k": keys, "v": keys}
     q, k, v = (
         torch.randn(1, count, N, K, device=device, dtype=torch.bfloat16, requires_grad=True) for count in rows.values()
     )
 
     def run() -> None:
-        attend(q, k, v, bias).float().sum().backward()
+        sdpa(q, k, v, bias).float().sum().backward()
 
     return run
 

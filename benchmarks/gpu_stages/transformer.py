@@ -35,7 +35,8 @@ def expert(context: Context, layers: int, kind: str, *, recompute: bool) -> WanT
     module = random_weights(build, context.device, dtype, fp32_parts=WanTransformer.fp32_parts)
     assert isinstance(module, WanTransformer)
     if kind == "lora":
-        adapters.inject(module, rank=sizes.RANK, alpha=sizes.RANK, targets="attention+ffn", seed=0)
+        settings = adapters.AdapterSettings(rank=sizes.RANK, alpha=sizes.RANK, targets="attention+ffn")
+        adapters.inject(module, settings, seed=0)
     module.gradient_checkpointing = recompute
     return module.train()
 

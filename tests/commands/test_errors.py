@@ -229,7 +229,7 @@ def test_sampling_says_what_it_lacks(tiny, trained, call, tmp_path):
     assert 'give prompt="..." or prompts=FILE' in error("run=r", prompt, "prompts=p.txt")
     assert "the prompt file p.txt does not exist" in error("run=r", "prompts=p.txt")
     assert "nothing to load: give run=NAME (or run=NAME,NAME) or weights=FOLDER" in error(prompt)
-    assert "there is no run other in runs; known: r" in error(prompt, "run=other")
+    assert "there is no run other in runs; it has r" in error(prompt, "run=other")
     assert "high_noise is missing: neither run=r nor" in error(prompt, "run=r")
     assert "alone=true lets one expert answer" in error(prompt, "run=r")
     assert "more than one of these runs trained low_noise" in error(prompt, "run=r,r")
@@ -245,7 +245,7 @@ def test_sampling_says_what_it_lacks(tiny, trained, call, tmp_path):
 
 def test_a_run_without_a_checkpoint_and_half_a_pair_cannot_be_exported(trained, call, tmp_path):
     assert "high_noise is missing" in call("export.py", "run=r", "out=p", check=False).error
-    assert "there is no run nothing in runs; known: r" in call("export.py", "run=nothing", "out=p", check=False).error
+    assert "there is no run nothing in runs; it has r" in call("export.py", "run=nothing", "out=p", check=False).error
     shutil.rmtree(trained / "checkpoints")
     assert "runs/r has no checkpoint yet" in call("export.py", "run=r", "out=p", check=False).error
     assert not (tmp_path / "p").exists()

@@ -120,7 +120,7 @@ def test_a_models_facts_stand_in_its_own_file_alone():
         if file.parent.name in {"model", "noise"}:  # a noise distribution may bring another trainer's own shift
             continue
         for key, value in nodes(raw(file)):
-            if key.split(".")[-1] in FACTS and not isinstance(value, dict):
+            if key.split(".")[-1] in FACTS and not isinstance(value, dict) and not key.endswith("offload.experts"):
                 assert value is None or str(value).startswith("${"), f"{file}: {key}={value} repeats a model's fact"
 
 

@@ -129,6 +129,13 @@ def test_the_import_contract_holds():
     assert " 0 broken" in ended.stdout
 
 
+def test_sampling_and_export_need_no_training():
+    """Neither command imports wantrain.training, nor does anything that they import."""
+    code = "import sys, sample, export; print([name for name in sys.modules if name.startswith('wantrain.training')])"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
 def test_no_tracked_file_names_a_path_of_somebodys_machine():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:

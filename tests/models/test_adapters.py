@@ -4,6 +4,7 @@ the same."""
 import copy
 import re
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -28,10 +29,16 @@ def plain():
     return model
 
 
+class Layers(torch.nn.Sequential):
+    """Some layers, all of which can be adapted."""
+
+    adapter_targets: ClassVar = {"all": ".*"}
+
+
 def adapted(*, rank=3, alpha=6, targets="attention+ffn", trained=True, **more):
     """The same with a LoRA; `trained` gives it a change as training would."""
     model = plain()
-    adapters.inject(model, rank=rank, alpha=alpha, targets=targets, seed=1, **more)
+    adapters.inject(model, adapters.AdapterSettings(rank=rank, alpha=alpha, targets=targets, **more), seed=1)
     if trained:
         generator = torch.Generator().manual_seed(2)
         for name, parameter in model.named_parameters():
@@ -162,8 +169,8 @@ def test_the_start_depends_on_its_seed_alone():
         ValueError, match=r"adapter\.targets='ffn' is unknown; choose one of attention, attention\+ffn, all"
     ):
         adapted(targets="ffn")
-    with pytest.raises(ValueError, match="this model has no such layers; it is no Wan transformer"):
-        adapters.inject(torch.nn.Conv1d(2, 2, 1), rank=1, alpha=1, targets="all", seed=0)
+    with pytest.raises(ValueError, match="Conv1d declares no layers for an adapter"):
+        adapters.inject(torch.nn.Conv1d(2, 2, 1), adapters.AdapterSettings(rank=1, alpha=1, targets="all"), seed=0)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -269,8 +276,8 @@ class Products(TorchDispatchMode):
 def test_a_scale_of_one_multiplies_nothing_and_another_only_what_is_as_narrow_as_the_rank(alpha, products):
     """Forward and backward; against the gradients of the closed form x W' + s x A' B' in float64."""
     torch.manual_seed(0)
-    model, x = torch.nn.Sequential(torch.nn.Linear(24, 40)), torch.randn(7, 24, requires_grad=True)
-    adapters.inject(model, rank=4, alpha=alpha, targets="all", seed=1)
+    model, x = Layers(torch.nn.Linear(24, 40)), torch.randn(7, 24, requires_grad=True)
+    adapters.inject(model, adapters.AdapterSettings(rank=4, alpha=alpha, targets="all"), seed=1)
     (layer,) = adapters._layers(model).values()
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     parts = [layer.weight, layer.bias, layer.lora_A["default"].weight, layer.lora_B["default"].weight, x]
@@ -294,8 +301,8 @@ def test_a_scale_of_one_multiplies_nothing_and_another_only_what_is_as_narrow_as
 def test_in_bf16_other_scales_are_as_near_to_float64_as_peft_s(alpha):
     """The last rounding moves from the wide result to the narrow one (measured: 0.996 to 1.002 of peft's error)."""
     torch.manual_seed(0)
-    model, x = torch.nn.Sequential(torch.nn.Linear(256, 512)), torch.randn(512, 256)
-    adapters.inject(model, rank=16, alpha=alpha, targets="all", seed=1)
+    model, x = Layers(torch.nn.Linear(256, 512)), torch.randn(512, 256)
+    adapters.inject(model, adapters.AdapterSettings(rank=16, alpha=alpha, targets="all"), seed=1)
     torch.nn.init.normal_(adapters._layers(model)["0"].lora_B["default"].weight)
     wanted = copy.deepcopy(model).double()(x.double())
     off, their_off = (
@@ -317,7 +324,7 @@ def half():
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_frozen_bf16_base_keeps_a_float32_adapter_and_its_float32_islands(dora, inputs):
     model, base = half(), half()
-    adapters.inject(model, rank=2, alpha=2, targets="all", seed=0, dora=dora)
+    adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="all", dora=dora), seed=0)
     of = {name.replace(".base_layer", ""): parameter.dtype for name, parameter in model.named_parameters()}
     assert {of.pop(name) for name in list(of) if "lora_" in name} == {torch.float32}
     assert of == {name: parameter.dtype for name, parameter in base.named_parameters()}
@@ -361,7 +368,7 @@ def test_a_file_of_another_shape_is_not_restored(other, tmp_path):
 
 def test_an_adapter_of_another_width_is_not_restored(tmp_path):
     wider = WanTransformer(**{**SIZE, "num_attention_heads": 3})
-    adapters.inject(wider, rank=3, alpha=6, targets="attention+ffn", seed=1)
+    adapters.inject(wider, adapters.AdapterSettings(rank=3, alpha=6, targets="attention+ffn"), seed=1)
     write_lora(tmp_path / "lora.safetensors", adapters.adapter_layers(wider), metadata=ABOUT)
     with pytest.raises(ValueError, match="is 48 x 48, in this run it is 32 x 32; the adapter belongs to another run"):
         adapters.restore_adapter(tmp_path / "lora.safetensors", adapted())

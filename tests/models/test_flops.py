@@ -24,7 +24,7 @@ def seen(module, timesteps):
 
 
 def lora(module, targets):
-    adapters.inject(module, rank=4, alpha=4.0, targets=targets, seed=0)
+    adapters.inject(module, adapters.AdapterSettings(rank=4, alpha=4.0, targets=targets), seed=0)
 
 
 HOW = {

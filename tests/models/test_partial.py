@@ -69,7 +69,7 @@ def test_what_is_chosen_trains_and_a_step_changes_nothing_else(how, wanted):
 
 def test_the_tags_together_are_every_parameter_and_say_how_many():
     names = {name for name, _ in model().named_parameters()}
-    tags = {tag: set(partial.choose(names, layers=None, tags=[tag])) for tag in partial.TAGS}
+    tags = {tag: set(partial.choose(names, layers=None, tags=[tag])) for tag in WanTransformer.tags.names}
     assert set.union(*tags.values()) == names
     assert {tag: len(found) for tag, found in tags.items()} == {
         "attention": 60, "self_attn": 30, "cross_attn": 30, "ffn": 12, "modulation": 3, "norm": 18,

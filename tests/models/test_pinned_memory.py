@@ -68,7 +68,7 @@ def test_weights_lie_in_one_allocation_and_answer_with_the_same_bits():
     model, other = expert(), expert()
     nn.init.normal_(model.head.head.weight)
     other.load_state_dict(model.state_dict())
-    pinned_memory.settle(model.parameters())
+    pinned_memory.move_to_arena(model.parameters())
     (storage,) = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     begins, size = pinned_memory.layout(parameter.nbytes for parameter in model.parameters())
     assert storage % mmap.PAGESIZE == 0 and next(model.parameters()).untyped_storage().nbytes() == size
@@ -93,14 +93,14 @@ def test_each_weight_is_let_go_before_the_next_is_copied(monkeypatch):
 
     monkeypatch.setattr(pinned_memory, "make_pages", note)
     count = len(list(model.parameters()))
-    pinned_memory.settle(model.parameters())
+    pinned_memory.move_to_arena(model.parameters())
     assert alive == list(range(count, 0, -1)) and len(before) == 0
 
 
 def test_an_arena_is_locked_as_a_whole_as_long_as_one_weight_of_it_lives(runtime):
     models = [expert(), expert()]
     for model in models:
-        pinned_memory.settle(model.parameters())
+        pinned_memory.move_to_arena(model.parameters())
     _, size = pinned_memory.layout(parameter.nbytes for parameter in model.parameters())
     first = [next(model.parameters()).data_ptr() for model in models]
     assert runtime.locked == dict.fromkeys(first, size)
@@ -119,16 +119,18 @@ def test_an_arena_is_locked_as_a_whole_as_long_as_one_weight_of_it_lives(runtime
 def test_memory_that_cuda_cannot_lock_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(pinned_memory, "cuda_runtime", lambda: Runtime(code=2))
     layer = nn.Linear(4096, 4096, bias=False)
-    words = r"could not lock 0\.1 GB of host memory for idle weights \(CUDA error 2\); free host memory, or .*idle="
+    words = (
+        r"could not lock 0\.1 GB of host memory for offloaded weights \(CUDA error 2\); free .*offload\.experts=disk"
+    )
     with pytest.raises(ValueError, match=words):
-        pinned_memory.settle(layer.parameters())
+        pinned_memory.move_to_arena(layer.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="locks memory for a GPU; there is none")
 def test_on_a_gpu_weights_are_pinned_and_come_back_unlocked():
     model = expert()
     wanted = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    pinned_memory.settle(model.parameters())
+    pinned_memory.move_to_arena(model.parameters())
     for name, parameter in model.named_parameters():
         assert parameter.is_pinned(), name
         assert torch.equal(parameter.to("cuda", non_blocking=True).cpu(), wanted[name])
@@ -138,5 +140,5 @@ def test_on_a_gpu_weights_are_pinned_and_come_back_unlocked():
     gc.collect()
     # The pages are gone with the arena; locking the same range anew would fail if they still counted as locked.
     other = expert()
-    pinned_memory.settle(other.parameters())
+    pinned_memory.move_to_arena(other.parameters())
     assert next(other.parameters()).is_pinned() and address % mmap.PAGESIZE == size % mmap.PAGESIZE == 0

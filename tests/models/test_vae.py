@@ -508,7 +508,7 @@ def test_entries_that_change_nothing_may_come_or_be_left_out(vae, kind, tmp_path
         ("2.1", {"latents_std": [1.0]}, "z_dim=16"),
         ("2.1", {"temperal_downsample": [True]}, "needs 3 entries"),
         ("2.1", {"clip_output": True}, "clip_output=True"),
-        ("2.1", {"window_size": 7}, "window_size=7 is not known"),
+        ("2.1", {"window_size": 7}, "window_size=7 is unknown"),
         ("2.2", {"is_residual": False}, "missing"),
         ("2.2", {"patch_size": None}, "in_channels=12"),
         ("2.2", {"out_channels": 3}, "out_channels=3"),

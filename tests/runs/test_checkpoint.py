@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from wantrain.models.formats.weights import read_file, write_file, write_part
 from wantrain.runs import checkpoint
-from wantrain.runs.checkpoint import STATE, Checkpoints, Copier, damaged_files, kept, read_state
+from wantrain.runs.checkpoint import STATE, Checkpoints, Copier, damaged_files, read_state, steps_to_keep
 from wantrain.util.files import file_hash
 
 
@@ -173,10 +173,10 @@ def test_steps_beyond_a_million_come_after_those_below(tmp_path):
     ],
 )
 def test_which_checkpoints_stay(scores, keep, keep_every, keep_best, stay):
-    assert kept(scores, keep, keep_every, keep_best) == stay
+    assert steps_to_keep(scores, keep, keep_every, keep_best) == stay
     shuffled = list(scores.items())
     random.Random(1).shuffle(shuffled)
-    assert kept(dict(shuffled), keep, keep_every, keep_best) == stay
+    assert steps_to_keep(dict(shuffled), keep, keep_every, keep_best) == stay
 
 
 def test_what_stays_on_disk_is_what_the_rule_says(tmp_path):
@@ -662,7 +662,7 @@ def test_a_pickle_put_into_a_checkpoint_is_refused_and_never_run(name, two, tmp_
     planted = two.newest() / name
     planted.write_bytes(payload)
     error = refused(two.newest)
-    assert f"step_000002 holds {name}, which wantrain did not write; take it out of there" in error
+    assert f"step_000002 holds {name}, which wantrain did not write; remove that" in error
     planted.unlink()
     assert value_of(two.newest()) == 2
     # In the place of a file that belongs there, with the hash that fits.

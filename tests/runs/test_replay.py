@@ -32,7 +32,7 @@ def test_a_replay_repeats_the_first_steps_bit_for_bit_and_says_so(first, call, t
     assert len(told["starts"]) == 2 and told["config"]["optimizer"]["lr"] == 1e-3
     assert {"command", "made_by", "versions", "engine", "processes", "device", "data", "at"} <= told["starts"][0].keys()
     ended = call("train.py", "replay=runs/first/run.json", "steps=5")
-    assert "everything that decides about its bits is the same" in ended.stdout
+    assert "everything that its bits depend on is the same" in ended.stdout
     assert "replay: the losses of 5 steps are the same, bit for bit" in ended.stdout
     again = losses(tmp_path, "first_replay")
     assert again == {step: row for step, row in losses(tmp_path, "first").items() if step <= 5}
@@ -101,8 +101,8 @@ def test_plain_words_pass_and_todays_go_before(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [("", "cannot be read as JSON"), ("[]", "not a JSON object"), ("{}", "tells of no start"),
-     ('{"starts": [1]}', "tells of no start"), ('{"starts": []}', "tells of no start")],
+    [("", "cannot be read as JSON"), ("[]", "not a JSON object"), ("{}", "records no start"),
+     ('{"starts": [1]}', "records no start"), ('{"starts": []}', "records no start")],
 )  # fmt: skip
 def test_what_is_no_run_json_is_one_clear_error(content, told, call, tmp_path):
     (tmp_path / "run.json").write_text(content)

@@ -155,8 +155,8 @@ def test_a_sheet_shows_at_most_so_many(listed, monkeypatch, tmp_path):
             "tile=100: height x width 100x100 must be multiples of 8 (VAE stride times patch); the nearest",
         ),
         (("tile=-8",), "tile=-8 must be above 0"),
-        (("idle=ram",), "idle=ram is unknown; choose one of gpu, cpu, disk"),
-        (("offload=all",), "offload=all is unknown; choose one of none, blocks"),
+        (("offload.experts=ram",), "offload.experts=ram is unknown; choose one of none, cpu, disk"),
+        (("offload.blocks=all",), "offload.blocks=all must be true or false"),
         (("lora.dense=x",), "lora.dense=x: this model has high_noise, low_noise, no dense"),
     ],
 )
@@ -168,7 +168,12 @@ def test_what_cannot_be_made_is_one_clear_error_before_anything_is_written(more,
 @pytest.mark.slow
 def test_every_way_of_living_and_a_single_tile_make_the_same_video(listed, tmp_path):
     contents = set()
-    for way in (("idle=gpu",), ("idle=cpu", "offload=blocks"), ("idle=disk",), ("tile=32",)):
+    for way in (
+        ("offload.experts=none",),
+        ("offload.experts=cpu", "offload.blocks=true"),
+        ("offload.experts=disk",),
+        ("tile=32",),
+    ):
         listed(*way, f"out={'_'.join(way)}")
         contents.add(b"".join(path.read_bytes() for path in sorted((tmp_path / "_".join(way)).glob("*.mp4"))))
     assert len(contents) == 1

@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wantrain.geometry import Bucket
 from wantrain.models import WanTransformer, WanVAE
+from wantrain.models.offload import EXPERTS, OffloadPolicy
 from wantrain.sampling import ExpertOffloader, memory
 from wantrain.sampling.memory import cast_as_loaded
-from wantrain.sampling.offload import IDLE, OFFLOAD
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 64, "num_layers": 3}
 
@@ -62,7 +62,7 @@ def test_on_a_gpu_a_step_and_a_decoding_take_what_was_traced():
 
 def plan(expert=WanTransformer, vae=WanVAE, **more):
     how = {"names": ["high_noise", "low_noise"], "bucket": Bucket(81, 480, 832), "batch_size": 1, "tile": None}
-    how |= {"dtype": torch.bfloat16, "idle": "gpu", "offload": "none"} | more
+    how |= {"dtype": torch.bfloat16, "policy": OffloadPolicy()} | more
     return memory.describe(expert, vae, **how)
 
 
@@ -72,7 +72,7 @@ def gib(line):
 
 def test_the_14b_pair_is_planned_onto_one_24_gb_card():
     """The published sizes, 81x480x832; the sums of the printed parts are the printed sums."""
-    text = plan(idle="disk", offload="blocks")
+    text = plan(policy=OffloadPolicy("disk", blocks=True))
     lines = {line[:20].strip(): line[20:] for line in text.splitlines() if line[:20].strip()}
     assert "21 x 30 x 52 = 32760" in lines["tokens per video"]
     block, outside, whole = gib(lines["an expert"])
@@ -84,25 +84,26 @@ def test_the_14b_pair_is_planned_onto_one_24_gb_card():
     experts, _, cuda, device = gib(lines["device"])
     assert (experts + beside) * 1.1 + cuda == pytest.approx(device, abs=0.02)
     assert device < 24 and experts == pytest.approx(2 * block + outside, abs=0.02)
-    ways = {tuple(line.split()[:2]): line for line in text.splitlines()[-6:]}
-    assert gib(ways["disk", "blocks"])[0] == device and "80 GB card" in ways["gpu", "none"]
-    assert gib(ways["cpu", "none"])[1] == pytest.approx(2 * whole, abs=0.02)
+    choices = {tuple(line.split()[:2]): line for line in text.splitlines()[-6:]}
+    assert gib(choices["disk", "true"])[0] == device and "80 GB card" in choices["none", "false"]
+    assert gib(choices["cpu", "false"])[1] == pytest.approx(2 * whole, abs=0.02)
 
 
-@pytest.mark.parametrize(("idle", "offload"), itertools.product(IDLE, OFFLOAD))
-def test_the_host_s_bytes_are_those_that_a_house_takes(idle, offload):
-    """What a house puts into arenas is what the plan counts, and nothing where weights lie on the device or on disk."""
+@pytest.mark.parametrize(("experts", "blocks"), itertools.product(EXPERTS, (False, True)))
+def test_host_bytes(experts, blocks):
+    """Arenas are as large as planned; there are none where weights are on the device or on disk."""
+    policy = OffloadPolicy(experts, blocks)
 
     def load(name, device):
         return cast_as_loaded(WanTransformer(**SIZE), torch.bfloat16)
 
-    house = ExpertOffloader(("high_noise", "low_noise"), load, torch.device("cpu"), idle=idle, offload=offload)
-    experts = {name: house[name] for name in house}
-    storages = [parameter.untyped_storage() for module in experts.values() for parameter in module.parameters()]
+    offloaded = ExpertOffloader(("high_noise", "low_noise"), load, torch.device("cpu"), policy)
+    modules = {name: offloaded[name] for name in offloaded}
+    storages = [parameter.untyped_storage() for module in modules.values() for parameter in module.parameters()]
     counts = Counter(storage.data_ptr() for storage in storages)
     arenas = {storage.data_ptr(): storage.nbytes() for storage in storages if counts[storage.data_ptr()] > 1}
-    assert len(arenas) == (2 if idle == "cpu" or (idle, offload) == ("gpu", "blocks") else 0)
-    assert memory.needs(experts, 0, idle, offload).host == sum(arenas.values())
+    assert len(arenas) == (2 if experts == "cpu" or (experts, blocks) == ("none", True) else 0)
+    assert memory.needs(modules, 0, policy).host == sum(arenas.values())
 
 
 def test_tiles_take_less_and_more_pixels_more():

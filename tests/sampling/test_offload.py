@@ -1,4 +1,4 @@
-"""Where experts live: whatever is chosen, the answers are the same, and only what may be on the device is there."""
+"""Offload policies: outputs are the same under all of them, and only what the policy allows is on the device."""
 
 import gc
 import itertools
@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from wantrain.models import WanTransformer
-from wantrain.models.offload import outside_blocks
-from wantrain.sampling.offload import IDLE, OFFLOAD, ExpertOffloader
+from wantrain.models.facts import outside_blocks
+from wantrain.models.offload import EXPERTS, OffloadPolicy
+from wantrain.sampling.offload import ExpertOffloader
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": 3}
+POLICIES = [OffloadPolicy(experts, blocks) for experts, blocks in itertools.product(EXPERTS, (False, True))]
 DEVICE = torch.device("cpu")  # copies are made to it as to any other: what is a copy is "on the device"
 
 
@@ -47,14 +49,14 @@ def question(seed):
     return latents, torch.tensor([500.0]), torch.randn(1, 5, 8, generator=generator)
 
 
-@pytest.mark.parametrize(("idle", "offload"), itertools.product(IDLE, OFFLOAD))
-def test_every_way_of_living_answers_alike(idle, offload, shelf, scrambled_experts):
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_every_policy_gives_the_same_output(policy, shelf, scrambled_experts):
     load, loads = shelf
-    experts = ExpertOffloader(scrambled_experts, load, DEVICE, idle=idle, offload=offload)
+    experts = ExpertOffloader(scrambled_experts, load, DEVICE, policy)
     for turn, name in enumerate(["high_noise", "high_noise", "low_noise", "high_noise"]):
         with torch.no_grad():
             assert torch.equal(experts[name](*question(turn)), scrambled_experts[name](*question(turn)))
-    wanted = ["high_noise", "low_noise"] + (["high_noise"] if idle == "disk" else [])
+    wanted = ["high_noise", "low_noise"] + (["high_noise"] if policy.experts == "disk" else [])
     assert loads == wanted and list(experts) == ["high_noise", "low_noise"] and len(experts) == 2
 
 
@@ -63,9 +65,9 @@ def copies(module, hosts):
     return {name for name, p in module.named_parameters() if p.data_ptr() != hosts[name]}
 
 
-def test_only_the_expert_that_answers_is_on_the_device(shelf, scrambled_experts):
+def test_one_expert_on_the_device(shelf, scrambled_experts):
     load, _ = shelf
-    experts = ExpertOffloader(scrambled_experts, load, DEVICE, idle="cpu")
+    experts = ExpertOffloader(scrambled_experts, load, DEVICE, OffloadPolicy("cpu"))
     modules = {name: experts._loaded[name] for name in experts}
     hosts = {name: {key: p.data_ptr() for key, p in module.named_parameters()} for name, module in modules.items()}
     everything = set(hosts["low_noise"])
@@ -73,13 +75,13 @@ def test_only_the_expert_that_answers_is_on_the_device(shelf, scrambled_experts)
         with torch.no_grad():
             experts[name](*question(0))
         assert copies(modules[name], hosts[name]) == everything and copies(modules[other], hosts[other]) == set()
-    experts.leave()
+    experts.offload()
     assert copies(modules["low_noise"], hosts["low_noise"]) == set()
 
 
-def test_one_block_at_a_time_is_on_the_device(shelf, scrambled_experts):
+def test_one_block_on_the_device(shelf, scrambled_experts):
     load, _ = shelf
-    experts = ExpertOffloader(scrambled_experts, load, DEVICE, idle="cpu", offload="blocks")
+    experts = ExpertOffloader(scrambled_experts, load, DEVICE, OffloadPolicy("cpu", blocks=True))
     module = experts._loaded["low_noise"]
     hosts = {key: p.data_ptr() for key, p in module.named_parameters()}
     outside = {key for key in hosts if not key.startswith("blocks.")}
@@ -97,7 +99,7 @@ def test_one_block_at_a_time_is_on_the_device(shelf, scrambled_experts):
     assert copies(module, hosts) == set()
 
 
-def test_an_expert_on_disk_is_let_go_before_the_next_is_loaded(scrambled_experts):
+def test_disk_frees_before_it_loads(scrambled_experts):
     alive = []
 
     def load(name, device):
@@ -107,7 +109,7 @@ def test_an_expert_on_disk_is_let_go_before_the_next_is_loaded(scrambled_experts
         alive.append(weakref.ref(model))
         return model
 
-    experts = ExpertOffloader(scrambled_experts, load, DEVICE, idle="disk")
+    experts = ExpertOffloader(scrambled_experts, load, DEVICE, OffloadPolicy("disk"))
     for name in ("high_noise", "low_noise", "high_noise"):
         experts[name]
     assert len(alive) == 3
@@ -117,31 +119,31 @@ def storages(module):
     return {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
 
-@pytest.mark.parametrize(("idle", "offload"), itertools.product(IDLE, OFFLOAD))
-def test_what_waits_on_the_host_for_good_lies_in_an_arena(idle, offload, shelf, scrambled_experts):
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_arena(policy, shelf, scrambled_experts):
     load, _ = shelf
-    module = ExpertOffloader(scrambled_experts, load, DEVICE, idle=idle, offload=offload)["low_noise"]
-    waits = {"cpu": module, "gpu": module.blocks if offload == "blocks" else None}.get(idle)
+    module = ExpertOffloader(scrambled_experts, load, DEVICE, policy)["low_noise"]
+    waits = {"cpu": module, "none": module.blocks if policy.blocks else None}.get(policy.experts)
     if waits is not None:
         assert len(storages(waits)) == 1 and storages(waits).isdisjoint(
-            parameter.data_ptr() for parameter in outside_blocks(module) if idle == "gpu"
+            parameter.data_ptr() for parameter in outside_blocks(module) if policy.experts == "none"
         )
     else:
         assert len(storages(module)) == len(list(module.parameters())), "left as it was loaded"
 
 
-@pytest.mark.parametrize(("idle", "offload"), itertools.product(IDLE, OFFLOAD))
-def test_a_house_that_is_left_is_let_go_at_once(idle, offload, shelf, scrambled_experts):
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_offloaded_experts_are_freed_at_once(policy, shelf, scrambled_experts):
     """No cycle of references holds an expert until the collector comes by: 29 GB beside those of the next one."""
     load, _ = shelf
-    experts = ExpertOffloader(scrambled_experts, load, DEVICE, idle=idle, offload=offload)
+    experts = ExpertOffloader(scrambled_experts, load, DEVICE, policy)
     gc.disable()
     try:
         with torch.no_grad():
             experts["low_noise"](*question(0))
         module = weakref.ref(experts["low_noise"])
         weight = weakref.ref(experts["low_noise"].head.head.weight)
-        experts.leave()
+        experts.offload()
         del experts
         assert module() is None and weight() is None
     finally:
@@ -149,14 +151,14 @@ def test_a_house_that_is_left_is_let_go_at_once(idle, offload, shelf, scrambled_
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's memory; there is none")
-def test_on_a_gpu_memory_is_what_the_plan_says(scrambled_experts, shelf):
+def test_gpu_memory_is_as_planned(scrambled_experts, shelf):
     load, _ = shelf
-    for offload in OFFLOAD:
+    for blocks in (False, True):
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
-        experts = ExpertOffloader(scrambled_experts, load, torch.device("cuda"), idle="disk", offload=offload)
+        experts = ExpertOffloader(scrambled_experts, load, torch.device("cuda"), OffloadPolicy("disk", blocks))
         module = experts["low_noise"]
         held = torch.cuda.memory_allocated() - before
-        kept = module.parameters() if offload == "none" else outside_blocks(module)
+        kept = module.parameters() if not blocks else outside_blocks(module)
         wanted = sum(p.nbytes for p in kept)
         assert wanted <= held <= wanted + 512 * len(list(module.parameters()))

@@ -1,4 +1,4 @@
-"""Two experts in one job: whose turn it is, averages of the weights, where idle weights live, and that a pair run is the
+"""Two experts in one job: whose turn it is, averages of the weights, offloaded weights, and that a pair run is the
 two single runs."""
 
 import json
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from wantrain.models import WanTransformer, adapters
 from wantrain.models.formats.weights import read_file
-from wantrain.models.offload import WeightSwapper
+from wantrain.models.offload import ModuleOffloader
 from wantrain.runs.checkpoint import read_state
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.engine.ema import Ema
@@ -81,7 +81,7 @@ def test_the_average_follows_by_its_formula_and_is_shown_only_while_it_is_applie
 def lora_model(seed):
     torch.manual_seed(seed)
     model = WanTransformer(**SIZE)
-    adapters.inject(model, rank=2, alpha=2, targets="attention", seed=seed)
+    adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="attention"), seed=seed)
     return model
 
 
@@ -90,10 +90,10 @@ def test_only_the_model_in_use_has_its_frozen_weights_on_the_device():
     first, second = lora_model(0), lora_model(1)
     inputs = (torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 8))
     wanted = [model(*inputs) for model in (first, second)]
-    swapper = WeightSwapper(torch.device("cpu"))
+    offloader = ModuleOffloader(torch.device("cpu"))
     hosts = []
     for model in (first, second):
-        swapper.add(model)
+        offloader.add(model)
         hosts.append({name: p.data_ptr() for name, p in model.named_parameters()})
 
     def moved_in(model, host):
@@ -133,7 +133,7 @@ def log(folder):
 HOW = {
     "full": ("ema=0.9",),
     "lora": ("adapter=lora", "adapter.rank=2", "optimizer.lr=1e-2", "accumulate=2"),
-    "idle": ("adapter=lora", "adapter.rank=2", "optimizer.lr=1e-2", "experts.idle=cpu"),
+    "offload": ("adapter=lora", "adapter.rank=2", "optimizer.lr=1e-2", "experts.offload=cpu"),
 }
 
 

@@ -1,10 +1,9 @@
 """Floating-point operations of a training step of a transformer, counted from its layers.
 
-A multiplication with an addition counts as two; only matrix products and attention count, the rest is below 1 %. Each
-layer is looked at by itself: a gradient of its input is computed where something before it trains, one of its weight
-where that trains. So full fine-tuning, LoRA and partial training need no formula of their own. Attention's backward
-counts as twice its forward (flash kernels execute 2.5 times, which is their choice). Text rows are those that are
-really computed: the padding is one row (see WanTransformer).
+A multiply-add counts as two operations; only matrix products and attention count, the rest is below 1 %. For each layer
+the gradient of its input counts if something before the layer trains, the gradient of its weight if the weight trains:
+one rule for full fine-tuning, LoRA and partial training. Attention's backward counts as twice its forward (flash
+kernels execute 2.5 times as many). Text rows are those computed: all padding is one row (see WanTransformer).
 Source: the layer shapes; for the whole formula, PaLM (arXiv 2204.02311) appendix B counts likewise.
 """
 
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from wantrain.models.facts import blocks_of
 from wantrain.models.transformer import Attention, Block, WanTransformer
 
 
@@ -27,25 +27,25 @@ class Flops:
 
     @property
     def model(self) -> int:
-        """What training needs, however it is done: the convention of MFU."""
+        """What training needs, without recomputation: the convention of MFU."""
         return self.forward + self.backward
 
     @property
     def executed(self) -> int:
-        """What is done, with what is computed twice."""
+        """What is executed, recomputation included."""
         return self.model + self.recompute
 
 
 class Count:
-    """A sum over layers in the order of the forward, which knows whether a gradient flows."""
+    """Sums of forward and backward operations over layers."""
 
     def __init__(self) -> None:
         self.forward = self.backward = 0
 
     def linear(self, layer: nn.Module, rows: int, flows: bool) -> bool:
-        """Rows through a linear layer (or one with a LoRA beside it); `flows`: its input has a gradient.
+        """Add a linear layer (with its LoRA, if it has one) applied to `rows` rows; `flows`: its input has a gradient.
 
-        Returns whether its output has one.
+        Returns True if its output has one.
         """
         base: nn.Module = getattr(layer, "base_layer", layer)
         weight = base.weight
@@ -56,7 +56,7 @@ class Count:
         for name in ("lora_A", "lora_B"):
             beside = getattr(layer, name, None)
             for part in beside.values() if isinstance(beside, nn.ModuleDict) else ():
-                # What follows A needs its input's gradient, for A trains; A's own input only if something before does.
+                # B needs its input's gradient, for A trains; A needs that of its input only if something before trains.
                 own = 2 * rows * _size(part)
                 self.forward += own
                 self.backward += own * (1 + (flows or name == "lora_B"))
@@ -64,7 +64,7 @@ class Count:
         return flows or trains
 
     def attention(self, queries: int, keys: int, dim: int, flows: bool) -> None:
-        """Softmax attention over all heads."""
+        """Add softmax attention over all heads."""
         self.forward += 4 * queries * keys * dim
         self.backward += 8 * queries * keys * dim * flows
 
@@ -84,20 +84,20 @@ def training_flops(module: WanTransformer, *, tokens: int, text_rows: int, times
     time = False
     for layer in (*module.time_embedding, *module.time_projection):
         time = count.linear(layer, timesteps, time) if _is_linear(layer) else time
-    again = 0
-    for block in module.blocks:
+    recompute = 0
+    for block in blocks_of(module):
         assert isinstance(block, Block)
         before = count.forward
         x = _block(count, block, tokens, text_rows, x, time, text)
         if module.gradient_checkpointing and x:
-            again += count.forward - before
+            recompute += count.forward - before
     flows = x or time or module.head.modulation.requires_grad
     count.linear(module.head.head, tokens, flows)
-    return Flops(count.forward, count.backward, again)
+    return Flops(count.forward, count.backward, recompute)
 
 
 def _block(count: Count, block: Block, tokens: int, text_rows: int, x: bool, time: bool, text: bool) -> bool:
-    """Add one block; whether its output has a gradient."""
+    """Add one block. Returns True if its output has a gradient."""
     moved = time or block.modulation.requires_grad
     x = _attention(count, block.self_attn, tokens, tokens, x or moved, x or moved) or x or moved
     normed = x or block.norm3.weight.requires_grad
@@ -120,7 +120,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _size(layer: nn.Module) -> int:
-    """Elements of a weight matrix, also where an engine keeps only a part of it here."""
+    """Elements of a weight matrix, also where an engine keeps only a part of it in this process."""
     if isinstance(layer, nn.Linear):
         return layer.in_features * layer.out_features
     assert isinstance(layer, nn.Conv3d)

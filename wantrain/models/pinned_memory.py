@@ -1,8 +1,8 @@
-"""Host memory for the weights of one expert: one allocation of their exact size, locked for CUDA where that is there.
+"""An arena: host memory for the weights of one expert, one allocation of their exact size, pinned if there is a GPU.
 
-From locked (pinned) memory copies to a GPU run at the bus's full speed and beside the host's work. torch's own pinned
-allocator rounds every allocation up to a power of two, so that the tensors of an A14B expert, 29.0 GB in bf16, lock
-44.3 GB. Here they lie in one anonymous mapping, which CUDA is told to lock as it is.
+Copies from pinned (page-locked) memory to a GPU run at the bus's full speed, while the host goes on. torch's own pinned
+allocator rounds every allocation up to a power of two: the tensors of an A14B expert, 29.0 GB in bf16, would take
+44.3 GB. An arena is one anonymous mapping that CUDA locks (`cudaHostRegister`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wantrain.util.progress import report_progress
 
 
 def layout(sizes: Iterable[int]) -> tuple[list[int], int]:
-    """Where tensors of so many bytes begin in an arena, and how many bytes it takes: whole pages."""
+    """Offset of each tensor in an arena, given their sizes in bytes, and the arena's size, a multiple of the page."""
     begins, end = [], 0
     for size in sizes:
         begins.append(end)
@@ -31,11 +31,11 @@ def layout(sizes: Iterable[int]) -> tuple[list[int], int]:
     return begins, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def settle(parameters: Iterable[nn.Parameter]) -> None:
-    """Move parameters into an arena of their own; it lives, and stays locked, as long as any tensor in it.
+def move_to_arena(parameters: Iterable[nn.Parameter]) -> None:
+    """Move parameters into an arena of their own, which stays allocated and locked as long as any tensor in it.
 
-    One after the other: what a parameter lay in before is let go as soon as it is copied, so the host holds one copy
-    and the largest tensor twice. ValueError if CUDA cannot lock that much.
+    One parameter at a time: its old memory is freed as soon as it is copied, so that the host holds all of them once
+    and the largest twice. ValueError if CUDA cannot lock that much.
     """
     parameters = list(parameters)
     begins, size = layout(parameter.nbytes for parameter in parameters)
@@ -46,36 +46,38 @@ def settle(parameters: Iterable[nn.Parameter]) -> None:
     for parameter, begin in zip(parameters, begins, strict=True):
         place = arena[begin : begin + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         make_pages(place)
-        report_progress("moving idle weights into locked memory")
+        report_progress("moving offloaded weights into pinned memory")
         place.copy_(parameter.detach())
         parameter.data = place
     _lock(memory)
 
 
 def cuda_runtime() -> Any:
-    """The functions of CUDA's runtime; None where there is no GPU, and memory stays as it is."""
+    """The functions of CUDA's runtime; None where there is no GPU, so that nothing is locked."""
     return torch.cuda.cudart() if torch.cuda.is_available() else None
 
 
 def _lock(memory: NDArray[np.uint8]) -> None:
-    """Have CUDA lock a mapping's pages until the last tensor in it goes.
+    """Have CUDA lock a mapping's pages until the last tensor in it is freed.
 
-    `memory` is the array over the mapping: it goes before the mapping does, so that CUDA unlocks what is still there.
+    `memory` is the array over the mapping. It is freed before the mapping, so that CUDA unlocks memory that still
+    exists.
     """
     runtime, address = cuda_runtime(), memory.ctypes.data
     if runtime is None:
         return
     if code := int(runtime.cudaHostRegister(address, memory.nbytes, 0)):
-        # No way on with unlocked memory: torch would report CUDA's pending error at the next kernel.
+        # Going on without the lock would fail: torch would report CUDA's pending error at the next kernel.
         raise ValueError(
-            f"CUDA could not lock {memory.nbytes / 1e9:.1f} GB of host memory for idle weights (CUDA error {code}); "
-            "free host memory, or choose another idle= than cpu (in train.py experts.idle=, sample.idle=)"
+            f"CUDA could not lock {memory.nbytes / 1e9:.1f} GB of host memory for offloaded weights (CUDA error "
+            f"{code}); free host memory, or offload otherwise: in sample.py offload.experts=disk, in train.py "
+            "experts.offload=none, for previews sample.offload.experts=disk"
         )
-    # Nobody needs it unlocked when the process ends, and CUDA may be gone by then.
+    # Not at exit: the process's memory is freed anyway, and CUDA may be shut down by then.
     weakref.finalize(memory, _unlock, runtime, address).atexit = False
 
 
 def _unlock(runtime: Any, address: int) -> None:
-    torch.cuda.synchronize()  # copies from it may still be on their way
+    torch.cuda.synchronize()  # copies from it may still run
     if code := int(runtime.cudaHostUnregister(address)):
-        say(f"warning: CUDA could not unlock the memory of idle weights (CUDA error {code})")
+        say(f"warning: CUDA could not unlock the memory of offloaded weights (CUDA error {code})")

@@ -1,8 +1,8 @@
 """TextEncoder: prompts to umT5 embeddings, cleaned, cut and padded as Wan's transformers expect them.
 
-The network is transformers' UMT5EncoderModel; what is ours is everything around it. The tokenizer is tokenizer.json as
-it stands, and nothing else: the class that a pipeline folder names for it (T5Tokenizer, T5TokenizerFast) is not asked,
-because transformers 5 rebuilds that class without byte fallback, and rare characters then become `<unk>`.
+The network is transformers' UMT5EncoderModel. The tokenizer is tokenizer.json as published. The class that a pipeline
+folder names for it (T5Tokenizer, T5TokenizerFast) is not used: transformers 5 rebuilds it without byte fallback, and
+then rare characters become `<unk>`.
 
 Tensor suffixes: B batch, L tokens, D embedding width.
 Source: Wan2.2's use of umT5-xxl (prompt cleaning, 512 tokens, attention mask, zeros after the text).
@@ -25,16 +25,16 @@ from wantrain.util.console import say
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-#: Tokens that every Wan transformer attends to, the zero rows after a text among them.
+#: Tokens that every Wan transformer attends to, including the zero rows after a text.
 TEXT_LENGTH = 512
 
 
 def clean_prompt(text: str) -> str:
-    """The prompt as the tokenizer is to see it: mojibake fixed, HTML entities undone, each white space one blank.
+    """The prompt for the tokenizer: mojibake fixed, HTML entities decoded, runs of white space made one blank.
 
     ftfy also straightens quotes. Nothing is lower-cased.
     """
-    # Twice, because scraped captions carry entities that were escaped twice (&amp;amp;).
+    # Twice, because scraped captions contain entities that were escaped twice (&amp;amp;).
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split())
 
@@ -45,8 +45,8 @@ class TextEncoder(nn.Module):
     model      transformers' UMT5EncoderModel in float32 or bfloat16
     tokenizer  ends each text with `</s>`
 
-    A prompt of more than `text_length` tokens is cut there, its last token then `</s>`, as in Wan's own code; that is
-    said. ValueError for a model in float16 and for a tokenizer that does not fit.
+    A prompt of more than `text_length` tokens is truncated, its last token then `</s>`, as in Wan's code, with a message.
+    ValueError for a model in float16 and for a tokenizer that does not fit.
     """
 
     text_length = TEXT_LENGTH
@@ -58,7 +58,7 @@ class TextEncoder(nn.Module):
         self.dim: int = config.d_model
         self.end: int = config.eos_token_id
         self.pad: int = config.pad_token_id
-        # A tokenizer.json may carry the limits of whoever saved it.
+        # A tokenizer.json may contain truncation and padding settings of whoever saved it.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         _check_tokenizer(tokenizer, self.end, config.vocab_size)
@@ -72,19 +72,19 @@ class TextEncoder(nn.Module):
     # Not inference_mode: a tensor made there cannot take part in a training step.
     @torch.no_grad()
     def encode_unpadded(self, prompts: list[str]) -> list[Tensor]:
-        """Embeddings (L, D) of each prompt, float32, without padding: what is worth storing. "" has one token."""
+        """Embeddings (L, D) of each prompt, float32, without padding: what is stored. "" has one token."""
         if not prompts:
             return []
         device = self.model.device
         rows = [self.tokenize(prompt) for prompt in prompts]
-        # Padding to the longest is enough: the mask makes a text's embeddings independent of what follows it.
+        # Padding to the longest is enough: with the mask a text's embeddings do not depend on the padding.
         longest = max(len(row) for row in rows)
         ids_BL = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows], device=device)
         mask_BL = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-        # A caller's autocast stays out: under float16 umT5 gives NaN.
+        # Without a caller's autocast: under float16 umT5 gives NaN.
         with torch.autocast(device.type, enabled=False):
             embeddings_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state.float()
-        # Copies, so that keeping a short text does not keep the whole batch.
+        # Copies, so that a short text does not keep the whole batch in memory.
         return [row_LD[: len(row)].clone() for row_LD, row in zip(embeddings_BLD, rows, strict=True)]
 
     def tokenize(self, prompt: str) -> list[int]:
@@ -96,7 +96,7 @@ class TextEncoder(nn.Module):
         return ids
 
     def count(self, prompt: str) -> int:
-        """Tokens of the cleaned prompt before it is cut, `</s>` among them."""
+        """Tokens of the cleaned prompt before truncation, including `</s>`."""
         return len(self.tokenizer.encode(clean_prompt(prompt)).ids)
 
 
@@ -120,7 +120,7 @@ def _check_tokenizer(tokenizer: Tokenizer, end: int, vocab_size: int) -> None:
         raise ValueError(f"the tokenizer encodes an empty text as {tokenizer.encode('').ids}, umT5's as [{end}] (</s>)")
     if tokenizer.get_vocab_size() > vocab_size:
         raise ValueError(
-            f"the tokenizer knows {tokenizer.get_vocab_size()} tokens, the text encoder {vocab_size}: they belong to "
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the text encoder {vocab_size}: they belong to "
             "different models"
         )
 

@@ -1,11 +1,11 @@
 """WanTransformer: Wan's diffusion transformer, from the paper's figure and the published constants.
 
-Text-to-video here; image conditions arrive as further input channels (`condition_BCTHW`) and per-frame timesteps,
-without another class. Single-device code: machinery reads what the class declares (`fp32_parts`, `blocks`).
-Parameter names in memory are the official ones; models/names.py holds the table to diffusers' names.
+One class serves text-to-video and image-to-video: image conditioning arrives as further input channels
+(`condition_BCTHW`) or as per-frame timesteps. Single-device code: machinery reads the facts that the class declares
+(facts.py says which). Parameter names in memory are the official ones; formats/names.py maps them to diffusers'.
 
 Tensor suffixes: B batch, C channels, T latent frames, H W latent rows and columns, P tokens of one frame,
-L = T*P tokens, S text rows, D model width, N heads, K head width.
+L = T*P tokens, S text rows, D model width, N heads, K head width (rotary tables: K/2).
 
 Where Wan computes in float32 the cast is on the line: time embedding, modulation, norms, rotary embedding, residual
 stream and head. Linear layers run in the dtype of autocast, or of their weights without autocast.
@@ -15,7 +15,8 @@ Sources: Wan report (arXiv 2503.20314) section 4.2; Wan2.2's released constants 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wantrain.geometry import PATCH
-from wantrain.models.attention import attend
+from wantrain.models.attention import DEFAULT, Attend, attention_backend
+from wantrain.models.facts import SequencePlan, Split, Tags
 
 ROPE_THETA = 10000.0
 ROPE_LENGTH = 1024  # positions per axis that Wan's tables hold: a hard limit of the published models
@@ -91,9 +93,9 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head attention with q and k normalised over the whole width, before they are split into heads."""
 
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+    def __init__(self, dim: int, num_heads: int, eps: float, attend: Attend) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.attend = num_heads, attend
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -114,11 +116,11 @@ class Attention(nn.Module):
         v = self.v(context_BSD).unflatten(-1, heads)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        return self.o(attend(q, k, v, bias_S).flatten(-2))
+        return self.o(self.attend(q, k, v, bias_S).flatten(-2))
 
 
 def modulation_table(rows: int, dim: int) -> nn.Parameter:
-    """A table (1, rows, dim) of N(0, 1) / sqrt(dim); empty on the meta device, where drawing is a second of imports."""
+    """A table (1, rows, dim) of N(0, 1) / sqrt(dim); on the meta device not drawn, which saves a second of imports."""
     table = torch.empty(1, rows, dim)
     if table.device.type != "meta":
         table.normal_().div_(math.sqrt(dim))
@@ -131,13 +133,13 @@ class Block(nn.Module):
     The residual stream is float32 (B, T, P, D); modulation is one row per latent frame, never per token.
     """
 
-    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, attend: Attend) -> None:
         super().__init__()
         self.modulation = modulation_table(6, dim)
         self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
-        self.self_attn = Attention(dim, num_heads, eps)
+        self.self_attn = Attention(dim, num_heads, eps, attend)
         self.norm3 = LayerNorm(dim, eps)
-        self.cross_attn = Attention(dim, num_heads, eps)
+        self.cross_attn = Attention(dim, num_heads, eps, attend)
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
 
@@ -149,13 +151,15 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         bias_S: Tensor | None,
     ) -> Tensor:
+        """`rope` are the cosines and sines of the tokens' angles, (T, P, K) each."""
         dtype = context_BSD.dtype
+        cos_LK, sin_LK = (table_TPK.flatten(0, 1) for table_TPK in rope)
         # (1, 6, D) + (B, T, 6, D), then each (B, T, 1, D): one value for all tokens of a frame.
         table = (self.modulation.float() + time_BT6D).unsqueeze(2)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(3)
 
         y = (self.norm1(x_BTPD) * (1 + scale1) + shift1).to(dtype).flatten(1, 2)
-        x = x_BTPD + self.self_attn(y, y, rope).view_as(x_BTPD) * gate1
+        x = x_BTPD + self.self_attn(y, y, (cos_LK, sin_LK)).view_as(x_BTPD) * gate1
         y = self.norm3(x).to(dtype).flatten(1, 2)
         x = x + self.cross_attn(y, context_BSD, bias_S=bias_S).view_as(x)
         y = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
@@ -177,15 +181,29 @@ class Head(nn.Module):
         return self.head(self.norm(x_BTPD) * (1 + scale) + shift)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class WanTransformer(nn.Module):
     """Predicts the velocity noise - data of video latents, given a timestep and a text.
 
     Keywords are the names and units of the published config.json (diffusers layout): `in_channels` counts latent,
-    mask and image channels together (16 for text-to-video). ValueError for an option that no Wan2.2 model uses.
+    mask and image channels together (16 for text-to-video). `attention` is one of attention.py's BACKENDS. ValueError
+    for an option that no Wan2.2 model uses.
     """
 
-    #: Parameters (by part of their name) that stay float32 whatever dtype the model is loaded in.
-    fp32_parts: tuple[str, ...] = (
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    text_length: int = 512
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    eps: float = 1e-6
+    attention: str = DEFAULT
+
+    repeated_blocks: ClassVar[tuple[str, ...]] = ("blocks",)
+    fp32_parts: ClassVar[tuple[str, ...]] = (
         "time_embedding",
         "time_projection",
         "modulation",
@@ -193,40 +211,57 @@ class WanTransformer(nn.Module):
         "norm_",
         "head.",
     )
+    zero_at_start: ClassVar[tuple[str, ...]] = ("bias", "head.head.weight")
+    # "all" are those that forward calls as modules; the patch embedding is none of them (`_patches` multiplies by the
+    # convolution's weight), so an adapter beside it would have no effect.
+    adapter_targets: ClassVar[dict[str, str]] = {
+        "attention": r".*(self_attn|cross_attn)\.(q|k|v|o)",
+        "attention+ffn": r".*((self_attn|cross_attn)\.(q|k|v|o)|ffn\.(0|2))",
+        "all": r".*",
+    }
+    # The norms of q and k belong to the attention too. The projection of time to the blocks' modulations belongs to
+    # `time_embedding`, the head's own modulation to `head`.
+    tags: ClassVar[Tags] = Tags(
+        inside={
+            "attention": r"(self|cross)_attn\..+",
+            "self_attn": r"self_attn\..+",
+            "cross_attn": r"cross_attn\..+",
+            "ffn": r"ffn\..+",
+            "modulation": r"modulation",
+            "norm": r"norm3\..+|(self|cross)_attn\.norm_[qk]\..+",
+        },
+        outside={
+            "text_embedding": r"text_embedding\..+",
+            "time_embedding": r"time_(embedding|projection)\..+",
+            "patch_embedding": r"patch_embedding\..+",
+            "head": r"head\..+",
+        },
+    )
+    # The tokens of each latent frame (P) are split, so that modulation, one row per frame, is whole everywhere.
+    sequence_plan: ClassVar[SequencePlan] = SequencePlan(
+        split=(Split("blocks.0", 2, "x_BTPD"), Split("blocks.*", 1, "rope")),
+        gather=(Split("head", 2),),
+        attend=("blocks.*.self_attn",),
+    )
 
-    #: Ends of the names of parameters that may hold nothing but zeros: those that training starts at zero.
-    zero_at_start: tuple[str, ...] = ("bias", "head.head.weight")
-
-    def __init__(
-        self,
-        *,
-        num_attention_heads: int = 40,
-        attention_head_dim: int = 128,
-        in_channels: int = 16,
-        out_channels: int = 16,
-        text_dim: int = 4096,
-        text_length: int = 512,
-        freq_dim: int = 256,
-        ffn_dim: int = 13824,
-        num_layers: int = 40,
-        eps: float = 1e-6,
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        if attention_head_dim % 2:
-            raise ValueError(f"attention_head_dim={attention_head_dim} must be even: rotary pairs")
-        dim = num_attention_heads * attention_head_dim
-        self.dim, self.head_dim, self.freq_dim = dim, attention_head_dim, freq_dim
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.ffn_dim, self.eps = ffn_dim, eps
-        self.text_dim, self.text_length = text_dim, text_length
+        if self.attention_head_dim % 2:
+            raise ValueError(f"attention_head_dim={self.attention_head_dim} must be even: rotary pairs")
+        attend = attention_backend(self.attention)
+        self.dim = dim = self.num_attention_heads * self.attention_head_dim
         self.gradient_checkpointing = False
 
-        self.patch_embedding = nn.Conv3d(in_channels, dim, PATCH, PATCH)
-        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.patch_embedding = nn.Conv3d(self.in_channels, dim, PATCH, PATCH)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(self.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(self.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers))
-        self.head = Head(dim, math.prod(PATCH) * out_channels, eps)
+        self.blocks = nn.ModuleList(
+            Block(dim, self.ffn_dim, self.num_attention_heads, self.eps, attend) for _ in range(self.num_layers)
+        )
+        self.head = Head(dim, math.prod(PATCH) * self.out_channels, self.eps)
         if self.patch_embedding.weight.device.type != "meta":  # about to be loaded: a second saved per load
             self.initialize()
 
@@ -286,8 +321,8 @@ class WanTransformer(nn.Module):
         text_BSD, bias_S = self._text_rows(text_BLD)
         context_BSD = self.text_embedding(text_BSD.to(self._compute_dtype()))
         # 5. rotary tables
-        angles = rope_angles(grid, self.head_dim, x.device)
-        rope = (angles.cos().float(), angles.sin().float())
+        angles_TPK = rope_angles(grid, self.attention_head_dim, x.device).unflatten(0, (grid[0], -1))
+        rope = (angles_TPK.cos().float(), angles_TPK.sin().float())
         # 6. blocks
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -359,14 +394,14 @@ class WanTransformer(nn.Module):
         return {
             "_class_name": "WanTransformer3DModel",
             "patch_size": list(PATCH),
-            "num_attention_heads": self.dim // self.head_dim,
-            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.num_attention_heads,
+            "attention_head_dim": self.attention_head_dim,
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
             "text_dim": self.text_dim,
             "freq_dim": self.freq_dim,
             "ffn_dim": self.ffn_dim,
-            "num_layers": len(self.blocks),
+            "num_layers": self.num_layers,
             "cross_attn_norm": True,
             "qk_norm": "rms_norm_across_heads",
             "eps": self.eps,

@@ -1,9 +1,9 @@
 """WanVAE: Wan's causal video autoencoders 2.1 (4x8x8, 16 channels) and 2.2 (4x16x16, 48 channels, of TI2V-5B).
 
 A clip is 1 + 4k frames: the first frame alone, then groups of four. Every convolution in time looks back only, so a
-clip may be worked through in chunks if each layer keeps the last frames it saw (vae_layers.py). One pass over the
-whole clip is one chunk. 2.2 works on squares of 2x2 pixels, and its levels have shortcuts past their resampling.
-Parameter names are those of the diffusers layout (and config.json's keys the keywords).
+clip can be processed in chunks if each layer keeps the last frames of the chunk before (vae_layers.py). 2.2 works on
+squares of 2x2 pixels, and its levels have shortcuts past their resampling. Parameter names are those of the diffusers
+layout.
 
 Tensor suffixes: B batch, C channels, T frames (of pixels, latents or in between), H W rows and columns.
 Sources: Wan report (arXiv 2503.20314) section 4.1; the released weights' shapes, names and constants.
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,8 @@ from wantrain.models.vae_layers import (
     unpatchify,
 )
 
-#: By z_dim, the published mean and standard deviation of each channel of the latents (16: Wan-VAE 2.1, 48: 2.2). They
-#: normalise what the transformer sees.
+#: Published mean and standard deviation of each latent channel, by z_dim (16: Wan-VAE 2.1, 48: 2.2). The transformer's
+#: latents are normalised by them.
 LATENTS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     16: (
         (
@@ -71,36 +71,46 @@ LATENTS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     ),
 }  # fmt: skip
 
-#: Log variance that a posterior starts with: noise of a twentieth, so that what is encoded arrives.
+#: Log variance that a posterior starts with: noise of a twentieth, so that the decoder gets a usable signal.
 NARROW = -6.0
 
 
-class Encoder(nn.Module):
-    """`channels` of pixels to 2z channels; each level but the last halves the size, and by `temporal` the frames.
+@dataclass(frozen=True)
+class Levels:
+    """What encoder and decoder are built from.
 
-    `widths` are the channels before the first level and after each.
+    channels        of what the network sees as one pixel
+    widths          channels of each level, at full resolution first
+    base            channels before the encoder's first level
+    num_res_blocks  per encoder level; a decoder level has one more
+    temporal        whether the step from a level to the next, lower one also halves the frames
+    dropout         in the residual blocks, in training
+    residual        2.2: shortcuts past each level's resampling
     """
 
-    def __init__(
-        self,
-        channels: int,
-        widths: list[int],
-        z_dim: int,
-        num_res_blocks: int,
-        temporal: tuple[bool, ...],
-        dropout: float,
-        *,
-        residual: bool,
-    ) -> None:
+    channels: int
+    widths: tuple[int, ...]
+    base: int
+    num_res_blocks: int
+    temporal: tuple[bool, ...]
+    dropout: float
+    residual: bool
+
+
+class Encoder(nn.Module):
+    """Pixels to 2z channels; each level but the last halves the size, and by `levels.temporal` the frames."""
+
+    def __init__(self, levels: Levels, z_dim: int) -> None:
         super().__init__()
-        self.conv_in = CausalConv3d(channels, widths[0])
+        widths, count, dropout = levels.widths, levels.num_res_blocks, levels.dropout
+        self.conv_in = CausalConv3d(levels.channels, levels.base)
         self.down_blocks = nn.ModuleList()
-        for (before, width), down in zip(pairwise(widths), [*temporal, None], strict=True):
-            if residual:
-                self.down_blocks.append(ResidualDownBlock(before, width, num_res_blocks, down, dropout))
+        for before, width, down in zip((levels.base, *widths), widths, (*levels.temporal, None), strict=False):
+            if levels.residual:
+                self.down_blocks.append(ResidualDownBlock(before, width, count, down, dropout))
                 continue
-            # The layout of 2.1 counts the layers of all levels through.
-            self.down_blocks.extend(residual_blocks(before, width, num_res_blocks, dropout))
+            # 2.1 numbers the layers of all levels consecutively.
+            self.down_blocks.extend(residual_blocks(before, width, count, dropout))
             if down is not None:
                 self.down_blocks.append(Downsample(width, temporal=down))
         self.mid_block = MiddleBlock(widths[-1], dropout)
@@ -116,34 +126,22 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z channels back to `channels` of pixels; each level but the last doubles the size, and by `temporal` the frames.
+    """z channels back to pixels; each level but the last doubles the size, and by `levels.temporal` the frames."""
 
-    `widths` are the channels in each level.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        widths: list[int],
-        z_dim: int,
-        num_res_blocks: int,
-        temporal: tuple[bool, ...],
-        dropout: float,
-        *,
-        residual: bool,
-    ) -> None:
+    def __init__(self, levels: Levels, z_dim: int) -> None:
         super().__init__()
+        widths, dropout = levels.widths[::-1], levels.dropout
         self.conv_in = CausalConv3d(z_dim, widths[0])
         self.mid_block = MiddleBlock(widths[0], dropout)
         # An upsampling of 2.1 halves the channels, so every level but the first starts from half the one before.
-        befores = widths[:-1] if residual else [width // 2 for width in widths[:-1]]
-        levels = zip([widths[0], *befores], widths, [*temporal, None], strict=True)
-        block_class = ResidualUpBlock if residual else UpBlock
+        befores = widths[:-1] if levels.residual else tuple(width // 2 for width in widths[:-1])
+        block_class = ResidualUpBlock if levels.residual else UpBlock
         self.up_blocks = nn.ModuleList(
-            [block_class(before, width, num_res_blocks + 1, up, dropout) for before, width, up in levels]
+            block_class(before, width, levels.num_res_blocks + 1, up, dropout)
+            for before, width, up in zip((widths[0], *befores), widths, (*levels.temporal[::-1], None), strict=True)
         )
         self.norm_out = ChannelNorm(widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], channels)
+        self.conv_out = CausalConv3d(widths[-1], levels.channels)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.mid_block(self.conv_in(x, stream), stream)
@@ -152,8 +150,9 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)), stream)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class WanVAE(nn.Module):
-    """Videos to latents and back; keywords are config.json's. Not frozen: `load_vae` gives a frozen one.
+    """Videos to latents and back. Keywords are config.json's. Not frozen (`load_vae` freezes it).
 
     base_dim            channels of the encoder at full resolution; dim_mult multiplies it per level
     decoder_base_dim    the same of the decoder; None: base_dim
@@ -162,65 +161,58 @@ class WanVAE(nn.Module):
     attn_scales         must be empty: attention is in the middle only
     temperal_downsample which of the encoder's downsamplings also halve the frames (the field's spelling)
     dropout             in the residual blocks, in training
-    latents_mean, latents_std  per channel; the latents that leave `encode` are normalised by them; None: the published
-                        ones of Wan-VAE 2.1 (z_dim 16) or 2.2 (z_dim 48)
+    latents_mean, latents_std  per channel: `encode` normalises latents by them; empty: the published ones of Wan-VAE
+                        2.1 (z_dim 16) or 2.2 (z_dim 48)
     is_residual         2.2: parameter-free shortcuts past each level's resampling
     patch_size          2.2: the network sees squares of so many pixels a side as one; None: single pixels
 
     The defaults are Wan-VAE 2.1; 2.2 is base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, patch_size=2.
     ValueError for keywords that fit neither or not each other.
 
-    `encode` and `decode` are for using a VAE; `moments` and `reconstruct` are the same networks without
-    normalisation and clamping, for training one, and take the whole clip at once unless told otherwise.
+    `encode` and `decode` are for using a VAE. `moments` and `reconstruct` are the same networks without normalisation
+    and clamping, for training one; by default they take the whole clip at once.
     """
 
-    #: Ends of the names of parameters that may hold nothing but zeros: those that training starts at zero.
-    zero_at_start: tuple[str, ...] = ("bias", "conv2.weight")
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: Sequence[int] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: Sequence[float] = ()
+    temperal_downsample: Sequence[bool] = (False, True, True)
+    dropout: float = 0.0
+    latents_mean: Sequence[float] = ()
+    latents_std: Sequence[float] = ()
+    is_residual: bool = False
+    patch_size: int | None = None
 
-    def __init__(
-        self,
-        *,
-        base_dim: int = 96,
-        decoder_base_dim: int | None = None,
-        z_dim: int = 16,
-        dim_mult: Sequence[int] = (1, 2, 4, 4),
-        num_res_blocks: int = 2,
-        attn_scales: Sequence[float] = (),
-        temperal_downsample: Sequence[bool] = (False, True, True),
-        dropout: float = 0.0,
-        latents_mean: Sequence[float] | None = None,
-        latents_std: Sequence[float] | None = None,
-        is_residual: bool = False,
-        patch_size: int | None = None,
-    ) -> None:
+    # No repeated blocks: a level keeps frames for the next chunk, so it cannot be recomputed by itself.
+    zero_at_start: ClassVar[tuple[str, ...]] = ("bias", "conv2.weight")
+
+    def __post_init__(self) -> None:
         super().__init__()
-        if len(attn_scales):
+        if len(self.attn_scales):
             raise ValueError(
-                f"attn_scales={list(attn_scales)}: Wan's VAE has attention in its middle only; leave it empty"
+                f"attn_scales={list(self.attn_scales)}: Wan's VAE has attention in its middle only; leave it empty"
             )
-        if len(temperal_downsample) != len(dim_mult) - 1:
-            raise ValueError(f"temperal_downsample needs {len(dim_mult) - 1} entries, one between two levels")
-        self.base_dim, self.decoder_base_dim, self.z_dim = base_dim, decoder_base_dim, z_dim
-        self.dim_mult, self.num_res_blocks, self.dropout = tuple(dim_mult), num_res_blocks, dropout
-        self.temperal_downsample = tuple(temperal_downsample)
-        self.latents_mean, self.latents_std = _latents(z_dim, latents_mean, latents_std)
-        self.is_residual, self.patch_size, self._side = is_residual, patch_size, patch_size or 1
-        down, up = self.temperal_downsample, self.temperal_downsample[::-1]
-        widths = [base_dim * factor for factor in (1, *dim_mult)]
-        self.encoder = Encoder(self.pixel_channels, widths, z_dim, num_res_blocks, down, dropout, residual=is_residual)
-        self.quant_conv = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
-        self.post_quant_conv = nn.Conv3d(z_dim, z_dim, 1)
-        widths = [(decoder_base_dim or base_dim) * factor for factor in reversed(dim_mult)]
-        self.decoder = Decoder(self.pixel_channels, widths, z_dim, num_res_blocks, up, dropout, residual=is_residual)
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(f"temperal_downsample needs {len(self.dim_mult) - 1} entries, one between two levels")
+        self.dim_mult, self.temperal_downsample = tuple(self.dim_mult), tuple(self.temperal_downsample)
+        self.latents_mean, self.latents_std = _latents(self.z_dim, self.latents_mean, self.latents_std)
+        self._side = self.patch_size or 1
+        self.encoder = Encoder(self._levels(self.base_dim), self.z_dim)
+        self.quant_conv = nn.Conv3d(2 * self.z_dim, 2 * self.z_dim, 1)
+        self.post_quant_conv = nn.Conv3d(self.z_dim, self.z_dim, 1)
+        self.decoder = Decoder(self._levels(self.decoder_base_dim or self.base_dim), self.z_dim)
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Start values for training from scratch: an autoencoder of single frames that video training refines.
 
-        Convolutions keep the variance and see only the newest frame, residual blocks begin as the identity,
-        frames are dropped and doubled, and the posterior is narrow (docs/log.md says what that is worth). In 2.2 the
-        shortcuts stand beside that; the norms before what is learned take out the variance that they add.
+        Convolutions keep the variance and see only the newest frame, residual blocks start as the identity, frames are
+        dropped and doubled, and the posterior is narrow (docs/log.md has the measurement). The shortcuts of 2.2 add
+        variance, which the norms of the next layers remove.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -239,6 +231,18 @@ class WanVAE(nn.Module):
         assert self.quant_conv.bias is not None
         nn.init.constant_(self.quant_conv.bias[self.z_dim :], NARROW)
 
+    def _levels(self, base: int) -> Levels:
+        """The levels of an encoder or decoder that has `base` channels at full resolution."""
+        return Levels(
+            channels=self.pixel_channels,
+            widths=tuple(base * factor for factor in self.dim_mult),
+            base=base,
+            num_res_blocks=self.num_res_blocks,
+            temporal=tuple(self.temperal_downsample),
+            dropout=self.dropout,
+            residual=self.is_residual,
+        )
+
     @property
     def temporal_stride(self) -> int:
         """Pixel frames per latent frame, after the first."""
@@ -251,15 +255,15 @@ class WanVAE(nn.Module):
 
     @property
     def pixel_channels(self) -> int:
-        """Channels of what the network sees as one pixel: red, green and blue of each pixel in a patch."""
+        """Channels of the network's input: red, green and blue of each pixel in a patch."""
         return 3 * self._side**2
 
     def encode(self, pixels_BCTHW: Tensor, *, chunk: int | None = 1) -> Tensor:
         """Pixels in [-1, 1] (B, 3, 1+4k, H, W) -> normalised latents (B, z, 1+k, H/s, W/s): the posterior's mean.
 
         s is `spatial_stride`: 8 in Wan-VAE 2.1, 16 in 2.2. The result is float32 (float64 from float64), whatever the
-        network's dtype. `chunk` is how many latent frames are worked on at once after the first: memory grows with
-        it, the result stays. None takes the whole clip. ValueError for a length or size that does not divide, naming
+        network's dtype. `chunk` is the number of latent frames processed at once, after the first; it changes memory,
+        not the result. None takes the whole clip. ValueError for a length or size that does not divide, naming
         the nearest that does.
         """
         mu, _ = self.moments(pixels_BCTHW, chunk=chunk)
@@ -287,7 +291,7 @@ class WanVAE(nn.Module):
         return mu, logvar.clamp(-30, 20)
 
     def reconstruct(self, latents_BCTHW: Tensor, *, chunk: int | None = None) -> Tensor:
-        """Latents as the posterior has them, not normalised -> pixels, not clamped; with gradients."""
+        """Latents that are not normalised -> pixels, not clamped; with gradients."""
         _check_chunk(chunk)
         stream = Stream()
         x = self.post_quant_conv(latents_BCTHW.to(self.post_quant_conv.weight.dtype))
@@ -303,7 +307,7 @@ class WanVAE(nn.Module):
         return mean, std
 
     def encoding_state(self) -> dict[str, Tensor]:
-        """All that latents depend on: the encoder's weights and the normalisation, not the decoder."""
+        """What latents depend on: the encoder's weights and the normalisation, not the decoder."""
         weights = {k: v for k, v in self.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
         mean, std = torch.tensor([self.latents_mean, self.latents_std], dtype=torch.float64)
         return {**weights, "latents_mean": mean, "latents_std": std}
@@ -335,14 +339,14 @@ def _latents(
     z_dim: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The latents' mean and standard deviation as given, or as published for `z_dim`."""
-    if mean is None and std is None:
+    if not mean and not std:
         if z_dim not in LATENTS:
             raise ValueError(
                 f"z_dim={z_dim}: latents_mean and latents_std are published for {' and '.join(map(str, LATENTS))} "
                 f"channels only; give {z_dim} entries each (zeros and ones, until the latents are measured)"
             )
         return LATENTS[z_dim]
-    if mean is None or std is None or not len(mean) == len(std) == z_dim:
+    if not mean or not std or not len(mean) == len(std) == z_dim:
         raise ValueError(f"latents_mean and latents_std need z_dim={z_dim} entries each")
     return tuple(mean), tuple(std)
 
@@ -355,8 +359,7 @@ def _check_chunk(chunk: int | None) -> None:
 def vae_keywords(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """WanVAE's keywords from the config.json of `folder`.
 
-    ValueError for another VAE than Wan's and for entries that are not known: its weights might even fit, but mean
-    something else.
+    ValueError for another VAE than Wan's and for unknown entries, which may change what the weights mean.
     """
     name = config.get("_class_name", "AutoencoderKLWan")
     if name != "AutoencoderKLWan":
@@ -373,17 +376,14 @@ def vae_keywords(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 f"a Wan-VAE has {key}={fixed[key]}"
             )
         if key not in keywords and key not in fixed and key not in derived and not key.startswith("_"):
-            raise ValueError(
-                f"{folder}/config.json: {key}={value} is not known, and neither is what it changes; refused"
-            )
+            raise ValueError(f"{folder}/config.json: {key}={value} is unknown, and so is what it changes; refused")
     return {key: value for key, value in config.items() if key in keywords}
 
 
 @torch.inference_mode()
 def measure_latents(vae: WanVAE, clips: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation of the latents of `clips` (pixels, (B, 3, T, H, W)), not normalised.
-
-    They become a new VAE's latents_mean and latents_std. ValueError if there are no clips.
+    """Per-channel mean and standard deviation of the latents of `clips` (pixels, (B, 3, T, H, W)), not normalised: a
+    trained VAE's latents_mean and latents_std. ValueError if there are no clips.
     """
     count, total, squares = 0, torch.zeros(vae.z_dim, dtype=torch.float64), torch.zeros(vae.z_dim, dtype=torch.float64)
     for pixels in clips:

@@ -1,7 +1,7 @@
 """Building blocks of WanVAE: a clip's stream, causal convolutions, residual blocks, attention, resampling, shortcuts.
 
-A block takes and gives (B, C, T, H, W), and keeps in the stream what its next chunk needs of this one; so a clip in
-chunks and a clip in one pass are the same code. vae.py puts the blocks together.
+A block maps (B, C, T, H, W) to the same layout and stores in the stream the frames that its next chunk needs. So a clip
+in chunks and a clip in one pass are the same code. vae.py puts the blocks together.
 
 Tensor suffixes: B batch, C channels, T frames, H W rows and columns.
 Sources: Wan report (arXiv 2503.20314) section 4.1; the released weights' shapes, names and constants.
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 
 class Stream:
-    """One clip's way through the layers, chunk after chunk: where in the clip we are, and what layers keep of it.
+    """State of one clip that passes through the layers in chunks: the position, and the frames that layers keep.
 
-    first, last  the chunk that is being worked on begins, ends the clip
+    first, last  whether the current chunk begins, ends the clip
     """
 
     def __init__(self) -> None:
@@ -57,21 +57,21 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:  # type: ignore[override]
         if stream.first and x.shape[2] == 1:
-            # A first frame by itself: two of its three frames are the zeros before the clip, so the newest tap does
-            # it all, in half of the time.
+            # A first frame alone: the other two frames of the kernel are zeros before the clip, so a 2D convolution
+            # with the newest tap is enough, in half of the time.
             if not stream.last:
                 stream.keep(self, F.pad(x, (0, 0, 0, 0, 1, 0)), 2)
             frame = x[:, :, 0].contiguous(memory_format=torch.channels_last)
             return F.conv2d(frame, self.weight[:, :, 2], self.bias, padding=1).unsqueeze(2)
         x = stream.with_history(self, x, 2)
         if x.device.type == "cpu":
-            # With the channels last in memory, convolutions of 8 to 24 channels take a quarter to two fifths less time.
+            # Channels last in memory: convolutions of 8 to 24 channels take a quarter to two fifths less time.
             x = x.contiguous(memory_format=torch.channels_last_3d)
         return super().forward(x)
 
 
 class ChannelNorm(nn.Module):
-    """Each position's channels scaled to root mean square `gamma`; computed in float32 at least."""
+    """Scales each position's channels to root mean square 1, then by `gamma`; computed in float32 at least."""
 
     def __init__(self, channels: int, dims: int = 3) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Spelled out because the library's vector norm over this axis takes a fifth of a training step on a CPU.
+        # Written out: torch's vector norm over this axis takes a fifth of a training step on a CPU.
         scale = wide.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt() * x.shape[1] ** 0.5
         return (wide * scale * self.gamma).to(x.dtype)
 
@@ -104,7 +104,7 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Single-head attention over the positions of each frame by itself."""
+    """Single-head attention over the positions of each frame separately."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Downsample(nn.Module):
             return x
         if not stream.first:
             return self.time_conv(stream.with_history(self, x, 1))
-        # The clip's first frame passes by the convolution, and is the history of what follows.
+        # The clip's first frame skips the convolution, and is the history of the next frames.
         stream.keep(self, x, 1)
         first = x[:, :, :1]
         return torch.cat([first, self.time_conv(x)], dim=2) if x.shape[2] > 1 else first
@@ -168,7 +168,7 @@ class Upsample(nn.Module):
         return frames_together(self.resample(frames), x.shape[0])
 
     def _double_frames(self, x: Tensor, stream: Stream) -> Tensor:
-        """The clip's first frame stays one and is never seen by the convolution; each other becomes two."""
+        """The clip's first frame stays one and skips the convolution; each other becomes two."""
         first, rest = x.tensor_split([1 if stream.first else 0], dim=2)
         if rest.shape[2] == 0:
             return first
@@ -192,7 +192,7 @@ class MiddleBlock(nn.Module):
 
 
 def residual_blocks(in_channels: int, out_channels: int, num_blocks: int, dropout: float) -> nn.ModuleList:
-    """Residual blocks one after the other; the first changes the width."""
+    """Residual blocks in sequence; the first changes the width."""
     widths = [in_channels, *[out_channels] * num_blocks]
     return nn.ModuleList([ResidualBlock(before, after, dropout) for before, after in pairwise(widths)])
 

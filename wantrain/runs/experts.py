@@ -1,4 +1,4 @@
-"""Bringing experts together: from runs, from base models, with LoRAs added. Used by sample.py and export.py."""
+"""Where experts come from: runs, base models, LoRA files. Used by sample.py and export.py."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Locate = Callable[[str | Path], Path]
 
 @dataclass(frozen=True)
 class Found:
-    """Where each expert will come from, the base that the other parts come from, and the runs (if any).
+    """The source of each expert: the runs that trained some, and the base for the others and all other parts.
 
-    Nothing is loaded yet: a pair of 14B experts need not be in memory together.
+    Nothing is loaded before `load`: a pair of 14B experts need not be in memory together.
     """
 
     names: tuple[str, ...]
@@ -47,34 +47,34 @@ class Found:
         return any(expert.name == name and expert.adapter is not None for expert in self.trained)
 
     def identity(self, more: Iterable[str | Path] = ()) -> str:
-        """Changes when any file that sampling reads does, those of `more` (LoRA files) too: by name, size and time.
+        """Hash of name, size and time of every file that sampling reads, and of `more` (LoRA files).
 
-        Hashing 100 GB would take longer than a video.
+        The contents are not hashed: 100 GB would take longer than a video.
         """
         places = [part for name in ("vae", "text_encoder", "tokenizer") if (part := self.base.find(name)) is not None]
-        made = {expert.name: expert for expert in self.trained}
+        trained = {expert.name: expert for expert in self.trained}
         for name in self.names:
-            own = made.get(name)
-            if own is not None:
-                places.append(own.checkpoint if own.adapter is None else own.adapter)
-            if own is None or own.adapter is not None:
+            expert = trained.get(name)
+            if expert is not None:
+                places.append(expert.checkpoint if expert.adapter is None else expert.adapter)
+            if expert is None or expert.adapter is not None:
                 places += [path for path in [self.base.find(name)] if path is not None]
-        told = [_state_of(file) for place in [*places, *map(Path, more)] for file in _files_below(place)]
-        return hashlib.sha256(json.dumps([self.names, told]).encode()).hexdigest()[:12]
+        files = [_state_of(file) for place in [*places, *map(Path, more)] for file in _files_below(place)]
+        return hashlib.sha256(json.dumps([self.names, files]).encode()).hexdigest()[:12]
 
     def label(self) -> str:
-        """Whose weights they are, in a few words."""
+        """The runs and their steps, or the base's name."""
         runs = dict.fromkeys(f"{expert.config['run']} step {expert.step}" for expert in self.trained)
         return " + ".join(runs) or self.base.name
 
     def origin(self) -> dict[str, dict[str, object]]:
-        """Where each expert came from, in words for its file and the card."""
-        found: dict[str, dict[str, object]] = {name: {"base": self.base.name} for name in self.names}
+        """Where each expert came from, for the metadata of its file and the model card."""
+        origin: dict[str, dict[str, object]] = {name: {"base": self.base.name} for name in self.names}
         for expert in self.trained:
             facts = {"run": expert.config["run"], "step": expert.step}
             settings = {"recipe": expert.config.get("recipe"), "adapter": expert.config["adapter"]["name"]}
-            found[expert.name] = {**facts, **settings, "base": Path(str(expert.config["weights"])).name}
-        return found
+            origin[expert.name] = {**facts, **settings, "base": Path(str(expert.config["weights"])).name}
+        return origin
 
 
 def _files_below(place: Path) -> list[Path]:
@@ -110,31 +110,34 @@ def find_experts(
             raise ValueError(
                 f"run {run} trained model={expert.config['model']['name']}, not model={model}; add model= to match"
             )
-    made = {expert.name for expert in trained}
-    rest = [name for name in names if name not in made]
+    covered = {expert.name for expert in trained}
+    rest = [name for name in names if name not in covered]
     if base is None:
         base = base_of(trained[0].config, locate, [*rest, "vae", "text_encoder", "tokenizer"])
     elif trained:
         base = replace(base, like=trained[0].config["model"]["transformer"])
     if any(base.holds(name) for name in rest):
         base.check_boundary(boundary)
-    held = tuple(name for name in names if name in made or base.holds(name))
+    held = tuple(name for name in names if name in covered or base.holds(name))
     missing = [name for name in names if name not in held]
     if missing and not (alone and held):
         raise ValueError(
             f"{', '.join(missing)} is missing: neither run={run} nor {base} has it. Give both runs (run=ONE,OTHER), or "
-            "weights= with a pipeline that holds it; sample.py alone=true lets one expert answer for every noise level"
+            "weights= with a pipeline that holds it; sample.py alone=true uses one expert for every noise level"
         )
     if missing:
-        say(f"alone=true: {', '.join(held)} answers for every noise level; it was trained for its own only")
+        say(f"alone=true: {', '.join(held)} is used for every noise level, though trained for its own window only")
     return Found(held, base, tuple(trained), locate)
 
 
 def find_compared(
     names: list[str], find: Callable[[str | None, Base | None], Found], *, runs: str | Path, locate: Locate
 ) -> dict[str, Found]:
-    """What is to be compared, all of it before the first video: a run, a pair of runs ("high+low"), or "base": what
-    weights= gives, or else what the first run began with. `find(run, base)` finds experts."""
+    """The experts of each name in a comparison, all found before the first video is made.
+
+    A name is a run, a pair of runs ("high+low"), or "base": weights=, or else the base of the first run.
+    `find(run, base)` finds experts.
+    """
     first = next((name.split("+")[0] for name in names if name != "base"), None)
     found: dict[str, Found] = {}
     for name in map(str, names):
@@ -171,32 +174,46 @@ def load_trained(
         return load_transformer(expert.checkpoint, part=PARTS[expert.name], device=device, dtype=dtype)
     try:
         base = base_of(expert.config, locate, [expert.name])
-    except ValueError:  # moved since: the base that was given takes its place
-        say(f"the base of run {expert.config['run']} is not where it was; its LoRA goes into {base}")
+    except ValueError:  # moved since: the given base is used instead
+        say(f"the base of run {expert.config['run']} is not where it was; its LoRA is merged into {base}")
     module = base.transformer(expert.name, device=device, dtype=dtype)
     merge_lora(expert.adapter, module, expert=expert.name)
     return module
 
 
-def add_loras(
-    experts: Mapping[str, WanTransformer],
-    files: Mapping[str, str | None],
-    *,
-    model: str,
-    scale: float = 1.0,
-    alpha: float | None = None,
-) -> None:
-    """Merge LoRA files into the experts they are named for. ValueError for an expert that is not there."""
-    check_loras(files, experts)
-    for name, file in files.items():
-        if file is None:
-            continue
-        count = merge_lora(file, experts[name], scale=scale, expert=name, base=model, alpha=alpha)
-        say(f"{name}: {file} added to {count} layers at scale {scale}")
+@dataclass(frozen=True)
+class Loras:
+    """LoRA files to merge, by expert.
+
+    scale  strength of all of them
+    alpha  for files that do not hold theirs
+    """
+
+    files: Mapping[str, str]
+    scale: float = 1.0
+    alpha: float | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Loras:
+        """From a config's lora: a file or None for each expert, scale and alpha."""
+        files = {name: file for name, file in settings.items() if name not in {"scale", "alpha"} and file is not None}
+        return cls(files, settings["scale"], settings["alpha"])
+
+    def only(self, expert: str) -> Loras:
+        """The file for one expert, if there is one."""
+        return replace(self, files={name: file for name, file in self.files.items() if name == expert})
 
 
-def check_loras(files: Mapping[str, str | None], names: Iterable[str]) -> None:
-    """Raise ValueError for the LoRA of an expert that is not there."""
+def add_loras(experts: Mapping[str, WanTransformer], loras: Loras, *, model: str) -> None:
+    """Merge LoRA files into their experts. ValueError for the file of an expert that is not there."""
+    check_loras(loras.files, experts)
+    for name, file in loras.files.items():
+        count = merge_lora(file, experts[name], scale=loras.scale, expert=name, base=model, alpha=loras.alpha)
+        say(f"{name}: {file} added to {count} layers at scale {loras.scale}")
+
+
+def check_loras(files: Mapping[str, str], names: Iterable[str]) -> None:
+    """Raise ValueError for the LoRA file of an expert that is not there."""
     for name, file in files.items():
-        if file is not None and name not in names:
+        if name not in names:
             raise ValueError(f"lora.{name}={file}: this model has {', '.join(names)}, no {name}")

@@ -1,4 +1,4 @@
-"""Publishing what is not a whole pipeline: a VAE that a recipe trained, a LoRA in somebody else's dialect."""
+"""Export of single parts: a trained VAE, or a LoRA in another dialect."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from wantrain.data import PixelData
 from wantrain.models import load_vae
-from wantrain.models.formats.lora import is_complete, read_lora, write_lora
+from wantrain.models.formats.lora import read_lora, write_lora
+from wantrain.models.formats.lora_dialects import is_complete
 from wantrain.models.formats.weights import write_part
 from wantrain.models.vae import measure_latents
 from wantrain.runs.folder import TrainedExpert
 from wantrain.util.console import say
 from wantrain.util.files import claim_folder
 
-#: Longest clip that latents are measured on: whole clips, where training may have used parts of them.
+#: Frames of a clip that latents are measured on, at most: whole clips, where training may use parts of them.
 LONGEST = 81
 #: Clips encoded at once for that.
 TOGETHER = 8
@@ -26,9 +27,9 @@ TOGETHER = 8
 def convert_lora(
     source: Path, target: Path, dialect: str, about: Mapping[str, object], *, alpha: float | None = None
 ) -> None:
-    """One LoRA file in another dialect; what it says of itself stays, with `about` beside.
+    """Write a LoRA file in another dialect, with its own metadata and `about`.
 
-    ValueError if it says that it is another expert's.
+    ValueError if its metadata names another expert.
     """
     lora = read_lora(source, alpha=alpha)
     stated = lora.metadata.get("expert", about["expert"])
@@ -49,11 +50,11 @@ def convert_lora(
 
 
 def export_vae(trained: TrainedExpert, out: Path, *, measure: Path | None) -> None:
-    """Write a VAE that a recipe trained, with its latents' mean and spread as measured on `measure`, video shards
-    (None: its own training clips).
+    """Write a trained VAE, with the mean and standard deviation of its latents measured on the video shards `measure`
+    (None: its training clips).
 
-    Stored as float16: half the size, and its rounding is far below the VAE's own error. Where only the decoder was
-    trained, latents and their normalisation stay as they were.
+    It is stored as float16: half the size, with a rounding far below the VAE's own error. If only the decoder was
+    trained, the latents' statistics stay as they were.
     """
     vae, settings = load_vae(trained.checkpoint), trained.config["data"]
     mean, std = vae.latents_mean, vae.latents_std
@@ -68,9 +69,9 @@ def export_vae(trained: TrainedExpert, out: Path, *, measure: Path | None) -> No
 
 
 def whole_clips(data: PixelData) -> Iterator[Tensor]:
-    """The pixels of every training clip, some of one bucket at a time: a lone small clip is six times slower."""
+    """Pixels of all training clips, several of one bucket at a time: single small clips take six times as long."""
     for bucket in np.unique(data.buckets):
-        trainers = np.flatnonzero(data.buckets == bucket)
-        for start in range(0, len(trainers), TOGETHER):
-            some = trainers[start : start + TOGETHER]
+        clips = np.flatnonzero(data.buckets == bucket)
+        for start in range(0, len(clips), TOGETHER):
+            some = clips[start : start + TOGETHER]
             yield data.load(some, [0] * len(some)).latents_BCTHW

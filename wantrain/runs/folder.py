@@ -1,7 +1,7 @@
 """The run folder: `runs/<name>/` with config.yaml, run.json, metrics.jsonl, checkpoints/, samples/.
 
-The same name and the same config continue a run; another config is refused, naming what differs. The stored config
-is data: it is compared and read, never built from.
+The same name and the same config continue a run; another config is refused, naming the settings that differ. The stored
+config is data: it is read and compared, never instantiated.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from wantrain.util.renamed import upgraded_config
 
 CONFIG = "config.yaml"
 ADAPTER = "adapter.safetensors"
-#: Folder of a checkpoint that holds the averaged weights, laid out as the weights beside it.
+#: Folder of a checkpoint with the averaged weights, in the same layout as the weights.
 EMA = "ema"
 
-#: Settings that may change between two starts of one run: they do not change what has been computed so far.
-#: The shards may have moved: a checkpoint holds their manifest's hash.
+#: Settings that may differ between two starts of one run: they do not change what has been computed so far.
+#: Shards may be elsewhere: a checkpoint holds their manifest's hash.
 FREE = (
     "recipe",
     "check_expert",
@@ -44,9 +44,10 @@ FREE = (
     "data.shards",
     "data.cache",
     "data.cache_gb",
-    "loss.batch_size",  # follows batch_size, which is compared
-    "model.train",  # defaults, of what is compared where it counts
-    "accumulate",  # like the number of processes and recomputation it changes rounding at most
+    "loss.batch_size",  # equals batch_size, which is compared
+    "model.train",  # defaults of settings that are compared themselves
+    "model.transformer.attention",  # changes rounding at most, as do the next two and the number of processes
+    "accumulate",
     "gradient_checkpointing",
 )
 
@@ -88,7 +89,7 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def open(self, config: dict[str, Any]) -> bool:
-        """Make the folder or continue in it; True if it was there. Main process only; see the module's head."""
+        """Make the folder or continue in it; True if it existed. Main process only. ValueError for another config."""
         existed = (self.path / CONFIG).is_file()
         claim_folder(self.path, sentinel=CONFIG, key="run")
         self._lock()
@@ -104,7 +105,7 @@ class RunFolder:
         return existed
 
     def _lock(self) -> None:
-        """Keep a second process out of the folder; the kernel lets go when this process ends, however it ends."""
+        """Keep other processes out of the folder; the kernel releases the lock when this process ends."""
         self.lock = (self.path / ".lock").open("a+")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,7 +113,7 @@ class RunFolder:
             self.lock.seek(0)
             holder = self.lock.read().strip() or "another process"
             raise ValueError(f"run {self.path.name} is being trained by {holder}; wait or stop it") from None
-        except OSError as error:  # a network disk without locks: two runs in one folder would spoil each other
+        except OSError as error:  # a network disk without locks: two processes in one folder would corrupt it
             raise ValueError(
                 f"run {self.path.name} cannot be locked ({error}); give runs= a folder on a disk with locks"
             ) from error
@@ -125,9 +126,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The stored config of a run, as plain data with today's names. ValueError if there is no such run."""
     path = folder / CONFIG
     if not path.is_file():
-        known = sorted(other.parent.name for other in folder.parent.glob(f"*/{CONFIG}"))
+        names = sorted(other.parent.name for other in folder.parent.glob(f"*/{CONFIG}"))
         raise ValueError(
-            f"there is no run {folder.name} in {folder.parent}; {'known: ' + ', '.join(known) if known else 'none yet'}"
+            f"there is no run {folder.name} in {folder.parent}; {'it has ' + ', '.join(names) if names else 'none yet'}"
         )
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(config, dict)
@@ -158,9 +159,9 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainedExpert:
-    """What a run has made so far of one expert: its place in the newest good checkpoint.
+    """An expert in the newest good checkpoint of a run.
 
-    checkpoint  the folder that holds its weights: the average of them where one was kept
+    checkpoint  the folder with its weights: the averaged ones, if the run keeps an average
     config      the run's stored config, as data
     """
 
@@ -177,11 +178,11 @@ class TrainedExpert:
 
 
 def trained_experts(names: str, runs: str | Path) -> list[TrainedExpert]:
-    """The experts that the runs `names` ("one", which may have trained both, or "one,other") have trained.
+    """The trained experts of the runs `names`: "one", which may have trained both, or "one,other".
 
-    ValueError if a run is not there or has no checkpoint yet, or if two runs do not make a pair.
+    ValueError if a run is absent or has no checkpoint yet, or if two runs do not make a pair.
     """
-    found = []
+    trained = []
     for name in names.split(","):
         folder = RunFolder(Path(runs).expanduser() / name.strip())
         config = read_config(folder.path)
@@ -192,13 +193,13 @@ def trained_experts(names: str, runs: str | Path) -> list[TrainedExpert]:
         for expert in config["model"]["experts"] if pair else [config["expert"]["name"]]:
             place = newest / expert if pair else newest
             place = place / EMA if (place / EMA).is_dir() else place
-            found.append(TrainedExpert(expert, place, config, read_state(newest)["step"]))
-    twice = {expert.name for expert in found if sum(other.name == expert.name for other in found) > 1}
+            trained.append(TrainedExpert(expert, place, config, read_state(newest)["step"]))
+    twice = {expert.name for expert in trained if sum(other.name == expert.name for other in trained) > 1}
     if twice:
         raise ValueError(
             f"run={names}: more than one of these runs trained {', '.join(twice)}; name one run per expert"
         )
-    models = {expert.config["model"]["name"] for expert in found}
+    models = {expert.config["model"]["name"] for expert in trained}
     if len(models) > 1:
         raise ValueError(f"run={names}: these runs trained different models ({', '.join(sorted(models))})")
-    return found
+    return trained

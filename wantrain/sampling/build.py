@@ -1,4 +1,4 @@
-"""A sampler over the experts that were found, and what is encoded before they are loaded."""
+"""Building a Sampler: texts are encoded first, then the experts are loaded, then the sampler is put together."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from wantrain import geometry
 from wantrain.models import Base, WanTransformer
 from wantrain.models.formats.weights import read_tensors
-from wantrain.runs.experts import Found, add_loras, check_loras
+from wantrain.models.offload import OffloadPolicy
+from wantrain.runs.experts import Found, Loras, add_loras, check_loras
 from wantrain.sampling import ExpertOffloader, Experts, Sampler, Tiled
 from wantrain.sampling.generate import Velocity
 from wantrain.util.console import say
 from wantrain.util.progress import report_progress
 
-#: Bytes that encoding a text takes on a GPU beside the encoder's weights: activations of 512 tokens, and workspaces.
+#: Bytes that encoding a text takes on a GPU besides the encoder's weights: activations of 512 tokens, and workspaces.
 ENCODING = 1 << 30
 
 
@@ -60,12 +61,12 @@ def build_sampler(
 def encode_texts(
     base: Base, texts: Iterable[str], *, device: torch.device | str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Embeddings (L, D) of each text, on the host, by the base's text encoder, which is loaded for it and let go after.
+    """Embeddings (L, D) of each text, on the host. The base's text encoder is loaded for this call alone.
 
-    It goes to `device`, or where that has no room to the host, which is said: so texts are best encoded before experts
-    are loaded. One text after the other, so that its embedding does not depend on the others' lengths.
+    It is loaded to `device`, or to the host if it does not fit, which is reported: so encode texts before experts are
+    loaded. Texts are encoded one by one, so that an embedding does not depend on the lengths of the others.
     """
-    texts, where = list(dict.fromkeys(texts)), _place_for_encoder(base, torch.device(device), dtype)
+    texts, where = list(dict.fromkeys(texts)), _encoder_device(base, torch.device(device), dtype)
     encoder, embeddings = base.text_encoder(device=where, dtype=dtype), dict[str, Tensor]()
     for number, text in enumerate(texts, 1):
         report_progress(f"encoding text {number} of {len(texts)}")
@@ -76,13 +77,13 @@ def encode_texts(
     return embeddings
 
 
-def _place_for_encoder(base: Base, device: torch.device, dtype: torch.dtype) -> torch.device:
-    """The device, if it is no GPU or the text encoder fits into what is free there; else the host."""
+def _encoder_device(base: Base, device: torch.device, dtype: torch.dtype) -> torch.device:
+    """The device, if it is no GPU or the text encoder fits into its free memory; else the host."""
     if device.type != "cuda":
         return device
-    torch.cuda.empty_cache()  # what torch keeps for later counts as taken
+    torch.cuda.empty_cache()  # else what torch's allocator caches would count as used
     free = torch.cuda.mem_get_info(device)[0]
-    stored = read_tensors(base.need("text_encoder")).values()  # mapped: only sizes are looked at
+    stored = read_tensors(base.need("text_encoder")).values()  # mapped: no values are read
     needed = sum(tensor.numel() for tensor in stored) * dtype.itemsize + ENCODING
     if needed <= free:
         return device
@@ -90,24 +91,20 @@ def _place_for_encoder(base: Base, device: torch.device, dtype: torch.dtype) -> 
     return torch.device("cpu")
 
 
-def house(
+def load_experts(
     found: Found,
-    loras: Mapping[str, str | None],
+    loras: Loras,
     model: str,
     device: torch.device,
     dtype: torch.dtype,
-    *,
-    idle: str = "gpu",
-    offload: str = "none",
-    scale: float = 1.0,
-    alpha: float | None = None,
+    policy: OffloadPolicy = OffloadPolicy(),
 ) -> ExpertOffloader:
-    """The experts that were found, with LoRA files added, living as `idle` and `offload` say (see ExpertOffloader)."""
-    check_loras(loras, found.names)
+    """The experts that were found, with LoRA files merged, offloaded as `policy` says."""
+    check_loras(loras.files, found.names)
 
     def load(name: str, where: torch.device) -> WanTransformer:
         module = found.load(name, device=where, dtype=dtype)
-        add_loras({name: module}, {name: loras.get(name)}, model=model, scale=scale, alpha=alpha)
+        add_loras({name: module}, loras.only(name), model=model)
         return module
 
-    return ExpertOffloader(found.names, load, device, idle=idle, offload=offload)
+    return ExpertOffloader(found.names, load, device, policy)

@@ -1,7 +1,6 @@
-"""Where experts live while a sampler works: all on the device, only the one that answers, or a block of it at a time.
+"""ExpertOffloader: the experts of a sampler, with the offload policy applied. models/offload.py moves the weights.
 
-The pair answers one after the other along a trajectory, so what is idle need not take the device's memory. How weights
-move is models/hosted.py's; here is which expert does when.
+High noise answers first, then low noise, so the expert that is not at work need not take memory of the device.
 """
 
 from __future__ import annotations
@@ -11,35 +10,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from wantrain.models.offload import HostWeights, WeightSwapper, blocks_of, by_block, outside_blocks
-from wantrain.models.pinned_memory import settle
-
-IDLE = ("gpu", "cpu", "disk")
-OFFLOAD = ("none", "blocks")
+from wantrain.models.facts import blocks_of, outside_blocks
+from wantrain.models.offload import HostWeights, ModuleOffloader, OffloadPolicy, offload_blocks
+from wantrain.models.pinned_memory import move_to_arena
 
 #: Loads an expert by name onto a device.
 Load = Callable[[str, torch.device], nn.Module]
 
 
 class ExpertOffloader(Mapping[str, nn.Module]):
-    """The experts by name; asking for one sends out the one before.
-
-    idle     gpu: all stay on the device; cpu: those that do not answer wait in host memory; disk: they are not in
-             memory at all, and are loaded when their turn comes (a file that is mapped costs the device's copy alone)
-    offload  blocks: also of the expert that answers, only the block at work is on the device, with what is outside
-             the blocks; the rest stays on the host, or with idle=disk in the mapped file. none: all of it is
-    """
+    """The experts by name, frozen; taking one out of it offloads the one before, as `policy` says."""
 
     def __init__(
-        self, names: Iterable[str], load: Load, device: torch.device, *, idle: str = "gpu", offload: str = "none"
+        self, names: Iterable[str], load: Load, device: torch.device, policy: OffloadPolicy = OffloadPolicy()
     ) -> None:
-        self.names, self.load, self.device = tuple(names), load, device
-        self.idle, self.offload = idle, offload
-        self.inside: str | None = None
-        self._residence = WeightSwapper(device)
+        self.names, self.load, self.device, self.policy = tuple(names), load, device, policy
+        self.current: str | None = None
+        self._offloader = ModuleOffloader(device)
         self._loaded: dict[str, nn.Module] = {}
-        for name in self.names if idle != "disk" else ():
-            self._loaded[name] = self._take_in(name)
+        if policy.experts != "disk":
+            self._loaded = {name: self._load(name) for name in self.names}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -48,30 +38,30 @@ class ExpertOffloader(Mapping[str, nn.Module]):
         return len(self.names)
 
     def __getitem__(self, name: str) -> nn.Module:
-        if name != self.inside:
-            self.leave()
+        if name != self.current:
+            self.offload()
             if name not in self._loaded:
-                self._loaded[name] = self._take_in(name)
-            self.inside = name
+                self._loaded[name] = self._load(name)
+            self.current = name
         return self._loaded[name]
 
-    def _take_in(self, name: str) -> nn.Module:
-        """Load an expert to where it lives; it is not trained here."""
-        streamed = self.offload == "blocks"
-        hosted = streamed or self.idle == "cpu"
-        module = self.load(name, torch.device("cpu") if hosted else self.device).requires_grad_(False)
-        if self.idle == "cpu":
-            self._residence.add(module, streamed=streamed)
-        elif streamed:
-            if self.idle == "gpu":  # for good: worth the copy; with idle=disk the mapped file is all there is
-                settle(blocks_of(module).parameters())
-            by_block(module, self.device)
-            HostWeights(outside_blocks(module)).come(self.device)
+    def _load(self, name: str) -> nn.Module:
+        """Load an expert to where it waits; it is not trained here."""
+        experts, blocks = self.policy.experts, self.policy.blocks
+        first = torch.device("cpu") if blocks or experts == "cpu" else self.device
+        module = self.load(name, first).requires_grad_(False)
+        if experts == "cpu":
+            self._offloader.add(module, blocks=blocks)
+        elif blocks:
+            if experts == "none":  # loaded once: worth the copy; with disk the mapped file is all there is
+                move_to_arena(blocks_of(module).parameters())
+            offload_blocks(module, self.device)
+            HostWeights(outside_blocks(module)).onload(self.device)
         return module
 
-    def leave(self) -> None:
-        """The expert that answered leaves the device, unless idle ones stay there."""
-        self._residence.leave()
-        if self.inside is not None and self.idle == "disk":
-            del self._loaded[self.inside]
-        self.inside = None
+    def offload(self) -> None:
+        """Free the device of the current expert, unless the policy keeps all experts there."""
+        self._offloader.offload()
+        if self.current is not None and self.policy.experts == "disk":
+            del self._loaded[self.current]
+        self.current = None

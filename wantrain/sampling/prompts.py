@@ -1,4 +1,4 @@
-"""What is to be sampled: prompts from a file, and the list of jobs that prompts and seeds make."""
+"""Prompts from a file, and the list of sampling jobs: every prompt with every seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wantrain.util.console import say
 
 @dataclass(frozen=True)
 class Job:
-    """One video to be made; `number` is its place in the list."""
+    """One video to make; `number` is its place in the list."""
 
     number: int
     prompt: str
@@ -20,15 +20,15 @@ class Job:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """One prompt per line, in any language; lines of white space are skipped.
+    """One prompt per line, in any language; blank lines are skipped.
 
-    ValueError for a file that is absent, holds no prompt, or is no UTF-8 text, naming the line.
+    ValueError for a file that is absent, has no prompt, or is not UTF-8 text, naming the line.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"the prompt file {path} does not exist")
     prompts = []
-    # Not splitlines(): it also ends lines at U+2028, U+0085 and others, which a prompt may hold.
+    # Not splitlines(): it also splits at U+2028, U+0085 and others, which a prompt may contain.
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         try:
             prompt = line.decode("utf-8").strip()
@@ -37,9 +37,9 @@ def read_prompts(path: str | Path) -> list[str]:
                 f"the prompt file {path}, line {number}, is not UTF-8 text ({error.reason} at byte {error.start} of "
                 "it); save the file as UTF-8"
             ) from error
-        if strange := next((sign for sign in prompt if unicodedata.category(sign) == "Cc" and sign != "\t"), None):
+        if control := next((sign for sign in prompt if unicodedata.category(sign) == "Cc" and sign != "\t"), None):
             raise ValueError(
-                f"the prompt file {path}, line {number}, holds the control character U+{ord(strange):04X}: it is no "
+                f"the prompt file {path}, line {number}, holds the control character U+{ord(control):04X}: it is no "
                 "text, or was saved as UTF-16; save it as UTF-8, one prompt per line"
             )
         if prompt:
@@ -50,9 +50,9 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def list_jobs(prompts: Sequence[str], *, seed: int, count: int) -> list[Job]:
-    """Each prompt with the seeds `seed`, `seed` + 1, ...: `count` videos of each; a prompt that comes twice, once."""
-    different = list(dict.fromkeys(prompts))
-    if len(different) < len(prompts):
-        say(f"{len(prompts) - len(different)} of {len(prompts)} prompts come more than once; each is made once")
-    pairs = [(prompt, own) for prompt in different for own in range(seed, seed + count)]
+    """Each prompt with `count` seeds: `seed`, `seed` + 1, ...; repeated prompts are dropped."""
+    distinct = list(dict.fromkeys(prompts))
+    if len(distinct) < len(prompts):
+        say(f"{len(prompts) - len(distinct)} of {len(prompts)} prompts come more than once; each is made once")
+    pairs = [(prompt, own) for prompt in distinct for own in range(seed, seed + count)]
     return [Job(number, prompt, own) for number, (prompt, own) in enumerate(pairs)]

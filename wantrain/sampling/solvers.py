@@ -1,8 +1,8 @@
-"""ODE solvers that follow the velocity from noise to data along a given list of sigmas.
+"""ODE solvers: they integrate the velocity from noise to data along a given list of sigmas.
 
-A solver is built for one trajectory (it keeps the history of multistep methods) and asked for one step after another:
-`x = solver.step(i, x, velocity)` moves from sigmas[i] to sigmas[i+1]. All state is float32, coefficients are float64.
-History crosses the switch between experts, as in the official code.
+A solver is built for one trajectory, since multistep methods keep a history. `x = solver.step(i, x, velocity)` moves
+from sigmas[i] to sigmas[i+1]. State is float32, coefficients are float64. The history is kept when the expert changes,
+as in the official code.
 Sources: Euler; UniPC (Zhao et al., arXiv 2302.04867), order 2, the B(h) = e^h - 1 variant ("bh2"), predicting x0;
 DPM-Solver++ 2M (Lu et al., arXiv 2211.01095), the midpoint form.
 """
@@ -19,7 +19,7 @@ from wantrain import flow
 
 
 class Solver(Protocol):
-    """One trajectory; see the module's head."""
+    """A solver of one trajectory."""
 
     def step(self, i: int, x: Tensor, velocity: Tensor) -> Tensor: ...
 
@@ -35,14 +35,14 @@ class Euler:
 
 
 def _log_ratio(sigma: float) -> float:
-    """lambda = ln((1 - sigma) / sigma): half the log signal-to-noise ratio, the solver's own time."""
+    """lambda = ln((1 - sigma) / sigma): half the log signal-to-noise ratio, the variable that solvers step in."""
     if sigma <= 0.0:
         return math.inf
     return math.log1p(-sigma) - math.log(sigma) if sigma < 1.0 else -math.inf
 
 
 class UniPC:
-    """UniPC of order 2: a multistep prediction, corrected once the model has been seen at the predicted point.
+    """UniPC of order 2: a multistep prediction, corrected when the model has been evaluated at the predicted point.
 
     The model is called once per step. First and last step are of order 1. Data prediction m = x - sigma*v.
     """
@@ -78,7 +78,7 @@ class UniPC:
     def _predict(self, i: int, x: Tensor) -> Tensor:
         newest = self.data[-1]
         if self.sigmas[i + 1] == 0.0:
-            return newest  # h is infinite: what is left is the data prediction itself
+            return newest  # h is infinite: the limit is the data prediction
         moved, h, factor = self._move(i, x, newest)
         if self.order == 1:
             return moved
@@ -86,7 +86,7 @@ class UniPC:
         return moved - 0.5 * factor * slope
 
     def _correct(self, i: int, x: Tensor, arrived: Tensor) -> Tensor:
-        """Redo the step that led to point i, now that the model's answer there (`arrived`) is known."""
+        """Redo the step to point i with the data prediction there (`arrived`)."""
         newest = self.data[-1]
         moved, h, factor = self._move(i - 1, x, newest)
         if self.order == 1:
@@ -118,7 +118,7 @@ class DPMSolver:
         data = expected = x - sigma * velocity.float()
         h = _log_ratio(following) - _log_ratio(sigma)
         if self.previous is not None and i < self.num_steps - 1:
-            # The step before relative to this one; infinite after a start at sigma 1, where nothing is known of m.
+            # Length of the step before relative to this one; infinite after a start at sigma 1.
             r = (_log_ratio(sigma) - _log_ratio(self.sigmas[i - 1])) / h
             expected = data + 0.5 / r * (data - self.previous)
         self.previous = data
@@ -129,9 +129,9 @@ SOLVERS: dict[str, Callable[[Tensor], Solver]] = {"unipc": UniPC, "dpm++": DPMSo
 
 
 def schedule(solver: str, num_steps: int, shift: float) -> Tensor:
-    """The sigmas that the authors walk with a solver: (num_steps + 1,) float64, down to 0.
+    """The authors' sigmas for a solver: (num_steps + 1,) float64, descending to 0.
 
-    They start DPM-Solver++ at pure noise, and UniPC (here Euler too) one step of the 1,000-step grid below it.
+    DPM-Solver++ starts at pure noise, UniPC (and here Euler) one step of the 1,000-step grid below it.
     """
     return flow.sampling_sigmas(num_steps, shift, start=1.0 if solver == "dpm++" else flow.SECOND_NOISIEST)
 

@@ -1,8 +1,8 @@
-"""Decoding a VAE's latents tile by tile, when the whole picture does not fit into memory.
+"""Tiled decoding of a VAE's latents, for pictures that do not fit into memory.
 
-Neighbouring tiles overlap and are blended linearly there. It is not what the whole picture decodes to: Wan's decoder
-attends over the whole frame once, in its middle, and its convolutions look further than the overlap
-(docs/numerics.md says how far apart the two are). A tile that covers the picture is the picture, bit for bit.
+Neighbouring tiles overlap and are blended linearly there. The result differs from decoding the whole picture: Wan's
+decoder attends over the whole frame once, in its middle, and its convolutions reach further than the overlap
+(docs/numerics.md has the difference). A tile that covers the whole picture gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: The part of a tile's side that it shares with the next one.
+#: Overlap of neighbouring tiles, as a share of a tile's side.
 OVERLAP = 0.25
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """A decoder that works through squares of `tile` latent rows and columns; memory grows with them alone.
+    """Decodes squares of `tile` latent rows and columns, so that memory depends on the tile alone.
 
-    The pixels are put together on the host.
+    The pixels are assembled on the host.
     """
 
     decode: Callable[[Tensor], Tensor]
     tile: int
 
     def __call__(self, latents_BCTHW: Tensor) -> Tensor:
-        """Latents (B, C, T, H, W) -> pixels (B, 3, F, s*H, s*W), s being whatever `decode` makes of a row."""
+        """Latents (B, C, T, H, W) -> pixels (B, 3, F, s*H, s*W); s is the spatial stride of `decode`."""
         height, width = latents_BCTHW.shape[3:]
         if max(height, width) <= self.tile:
             return self.decode(latents_BCTHW)
@@ -55,7 +55,7 @@ class Tiled:
 
 
 def starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin along an axis: one after the other with the overlap, the last one flush with the end."""
+    """Starts of the tiles along an axis, with the overlap between them; the last tile ends with the axis."""
     if length <= tile:
         return [0]
     step = max(1, tile - round(tile * OVERLAP))
@@ -63,7 +63,7 @@ def starts(length: int, tile: int) -> list[int]:
 
 
 def ramp(size: int, length: int, start: int, tile: int, stride: int) -> Tensor:
-    """Weights along one axis of a tile, in pixels: rising over the overlap from a neighbour, falling towards one."""
+    """Blending weights along one axis of a tile, in pixels: rising, and falling, over the overlap with a neighbour."""
     weights = torch.ones(size * stride)
     overlap = max(1, round(tile * OVERLAP)) * stride
     rising = (torch.arange(overlap) + 0.5) / overlap

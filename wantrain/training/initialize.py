@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from wantrain.models import Base, WanVAE, adapters, partial
+from wantrain.models.adapters import AdapterSettings
 from wantrain.models.formats.base import stated_expert
 from wantrain.models.formats.lora import read_lora
 from wantrain.training.trainable import Autoencoder, TrainableModule
@@ -128,7 +129,7 @@ class Initializer:
             return settings
         seed, given = seed_at(self.seed, "adapter"), self.adapter["init"]
         if given is None:
-            adapters.inject(module, **settings, seed=seed, dora=kind == "dora")
+            adapters.inject(module, AdapterSettings(**settings, dora=kind == "dora"), seed=seed)
             return settings
         lora = read_lora(given)
         own = "dora" if lora.is_dora else "lora"

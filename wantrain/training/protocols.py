@@ -16,6 +16,11 @@ class Samples(Protocol):
     def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> Batch: ...
 
 
+def due(step: int, *, every: int, last: int) -> bool:
+    """True at step 0, at every `every`-th optimizer step, and at step `last`."""
+    return step % every == 0 or step == last
+
+
 class Hook(Protocol):
     """Called after the steps at which it is due, step 0 included; what it returns is logged with that step."""
 

@@ -16,12 +16,20 @@ KEYS: Mapping[str, str] = {
     "tripwires": "safeguards",
     "validation.stop_after": "validation.early_stopping_patience",
     "patience": "heartbeat_timeout",
+    "experts.idle": "experts.offload",
+    "sample.idle": "sample.offload.experts",
+    "idle": "offload.experts",
 }
 #: Modules that `_target_` names: old -> new.
 TARGETS: Mapping[str, str] = {"wantrain.training.optim": "wantrain.training.engine.optim"}
 #: Values of config keys, by the new key: old -> new.
 VALUES: Mapping[str, Mapping[Any, Any]] = {
     "init": {"widen": "expand_input_channels"},
+    "experts.offload": {"gpu": "none"},
+    "sample.offload": {"none": {"blocks": False}, "blocks": {"blocks": True}},
+    "offload": {"none": {"blocks": False}, "blocks": {"blocks": True}},
+    "sample.offload.experts": {"gpu": "none"},
+    "offload.experts": {"gpu": "none"},
 }
 
 

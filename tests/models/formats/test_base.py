@@ -346,7 +346,7 @@ class Bad:
         "not_a_number": r"1 tensor \(blocks.1.ffn.0.weight is NaN or infinite\)",
         "never_written": r"1 tensor \(blocks.1.self_attn.q.weight is all zeros\)",
         "missing_key": r"1 missing \(blocks.1.norm3.bias\); 1 unexpected \(stranger\)",
-        "no_transformer": "it is no whole Wan transformer",
+        "no_transformer": "it is no complete Wan transformer",
     }.items(),
 )
 def test_a_bad_file_is_one_clear_error(layouts, tmp_path, kind, words):

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from wantrain.models import Base, adapters
 from wantrain.models.formats import names
 from wantrain.models.formats.inspect import describe
-from wantrain.models.formats.lora import DIALECTS, PEFT, Layer, is_complete, merge_lora, read_lora, write_lora
+from wantrain.models.formats.lora import Layer, merge_lora, read_lora, write_lora
+from wantrain.models.formats.lora_dialects import DIALECTS, PEFT, is_complete
 from wantrain.models.formats.weights import read_file
 
 RANK, ALPHA, DIM, FFN, BLOCKS = 4, 2.0, 128, 64, 2
@@ -471,7 +472,7 @@ def with_more(tmp_path, **more):
         ("diffusion_model.blocks.0.self_attn.q.lora_down.weight", r"self_attn\.q twice, the second as .*lora_down"),
         ("diffusion_model.blocks.0.self_attn.q.alpha", "q.alpha is not one finite number"),
         ("diffusion_model.blocks.0.self_attn.x.lora_A.weight", "1 names are not those of a LoRA for a Wan"),
-        ("diffusion_model.blocks.7.self_attn.q.lora_A.weight", r"blocks.7.self_attn.q has no lora_B.*not whole"),
+        ("diffusion_model.blocks.7.self_attn.q.lora_A.weight", r"blocks.7.self_attn.q has no lora_B.*incomplete"),
         ("stranger", r"1 names are not those of a LoRA .*first: stranger"),
     ],
 )

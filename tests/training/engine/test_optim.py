@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from wantrain import checks, config
 from wantrain.models import WanTransformer, adapters
-from wantrain.training.engine.engine import Stepper
+from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.training.engine.optim import (
     FALLS,
     MuonAdamW,
@@ -153,10 +153,10 @@ def test_muon_with_adamw_goes_on_exactly_from_what_was_saved():
         for model, optimizer in ((straight, first), (broken, second)):
             gradients(model, seed)
             optimizer.step()
-    how = {"accumulate": 1, "clip": 1.0, "precision": "fp32"}
-    kept = Stepper(Accelerator(cpu=True), broken, second, **how).optimizer_state()
+    how = StepOptions(accumulate=1, clip=1.0, precision="fp32")
+    kept = Stepper(Accelerator(cpu=True), broken, second, how).optimizer_state()
     resumed = build_optimizer(muon, broken)
-    Stepper(Accelerator(cpu=True), broken, resumed, **how).restore_optimizer_state(kept, "the first half")
+    Stepper(Accelerator(cpu=True), broken, resumed, how).restore_optimizer_state(kept, "the first half")
     for group in resumed.param_groups:  # the schedule's way to set the rate must reach both halves
         group["lr"] = group["peak_lr"] * 0.5
     for group in first.param_groups:
@@ -166,6 +166,16 @@ def test_muon_with_adamw_goes_on_exactly_from_what_was_saved():
         optimizer.step()
     for name, parameter in straight.named_parameters():
         assert torch.equal(parameter, broken.get_parameter(name)), name
+
+
+def test_optimizer_without_state_resumes():
+    """Plain SGD writes an empty state; another optimizer refuses it."""
+    assert goes_on_exactly(functools.partial(torch.optim.SGD, lr=1e-2, weight_decay=0.1)) == {}
+    model, how = WanTransformer(**SIZE), StepOptions(accumulate=1, clip=1.0, precision="fp32")
+    for make in (functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9), torch.optim.AdamW):
+        stepper = Stepper(Accelerator(cpu=True), model, build_optimizer(make, model), how)
+        with pytest.raises(ValueError, match="the run before holds the state of other parameters"):
+            stepper.restore_optimizer_state({}, "the run before")
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "SGD", "NAdam", "RMSprop", "AdamW"])
@@ -183,11 +193,11 @@ def goes_on_exactly(make, size=SIZE):
     for model, optimizer in ((straight, first), (broken, second)):
         gradients(model, 0)
         optimizer.step()
-    how = {"accumulate": 1, "clip": 1.0, "precision": "fp32"}
-    kept = Stepper(Accelerator(cpu=True), broken, second, **how).optimizer_state()
+    how = StepOptions(accumulate=1, clip=1.0, precision="fp32")
+    kept = Stepper(Accelerator(cpu=True), broken, second, how).optimizer_state()
     assert all(type(tensor) is torch.Tensor for tensor in kept.values()), "what safetensors can write"
     resumed = build_optimizer(make, broken)
-    Stepper(Accelerator(cpu=True), broken, resumed, **how).restore_optimizer_state(kept, "the first half")
+    Stepper(Accelerator(cpu=True), broken, resumed, how).restore_optimizer_state(kept, "the first half")
     for model, optimizer in ((straight, first), (broken, resumed)):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * 0.5
@@ -267,7 +277,7 @@ def test_an_optimizer_of_the_users_own_choice_is_built_from_the_command_line():
 
 def test_frozen_parameters_are_in_no_group():
     model = WanTransformer(**SIZE)
-    adapters.inject(model, rank=2, alpha=2, targets="attention", seed=0)
+    adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="attention"), seed=0)
     optimizer = build_optimizer(adamw, model)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert trained == {id(p) for name, p in model.named_parameters() if "lora_" in name} and len(trained) == 16
@@ -279,7 +289,7 @@ def test_an_update_is_clipped_scaled_and_cleared_and_decays_matrices_alone():
     module.bias.data.fill_(1.0)
     make = functools.partial(torch.optim.SGD, lr=0.5, weight_decay=0.1)
     accelerator = Accelerator(cpu=True)
-    stepper = Stepper(accelerator, module, build_optimizer(make, module), accumulate=2, clip=1.0, precision="fp32")
+    stepper = Stepper(accelerator, module, build_optimizer(make, module), StepOptions(2, 1.0, "fp32"))
     stepper.begin(0.2)
     for micro_step in range(2):  # each gives gradient 3 to all of 2 x 3 weights and (through zeros) none to the biases
         stepper.backward((module.weight * 3).sum() + 0 * module.bias.sum(), last=micro_step == 1)

@@ -15,8 +15,8 @@ IMPOSSIBLE = [
     ("fsdp2", ["optimizer=adamw_8bit"], "optimizer=adamw_8bit needs whole matrices, but fsdp2 cuts them"),
     ("zero2", ["optimizer=adafactor"], "optimizer=adafactor needs whole matrices, but zero2 cuts them"),
     ("zero3", ["ema=0.9"], "ema=0.9 under ZeRO-3"),
-    ("fsdp2", ["expert=both", "adapter=lora", "experts.idle=cpu"], "experts.idle=cpu: fsdp2 keeps only parts"),
-    ("single", ["expert=both", "experts.idle=cpu"], "adapter=none trains them"),
+    ("fsdp2", ["expert=both", "adapter=lora", "experts.offload=cpu"], "experts.offload=cpu: fsdp2 shards the weights"),
+    ("single", ["expert=both", "experts.offload=cpu"], "adapter=none trains them"),
 ]
 
 
@@ -34,9 +34,9 @@ class Alone:
     device = torch.device("cpu")
 
 
-def test_a_home_loads_on_the_host_what_is_cut_up_or_waits_there(monkeypatch):
-    for engine, given, hosted in (("ddp", [], False), ("single", ["adapter=lora", "experts.idle=cpu"], True)):
+def test_offload_loads_on_the_host(monkeypatch):
+    for engine, given, offloads in (("ddp", [], False), ("single", ["adapter=lora", "experts.offload=cpu"], True)):
         monkeypatch.setattr(placement, "engine_of", lambda accelerator, engine=engine: engine)
         experts = config.experts(config.compose("train", ["expert=both", *given]))
         found = placement.find_placement(Alone(), {name: config.plain(own) for name, own in experts.items()})
-        assert (found.swapper is not None) == hosted
+        assert (found.offloader is not None) == offloads

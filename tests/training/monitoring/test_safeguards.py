@@ -177,8 +177,8 @@ def test_a_parameter_that_is_trained_beside_the_adapter_or_frozen_without_one_en
 ):
     inject = adapters.inject
 
-    def planted(module, **how):
-        inject(module, **how)
+    def planted(module, settings, *, seed):
+        inject(module, settings, seed=seed)
         next(p for name, p in module.named_parameters() if "lora_" not in name).requires_grad_(True)
 
     monkeypatch.setattr(adapters, "inject", planted)

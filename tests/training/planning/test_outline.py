@@ -58,7 +58,7 @@ def kept(*given):
         for name, own in experts.items()
     }
     makers = {name: config.build(own.optimizer, _partial_=True) for name, own in experts.items()}
-    return memory.standing(outlines, makers, idle=cfg.experts.idle)
+    return memory.standing(outlines, makers, offload=cfg.experts.offload)
 
 
 def test_training_every_weight_of_a_14b_is_too_much_for_one_card_and_a_lora_is_not():
@@ -70,7 +70,7 @@ def test_training_every_weight_of_a_14b_is_too_much_for_one_card_and_a_lora_is_n
     assert 2 * count < lora.weights < 2.1 * count and lora.warning() is None
     assert lora.warning(24 * 10**9) is not None
     pair = kept("model=t2v_a14b", "expert=both", "adapter=lora")
-    waiting = kept("model=t2v_a14b", "expert=both", "adapter=lora", "experts.idle=cpu")
+    waiting = kept("model=t2v_a14b", "expert=both", "adapter=lora", "experts.offload=cpu")
     assert pair.total == 2 * lora.total
     assert pair.total - waiting.total == lora.weights - lora.gradients, "the frozen weights of one are on the host"
 

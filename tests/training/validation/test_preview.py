@@ -97,8 +97,8 @@ def bytes_alive():
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("idle", ["disk", pytest.param("cpu", marks=pytest.mark.slow)])
-def test_memory_returns_to_its_level_after_a_preview(idle, previewed, monkeypatch):
+@pytest.mark.parametrize("offload", ["disk", pytest.param("cpu", marks=pytest.mark.slow)])
+def test_memory_returns_to_its_level_after_a_preview(offload, previewed, monkeypatch):
     build_evaluations, levels = build.build_evaluations, []
 
     def watching(*args, **how):
@@ -116,7 +116,7 @@ def test_memory_returns_to_its_level_after_a_preview(idle, previewed, monkeypatc
         return made
 
     monkeypatch.setattr(build, "build_evaluations", watching)
-    previewed("steps=4", f"sample.idle={idle}")
+    previewed("steps=4", f"sample.offload.experts={offload}")
     assert len(levels) == 3
     (before, after, texts), *later = levels
     assert 0 <= after - before <= texts + 4096, "the prompts' embeddings are all that stays"
@@ -128,7 +128,7 @@ def test_a_missing_expert_is_said_once_with_what_the_preview_does_instead(tiny, 
     size = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 64, "ffn_dim": 32, "num_layers": 1}
     stepper = SimpleNamespace(device=torch.device("cpu"), module=WanTransformer(**size))
     model = {"experts": ["high_noise", "low_noise"], "boundary": 0.875, "told_by": None}
-    settings = {"model": model, "sample": {"idle": "disk", "offload": "none"}, "init": "base"}
+    settings = {"model": model, "sample": {"offload": {"experts": "disk", "blocks": False}}, "init": "base"}
     placement = SimpleNamespace(device=torch.device("cpu"))
     setup = SimpleNamespace(settings=settings, base=Base(tiny.base), dtype=torch.float32, placement=placement)
     open_sampler = build.preview_sampler(setup, {"low_noise": SimpleNamespace(stepper=stepper)})

@@ -72,19 +72,27 @@ def test_the_encoder_goes_where_it_has_room(dtype, tiny, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("emptied"))
     for free, place in ((needed, CUDA), (needed - 1, CPU)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: asked.append(device) or (free, 0))
-        assert sampling._place_for_encoder(base, CUDA, dtype) == place
+        assert sampling._encoder_device(base, CUDA, dtype) == place
         assert ("texts are encoded on the CPU: it takes 1.1 GB, cuda:1 has" in capsys.readouterr().out) == (
             place == CPU
         )
     assert asked == ["emptied", CUDA] * 2
     other = torch.device("meta")
-    assert sampling._place_for_encoder(base, other, dtype) == other and len(asked) == 4, "no other device is asked"
+    assert sampling._encoder_device(base, other, dtype) == other and len(asked) == 4, "no other device is asked"
 
 
-@pytest.mark.parametrize("idle", ["gpu", "disk"])
-def test_sampling_encodes_before_it_loads_an_expert(idle, pair, call, tmp_path, events):
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_sampling_encodes_before_it_loads_an_expert(offload, pair, call, tmp_path, events):
     (tmp_path / "p.txt").write_text("a red ring\na cat\n")
-    call("sample.py", f"weights={pair}", "prompts=p.txt", "count=2", "negative_prompt=blurred", f"idle={idle}", *SMALL)
+    call(
+        "sample.py",
+        f"weights={pair}",
+        "prompts=p.txt",
+        "count=2",
+        "negative_prompt=blurred",
+        f"offload.experts={offload}",
+        *SMALL,
+    )
     assert events[:4] == ["a red ring", "a cat", "blurred", "expert high_noise"]
     assert all(event.startswith("expert") for event in events[3:]), "no text is encoded again"
 

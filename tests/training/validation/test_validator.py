@@ -354,7 +354,7 @@ def test_another_ruler_begins_again_and_says_since_when(tmp_path, capsys):
 def test_a_lora_is_held_against_its_base_switched_off(tmp_path):
     model = micro()
     base = probe(model).errors(clips(8)).mean().item()
-    adapters.inject(model, rank=2, alpha=2, targets="attention", seed=0)
+    adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="attention"), seed=0)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for layer in adapters.adapter_layers(model).values():
         layer.up.normal_(std=0.5)
@@ -384,7 +384,9 @@ def test_what_must_answer_alike_is_measured_once(kind, ema, passes, tmp_path):
     """Passes over eight held-out and four training clips, at the start and after a step."""
     model = micro()
     if kind != "none":
-        adapters.inject(model, rank=2, alpha=2, targets="attention", seed=0, dora=kind == "dora")
+        adapters.inject(
+            model, adapters.AdapterSettings(rank=2, alpha=2, targets="attention", dora=kind == "dora"), seed=0
+        )
     if kind == "trained lora":
         next(iter(adapters.adapter_layers(model).values())).up[0, 0] = 0.5
     hook = validator(tmp_path, model.eval())
@@ -420,7 +422,7 @@ def test_what_must_answer_alike_is_measured_once(kind, ema, passes, tmp_path):
 def test_an_adapter_that_is_zero_answers_as_its_base_bit_for_bit(precision):
     """So what was read of one is what would be read of the other."""
     model, some = micro(), clips(3)
-    adapters.inject(model, rank=2, alpha=2, targets="all", seed=0)
+    adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="all"), seed=0)
     eval_key = probe(model)
     eval_key.stepper.forward_context = lambda: autocast(precision, torch.device("cpu"))
     on = eval_key.errors(some)

@@ -1,8 +1,8 @@
-"""Base: a model on disk, in any of the layouts that people have, and where each of its parts lies.
+"""Base: a model on disk in any of the common layouts, and the location of each of its parts.
 
 Layouts: diffusers' (transformer/, transformer_2/, vae/, ...), Wan's official one (high_noise_model/, low_noise_model/,
-*.pth, google/umt5-xxl), and single files for single parts. Nothing in a state dict tells the two experts apart, nor
-Wan2.1's 14B from either: which expert a file holds is what its layout, its name or our own metadata says, and is never
+*.pth, google/umt5-xxl), and single files for single parts. The state dicts of the two experts, and of Wan2.1's 14B,
+have the same keys and shapes. So which expert a file holds is read from its layout, its name or its metadata, and never
 guessed.
 """
 
@@ -28,7 +28,7 @@ PARTS = {"high_noise": "transformer", "low_noise": "transformer_2", "dense": "tr
 #: Folders of the official layout; a single model lies at the top.
 OFFICIAL = {"high_noise": "high_noise_model", "low_noise": "low_noise_model", "dense": "."}
 
-#: Which files of a repository each part needs, in either layout.
+#: Patterns of the files that each part needs of a repository, in both layouts.
 _FILES = {
     "high_noise": ("transformer/*", "high_noise_model/*"),
     "low_noise": ("transformer_2/*", "low_noise_model/*"),
@@ -42,21 +42,21 @@ _ALWAYS = ("model_index.json", "scheduler/*")
 
 @dataclass(frozen=True)
 class Base:
-    """Where a model's parts lie.
+    """The locations of a model's parts.
 
-    folder  the model's own folder, in the diffusers or the official layout
-    parts   parts that lie elsewhere (a folder or a single file each), which take the place of the folder's
-    like    the transformer's keywords in the chosen model's config: a file of another shape is refused
+    folder  the model's folder, in the diffusers or the official layout
+    parts   parts outside it (a folder or a single file each), used instead of the folder's
+    like    the transformer's keywords in the chosen model's config; a file of another shape is refused
     """
 
     folder: Path | None = None
     parts: Mapping[str, Path] = field(default_factory=dict)
     like: Mapping[str, Any] | None = None
-    repository: str | None = None  # of the hub, where the folder came from there
+    repository: str | None = None  # of the hub, if the folder was downloaded
 
     @property
     def name(self) -> str:
-        """What to call it in files that others get: no path of this machine."""
+        """Its name in files that others get; it contains no path of this machine."""
         folder = [] if self.folder is None else [self.repository or self.folder.name]
         return " + ".join([*folder, *(f"{part}={path.name}" for part, path in self.parts.items())])
 
@@ -69,8 +69,8 @@ class Base:
             return self.parts[name]
         if self.folder is None:
             return None
-        found = next((path for path in self._places(self.folder, name) if path.exists()), None)
-        return found.parent if found is not None and found.name == "config.json" else found
+        place = next((path for path in self._places(self.folder, name) if path.exists()), None)
+        return place.parent if place is not None and place.name == "config.json" else place
 
     def need(self, name: str) -> Path:
         """`find`, or a ValueError that says how to give the part."""
@@ -86,7 +86,7 @@ class Base:
         return self.find(name) is not None
 
     def _places(self, folder: Path, name: str) -> Iterable[Path]:
-        """Where part `name` would lie in a folder, by layout."""
+        """Where part `name` may be in a folder, by layout."""
         if name in PARTS:
             # transformer/ is the high-noise expert of a pair or the only model; only the index can say which.
             two = has_two_experts(folder)
@@ -112,9 +112,9 @@ class Base:
         dtype: torch.dtype = torch.float32,
         fp32: Iterable[str] = (),
     ) -> WanTransformer:
-        """The expert `name`, after making sure that nothing says it is another one; parameters named in `fp32` are
-        float32 whatever `dtype` says. `expand_inputs` expects a text-to-video transformer, with as many channels in as
-        out, and gives it those that `like` has besides.
+        """The expert `name`; ValueError if its file is stated to be another one. Parameters named in `fp32` are float32
+        whatever `dtype` says. `expand_inputs` loads a text-to-video transformer, with as many channels in as out, and
+        adds the further input channels that `like` has.
         """
         path, like = self.need(name), dict(self.like or {})
         if expand_inputs:
@@ -143,8 +143,8 @@ class Base:
         stored = read_json(index).get("boundary_ratio")
         if stored is not None and not has_two_experts(self.folder):
             raise ValueError(
-                f"{index} has boundary_ratio={stored} but names no transformer_2: below the boundary nobody would "
-                "answer. For a single model (Wan2.1, the 5B) set boundary_ratio to null there; for a pair, get the "
+                f"{index} has boundary_ratio={stored} but names no transformer_2: there is no expert below the "
+                "boundary. For a single model (Wan2.1, the 5B) set boundary_ratio to null there; for a pair, get the "
                 "second expert"
             )
         if stored != boundary:
@@ -164,8 +164,8 @@ def open_base(
 ) -> Base:
     """The Base that `weights` (a folder, or a repository of the hub) and `parts` (part -> path) name.
 
-    Of a repository only the `wanted` parts are fetched, less those that `parts` gives; an interrupted download
-    continues. ValueError for a path or a repository that is not there, or a part that no model has.
+    Of a repository only the `wanted` parts are downloaded, without those that `parts` gives; an interrupted download
+    continues. ValueError for a path or a repository that does not exist, or an unknown part.
     """
     given = {name: _part_at(name, locate(path)) for name, path in (parts or {}).items() if path is not None}
     if weights is None:
@@ -181,7 +181,7 @@ def open_base(
 
 
 def _part_at(name: str, path: Path) -> Path:
-    """The file or folder of part `name` that a user means by `path`: itself, or the part of a model's folder."""
+    """The file or folder of part `name` at `path`: `path` itself, or the part inside a model's folder."""
     if not path.exists():
         raise ValueError(f"parts.{name}={path} does not exist; give a folder or a single file")
     own = "tokenizer.json" if name == "tokenizer" else "config.json"
@@ -189,10 +189,10 @@ def _part_at(name: str, path: Path) -> Path:
         return path
     inside = Base(path)
     # An expert may start from a single model, as Wan2.2's low-noise expert did from Wan2.1.
-    found = inside.find(name) or (inside.find("dense") if name in PARTS else None)
-    if found is None:
+    part = inside.find(name) or (inside.find("dense") if name in PARTS else None)
+    if part is None:
         raise ValueError(f"parts.{name}={path} holds no {name}; give a single file, its folder, or a model's folder")
-    return found
+    return part
 
 
 def _fetch(repository: str, revision: str | None, wanted: Iterable[str]) -> Path:
@@ -213,7 +213,7 @@ def _fetch(repository: str, revision: str | None, wanted: Iterable[str]) -> Path
 
 
 def _progress_bar(repository: str) -> type:
-    """The hub's own progress bar, which tells of each chunk of a download, also where no bar is shown."""
+    """The hub's progress bar, which also reports progress to the watchdog, even where no bar is shown."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
@@ -225,7 +225,7 @@ def _progress_bar(repository: str) -> type:
 
 
 def has_two_experts(folder: Path | None) -> bool | None:
-    """What a pipeline folder's model_index.json says; None where there is none."""
+    """Whether a pipeline folder's model_index.json names two experts; None where there is no such file."""
     if folder is None or not (folder / "model_index.json").is_file():
         return None
     second = read_json(folder / "model_index.json").get("transformer_2")
@@ -233,36 +233,36 @@ def has_two_experts(folder: Path | None) -> bool | None:
 
 
 def stated_expert(path: Path) -> str | None:
-    """The expert that a part's own metadata, its place in a layout or its file name says it is; None if none does.
+    """The expert that a part's metadata, its folder or its file name states; None if none does.
 
     ValueError if they contradict each other.
     """
-    said: dict[str, str] = {}
+    stated_by: dict[str, str] = {}
     if path.is_dir():
         by_folder = {folder: name for name, folder in OFFICIAL.items() if folder != "."}
         two = has_two_experts(path.parent)
         if path.name in by_folder:
-            said["its folder"] = by_folder[path.name]
+            stated_by["its folder"] = by_folder[path.name]
         elif two is not None and path.name in {"transformer", "transformer_2"}:
             alone = "high_noise" if two else "dense"
-            said["the pipeline it lies in"] = alone if path.name == "transformer" else "low_noise"
+            stated_by["the pipeline it lies in"] = alone if path.name == "transformer" else "low_noise"
     elif match := re.search(r"(high|low)[_-]?noise", path.name.lower()):
-        said["its file name"] = f"{match[1]}_noise"
+        stated_by["its file name"] = f"{match[1]}_noise"
     if path.suffix not in PICKLES and (stated := read_metadata(path).get("expert")) in PARTS:
-        said["its metadata"] = stated
-    if len(set(said.values())) > 1:
-        raise ValueError(f"{path}: " + ", but ".join(f"{how} says {name}" for how, name in said.items()))
-    return next(iter(said.values()), None)
+        stated_by["its metadata"] = stated
+    if len(set(stated_by.values())) > 1:
+        raise ValueError(f"{path}: " + ", but ".join(f"{source} says {name}" for source, name in stated_by.items()))
+    return next(iter(stated_by.values()), None)
 
 
 def check_stated(path: Path, expert: str) -> None:
-    """Raise ValueError if anything says that the part is another expert than `expert`.
+    """Raise ValueError if the part is stated to be another expert than `expert`.
 
-    A single model may become either expert: Wan2.2's low-noise expert began as Wan2.1.
+    A single model may become either expert: Wan2.2's low-noise expert was fine-tuned from Wan2.1.
     """
     stated = stated_expert(path)
     if stated is not None and stated not in {expert, "dense"}:
         raise ValueError(
-            f"{path} is the {stated} expert, asked for as {expert}; nothing in its tensors could have shown the "
+            f"{path} is the {stated} expert, asked for as {expert}; its tensors do not show such a "
             f"mistake. Give expert={stated}, or the other file"
         )

@@ -1,4 +1,4 @@
-"""What is this file? Dialect, expert, rank, layers, dtype and size of anything with weights in it, in a few lines."""
+"""inspect=FILE: dialect, expert, rank, layers, dtype and size of a file or folder of weights, in a few lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wantrain.models.formats.weights import dtypes, read_metadata, read_tensors,
 
 
 def describe(path: Path) -> str:
-    """The few lines. ValueError for a file that cannot be read, or that holds no weights of a Wan model."""
+    """Lines that describe a file or folder. ValueError if it cannot be read, or holds no weights of a Wan model."""
     if not path.exists():
         raise ValueError(f"inspect={path} does not exist")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -25,7 +25,7 @@ def describe(path: Path) -> str:
     tensors = read_tensors(path)
     size = sum(file.stat().st_size for file in files)
     count = sum(tensor.numel() for tensor in tensors.values())
-    lines = [*_kind(path, tensors)]
+    lines = [*_contents(path, tensors)]
     lines.append(f"tensors   {len(tensors)}, {count:,} values, {dtypes(tensors.values())}")
     lines.append(f"size      {_bytes(size)} in {len(files)} file{'s' * (len(files) > 1)}")
     about = {key: value for key, value in read_metadata(path).items() if key not in {"format", "lora_adapter_metadata"}}
@@ -36,32 +36,32 @@ def describe(path: Path) -> str:
 def _model(path: Path) -> str:
     """A model's folder, part by part."""
     base = Base(path)
-    found = {name: base.find(name) for name in (*PARTS, "vae", "text_encoder") if base.holds(name)}
-    if not found:
+    places = {name: base.find(name) for name in (*PARTS, "vae", "text_encoder") if base.holds(name)}
+    if not places:
         raise ValueError(f"{path} holds no part of a Wan model in the diffusers or the official layout")
-    parts = [f"{name}:\n{describe(part)}" for name, part in found.items() if part is not None]
-    return "\n".join([f"{path}: {', '.join(found)}", *parts])
+    parts = [f"{name}:\n{describe(part)}" for name, part in places.items() if part is not None]
+    return "\n".join([f"{path}: {', '.join(places)}", *parts])
 
 
-def _kind(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
-    """What kind of weights they are, and the facts that count for that kind."""
+def _contents(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Which network or adapter the weights are of, with its facts."""
     if any("lora" in key.lower() for key in tensors):
         return _lora(read_lora(path, alpha=_any_alpha(tensors)), tensors)
     if any("patch_embedding." in key for key in tensors):
         return _transformer(path, tensors)
     if "post_quant_conv.weight" in tensors or "encoder.conv1.weight" in tensors:
-        own = "diffusers" if "post_quant_conv.weight" in tensors else "official"
-        key = "post_quant_conv.weight" if own == "diffusers" else "conv2.weight"
+        dialect = "diffusers" if "post_quant_conv.weight" in tensors else "official"
+        key = "post_quant_conv.weight" if dialect == "diffusers" else "conv2.weight"
         version = {16: "2.1 (4x8x8)", 48: "2.2 (4x16x16)"}.get(tensors[key].shape[0], "of unknown size")
-        return ["kind      Wan-VAE " + version, f"dialect   {own}"]
+        return ["kind      Wan-VAE " + version, f"dialect   {dialect}"]
     if "shared.weight" in tensors or "token_embedding.weight" in tensors:
-        own = "transformers" if "shared.weight" in tensors else "official"
-        return ["kind      umT5 text encoder", f"dialect   {own}"]
+        dialect = "transformers" if "shared.weight" in tensors else "official"
+        return ["kind      umT5 text encoder", f"dialect   {dialect}"]
     raise ValueError(f"{path} holds no weights of a Wan model; its first names are {', '.join(sorted(tensors)[:3])}")
 
 
 def _any_alpha(tensors: Mapping[str, Tensor]) -> float | None:
-    """A stand-in for the alpha that a VideoX-Fun file lacks: looking at it is no reason to refuse."""
+    """A stand-in for the alpha that a VideoX-Fun file lacks, so that it can be described; None for other files."""
     bare = any(key.startswith("lora_unet__") for key in tensors) and not any(key.endswith(".alpha") for key in tensors)
     return 1.0 if bare else None
 
@@ -69,7 +69,7 @@ def _any_alpha(tensors: Mapping[str, Tensor]) -> float | None:
 def _lora(lora: LoRA, tensors: Mapping[str, Tensor]) -> list[str]:
     unknown = _any_alpha(tensors) is not None
     blocks = sorted({int(match[1]) for name in lora.layers if (match := re.match(r"blocks\.(\d+)\.", name))})
-    kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in lora.layers})
+    layers = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in lora.layers})
     ranks = sorted({layer.rank for layer in lora.layers.values()})
     alphas = _list({f"{layer.alpha:g}" for layer in lora.layers.values()})
     if unknown:
@@ -81,7 +81,7 @@ def _lora(lora: LoRA, tensors: Mapping[str, Tensor]) -> list[str]:
         f"expert    {lora.metadata.get('expert', 'not stated, and nothing in the tensors shows it')}",
         f"rank      {_list(map(str, ranks))}",
         f"alpha     {alphas}",
-        f"layers    {len(lora.layers)} in {where}: {', '.join(kinds)}",
+        f"layers    {len(lora.layers)} in {where}: {', '.join(layers)}",
     ]
 
 

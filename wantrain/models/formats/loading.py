@@ -1,7 +1,7 @@
-"""Parts from disk: a transformer, a VAE or a text encoder from a folder or a single file, whatever names it wears.
+"""Loading a transformer, a VAE or a text encoder from a folder or a single file, in any supported key naming.
 
-A folder in the diffusers or the official layout says its own sizes in config.json; of a single file they are read off
-the tensors' shapes. What is not supported is recognised by its keys and refused, naming what to use instead.
+A folder in the diffusers or the official layout states its sizes in config.json; those of a single file are read off
+the tensors' shapes. An unsupported model is recognised by its keys and refused; the error names what to use instead.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wantrain.models.attention import DEFAULT as DEFAULT_ATTENTION
+from wantrain.models.facts import is_fp32
 from wantrain.models.formats import names
 from wantrain.models.formats.weights import load_strict, part_folder, read_config, read_tensors
 from wantrain.models.text import TextEncoder, check_dtype, read_tokenizer
@@ -27,7 +29,7 @@ VARIANTS = {
     (3072, 48): "ti2v_5b",
     (1536, 16): "t2v_1_3b",
 }
-#: What keys of other families hold, and what to do about it.
+#: Parts of keys that only unsupported models have: what such a file is, and what to use instead.
 _FOREIGN = {
     ("scale_weight", "scale_input", "scaled_fp8", "weight_scale"): "a scaled-fp8 file, whose rounding cannot be "
     "trained from; take the fp16 or bf16 file of the same model",
@@ -75,9 +77,8 @@ def load_transformer(
     """A transformer from a single file, a part's folder, or a pipeline folder in the diffusers layout.
 
     part   of a pipeline folder: "transformer" (high noise, or the only one) or "transformer_2" (low noise)
-    like   the keywords of the transformer that is expected: any other shape is refused
-
-    fp32   names of parameters that are float32 whatever `dtype` says, as `fp32_parts` are
+    like   the keywords of the expected transformer; a file of another shape is refused. Its `attention` is used
+    fp32   names of parameters that are float32 whatever `dtype` says, besides those that the model declares
 
     ValueError names what is absent, does not fit, or is not supported.
     """
@@ -90,21 +91,20 @@ def load_transformer(
     if like is not None:
         check_like(sizes, like, where)
     with torch.device("meta"):
-        model = WanTransformer(**sizes)
+        model = WanTransformer(**sizes, attention=(like or {}).get("attention", DEFAULT_ATTENTION))
     official = {names.to_diffusers(key): key for key in model.state_dict()}
     tensors = {official.get(key, key): tensor for key, tensor in tensors.items()}
-    load_strict(model, tensors, where, device=device, dtype=dtype, fp32=(*WanTransformer.fp32_parts, *fp32))
+    load_strict(model, tensors, where, device=device, dtype=dtype, fp32=fp32)
     return model.eval()
 
 
 def cast_as_loaded(module: nn.Module, dtype: torch.dtype, *, trained: Container[str] = ()) -> nn.Module:
-    """A module that was built and not loaded, with the dtypes that loading gives: `dtype`, but for Wan's float32 parts.
+    """Give a module that was built, not loaded, the dtypes that loading gives: `dtype`, but for its float32 parts.
 
-    trained  names of parameters that keep theirs
+    trained  names of parameters that keep their dtype
     """
-    fp32: tuple[str, ...] = getattr(module, "fp32_parts", ())
     for name, parameter in module.named_parameters():
-        if name not in trained and not any(part in name for part in fp32):
+        if name not in trained and not is_fp32(module, name):
             parameter.data = parameter.data.to(dtype)
     return module
 
@@ -116,9 +116,9 @@ def _part(path: str | Path, name: str) -> Path:
 
 
 def refuse_foreign(tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Raise ValueError for weights of a kind that is known and not supported, saying what to use instead."""
-    for marks, what in _FOREIGN.items():
-        if key := next((key for key in tensors if any(mark in key for mark in marks)), None):
+    """Raise ValueError for the weights of a known, unsupported model; it names what to use instead."""
+    for parts, what in _FOREIGN.items():
+        if key := next((key for key in tensors if any(part in key for part in parts)), None):
             raise ValueError(f"{where} is {what} (it holds {key})")
     if key := next((key for key, tensor in tensors.items() if "float8" in str(tensor.dtype)), None):
         raise ValueError(f"{where} is stored in fp8 ({key}); take the fp16 or bf16 file of the same model")
@@ -126,12 +126,12 @@ def refuse_foreign(tensors: Mapping[str, Tensor], where: Path) -> None:
 
 def transformer_sizes(where: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any] | None) -> dict[str, Any]:
     """The constructor's keywords, from a folder's config.json in either layout or from the shapes of a single file."""
-    read = _sizes_of_tensors(where, tensors, like)
+    shown = _sizes_of_tensors(where, tensors, like)
     if not where.is_dir():
-        return read
+        return shown
     config = read_config(where)
     if "num_heads" in config and "dim" in config:
-        return {**read, **_sizes_of_official(where, config)}
+        return {**shown, **_sizes_of_official(where, config)}
     if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
         raise ValueError(f"{where} holds a {config['_class_name']}, not a Wan transformer")
     for key, value in _FIXED.items():
@@ -147,7 +147,7 @@ def transformer_sizes(where: Path, tensors: Mapping[str, Tensor], like: Mapping[
 
 
 def _sizes_of_official(where: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords from the official config.json, which leaves out what is the same in every model."""
+    """Keywords from the official config.json, which holds only what differs between models."""
     wanted = ("num_heads", "dim", "in_dim", "out_dim", "freq_dim", "ffn_dim", "num_layers")
     absent = [key for key in wanted if key not in config]
     if absent:
@@ -166,13 +166,13 @@ def _sizes_of_official(where: Path, config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _sizes_of_tensors(where: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Keywords from shapes, in either naming; the width of a head is the expected model's, or every published one's."""
+    """Keywords from shapes, in either naming; the head width is that of `like`, or of every published model."""
 
     def shape(official: str) -> torch.Size:
         tensor = tensors.get(official, tensors.get(names.to_diffusers(official)))
         if tensor is None:
             raise ValueError(
-                f"{where} lacks {official} (in diffusers {names.to_diffusers(official)}): it is no whole Wan "
+                f"{where} lacks {official} (in diffusers {names.to_diffusers(official)}): it is no complete Wan "
                 f"transformer; its first names are {', '.join(sorted(tensors)[:3])}"
             )
         return tensor.shape
@@ -208,8 +208,8 @@ def check_like(sizes: Mapping[str, Any], like: Mapping[str, Any], where: Path) -
 def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
     """A Wan-VAE 2.1 or 2.2 from a single file, its folder, or a pipeline folder in the diffusers layout; frozen.
 
-    A single file is taken to be normalised by the published constants. ValueError names what is absent or does not
-    fit, and refuses other VAEs.
+    For a single file the published latent statistics are assumed. ValueError names what is absent or does not fit, and
+    refuses other VAEs.
     """
     where = _part(path, "vae")
     tensors = read_tensors(where)
@@ -226,7 +226,7 @@ def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
 
 
 def _all_renamed(tensors: Mapping[str, Tensor], table: names.Table, where: Path) -> dict[str, Tensor]:
-    """Every tensor under the name that `table` gives it; one without a name keeps its own, and will be unexpected."""
+    """Every tensor under the name that `table` gives it, or its own where it has no entry (loading refuses those)."""
     return {names.renamed(key, table) or key: tensor for key, tensor in tensors.items()}
 
 
@@ -274,30 +274,30 @@ def load_text_encoder(
 
     check_dtype(dtype)
     where = _part(path, "text_encoder")
-    # The embedding is one matrix under two names, and some files hold both; ComfyUI's also hold the tokenizer.
+    # Some files hold the embedding under both of its names; ComfyUI's also hold the tokenizer.
     spare = {"encoder.embed_tokens.weight", "spiece_model"}
     tensors = {key: tensor for key, tensor in read_tensors(where).items() if key not in spare}
     refuse_foreign(tensors, where)
     if where.is_dir():
         config = read_config(where)
         if config.get("model_type") != "umt5":
-            kind = config.get("model_type", "model without model_type")
-            raise ValueError(f"{where} holds a {kind}, not a umT5 encoder")
+            stated = config.get("model_type", "model without model_type")
+            raise ValueError(f"{where} holds a {stated}, not a umT5 encoder")
     else:
         if "token_embedding.weight" in tensors:
             tensors = _all_renamed(tensors, names.TEXT_TO_TRANSFORMERS, where)
         config = _text_sizes(tensors, where)
-    words = read_tokenizer(tokenizer or where.parent / "tokenizer")
+    reader = read_tokenizer(tokenizer or where.parent / "tokenizer")
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config.from_dict(config))
     del model.encoder.embed_tokens
     load_strict(model, tensors, where, device=device, dtype=dtype)
     model.set_input_embeddings(model.shared)
-    return TextEncoder(model, words)
+    return TextEncoder(model, reader)
 
 
 def _text_sizes(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
-    """The config of a umT5 encoder from its shapes; what shapes do not show is the same in every umT5."""
+    """The config of a umT5 encoder from its shapes; the rest is the same in every umT5."""
     first = "encoder.block.0.layer."
     needed = {
         "embedding": "shared.weight",

@@ -1,10 +1,9 @@
-"""LoRA and DoRA files in every dialect that people use: read into one form, written, and merged into weights.
+"""LoRA and DoRA files in the common dialects: read, written, and merged into weights.
 
-A layer's change is alpha / rank * up @ down. Where a file holds no alpha it is the rank, except in VideoX-Fun's files,
-which lose the alpha that they were trained with: there it must be given. A DoRA has a magnitude besides: the length
-that each row of the changed weight is given (arXiv 2402.09353). Layers wear Wan's official module names here
-(`blocks.0.self_attn.q`); what a file calls them is its dialect. Sources: the tools' own conventions, checked by what
-diffusers makes of our files and we of its (docs/models.md).
+A layer's change is alpha / rank * up @ down. In a file without an alpha it is the rank, except in VideoX-Fun's files,
+which omit the alpha that they were trained with, so that the user must give it. A DoRA also has a magnitude, the length
+of each row of the changed weight (arXiv 2402.09353). Layers have Wan's official module names; how files name them is
+their dialect (lora_dialects.py).
 """
 
 from __future__ import annotations
@@ -12,49 +11,32 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wantrain.models.formats.names import to_diffusers
+from wantrain.models.formats.lora_dialects import (
+    DIALECTS,
+    PEFT,
+    dialect_of,
+    diffusers_module,
+    official_names,
+    peft_alphas,
+)
 from wantrain.models.formats.weights import read_file, write_file
 
-#: Dialects that are written; "diffsynth" and "videox-fun" are read besides.
-DIALECTS = ("comfyui", "diffusers", "kohya")
-#: Where diffusers and peft keep ranks and alphas: an entry of the safetensors header.
-PEFT = "lora_adapter_metadata"
-
-#: What stands before the layer's name, by dialect; the first that fits counts.
-_PREFIXES = (
-    ("lora_unet__", "videox-fun"),
-    ("lora_unet_", "kohya"),
-    ("model.diffusion_model.", "comfyui"),
-    ("diffusion_model.", "comfyui"),
-    ("transformer.", "diffusers"),
-    ("base_model.model.", "diffusers"),
-)
 _MATRIX = re.compile(r"(?P<layer>.+?)\.lora(?:_|\.)(?P<side>A|B|down|up)(?P<default>\.default)?\.weight")
 _ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
-#: A DoRA's lengths of rows. peft and diffusers write (out,) as `lora_magnitude_vector`; LyCORIS writes, ComfyUI
+#: A DoRA's magnitude. peft and diffusers write (out,) as `lora_magnitude_vector`; LyCORIS writes, ComfyUI
 #: reads `dora_scale`, (out, 1) for rows (LyCORIS' `wd_on_out`) or (1, in) for columns. ComfyUI's weight_decompose in
 #: comfy/weight_adapter/base.py tells the two apart by this shape and multiplies a bare (out,) along the wrong axis
 #: (Comfy-Org/ComfyUI issue 12938); for rows it divides by the lengths in the base weight, where LyCORIS, peft and the
 #: paper divide by those in the changed one (its pull request 15458, open in August 2026).
 _MAGNITUDE = re.compile(r"(?P<layer>.+?)\.(?:dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?)")
-_OUTSIDE = (
-    "text_embedding.0",
-    "text_embedding.2",
-    "time_embedding.0",
-    "time_embedding.2",
-    "time_projection.1",
-    "head.head",
-)
-_INSIDE = (*(f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.0", "ffn.2")
 #: What other kinds of adapters leave in a file (patterns), and what they are.
 _FOREIGN = {
     r"\.hada_": "a LoHa",
@@ -66,8 +48,10 @@ _FOREIGN = {
 
 @dataclass(frozen=True)
 class Layer:
-    """The change of one linear layer: `down` (rank, in), `up` (out, rank), the strength `alpha`; in a DoRA also
-    `magnitude` (out,), the length of each row of the changed weight."""
+    """The change of one linear layer: `down` (rank, in), `up` (out, rank), `alpha`.
+
+    A DoRA also has `magnitude` (out,), the length of each row of the changed weight.
+    """
 
     down: Tensor
     up: Tensor
@@ -80,23 +64,23 @@ class Layer:
         return self.down.shape[0]
 
     def tensors(self) -> list[Tensor]:
-        """What it is made of."""
+        """Its two or three tensors."""
         return [self.down, self.up, *([] if self.magnitude is None else [self.magnitude])]
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by: alpha / rank."""
+        """The factor of up @ down: alpha / rank."""
         return self.alpha / self.rank
 
     def change(self) -> Tensor:
-        """What is added to the weight, (out, in), float32; in a DoRA before its rows get their length."""
+        """What is added to the weight, (out, in), float32; of a DoRA before rows are scaled to their magnitude."""
         return (self.up.float() @ self.down.float()) * self.scale
 
     def merged(self, weight: Tensor, scale: float = 1.0) -> Tensor:
         """`weight` (out, in) with `scale` times the change in it, float32 on the weight's device.
 
-        For a DoRA the way from the weight to the changed one is gone in a straight line, as ComfyUI does: 0 is the
-        weight itself, 1 the whole change. (diffusers' adapter weight leaves the magnitude whole, whatever the scale.)
+        For a DoRA it is interpolated linearly from the weight (0) to the changed one (1), as in ComfyUI. (diffusers
+        always applies the whole magnitude.)
         """
         before = weight.float()
         if self.magnitude is None:
@@ -113,7 +97,7 @@ def row_lengths(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA file: its layers by official module name, the dialect it wears, and what its header says."""
+    """A LoRA file: its layers by official module name, its dialect, and the metadata of its header."""
 
     layers: dict[str, Layer]
     dialect: str
@@ -121,23 +105,23 @@ class LoRA:
 
     @property
     def is_dora(self) -> bool:
-        """True if every layer has a magnitude; then all have."""
+        """True if its layers have magnitudes: all of them, or none."""
         return any(layer.magnitude is not None for layer in self.layers.values())
 
 
 def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
     """Read a LoRA file of any dialect.
 
-    `alpha` is for files that hold none though they were trained with one; for a file that has its own, another value
-    is refused. ValueError names what is no LoRA of a Wan transformer, what is not whole, and what is not supported.
+    `alpha` is for files that omit the one they were trained with. ValueError if it differs from a file's own, and for
+    what is no LoRA of a Wan transformer, incomplete, or not supported.
     """
     tensors, metadata = read_file(path)
     _refuse_foreign(tensors, path)
-    dialect = _dialect(tensors)
+    dialect = dialect_of(tensors)
     matrices: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     magnitudes: dict[str, Tensor] = {}
-    strange = []
+    unknown = []
     for key, tensor in tensors.items():
         if match := _MATRIX.fullmatch(key):
             side = {"A": "down", "B": "up"}.get(match["side"], match["side"])
@@ -150,21 +134,21 @@ def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
         elif match := _MAGNITUDE.fullmatch(key):
             magnitudes[match["layer"]] = tensor
         else:
-            strange.append(key)
-    official = _official_names(matrices, dialect)
-    strange += sorted(layer for layer in matrices if layer not in official)
-    strange += sorted(layer for layer in {**alphas, **magnitudes} if layer not in matrices)
-    if strange or not matrices:
-        example = strange[0] if strange else json.dumps(sorted(tensors)[:1])
+            unknown.append(key)
+    official = official_names(matrices, dialect)
+    unknown += sorted(layer for layer in matrices if layer not in official)
+    unknown += sorted(layer for layer in {**alphas, **magnitudes} if layer not in matrices)
+    if unknown or not matrices:
+        example = unknown[0] if unknown else json.dumps(sorted(tensors)[:1])
         raise ValueError(
-            f"{path}: {len(strange)} names are not those of a LoRA for a Wan transformer (first: {example}); expected "
+            f"{path}: {len(unknown)} names are not those of a LoRA for a Wan transformer (first: {example}); expected "
             "diffusion_model.blocks.N.self_attn.q.lora_A.weight and so on, as ComfyUI, diffusers or kohya's tools write"
         )
     for layer, pair in matrices.items():
         _check_pair(path, layer, pair)
     _check_once(path, official)
     magnitudes = _row_magnitudes(path, magnitudes, matrices)
-    stated = {**_peft_alphas(path, metadata, matrices), **alphas}
+    stated = {**peft_alphas(path, metadata, matrices), **alphas}
     if dialect == "videox-fun" and alpha is None and not matrices.keys() <= stated.keys():
         raise ValueError(
             f"{path} is VideoX-Fun's: it was trained with an alpha that the file does not hold, and without it the "
@@ -173,10 +157,12 @@ def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
         )
     layers = {}
     for layer, pair in matrices.items():
-        own = stated.get(layer)
-        if own is not None and alpha is not None and own != alpha:
-            raise ValueError(f"{path} holds its own alpha, {own:g} for {official[layer]}; leave out alpha={alpha:g}")
-        strength = own if own is not None else alpha if alpha is not None else float(pair["down"].shape[0])
+        in_file = stated.get(layer)
+        if in_file is not None and alpha is not None and in_file != alpha:
+            raise ValueError(
+                f"{path} holds its own alpha, {in_file:g} for {official[layer]}; leave out alpha={alpha:g}"
+            )
+        strength = next((each for each in (in_file, alpha) if each is not None), float(pair["down"].shape[0]))
         layers[official[layer]] = Layer(pair["down"], pair["up"], strength, magnitudes.get(layer))
     about = {key: value for key, value in metadata.items() if key not in {"format", PEFT}}
     return LoRA(layers, dialect, about)
@@ -184,48 +170,19 @@ def read_lora(path: str | Path, *, alpha: float | None = None) -> LoRA:
 
 def _refuse_foreign(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     for key, tensor in tensors.items():
-        for mark, what in _FOREIGN.items():
-            if re.search(mark, key):
+        for pattern, what in _FOREIGN.items():
+            if re.search(pattern, key):
                 raise ValueError(f"{path} is {what} (it holds {key}), which is not supported; a LoRA or DoRA is needed")
         if tensor.ndim > 2:
             raise ValueError(f"{path} changes a convolution ({key}), which is not supported; a LoRA or DoRA is needed")
 
 
-def _dialect(tensors: Mapping[str, Tensor]) -> str:
-    for prefix, dialect in _PREFIXES:
-        if any(key.startswith(prefix) for key in tensors):
-            return dialect
-    return "diffsynth" if any(".default." in key for key in tensors) else "comfyui"
-
-
-def _official_names(layers: Mapping[str, Any], dialect: str) -> dict[str, str]:
-    """The official module name of each layer of a file; a layer without one is left out."""
-    bare = {layer: _without_prefix(layer) for layer in layers}
-    blocks = {int(match[1]) for name in bare.values() if (match := re.match(r"blocks[._](\d+)[._]", name))}
-    known = [*_OUTSIDE, *(f"blocks.{block}.{part}" for block in sorted(blocks) for part in _INSIDE)]
-    table = {official: official for official in known}
-    if dialect == "diffusers":
-        table |= {_diffusers_module(official): official for official in known}
-    elif dialect in {"kohya", "videox-fun"}:
-        table = {official.replace(".", "_"): official for official in known}
-    return {layer: table[name] for layer, name in bare.items() if name in table}
-
-
-def _without_prefix(layer: str) -> str:
-    for prefix, _ in _PREFIXES:
-        if layer.startswith(prefix):
-            return (
-                _without_prefix(layer.removeprefix(prefix)) if prefix == "base_model.model." else layer[len(prefix) :]
-            )
-    return layer
-
-
 def _check_pair(path: str | Path, layer: str, pair: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless a layer's two matrices are there and have one rank, at least 1."""
+    """Raise ValueError unless a layer has both matrices, of one rank, at least 1."""
     absent = {"down", "up"} - pair.keys()
     if absent:
         ends = {"down": "lora_A (lora_down)", "up": "lora_B (lora_up)"}
-        raise ValueError(f"{path}: {layer} has no {ends[absent.pop()]}; the file is not whole")
+        raise ValueError(f"{path}: {layer} has no {ends[absent.pop()]}; the file is incomplete")
     down, up = pair["down"], pair["up"]
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
         raise ValueError(f"{path}: {layer} is {tuple(up.shape)} x {tuple(down.shape)}, which do not multiply")
@@ -236,7 +193,7 @@ def _check_pair(path: str | Path, layer: str, pair: Mapping[str, Tensor]) -> Non
 
 
 def _check_once(path: str | Path, official: Mapping[str, str]) -> None:
-    """Raise ValueError if two names of a file mean one layer: one of them would be lost."""
+    """Raise ValueError if two names in a file stand for one layer."""
     first: dict[str, str] = {}
     for layer, name in official.items():
         if name in first:
@@ -249,13 +206,13 @@ def _row_magnitudes(
 ) -> dict[str, Tensor]:
     """The magnitudes of a DoRA as (out,), by the file's own layer names; empty for a LoRA.
 
-    ValueError if only some layers have one, or if one is not a finite length for each row.
+    ValueError if only some layers have one, or if one is not a finite number per row.
     """
     without = sorted(matrices.keys() - magnitudes.keys())
     if magnitudes and without:
         raise ValueError(
             f"{path} is a DoRA, but {len(without)} of its {len(matrices)} layers have no magnitude (first: "
-            f"{without[0]}); the file is not whole"
+            f"{without[0]}); the file is incomplete"
         )
     rows = {}
     for layer, magnitude in magnitudes.items():
@@ -283,30 +240,6 @@ def _one_number(path: str | Path, key: str, tensor: Tensor) -> float:
     return float(tensor)
 
 
-def _peft_alphas(
-    path: str | Path, metadata: Mapping[str, str], matrices: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, float]:
-    """Alphas by the file's own layer names, from the header that peft and diffusers write."""
-    if PEFT not in metadata:
-        return {}
-    try:
-        facts = json.loads(metadata[PEFT])
-    except ValueError as error:
-        raise ValueError(f"{path}: {PEFT} in its header is not JSON ({error}); export the file again") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path}: {PEFT} in its header is not a JSON object; export the file again")
-    whole, patterns = facts.get("transformer.lora_alpha"), facts.get("transformer.alpha_pattern") or {}
-    rank_stabilised = bool(facts.get("transformer.use_rslora"))
-    alphas = {}
-    for layer, pair in matrices.items():
-        name = _without_prefix(layer)
-        own = next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?{key}", name)), whole)
-        if own is not None:
-            # rsLoRA divides by the root of the rank: as alpha / rank that is an alpha larger by the root
-            alphas[layer] = float(own) * (pair["down"].shape[0] ** 0.5 if rank_stabilised else 1.0)
-    return alphas
-
-
 def write_lora(
     path: str | Path,
     layers: Mapping[str, Layer],
@@ -314,10 +247,10 @@ def write_lora(
     dialect: str = "comfyui",
     metadata: Mapping[str, object] = MappingProxyType({}),
 ) -> str:
-    """Write a LoRA file in one of `DIALECTS`, beside its name and then renamed, and give its sha256.
+    """Write a LoRA file in one of `DIALECTS`, under a temporary name that is then renamed. Returns its sha256.
 
-    "comfyui" is loaded by ComfyUI, diffusers and us, "diffusers" by diffusers and us, its alphas in the header.
-    diffusers takes layers outside the blocks and DoRAs only as "diffusers", and "kohya" only if `is_complete`.
+    "comfyui" is loaded by ComfyUI, diffusers and us, "diffusers" (alphas in the header) by diffusers and us. diffusers
+    loads layers outside the blocks and DoRAs only as "diffusers", and "kohya" only if `is_complete`.
     ValueError for another dialect, or where there are no layers.
     """
     if dialect not in DIALECTS:
@@ -331,7 +264,7 @@ def write_lora(
         if dialect == "comfyui":
             key, ends = f"diffusion_model.{name}", ("lora_A", "lora_B")
         elif dialect == "diffusers":
-            key, ends = f"transformer.{_diffusers_module(name)}", ("lora_A", "lora_B")
+            key, ends = f"transformer.{diffusers_module(name)}", ("lora_A", "lora_B")
         else:
             key, ends = f"lora_unet_{name.replace('.', '_')}", ("lora_down", "lora_up")
         tensors[f"{key}.{ends[0]}.weight"] = layer.down
@@ -350,24 +283,11 @@ def write_lora(
     return digest
 
 
-def is_complete(layers: Iterable[str]) -> bool:
-    """True if `layers` are all ten linear layers of the first blocks and nothing else: diffusers' terms for kohya's
-    dialect. It counts the blocks and expects them from 0 on.
-    """
-    names = set(layers)
-    blocks = {name.split(".")[1] for name in names if name.startswith("blocks.")}
-    return names == {f"blocks.{block}.{part}" for block in range(len(blocks)) for part in _INSIDE}
-
-
-def _diffusers_module(name: str) -> str:
-    return to_diffusers(f"{name}.weight").removesuffix(".weight")
-
-
 def _peft_config(layers: Mapping[str, Layer]) -> dict[str, object]:
-    """What diffusers reads back: the first layer's rank and alpha for all, others by name."""
+    """peft's config as diffusers reads it: rank and alpha of the first layer for all, and by name where they differ."""
     first = next(iter(layers.values()))
-    by_name = {_diffusers_module(name): layer for name, layer in layers.items()}
-    facts = {
+    by_name = {diffusers_module(name): layer for name, layer in layers.items()}
+    config = {
         "peft_type": "LORA",
         "r": first.rank,
         "lora_alpha": first.alpha,
@@ -379,7 +299,7 @@ def _peft_config(layers: Mapping[str, Layer]) -> dict[str, object]:
         "use_dora": first.magnitude is not None,
         "use_rslora": False,
     }
-    return {f"transformer.{key}": value for key, value in facts.items()}
+    return {f"transformer.{key}": value for key, value in config.items()}
 
 
 def merge_lora(
@@ -391,10 +311,10 @@ def merge_lora(
     base: str | None = None,
     alpha: float | None = None,
 ) -> int:
-    """Merge a LoRA file's change, times `scale`, into a plain module's weights; returns how many layers changed.
+    """Merge a LoRA file's change, times `scale`, into a module's weights. Returns the number of changed layers.
 
-    ValueError if the file says that it is for another expert or another model than `base`, or if a layer or a shape
-    does not fit: a LoRA that half applies is worse than none.
+    ValueError if the file's metadata names another expert or another model than `base`, or if any layer does not fit:
+    nothing is merged in part.
     """
     lora = read_lora(path, alpha=alpha)
     stated = lora.metadata.get("expert")
@@ -415,11 +335,11 @@ def check_fits(lora: LoRA, module: nn.Module, path: str | Path) -> None:
     """Raise ValueError unless every layer of a LoRA is in `module`, in its shape."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     for name, layer in lora.layers.items():
-        wanted, own = shapes.get(f"{name}.weight"), (layer.up.shape[0], layer.down.shape[1])
-        if wanted is None:
+        expected, shape = shapes.get(f"{name}.weight"), (layer.up.shape[0], layer.down.shape[1])
+        if expected is None:
             raise ValueError(f"{path} changes {name}, which this model does not have; it is for another base model")
-        if wanted != own:
+        if expected != shape:
             raise ValueError(
-                f"{path}: {name} is {own[0]} x {own[1]}, the model's layer {wanted[0]} x {wanted[1]}; it is for "
-                "another base model"
+                f"{path}: {name} is {shape[0]} x {shape[1]}, the model's layer {expected[0]} x {expected[1]}; it "
+                "is for another base model"
             )

@@ -1,7 +1,7 @@
-"""Names of parameters: Wan's official ones, diffusers' and transformers', and the prefixes that files put before them.
+"""Names of parameters: Wan's official ones, diffusers' and transformers', and the prefixes that files add to them.
 
-In memory the transformer wears its official names, the VAE and the text encoder those of diffusers and transformers.
-Nothing is transposed or fused between the layouts: a tensor is the same under either name.
+In memory the transformer has its official names, the VAE and the text encoder those of diffusers and transformers.
+Tensors are equal in all layouts: none is transposed or fused.
 Sources: the public implementations' state dicts, verified key for key (docs/numerics.md).
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-#: (pattern, replacement), anchored, the first that fits counts. Never substring replacement: "modulation",
-#: "norm2"/"norm3" and "head." collide.
+#: (pattern, replacement); patterns match whole names and the first match counts. Replacing substrings would be wrong:
+#: "modulation", "norm2"/"norm3" and "head." collide.
 Table = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
-# The two libraries really do swap the names norm2 and norm3.
+# The two layouts do swap the names norm2 and norm3.
 TRANSFORMER_TO_DIFFUSERS: Table = (
     (r"patch_embedding\.(weight|bias)", r"patch_embedding.\1"),
     (r"text_embedding\.0\.(weight|bias)", r"condition_embedder.text_embedder.linear_1.\1"),
@@ -40,7 +40,7 @@ _RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2"
 
 
 def _layer(rest: str) -> str:
-    """What stands inside one layer of an official VAE: a residual block's parts have names of their own."""
+    """diffusers' name of a parameter inside a layer of an official VAE; the parts of residual blocks are renamed."""
     for official, name in {**_RESIDUAL, "shortcut": "conv_shortcut"}.items():
         if rest.startswith(official + "."):
             return name + rest[len(official) :]
@@ -48,7 +48,7 @@ def _layer(rest: str) -> str:
 
 
 def _flat_upsampler(match: re.Match[str]) -> str:
-    """VAE 2.1 counts the decoder's layers through: three residual blocks and an upsampler to each level."""
+    """VAE 2.1 numbers the decoder's layers consecutively: three residual blocks and an upsampler per level."""
     level, place = divmod(int(match[1]), 4)
     part = "upsamplers.0" if place == 3 else f"resnets.{place}"
     return f"decoder.up_blocks.{level}.{part}.{_layer(match[2])}"
@@ -95,12 +95,12 @@ TEXT_TO_TRANSFORMERS: Table = (
     (r"norm\.weight", r"encoder.final_layer_norm.weight"),
 )
 
-#: What files put before official transformer names; the longest that fits goes.
+#: Prefixes of official transformer names in files; the longest that fits is removed.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 
 
 def renamed(key: str, table: Table) -> str | None:
-    """The name that `table` gives to `key`; None if it has none for it."""
+    """The name that `table` gives to `key`; None if no pattern matches."""
     for pattern, replacement in table:
         match = re.fullmatch(pattern, key)
         if match:

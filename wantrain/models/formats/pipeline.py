@@ -1,7 +1,7 @@
 """Writing a model so that others load it: a diffusers pipeline, Wan's official layout, or ComfyUI's single files.
 
-Each comes with a card (README.md) that says what it is, how it came about and which values to sample it with: the
-hosted schedulers carry another shift than Wan's authors sample at, so ours are always stated.
+Each comes with a model card (README.md) with its origin and the values to sample it with: published schedulers have
+another shift than Wan's authors sample with, so the card always states it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from wantrain.models.facts import is_fp32
 from wantrain.models.formats.base import OFFICIAL, PARTS, Base
 from wantrain.models.formats.weights import SHARD_BYTES, read_json, renamed_to_diffusers, write_file, write_part
 from wantrain.models.transformer import WanTransformer
@@ -33,7 +34,7 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class About:
-    """What a written model says of itself, in its files' metadata and on its card.
+    """Facts about a written model, for its files' metadata and its card.
 
     model     the model's name in conf/model
     boundary  sigma from which the high-noise expert answers; None for a single model
@@ -53,7 +54,7 @@ class About:
     told_by: str | None = None
 
     def metadata(self, expert: str) -> dict[str, object]:
-        """What an expert's files say about themselves."""
+        """The metadata of an expert's files."""
         facts = {"expert": expert, "model": self.model, "boundary": self.boundary, "made_by": made_by()}
         return {**facts, **self.origin.get(expert, {})}
 
@@ -79,8 +80,7 @@ def write_pipeline(
         for name, model in experts:
             names.append(name)
             tensors = {
-                key: tensor if any(part in key for part in model.fp32_parts) else tensor.to(dtype)
-                for key, tensor in model.state_dict().items()
+                key: tensor if is_fp32(model, key) else tensor.to(dtype) for key, tensor in model.state_dict().items()
             }
             how: dict[str, Any] = {"metadata": about.metadata(name), "shard_bytes": shard_bytes}
             if layout == "diffusers":
@@ -97,16 +97,15 @@ def write_pipeline(
 
 
 def sentinel_file(layout: str) -> str | None:
-    """The file by which a folder is known for an earlier export in this layout, whose parts a new one may replace.
+    """The file that marks a folder as an earlier export in this layout, whose parts a new export may replace.
 
-    Only a pipeline has one. In the other layouts the same names stand in folders that are not ours: a ComfyUI's
-    diffusion_models/ holds everybody's models.
+    Only a pipeline has one. Folders of the other layouts may hold other models too (ComfyUI's diffusion_models/).
     """
     return "model_index.json" if layout == "diffusers" else None
 
 
 def _write_surroundings(folder: Path, experts: Sequence[str], base: Base, about: About) -> None:
-    """Everything of a diffusers pipeline but its transformers."""
+    """Write all parts of a diffusers pipeline except its transformers."""
     copy_parts(folder, base)
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(about.shift))
@@ -128,7 +127,7 @@ def _write_surroundings(folder: Path, experts: Sequence[str], base: Base, about:
 
 
 def _pipeline_class(told_by: str | None) -> str:
-    """diffusers' pipeline: a transformer with a mask and an image's latents among its inputs has its own."""
+    """diffusers' pipeline class: image-to-video has its own if mask and image latents are input channels."""
     return "WanImageToVideoPipeline" if told_by == "channels" else "WanPipeline"
 
 
@@ -150,10 +149,9 @@ def copy_parts(folder: Path, base: Base) -> None:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A new folder to write into; what is in it takes its place in `out` when all went well, else nothing changes.
+    """A temporary folder to write into. Its contents are moved to `out` on success; on an error `out` stays as it was.
 
-    What it replaces is moved aside first and removed last. If a kill comes between, the next one begins by putting it
-    back.
+    What they replace is moved aside first and removed last. After a kill in between, the next call moves it back.
     """
     beside, aside, done = out / ".new", out / ".old", out / ".done"
     _put_back(aside)
@@ -168,17 +166,17 @@ def staged(out: Path) -> Iterator[Path]:
             if final.exists():
                 final.rename(aside / path.name)
             path.rename(final)
-        aside.rename(done)  # from here on the new ones count
+        aside.rename(done)  # from here on the new files are valid
         shutil.rmtree(done)
     finally:
         _put_back(aside)
         shutil.rmtree(beside, ignore_errors=True)
         if not any(out.iterdir()):
-            out.rmdir()  # it was made for this, and nothing came of it
+            out.rmdir()  # made by this call, and empty
 
 
 def _put_back(aside: Path) -> None:
-    """Give what was moved aside its name again, in the place of what came for it; nothing where nothing was moved."""
+    """Move back what was moved aside, over its replacement, if anything was."""
     for path in sorted(aside.iterdir()) if aside.is_dir() else ():
         final = aside.parent / path.name
         if final.is_dir():
@@ -189,7 +187,7 @@ def _put_back(aside: Path) -> None:
 
 
 def official_config(model: WanTransformer, told_by: str | None) -> dict[str, Any]:
-    """config.json of the official layout, which leaves out what is the same in every model."""
+    """config.json of the official layout, which holds only what differs between models."""
     return {
         "_class_name": "WanModel",
         "model_type": {"channels": "i2v", "frames": "ti2v"}.get(told_by or "", "t2v"),
@@ -199,8 +197,8 @@ def official_config(model: WanTransformer, told_by: str | None) -> dict[str, Any
         "ffn_dim": model.ffn_dim,
         "freq_dim": model.freq_dim,
         "out_dim": model.out_channels,
-        "num_heads": model.dim // model.head_dim,
-        "num_layers": len(model.blocks),
+        "num_heads": model.num_attention_heads,
+        "num_layers": model.num_layers,
         "eps": model.eps,
     }
 
@@ -244,7 +242,7 @@ def card(name: str, experts: Sequence[str], base: Base, about: About, layout: st
 
 
 def _scheduler(shift: float) -> dict[str, Any]:
-    """The published scheduler settings, with the shift that this model is sampled with."""
+    """The published scheduler's settings, with the model's own shift."""
     return {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": "0.36.0",

@@ -1,8 +1,8 @@
-"""One safetensors file, written as a stream whose sha256 is made beside the writing.
+"""Writing a safetensors file as a stream, with its sha256 computed meanwhile.
 
-The format: eight bytes with the length of the header (little-endian), the header (JSON, filled up with spaces to a
-multiple of eight), then the bytes of all tensors without a gap. The bytes are those of the safetensors library, but for
-the metadata, which stand in order here: the same weights are the same file, and so the same hash.
+The format: eight bytes with the length of the header (little-endian), the header (JSON, padded with spaces to a
+multiple of eight), then the bytes of all tensors without gaps. The bytes equal those of the safetensors library, except
+that metadata is sorted: the same weights give the same file and hash.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from torch import Tensor
 from wantrain.util.progress import report_progress
 from wantrain.util.tensor_dtypes import SAFETENSORS_DTYPES
 
-#: Bytes at whose multiples torch begins its own tensors: one that begins elsewhere gives other last digits.
+#: torch aligns its tensors to so many bytes; computing with one aligned otherwise changes the last digits.
 ALIGNMENT = 64
-#: Key of a file's metadata that holds nothing but spaces.
+#: Key of a file's metadata whose value is spaces, to align the tensors.
 PADDING = "padding"
-#: Bytes that are written and hashed at once. Not more: a GiB took 0.3 s by pieces of 1 MiB and 1.2 to 3.4 s by those of
-#: 8 MiB (Linux, ext4), where the kernel looks for long runs of free memory.
+#: Bytes written and hashed at once. A GiB took 0.3 s in pieces of 1 MiB and 1.2 to 3.4 s in pieces of 8 MiB (Linux,
+#: ext4), for which the kernel searches long runs of free memory.
 PIECE = 1 << 20
 #: Pieces that the hash may be behind the writing.
 BEHIND = 16
-#: What the format calls each dtype, in the order in which tensors follow each other in a file.
+#: The format's name of each dtype, in the order of tensors in a file.
 DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _PLACES = {dtype: place for place, dtype in enumerate(DTYPES)}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str], *, aligned: bool) -> str:
-    """Write a file and give its sha256, in hex. One tensor at a time is brought to the CPU, if it is not there.
+    """Write a file and return its sha256, in hex. Tensors are copied to the CPU one at a time.
 
-    about    what the file says about itself
+    about    the file's metadata
     aligned  pad the header so that tensors begin at a multiple of ALIGNMENT and can be used as they are mapped
 
-    ValueError for a dtype that the format does not know.
+    ValueError for a dtype that the format does not have.
     """
     names = in_order(tensors, path)
     with path.open("wb") as file, Hasher() as hasher:
@@ -57,12 +57,12 @@ def in_order(tensors: Mapping[str, Tensor], path: Path) -> list[str]:
     """Names in the order of the tensors in a file: by dtype, those of many bytes first, then by name."""
     unknown = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in DTYPES})
     if unknown:
-        raise ValueError(f"{path} cannot hold {', '.join(unknown)}: safetensors knows no such dtype; convert it first")
+        raise ValueError(f"{path} cannot hold {', '.join(unknown)}: safetensors has no such dtype; convert it first")
     return sorted(tensors, key=lambda name: (_PLACES[tensors[name].dtype], name))
 
 
 def header(tensors: Mapping[str, Tensor], names: Sequence[str], about: Mapping[str, str], *, aligned: bool) -> bytes:
-    """All that stands before the first tensor."""
+    """The bytes before the first tensor."""
     entries, end = dict[str, Any](), 0
     for name in names:
         begin, end = end, end + tensors[name].nbytes
@@ -77,8 +77,8 @@ def header(tensors: Mapping[str, Tensor], names: Sequence[str], about: Mapping[s
 
 
 def _json(about: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
-    said = {"__metadata__": dict(sorted(about.items())), **entries}
-    return json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+    contents = {"__metadata__": dict(sorted(about.items())), **entries}
+    return json.dumps(contents, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def pieces(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
@@ -90,19 +90,19 @@ def pieces(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
 
 
 class Hasher:
-    """The sha256 of pieces, made by a thread of its own: hashing leaves Python's lock to whoever writes meanwhile.
+    """Computes the sha256 of pieces in a thread, so that hashing and writing run at the same time.
 
-    At most BEHIND pieces wait for it, so that a copy of a tensor is not kept for long.
+    At most BEHIND pieces wait for it, so that a copy of a tensor is freed soon.
     """
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self.waiting: queue.Queue[memoryview | None] = queue.Queue(BEHIND)
-        # Not an executor's thread: none can be had when the interpreter ends, and a checkpoint is still written then.
+        # Not an executor's thread: none can be started while the interpreter exits, when a checkpoint may be written.
         self.thread = threading.Thread(target=self._hash, name="sha256", daemon=True)
 
     def add(self, piece: memoryview) -> None:
-        """The next piece; it must stay as it is until the hash is made."""
+        """Add a piece, which must not change until the hash is complete."""
         self.waiting.put(piece)
 
     def __enter__(self) -> Hasher:

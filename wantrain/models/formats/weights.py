@@ -1,8 +1,8 @@
 """Weights on disk: tensors read from every kind of file, given strictly to a module, and written as safetensors.
 
-Reading maps files into memory and copies each tensor once, straight to its device and dtype, or leaves it in the map if
-that is what is asked for: loading costs the module's own bytes and little more. safetensors first of all; a pickle
-(.pth, .pt, .bin) is read only through torch's weights-only loader, which runs no code.
+Reading maps files into memory and copies each tensor once, straight to its device and dtype; a tensor that needs no
+copy stays in the map. So loading takes the module's own bytes and little more. Files are safetensors, or pickles (.pth,
+.pt, .bin) read through torch's weights-only loader, which runs no code.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from wantrain.models.facts import is_fp32
 from wantrain.models.formats.names import to_diffusers
 from wantrain.models.formats.tensor_file import ALIGNMENT, PADDING, write_tensors
 from wantrain.util import distributed
@@ -29,13 +30,13 @@ from wantrain.util.files import write_json
 from wantrain.util.progress import report_progress
 
 PICKLES = frozenset((".pth", ".pt", ".bin"))
-#: Largest file of a part: what hubs and file systems like, and what diffusers writes by default.
+#: Largest file of a part: diffusers' default, which hubs and file systems take.
 SHARD_BYTES = 5 << 30
-#: Bytes from which on a tensor is worth a thread.
+#: Tensors of at least so many bytes are filled in threads.
 LARGE = 1 << 20
-#: Tensors that are read at once on a CPU, at most: more memory traffic than that brings nothing.
+#: Tensors that are read at once on a CPU, at most: more threads gain nothing.
 MOST_THREADS = 8
-#: Asks Linux (5.14 or newer) for the pages of a range before they are touched; Python 3.11 has no name for it.
+#: Linux's MADV_POPULATE_WRITE (5.14 or newer), which makes the pages of a range; Python 3.11 has no name for it.
 POPULATE_WRITE = 23
 
 
@@ -103,7 +104,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """A state dict from torch's own format, without running anything that the file holds."""
+    """A state dict from torch's own format, without running code from the file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a truncated zip, a missing file, a foreign class: torch has no classes of its own
@@ -119,7 +120,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a part's first safetensors file says about itself; empty for a pickle, or where nothing is said."""
+    """The metadata of a part's first safetensors file; empty for a pickle, or where there is none."""
     first = tensor_files(path)[0]
     if first.suffix in PICKLES:
         return {}
@@ -149,19 +150,20 @@ def load_strict(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    fp32: tuple[str, ...] = (),
+    fp32: Iterable[str] = (),
 ) -> None:
-    """Give `tensors` to a module that may live on the meta device; every parameter once, none left over.
+    """Give `tensors` to a module that may be on the meta device: every parameter once, none left over.
 
-    `dtype` is what floating tensors become (None keeps them); parameters whose name contains one of `fp32` are
-    float32 whatever `dtype` says. All missing, unexpected and mis-shaped keys are one ValueError; another names
-    tensors that hold NaN or infinity, or nothing but zeros where a trained model has none (a module's `zero_at_start`
-    lists the ends of names that may be zero).
+    `dtype` is what floating tensors become (None keeps them); parameters named in `fp32`, and those that the module
+    declares as float32, are float32 whatever `dtype` says. All missing, unexpected and mis-shaped keys are one
+    ValueError; another names tensors that hold NaN or infinity, or only zeros where a trained model has none (the
+    module's `zero_at_start` lists the ends of names that may be zero).
     """
     _check_keys(module, tensors, where)
     report_progress(f"loading {where}")
-    wanted = {key: torch.float32 if any(part in key for part in fp32) else dtype for key in tensors}
-    # All before any is filled: to make one waits while another thread has the kernel make pages.
+    names_fp32 = set(fp32)
+    wanted = {key: torch.float32 if key in names_fp32 or is_fp32(module, key) else dtype for key in tensors}
+    # All are allocated before any is filled: an allocation waits while another thread has the kernel make pages.
     places = {key: _place_for(tensor, device, wanted[key]) for key, tensor in tensors.items()}
 
     def fill(key: str) -> Tensor:
@@ -172,19 +174,19 @@ def load_strict(
             place.copy_(tensor)
         return place.sum()
 
-    # Several at once: most of the time goes into memory, not into arithmetic. To hand on a small one takes longer.
+    # Large tensors in several threads, since memory is the limit; for a small one the hand-over would take longer.
     workers = min(distributed.cores(), MOST_THREADS) if torch.device(device).type == "cpu" else 1
     large = [key for key, tensor in tensors.items() if tensor.nbytes >= LARGE]
     with ThreadPoolExecutor(workers) as pool:
         filled = pool.map(fill, large)
         sums = {key: fill(key) for key in tensors.keys() - set(large)} | dict(zip(large, filled, strict=True))
     sick, may_be_zero = [], getattr(module, "zero_at_start", ("bias",))
-    # One look at all sums: looking at each would let a GPU wait a thousand times.
+    # All sums in one read: reading each would make the host wait for the GPU a thousand times.
     totals = dict(zip(sums, torch.stack([each.float() for each in sums.values()]).tolist(), strict=True))
     for key, place in places.items():
         total = totals[key]
         if math.isfinite(total) and total != 0:
-            continue  # a NaN or an infinity would show in the sum; only what has none of a healthy kind is looked into
+            continue  # a NaN or an infinity would show in the sum: only tensors with another sum are examined
         low, high = _range(place)
         if not (low > -math.inf and high < math.inf):
             sick.append(f"{key} is NaN or infinite")
@@ -222,11 +224,11 @@ def _some(title: str, rows: list[str]) -> str:
 
 
 def _place_for(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
-    """Where a tensor's values are to lie on `device`, in `dtype` (None: its own) if they are floating.
+    """Memory for a tensor's values on `device`, in `dtype` (None: its own) if they are floating.
 
-    What is wanted as the mapped file has it stays there, and a write to it is private; unless it begins where torch
-    begins no tensor, which would change the last digits of every product: so from another file the same weights would
-    answer differently.
+    A tensor that needs neither another device nor another dtype stays in the mapped file (a write to it is private),
+    unless it is not aligned as torch aligns tensors: that would change the last digits of every product, so that the
+    same weights from another file would give other results.
     """
     if dtype is None or not tensor.is_floating_point():
         dtype = tensor.dtype
@@ -235,12 +237,13 @@ def _place_for(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | 
 
 
 def make_pages(tensor: Tensor) -> None:
-    """Have the kernel make a tensor's pages in one go: a fault for each costs more than what is written there."""
+    """Have the kernel make a tensor's pages in one call: a page fault for each costs more than filling them."""
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    if begin < end:  # an older kernel says no, and makes them one by one; not by mmap, which would hold Python's lock
+    # An older kernel refuses, and makes them one by one. Not by the mmap module, which would hold Python's lock.
+    if begin < end:
         _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), POPULATE_WRITE)
 
 
@@ -265,7 +268,7 @@ def write_part(
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[Path, str]:
     """Write one part into `folder`: config.json, and one safetensors file or, beyond `shard_bytes`, several with an
-    index. `metadata` is what each file says about itself. Gives the sha256 of each file of tensors.
+    index, each with `metadata`. Returns the sha256 of each file of tensors.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +289,7 @@ def write_part(
 def write_file(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None, *, aligned: bool = False
 ) -> str:
-    """Write one safetensors file and give its sha256; `aligned` lets whoever loads it as it is leave it mapped."""
+    """Write one safetensors file and return its sha256; tensors of an `aligned` file can be used as they are mapped."""
     about = {"format": "pt", **{key: str(value) for key, value in (metadata or {}).items() if value is not None}}
     return write_tensors(path, tensors, about, aligned=aligned)
 
@@ -312,7 +315,7 @@ def dtypes(tensors: Iterable[Tensor]) -> str:
 def fingerprint(module: nn.Module) -> str:
     """Sixteen hex digits that change when any parameter's name, shape or value does (values as float32).
 
-    Of a module that says what its encodings depend on (`encoding_state`), only that counts.
+    Of a module with an `encoding_state` (what its encodings depend on) only that counts.
     """
     state: dict[str, Tensor] = getattr(module, "encoding_state", module.state_dict)()
     digest = hashlib.sha256()

@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from wantrain.models.adapters import keep_activation_dtype
+from wantrain.models.facts import block_classes
 from wantrain.runs.checkpoint import Copier
 from wantrain.training.engine.accelerator import SHARDED, autocast, engine_of, share_timeout
-from wantrain.training.engine.optim import fill_quantised, named_trainable, plain_tensors
+from wantrain.training.engine.optim import fill_quantised, make_state, named_trainable, plain_tensors
 from wantrain.util import distributed
 from wantrain.util.libraries import is_dtensor
 from wantrain.util.progress import report_progress
@@ -55,6 +56,8 @@ class Stepper:
         self.copier = Copier()
         if self._zero:
             self._configure_deepspeed()
+        if self.engine == "fsdp2":  # the launch file says that blocks are sharded, the model which those are
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = block_classes(module)
         trained = {name: parameter.numel() for name, parameter in named_trainable(module).items()}
         self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
         share_timeout()
@@ -232,7 +235,9 @@ class Stepper:
         inner = self._inner_state()[flat]
         keys = [key for key, value in inner.items() if isinstance(value, Tensor) and value.shape == flat.shape]
         state = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
-        return {**state, "step": torch.as_tensor(inner["step"], dtype=torch.float32)}
+        if "step" in inner:
+            state["step"] = torch.as_tensor(inner["step"], dtype=torch.float32)
+        return state
 
     def _link_zero_state(self) -> None:
         """ZeRO-1 and 2 find a parameter's state by links, which DeepSpeed makes after the first group's first step,
@@ -264,6 +269,8 @@ class Stepper:
             name, _, part = key.rpartition("/")
             by_name.setdefault(name, {})[part] = tensor
         parameters = named_trainable(self.module)
+        if not by_name and not self._keeps_state():
+            return
         if by_name.keys() != parameters.keys():
             raise ValueError(f"{where} holds the state of other parameters; it belongs to another run")
         if self._zero:
@@ -280,6 +287,16 @@ class Stepper:
             report_progress(f"reading {where}: {name}")
             state[number] = {key: laid_out_like(parameters[name], value) for key, value in by_name[name].items()}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _keeps_state(self) -> bool:
+        """False for an optimizer without state, such as plain SGD: found by an update that moves nothing."""
+        if self._zero:  # steps by itself; of torch's optimizers plain SGD alone keeps nothing
+            inner = self.wrapped.optimizer.optimizer
+            return not (
+                isinstance(inner, torch.optim.SGD) and not any(group["momentum"] for group in inner.param_groups)
+            )
+        make_state(self.optimizer.optimizer, named_trainable(self.module).values())
+        return any(self.optimizer.state.values())
 
     def _fill_zero_state(self, by_name: Mapping[str, Mapping[str, Tensor]]) -> None:
         """DeepSpeed's inner optimizer gets empty state, as its first step would make it; then each part is filled."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from wantrain.models.facts import place_in_blocks
 from wantrain.util import libraries
 
 #: Makes an optimizer over parameter groups.
@@ -171,21 +172,27 @@ def plain_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 def fill_quantised(optimizer: torch.optim.Optimizer, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
     """Give an optimizer with quantised tensors the state that `plain_tensors` gave.
 
-    torch would turn the parts into the parameters' dtype. So the optimizer makes its own state, in a step that moves
-    nothing (no gradient, no rate), and the parts are copied in.
+    torch's load_state_dict would cast the parts to the parameters' dtype. So the optimizer makes its own state, and the
+    parts are copied into it.
     """
+    make_state(optimizer, state)
+    for parameter, saved in state.items():
+        for key, tensor in plain_tensors(optimizer.state[parameter]).items():
+            tensor.copy_(saved[key])
+
+
+@torch.no_grad()
+def make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Have an optimizer make its state, by an update that moves nothing: gradients and learning rates are zero."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * 0
-    for parameter in state:
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    for parameter, saved in state.items():
-        for key, tensor in plain_tensors(optimizer.state[parameter]).items():
-            tensor.copy_(saved[key])
 
 
 def build_optimizer(make: MakeOptimizer, module: nn.Module) -> torch.optim.Optimizer:
@@ -200,7 +207,7 @@ def build_optimizer(make: MakeOptimizer, module: nn.Module) -> torch.optim.Optim
         if parameter.ndim < 2 or parameter.shape[0] == 1:
             tagged["rest"].append(parameter)
         else:
-            tagged["hidden" if "blocks." in name and parameter.ndim == 2 else "matrices"].append(parameter)
+            tagged["hidden" if place_in_blocks(module, name) and parameter.ndim == 2 else "matrices"].append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": trainers, "tag": tag, "hidden": tag == "hidden"} for tag, trainers in tagged.items() if trainers
     ]

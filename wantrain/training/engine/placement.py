@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from wantrain.models.offload import WeightSwapper
+from wantrain.models.offload import ModuleOffloader
 from wantrain.training.engine.accelerator import SHARDED, engine_of
 from wantrain.training.engine.engine import StepOptions, Stepper
 
@@ -21,19 +21,19 @@ WHOLE = {"MuonAdamW": "muon", "Muon": "torch.optim.Muon", "Adafactor": "adafacto
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a run's experts live, and the engine that trains them.
+    """On which device a run's experts are, and the engine that trains them.
 
     engine          single, ddp, zero1, zero2, zero3 or fsdp2
     device          what this process computes on
-    weights_device  where weights are loaded to: the host, for an engine that cuts them up or experts that wait there
-    swapper         keeps the frozen weights of the expert whose turn it is not on the host; None: all stay
+    weights_device  where weights are loaded to: the host, if the engine shards them or the experts are offloaded
+    offloader       keeps the frozen weights of the expert that is not training on the host; None: all stay
     """
 
     accelerator: Accelerator
     engine: str
     device: torch.device
     weights_device: torch.device
-    swapper: WeightSwapper | None
+    offloader: ModuleOffloader | None
 
     @property
     def processes(self) -> int:
@@ -47,7 +47,7 @@ class Placement:
 
     @property
     def card_bytes(self) -> int | None:
-        """Memory of the GPU that holds the whole run; None on a CPU, or where processes share it out."""
+        """Memory of the GPU that holds the whole run; None on a CPU, or where it is sharded over processes."""
         if self.engine not in {"single", "ddp"} or self.device.type != "cuda":
             return None
         return int(torch.cuda.get_device_properties(self.device).total_memory)
@@ -55,21 +55,23 @@ class Placement:
     def stepper(self, module: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions) -> Stepper:
         """An expert's module under the engine."""
         stepper = Stepper(self.accelerator, module, optimizer, options)
-        if self.swapper is not None:
-            self.swapper.add(module)
+        if self.offloader is not None:
+            self.offloader.add(module)
         return stepper
 
 
 def find_placement(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]) -> Placement:
-    """Where the experts of a run live, by their settings. ValueError if the engine cannot train them, or not so."""
+    """The placement of a run's experts, by their settings. ValueError if the engine cannot train them so."""
     engine, device = engine_of(accelerator), accelerator.device
-    on_host = check_engine(engine, experts)
-    weights = torch.device("cpu") if on_host or engine in SHARDED else device
-    return Placement(accelerator, engine, device, weights, WeightSwapper(device) if on_host else None)
+    offloads = check_engine(engine, experts)
+    weights = torch.device("cpu") if offloads or engine in SHARDED else device
+    return Placement(accelerator, engine, device, weights, ModuleOffloader(device) if offloads else None)
 
 
 def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether the experts wait for their turn on the host; ValueError if the engine cannot train them, or not so."""
+    """True if the expert that is not training waits on the host. ValueError if the engine cannot train the experts
+    with these settings.
+    """
     pair = len(experts) > 1
     if pair and engine.startswith("zero"):
         raise ValueError(
@@ -77,7 +79,7 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:
             f"per expert, with: bash launch/pair.sh launch/accelerate/{engine}.yaml data.shards=DIR (what follows is "
             "train.py's); or train both in one job with launch/accelerate/fsdp2.yaml or ddp.yaml"
         )
-    hosted = False
+    offloads = False
     for own in experts.values():
         whole = WHOLE.get(own["optimizer"]["_target_"].rpartition(".")[2])
         if whole is not None and engine not in {"single", "ddp"}:
@@ -90,17 +92,19 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:
                 f"ema={own['ema']} under ZeRO-3: DeepSpeed keeps the weights' parts where no average can follow; use "
                 "launch/accelerate/fsdp2.yaml or zero2.yaml, or ema=null"
             )
-        hosted = pair and own["experts"]["idle"] == "cpu"
-        if hosted and engine == "fsdp2":
-            raise ValueError("experts.idle=cpu: fsdp2 keeps only parts of the weights anywhere; give experts.idle=gpu")
-        if hosted and own["adapter"]["name"] == "none":
+        offloads = pair and own["experts"]["offload"] == "cpu"
+        if offloads and engine == "fsdp2":
             raise ValueError(
-                "experts.idle=cpu keeps frozen weights on the host, but adapter=none trains them; give "
-                "experts.idle=gpu, or adapter=lora"
+                "experts.offload=cpu: fsdp2 shards the weights over the processes instead; give experts.offload=none"
             )
-    return hosted
+        if offloads and own["adapter"]["name"] == "none":
+            raise ValueError(
+                "experts.offload=cpu keeps frozen weights on the host, but adapter=none trains them; give "
+                "experts.offload=none, or adapter=lora"
+            )
+    return offloads
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the GPU's name, or the processor's kind."""
+    """The GPU's name, or the type of processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"

@@ -44,7 +44,7 @@ class Forecast:
         modules = {name: outline(expert.network, expert.settings, dtype) for name, expert in experts.items()}
         optimizers = {name: expert.optimizer for name, expert in experts.items()}
         averaged = {name for name, expert in experts.items() if expert.settings["ema"]}
-        kept = memory.standing(modules, optimizers, averaged=averaged, idle=settings["experts"]["idle"])
+        kept = memory.standing(modules, optimizers, averaged=averaged, offload=settings["experts"]["offload"])
         return cls(settings, experts, alternation, batching, modules, kept)
 
     @property

@@ -54,12 +54,12 @@ def standing(
     optimizers: Mapping[str, MakeOptimizer],
     *,
     averaged: Container[str] = (),
-    idle: str = "gpu",
+    offload: str = "none",
 ) -> Standing:
     """What these experts keep, each under its own optimizer. Their parameters need no values; None counts nothing.
 
-    `averaged` are those with an average of their weights, in float32. `idle` is where the frozen weights of an expert
-    wait for its turn: with "cpu" those of one are on the device.
+    `averaged` are those with an average of their weights, in float32. With `offload="cpu"` the frozen weights of only
+    one expert are on the device.
     """
     frozen, gradients, state, average = [0], 0, 0, 0
     for name, module in modules.items():
@@ -70,13 +70,23 @@ def standing(
             gradients += own
             average += 4 * sum(parameter.numel() for parameter in trained) * (name in averaged)
             state += round(sum(parameter.numel() for parameter in trained) * state_bytes(optimizers[name]))
-    return Standing(gradients + (max(frozen) if idle == "cpu" else sum(frozen)), gradients, state, average)
+    return Standing(gradients + (max(frozen) if offload == "cpu" else sum(frozen)), gradients, state, average)
+
+
+class OneMatrix(nn.Module):
+    """A network of one block that holds one matrix."""
+
+    repeated_blocks = ("blocks",)
+
+    def __init__(self, matrix: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleList([matrix])])
 
 
 def state_bytes(make: MakeOptimizer) -> float:
     """Bytes that an optimizer keeps for each element of a large matrix: it takes a step on one and is looked at."""
     matrix = nn.Linear(SIDE, SIDE, bias=False)
-    optimizer = build_optimizer(make, nn.ModuleDict({"blocks": nn.ModuleList([matrix])}))
+    optimizer = build_optimizer(make, OneMatrix(matrix))
     matrix.weight.grad = torch.zeros_like(matrix.weight)
     with torch.compiler.set_stance("force_eager"):  # torchao's optimizers compile their step, which takes long
         optimizer.step()

@@ -14,6 +14,7 @@ from torch import Tensor
 from wantrain import geometry
 from wantrain.data import TrainingData
 from wantrain.models import Base
+from wantrain.models.offload import OffloadPolicy
 from wantrain.sampling import ExpertOffloader, Sampler, Settings, read_prompts
 from wantrain.sampling.build import build_sampler, encode_texts
 from wantrain.sampling.generate import Velocity
@@ -99,7 +100,7 @@ def preview_sampler(
 ) -> Callable[[], AbstractContextManager[Sampler]]:
     """What opens a sampler over the experts in training, with the other one from the base where only one is.
 
-    The other one waits as `sample.idle` says (see ExpertOffloader) and is off the device between previews. Where the
+    The other one waits as `sample.offload` says (see ExpertOffloader) and is off the device between previews. Where the
     base has none, the one in training answers for every noise level; that is said once.
     """
     settings, base, device = setup.settings, setup.base, setup.placement.device
@@ -113,8 +114,7 @@ def preview_sampler(
         others,
         lambda name, where: base.transformer(name, expand_inputs=expand, device=where, dtype=setup.dtype),
         device,
-        idle=sample["idle"],
-        offload=sample["offload"],
+        OffloadPolicy(**sample["offload"]),
     )
     models = ChainMap(own, cast(dict[str, Velocity], offloader))
 
@@ -124,6 +124,6 @@ def preview_sampler(
             facts = {"boundary": model["boundary"], "way": model["told_by"]}
             yield build_sampler(models, base=base, device=device, dtype=setup.dtype, **facts)
         finally:
-            offloader.leave()
+            offloader.offload()
 
     return open_sampler

@@ -21,6 +21,7 @@ from wantrain.sampling.generate import Velocity
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.engine.main_process import on_main
 from wantrain.training.monitoring.trackers import PreviewClip, Tracker
+from wantrain.training.protocols import due
 from wantrain.util.console import say
 from wantrain.util.files import write_atomically
 from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
@@ -62,8 +63,8 @@ class Preview:
     texts: dict[str, Tensor]  # embeddings of all requests, by text, on the processes that sample
 
     def due(self, step: int) -> bool:
-        """True at every `every`-th step and the last one."""
-        return step % self.every == 0 or step == self.steps
+        """True at the steps of `every` and at the last one."""
+        return due(step, every=self.every, last=self.steps)
 
     def __call__(self, step: int) -> Mapping[str, Any]:
         clips = self._sample() if any(stepper.sharded for stepper in self.steppers) else None

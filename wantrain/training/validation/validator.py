@@ -19,6 +19,7 @@ from wantrain.losses import ClipValidation
 from wantrain.models import adapters
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
+from wantrain.training.protocols import due
 from wantrain.training.validation.bootstrap import FEWEST_FILES, Change, change, contrast
 from wantrain.training.validation.history import EvalHistory, EvalRecord, fingerprint
 from wantrain.training.validation.measure import Clips, Evaluator, over_ranks
@@ -49,8 +50,8 @@ class Validator:
     early_stopping: EarlyStopping | None = None
 
     def due(self, step: int) -> bool:
-        """True at every `every`-th step and the last one, if there are clips."""
-        return step % self.every == 0 or step == self.steps
+        """True at the steps of `every` and at the last one."""
+        return due(step, every=self.every, last=self.steps)
 
     def __call__(self, step: int) -> dict[str, Any]:
         if self.linear is None:
@@ -260,7 +261,7 @@ class ClipValidator:
 
     def due(self, step: int) -> bool:
         """True at every `every`-th step and the last one, if there are clips."""
-        return bool(self.clips) and (step % self.every == 0 or step == self.steps)
+        return bool(self.clips) and due(step, every=self.every, last=self.steps)
 
     def __call__(self, step: int) -> dict[str, Any]:
         with torch.no_grad(), self.stepper.forward_context():
