@@ -45,7 +45,7 @@ class TextEncoder(nn.Module):
     model      transformers' UMT5EncoderModel in float32 or bfloat16
     tokenizer  ends each text with `</s>`
 
-    A prompt of more than `text_length` tokens is truncated, its last token then `</s>`, as in Wan's code, with a message.
+    A prompt of more than `text_length` tokens is truncated and ends with `</s>`, as in Wan's code, with a message.
     ValueError for a model in float16 and for a tokenizer that does not fit.
     """
 

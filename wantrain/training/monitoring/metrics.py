@@ -35,7 +35,7 @@ class Metrics:
         self.refused = False
         self.tracker: Tracker = NoTracker()
         self.pending: list[dict[str, Any]] = []
-        self.lap = time.perf_counter()
+        self.last_step = time.perf_counter()
 
     def __enter__(self) -> Metrics:
         return self
@@ -56,8 +56,8 @@ class Metrics:
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Remember one step's values; tensors stay where they are until `flush`."""
         now = time.perf_counter()
-        self.pending.append({"step": step, **values, "seconds": now - self.lap, **self.noted})
-        self.lap, self.noted = now, {}
+        self.pending.append({"step": step, **values, "seconds": now - self.last_step, **self.noted})
+        self.last_step, self.noted = now, {}
 
     def note(self, key: str, value: float) -> None:
         """Something that happened between two steps, for the object of the next one."""
@@ -69,7 +69,7 @@ class Metrics:
             if not self.pending or self.pending[-1]["step"] != step:
                 self.pending.append({"step": step})
             self.pending[-1].update(values)
-        self.lap = time.perf_counter()  # the next step does not pay for validation and previews
+        self.last_step = time.perf_counter()  # the next step does not pay for validation and previews
 
     def flush(self, *, speak: bool = True) -> None:
         """Write what is pending, sync it, and say one line."""
