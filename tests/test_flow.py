@@ -149,11 +149,12 @@ def test_shift_is_inverted_and_composes_by_multiplication():
     torch.testing.assert_close(twice, flow.shift_sigma(u, 12.0), atol=1e-12, rtol=0)
 
 
-def test_path_velocity_and_data_prediction_agree():
+def test_path_and_velocity():
+    """One step along the velocity, x - sigma * v, leads from any point of the path to the data."""
     x0, noise = torch.randn(2, 2, 4, 3, 5, 5, dtype=torch.float64).unbind()
     for sigma in (torch.tensor([0.0, 1.0]), torch.tensor([0.3, 0.9]), torch.rand(2, 3)):
         point = flow.path(x0, noise, sigma)
-        torch.testing.assert_close(flow.data_prediction(point, flow.velocity(x0, noise), sigma), x0)
+        torch.testing.assert_close(point - flow.over_frames(sigma, x0) * flow.velocity(x0, noise), x0)
     assert torch.equal(flow.path(x0, noise, torch.tensor([0.0, 1.0]))[0], x0[0])
     assert torch.equal(flow.path(x0, noise, torch.tensor([0.0, 1.0]))[1], noise[1])
 

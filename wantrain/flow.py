@@ -323,11 +323,6 @@ def velocity(x0_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
     return noise_BCTHW - x0_BCTHW
 
 
-def data_prediction(x_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma: Tensor) -> Tensor:
-    """The clean sample that a velocity implies: x - sigma*v."""
-    return x_BCTHW - over_frames(sigma, x_BCTHW) * velocity_BCTHW
-
-
 def sampling_sigmas(num_steps: int, shift: float, *, start: float = SECOND_NOISIEST) -> Tensor:
     """Wan2.2's own inference schedule: `num_steps` shifted sigmas from `start` down, then 0 (float64).
 

@@ -30,7 +30,7 @@ def test_min_snr_weighs_the_datas_error_by_the_clipped_ratio(gamma):
     sigma = SIGMA[1:]
     x0, noise, wrong = torch.randn(3, len(sigma), 1, 1, 1, 1, dtype=torch.float64)
     point, right = flow.path(x0, noise, sigma), flow.velocity(x0, noise)
-    data_error = (flow.data_prediction(point, right + wrong, sigma) - x0).square().flatten()
+    data_error = (point - flow.over_frames(sigma, point) * (right + wrong) - x0).square().flatten()
     ratio = ((1 - sigma) / sigma) ** 2
     expected = ratio.clamp(max=gamma) * data_error
     assert torch.allclose(MinSNR(gamma)(sigma) * wrong.square().flatten(), expected)

@@ -6,7 +6,7 @@ from diffusers import WanTransformer3DModel
 
 from wantrain.models import WanTransformer, load_transformer
 from wantrain.models.formats.weights import renamed_to_diffusers, write_part
-from wantrain.models.transformer import rope_angles, sinusoid
+from wantrain.models.positions import rope_angles, sinusoid
 
 SHAPE = {
     "num_attention_heads": 2,

@@ -26,7 +26,7 @@ from wantrain.sampling.prompts import Job
 from wantrain.util import distributed
 from wantrain.util.console import say
 from wantrain.util.files import write_atomically, write_json
-from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
+from wantrain.video import Frames, contact_sheet, flicker, motion, read_mp4, write_mp4
 
 INDEX = "index.html"
 SHEET = "contact_sheet.png"
@@ -174,11 +174,6 @@ def in_words(about: Mapping[str, Any]) -> str:
         f"motion {about['motion']:.2f}, flicker {about['flicker']:.2f}; {about['weights']}; {about['size']}, "
         f"{settings['steps']} steps of {settings['solver']}, shift {settings['shift']:g}, guidance {guidance}"
     )
-
-
-def strip_picture(frames: Frames) -> page.Html:
-    """A filmstrip for a page."""
-    return page.picture(jpeg(filmstrip(frames, cell=96)))
 
 
 def _show_step(bar: tqdm, step: int, expert: str) -> None:
