@@ -35,9 +35,9 @@ def test_tensors_are_those_of_the_library_and_lie_in_the_bytes():
     assert all(0 <= each.data_ptr() - start < len(content) for each in mine.values() if each.numel())
 
 
-def changed(**told):
+def changed(**changes):
     """One tensor of 4 float32, whose header says something else."""
-    header = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16], **told}
+    header = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16], **changes}
     encoded = json.dumps({"latents": header}).encode()
     return struct.pack("<Q", len(encoded)) + encoded + bytes(16)
 

@@ -41,8 +41,16 @@ def test_files_and_marks(footage):
     clips = [f"clip-{i:04d}.{suffix}" for i in range(5) for suffix in ("mp4", "txt")]
     images = [f"image-{i:04d}.{suffix}" for i in range(2) for suffix in ("png", "txt")]
     assert names == sorted([*clips, *images, "demo.json", "scenes.jsonl"])
-    mark = json.loads((footage / "demo.json").read_text())
-    assert mark == {"schema": 2, "scenes": "plain", "num_videos": 5, "num_images": 2, "seed": 0, "size": 64, "files": 7}
+    sentinel = json.loads((footage / "demo.json").read_text())
+    assert sentinel == {
+        "schema": 2,
+        "scenes": "plain",
+        "num_videos": 5,
+        "num_images": 2,
+        "seed": 0,
+        "size": 64,
+        "files": 7,
+    }
 
 
 def test_the_truth_is_told_beside_every_file(footage):

@@ -28,8 +28,8 @@ def test_held_out_footage_is_read_rightly(scenes, count, tmp_path):
     truths = [json.loads(line) for line in (tmp_path / "footage" / "scenes.jsonl").read_text("utf-8").splitlines()]
     shown = [Scene(**{**truth["scene"], "start": tuple(truth["scene"]["start"])}) for truth in truths]
     clips = [iio.imread(tmp_path / "footage" / truth["file"], plugin="FFMPEG") for truth in truths]
-    told = scores([judge(clip) for clip in clips], shown)
-    assert told["all"] >= 0.98, told
+    shares = scores([judge(clip) for clip in clips], shown)
+    assert shares["all"] >= 0.98, shares
 
 
 @pytest.mark.parametrize("background", PLAIN.backgrounds)
@@ -91,6 +91,6 @@ def test_what_a_model_is_asked_for_was_never_shown_and_is_balanced():
 def test_scores_are_shares():
     scene = Scene("cross", "red", "dark", "up", 0.5, 0.2, (0.5, 0.6))
     right = judge(drawn(scene))
-    told = scores([right, replace(right, colour="blue"), replace(right, shape="ring", direction="down")], [scene] * 3)
-    assert told == pytest.approx({"colour": 2 / 3, "shape": 2 / 3, "direction": 2 / 3, "all": 1 / 3})
+    shares = scores([right, replace(right, colour="blue"), replace(right, shape="ring", direction="down")], [scene] * 3)
+    assert shares == pytest.approx({"colour": 2 / 3, "shape": 2 / 3, "direction": 2 / 3, "all": 1 / 3})
     assert set(SHAPES) >= {"wug", *PLAIN.shapes}

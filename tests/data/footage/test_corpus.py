@@ -185,7 +185,7 @@ def rejects_of(folder):
     return {row["name"]: row["reason"] for row in rows}
 
 
-def test_every_file_ends_as_right_frames_or_with_its_reason(corpus, tmp_path):
+def test_exact_frames_or_reason(corpus, tmp_path):
     folder, reasons = corpus
     manifest = shard_all(folder, tmp_path / "out")
     rejects = rejects_of(tmp_path / "out")
@@ -210,25 +210,25 @@ def test_every_file_ends_as_right_frames_or_with_its_reason(corpus, tmp_path):
     assert manifest["files_seen"] == len(samples) + len(rejects)
 
 
-def test_from_every_mark_a_file_reads_on_as_from_its_start(corpus, monkeypatch):
+def test_every_seek_point_exact(corpus, monkeypatch):
     """Marks are tried at every third frame here; where no seek is right there are none."""
     monkeypatch.setattr(reader, "APART", 3)
     monkeypatch.setattr(reader, "NEAR", 1)
     folder, _ = corpus
-    marked = {}
+    seekable = {}
     for name in (*GOOD, *COPIES, "claims_8k.mp4"):
         found = probe(folder / name)
         whole = list(read_whole(folder / name, found))
         tried = Reader(folder / name, len(whole)).tried_seek_points(np.stack([thumbnail(frame) for frame in whole]))
-        marked[name] = [seek_point for seek_point in tried if seek_point is not None]
-        for seek_point in marked[name]:
+        seekable[name] = [seek_point for seek_point in tried if seek_point is not None]
+        for seek_point in seekable[name]:
             onwards = Reader(folder / name, len(whole), [seek_point])
             for number in range(seek_point.number, len(whole)):
                 np.testing.assert_array_equal(onwards.frame(number), whole[number], err_msg=f"{name} {seek_point}")
             assert onwards.seek_points == [seek_point], f"{name}: {seek_point} was not found again"
-    assert marked["cut.mp4"] == marked["cut_hevc.mp4"] == []
+    assert seekable["cut.mp4"] == seekable["cut_hevc.mp4"] == []
     for name in ("h264.mp4", "h264_10.mkv", "prores.mov", "ntsc.mp4", "variable.mp4", "rotated.mp4", "fragmented.mp4"):
-        assert marked[name], f"{name} has no seek_points: it would be read from its start each time"
+        assert seekable[name], f"{name} has no seek_points: it would be read from its start each time"
 
 
 def test_too_many_of_them_stop_the_work(corpus, tmp_path):

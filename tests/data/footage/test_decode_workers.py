@@ -139,9 +139,9 @@ def test_time_that_nobody_takes_clips_does_not_count():
 def test_a_decoder_that_crashes_is_tried_again_once(tmp_path):
     def crash(request):
         for frames in read(request):
-            mark = tmp_path / str(request["name"])
-            if request["name"] == "always" or (request["name"] == "once" and not mark.exists()):
-                mark.touch()
+            started = tmp_path / str(request["name"])
+            if request["name"] == "always" or (request["name"] == "once" and not started.exists()):
+                started.touch()
                 faulthandler.disable()  # pytest's: this death is meant
                 os.abort()
             yield frames

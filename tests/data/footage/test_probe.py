@@ -90,7 +90,7 @@ def videos(tmp_path_factory):
     ["plain.mp4", "eight.mp4", "thirty.mp4", "open_gop.mp4", "hevc.mp4", "vp9.webm", "moving.gif", "cut_plain.mp4",
      "cut_open_gop.mp4", "cut_hevc.mp4", "cut_both_ends.mov", "late.mkv", "variable.mp4", "gap.mp4"],
 )  # fmt: skip
-def test_a_clip_is_what_a_player_shows(videos, name, num_frames):
+def test_clip_matches_pyav(videos, name, num_frames):
     path = videos / name
     times, frames = displayed(path)
     found = probe(path)
@@ -110,7 +110,7 @@ def test_a_clip_is_what_a_player_shows(videos, name, num_frames):
     ["plain.mp4", "open_gop.mp4", "hevc.mp4", "vp9.webm", "moving.gif", "cut_plain.mp4", "cut_open_gop.mp4",
      "cut_hevc.mp4", "late.mkv", "variable.mp4"],
 )  # fmt: skip
-def test_a_clip_from_anywhere_shows_the_frames_of_the_whole(videos, name):
+def test_clip_matches_whole_file(videos, name):
     """What lies before a clip is skipped where that is right, also across keyframes and between two clips."""
     path = videos / name
     found = probe(path)
@@ -148,7 +148,7 @@ def long(tmp_path_factory):
     return path, frames, seek_points
 
 
-def test_what_lies_before_a_mark_is_not_read(long, monkeypatch):
+def test_seek_point_skips_decoding(long, monkeypatch):
     path, frames, seek_points = long
     asked, skipped, real = seeks(monkeypatch), [], decord.VideoReader.skip_frames
     monkeypatch.setattr(decord.VideoReader, "skip_frames", lambda self, n: (skipped.append(n), real(self, n))[1])
@@ -172,7 +172,7 @@ def test_what_lies_before_a_mark_is_not_read(long, monkeypatch):
     ],
     ids=str,
 )
-def test_where_a_seek_is_wrong_the_file_is_read_forwards(long, monkeypatch, lie):
+def test_wrong_seek_reads_forwards(long, monkeypatch, lie):
     path, frames, seek_points = long
     asked, found = seeks(monkeypatch, **lie), probe(path)
     windows = [Window(float(found.times[first]), 5, native=True) for first in (3, 70, 100)]
@@ -183,7 +183,7 @@ def test_where_a_seek_is_wrong_the_file_is_read_forwards(long, monkeypatch, lie)
     assert list(Reader(path, 120).tried_seek_points(thumbnails)) == [None]
 
 
-def test_a_mark_of_another_file_changes_nothing(long):
+def test_foreign_seek_points(long):
     path, frames, _ = long
     for seek_point in (
         SeekPoint(60, "0" * 16),
@@ -195,7 +195,7 @@ def test_a_mark_of_another_file_changes_nothing(long):
         np.testing.assert_array_equal(reader.frame(119), frames[119])
 
 
-def test_a_frame_that_looks_like_another_is_no_mark(tmp_path):
+def test_ambiguous_frame_is_no_seek_point(tmp_path):
     """Of a picture that stands still nobody could say which of its frames a seek has found."""
     frames = np.repeat(numbered(1), 120, axis=0)
     encode(tmp_path / "still.mp4", frames, 24, "-pix_fmt", "yuv420p", "-g", "20", "-crf", "30")
@@ -204,7 +204,7 @@ def test_a_frame_that_looks_like_another_is_no_mark(tmp_path):
     assert list(Reader(tmp_path / "still.mp4", 120).tried_seek_points(alike)) == []
 
 
-def test_frames_at_a_constant_rate_are_those_of_arithmetic(videos):
+def test_constant_rate(videos):
     for name, fps in [("plain.mp4", 24), ("eight.mp4", 8), ("thirty.mp4", 30)]:
         found = probe(videos / name)
         windows = cut_windows(found, ClipOptions(9, 16))
@@ -279,7 +279,7 @@ def write_damaged(videos, path):
         ("text.jpg", "cannot be read as an image"),
     ],
 )
-def test_damaged_files_are_refused_with_a_reason(videos, tmp_path, name, reason):
+def test_damaged_files(videos, tmp_path, name, reason):
     path = tmp_path / name
     write_damaged(videos, path)
     with pytest.raises(ValueError, match=reason) as caught:
@@ -296,7 +296,7 @@ def probed(times, end):
 @pytest.mark.parametrize("num_frames", [1, 5, 17, 81])
 @pytest.mark.parametrize("fps", [8, 16, 24])
 @pytest.mark.parametrize(("rate", "count"), [(24, 6), (24, 24), (30, 77), (12, 300), (23.976, 171), (16, 17), (16, 81)])
-def test_windows_fill_the_file_and_never_more(rate, count, fps, num_frames):
+def test_windows_fill_the_file(rate, count, fps, num_frames):
     found = probed(np.arange(count) / rate, count / rate)
     held = len([k for k in range(10000) if k / fps < found.end - EPSILON])  # frames that the file's time holds
     if held < min(5, num_frames):
@@ -329,8 +329,8 @@ def test_a_video_of_one_frame_is_an_image(tmp_path):
     assert clip.shape == (1, 48, 112, 3)
 
 
-def test_a_long_file_is_read_in_several_sittings(videos, monkeypatch):
-    """Memory is bounded by the sitting; what is read does not depend on it."""
+def test_several_read_passes(videos, monkeypatch):
+    """The read pass bounds memory; the frames do not depend on it."""
     for name in ("cut_hevc.mp4", "eight.mp4"):
         found = probe(videos / name)
         windows = cut_windows(found, ClipOptions(5, 16))
@@ -342,7 +342,7 @@ def test_a_long_file_is_read_in_several_sittings(videos, monkeypatch):
         monkeypatch.undo()
 
 
-def test_no_reader_is_open_while_a_clip_is_used(videos, monkeypatch):
+def test_no_open_reader(videos, monkeypatch):
     """decord decodes ahead without limit while nobody reads: gigabytes behind the back of a slow encoder."""
     opened = []
     real = decord.VideoReader
@@ -359,7 +359,7 @@ def test_no_reader_is_open_while_a_clip_is_used(videos, monkeypatch):
     assert len(opened) == 2
 
 
-def test_the_frame_on_screen_is_the_last_that_has_begun():
+def test_frames_on_screen():
     found = probed([0.0, 0.1, 0.5, 0.6], 1.0)
     shown = frames_on_screen(found, Window(0.0, 9), 10)
     assert shown.tolist() == [0, 1, 1, 1, 1, 2, 3, 3, 3]

@@ -1,4 +1,4 @@
-"""Cutting: every file, clip and second has its place in the stats; what stands still or looks alike is found."""
+"""Sharding: every file, clip and second is counted; static clips and near-duplicates are found."""
 
 import json
 import shutil
@@ -176,7 +176,7 @@ def test_a_group_is_all_that_look_alike_also_through_others():
 
 
 def test_clips_of_different_things_are_not_alike(tmp_path):
-    """Two hundred wandering views of pictures of blots: none stands still, none looks like another."""
+    """Two hundred wandering views of pictures of blots: none is static, none is a near-duplicate."""
     generator = np.random.default_rng(0)
     thumbnails = [np.stack([thumbnail(frame) for frame in moving(1, seed=seed, rate=5)]) for seed in range(200)]
     seen = SeenClips()

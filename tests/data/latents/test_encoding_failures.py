@@ -57,7 +57,7 @@ def test_undecodable_clip_rejected(damaged, videos, tmp_path):
 
 
 def test_seek_points_change_nothing(tmp_path, monkeypatch):
-    """A scene that begins is a keyframe: clips after it are read from there, and are what they are without marks."""
+    """A scene that begins is a keyframe: clips after it are read from there, and are the same without seek points."""
     scenes = [draw_shot(number, seed=5, size=64).scene for number in (0, 1)]
     frames = np.concatenate([scene.frames(64, 64, fps=16, num_frames=60) for scene in scenes])
     (tmp_path / "footage").mkdir()

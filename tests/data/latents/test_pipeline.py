@@ -20,7 +20,7 @@ def threads():
 
 
 class Stages:
-    """Four stages that pass numbers on and remember what each did, in the order of time; each may be told to wait."""
+    """Four stages that pass numbers on and remember what each did, in the order of time; each can be made to wait."""
 
     def __init__(self, count=COUNT):
         self.count, self.did, self.waits = count, [], {}

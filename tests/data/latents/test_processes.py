@@ -201,7 +201,7 @@ def test_clocks_that_differ_change_nothing(two, monkeypatch):
     first = two(0, "begun")
     waiting = threading.Thread(target=first.wait)
     waiting.start()
-    for turn in range(6):  # longer in all than anybody's patience
+    for turn in range(6):  # longer in all than any timeout
         time.sleep(0.1)
         monkeypatch.setattr(time, "time", lambda turn=turn: 1e9 - 86400 * turn)
         two(1, f"encoding {turn}")

@@ -58,8 +58,8 @@ def test_every_sample_of_a_bucket_comes_once_before_any_comes_again(sizes, batch
     for bucket, size in zip(sorted(set(buckets)), sizes, strict=True):
         stream = used[buckets[used] == bucket]
         assert len(stream) == 9 * size // batch_size * batch_size
-        for lap in range(len(stream) // size):
-            assert sorted(stream[lap * size : (lap + 1) * size]) == np.flatnonzero(buckets == bucket).tolist()
+        for cycle in range(len(stream) // size):
+            assert sorted(stream[cycle * size : (cycle + 1) * size]) == np.flatnonzero(buckets == bucket).tolist()
 
 
 @pytest.mark.parametrize(("sizes", "batch_size"), CASES)
@@ -145,18 +145,18 @@ def test_large_buckets_are_shuffled_by_arithmetic_as_well_as_by_a_table(size):
             BatchSampler(np.zeros(size, dtype=np.int32), batch_size=50, seed=seed), range(2 * size // 50 + 1)
         )
 
-    laps = stream(4)[: 2 * size].reshape(2, size)
-    for lap in laps:
-        assert sorted(lap.tolist()) == list(range(size))
-        assert abs(np.corrcoef(lap, np.arange(size))[0, 1]) < 4 / size**0.5
-        assert abs(np.corrcoef(lap[1:], lap[:-1])[0, 1]) < 4 / size**0.5
+    cycles = stream(4)[: 2 * size].reshape(2, size)
+    for cycle in cycles:
+        assert sorted(cycle.tolist()) == list(range(size))
+        assert abs(np.corrcoef(cycle, np.arange(size))[0, 1]) < 4 / size**0.5
+        assert abs(np.corrcoef(cycle[1:], cycle[:-1])[0, 1]) < 4 / size**0.5
         # Of a random permutation's points, one stays in its place on average.
-        assert (lap == np.arange(size)).sum() < 8
+        assert (cycle == np.arange(size)).sum() < 8
         # Places of 16 equal pieces of the range in 16 equal pieces of the order: chi-squared, 225 degrees of freedom.
-        table = np.histogram2d(lap, np.arange(size), bins=16)[0]
+        table = np.histogram2d(cycle, np.arange(size), bins=16)[0]
         assert ((table - size / 256) ** 2 / (size / 256)).sum() < 225 + 4 * (2 * 225) ** 0.5
-    assert (laps[0] == laps[1]).sum() < 8
-    assert (laps[0] == stream(5)[:size]).sum() < 8
+    assert (cycles[0] == cycles[1]).sum() < 8
+    assert (cycles[0] == stream(5)[:size]).sum() < 8
 
 
 def test_epochs_of_many_batches_are_still_epochs():
@@ -252,8 +252,8 @@ def test_sets_have_their_shares_and_pass_through_their_samples(batch_size):
             stream = used[(sets[used] == own) & (buckets[used] == bucket)]
             part = len(stream) / (sets[used] == own).sum()
             assert part == pytest.approx(len(members) / (sets == own).sum(), rel=0.05)
-            for lap in range(len(stream) // len(members)):
-                assert sorted(stream[lap * len(members) : (lap + 1) * len(members)]) == members.tolist()
+            for cycle in range(len(stream) // len(members)):
+                assert sorted(stream[cycle * len(members) : (cycle + 1) * len(members)]) == members.tolist()
     if batch_size > 1:
         # Sets are mixed within batches where they share a bucket.
         both = [len(set(sets[plan.batch(step)])) > 1 for step in range(50)]
