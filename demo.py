@@ -33,7 +33,7 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parent
 DATA, RUN = Path("data"), Path("runs/demo")
 #: Arguments of shard.py and encode.py for data sets of other models than the shipped one.
-ARGUMENTS = {"wan_tiny_i2v": ("model=tiny_i2v", "condition={image: 1, boxes: 1}")}
+ARGUMENTS = {"wan_tiny_i2v": ("model=tiny_i2v", "mask_types={image: 1, boxes: 1}")}
 EXPERTS = ("high_noise", "low_noise")
 STEPS = 500
 WUGS, OTHERS = wug_scenes(20), spared_scenes(40)
@@ -55,10 +55,10 @@ def make_data(name: str) -> None:
     folder = DATA / name
     for scenes, amount in SETS[name].items():
         make_footage(folder / "footage" / scenes, scenes=scenes, **amount)
-    model, *condition = ARGUMENTS.get(name, ("model=tiny",))
+    model, *mask_types = ARGUMENTS.get(name, ("model=tiny",))
     command("shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}", model)
     if name != "vae":
-        command("encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", model, *condition)
+        command("encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", model, *mask_types)
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def main(cfg: DictConfig) -> None:
         Path(cfg.out),
         encoders,
         sizes=config.buckets(cfg, strides["temporal_stride"]),
-        conditions=config.conditions(cfg, **strides),
+        inputs=config.conditioning_inputs(cfg, **strides),
         options=_options(cfg),
     )
     prints.write()

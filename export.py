@@ -64,7 +64,7 @@ def main(cfg: DictConfig) -> None:
             add_loras({name: module}, loras.only(name), model=model["name"])
             yield name, module
 
-    more = {"shift": model["shift"], "guidance": model["guidance"], "told_by": model.get("told_by")}
+    more = {"shift": model["shift"], "guidance": model["guidance"], "conditioning": model.get("conditioning", "none")}
     about = About(**facts, **more, steps=model["sampling_steps"], origin=origin)
     size = int(cfg.shard_gb * 2**30)
     write_pipeline(out, experts(), base=found.base, about=about, layout=cfg.layout, dtype=dtype, shard_bytes=size)

@@ -16,7 +16,7 @@ from wantrain.models.vae import vae_keywords
 from wantrain.runs.experts import Found, Loras, check_loras, find_compared, find_experts
 from wantrain.sampling import Settings, memory
 from wantrain.sampling.build import build_sampler, encode_texts, load_experts
-from wantrain.sampling.conditioning import Known, read_known, sources_from
+from wantrain.sampling.conditioning import ConditioningPixels, files_from, read_pixels
 from wantrain.sampling.gallery import Gallery, fill, mine, write_comparison, write_index
 from wantrain.sampling.prompts import Job, list_jobs, read_prompts
 from wantrain.util import devices, distributed
@@ -34,13 +34,13 @@ def main(cfg: DictConfig) -> None:
         raise ValueError('give prompt="..." or prompts=FILE (one prompt per line)')
     prompts = [cfg.prompt] if cfg.prompts is None else read_prompts(cfg.prompts)
     distributed.set_threads()
-    jobs, known = list_jobs(prompts, seed=cfg.seed, count=cfg.count), what_is_known(cfg)
+    jobs, pixels = list_jobs(prompts, seed=cfg.seed, count=cfg.count), known_pixels(cfg)
     if cfg.compare is None:
-        sample(cfg, find(cfg, cfg.run), Path(cfg.out or "samples"), jobs, known)
+        sample(cfg, find(cfg, cfg.run), Path(cfg.out or "samples"), jobs, pixels)
         return
     out = Path(cfg.out or "compare")
     found = find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
-    galleries = {name: sample(cfg, each, out / name, jobs, known) for name, each in found.items()}
+    galleries = {name: sample(cfg, each, out / name, jobs, pixels) for name, each in found.items()}
     write_comparison(out / "index.html", galleries, jobs)
 
 
@@ -52,7 +52,7 @@ def find(cfg: DictConfig, run: str | None, base: Base | None = None) -> Found:
     return find_experts(list(cfg.model.experts), **facts, run=run, runs=cfg.runs, base=base)
 
 
-def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], known: Known | None) -> Gallery:
+def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], pixels: ConditioningPixels | None) -> Gallery:
     """Make what is missing of this process's share of `jobs`, and the page; nothing is loaded if nothing is missing."""
     loras = Loras.of(config.plain(cfg.lora))
     check_loras(loras.files, found.names)
@@ -60,32 +60,37 @@ def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], known: Kno
     negative = cfg.model.negative_prompt if cfg.negative_prompt is None else cfg.negative_prompt
     settings = Settings({name: cfg.guidance[name] for name in found.names}, cfg.shift, cfg.steps, cfg.solver, negative)
     more = {"precision": cfg.precision, "tile": cfg.tile, "lora": [loras.scale, loras.alpha] if loras.files else None}
-    more |= {} if known is None else {"known": known.identity}
+    more |= {} if pixels is None else {"known": pixels.identity}  # the word is part of the samples' hashes
     identity = found.identity(loras.files.values())
-    gallery = Gallery(out, settings, bucket(cfg, known), cfg.model.fps, identity, found.label(), more)
+    gallery = Gallery(out, settings, bucket(cfg, pixels), cfg.model.fps, identity, found.label(), more)
     say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
     if missing := gallery.missing(mine(jobs)):
         prompts = [*(job.prompt for job in missing), negative]
         texts = encode_texts(found.base, prompts, device=device, dtype=dtype)  # first: experts leave the device no room
         policy = OffloadPolicy(**config.plain(cfg.offload))
         experts = load_experts(found, loras, cfg.model.name, device, dtype, policy)
-        facts = {"boundary": cfg.model.boundary, "way": cfg.model.told_by, "tile": cfg.tile, "texts": texts}
+        facts = {
+            "boundary": cfg.model.boundary,
+            "conditioning": cfg.model.conditioning,
+            "tile": cfg.tile,
+            "texts": texts,
+        }
         sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, **facts)
-        fill(gallery, missing, sampler, batch_size=cfg.batch_size, known=known)
+        fill(gallery, missing, sampler, batch_size=cfg.batch_size, pixels=pixels)
     write_index(gallery, jobs)
     return gallery
 
 
-def what_is_known(cfg: DictConfig) -> Known | None:
-    """What image=, last_image= and video= say of every video."""
+def known_pixels(cfg: DictConfig) -> ConditioningPixels | None:
+    """The known pixels of every video, from the files image=, last_image= and video=."""
     size = (cfg.height, cfg.width) if cfg.height else None
-    return read_known(sources_from(cfg), config.plain(cfg.model), num_frames=cfg.num_frames, size=size)
+    return read_pixels(files_from(cfg), config.plain(cfg.model), num_frames=cfg.num_frames, size=size)
 
 
-def bucket(cfg: DictConfig, known: Known | None = None) -> Bucket:
+def bucket(cfg: DictConfig, pixels: ConditioningPixels | None = None) -> Bucket:
     """The size of every video."""
     size = (cfg.height, cfg.width) if cfg.height else sizes(cfg.model.area, cfg.model.multiple, [1.0])[0]
-    return Bucket(cfg.num_frames, *size) if known is None else Bucket(*known.shape)
+    return Bucket(cfg.num_frames, *size) if pixels is None else Bucket(*pixels.shape)
 
 
 def memory_plan(cfg: DictConfig) -> str:

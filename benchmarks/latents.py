@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from wantrain import geometry
 from wantrain.batch import Batch
-from wantrain.data import Conditions, DecodeOptions, EncodeOptions, Encoders, LatentData, encode_shards
+from wantrain.data import ConditioningInputs, DecodeOptions, EncodeOptions, Encoders, LatentData, encode_shards
 from wantrain.data.prefetch import prefetch
 from wantrain.data.shards import MANIFEST, SCHEMA, TarWriter, to_json
 from wantrain.util.files import write_json
@@ -69,7 +69,7 @@ def write_latents(videos: Path, folder: Path) -> None:
             text_fingerprint="random",
         ),
         sizes=geometry.Buckets((SHAPE[2] * SHAPE[3],), (SHAPE[3] / SHAPE[2],), 4),
-        conditions=Conditions({}, None, **STRIDES),
+        inputs=ConditioningInputs({}, "none", **STRIDES),
         options=EncodeOptions(
             "any", rejects_limit=0.0, shard_bytes=1 << 30, shard_clips=CLIPS, decode=DecodeOptions(workers=1)
         ),

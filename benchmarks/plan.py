@@ -77,7 +77,7 @@ def write(folder: Path, count: int) -> None:
     )
     index.write(folder / "index.safetensors")
     manifest = {
-        "schema": LATENT_SCHEMA, "kind": "latent", "settings": {"model": "any"}, "condition": {},
+        "schema": LATENT_SCHEMA, "kind": "latent", "settings": {"model": "any"}, "mask_types": {},
         "temporal_stride": 4, "spatial_stride": 8, "latent_channels": 16, "text_dim": 16, "empty_text": 0,
         "buckets": [str(BUCKET)], "tags": [], "clips": count, "shards": [latents], "text_shards": [texts],
         "files": [describe_file(folder / "index.safetensors")],

@@ -1,4 +1,4 @@
-"""The record of what is known: Wan's packing of frames, gray that is encoded, both ways of telling, what shards hold."""
+"""Conditioning inputs: Wan's packing of frames, gray that is encoded, each conditioning type, what shards hold."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from wantrain import conditioning
-from wantrain.conditioning import Condition, check_way, only_known, pack_mask, told
+from wantrain.conditioning import (
+    ConditioningInput,
+    ModelInputs,
+    check_known,
+    check_type,
+    gray_unknown,
+    model_inputs,
+    pack_mask,
+)
 from wantrain.masks import DRAWN, PAINTED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,36 +64,44 @@ def test_unknown_pixels_are_gray_and_really_encoded():
     made = conditioning.encode(encoder, pixels, known(whole=[0]))
     assert torch.equal(seen[0][:, :, :1], pixels[:, :, :1]) and (seen[0][:, :, 1:] == 0).all()
     assert (made.latents_BCTHW == 0.5).all() and made.mask_BMTHW.shape == (2, 4, 3, 2, 4)
-    assert not only_known(pixels, known()).any()
+    assert not gray_unknown(pixels, known()).any()
 
 
-def test_both_ways_of_telling():
-    record = Condition(torch.randn(2, 16, 3, 2, 4), pack_mask(known(whole=[0, 8], batch=2)))
-    channels, mask = told(record, "channels")
-    assert channels.shape == (2, 20, 3, 2, 4) and mask is None
+def test_model_inputs():
+    record = ConditioningInput(torch.randn(2, 16, 3, 2, 4), pack_mask(known(whole=[0, 8], batch=2)))
+    made = model_inputs(record, "channel_concat")
+    channels = made.conditioning["concat_BCTHW"]
+    assert channels.shape == (2, 20, 3, 2, 4) and made.noised_BT is None and len(made.conditioning) == 1
     assert torch.equal(channels[:, :4], record.mask_BMTHW) and torch.equal(channels[:, 4:], record.latents_BCTHW)
-    channels, mask = told(record, "frames")
-    assert channels is None and mask.tolist() == [[0, 1, 1]] * 2, "a latent frame known in part is noised"
-    assert told(None, "channels") == (None, None)
-    with pytest.raises(ValueError, match="takes no condition"):
-        told(record, None)
+    made = model_inputs(record, "clean_frames")
+    assert made.noised_BT.tolist() == [[0, 1, 1]] * 2, "a latent frame known in part is noised"
+    assert made.conditioning == {} and made.latents_BCTHW is record.latents_BCTHW
+    assert model_inputs(None, "channel_concat") == ModelInputs()
+    with pytest.raises(ValueError, match="takes no conditioning besides its text"):
+        model_inputs(record, "none")
 
 
-def test_clean_frames_are_whole_latent_frames_from_the_first_on():
+def test_unknown_conditioning_type():
+    for good in ("channel_concat", "clean_frames", "none"):
+        check_type(good)
+    for bad in ("channels", None):
+        with pytest.raises(ValueError, match=f"model.conditioning={bad} is unknown; choose one of channel_concat"):
+            check_type(bad)
+
+
+def test_clean_frames_lead():
     for good in ([], [0], range(5)):
-        check_way(known(whole=good), "frames", key="image")
+        check_known(known(whole=good), "clean_frames", key="image")
     for bad in ([0, 8], [8]):
-        check_way(known(whole=bad), "channels", key="last_image")
-        with pytest.raises(
-            ValueError, match="last_image: this model is told by clean first frames and cannot take a last"
-        ):
-            check_way(known(whole=bad), "frames", key="last_image")
+        check_known(known(whole=bad), "channel_concat", key="last_image")
+        with pytest.raises(ValueError, match=r"last_image: this model takes clean first frames .*no last image"):
+            check_known(known(whole=bad), "clean_frames", key="last_image")
     hole = known(whole=range(9))
     hole[..., :8, :8] = False
-    with pytest.raises(ValueError, match="a region"):
-        check_way(hole, "frames", key="mask")
+    with pytest.raises(ValueError, match="no region"):
+        check_known(hole, "clean_frames", key="mask")
     with pytest.raises(ValueError, match="video: known frames=3 is not 4k"):
-        check_way(known(whole=range(3)), "frames", key="video")
+        check_known(known(whole=range(3)), "clean_frames", key="video")
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -102,8 +118,10 @@ def test_shards_hold_what_was_made(name):
 
 
 def test_loop_losses_and_solvers_name_no_task():
-    """Not one identifier or string in these rooms says what is known of a clip: docstrings of modules may."""
-    tasks = {*DRAWN, PAINTED, "i2v", "ti2v", "t2v", "inpaint", "outpaint", "channels", "frames"} - {"nothing"}
+    """No identifier and no string in these rooms names a task; docstrings of modules may."""
+    tasks = {*DRAWN, PAINTED, "i2v", "ti2v", "t2v", "inpaint", "outpaint", "channel_concat", "clean_frames"} - {
+        "nothing"
+    }
     files = [*(ROOT / "wantrain/training").rglob("*.py"), *(ROOT / "wantrain/losses").rglob("*.py")]
     files += [ROOT / "wantrain/sampling/solvers.py"]
     found = []

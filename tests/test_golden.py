@@ -29,7 +29,7 @@ MICRO = (
     "model.transformer.ffn_dim=16",
     "model.transformer.num_layers=1",
 )
-CONDITIONS = {"image": 1.0, "boxes": {"weight": 0.5, "variants": 2}}
+MASK_TYPES = {"image": 1.0, "boxes": {"weight": 0.5, "variants": 2}}
 #: What every run is continued with. Other settings of validation and safeguards are free, and are left out here.
 SMALL = ("batch_size=2", "data.holdout=0.3", "schedule.warmup=1", "tracker=jsonl", "device=cpu")
 MEASURE = ("validation.every=2", "validation.clips=2", "validation.points=2")
@@ -39,7 +39,7 @@ SETS = "data.sets={all: {shards: latents, weight: 0.7}, videos: {shards: latents
 RUNS = {
     "none": (
         *("model=tiny_i2v", "expert=low_noise", "init=scratch", *MICRO, "data.shards=latents_i2v", *MEASURE),
-        *("data.condition={image: 1.0, boxes: 1.0}", "optimizer.lr=1e-2"),
+        *("data.mask_types={image: 1.0, boxes: 1.0}", "optimizer.lr=1e-2"),
     ),
     "lora": (
         *("expert=low_noise", "adapter=lora", "adapter.rank=1", "adapter.alpha=2", "adapter.targets=attention"),
@@ -227,13 +227,17 @@ def test_run_samples(golden, tmp_path):
 
 @pytest.mark.parametrize("folder", ["latents", "latents_i2v"])
 def test_batch_of_a_latent_folder(folder):
-    """What training reads: sums of squares of a batch's latents, texts and what is known of the clips."""
-    told = {"condition": CONDITIONS, "told_by": "channels"} if folder == "latents_i2v" else {}
-    data = LatentData(shards=GOLDEN / folder, holdout=0.0, caption_dropout=0.0, **told)
+    """What training reads: sums of squares of a batch's latents, texts and conditioning."""
+    settings = {"mask_types": MASK_TYPES, "conditioning": "channel_concat"} if folder == "latents_i2v" else {}
+    data = LatentData(shards=GOLDEN / folder, holdout=0.0, caption_dropout=0.0, **settings)
     expected = json.loads((GOLDEN / "batches.json").read_text())[folder]
     samples = [number for number, name in enumerate(data.bucket_names) if name == "9x32x32"]
     batch = data.load(samples, range(len(samples)))
-    found = {"latents": batch.latents_BCTHW, "text": batch.text_BLD, "condition": batch.condition_BCTHW}
+    found = {
+        "latents": batch.latents_BCTHW,
+        "text": batch.text_BLD,
+        "condition": batch.conditioning.get("concat_BCTHW"),
+    }
     squares = {name: tensor.double().square().sum().item() for name, tensor in found.items() if tensor is not None}
     assert squares == {name: pytest.approx(value, rel=1e-6) for name, value in expected["squares"].items()}
     assert list(batch.ids) == expected["ids"] and data.manifest["clips"] == expected["clips"]
@@ -242,8 +246,8 @@ def test_batch_of_a_latent_folder(folder):
 @pytest.mark.parametrize("folder", ["latents", "latents_i2v"])
 def test_encode_finds_everything_done(folder, golden, tmp_path):
     """Not one clip and not one caption is encoded again, and no tar changes."""
-    condition = "condition={image: 1.0, boxes: {weight: 0.5, variants: 2}}"
-    more = ("model=tiny_i2v", condition, "rejects.limit=0.5") if folder == "latents_i2v" else ("shard_clips=8",)
+    mask_types = "mask_types={image: 1.0, boxes: {weight: 0.5, variants: 2}}"
+    more = ("model=tiny_i2v", mask_types, "rejects.limit=0.5") if folder == "latents_i2v" else ("shard_clips=8",)
     before = {tar.name: tar.read_bytes() for tar in (tmp_path / folder).glob("*.tar")}
     never = {"side_effect": AssertionError("everything is there already")}
     with mock.patch.object(WanVAE, "encode", **never), mock.patch.object(TextEncoder, "encode_unpadded", **never):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wantrain.masks import DRAWN, LEADING, Mix, painted
+from wantrain.masks import DRAWN, LEADING, MaskMix, painted
 from wantrain.util.seeds import generator_at
 
 SHAPE = (17, 32, 48)
@@ -70,23 +70,23 @@ def test_borders_leave_a_picture_that_stays():
         assert known[0].sum() == rows.sum() * columns.sum() and (~known[0]).any()
 
 
-def test_a_mix_chooses_by_weight():
-    mix = Mix.read({"image": 3, "nothing": 1, "boxes": {"weight": 1, "side": [0.1, 0.2]}, "first_last": 0})
+def test_mask_mix_weights():
+    mix = MaskMix.read({"image": 3, "nothing": 1, "boxes": {"weight": 1, "side": [0.1, 0.2]}, "first_last": 0})
     names = [mix.choose(generator_at(0, "condition", position))[0] for position in range(2000)]
     shares = {name: names.count(name) / len(names) for name in mix.names}
     assert shares == pytest.approx({"image": 0.6, "nothing": 0.2, "boxes": 0.2, "first_last": 0.0}, abs=0.03)
     hidden = ~mix.draw("boxes", SHAPE, generator_at(1))
-    assert 0 < hidden.float().mean() < 3 * 0.2**2 + 0.05, "the settings are the kind's"
+    assert 0 < hidden.float().mean() < 3 * 0.2**2 + 0.05, "the settings are the mask type's"
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
-        ({"imag": 1}, "condition.imag is unknown; choose from nothing, image, first_last"),
-        ({"image": -1}, "condition.image=-1 must be a weight"),
-        ({"image": {"frames": 3}}, "condition.image.frames is unknown; it has no settings"),
-        ({"boxes": {"variants": 0}}, "condition.boxes.variants=0 must be a whole number"),
-        ({"boxes": {"sides": 3}}, "condition.boxes.sides is unknown; it has count, side, lasting"),
+        ({"imag": 1}, "mask_types.imag is unknown; choose from nothing, image, first_last"),
+        ({"image": -1}, "mask_types.image=-1 must be a weight"),
+        ({"image": {"frames": 3}}, "mask_types.image.frames is unknown; it has no settings"),
+        ({"boxes": {"variants": 0}}, "mask_types.boxes.variants=0 must be a whole number"),
+        ({"boxes": {"sides": 3}}, "mask_types.boxes.sides is unknown; it has count, side, lasting"),
         ({"boxes": {"side": [0.5, 0.2]}}, r"boxes.side=\[0.5, 0.2\] must be \[smallest, largest\]"),
         ({"boxes": {"lasting": 2}}, "lasting=2 must be a probability"),
         ({"continuation": {"frames": [2, 4]}}, "holds no length 4k"),
@@ -94,9 +94,9 @@ def test_a_mix_chooses_by_weight():
     ],
     ids=str,
 )
-def test_a_wrong_mix_is_one_clear_error(spec, told):
-    with pytest.raises(ValueError, match=told):
-        Mix.read(spec)
+def test_wrong_mask_mix(spec, message):
+    with pytest.raises(ValueError, match=message):
+        MaskMix.read(spec)
 
 
 def test_black_is_what_is_darker_than_half_as_float64_would_say():

@@ -1,69 +1,135 @@
-"""Batch, the record that travels from the loader to the loss."""
+"""The records that travel from the data to the loss: Batch for transformers, PixelBatch for VAEs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from wantrain.geometry import num_tokens
+from wantrain import geometry
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples of one bucket.
+class BaseBatch:
+    """What both batches can do."""
 
-    latents_BCTHW  what is learned: normalised latents (or pixels in [-1, 1] where a VAE is trained), float32
+    def __len__(self) -> int:
+        """Number of samples."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device."""
+        return replace(self, **moved(self, device))
+
+    def take(self, samples: Sequence[int]) -> Self:
+        """The samples of these numbers; a number may come several times."""
+        chosen = map_tensors(self, lambda tensor: tensor[list(samples)])
+        for name, value in vars(self).items():
+            if isinstance(value, tuple) and value:
+                chosen[name] = tuple(value[sample] for sample in samples)
+        return replace(self, **chosen)
+
+
+@dataclass(frozen=True)
+class Batch(BaseBatch):
+    """Samples of one bucket: latents with their texts, and what conditioning adds.
+
+    latents_BCTHW  normalised latents, float32: what is learned
     text_BLD       text embeddings, zeros after each text; L is the longest text of the batch
     ids            one name per sample, as in the manifest
-    positions      the place of each sample in the order of the whole run: what its randomness is drawn by
-    mask_BT        1 for latent frames that are noised and learned, 0 for those given clean, at timestep 0; None: all
-    condition_BCTHW  further input channels: what is known of the clips, and where; None: no such channels
+    positions      place of each sample in the order of the whole run, by which its randomness is drawn; empty for clips
+                   that are measured and not trained on
+    conditioning   further inputs of the model, by the keyword under which its forward takes them; samples are the
+                   first dimension of each. Empty for text-to-video
+    noised_BT      1 for latent frames that are noised and learned, 0 for those given clean, at timestep 0; None: all 1
+    clips          number of each sample's clip in the data set; empty where nobody asks for it
 
-    Of the last two a model takes one at most, and nobody but conditioning.py (which makes them) knows for what task.
+    The maker of `conditioning` and the model agree on its keys. Everything between them passes it through.
     """
 
     latents_BCTHW: Tensor
     text_BLD: Tensor
     ids: tuple[str, ...]
-    positions: tuple[int, ...]
-    mask_BT: Tensor | None = None
-    condition_BCTHW: Tensor | None = None
+    positions: tuple[int, ...] = ()
+    conditioning: Mapping[str, Tensor] = field(default_factory=dict)
+    noised_BT: Tensor | None = None
+    clips: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return replace(self, **moved(self, device))
-
-    def take(self, samples: Sequence[int]) -> Batch:
-        """Some of the samples, by number; one may come several times."""
-        chosen: dict[str, Any] = {
-            name: value[list(samples)] if isinstance(value, Tensor) else tuple(value[sample] for sample in samples)
-            for name, value in vars(self).items()
-            if value is not None
-        }
-        return replace(self, **chosen)
-
     @property
     def num_tokens(self) -> int:
         """Tokens of the whole batch, as the transformer counts them."""
-        return len(self) * num_tokens(self.latents_BCTHW.shape[2:])
+        return len(self) * geometry.num_tokens(self.latents_BCTHW.shape[2:])
+
+    @property
+    def text_rows(self) -> int:
+        """Rows of the longest text."""
+        return self.text_BLD.shape[1]
+
+    def num_frames(self, temporal_stride: int) -> int:
+        """Pixel frames of one sample."""
+        return geometry.pixel_frames(self.latents_BCTHW.shape[2], temporal_stride)
+
+
+@dataclass(frozen=True)
+class PixelBatch(BaseBatch):
+    """Samples of one bucket as pixels, for training a VAE.
+
+    pixels_BCFHW  in [-1, 1], float32
+    ids           one name per sample
+    positions     as in `Batch`
+    """
+
+    pixels_BCFHW: Tensor
+    ids: tuple[str, ...]
+    positions: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """0: a VAE has no tokens."""
+        return 0
+
+    @property
+    def text_rows(self) -> int:
+        """0: pixels have no texts."""
+        return 0
+
+    def num_frames(self, temporal_stride: int) -> int:
+        """Pixel frames of one sample."""
+        return self.pixels_BCFHW.shape[2]
+
+
+#: What the loop passes from the data to the loss: they agree on which it is.
+AnyBatch = Batch | PixelBatch
+
+
+def map_tensors(record: object, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """`change` of every tensor among a record's fields, in mappings of tensors too, by the field's name."""
+    changed: dict[str, Any] = {}
+    for name, value in vars(record).items():
+        if isinstance(value, Tensor):
+            changed[name] = change(value)
+        elif isinstance(value, Mapping):
+            changed[name] = {key: change(tensor) for key, tensor in value.items()}
+    return changed
 
 
 def moved(record: object, device: torch.device | str) -> dict[str, Any]:
-    """The tensors among a record's fields on another device. From pinned memory nobody waits for the copies."""
-    tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    """A record's tensors on another device, by field. From pinned memory the host does not wait for the copies."""
+    return map_tensors(record, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def pinned(record: object) -> dict[str, Any]:
-    """The tensors among a record's fields in pinned host memory."""
-    return {name: value.pin_memory() for name, value in vars(record).items() if isinstance(value, Tensor)}
+    """A record's tensors in pinned host memory, by field."""
+    return map_tensors(record, Tensor.pin_memory)
 
 
 def pad_texts(texts_LD: list[Tensor], length: int | None = None) -> Tensor:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from wantrain import config, geometry
-from wantrain.data import Conditions
+from wantrain.data import ConditioningInputs
 from wantrain.models import partial
 from wantrain.models.offload import EXPERTS
+from wantrain.util.numbers import is_number
 
 
 def check(cfg: DictConfig, *, processes: int = 1) -> None:
@@ -31,8 +32,8 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
 
     if "aspects" in cfg:
         judge(lambda: config.buckets(cfg))
-    if "condition" in cfg:
-        judge(lambda: config.conditions(cfg))
+    if "mask_types" in cfg:
+        judge(lambda: config.conditioning_inputs(cfg))
     if "lengths" in cfg:
         judge(lambda: _check_lengths(cfg))
     judge(lambda: config.plain(cfg))  # missing values (???) and broken references
@@ -48,13 +49,14 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         judge(lambda: _check_length(cfg))
         problems.extend(_adapter_problems(cfg))
         judge(lambda: config.shards(cfg))
-        if cfg.sample.prompts is not None and cfg.model.told_by == "channels":
+        if cfg.sample.prompts is not None and cfg.model.conditioning == "channel_concat":
             problems.append(
-                f"sample.prompts={cfg.sample.prompts}: model={cfg.model.name} makes videos from conditioning inputs, "
-                "so its previews go on from held-out clips; leave it out"
+                f"sample.prompts={cfg.sample.prompts}: model={cfg.model.name} needs a conditioning input, so its "
+                "previews go on from held-out clips; leave it out"
             )
-        if "condition" in cfg.data:
-            judge(lambda: Conditions(config.plain(cfg.data.condition), cfg.data.told_by, key="data.condition"))
+        if "mask_types" in cfg.data:
+            types, conditioning = config.plain(cfg.data.mask_types), cfg.data.conditioning
+            judge(lambda: ConditioningInputs(types, conditioning, key="data.mask_types"))
         if cfg.adapter.name == "partial":
             part = config.plain(cfg.adapter)
             judge(lambda: partial.check(part["layers"], part["tags"], cfg.model.transformer.num_layers))
@@ -73,7 +75,7 @@ def check(cfg: DictConfig, *, processes: int = 1) -> None:
         value = OmegaConf.select(cfg, key)
         if value in _WORDS.get(key, ()) or (key == "area" and isinstance(value, ListConfig)):
             continue
-        if value is not None and not config.is_number(value, whole=key in _WHOLE):
+        if value is not None and not is_number(value, whole=key in _WHOLE):
             words = f", or one of {', '.join(_WORDS[key])}" if key in _WORDS else ""
             problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number{words}")
         elif value is not None and not value > 0:
@@ -144,14 +146,14 @@ _POSITIVE = (
 
 def _check_num_frames(cfg: DictConfig, key: str) -> None:
     value = OmegaConf.select(cfg, key)
-    if not config.is_number(value, whole=True):
+    if not is_number(value, whole=True):
         raise ValueError(f"{key}={value} must be a whole number")
     geometry.check_num_frames(value, key=key)
 
 
 def _check_lengths(cfg: DictConfig) -> None:
     for length in cfg.lengths:
-        if not config.is_number(length, whole=True):
+        if not is_number(length, whole=True):
             raise ValueError(f"lengths={cfg.lengths} must be whole numbers of frames")
         geometry.check_num_frames(length, key="lengths")
 
@@ -159,7 +161,7 @@ def _check_lengths(cfg: DictConfig) -> None:
 def _check_picture(cfg: DictConfig) -> None:
     if cfg.height is None or cfg.width is None:
         raise ValueError("height and width go together; give both, or neither for the model's own size")
-    if not (config.is_number(cfg.height, whole=True) and config.is_number(cfg.width, whole=True)):
+    if not (is_number(cfg.height, whole=True) and is_number(cfg.width, whole=True)):
         raise ValueError(f"height={cfg.height}, width={cfg.width} must be whole numbers of pixels")
     geometry.check_size(cfg.height, cfg.width, cfg.model.multiple, key="height, width")
 
@@ -174,13 +176,13 @@ def _check_experts(cfg: DictConfig) -> None:
 
 def _check_expert(cfg: DictConfig) -> None:
     name, experts = cfg.expert.name, list(cfg.model.experts)
-    if cfg.ema is not None and not (config.is_number(cfg.ema, whole=False) and 0 < cfg.ema < 1):
+    if cfg.ema is not None and not (is_number(cfg.ema, whole=False) and 0 < cfg.ema < 1):
         raise ValueError(f"ema={cfg.ema} must lie between 0 and 1, e.g. 0.999; null keeps no average")
     further = cfg.model.transformer.in_channels - cfg.model.transformer.out_channels
     if cfg.init == "expand_input_channels" and name in experts and (not further or cfg.adapter.name != "none"):
         raise ValueError(
             f"init=expand_input_channels with model={cfg.model.name} (which has {further} further input channels) and "
-            f"adapter={cfg.adapter.name}: it is for a model that is told by further channels, all of whose weights are "
+            f"adapter={cfg.adapter.name}: it is for a model of conditioning channel_concat, all of whose weights are "
             "trained; give init=base, or adapter=none"
         )
     if cfg.init == "scratch" and cfg.adapter.name != "none":
@@ -237,7 +239,7 @@ def _adapter_problems(cfg: DictConfig) -> list[str]:
         if not isinstance(pattern, dict):
             problems.append(f"adapter.{key}={pattern} must give numbers to parts of layer names: {{ffn: 8}}")
             continue
-        wrong = [part for part, value in pattern.items() if not (config.is_number(value, whole=whole) and value > 0)]
+        wrong = [part for part, value in pattern.items() if not (is_number(value, whole=whole) and value > 0)]
         problems += [
             f"adapter.{key}: {part}: {pattern[part]} must be a {'whole ' if whole else ''}number above 0"
             for part in wrong
@@ -249,7 +251,7 @@ def _adapter_problems(cfg: DictConfig) -> list[str]:
 
 def _check_batch(cfg: DictConfig, processes: int) -> None:
     given = [value for value in (cfg.batch_size, cfg.accumulate, cfg.model.train.micro_batch) if value is not None]
-    if all(config.is_number(value, whole=True) and value >= 1 for value in given):  # else said with the other numbers
+    if all(is_number(value, whole=True) and value >= 1 for value in given):  # else said with the other numbers
         config.batching(cfg, processes)
 
 

@@ -25,10 +25,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import geometry
-from wantrain.data import Conditions, check_sets
+from wantrain.data import ConditioningInputs, check_sets
 from wantrain.models import Base, open_base
 from wantrain.runs import replay
 from wantrain.util.console import errors_to_exit_code
+from wantrain.util.numbers import is_number
 from wantrain.util.renamed import refuse_old_keys
 
 if TYPE_CHECKING:  # sample.py and export.py import nothing of training
@@ -253,9 +254,9 @@ def buckets(cfg: DictConfig, temporal_stride: int = 4) -> geometry.Buckets:
     )
 
 
-def conditions(cfg: DictConfig, **strides: Any) -> Conditions:
-    """What encode.py stores of clips beside their latents; ValueError for what such a model cannot be told."""
-    return Conditions(plain(cfg.condition), cfg.model.told_by, **strides)
+def conditioning_inputs(cfg: DictConfig, **strides: Any) -> ConditioningInputs:
+    """What encode.py stores beside a clip's latents; ValueError for mask types that the model cannot take."""
+    return ConditioningInputs(plain(cfg.mask_types), cfg.model.conditioning, **strides)
 
 
 def shards(cfg: DictConfig) -> list[str]:
@@ -313,11 +314,6 @@ def locate(path: str | Path) -> Path:
     if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
         return ROOT / path
     return path
-
-
-def is_number(value: object, *, whole: bool = False) -> bool:
-    """True for a number (a whole one, if asked for); true and false are none."""
-    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
 def dtype(name: str) -> torch.dtype:

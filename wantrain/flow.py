@@ -304,12 +304,12 @@ def over_frames(sigma: Tensor, like_BCTHW: Tensor) -> Tensor:
     return shaped[:, None, :, None, None].to(like_BCTHW.device)
 
 
-def noised(sigma_B: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """The noise level of each latent frame, (B, T): that of its sample where the mask is 1, none where it is 0.
+def noised(sigma_B: Tensor, noised_BT: Tensor | None) -> Tensor:
+    """The noise level of each latent frame, (B, T): that of its sample where `noised_BT` is 1, zero where it is 0.
 
-    Without a mask it stays one level per sample, (B,).
+    Without `noised_BT` it stays one level per sample, (B,).
     """
-    return sigma_B if mask_BT is None else sigma_B[:, None] * mask_BT
+    return sigma_B if noised_BT is None else sigma_B[:, None] * noised_BT
 
 
 def path(x0_BCTHW: Tensor, noise_BCTHW: Tensor, sigma: Tensor) -> Tensor:

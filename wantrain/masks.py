@@ -1,10 +1,10 @@
-"""Which pixels of a clip are known: the first frame, both ends, its beginning, all but boxes, strokes or a border.
+"""Masks of known pixels, by type: the first frame, both ends, the beginning, all but boxes, strokes or a border.
 
-A kind is a function (shape, generator, its settings) -> known, a boolean tensor that broadcasts to the clip's
-(F, H, W); True is known. A `Mix` chooses between kinds by weight. Everything is drawn from the generator it is given,
-so a mask is a function of a position. Nothing here knows a model; conditioning.py makes of a mask what a model is told.
+A mask type is a function (shape, generator, its settings) -> mask, a boolean tensor that broadcasts to the clip's
+(F, H, W); True where a pixel is known. A `MaskMix` draws mask types by weight. Randomness comes from the given
+generator alone, so a mask is a function of a position. No model is known here: conditioning.py makes model inputs.
 
-Regions are drawn in pixels, sides and widths as shares of the frame's. Sources of the kinds: Wan2.2's tasks, and the
+Regions are drawn in pixels, sides and widths as shares of the frame's. Sources of the types: Wan2.2's tasks, and the
 usual training masks of inpainting models (moving boxes, free-form strokes, borders).
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from wantrain import geometry
+from wantrain.util.numbers import is_number
 
 #: (frames, height, width) of a clip in pixels.
 Shape = tuple[int, int, int]
@@ -28,7 +29,7 @@ Range = tuple[float, float]
 
 
 def nothing(shape: Shape, generator: torch.Generator) -> Tensor:
-    """Nothing is known: the text alone, what guidance and text-to-video need."""
+    """No known pixels: text alone, for text-to-video and for guidance."""
     return _frames(shape, 0)
 
 
@@ -39,16 +40,16 @@ def image(shape: Shape, generator: torch.Generator) -> Tensor:
 
 def first_last(shape: Shape, generator: torch.Generator) -> Tensor:
     """The first and the last frame."""
-    known = _frames(shape, 1)
-    known[-1] = True
-    return known
+    mask = _frames(shape, 1)
+    mask[-1] = True
+    return mask
 
 
 def continuation(shape: Shape, generator: torch.Generator, *, frames: Range = (5, 9)) -> Tensor:
-    """The first 4k+1 frames, how many drawn from the range; of a clip too short for it, all but the last four."""
+    """The first 4k+1 frames, a number drawn from the range; of a clip too short for it, all but the last four."""
     shortest, longest = _ordered("continuation", "frames", frames, low=1)
     if geometry.floor_num_frames(int(longest)) < shortest:
-        raise ValueError(f"condition continuation.frames={list(frames)} holds no length 4k+1; give e.g. [5, 9]")
+        raise ValueError(f"mask_types.continuation.frames={list(frames)} holds no length 4k+1; give e.g. [5, 9]")
     fitting = [n for n in range(1, max(2, shape[0]), 4) if n <= longest]
     lengths = [n for n in fitting if n >= shortest] or fitting[-1:]
     return _frames(shape, lengths[_whole(0, len(lengths) - 1, generator)])
@@ -59,8 +60,8 @@ def boxes(
 ) -> Tensor:
     """All but some boxes, each moving straight from one place to another.
 
-    `count` of them; `side` is a side's share of the frame's; with probability `lasting` a box is there from the first
-    frame to the last, else for a part of the time. At the ends of its way up to half of it is off the frame.
+    `count` of them; `side` is a side's share of the frame's. With probability `lasting` a box is there from the first
+    frame to the last, else for a part of the time. Where its path begins and ends, up to half of it is off the frame.
     """
     num_frames, height, width = shape
     low, high = _ordered("boxes", "count", count, low=1)
@@ -108,21 +109,21 @@ def brushes(
 
 
 def borders(shape: Shape, generator: torch.Generator, *, side: Range = (0.1, 0.35)) -> Tensor:
-    """An inner picture, the same in all frames; around it a border of `side` (a share) on one to four sides is not."""
+    """All but a border, the same in all frames, of `side` (a share) on one to four sides."""
     height, width = shape[1:]
     shares = _ordered("borders", "side", side, high=0.49)
     there = torch.rand(4, generator=generator) < 0.5
     there[_whole(0, 3, generator)] = True
-    known = torch.ones(shape, dtype=torch.bool)
+    mask = torch.ones(shape, dtype=torch.bool)
     for number, length in enumerate((height, height, width, width)):
         cut = max(1, round(_between(shares, generator) * length))
         if there[number]:
             axis, start = 1 + number // 2, 0 if number % 2 == 0 else length - cut
-            known.narrow(axis, start, cut).fill_(False)
-    return known
+            mask.narrow(axis, start, cut).fill_(False)
+    return mask
 
 
-#: The kinds that are drawn, by the names that configs use.
+#: The mask types that are drawn, by their names in configs.
 DRAWN: Mapping[str, Callable[..., Tensor]] = {
     "nothing": nothing,
     "image": image,
@@ -132,14 +133,14 @@ DRAWN: Mapping[str, Callable[..., Tensor]] = {
     "brushes": brushes,
     "borders": borders,
 }
-#: The kind that is not: a mask video beside the footage (masks/NAME.mp4), white where something is to be made.
+#: The mask type that is read: a mask video beside the footage (masks/NAME.mp4), white where pixels are to be made.
 PAINTED = "mask"
-#: Kinds that know whole latent frames from the first on: all that a model can be told by clean frames.
+#: The mask types of whole latent frames from the first on: those that conditioning by clean frames can take.
 LEADING = ("nothing", "image", "continuation")
 
 
 def painted(frames: Tensor) -> Tensor:
-    """Where the frames (..., F, H, W, C) uint8 of a mask are black, which is what is known: boolean (..., F, H, W).
+    """Where the frames (..., F, H, W, C) uint8 of a mask video are black, which means known: boolean (..., F, H, W).
 
     Black is a mean over the channels below 127.5, in whole numbers: exact on every device.
     """
@@ -147,11 +148,12 @@ def painted(frames: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Mix:
-    """Kinds by weight, with their settings.
+class MaskMix:
+    """Mask types by weight, with their settings.
 
-    `weights` need not sum to one. `settings` hold what differs from a kind's defaults, `variants` how many masks of a
-    kind each clip has where they are drawn before training, since the pixels are encoded then.
+    weights   need not sum to one
+    settings  that differ from a mask type's defaults
+    variants  masks of a type for each clip, where masks are drawn before training because their latents are encoded
     """
 
     weights: Mapping[str, float]
@@ -159,7 +161,7 @@ class Mix:
     variants: Mapping[str, int]
 
     @staticmethod
-    def read(spec: Mapping[str, Any], *, key: str = "condition") -> Mix:
+    def read(spec: Mapping[str, Any], *, key: str = "mask_types") -> MaskMix:
         """From a config's mapping: `image: 0.7` is a weight, `boxes: {weight: 0.3, side: [0.1, 0.4]}` has settings.
 
         ValueError names every entry that is unknown or out of range.
@@ -171,15 +173,15 @@ class Mix:
             if name not in {*DRAWN, PAINTED}:
                 problems.append(f"{key}.{name} is unknown; choose from {', '.join((*DRAWN, PAINTED))}")
                 continue
-            if not (_is_number(weight) and 0 <= weight < math.inf):
+            if not (is_number(weight) and 0 <= weight < math.inf):
                 problems.append(f"{key}.{name}={weight} must be a weight: a number, 0 or above")
                 continue
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            if not (is_number(count, whole=True) and count >= 1):
                 problems.append(f"{key}.{name}.variants={count} must be a whole number, 1 or above")
                 continue
-            known = list(inspect.signature(DRAWN[name]).parameters)[2:] if name in DRAWN else []
-            if wrong := sorted(set(more) - set(known)):
-                has = f"; it has {', '.join(known)}" if known else "; it has no settings"
+            takes = list(inspect.signature(DRAWN[name]).parameters)[2:] if name in DRAWN else []
+            if wrong := sorted(set(more) - set(takes)):
+                has = f"; it has {', '.join(takes)}" if takes else "; it has no settings"
                 problems.append(f"{key}.{name}.{wrong[0]} is unknown{has}")
                 continue
             weights[name], settings[name], variants[name] = float(weight), more, count
@@ -187,25 +189,25 @@ class Mix:
             problems.append(f"{key}: all weights are 0; give one of {', '.join(weights)} more")
         if problems:
             raise ValueError("; ".join(problems))
-        mix = Mix(weights, settings, variants)
+        mix = MaskMix(weights, settings, variants)
         for name in set(weights) & set(DRAWN):
             mix.draw(name, (81, 16, 16), torch.Generator().manual_seed(0))  # refuses a bad range at once
         return mix
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The kinds, in the config's order."""
+        """The mask types, in the config's order."""
         return tuple(self.weights)
 
     def choose(self, generator: torch.Generator) -> tuple[str, int]:
-        """A kind, by weight, and one of its variants."""
+        """A mask type, by weight, and one of its variants."""
         shares = torch.tensor(list(self.weights.values()), dtype=torch.float64).cumsum(0)
         place = torch.rand((), dtype=torch.float64, generator=generator) * shares[-1]
         name = self.names[int(torch.searchsorted(shares, place, right=True))]
         return name, _whole(0, self.variants[name] - 1, generator)
 
     def draw(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
-        """Which pixels a kind knows of a clip of `shape`: boolean, broadcasts to it. Not for `mask`, which is read."""
+        """A mask of type `name` for a clip of `shape`: boolean, broadcasts to it. Not for `mask`, which is read."""
         return DRAWN[name](shape, generator, **self.settings[name])
 
 
@@ -215,9 +217,9 @@ def _frames(shape: Shape, count: int) -> Tensor:
 
 
 def _while(num_frames: int, lasting: float, generator: torch.Generator) -> Tensor:
-    """(F, 1, 1): when something is there: always with probability `lasting`, else from one drawn frame to another."""
-    if not (_is_number(lasting) and 0 <= lasting <= 1):
-        raise ValueError(f"condition: lasting={lasting} must be a probability, between 0 and 1")
+    """(F, 1, 1): the frames of a region: all with probability `lasting`, else from one drawn frame to another."""
+    if not (is_number(lasting) and 0 <= lasting <= 1):
+        raise ValueError(f"mask_types: lasting={lasting} must be a probability, between 0 and 1")
     if torch.rand((), generator=generator) < lasting:
         return torch.ones(num_frames, 1, 1, dtype=torch.bool)
     first, last = sorted(_whole(0, num_frames - 1, generator) for _ in range(2))
@@ -234,14 +236,10 @@ def _between(ends: Range, generator: torch.Generator) -> float:
     return ends[0] + (ends[1] - ends[0]) * float(torch.rand((), generator=generator))
 
 
-def _ordered(kind: str, key: str, ends: Range, *, low: float = 0.0, high: float = math.inf) -> Range:
+def _ordered(name: str, key: str, ends: Range, *, low: float = 0.0, high: float = math.inf) -> Range:
     """The two ends of a range; ValueError unless low <= first <= second <= high."""
     pair = list(ends) if isinstance(ends, list | tuple) else [ends, ends]
-    if len(pair) != 2 or not all(map(_is_number, pair)) or not low <= pair[0] <= pair[1] <= high:
+    if len(pair) != 2 or not all(map(is_number, pair)) or not low <= pair[0] <= pair[1] <= high:
         most = "" if high == math.inf else f" and {high:g}"
-        raise ValueError(f"condition {kind}.{key}={pair} must be [smallest, largest], not below {low:g}{most}")
+        raise ValueError(f"mask_types.{name}.{key}={pair} must be [smallest, largest], not below {low:g}{most}")
     return pair[0], pair[1]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

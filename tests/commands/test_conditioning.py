@@ -1,4 +1,4 @@
-"""Videos of which something is known, through the commands as a user runs them."""
+"""Sampling with known pixels, through the commands as a user runs them."""
 
 import json
 
@@ -19,8 +19,8 @@ SAMPLE = ("prompt=a red circle", "num_frames=9", "model.area=2048", "steps=2", *
 
 @pytest.fixture(scope="module")
 def models(tiny, tmp_path_factory):
-    """Pipeline folders of a scrambled micro model for each way of telling."""
-    folder = tmp_path_factory.mktemp("told")
+    """Pipeline folders of a scrambled micro model for each conditioning type."""
+    folder = tmp_path_factory.mktemp("models")
     for name, channels, boundary, experts in (
         ("tiny_i2v", 36, 0.875, ("high_noise", "low_noise")),
         ("tiny_ti2v", 16, None, ("dense",)),
@@ -36,7 +36,7 @@ def models(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("known")
+    folder = tmp_path_factory.mktemp("files")
     frames = np.zeros((13, 32, 64, 3), np.uint8)
     for place, frame in enumerate(frames):
         frame[8:24, place : place + 16] = (200, 80, 40)
@@ -49,7 +49,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_each_use_makes_its_own_video_and_the_list_knows_it_again(call, models, files, tmp_path):
+def test_each_task_is_its_own_sample(call, models, files, tmp_path):
     uses = {
         "image": [f"image={files / 'picture.png'}"],
         "ends": [f"image={files / 'picture.png'}", f"last_image={files / 'last.png'}"],
@@ -59,14 +59,14 @@ def test_each_use_makes_its_own_video_and_the_list_knows_it_again(call, models, 
     for use in uses.values():
         call("sample.py", "model=tiny_i2v", f"weights={models / 'tiny_i2v'}", *SAMPLE, *use)
     made = sorted((tmp_path / "samples").glob("*.mp4"))
-    assert len(made) == 4, "what is known is part of a sample's identity"
+    assert len(made) == 4, "known pixels are part of a sample's identity"
     clips = [read_mp4(file) for file in made]
-    assert {clip.shape for clip in clips} == {(9, 32, 64, 3)}, "the aspect of what is known"
+    assert {clip.shape for clip in clips} == {(9, 32, 64, 3)}, "the aspect of the files"
     assert len({clip.tobytes() for clip in clips}) == 4
     again = call("sample.py", "model=tiny_i2v", f"weights={models / 'tiny_i2v'}", *SAMPLE, *uses["ends"])
     assert "1 of 1 videos are there already" in again.stdout
-    known = {json.loads(file.with_suffix(".json").read_text())["settings"]["known"] for file in made}
-    assert len(known) == 4
+    hashes = {json.loads(file.with_suffix(".json").read_text())["settings"]["known"] for file in made}
+    assert len(hashes) == 4
 
 
 def test_a_clean_first_frame_is_the_pictures_up_to_the_vae(call, models, files, tmp_path):
@@ -75,26 +75,26 @@ def test_a_clean_first_frame_is_the_pictures_up_to_the_vae(call, models, files, 
     vae = load_vae(models / "tiny_ti2v").eval()
     picture = np.asarray(Image.open(files / "picture.png"))
     with torch.no_grad():
-        rebuilt = vae.decode(vae.encode(fit_image(picture, (32, 64), "frames")[None, :, None]))[0, :, 0]
+        rebuilt = vae.decode(vae.encode(fit_image(picture, (32, 64), "clean_frames")[None, :, None]))[0, :, 0]
     expected = ((rebuilt + 1) * 127.5).permute(1, 2, 0).numpy()
     assert np.abs(read_mp4(made)[0] - expected).mean() < 3, "the codec's loss alone"
     call("sample.py", "model=tiny_ti2v", f"weights={models / 'tiny_ti2v'}", *SAMPLE, "height=32", "width=64")
-    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2, "nothing need be known"
+    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2, "no file is needed"
 
 
 @pytest.mark.parametrize(
-    ("model", "given", "told"),
+    ("model", "given", "message"),
     [
-        ("tiny_i2v", [], "model=tiny_i2v makes a video of what is known: give image=FILE"),
-        ("tiny_ti2v", ["image=picture.png", "last_image=last.png"], "cannot take a last image"),
-        ("tiny_ti2v", ["video=video.mp4", "mask=mask.mp4"], "cannot take a last image or a region"),
-        ("tiny_dense", ["image=picture.png"], "model=tiny_dense is told nothing but text"),
+        ("tiny_i2v", [], "model=tiny_i2v needs a conditioning input: give image=FILE"),
+        ("tiny_ti2v", ["image=picture.png", "last_image=last.png"], "no last image; leave it out"),
+        ("tiny_ti2v", ["video=video.mp4", "mask=mask.mp4"], "no last image and no region"),
+        ("tiny_dense", ["image=picture.png"], "model=tiny_dense takes text alone"),
         ("tiny_i2v", ["video=video.mp4", "keep=5.5"], "keep=5.5 must be a whole number"),
         ("tiny_i2v", ["image=picture.png", "height=64", "width=64"], "its aspect is 2.000, the video's 1.000; crop it"),
     ],
     ids=str,
 )
-def test_what_a_model_cannot_be_told_is_one_line(call, models, files, model, given, told):
+def test_bad_files_are_one_line(call, models, files, model, given, message):
     paths = [each.replace("=", f"={files}/", 1) if each.endswith(("png", "mp4")) else each for each in given]
     ended = call("sample.py", f"model={model}", f"weights={models / 'tiny_ti2v'}", *SAMPLE, *paths, check=False)
-    assert told in ended.error
+    assert message in ended.error

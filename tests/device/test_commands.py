@@ -133,8 +133,8 @@ def conditioned(commands, tiny, tmp_path_factory):
     """Latents with an image's and boxes' beside them, encoded on the device."""
     folder = tmp_path_factory.mktemp("conditioned")
     commands.run(folder, "shard.py", f"source={tiny.footage}", "out=videos", "num_frames=9", "model=tiny_i2v")
-    kinds = "condition={image: 1.0, boxes: 1.0}"
-    commands.run(folder, "encode.py", "shards=videos", "out=latents", f"weights={tiny.base}", "area=1024", kinds,
+    mask_types = "mask_types={image: 1.0, boxes: 1.0}"
+    commands.run(folder, "encode.py", "shards=videos", "out=latents", f"weights={tiny.base}", "area=1024", mask_types,
                  "model=tiny_i2v", "report=decode")  # fmt: skip
     return folder / "latents"
 
@@ -155,12 +155,12 @@ def test_encoding(conditioned, tiny, device, tmp_path):
     ("model", "how"),
     [
         ("tiny_i2v", ("expert=low_noise", "adapter=lora")),
-        ("tiny_ti2v", ("expert=dense", "data.condition={image: 1.0, nothing: 1.0}")),
+        ("tiny_ti2v", ("expert=dense", "data.mask_types={image: 1.0, nothing: 1.0}")),
     ],
 )
 def test_training_on_what_is_seen(train, conditioned, seen_models, model, how, tmp_path):
     shards = f"data.shards={conditioned}"
-    given = () if model == "tiny_ti2v" else ("data.condition={image: 1.0, boxes: 1.0}",)
+    given = () if model == "tiny_ti2v" else ("data.mask_types={image: 1.0, boxes: 1.0}",)
     train(f"model={model}", *how, *given, shards, "data.holdout=0.3", weights=seen_models / model)
     assert np.isfinite(losses(tmp_path / "runs" / "r")).all()
 

@@ -36,14 +36,14 @@ def lost(loss, model, data, streams):
 def perfect(of):
     """The model that knows the clean latents: (x_sigma - x0) / sigma is the velocity."""
 
-    def model(noisy, timestep, text, condition):
+    def model(noisy, timestep, text):
         assert timestep.dtype == torch.float32
         return (noisy - of.latents_BCTHW) / (timestep / 1000)[:, None, None, None, None]
 
     return model
 
 
-def nothing(noisy, timestep, text, condition):
+def nothing(noisy, timestep, text):
     return torch.zeros_like(noisy)
 
 
@@ -76,7 +76,7 @@ def test_noise_levels_stay_in_the_experts_window_and_fill_it(window):
 def test_what_a_sample_meets_does_not_depend_on_its_company():
     data, loss, seen = batch(), FlowMatching(**LOW), []
 
-    def spy(noisy, timestep, text, condition):
+    def spy(noisy, timestep, text):
         seen.append((noisy, timestep))
         return torch.zeros_like(noisy)
 
@@ -93,10 +93,10 @@ def test_the_mask_leaves_frames_out_and_the_rest_counts_in_full():
     plain = batch()
     mask = torch.ones(4, 3)
     mask[:, 0] = 0
-    masked, sigma = replace(plain, mask_BT=mask), torch.full((4,), 0.5)
+    masked, sigma = replace(plain, noised_BT=mask), torch.full((4,), 0.5)
     noise = draw_noise(plain.latents_BCTHW, generators(range(4)))
 
-    def wrong_in_frame_0(noisy, timestep, text, condition):
+    def wrong_in_frame_0(noisy, timestep, text):
         answer = flow.velocity(plain.latents_BCTHW, noise).clone()
         answer[:, :, 0] += 100
         return answer
@@ -113,30 +113,30 @@ def test_frames_that_are_given_stand_clean_at_timestep_0():
     mask = torch.ones(4, 3)
     mask[1:, 0] = 0
 
-    def spy(noisy, timestep, text, condition):
+    def spy(noisy, timestep, text):
         seen.append((noisy, timestep))
         return torch.zeros_like(noisy)
 
     loss = FlowMatching(**LOW)
-    losses = [lost(loss, spy, replace(plain, mask_BT=each), generators(range(4))) for each in (None, mask)]
+    losses = [lost(loss, spy, replace(plain, noised_BT=each), generators(range(4))) for each in (None, mask)]
     (free, levels), (noisy, given) = seen
     assert torch.equal(noisy[1:, :, 0], plain.latents_BCTHW[1:, :, 0]) and not given[1:, 0].any()
     assert torch.equal(noisy[:, :, 1:], free[:, :, 1:]) and torch.equal(noisy[:1], free[:1])
     assert torch.equal(given[:, 1:], levels[:, None].expand(4, 2)) and torch.equal(losses[0].sigma, losses[1].sigma)
-    ones = replace(plain, mask_BT=torch.ones(4, 3))
+    ones = replace(plain, noised_BT=torch.ones(4, 3))
     assert torch.allclose(lost(FlowMatching(**LOW), spy, ones, generators(range(4))).value, losses[0].value)
 
 
-def test_condition_and_text_reach_the_model():
+def test_conditioning_and_text_reach_the_model():
     given = {}
 
-    def spy(noisy, timestep, text, condition):
-        given.update(text=text, condition=condition)
+    def spy(noisy, timestep, text, **conditioning):
+        given.update(text=text, **conditioning)
         return noisy
 
-    data = batch(condition_BCTHW=torch.full((4, 1, 3, 4, 6), 3.0))
+    data = batch(conditioning={"pose_BTD": torch.full((4, 3, 2), 3.0), "camera_BD": torch.zeros(4, 1)})
     lost(FlowMatching(), spy, data, generators(range(4)))
-    assert given["condition"] is data.condition_BCTHW and given["text"] is data.text_BLD
+    assert given == {"text": data.text_BLD, **data.conditioning}
 
 
 def test_weights_multiply_each_samples_error_but_not_what_is_logged():

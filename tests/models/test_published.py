@@ -122,7 +122,7 @@ def test_a_misfit_can_name_the_model_that_would_fit():
     ("name", "kind"), {"t2v_a14b": "t2v", "i2v_a14b": "i2v", "ti2v_5b": "ti2v", "t2v_1_3b": "t2v"}.items()
 )
 def test_the_official_config_says_which_kind_it_is(name, kind):
-    written = official_config(built(name), composed(name).told_by)
+    written = official_config(built(name), composed(name).conditioning)
     assert (written["model_type"], written["text_len"]) == (kind, 512)
     assert written["dim"] == written["num_heads"] * 128
 

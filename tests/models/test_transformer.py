@@ -111,7 +111,7 @@ def test_models_with_other_channels_equal_diffusers(channels):
     with torch.no_grad():
         theirs = reference(model)(latents, per_token, text, return_dict=False)[0]
         ours = model(latents, timestep, text)
-        split = model(latents[:, :16], timestep, text, latents[:, 16:])
+        split = model(latents[:, :16], timestep, text, concat_BCTHW=latents[:, 16:])
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
     assert torch.equal(ours, split)
 

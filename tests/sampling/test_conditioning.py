@@ -1,4 +1,4 @@
-"""Files that hold what is known of a video: how they are prepared, what stays, and one clear error for each bad one."""
+"""Files of known pixels for sampling: how they are prepared, what stays, and one clear error for each bad one."""
 
 import os
 from pathlib import Path
@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from wantrain.conditioning import told
+from wantrain.conditioning import model_inputs
 from wantrain.geometry import fitted_size, floored_size
-from wantrain.sampling.conditioning import Sources, check_told, fit_image, read_known
+from wantrain.sampling.conditioning import ConditioningFiles, check_files, fit_image, read_pixels
 from wantrain.video import write_mp4
 
 #: Half of what wan-tiny is given: 32x64 pixels at the aspect of the pictures below.
-MODEL = {"name": "some", "area": 2048, "multiple": 16, "fps": 16, "told_by": "channels"}
-FRAMES = {**MODEL, "told_by": "frames"}
+MODEL = {"name": "some", "area": 2048, "multiple": 16, "fps": 16, "conditioning": "channel_concat"}
+FRAMES = {**MODEL, "conditioning": "clean_frames"}
 ASKED = {"num_frames": 9, "size": None}
 
 
@@ -44,45 +44,45 @@ def level(pixels):
 
 
 def test_images_and_ends(files):
-    known = read_known(Sources(image=files / "picture.png", last_image=files / "last.png"), MODEL, **ASKED)
+    known = read_pixels(ConditioningFiles(image=files / "picture.png", last_image=files / "last.png"), MODEL, **ASKED)
     assert known.pixels_CFHW.shape == (3, 9, 32, 64), "the aspect of the picture at the model's area"
     assert known.known_1FHW.flatten(2).all(2)[0].nonzero().flatten().tolist() == [0, 8]
     assert level(known.pixels_CFHW)[::8] == pytest.approx([50, 110], abs=0.6)
-    only = read_known(Sources(last_image=files / "last.png"), MODEL, **ASKED)
+    only = read_pixels(ConditioningFiles(last_image=files / "last.png"), MODEL, **ASKED)
     assert only.known_1FHW.flatten(2).any(2)[0].nonzero().flatten().tolist() == [8]
-    sized = read_known(Sources(image=files / "picture.png"), MODEL, **{**ASKED, "size": (64, 128)})
+    sized = read_pixels(ConditioningFiles(image=files / "picture.png"), MODEL, **{**ASKED, "size": (64, 128)})
     assert sized.pixels_CFHW.shape == (3, 9, 64, 128)
 
 
 def test_continuation_and_regions(files):
-    known = read_known(Sources(video=files / "video.mp4", keep=5), MODEL, **ASKED)
+    known = read_pixels(ConditioningFiles(video=files / "video.mp4", keep=5), MODEL, **ASKED)
     assert known.known_1FHW.flatten(2).all(2)[0].tolist() == [True] * 5 + [False] * 4
     assert level(known.pixels_CFHW[:, :5]) == pytest.approx([20, 30, 40, 50, 60], abs=2)
     for mask in ("mask.png", "mask.mp4"):
-        known = read_known(Sources(video=files / "video.mp4", mask=files / mask), MODEL, **ASKED)
+        known = read_pixels(ConditioningFiles(video=files / "video.mp4", mask=files / mask), MODEL, **ASKED)
         assert known.known_1FHW[..., 32:].all() and not known.known_1FHW[..., :31].any(), "black stays"
         assert level(known.pixels_CFHW)[8] == pytest.approx(100, abs=2)
     seen = []
-    record = known.encode(lambda x: seen.append(x) or torch.zeros(1, 16, 3, 4, 8), way="channels")
-    assert not seen[0][..., :31].any() and seen[0][..., 33:].all(), "what is to be made does not reach the VAE"
-    assert told(record, "channels")[0].shape == (1, 20, 3, 4, 8)
+    record = known.encode(lambda x: seen.append(x) or torch.zeros(1, 16, 3, 4, 8), conditioning="channel_concat")
+    assert not seen[0][..., :31].any() and seen[0][..., 33:].all(), "unknown pixels do not reach the VAE"
+    assert model_inputs(record, "channel_concat").conditioning["concat_BCTHW"].shape == (1, 20, 3, 4, 8)
 
 
-def test_clean_frames_encode_only_what_is_known(files):
-    sources = Sources(video=files / "video.mp4", keep=5)
-    known = read_known(sources, FRAMES, **ASKED)
+def test_clean_frames_encode_known_frames(files):
+    beginning = ConditioningFiles(video=files / "video.mp4", keep=5)
+    known = read_pixels(beginning, FRAMES, **ASKED)
     seen = []
 
     def encode(pixels):
         seen.append(pixels.shape[2])
         return torch.ones(1, 16, (pixels.shape[2] + 3) // 4, 4, 8)
 
-    record = known.encode(encode, way="frames")
+    record = known.encode(encode, conditioning="clean_frames")
     assert seen == [5] and record.latents_BCTHW[0, 0, :, 0, 0].tolist() == [1, 1, 0]
-    assert told(record, "frames")[1].tolist() == [[0, 0, 1]]
-    region = Sources(video=files / "video.mp4", mask=files / "mask.png")
-    with pytest.raises(ValueError, match="mask: this model is told by clean first frames and cannot take"):
-        read_known(region, FRAMES, **ASKED)
+    assert model_inputs(record, "clean_frames").noised_BT.tolist() == [[0, 0, 1]]
+    region = ConditioningFiles(video=files / "video.mp4", mask=files / "mask.png")
+    with pytest.raises(ValueError, match=r"mask: this model takes clean first frames .*no region"):
+        read_pixels(region, FRAMES, **ASKED)
 
 
 def test_sizes_are_the_authors():
@@ -101,14 +101,14 @@ def test_sizes_are_the_authors():
 
 def test_pictures_are_scaled_or_scaled_and_cropped():
     ramp = np.broadcast_to(np.linspace(0, 255, 100).round().astype(np.uint8)[None, :, None], (50, 100, 3))
-    squeezed, cropped = (fit_image(ramp, (32, 32), way) for way in ("channels", "frames"))
+    squeezed, cropped = (fit_image(ramp, (32, 32), name) for name in ("channel_concat", "clean_frames"))
     assert squeezed.shape == cropped.shape == (3, 32, 32)
     assert squeezed[0, 0, 0] < -0.95 and squeezed[0, 0, -1] > 0.95, "the whole width is there"
     assert -0.55 < cropped[0, 0, 0] < -0.4 and 0.4 < cropped[0, 0, -1] < 0.55, "the middle half is there"
 
 
 @pytest.mark.parametrize(
-    ("given", "told_"),
+    ("given", "message"),
     [
         ({"image": "absent.png"}, "image=.*absent.png is not there"),
         ({"image": "video.mp4"}, "image=.*video.mp4 is a video; give a picture"),
@@ -117,8 +117,8 @@ def test_pictures_are_scaled_or_scaled_and_cropped():
         ({"video": "video.mp4"}, "give one of mask=FILE .* and keep=N"),
         ({"video": "video.mp4", "keep": 5, "mask": "mask.png"}, "give one of mask=FILE .* and keep=N"),
         ({"video": "video.mp4", "image": "picture.png"}, "has its own first frame; leave out image="),
-        ({"image": "picture.png", "keep": 5}, "keep=5 says what of a video stays; give video=FILE"),
-        ({"image": "picture.png", "mask": "mask.png"}, "mask=.*mask.png says what of a video stays"),
+        ({"image": "picture.png", "keep": 5}, "keep=5 selects pixels of a video that stay; give video=FILE"),
+        ({"image": "picture.png", "mask": "mask.png"}, "mask=.*mask.png selects pixels of a video that stay"),
         ({"video": "video.mp4", "keep": 6}, "keep=6 is not 4k.1: .*nearest valid is 5 or 9"),
         ({"video": "video.mp4", "keep": 9}, "video: all 9 frames are known and nothing is left to make"),
         ({"video": "video.mp4", "keep": 17}, r"has 13 frames \(4k\+1\) at 16 fps, fewer than keep=17; give keep=13"),
@@ -129,43 +129,43 @@ def test_pictures_are_scaled_or_scaled_and_cropped():
     ],
     ids=str,
 )  # fmt: skip
-def test_bad_input_is_one_clear_error(files, given, told_):
+def test_bad_input_is_one_clear_error(files, given, message):
     paths = {key: value if key == "keep" else files / value for key, value in given.items()}
-    with pytest.raises(ValueError, match=told_):
-        read_known(Sources(**paths), MODEL, **ASKED)
+    with pytest.raises(ValueError, match=message):
+        read_pixels(ConditioningFiles(**paths), MODEL, **ASKED)
 
 
-def test_another_aspect_than_was_asked_for_is_refused_with_the_mend(files):
+def test_other_aspect_is_refused(files):
     with pytest.raises(
         ValueError, match=r"square.png is 64x64 .* the video's 2.000; crop it, or give height= and width="
     ):
-        read_known(Sources(image=files / "square.png"), MODEL, **{**ASKED, "size": (32, 64)})
+        read_pixels(ConditioningFiles(image=files / "square.png"), MODEL, **{**ASKED, "size": (32, 64)})
     with pytest.raises(ValueError, match=r"video=.* is 64x128"):
-        read_known(Sources(video=files / "video.mp4", keep=5), MODEL, **{**ASKED, "size": (64, 64)})
+        read_pixels(ConditioningFiles(video=files / "video.mp4", keep=5), MODEL, **{**ASKED, "size": (64, 64)})
     long = {**ASKED, "num_frames": 21}
     with pytest.raises(ValueError, match="fewer than num_frames=21; give num_frames=13 or less"):
-        read_known(Sources(video=files / "video.mp4", mask=files / "mask.png"), MODEL, **long)
+        read_pixels(ConditioningFiles(video=files / "video.mp4", mask=files / "mask.png"), MODEL, **long)
 
 
-def test_a_model_is_told_only_what_it_can_be(files):
+def test_check_files(files):
     image, both = (
-        Sources(image=files / "picture.png"),
-        Sources(image=files / "picture.png", last_image=files / "last.png"),
+        ConditioningFiles(image=files / "picture.png"),
+        ConditioningFiles(image=files / "picture.png", last_image=files / "last.png"),
     )
-    for way, given in (
-        ("channels", image),
-        ("channels", both),
-        ("frames", image),
-        ("frames", Sources()),
-        (None, Sources()),
+    for conditioning, given in (
+        ("channel_concat", image),
+        ("channel_concat", both),
+        ("clean_frames", image),
+        ("clean_frames", ConditioningFiles()),
+        ("none", ConditioningFiles()),
     ):
-        check_told(given, way, model="some")
-    with pytest.raises(ValueError, match=r"image=.*: model=tiny is told nothing but text; choose model=i2v_a14b"):
-        check_told(image, None, model="tiny")
-    with pytest.raises(ValueError, match="model=i2v_a14b makes a video of what is known: give image=FILE"):
-        check_told(Sources(), "channels", model="i2v_a14b")
-    with pytest.raises(ValueError, match=r"last_image=.*: model=ti2v_5b is told by clean first frames"):
-        check_told(both, "frames", model="ti2v_5b")
+        check_files(given, conditioning, model="some")
+    with pytest.raises(ValueError, match=r"image=.*: model=tiny takes text alone; choose model=i2v_a14b"):
+        check_files(image, "none", model="tiny")
+    with pytest.raises(ValueError, match="model=i2v_a14b needs a conditioning input: give image=FILE"):
+        check_files(ConditioningFiles(), "channel_concat", model="i2v_a14b")
+    with pytest.raises(ValueError, match=r"last_image=.*: model=ti2v_5b takes clean first frames"):
+        check_files(both, "clean_frames", model="ti2v_5b")
 
 
 def test_a_real_clip_with_its_mask():
@@ -174,8 +174,8 @@ def test_a_real_clip_with_its_mask():
         pytest.skip("WANTRAIN_FOOTAGE names no folder of real footage")
     folder = Path(os.environ["WANTRAIN_FOOTAGE"])
     model = {**MODEL, "area": 64 * 112}
-    known = read_known(
-        Sources(video=folder / "dog.mp4", mask=folder / "masks" / "dog.mp4"), model, num_frames=81, size=None
+    known = read_pixels(
+        ConditioningFiles(video=folder / "dog.mp4", mask=folder / "masks" / "dog.mp4"), model, num_frames=81, size=None
     )
     assert known.shape == (81, 64, 96)
     hidden = (~known.known_1FHW).float().mean(dim=(0, 2, 3))

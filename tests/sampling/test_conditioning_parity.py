@@ -12,9 +12,8 @@ from diffusers import (
 )
 from PIL import Image
 
-from wantrain import conditioning
 from wantrain.batch import Batch
-from wantrain.conditioning import told
+from wantrain.conditioning import ModelInputs, encode, model_inputs
 from wantrain.geometry import Bucket
 from wantrain.losses.flow_matching import velocity_error
 from wantrain.models import WanTransformer, WanVAE
@@ -25,8 +24,8 @@ from wantrain.sampling.conditioning import fit_image
 
 #: The two ways as tiny models: I2V-A14B's channels (16 noisy + 4 mask + 16 image), TI2V-5B's VAE and one channel count.
 SHAPES = {
-    "channels": ({"in_channels": 36, "out_channels": 16}, {"base_dim": 8}),
-    "frames": (
+    "channel_concat": ({"in_channels": 36, "out_channels": 16}, {"base_dim": 8}),
+    "clean_frames": (
         {"in_channels": 48, "out_channels": 48},
         {"base_dim": 6, "decoder_base_dim": 10, "z_dim": 48, "is_residual": True, "patch_size": 2},
     ),
@@ -49,7 +48,7 @@ def scramble(module):
 
 @pytest.fixture(scope="module", params=SHAPES)
 def both(request):
-    """(way, our transformer and VAE, diffusers' pipeline of the same weights)."""
+    """(conditioning, our transformer and VAE, diffusers' pipeline of the same weights)."""
     shape, small = SHAPES[request.param]
     size = {"num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 24, "ffn_dim": 64, "num_layers": 2}
     model, vae = scramble(WanTransformer(**size, **shape)), scramble(WanVAE(**small)).eval().requires_grad_(False)
@@ -64,7 +63,7 @@ def both(request):
         vae=peer_vae,
         scheduler=UniPCMultistepScheduler.from_config(_scheduler(5.0)),
         transformer=peer,
-        expand_timesteps=request.param == "frames",
+        expand_timesteps=request.param == "clean_frames",
     )
     pipe.set_progress_bar_config(disable=True)
     return request.param, model, vae, pipe
@@ -74,18 +73,18 @@ def picture(seed):
     return np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-def record(vae, way, *, last=False):
-    """The record of a clip of which the first image is known, and the last."""
-    pixels = torch.randn(1, 3, FRAMES, HEIGHT, WIDTH)  # what is not known must not matter
+def record(vae, conditioning, *, last=False):
+    """The conditioning input of a clip of which the first image is known, and with `last` the last one."""
+    pixels = torch.randn(1, 3, FRAMES, HEIGHT, WIDTH)  # unknown pixels must not matter
     known = torch.zeros(1, 1, FRAMES, HEIGHT, WIDTH, dtype=torch.bool)
     for place, seed in ((0, 1), (-1, 2))[: 1 + last]:
-        pixels[:, :, place], known[:, :, place] = fit_image(picture(seed), (HEIGHT, WIDTH), way), True
+        pixels[:, :, place], known[:, :, place] = fit_image(picture(seed), (HEIGHT, WIDTH), conditioning), True
     strides = {"temporal_stride": vae.temporal_stride, "spatial_stride": vae.spatial_stride}
-    return conditioning.encode(vae.encode, pixels, known, way=way, **strides)
+    return encode(vae.encode, pixels, known, conditioning=conditioning, **strides)
 
 
-def cases(way):
-    return (False, True) if way == "channels" else (False,)
+def cases(conditioning):
+    return (False, True) if conditioning == "channel_concat" else (False,)
 
 
 def noise(vae, seed=7):
@@ -93,22 +92,23 @@ def noise(vae, seed=7):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_condition_is_diffusers(both):
-    way, _, vae, pipe = both
-    for last in cases(way):
-        ours = record(vae, way, last=last)
+def test_conditioning_is_diffusers(both):
+    conditioning, _, vae, pipe = both
+    for last in cases(conditioning):
+        ours = record(vae, conditioning, last=last)
         images = [pipe.video_processor.preprocess(Image.fromarray(picture(seed)), HEIGHT, WIDTH) for seed in (1, 2)]
         asked = {"batch_size": 1, "num_channels_latents": vae.z_dim, "height": HEIGHT, "width": WIDTH}
         given = {"num_frames": FRAMES, "latents": noise(vae), "dtype": torch.float32, "device": torch.device("cpu")}
         theirs = pipe.prepare_latents(images[0], **asked, **given, last_image=images[1] if last else None)
-        channels, mask = told(ours, way)
-        if way == "channels":
+        made = model_inputs(ours, conditioning)
+        if conditioning == "channel_concat":
+            channels = made.conditioning["concat_BCTHW"]
             assert torch.equal(channels[:, :4], theirs[1][:, :4])
             assert (channels[:, 4:] - theirs[1][:, 4:]).abs().max() < 1e-5
             assert channels[:, 4:, 1:].square().mean() > 0.01, "gray is encoded: its latents are not zero"
         else:
             assert (ours.latents_BCTHW[:, :, :1] - theirs[1]).abs().max() < 1e-5
-            assert torch.equal(mask[0], theirs[2][0, 0, :, 0, 0]) and mask.tolist() == [[0, 1, 1]]
+            assert torch.equal(made.noised_BT[0], theirs[2][0, 0, :, 0, 0]) and made.noised_BT.tolist() == [[0, 1, 1]]
 
 
 def last_latents(pipe, vae, texts, **more):
@@ -126,7 +126,7 @@ def last_latents(pipe, vae, texts, **more):
     return steps[-1]
 
 
-def sampled(model, pipe, texts, latents, channels=None, mask=None):
+def sampled(model, pipe, texts, latents, inputs):
     return generate(
         Experts({"dense": model}),
         latents=latents,
@@ -134,29 +134,29 @@ def sampled(model, pipe, texts, latents, channels=None, mask=None):
         negative_BLD=texts[1:],
         sigmas=pipe.scheduler.sigmas,
         guidance={"dense": 3.5},
-        condition_BCTHW=channels,
-        mask_BT=mask,
+        conditioning=inputs.conditioning,
+        noised_BT=inputs.noised_BT,
     )
 
 
 def test_sampling_is_diffusers(both):
-    way, model, vae, pipe = both
+    conditioning, model, vae, pipe = both
     texts = torch.randn(2, 512, 24, generator=torch.Generator().manual_seed(3))
-    for last in cases(way):
+    for last in cases(conditioning):
         images = [Image.fromarray(picture(seed)) for seed in (1, 2)]
         theirs = last_latents(pipe, vae, texts, image=images[0], last_image=images[1] if last else None)
-        known, start = record(vae, way, last=last), noise(vae)
-        if way == "frames":
+        known, start = record(vae, conditioning, last=last), noise(vae)
+        if conditioning == "clean_frames":
             start[:, :, 0] = known.latents_BCTHW[:, :, 0]
-        ours = sampled(model, pipe, texts, start, *told(known, way))
-        kept = 0 if way == "channels" else 1  # diffusers puts the clean frame in after the last step
+        ours = sampled(model, pipe, texts, start, model_inputs(known, conditioning))
+        kept = 0 if conditioning == "channel_concat" else 1  # diffusers puts the clean frame in after the last step
         assert (ours - theirs)[:, :, kept:].abs().max() < 2e-4 * theirs.abs().max()
-        assert way == "channels" or torch.equal(ours[:, :, 0], known.latents_BCTHW[:, :, 0])
+        assert conditioning == "channel_concat" or torch.equal(ours[:, :, 0], known.latents_BCTHW[:, :, 0])
 
 
 def test_the_model_of_clean_frames_makes_video_from_text_as_diffusers_does(both):
-    way, model, vae, pipe = both
-    if way == "channels":
+    conditioning, model, vae, pipe = both
+    if conditioning == "channel_concat":
         with pytest.raises(ValueError, match="takes 36 input channels, got 16"):
             model(noise(vae), torch.tensor([500.0]), torch.zeros(1, 5, 24))
         return
@@ -165,29 +165,29 @@ def test_the_model_of_clean_frames_makes_video_from_text_as_diffusers_does(both)
     plain = WanPipeline(**parts, scheduler=pipe.scheduler, expand_timesteps=True)
     plain.set_progress_bar_config(disable=True)
     theirs = last_latents(plain, vae, texts)
-    for mask in (None, torch.ones(1, 3)):
-        ours = sampled(model, plain, texts, noise(vae), None, mask)
+    for noised in (None, torch.ones(1, 3)):
+        ours = sampled(model, plain, texts, noise(vae), ModelInputs(noised_BT=noised))
         assert (ours - theirs).abs().max() < 2e-4 * theirs.abs().max()
 
 
 def test_the_loss_and_every_gradient_are_diffusers(both):
-    way, model, vae, pipe = both
+    conditioning, model, vae, pipe = both
     x0, generator = noise(vae, 8), torch.Generator().manual_seed(9)
     text, eps = torch.randn(1, 512, 24, generator=generator), torch.randn(x0.shape, generator=generator)
-    for last in cases(way):
-        ours = record(vae, way, last=last)
-        if way == "frames":
+    for last in cases(conditioning):
+        ours = record(vae, conditioning, last=last)
+        if conditioning == "clean_frames":
             x0[:, :, 0] = ours.latents_BCTHW[:, :, 0]  # as in training: the known frame is the clip's own
-        channels, mask = told(ours, way)
-        batch = Batch(x0, text, ("clip",), (0,), mask, channels)
+        made = model_inputs(ours, conditioning)
+        batch = Batch(x0, text, ("clip",), (0,), made.conditioning, made.noised_BT)
         model.zero_grad()
         error = velocity_error(model, batch, torch.tensor([0.731]), eps)
         error.sum().backward()
 
         noisy = 0.269 * x0 + 0.731 * eps
         level = torch.tensor([731.0])
-        if way == "channels":
-            noisy = torch.cat([noisy, channels], dim=1)
+        if conditioning == "channel_concat":
+            noisy = torch.cat([noisy, made.conditioning["concat_BCTHW"]], dim=1)
         else:
             noisy[:, :, 0] = x0[:, :, 0]
             first = torch.ones(1, 3, HEIGHT // vae.spatial_stride // 2, WIDTH // vae.spatial_stride // 2)
@@ -195,7 +195,7 @@ def test_the_loss_and_every_gradient_are_diffusers(both):
             level = (731.0 * first).flatten(1)
         pipe.transformer.zero_grad()
         theirs = pipe.transformer(noisy, level, text, return_dict=False)[0]
-        squares = (theirs - (eps - x0)).square()[:, :, 0 if way == "channels" else 1 :]
+        squares = (theirs - (eps - x0)).square()[:, :, 0 if conditioning == "channel_concat" else 1 :]
         squares.mean().backward()
         assert error.item() == pytest.approx(squares.mean().item(), rel=1e-5)
         named = renamed_to_diffusers({name: p.grad for name, p in model.named_parameters()})
@@ -205,9 +205,9 @@ def test_the_loss_and_every_gradient_are_diffusers(both):
             assert (named[name] - grad).norm() < 1e-4 * grad.norm().clamp_min(0.3 * typical), name
 
 
-def test_a_sampler_keeps_what_its_model_is_told_by_clean_frames(both):
+def test_sampler_keeps_clean_frames(both):
     """One record for two prompts; the frame that is given is decoded as the VAE alone would decode it."""
-    way, model, vae, _ = both
+    conditioning, model, vae, _ = both
     texts = {text: torch.randn(5, 24) for text in ("one", "two", "")}
     sampler = Sampler(
         Experts({"dense": model}),
@@ -216,19 +216,19 @@ def test_a_sampler_keeps_what_its_model_is_told_by_clean_frames(both):
         vae.z_dim,
         vae.temporal_stride,
         vae.spatial_stride,
-        way=way,
+        conditioning=conditioning,
     )
     settings = Settings({"dense": 2.0}, 5.0, steps=2)
-    known = record(vae, way)
+    known = record(vae, conditioning)
     made = sampler.batch(
-        ["one", "two"], bucket=Bucket(FRAMES, HEIGHT, WIDTH), settings=settings, seeds=[0, 1], known=known
+        ["one", "two"],
+        bucket=Bucket(FRAMES, HEIGHT, WIDTH),
+        settings=settings,
+        seeds=[0, 1],
+        inputs=model_inputs(known, conditioning),
     )
     assert [frames.shape for frames in made] == [(FRAMES, HEIGHT, WIDTH, 3)] * 2
     alone = vae.decode(known.latents_BCTHW[:, :, :1])[0, :, 0]
     same = [np.abs(frames[0] - ((alone + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 0.51 for frames in made]
-    assert same == [way == "frames"] * 2
+    assert same == [conditioning == "clean_frames"] * 2
     assert not np.array_equal(made[0][1:], made[1][1:])
-    with pytest.raises(ValueError, match="takes no condition"):
-        Sampler(sampler.experts, sampler.encode_texts, vae.decode, vae.z_dim).batch(
-            ["one"], bucket=Bucket(FRAMES, HEIGHT, WIDTH), settings=settings, seeds=[0], known=known
-        )

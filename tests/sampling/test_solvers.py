@@ -81,10 +81,8 @@ def test_unipc_agrees_with_diffusers_over_its_own_sigmas(steps):
 def two_experts():
     """A pair that answer quite differently, and lean on the text."""
     return {
-        "high_noise": lambda x, timestep, text, condition: bent(x, timestep[0].item() / 1000) + 0.3 * text.mean(),
-        "low_noise": lambda x, timestep, text, condition: (
-            0.5 * torch.cos(2 * x) - 0.2 * x.flip(2) - 0.4 * text.mean() * x
-        ),
+        "high_noise": lambda x, timestep, text: bent(x, timestep[0].item() / 1000) + 0.3 * text.mean(),
+        "low_noise": lambda x, timestep, text: 0.5 * torch.cos(2 * x) - 0.2 * x.flip(2) - 0.4 * text.mean() * x,
     }
 
 
@@ -102,7 +100,7 @@ def test_a_whole_trajectory_with_both_experts_and_guidance_agrees_with_diffusers
         expert = "high_noise" if timestep >= 1000 * boundary else "low_noise"
         their_switch += expert == "high_noise"
         level = timestep.float().expand(2)
-        away, towards = (models[expert](theirs, level, text, None) for text in (negative, prompt))
+        away, towards = (models[expert](theirs, level, text) for text in (negative, prompt))
         guided = away + guidance[expert] * (towards - away) if guidance[expert] != 1 else towards
         theirs = peer.step(guided, timestep, theirs).prev_sample
     asked = []
@@ -172,7 +170,7 @@ class Counted:
     def __init__(self, value=0.0):
         self.value, self.asked = value, []
 
-    def __call__(self, x, timestep, text, condition):
+    def __call__(self, x, timestep, text):
         self.asked.append((timestep.tolist(), text.mean().item()))
         return torch.full_like(x, self.value + text.mean().item())
 
@@ -230,6 +228,6 @@ def test_each_expert_has_its_own_scale_and_none_is_guessed():
 
 def test_sampling_keeps_no_gradients_and_starts_from_float32():
     weight = torch.ones((), requires_grad=True)
-    latents, _ = sample({"dense": lambda x, timestep, text, condition: x * weight}, steps=2, boundary=None)
+    latents, _ = sample({"dense": lambda x, timestep, text: x * weight}, steps=2, boundary=None)
     assert latents.dtype == torch.float32 and not latents.requires_grad
     assert Settings(guidance={}, shift=3.0).solver == "unipc"

@@ -9,7 +9,7 @@ import torch
 from wantrain import geometry
 from wantrain.data import (
     ClipOptions,
-    Conditions,
+    ConditioningInputs,
     DecodeOptions,
     EncodeOptions,
     Encoders,
@@ -83,7 +83,7 @@ def encode(shards, out, **settings):
     }
     inputs = {
         "sizes": settings.pop("sizes", SIZES),
-        "conditions": settings.pop("conditions", None) or Conditions({}, None),
+        "inputs": settings.pop("inputs", None) or ConditioningInputs({}, "none"),
         "read": settings.pop("read", read_clips),
     }
     encoders, decode = _record(Encoders, settings), _record(DecodeOptions, settings)

@@ -1,4 +1,4 @@
-"""Training a model that is told what is known: from footage to a preview, exactly resumed, and no task named on the way."""
+"""Training with conditioning: from footage to a preview, bit-exact resume, and no task named on the way."""
 
 import json
 import os
@@ -16,25 +16,25 @@ from wantrain.models.formats.weights import read_file
 from wantrain.video import read_mp4
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KINDS = "condition={image: 2.0, boxes: 1.0}"
+MASK_TYPES = "mask_types={image: 2.0, boxes: 1.0}"
 
 
 @pytest.fixture(scope="module")
-def told(tiny, inside, tmp_path_factory):
-    """Latents of the small world with what is known beside them."""
-    folder = tmp_path_factory.mktemp("told")
+def conditioned(tiny, inside, tmp_path_factory):
+    """Latents of the small world with conditioning inputs beside them."""
+    folder = tmp_path_factory.mktemp("conditioned")
     inside(folder, "shard.py", f"source={tiny.footage}", "out=videos", "num_frames=9", "model=tiny_i2v")
     weights = f"weights={tiny.base}"
-    inside(folder, "encode.py", "shards=videos", "out=latents", weights, "area=1024", "model=tiny_i2v", KINDS)
+    inside(folder, "encode.py", "shards=videos", "out=latents", weights, "area=1024", "model=tiny_i2v", MASK_TYPES)
     return folder / "latents"
 
 
 @pytest.fixture
-def train(tiny, pair, told, call):
-    def run(*more, check=True, model="tiny_i2v", kinds=KINDS):
+def train(tiny, pair, conditioned, call):
+    def run(*more, check=True, model="tiny_i2v", mask_types=MASK_TYPES):
         own = [setting for setting in tiny.train if not setting.startswith(("weights=", "data.shards="))]
-        common = ("batch_size=4", "data.holdout=0.3", "schedule=constant", *([f"data.{kinds}"] if kinds else []))
-        settings = (f"model={model}", f"weights={pair}", f"data.shards={told}", *own, *common)
+        common = ("batch_size=4", "data.holdout=0.3", "schedule=constant", f"data.{mask_types}")
+        settings = (f"model={model}", f"weights={pair}", f"data.shards={conditioned}", *own, *common)
         return call("train.py", *settings, "init=expand_input_channels", "run=r", *more, check=check)
 
     return run
@@ -49,8 +49,8 @@ def trained(tmp_path, step):
     }
 
 
-def test_further_channels_change_nothing_until_they_are_trained(pair):
-    """A widened model is the old one, whatever the new channels hold, and its new weights have a gradient."""
+def test_expand_input_channels(pair):
+    """An expanded model computes what the old one did, whatever the new channels hold; its new weights have a gradient."""
     old = load_transformer(pair, part="transformer_2")
     new = load_transformer(pair, part="transformer_2")
     new.expand_input_channels(36)
@@ -60,14 +60,14 @@ def test_further_channels_change_nothing_until_they_are_trained(pair):
         torch.randn(shape, generator=generator) for shape in ((2, 16, 3, 4, 4), (2, 20, 3, 4, 4), (2, 5, 64))
     )
     timestep = torch.tensor([100.0, 700.0])
-    assert torch.equal(new(x, timestep, text, more), old(x, timestep, text))
-    new(x, timestep, text, more).square().sum().backward()
+    assert torch.equal(new(x, timestep, text, concat_BCTHW=more), old(x, timestep, text))
+    new(x, timestep, text, concat_BCTHW=more).square().sum().backward()
     assert (new.patch_embedding.weight.grad[:, 16:].abs().amax(dim=(0, 2, 3, 4)) > 0).all()
     with pytest.raises(ValueError, match="36 input channels cannot be made one of 16"):
         new.expand_input_channels(16)
 
 
-def test_it_trains_on_what_is_known_and_resumes_bit_for_bit(train, tmp_path):
+def test_resume_is_bit_exact(train, tmp_path):
     train("steps=4", "expert=low_noise", "checkpoint.every=2", "stop_after=2")
     half = trained(tmp_path, 2)
     weight = next(value for key, value in half.items() if key.endswith("patch_embedding.weight"))
@@ -80,45 +80,45 @@ def test_it_trains_on_what_is_known_and_resumes_bit_for_bit(train, tmp_path):
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_a_preview_goes_on_from_what_is_known_of_held_out_clips(train, tmp_path):
+def test_preview_takes_heldout_conditioning(train, tmp_path):
     train("steps=1", "expert=low_noise", "sample.every=1", "sample.count=2", "sample.steps=2")
     files = sorted((tmp_path / "runs" / "r" / "samples").glob("*.mp4"))
     assert [file.name for file in files] == [f"step_00000{step}_{number}.mp4" for step in (0, 1) for number in (0, 1)]
     assert {read_mp4(file).shape[0] for file in files} == {9}
 
 
-def test_what_cannot_be_is_one_error_before_work_starts(train, told):
+def test_wrong_settings_are_refused_before_work(train):
     for more, said in (
         (
             ("adapter=lora",),
             "init=expand_input_channels with model=tiny_i2v (which has 20 further input channels) and adapter=lora",
         ),
         (("init=base",), "16 against 36"),
-        (("sample.prompts=p.txt", "sample.every=1"), "sample.prompts=p.txt: model=tiny_i2v makes videos of what is"),
+        (("sample.prompts=p.txt", "sample.every=1"), "sample.prompts=p.txt: model=tiny_i2v needs a conditioning input"),
     ):
         ended = train("steps=1", "expert=low_noise", *more, check=False)
         assert ended.returncode != 0 and said in ended.error, ended.error
-    for kinds, said in (
-        ("condition={first_last: 1}", "data.condition.first_last is not in"),
-        ("condition={}", "data.condition={}: this model makes videos of what is known"),
+    for mask_types, said in (
+        ("mask_types={first_last: 1}", "data.mask_types.first_last is not in"),
+        ("mask_types={}", "data.mask_types={}: this model needs a conditioning input"),
     ):
-        ended = train("steps=1", "expert=low_noise", kinds=kinds, check=False)
+        ended = train("steps=1", "expert=low_noise", mask_types=mask_types, check=False)
         assert ended.returncode != 0 and said in ended.error, ended.error
     ended = train("steps=1", "expert=low_noise", model="tiny", check=False)
-    assert "2 problems" in ended.error and "told nothing but text" in ended.stderr
+    assert "2 problems" in ended.error and "takes no conditioning besides its text" in ended.stderr
 
 
-def test_a_model_told_by_clean_frames_trains_on_plain_latents(tiny, call, tmp_path):
+def test_clean_frames_train_on_plain_latents(tiny, call, tmp_path):
     own = (*tiny.train, "model=tiny_ti2v", "expert=dense", "init=scratch", "batch_size=4", "data.holdout=0.3")
     seen = ("sample.every=2", "sample.count=2", "sample.steps=2")
-    call("train.py", *own, "data.condition={image: 1.0, nothing: 1.0}", "steps=2", "run=r", *seen)
+    call("train.py", *own, "data.mask_types={image: 1.0, nothing: 1.0}", "steps=2", "run=r", *seen)
     assert len(list((tmp_path / "runs/r/samples").glob("*.mp4"))) == 4, "two clips, before and after"
     rows = [json.loads(line) for line in (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
 
 
-def test_the_loop_and_the_losses_name_no_task():
-    """One code path: what is known travels in the batch, and nobody there knows for what task."""
+def test_loop_and_losses_name_no_task():
+    """One code path: conditioning travels in the batch, and nobody there knows for what task."""
     tasks = re.compile(
         r"i2v|ti2v|t2v|inpaint|outpaint|image.to.video|first.last|continuation|known_pixels", re.IGNORECASE
     )
@@ -131,7 +131,7 @@ def test_the_loop_and_the_losses_name_no_task():
     }
     assert not found
     fields = set(Batch.__dataclass_fields__)
-    assert fields == {"latents_BCTHW", "text_BLD", "ids", "positions", "mask_BT", "condition_BCTHW"}
+    assert fields == {"latents_BCTHW", "text_BLD", "ids", "positions", "conditioning", "noised_BT", "clips"}
 
 
 @pytest.mark.skipif("WANTRAIN_FOOTAGE" not in os.environ, reason="WANTRAIN_FOOTAGE names no folder of real footage")
@@ -143,14 +143,14 @@ def test_a_dog_with_its_mask_goes_from_file_to_sample(call, tmp_path):
         shutil.copy(source / name, tmp_path / "dog" / name)
     model = ("model=tiny_i2v", f"weights={base}")
     call("shard.py", "source=dog", "out=videos", model[0])
-    call("encode.py", "shards=videos", "out=latents", *model, "condition={mask: 1.0}")
+    call("encode.py", "shards=videos", "out=latents", *model, "mask_types={mask: 1.0}")
     manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
-    assert manifest["clips"] == 4 and manifest["condition"] == {"mask": {"variants": 1}}
+    assert manifest["clips"] == 4 and manifest["mask_types"] == {"mask": {"variants": 1}}
     settings = (
         "expert=both",
         "init=expand_input_channels",
         "data.shards=latents",
-        "data.condition={mask: 1.0}",
+        "data.mask_types={mask: 1.0}",
         "data.holdout=0",
     )
     call("train.py", *model, *settings, "batch_size=4", "steps=20", "run=dog", "tracker=jsonl", "check_expert=off")

@@ -1,8 +1,9 @@
-"""Keys of before: refused on the command line with today's, read in stored configs and command lines."""
+"""Old names on the command line are refused with the new ones; files that hold them are read."""
 
 import pytest
 
-from wantrain.util.renamed import refuse_old_keys, upgraded_config, upgraded_words
+from wantrain.data import check_sets
+from wantrain.util.renamed import refuse_old_keys, upgraded_config, upgraded_manifest, upgraded_words
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,68 @@ def test_offload_config(order):
     assert upgraded_config({"sample": {key: old[key] for key in order}}) == {"sample": new}
     assert upgraded_config(new) == new and upgraded_config({"sample": new}) == {"sample": new}
     assert upgraded_config({"experts": {"idle": "gpu"}}) == {"experts": {"offload": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.told_by=channels", "model.told_by=channels is now model.conditioning=channel_concat"),
+        ("data.told_by=null", "data.told_by=null is now data.conditioning=none"),
+        ("model.conditioning=null", "model.conditioning=null is now model.conditioning=none"),
+        ("data.condition={image: 1}", "data.condition is now data.mask_types: data.mask_types={image: 1}"),
+        ("+data.condition.image=1", "data.condition.image is now data.mask_types.image: data.mask_types.image=1"),
+        ("condition={image: 1}", "condition is now mask_types: mask_types={image: 1}"),
+        (
+            "data.sets.cats.told_by=frames",
+            "data.sets.cats.told_by=frames is now data.sets.cats.conditioning=clean_frames",
+        ),
+    ],
+)
+def test_old_word_is_refused(word, message):
+    with pytest.raises(ValueError) as raised:
+        refuse_old_keys([word])
+    assert str(raised.value) == message
+    with pytest.raises(ValueError):
+        refuse_old_keys(["steps=3", word])
+
+
+def test_new_words_pass():
+    refuse_old_keys(["model.conditioning=none", "data.mask_types={}", "conditioning=x", "data.sets={a: {shards: d}}"])
+
+
+def test_upgraded_words():
+    assert upgraded_words(["data.told_by=null", "condition={}", "steps=3"]) == [
+        "data.conditioning=none",
+        "mask_types={}",
+        "steps=3",
+    ]
+
+
+def test_upgraded_config():
+    stored = {
+        "model": {"told_by": "channels", "condition": {"image": 1.0}, "name": "tiny_i2v"},
+        "data": {"told_by": None, "condition": {}, "sets": {"cats": {"shards": "d", "told_by": "frames"}}},
+        "steps": 3,
+    }
+    assert upgraded_config(stored) == {
+        "model": {"conditioning": "channel_concat", "mask_types": {"image": 1.0}, "name": "tiny_i2v"},
+        "data": {
+            "conditioning": "none",
+            "mask_types": {},
+            "sets": {"cats": {"shards": "d", "conditioning": "clean_frames"}},
+        },
+        "steps": 3,
+    }
+
+
+def test_upgraded_manifest():
+    stored = {"condition": {"image": {"variants": 1}}, "settings": {"condition": {"image": {"variants": 1}}, "a": 1}}
+    assert upgraded_manifest(stored) == {
+        "mask_types": {"image": {"variants": 1}},
+        "settings": {"mask_types": {"image": {"variants": 1}}, "a": 1},
+    }
+
+
+def test_old_key_of_a_set_is_refused():
+    with pytest.raises(ValueError, match=r"data\.sets\.cats\.told_by is now data\.sets\.cats\.conditioning"):
+        check_sets({"cats": {"shards": "d", "told_by": "frames"}})

@@ -1,10 +1,11 @@
 """Data: footage -> video shards -> latent shards -> batches in a fixed order."""
 
+from wantrain.batch import Batch, PixelBatch
 from wantrain.data.footage.clips import ClipOptions
 from wantrain.data.footage.decode_workers import DecodeOptions
 from wantrain.data.footage.sharding import ShardOptions, write_video_shards
 from wantrain.data.footage.sources import find_footage
-from wantrain.data.latents.conditioning import Conditions
+from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.encoding import encode_shards
 from wantrain.data.latents.options import EncodeOptions, Encoders
 from wantrain.data.loading.dataset import LatentData
@@ -16,7 +17,8 @@ from wantrain.data.report import write_report
 from wantrain.data.shards import check_folder, read_manifest
 
 #: mypy checks here that every data set satisfies the protocol.
-DATA_SETS: tuple[type[TrainingData], ...] = (LatentData, MixedData, PixelData)
+DATA_SETS: tuple[type[TrainingData[Batch]], type[TrainingData[Batch]], type[TrainingData[PixelBatch]]]
+DATA_SETS = (LatentData, MixedData, PixelData)
 
 #: The former name, until the last caller has changed.
 Plan = BatchSampler
@@ -24,7 +26,7 @@ Plan = BatchSampler
 __all__ = [
     "BatchSampler",
     "ClipOptions",
-    "Conditions",
+    "ConditioningInputs",
     "DecodeOptions",
     "EncodeOptions",
     "Encoders",

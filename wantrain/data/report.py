@@ -30,6 +30,7 @@ from wantrain.data.shards import MANIFEST, REJECTS, read_manifest
 from wantrain.page import Html
 from wantrain.util.console import say
 from wantrain.util.files import file_hash, write_atomically
+from wantrain.util.numbers import is_number
 from wantrain.util.seeds import seed_at
 from wantrain.video import Frames, filmstrip, jpeg, to_frames
 
@@ -170,7 +171,7 @@ def _numbers(manifest: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             continue
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{key}: ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif is_number(value):
             yield f"{prefix}{key}", round(value, 2)
 
 

@@ -19,10 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from wantrain.data.rejects import Reject
-from wantrain.util import distributed, renamed
+from wantrain.util import distributed
 from wantrain.util.console import say
 from wantrain.util.files import claim_folder, file_hash, sync_file, write_atomically
-from wantrain.util.renamed import upgraded_fields
+from wantrain.util.renamed import upgraded_manifest
 
 #: Format versions of folders of video shards and of latent shards.
 SCHEMA = 2
@@ -196,7 +196,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / MANIFEST} is damaged ({error}); make the shards again") from error
     if not isinstance(manifest, dict):
         raise ValueError(f"{folder / MANIFEST} is not a JSON object; make the shards again")
-    return upgraded_fields(manifest, renamed.MANIFEST)
+    return upgraded_manifest(manifest)
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -127,13 +127,13 @@ def distance(difference: Tensor, huber: float | None) -> Tensor:
 def velocity_error(
     model: Model, batch: Batch, sigma: Tensor, noise_BCTHW: Tensor, *, huber: float | None = None
 ) -> Tensor:
-    """Velocity error (squared, or Huber's) of each sample, (B,) float32, over the frames that its mask has noised."""
+    """Velocity error (squared, or Huber's) of each sample, (B,) float32, over its noised frames."""
     x0 = batch.latents_BCTHW
-    level = flow.noised(sigma.to(x0.device), batch.mask_BT)
+    level = flow.noised(sigma.to(x0.device), batch.noised_BT)
     noisy = flow.path(x0, noise_BCTHW, level)
     timestep = flow.TIMESTEPS * level
-    predicted = model(noisy, timestep, batch.text_BLD, batch.condition_BCTHW)
+    predicted = model(noisy, timestep, batch.text_BLD, **batch.conditioning)
     error_BT = distance(predicted.float() - flow.velocity(x0, noise_BCTHW), huber).mean(dim=(1, 3, 4))
-    if batch.mask_BT is None:
+    if batch.noised_BT is None:
         return error_BT.mean(dim=1)
-    return (error_BT * batch.mask_BT).sum(dim=1) / batch.mask_BT.sum(dim=1)
+    return (error_BT * batch.noised_BT).sum(dim=1) / batch.noised_BT.sum(dim=1)

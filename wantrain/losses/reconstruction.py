@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wantrain.batch import Batch
+from wantrain.batch import PixelBatch
 from wantrain.losses.record import ClipValidation, Draws, Loss, LossFunction, Model
 
 
@@ -30,13 +30,13 @@ class Reconstruction(LossFunction):
         """PSNR of clips through their posterior means."""
         return ClipValidation("psnr", "dB", _clip_error, _mean_psnr)
 
-    def prepare(self, batch: Batch, generators: Sequence[torch.Generator]) -> Draws:
+    def prepare(self, batch: PixelBatch, generators: Sequence[torch.Generator]) -> Draws:
         """Nothing can be drawn ahead: only the model knows the shape of its latents."""
         return Draws(generators)
 
-    def __call__(self, model: Model, batch: Batch, draws: Draws) -> Loss:
+    def __call__(self, model: Model, batch: PixelBatch, draws: Draws) -> Loss:
         """Loss of one batch of pixels; sample i draws its latent from draws.generators[i]."""
-        pixels = batch.latents_BCTHW
+        pixels = batch.pixels_BCFHW
 
         def noise(shape: torch.Size) -> Tensor:
             return torch.stack([torch.randn(shape[1:], generator=generator) for generator in draws.generators])
@@ -55,9 +55,9 @@ class Reconstruction(LossFunction):
         )
 
 
-def _clip_error(model: Model, batch: Batch) -> Tensor:
+def _clip_error(model: Model, batch: PixelBatch) -> Tensor:
     """Mean squared error of each clip's pixels through its posterior mean, (B,) float64."""
-    pixels = batch.latents_BCTHW
+    pixels = batch.pixels_BCFHW
     rebuilt, _, _ = model(pixels, torch.zeros)
     return (rebuilt.clamp(-1, 1) - pixels).square().mean(dim=(1, 2, 3, 4)).double()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from wantrain import flow
 from wantrain.batch import Batch, moved
 
-#: Any callable network; for flow matching model(latents, timestep, text, condition) -> velocity.
+#: Any callable network; for flow matching model(latents, timestep, text, **conditioning) -> velocity.
 Model = Callable[..., Any]
 
 
@@ -72,12 +72,14 @@ class ClipValidation:
 
     name: str
     unit: str
-    error: Callable[[Model, Batch], Tensor]
+    error: Callable[[Model, Any], Tensor]
     score: Callable[[Tensor], Tensor]
 
 
 class LossFunction:
     """A loss: `prepare` draws what is random, on the host; a call computes, on the device. A new loss subclasses it.
+
+    Its batches are those of the data it goes with: `Batch`, or `PixelBatch` for a VAE.
 
     window    the noise levels that its draws lie in; None for a loss without noise levels
     networks  frozen networks that it needs besides the one in training; the run gives them by `attach`:
@@ -93,11 +95,11 @@ class LossFunction:
         """Take the frozen networks that `networks` names, before the first step."""
         self.attached = dict(networks)
 
-    def prepare(self, batch: Batch, generators: Sequence[torch.Generator]) -> Draws:
+    def prepare(self, batch: Any, generators: Sequence[torch.Generator]) -> Draws:
         """What sample i draws from generators[i], and from nothing else: or a resumed run is another one."""
         raise NotImplementedError
 
-    def __call__(self, model: Model, batch: Batch, draws: Draws) -> Loss:
+    def __call__(self, model: Model, batch: Any, draws: Draws) -> Loss:
         """The loss of one batch, on the device of batch and draws."""
         raise NotImplementedError
 

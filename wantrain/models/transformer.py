@@ -1,7 +1,7 @@
 """WanTransformer: Wan's diffusion transformer, from the paper's figure and the published constants.
 
-One class serves text-to-video and image-to-video: image conditioning arrives as further input channels
-(`condition_BCTHW`) or as per-frame timesteps. Single-device code: machinery reads the facts that the class declares
+One class serves text-to-video and image-to-video: conditioning arrives as further input channels
+(`concat_BCTHW`) or as per-frame timesteps. Single-device code: machinery reads the facts that the class declares
 (facts.py says which). Parameter names in memory are the official ones; formats/names.py maps them to diffusers'.
 
 Tensor suffixes: B batch, C channels, T latent frames, H W latent rows and columns, P tokens of one frame,
@@ -261,17 +261,18 @@ class WanTransformer(nn.Module):
         latents_BCTHW: Tensor,
         timestep: Tensor,
         text_BLD: Tensor,
-        condition_BCTHW: Tensor | None = None,
+        *,
+        concat_BCTHW: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, out_channels, T, H, W), float32.
 
         latents_BCTHW    noisy latents; H and W even
         timestep         (B,), or (B, T) with one level per latent frame; 1000*sigma, float, never rounded
         text_BLD         text embeddings, padded inside to `text_length` rows with zeros; longer is a ValueError
-        condition_BCTHW  further input channels, after the latents'
+        concat_BCTHW     further input channels, after the latents'
         """
-        # 1. condition: further channels
-        x = latents_BCTHW if condition_BCTHW is None else torch.cat([latents_BCTHW, condition_BCTHW], dim=1)
+        # 1. conditioning: further channels
+        x = latents_BCTHW if concat_BCTHW is None else torch.cat([latents_BCTHW, concat_BCTHW], dim=1)
         self._check(x, timestep)
         grid = (x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
         # 2. patches

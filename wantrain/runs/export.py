@@ -74,4 +74,4 @@ def whole_clips(data: PixelData) -> Iterator[Tensor]:
         clips = np.flatnonzero(data.buckets == bucket)
         for start in range(0, len(clips), TOGETHER):
             some = clips[start : start + TOGETHER]
-            yield data.load(some, [0] * len(some)).latents_BCTHW
+            yield data.load(some, [0] * len(some)).pixels_BCFHW

@@ -29,14 +29,15 @@ def build_sampler(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tile: int | None = None,
-    way: str | None = None,
+    conditioning: str = "none",
     texts: Mapping[str, Tensor] | None = None,
 ) -> Sampler:
     """A Sampler over given experts, with VAE (always float32) and text encoder from the base.
 
     `texts` are embeddings that are there already; the text encoder is loaded for others alone (see `encode_texts`).
-    `tile` is the side in pixels of the squares that are decoded one by one; None decodes whole frames. `way` is how the
-    experts are told what is known (conditioning.py). ValueError for a tile that the VAE cannot take.
+    `tile` is the side in pixels of the squares that are decoded one by one; None decodes whole frames.
+    `conditioning` is the experts' conditioning type (wantrain/conditioning.py). ValueError for a tile that the VAE
+    cannot take.
     """
     vae = base.vae(device=device)
     decode: Callable[[Tensor], Tensor] = vae.decode
@@ -52,7 +53,7 @@ def build_sampler(
         vae.temporal_stride,
         vae.spatial_stride,
         device,
-        way,
+        conditioning,
         lambda pixels: vae.encode(pixels.to(device)),
         dict(texts or {}),
     )

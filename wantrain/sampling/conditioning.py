@@ -1,15 +1,14 @@
-"""What the user knows of a video before it is made: an image, a last image, a video's beginning, or all but a mask.
+"""Known pixels for sampling, from files: an image, a last image, the beginning of a video, or all of it but a mask.
 
-Files become pixels and a mask over time and space, and those a `Condition`. Images are brought to size as Wan2.2's
-authors do: for a model that is told by further channels scaled to the size of the video (bicubic, which may squeeze by
-a few per cent, since sides are rounded), for one that is told by clean frames scaled to cover it (Lanczos) and cropped
-at the centre. Videos are scaled and cropped as training footage is.
+Images are brought to size as Wan2.2's authors do. For conditioning channel_concat they are scaled to the size of the
+video (bicubic; it may squeeze by a few per cent, since sides are rounded). For clean_frames they are scaled to cover it
+(Lanczos) and cropped at the centre. Videos are scaled and cropped as training footage is.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from wantrain import conditioning, geometry
-from wantrain.conditioning import Condition, check_way
+from wantrain import geometry
+from wantrain.conditioning import ConditioningInput, EncodePixels, check_known, check_type, encode
 from wantrain.data.footage.clips import ClipOptions, VideoInfo, Window, cut_windows
 from wantrain.data.footage.probe import check_mask, probe, read_mask_windows, read_windows
 from wantrain.masks import painted
+from wantrain.util.numbers import is_number
 from wantrain.video import Frames, to_pixels
 
 #: Aspects up to this ratio apart count as the same: 480x832 and 720x1280 are 1.026 apart.
@@ -32,11 +32,11 @@ SAME_ASPECT = 1.05
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Files that hold what is known; None where there is none.
+class ConditioningFiles:
+    """Files of known pixels; None where none is given.
 
     image, last_image  pictures of the first and of the last frame
-    video  with `keep`: its first 4k+1 frames stay and are continued; with `mask`: what is black in the mask stays
+    video  with `keep`: its first 4k+1 frames stay and are continued; with `mask`: pixels stay where the mask is black
     mask   a picture, or a video as long and as large as `video`: white is made anew
     """
 
@@ -51,7 +51,7 @@ class Sources:
             raise ValueError(f"video={self.video} has its own first frame; leave out image= and last_image=")
         if self.video is None and (self.mask is not None or self.keep is not None):
             key = f"mask={self.mask}" if self.mask is not None else f"keep={self.keep}"
-            raise ValueError(f"{key} says what of a video stays; give video=FILE too")
+            raise ValueError(f"{key} selects pixels of a video that stay; give video=FILE too")
         if self.video is not None and (self.mask is None) == (self.keep is None):
             raise ValueError(
                 f"video={self.video}: give one of mask=FILE (white is made anew) and keep=N (the first N frames are "
@@ -60,7 +60,7 @@ class Sources:
 
     @property
     def first(self) -> tuple[str, Path] | None:
-        """Key and path of what sets the aspect."""
+        """Key and path of the file that sets the aspect."""
         for key in ("image", "last_image", "video"):
             path = getattr(self, key)
             if path is not None:
@@ -69,8 +69,8 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Known:
-    """Pixels (3, F, H, W) in [-1, 1] and where they are known, boolean (1, F, H, W)."""
+class ConditioningPixels:
+    """Pixels (3, F, H, W) in [-1, 1] of a video, and which of them are known, boolean (1, F, H, W)."""
 
     pixels_CFHW: Tensor
     known_1FHW: Tensor
@@ -82,90 +82,97 @@ class Known:
 
     @property
     def identity(self) -> str:
-        """Sixteen hex digits for what is known and where."""
+        """Sixteen hex digits: a hash of pixels and mask."""
         digest = hashlib.sha256()
         for part in (self.pixels_CFHW, self.known_1FHW):
             digest.update(part.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def encode(
-        self, encode_pixels: Callable[[Tensor], Tensor], *, way: str, temporal_stride: int = 4, spatial_stride: int = 8
-    ) -> Condition:
-        """The record for a model that is told in this way."""
-        strides = {"temporal_stride": temporal_stride, "spatial_stride": spatial_stride}
-        return conditioning.encode(encode_pixels, self.pixels_CFHW[None], self.known_1FHW[None], way=way, **strides)
+        self, encode_pixels: EncodePixels, *, conditioning: str, temporal_stride: int = 4, spatial_stride: int = 8
+    ) -> ConditioningInput:
+        """The conditioning input (B = 1) for a model of this conditioning type."""
+        return encode(
+            encode_pixels,
+            self.pixels_CFHW[None],
+            self.known_1FHW[None],
+            conditioning=conditioning,
+            temporal_stride=temporal_stride,
+            spatial_stride=spatial_stride,
+        )
 
 
-def sources_from(given: Mapping[str, object]) -> Sources:
+def files_from(settings: Mapping[str, Any]) -> ConditioningFiles:
     """From a config's values of image, last_image, video, mask (paths) and keep (a number)."""
-    paths = {key: Path(str(given[key])) for key in ("image", "last_image", "video", "mask") if given[key] is not None}
-    keep = given["keep"]
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int)):
+    keys = ("image", "last_image", "video", "mask")
+    paths = {key: Path(str(settings[key])) for key in keys if settings[key] is not None}
+    keep = settings["keep"]
+    if keep is not None and not is_number(keep, whole=True):
         raise ValueError(f"keep={keep} must be a whole number of frames, 4k+1")
-    return Sources(**paths, keep=keep)
+    return ConditioningFiles(**paths, keep=keep)
 
 
-def check_told(sources: Sources, way: str | None, *, model: str) -> None:
-    """ValueError if `model` takes none of what is given, or needs something that is not."""
-    first = sources.first
-    if way is None and first is not None:
+def check_files(files: ConditioningFiles, conditioning: str, *, model: str) -> None:
+    """ValueError if `model`, of this conditioning type, cannot take a file, or needs one that is not given."""
+    first = files.first
+    if first is not None:
+        check_type(conditioning)
+    if conditioning == "none" and first is not None:
         raise ValueError(
-            f"{first[0]}={first[1]}: model={model} is told nothing but text; choose model=i2v_a14b or model=ti2v_5b"
+            f"{first[0]}={first[1]}: model={model} takes text alone; choose model=i2v_a14b or model=ti2v_5b"
         )
-    if way == "channels" and first is None:
+    if conditioning == "channel_concat" and first is None:
+        raise ValueError(f"model={model} needs a conditioning input: give image=FILE, last_image=FILE or video=FILE")
+    if conditioning == "clean_frames" and files.last_image is not None:
         raise ValueError(
-            f"model={model} makes a video of what is known: give image=FILE, last_image=FILE or video=FILE"
-        )
-    if way == "frames" and sources.last_image is not None:
-        raise ValueError(
-            f"last_image={sources.last_image}: model={model} is told by clean first frames and cannot take a last "
-            "image; leave it out, or choose a model with further channels (i2v_a14b)"
+            f"last_image={files.last_image}: model={model} takes clean first frames (conditioning clean_frames), no "
+            "last image; leave it out, or choose a model of conditioning channel_concat (i2v_a14b)"
         )
 
 
-def read_known(
-    sources: Sources, model: Mapping[str, Any], *, num_frames: int, size: tuple[int, int] | None
-) -> Known | None:
-    """Pixels and mask from files, for a video of `num_frames` by `model`, whose conf/model facts are given.
+def read_pixels(
+    files: ConditioningFiles, model: Mapping[str, Any], *, num_frames: int, size: tuple[int, int] | None
+) -> ConditioningPixels | None:
+    """Known pixels from files, for a video of `num_frames` by `model`, whose conf/model facts are given.
 
-    Without a `size` (height, width) the video takes the aspect of what is known, at about the model's area, as its
-    authors choose it. None if nothing is given, and nothing need be. ValueError, naming the file and what would fit,
-    for what the model cannot be told, another aspect, a video that is too short, a mask of another length or size,
-    and where nothing would be left to make.
+    Without a `size` (height, width) the video takes the aspect of the first file, at about the model's area, as its
+    authors choose it. None without files, where the model needs none. ValueError, naming the file and what would fit,
+    for a file that the model cannot take, another aspect, a video that is too short, a mask of another length or size,
+    and where every pixel is known.
     """
-    way, fps = model["told_by"], model["fps"]
-    check_told(sources, way, model=model["name"])
-    if sources.first is None or way is None:
+    conditioning, fps = model["conditioning"], model["fps"]
+    check_files(files, conditioning, model=model["name"])
+    if files.first is None:
         return None
-    key, first = sources.first
+    key, first = files.first
     shape = _probe(key, first)
     aspect = size[1] / size[0] if size else shape.width / shape.height
     if size is None:
-        choose = geometry.floored_size if way == "channels" else geometry.fitted_size
+        choose = geometry.floored_size if conditioning == "channel_concat" else geometry.fitted_size
         size = choose(shape.height, shape.width, model["area"], model["multiple"])
     known = torch.zeros(1, num_frames, *size, dtype=torch.bool)
     pixels = torch.zeros(3, num_frames, *size)
-    for name, path, place in (("image", sources.image, 0), ("last_image", sources.last_image, -1)):
+    for name, path, place in (("image", files.image, 0), ("last_image", files.last_image, -1)):
         if path is not None:
             frame = _read_image(name, path)
             _check_aspect(name, path, frame.shape[:2], aspect)
-            pixels[:, place], known[:, place], key = fit_image(frame, size, way), True, name
-    if sources.video is not None:
-        frames, stays = _read_video(sources, aspect, sources.keep or num_frames, fps, size)
+            pixels[:, place], known[:, place], key = fit_image(frame, size, conditioning), True, name
+    if files.video is not None:
+        frames, stays = _read_video(files, aspect, files.keep or num_frames, fps, size)
         pixels[:, : len(frames)] = to_pixels(torch.tensor(frames))
-        known[:, : len(frames)], key = stays, "video" if sources.mask is None else "mask"
+        known[:, : len(frames)], key = stays, "video" if files.mask is None else "mask"
     if known.all():
         raise ValueError(
             f"{key}: all {num_frames} frames are known and nothing is left to make; give a larger num_frames, or a "
             "mask with white in it"
         )
-    check_way(known[None], way, key=key)
-    return Known(pixels, known)
+    check_known(known[None], conditioning, key=key)
+    return ConditioningPixels(pixels, known)
 
 
-def fit_image(frame: Frames, size: tuple[int, int], way: str) -> Tensor:
-    """An image (H, W, 3) uint8 as a frame (3, height, width) in [-1, 1], prepared as the authors do for this way."""
-    if way == "channels":
+def fit_image(frame: Frames, size: tuple[int, int], conditioning: str) -> Tensor:
+    """An image (H, W, 3) uint8 as a frame (3, height, width) in [-1, 1], as Wan's authors prepare it."""
+    if conditioning == "channel_concat":
         image_1CHW = to_pixels(torch.tensor(frame[None])).transpose(0, 1)
         return F.interpolate(image_1CHW, size, mode="bicubic", align_corners=False)[0]
     height, width, _ = geometry.cover(frame.shape[0], frame.shape[1], *size)
@@ -176,14 +183,14 @@ def fit_image(frame: Frames, size: tuple[int, int], way: str) -> Tensor:
 
 
 def _read_image(key: str, path: Path) -> Frames:
-    found = _probe(key, path)
-    if not found.is_image:
+    info = _probe(key, path)
+    if not info.is_image:
         raise ValueError(f"{key}={path} is a video; give a picture, or video=FILE with keep=N")
-    return next(read_windows(path, found, [Window(0.0, 1)], 1.0))[0]  # type: ignore[no-any-return]
+    return next(read_windows(path, info, [Window(0.0, 1)], 1.0))[0]  # type: ignore[no-any-return]
 
 
 def _probe(key: str, path: Path) -> VideoInfo:
-    """What is in a file; ValueError names the key it was given under."""
+    """The facts of a file; ValueError names its key."""
     if not path.is_file():
         raise ValueError(f"{key}={path} is not there")
     try:
@@ -193,27 +200,27 @@ def _probe(key: str, path: Path) -> VideoInfo:
 
 
 def _read_video(
-    sources: Sources, aspect: float, num_frames: int, fps: float, size: tuple[int, int]
+    files: ConditioningFiles, aspect: float, num_frames: int, fps: float, size: tuple[int, int]
 ) -> tuple[Frames, Tensor]:
     """The first `num_frames` of a video, and where they stay, boolean (F or 1, height, width)."""
-    video = sources.video
+    video = files.video
     assert video is not None
-    found = _probe("video", video)
-    if found.is_image:
+    info = _probe("video", video)
+    if info.is_image:
         raise ValueError(f"video={video} is a picture; give image=FILE")
-    _check_aspect("video", video, (found.height, found.width), aspect)
+    _check_aspect("video", video, (info.height, info.width), aspect)
     geometry.check_num_frames(num_frames, key="keep")
-    longest = cut_windows(found, ClipOptions(4 * 10**6 + 1, fps, clips="first"))[0].num_frames
+    longest = cut_windows(info, ClipOptions(4 * 10**6 + 1, fps, clips="first"))[0].num_frames
     if longest < num_frames:
-        key = "num_frames" if sources.keep is None else "keep"
+        key = "num_frames" if files.keep is None else "keep"
         raise ValueError(
             f"video={video} has {longest} frames (4k+1) at {fps:g} fps, fewer than {key}={num_frames}; give "
             f"{key}={longest} or less"
         )
-    window, stays = Window(float(found.times[0]), num_frames), torch.ones(1, 1, 1, dtype=torch.bool)
-    if sources.mask is not None:
-        stays = _read_mask(sources.mask, found, window, fps, size)
-    return next(read_windows(video, found, [window], fps, size)), stays
+    window, stays = Window(float(info.times[0]), num_frames), torch.ones(1, 1, 1, dtype=torch.bool)
+    if files.mask is not None:
+        stays = _read_mask(files.mask, info, window, fps, size)
+    return next(read_windows(video, info, [window], fps, size)), stays
 
 
 def _read_mask(path: Path, clip: VideoInfo, window: Window, fps: float, size: tuple[int, int]) -> Tensor:
@@ -221,9 +228,9 @@ def _read_mask(path: Path, clip: VideoInfo, window: Window, fps: float, size: tu
     if not path.is_file():
         raise ValueError(f"mask={path} is not there")
     try:
-        found = probe(path)
-        check_mask(found, clip)
-        stays = painted(torch.tensor(next(read_mask_windows(path, found, clip, [window], fps, size))))
+        info = probe(path)
+        check_mask(info, clip)
+        stays = painted(torch.tensor(next(read_mask_windows(path, info, clip, [window], fps, size))))
     except ValueError as error:
         raise ValueError(f"mask={path} {error}") from error
     if not stays.any():

@@ -1,8 +1,8 @@
-"""A folder of finished samples: an mp4 each, a JSON beside it that says what it is, and a page that shows all.
+"""A folder of finished samples: for each an mp4 and a JSON of its settings, and one page that shows all.
 
-A sample is what prompt, seed, settings and weights make of it; their hash is its identity and part of its name. So the
-same command goes on where it was stopped, a finished video is never made again, and no video is written over another.
-Several processes share a list by its numbers (RANK and WORLD_SIZE) and do not need to know of each other.
+The identity of a sample is the hash of prompt, seed, settings and weights, and part of its file name. So a command
+that was stopped continues, a finished video is never made again, and no video overwrites another. Several processes
+(RANK and WORLD_SIZE) share a list by its numbers, without communication.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from wantrain import page
 from wantrain.geometry import Bucket
 from wantrain.page import Row, Shown
-from wantrain.sampling.conditioning import Known
+from wantrain.sampling.conditioning import ConditioningPixels
 from wantrain.sampling.generate import Sampler, Settings
 from wantrain.sampling.prompts import Job
 from wantrain.util import distributed
@@ -36,10 +36,11 @@ SHOWN = 24
 
 @dataclass(frozen=True)
 class Gallery:
-    """Where samples go, and all that their identity depends on besides prompt and seed.
+    """The folder of the samples, and what their identity depends on besides prompt and seed.
 
-    weights  the identity of all weights; `label` says in words whose they are
-    more     what else changes the pixels: precision, tiling, what is known
+    weights  identity of all weights
+    label    name of the weights, for people
+    more     other settings that change the pixels: precision, tiling, conditioning
     """
 
     folder: Path
@@ -51,23 +52,23 @@ class Gallery:
     more: Mapping[str, Any]
 
     def identity(self, job: Job) -> str:
-        """Twelve hex digits for what makes the pixels of a sample."""
-        told = [job.prompt, job.seed, asdict(self.settings), str(self.bucket), self.weights, dict(self.more)]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hex digits: a hash of everything that makes the pixels of a sample."""
+        facts = [job.prompt, job.seed, asdict(self.settings), str(self.bucket), self.weights, dict(self.more)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
     def file(self, job: Job) -> Path:
-        """The video of a job: the finished one, whatever its number, or the name that it will have."""
+        """The video of a job: the finished one, whatever its number, or the path that it will get."""
         identity = self.identity(job)
         done = [path.with_suffix(".mp4") for path in sorted(self.folder.glob(f"*_{identity}.json"))]
-        found = next((path for path in done if path.is_file()), None)
-        return found or self.folder / f"{job.number:03d}_seed_{job.seed}_{identity}.mp4"
+        finished = next((path for path in done if path.is_file()), None)
+        return finished or self.folder / f"{job.number:03d}_seed_{job.seed}_{identity}.mp4"
 
     def is_done(self, job: Job) -> bool:
-        """True if the video is there, whole: its JSON is written after it."""
+        """True if the video is complete: its JSON is written after it."""
         return self.file(job).with_suffix(".json").is_file() and self.file(job).is_file()
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those of `jobs` that are not done; says how many are."""
+        """Those of `jobs` that are not done; prints how many are done."""
         left = [job for job in jobs if not self.is_done(job)]
         if done := len(jobs) - len(left):
             say(f"{self.folder}: {done} of {len(jobs)} videos are there already and are kept")
@@ -91,10 +92,15 @@ class Gallery:
 
 
 def fill(
-    gallery: Gallery, jobs: Sequence[Job], sampler: Sampler, *, batch_size: int, known: Known | None = None
+    gallery: Gallery,
+    jobs: Sequence[Job],
+    sampler: Sampler,
+    *,
+    batch_size: int,
+    pixels: ConditioningPixels | None = None,
 ) -> None:
-    """Make what is missing of `jobs`, `batch_size` videos at once; `known` is what is known of each of them."""
-    record = None if known is None else sampler.tell(known)
+    """Sample `jobs`, `batch_size` videos at once; `pixels` are the known pixels of every video."""
+    inputs = None if pixels is None else sampler.encode_conditioning(pixels)
     for first in range(0, len(jobs), batch_size):
         some = jobs[first : first + batch_size]
         title = f"{first + len(some)}/{len(jobs)} {some[0].prompt[:40]}"
@@ -105,7 +111,7 @@ def fill(
                 bucket=gallery.bucket,
                 settings=gallery.settings,
                 seeds=seeds,
-                known=record,
+                inputs=inputs,
                 on_step=partial(_show_step, bar),
             )
         for job, frames in zip(some, videos, strict=True):
@@ -113,18 +119,18 @@ def fill(
 
 
 def mine(jobs: Sequence[Job]) -> list[Job]:
-    """This process's share of a list; the same whatever the others have done already."""
+    """This process's share of a list; it does not depend on what is done already."""
     return list(jobs[distributed.rank() :: distributed.world_size()])
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """What the JSON files of a folder say of its finished samples, in order of their names; `file` is the video's."""
-    found = []
+    """The JSON of each finished sample of a folder, in order of the names, with `file`, the name of its video."""
+    samples = []
     for path in sorted(folder.glob("*_seed_*.json")):
         if path.with_suffix(".mp4").is_file():
             about = json.loads(path.read_text(encoding="utf-8"))
-            found.append({**about, "file": path.with_suffix(".mp4").name})
-    return found
+            samples.append({**about, "file": path.with_suffix(".mp4").name})
+    return samples
 
 
 def write_index(gallery: Gallery, jobs: Iterable[Job]) -> None:
@@ -177,6 +183,6 @@ def in_words(about: Mapping[str, Any]) -> str:
 
 
 def _show_step(bar: tqdm, step: int, expert: str) -> None:
-    """Move the progress bar on, naming the expert that answers."""
+    """Advance the progress bar, with the name of the expert at work."""
     bar.set_postfix_str(expert)
     bar.update()

@@ -1,7 +1,6 @@
-"""From prompts to frames: noise, two experts with the switch at the boundary, guidance, a solver, the VAE.
+"""From prompts to frames: noise, two experts that switch at the boundary, guidance, a solver, the VAE.
 
-The same `generate` serves sample.py and the previews inside training, so a preview is the real inference path.
-It is given built modules and loads nothing.
+sample.py and the previews of a training run call the same `generate`. It gets built modules and loads nothing.
 """
 
 from __future__ import annotations
@@ -14,26 +13,26 @@ from torch import Tensor
 
 from wantrain import flow, geometry
 from wantrain.batch import pad_texts
-from wantrain.conditioning import Condition, told
-from wantrain.sampling.conditioning import Known
+from wantrain.conditioning import EncodePixels, ModelInputs, model_inputs
+from wantrain.sampling.conditioning import ConditioningPixels
 from wantrain.sampling.solvers import schedule, solver_named
 from wantrain.util.progress import report_progress
 from wantrain.util.seeds import generator_at
 from wantrain.video import Frames, to_frames
 
-#: A velocity model: (latents, timestep, text, condition) -> velocity.
-Velocity = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+#: A velocity model: (latents, timestep, text, **conditioning) -> velocity.
+Velocity = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The velocity models by noise level. `boundary` is the sigma from which high noise answers; None: one model."""
+    """The velocity models by name. `boundary` is the sigma from which high_noise is used; None: one model."""
 
     models: Mapping[str, Velocity]
     boundary: float | None = None
 
     def name_at(self, timestep: int) -> str:
-        """Which expert answers at an integer timestep; a tie at the boundary belongs to high noise."""
+        """The expert of an integer timestep; a tie at the boundary is high noise."""
         if len(self.models) == 1:
             return next(iter(self.models))
         assert self.boundary is not None, "two experts need a boundary"
@@ -42,13 +41,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to sample; defaults of a model come from its conf/model file.
+    """Settings of sampling; a model's defaults come from its conf/model file.
 
-    guidance   guidance scale per expert name; 1 asks the model once per step instead of twice
+    guidance   guidance scale per expert name; 1 calls the model once per step instead of twice
     solver     "unipc", "dpm++" or "euler"
     steps      solver steps, one call of the model (two with guidance) each
-    shift      flow shift of the schedule; part of what the model was trained for
-    negative_prompt  what guidance pushes away from
+    shift      flow shift of the schedule, as in the model's training
+    negative_prompt  text that guidance pushes away from
     """
 
     guidance: Mapping[str, float]
@@ -68,47 +67,50 @@ def generate(
     sigmas: Tensor,
     guidance: Mapping[str, float],
     solver: str = "unipc",
-    condition_BCTHW: Tensor | None = None,
-    mask_BT: Tensor | None = None,
+    conditioning: Mapping[str, Tensor] | None = None,
+    noised_BT: Tensor | None = None,
     on_step: Callable[[int, str], None] | None = None,
 ) -> Tensor:
     """Follow the velocity from `latents` (noise, (B, C, T, H, W) float32) to clean latents of the same shape.
 
-    Condition and mask are a `Batch`'s, the same for every step, expert and branch of the guidance; frames that the
-    mask has 0 for are given clean in `latents`, and stay. `sigmas` descends to 0 and sets the steps; models see integer
-    timesteps floor(1000*sigma), as published samplers do. `on_step(i, expert name)` is told about every step.
+    `conditioning` and `noised_BT` are a `Batch`'s, the same for every step, expert and branch of the guidance. Frames
+    whose `noised_BT` is 0 are clean in `latents`, and stay. `sigmas` descends to 0 and sets the steps; models see
+    integer timesteps floor(1000*sigma), as published samplers do. `on_step(i, expert name)` is called at every step.
     ValueError for an unknown solver or absent guidance.
     """
     if absent := sorted(name for name in experts.models if guidance.get(name) is None):
         raise ValueError(f"guidance lacks a scale for {', '.join(absent)}")
     stepper = solver_named(solver, sigmas)
-    given = x = latents.float()
-    noised = None if mask_BT is None else (mask_BT > 0)[:, None, :, None, None]
+    start = x = latents.float()
+    noised = None if noised_BT is None else (noised_BT > 0)[:, None, :, None, None]
+    further = conditioning or {}
     for i, timestep in enumerate(flow.sampling_timesteps(sigmas).tolist()):
         name = experts.name_at(timestep)
         report_progress(f"solver step {i + 1} of {len(sigmas) - 1}")
         if on_step is not None:
             on_step(i, name)
-        level = flow.noised(torch.full((len(x),), float(timestep), device=x.device), mask_BT)
-        velocity = experts.models[name](x, level, text_BLD, condition_BCTHW)
+        level = flow.noised(torch.full((len(x),), float(timestep), device=x.device), noised_BT)
+        velocity = experts.models[name](x, level, text_BLD, **further)
         scale = guidance[name]
         if scale != 1.0:
-            away = experts.models[name](x, level, negative_BLD, condition_BCTHW)
+            away = experts.models[name](x, level, negative_BLD, **further)
             velocity = away + scale * (velocity - away)
         x = stepper.step(i, x, velocity)
         if noised is not None:
-            x = torch.where(noised, x, given)
+            x = torch.where(noised, x, start)
     return x
 
 
 @dataclass
 class Sampler:
-    """Prompts to frames, with everything a pipeline holds: experts, VAE, text encoder.
+    """Prompts to frames, with everything that a pipeline holds: experts, VAE, text encoder.
 
-    `encode_texts(list of str) -> list of (L, D)`; `decode(latents) -> pixels in [-1, 1]`. Strides and channels are
-    the VAE's. `way` is how the experts are told what is known of a video (conditioning.py), None: not at all; what is
-    known goes through `encode_pixels(pixels in [-1, 1]) -> latents`. Texts are encoded once and kept; `texts` are those
-    that are there already, and `warm` encodes many at once.
+    encode_texts   list of str -> list of (L, D)
+    decode         latents -> pixels in [-1, 1]
+    channels, temporal_stride, spatial_stride  the VAE's
+    conditioning   the experts' conditioning type (wantrain/conditioning.py)
+    encode_pixels  known pixels -> latents; None where the experts take none
+    texts          embeddings that exist already; each further text is encoded once
     """
 
     experts: Experts
@@ -118,8 +120,8 @@ class Sampler:
     temporal_stride: int = 4
     spatial_stride: int = 8
     device: torch.device | str = "cpu"
-    way: str | None = None
-    encode_pixels: Callable[[Tensor], Tensor] | None = None
+    conditioning: str = "none"
+    encode_pixels: EncodePixels | None = None
     texts: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(
@@ -129,11 +131,11 @@ class Sampler:
         bucket: geometry.Bucket,
         settings: Settings,
         seed: int,
-        known: Condition | None = None,
+        inputs: ModelInputs | None = None,
         on_step: Callable[[int, str], None] | None = None,
     ) -> Frames:
         """One video, uint8 frames (F, H, W, 3). The same seed gives the same noise on every machine."""
-        return self.batch([prompt], bucket=bucket, settings=settings, seeds=[seed], known=known, on_step=on_step)[0]
+        return self.batch([prompt], bucket=bucket, settings=settings, seeds=[seed], inputs=inputs, on_step=on_step)[0]
 
     def batch(
         self,
@@ -142,19 +144,19 @@ class Sampler:
         bucket: geometry.Bucket,
         settings: Settings,
         seeds: Sequence[int],
-        known: Condition | None = None,
+        inputs: ModelInputs | None = None,
         on_step: Callable[[int, str], None] | None = None,
     ) -> list[Frames]:
         """A video for each prompt with its seed, all at once: for small models, where one by one is slow.
 
-        `known` is what is known of each of them, or (B = 1) of all. ValueError for a size that VAE and transformer
-        cannot take, and for what the experts cannot be told.
+        `inputs` are the conditioning of each of them, or (B = 1) of all. ValueError for a size that VAE and transformer
+        cannot take.
         """
         multiple = self.spatial_stride * geometry.PATCH[1]
         geometry.check_size(bucket.height, bucket.width, multiple, key="height, width")
         shape = geometry.latent_shape(bucket, self.temporal_stride, self.spatial_stride)
         noise = [torch.randn((self.channels, *shape), generator=generator_at(seed, "sample")) for seed in seeds]
-        latents, condition, mask = self._told(torch.stack(noise), known)
+        latents, conditioning, noised = self._conditioned(torch.stack(noise), inputs or ModelInputs())
         latents = generate(
             self.experts,
             latents=latents,
@@ -163,8 +165,8 @@ class Sampler:
             sigmas=schedule(settings.solver, settings.steps, settings.shift),
             guidance=settings.guidance,
             solver=settings.solver,
-            condition_BCTHW=condition,
-            mask_BT=mask,
+            conditioning=conditioning,
+            noised_BT=noised,
             on_step=on_step,
         )
         report_progress("decoding")
@@ -172,14 +174,15 @@ class Sampler:
             return [to_frames(pixels) for pixels in self.decode(latents)]
 
     @torch.no_grad()
-    def tell(self, known: Known) -> Condition:
-        """What the experts are told of a video that is partly known."""
-        assert self.encode_pixels is not None and self.way is not None, "nothing is known without a way to tell it"
+    def encode_conditioning(self, pixels: ConditioningPixels) -> ModelInputs:
+        """What the experts are given of a video with these known pixels. ValueError if they take no conditioning."""
+        assert self.encode_pixels is not None, "known pixels are encoded"
         strides = {"temporal_stride": self.temporal_stride, "spatial_stride": self.spatial_stride}
-        return known.encode(self.encode_pixels, way=self.way, **strides)
+        record = pixels.encode(self.encode_pixels, conditioning=self.conditioning, **strides)
+        return model_inputs(record, self.conditioning)
 
     def warm(self, prompts: Sequence[str]) -> None:
-        """Encode texts now, those that are not known yet."""
+        """Encode now, all at once, the prompts that are not encoded yet."""
         fresh = [text for text in dict.fromkeys(prompts) if text not in self.texts]
         if fresh:
             self.texts.update(zip(fresh, self.encode_texts(fresh), strict=True))
@@ -188,13 +191,16 @@ class Sampler:
         self.warm(prompts)
         return pad_texts([self.texts[prompt] for prompt in prompts]).float().to(self.device)
 
-    def _told(self, noise_BCTHW: Tensor, known: Condition | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What sampling starts from, condition and mask, for a batch of that much noise, on the device."""
-        start = noise_BCTHW.to(self.device)
-        condition, mask = told(known, self.way)
-        if condition is not None:
-            condition = condition.to(self.device).expand(len(start), *condition.shape[1:])
-        if known is not None and mask is not None:
-            mask = mask.to(self.device).expand(len(start), -1)
-            start = torch.where(mask[:, None, :, None, None] > 0, start, known.latents_BCTHW.to(self.device))
-        return start, condition, mask
+    def _conditioned(self, noise_BCTHW: Tensor, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Where sampling starts, conditioning and `noised_BT`, for a batch of that much noise, on the device."""
+        start, count = noise_BCTHW.to(self.device), len(noise_BCTHW)
+        conditioning = {
+            name: tensor.to(self.device).expand(count, *tensor.shape[1:])
+            for name, tensor in inputs.conditioning.items()
+        }
+        if inputs.noised_BT is None:
+            return start, conditioning, None
+        assert inputs.latents_BCTHW is not None, "frames that are not noised have latents"
+        noised = inputs.noised_BT.to(self.device).expand(count, -1)
+        clean = inputs.latents_BCTHW.to(self.device)
+        return torch.where(noised[:, None, :, None, None] > 0, start, clean), conditioning, noised

@@ -63,7 +63,9 @@ class ExpertTrainer:
     def first_batch(self, data: Samples, count: int = 4) -> Batch:
         """Its first samples, at most `count`: something to measure on."""
         samples = self.plan.batch(0)[:count]
-        return data.load(samples, np.arange(len(samples)))
+        batch = data.load(samples, np.arange(len(samples)))
+        assert isinstance(batch, Batch), "an expert is measured on latents"
+        return batch
 
     def snapshot(self) -> tuple[int, Callable[[Path], dict[Path, str]]]:
         """The whole state of this moment, on the CPU: its size in bytes, and what writes it into a checkpoint's folder

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from wantrain.batch import Batch
+from wantrain.batch import AnyBatch
 from wantrain.losses import Draws
 from wantrain.runs.checkpoint import Checkpoints
 from wantrain.training.alternation import ExpertAlternation
@@ -131,7 +131,7 @@ def fit(run: Run, start: int) -> int | None:
 
 
 def take_step(
-    run: Run, trainer: ExpertTrainer, own: int, step: int, batches: Iterator[tuple[Batch, Draws]], signals: Signals
+    run: Run, trainer: ExpertTrainer, own: int, step: int, batches: Iterator[tuple[AnyBatch, Draws]], signals: Signals
 ) -> tuple[dict[str, Any], int | None]:
     """One optimizer step of `trainer`, its own number `own`, which brings the run to `step`.
 

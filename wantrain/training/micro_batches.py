@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from wantrain.batch import Batch, pinned
+from wantrain.batch import AnyBatch, pinned
 from wantrain.data import share
 from wantrain.data.prefetch import prefetch
 from wantrain.losses import Draws
@@ -31,11 +31,11 @@ def micro_batches(
     start: int,
     until: int,
     seed: int,
-) -> Iterator[tuple[Batch, Draws]]:
+) -> Iterator[tuple[AnyBatch, Draws]]:
     """This process's share of the optimizer steps from `start` to `until`, on the host."""
     rank, processes = distributed.rank(), distributed.world_size()
 
-    def requests() -> Iterator[Callable[[], tuple[Batch, Draws]]]:
+    def requests() -> Iterator[Callable[[], tuple[AnyBatch, Draws]]]:
         for step in range(start, until):
             name, own = alternation.at(step)
             plan, accumulate = trainers[name].plan, trainers[name].stepper.accumulate
@@ -50,7 +50,7 @@ def micro_batches(
 
 def _ready(
     data: Samples, trainer: ExpertTrainer, samples: NDArray[np.int64], positions: NDArray[np.int64], seed: int
-) -> tuple[Batch, Draws]:
+) -> tuple[AnyBatch, Draws]:
     """A micro-batch and what its loss draws, by the samples' positions in the run."""
     batch = data.load(samples, positions)
     draws = trainer.loss.prepare(batch, [generator_at(seed, "noise", position) for position in batch.positions])

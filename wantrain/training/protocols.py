@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from wantrain.batch import Batch
+from wantrain.batch import AnyBatch
 
 
 class Samples(Protocol):
     """What the loop asks of a data set: samples by number, for positions in the run."""
 
-    def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> Batch: ...
+    def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> AnyBatch: ...
 
 
 def due(step: int, *, every: int, last: int) -> bool:

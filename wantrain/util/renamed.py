@@ -6,11 +6,13 @@ under the new names.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-#: Config keys: old -> new. A key stands for all below it. On the command line each old one is an error.
+#: Config keys: old -> new. A key stands for all below it, `*` for one part of a key. On the command line each old one
+#: is an error.
 KEYS: Mapping[str, str] = {
     "tripwires.patience": "safeguards.max_skipped_steps",
     "tripwires": "safeguards",
@@ -19,9 +21,18 @@ KEYS: Mapping[str, str] = {
     "experts.idle": "experts.offload",
     "sample.idle": "sample.offload.experts",
     "idle": "offload.experts",
+    "model.told_by": "model.conditioning",
+    "model.condition": "model.mask_types",
+    "data.told_by": "data.conditioning",
+    "data.condition": "data.mask_types",
+    "data.sets.*.told_by": "data.sets.*.conditioning",
+    "data.sets.*.condition": "data.sets.*.mask_types",
+    "condition": "mask_types",
 }
 #: Modules that `_target_` names: old -> new.
 TARGETS: Mapping[str, str] = {"wantrain.training.optim": "wantrain.training.engine.optim"}
+#: Conditioning types: old -> new.
+_CONDITIONING: Mapping[Any, Any] = {"channels": "channel_concat", "frames": "clean_frames", None: "none"}
 #: Values of config keys, by the new key: old -> new.
 VALUES: Mapping[str, Mapping[Any, Any]] = {
     "init": {"widen": "expand_input_channels"},
@@ -30,6 +41,9 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
     "offload": {"none": {"blocks": False}, "blocks": {"blocks": True}},
     "sample.offload.experts": {"gpu": "none"},
     "offload.experts": {"gpu": "none"},
+    "model.conditioning": _CONDITIONING,
+    "data.conditioning": _CONDITIONING,
+    "data.sets.*.conditioning": _CONDITIONING,
 }
 
 
@@ -42,7 +56,7 @@ def refuse_old_keys(words: Iterable[str]) -> None:
             continue
         key, value = match.groups()
         new = new_key(key)
-        values = {old: now for old, now in VALUES.get(new, {}).items() if old is not None}
+        values = _typed_values(new)
         if value in values:
             now = values[value]
             said = f"{new}={now}"
@@ -61,7 +75,7 @@ def upgraded_words(words: Iterable[str]) -> list[str]:
     for word in words:
         key, separator, value = word.partition("=")
         key = new_key(key)
-        now = VALUES.get(key, {}).get(value, value) if separator else value
+        now = _typed_values(key).get(value, value) if separator else value
         settings = (
             {f"{key}.{name}": str(each).lower() for name, each in now.items()} if isinstance(now, Mapping) else {}
         )
@@ -72,9 +86,32 @@ def upgraded_words(words: Iterable[str]) -> list[str]:
 def new_key(key: str) -> str:
     """Today's name of a config key."""
     for old, new in KEYS.items():
-        if key == old or key.startswith(f"{old}."):
-            return new + key[len(old) :]
+        if match := _pattern(old).match(key):
+            return _pattern_filled(new, match) + key[match.end() :]
     return key
+
+
+@functools.cache
+def _pattern(key: str) -> re.Pattern[str]:
+    """What matches a key of `KEYS` or `VALUES`, at the beginning of a longer key too."""
+    return re.compile(re.escape(key).replace(r"\*", r"([^.]+)") + r"(?=\.|$)")
+
+
+def _pattern_filled(key: str, match: re.Match[str]) -> str:
+    """A new key with each `*` replaced by what the old one's matched."""
+    for part in match.groups():
+        key = key.replace("*", part, 1)
+    return key
+
+
+def _values(key: str) -> Mapping[Any, Any]:
+    """The old values of a key of today, and the new ones."""
+    return next((values for name, values in VALUES.items() if _pattern(name).fullmatch(key)), {})
+
+
+def _typed_values(key: str) -> dict[str, Any]:
+    """The same as typed on a command line."""
+    return {"null" if old is None else str(old): now for old, now in _values(key).items()}
 
 
 def new_target(target: str) -> str:
@@ -100,7 +137,7 @@ def _upgrade(prefix: str, config: Mapping[str, Any], into: dict[str, Any]) -> No
             continue
         if name == "_target_":
             value = new_target(value)
-        values = VALUES.get(key, {})
+        values = _values(key)
         if not isinstance(value, list | Mapping) and value in values:
             value = values[value]
         place = into
@@ -118,8 +155,16 @@ def upgraded_fields(record: Mapping[str, Any], names: Mapping[str, str]) -> dict
     return {names.get(key, key): value for key, value in record.items()}
 
 
+def upgraded_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest of any age, and the settings in it, under today's names."""
+    upgraded = upgraded_fields(manifest, MANIFEST)
+    if isinstance(upgraded.get("settings"), Mapping):
+        upgraded["settings"] = upgraded_fields(upgraded["settings"], MANIFEST)
+    return upgraded
+
+
 #: Fields of a manifest (of video and of latent shards).
-MANIFEST = {"ledger": "stats"}
+MANIFEST = {"ledger": "stats", "condition": "mask_types"}
 #: Fields of what a video shard says about a file.
 VIDEO_SAMPLE = {"marks": "seek_points"}
 #: Fields of a checkpoint's state.json.

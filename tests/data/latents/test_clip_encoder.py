@@ -13,14 +13,14 @@ from safetensors.torch import load
 from shard_helpers import shard
 
 from wantrain import conditioning, geometry
-from wantrain.data import Conditions, read_manifest
+from wantrain.data import ConditioningInputs, read_manifest
 from wantrain.data.footage.pixels import read_clips
 from wantrain.data.footage.video_shards import VideoEntry, read_video_shards
 from wantrain.data.latents import clip_encoder, portions
 from wantrain.data.latents.conditioning import _label
 from wantrain.data.latents.transfer import Transfer
 from wantrain.data.latents.work_units import clip_rows
-from wantrain.masks import Mix
+from wantrain.masks import MaskMix
 from wantrain.models import WanVAE
 from wantrain.util.files import write_json
 from wantrain.util.seeds import generator_at
@@ -64,7 +64,7 @@ def encode(shards, out, **changes):
         "encode_pixels": lambda pixels: pixels[:, :, ::4, ::8, ::8],
         "encode_texts": lambda texts: [torch.ones(1, 3) for _ in texts],
         "sizes": geometry.Buckets((SIZE**2,), (1.0,), 16),
-        "conditions": Conditions({}, None),
+        "inputs": ConditioningInputs({}, "none"),
         "model": "tiny",
         "vae_fingerprint": "vae",
         "text_fingerprint": "text",
@@ -94,17 +94,17 @@ def requests(shards):
         write_json(shards.parent / f"{request['key']}.request", request)
         yield from read_clips(request)
 
-    encode(shards, shards.parent / "seen", conditions=Conditions({"mask": 1.0}, "channels"), read=remembering)
+    encode(shards, shards.parent / "seen", inputs=ConditioningInputs({"mask": 1.0}, "channel_concat"), read=remembering)
     for path in shards.parent.glob("*.request"):
         seen[path.stem] = json.loads(path.read_text())
     return seen
 
 
-def test_latents_and_conditions_are_the_bits_that_they_were(videos, vae, tmp_path, monkeypatch):
+def test_latents_and_conditioning_inputs_are_the_bits_that_they_were(videos, vae, tmp_path, monkeypatch):
     """What encode.py did until pixels were made on the device, written out here: CPU pixels, one clip after another."""
     monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)  # a convolution's bits may depend on the batch
-    encode(videos, tmp_path / "out", encode_pixels=vae.encode, conditions=Conditions(SPEC, "channels"))
-    found, mix, shape = stored(tmp_path / "out"), Mix.read(SPEC), (FRAMES, SIZE, SIZE)
+    encode(videos, tmp_path / "out", encode_pixels=vae.encode, inputs=ConditioningInputs(SPEC, "channel_concat"))
+    found, mix, shape = stored(tmp_path / "out"), MaskMix.read(SPEC), (FRAMES, SIZE, SIZE)
     assert len(found) == 4
     for key, request in requests(videos).items():
         name, (frames,) = f"{key}-0000", read_clips(request)
@@ -112,11 +112,11 @@ def test_latents_and_conditions_are_the_bits_that_they_were(videos, vae, tmp_pat
         wanted = {"latents": vae.encode(pixels)[0].to(torch.bfloat16)}
         painted = torch.from_numpy(frames[..., 3:].mean(axis=-1) < 127.5)
         assert 0.1 < painted.float().mean() < 0.9
-        for kind, variant in Conditions(SPEC, "channels").stored:
+        for kind, variant in ConditioningInputs(SPEC, "channel_concat").stored:
             known = painted
             if kind != "mask":
                 known = mix.draw(kind, shape, generator_at("known", kind, variant, name)).expand(shape)
-            record = conditioning.encode(vae.encode, pixels, known[None, None], way="channels")
+            record = conditioning.encode(vae.encode, pixels, known[None, None], conditioning="channel_concat")
             wanted |= conditioning.to_tensors(_label(kind, variant), record)
         assert set(found[name]) == set(wanted)
         for what, tensor in wanted.items():
@@ -165,10 +165,10 @@ def test_the_device_gets_bytes_once_and_computes_all_the_rest(videos, tmp_path, 
         seen.append(tuple(pixels.shape))
         return pixels[:, :, ::4, ::8, ::8]
 
-    conditions = Conditions(SPEC, "channels")
-    encode(videos, tmp_path / "here", conditions=conditions, shard_clips=64)
+    inputs = ConditioningInputs(SPEC, "channel_concat")
+    encode(videos, tmp_path / "here", inputs=inputs, shard_clips=64)
     monkeypatch.setattr(clip_encoder, "Transfer", Elsewhere)
-    encode(videos, tmp_path / "there", conditions=conditions, shard_clips=64, encode_pixels=encode_pixels)
+    encode(videos, tmp_path / "there", inputs=inputs, shard_clips=64, encode_pixels=encode_pixels)
     masks = [(torch.bool, (4, 1, FRAMES, *size)) for size in ((1, 1), (SIZE, SIZE), (SIZE, SIZE), (SIZE, SIZE))]
     assert made[-1].came == [(torch.uint8, (4, FRAMES, SIZE, SIZE, 4)), *masks]
     assert seen == [(4, 3, FRAMES, SIZE, SIZE)] * 6, "the clips, and what is known of them: an image, two boxes, ..."
@@ -264,16 +264,16 @@ def test_latents_of_another_precision_are_others_and_those_of_fp32_are_what_they
 
 
 @pytest.mark.parametrize(
-    ("conditions", "identities"),
+    ("inputs", "identities"),
     [
-        (Conditions({}, None), ["f063a8c0497ca1150db241075b083450", "4a82b249f9df0c4e8ca0d195119787c1"]),
-        (Conditions({"image": 1}, "channels"), ["91df66d02ad3bc1522860373029b2fa3", "9d619b62abfbaefba9eb6e078c6cd86d"]),
+        (ConditioningInputs({}, "none"), ["f063a8c0497ca1150db241075b083450", "4a82b249f9df0c4e8ca0d195119787c1"]),
+        (ConditioningInputs({"image": 1}, "channel_concat"), ["91df66d02ad3bc1522860373029b2fa3", "9d619b62abfbaefba9eb6e078c6cd86d"]),
     ],
 )  # fmt: skip
-def test_identities_are_those_of_the_folders_that_people_have(conditions, identities):
+def test_identities_are_those_of_the_folders_that_people_have(inputs, identities):
     """As commit 2dad2c4 computed them: others would encode every folder anew."""
     windows = [{"start": 0.0, "num_frames": 17}, {"start": 1.5, "num_frames": 9}]
     about = {"caption": "a cat", "source": "cat.mp4", "sha256": "ab" * 32, "fps": 16.0, "height": 480, "width": 832}
     entry = VideoEntry("0123456789abcdef", "mp4", "video.tar", 512, 100, {**about, "windows": windows})
-    rows = clip_rows(entry, geometry.Buckets((4096,), (1.0,), 16), conditions, "0011223344556677")
+    rows = clip_rows(entry, geometry.Buckets((4096,), (1.0,), 16), inputs, "0011223344556677")
     assert [row.identity for row in rows] == identities

@@ -1,6 +1,6 @@
-"""What is known of clips, from footage with masks through shards and latents into batches.
+"""Conditioning inputs, from footage with masks through shards and latents into batches.
 
-The encoders are simple on purpose: a latent is a pixel, so what a model is told can be computed here.
+The encoders are simple on purpose: a latent is a pixel, so a model's inputs can be computed here.
 """
 
 import json
@@ -15,14 +15,14 @@ import torch
 
 from wantrain import conditioning, geometry
 from wantrain.data import (
-    Conditions,
+    ConditioningInputs,
     LatentData,
     MixedData,
     read_manifest,
 )
 from wantrain.data.footage import survey
 from wantrain.data.footage.accounting import MICRO
-from wantrain.masks import DRAWN, Mix
+from wantrain.masks import DRAWN, MaskMix
 from wantrain.util.seeds import generator_at
 from wantrain.video import write_mp4
 
@@ -39,12 +39,12 @@ def one_row(texts):
     return [torch.ones(1, 3) * len(text) for text in texts]
 
 
-def encode(shards, out, spec=SPEC, told_by="channels", **changes):
+def encode(shards, out, spec=SPEC, conditioning="channel_concat", **changes):
     settings = {
         "encode_pixels": pixel_of_block,
         "encode_texts": one_row,
         "sizes": SIZES,
-        "conditions": Conditions(spec, told_by),
+        "inputs": ConditioningInputs(spec, conditioning),
         "model": "tiny",
         "vae_fingerprint": "vae",
         "text_fingerprint": "text",
@@ -59,8 +59,8 @@ def never(_):
     raise AssertionError("nothing is to be encoded")
 
 
-def data_of(folder, spec=SPEC, told_by="channels", **settings):
-    return LatentData(shards=folder, holdout=0, condition=spec, told_by=told_by, **settings)
+def data_of(folder, spec=SPEC, conditioning="channel_concat", **settings):
+    return LatentData(shards=folder, holdout=0, mask_types=spec, conditioning=conditioning, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -108,26 +108,27 @@ def pixels_of(data, name):
     return data._tensors_of(clip, window)["latents"].float()
 
 
-def test_a_batch_tells_each_sample_its_own_kind_as_the_formula_says(latents):
-    """Mask, then the latents of the known pixels, mid-gray elsewhere; kinds by weight, masks by the clip's name."""
-    data, kinds = data_of(latents), []
+def test_batch_conditioning_by_formula(latents):
+    """Mask, then the latents of the known pixels, mid-gray elsewhere; mask types by weight, masks by the clip's name."""
+    data, drawn = data_of(latents), []
     for place in range(400):
         sample = place % len(data.train)
         batch = data.load([sample], [place])
-        kind = data.conditions.choose(place)
-        kinds.append(kind)
+        mask_type = data.inputs.choose(place)
+        drawn.append(mask_type)
         name, shape = batch.ids[0], (FRAMES, 32, 32)
-        generator = generator_at("known", *kind, name)
-        known = Mix.read(SPEC).draw(kind[0], shape, generator).expand(shape)[None, None]
+        generator = generator_at("known", *mask_type, name)
+        known = MaskMix.read(SPEC).draw(mask_type[0], shape, generator).expand(shape)[None, None]
         mask = conditioning.pack_mask(known)
         seen = torch.where(known[:, :, ::4, ::8, ::8], pixels_of(data, name), 0.0)
-        assert torch.equal(batch.condition_BCTHW, torch.cat([mask, seen], dim=1)) and batch.mask_BT is None
-    shares = [np.mean([name == wanted for name, _ in kinds]) for wanted in SPEC]
+        assert torch.equal(batch.conditioning["concat_BCTHW"], torch.cat([mask, seen], dim=1))
+        assert batch.noised_BT is None
+    shares = [np.mean([name == wanted for name, _ in drawn]) for wanted in SPEC]
     assert shares == pytest.approx([0.5, 1 / 6, 1 / 3], abs=0.08)
-    assert {variant for name, variant in kinds if name == "boxes"} == {0, 1}
+    assert {variant for name, variant in drawn if name == "boxes"} == {0, 1}
 
 
-def test_what_is_known_does_not_depend_on_company_or_on_workers(videos, latents, tmp_path):
+def test_inputs_do_not_depend_on_batch_or_workers(videos, latents, tmp_path):
     """The tars are equal byte for byte for any number of decoders and any batching; a batch, row by row."""
     encode(videos, tmp_path / "again", workers=2)
     files = sorted(path.name for path in latents.glob("*.tar"))
@@ -136,56 +137,60 @@ def test_what_is_known_does_not_depend_on_company_or_on_workers(videos, latents,
     data = data_of(latents)
     whole = data.load([3, 1, 4], [10, 11, 12])
     for row, (sample, place) in enumerate([(3, 10), (1, 11), (4, 12)]):
-        assert torch.equal(whole.condition_BCTHW[row], data.load([sample], [place]).condition_BCTHW[0])
+        assert torch.equal(
+            whole.conditioning["concat_BCTHW"][row], data.load([sample], [place]).conditioning["concat_BCTHW"][0]
+        )
 
 
-def test_held_out_clips_are_told_the_same_each_time(latents):
-    one, other = (LatentData(shards=latents, holdout=0.5, condition=SPEC, told_by="channels") for _ in range(2))
+def test_heldout_masks_are_fixed(latents):
+    one, other = (
+        LatentData(shards=latents, holdout=0.5, mask_types=SPEC, conditioning="channel_concat") for _ in range(2)
+    )
     for mine, theirs in zip(one.heldout_batches(4), other.heldout_batches(2), strict=True):
-        assert torch.equal(mine.condition_BCTHW[: len(theirs)], theirs.condition_BCTHW)
+        assert torch.equal(mine.conditioning["concat_BCTHW"][: len(theirs)], theirs.conditioning["concat_BCTHW"])
 
 
-def test_weights_are_the_trainings_business_and_kinds_are_the_latents(videos, latents, tmp_path):
+def test_weights_change_no_latents(videos, latents, tmp_path):
     mine = Path(shutil.copytree(latents, tmp_path / "latents"))
     weights = {**SPEC, "image": 0.1}
     encode(videos, mine, weights, encode_pixels=never, encode_texts=never)
-    assert {data_of(mine, weights).conditions.choose(place)[0] for place in range(50)} == {"nothing", "boxes", "image"}
-    assert {data_of(mine, {"image": 1}).conditions.choose(place) for place in range(9)} == {("image", 0)}
-    with pytest.raises(ValueError, match=r"data\.condition\.first_last is not in .*encode again with .*first_last: 1"):
+    assert {data_of(mine, weights).inputs.choose(place)[0] for place in range(50)} == {"nothing", "boxes", "image"}
+    assert {data_of(mine, {"image": 1}).inputs.choose(place) for place in range(9)} == {("image", 0)}
+    with pytest.raises(ValueError, match=r"data\.mask_types\.first_last is not in .*encode again with .*first_last: 1"):
         data_of(mine, {"first_last": 1})
-    with pytest.raises(ValueError, match=r"data\.condition\.boxes with .*side.* is not in"):
+    with pytest.raises(ValueError, match=r"data\.mask_types\.boxes with .*side.* is not in"):
         data_of(mine, {"boxes": {"side": [0.5, 0.6]}})
     encode(videos, mine, {"first_last": 1.0}, encode_texts=never)
-    assert read_manifest(mine, "latent")["condition"] == {"first_last": {"variants": 1}}
-    ends = data_of(mine, {"first_last": 1}).load([0], [0]).condition_BCTHW[0, :4].amax(dim=(2, 3)).T
+    assert read_manifest(mine, "latent")["mask_types"] == {"first_last": {"variants": 1}}
+    ends = data_of(mine, {"first_last": 1}).load([0], [0]).conditioning["concat_BCTHW"][0, :4].amax(dim=(2, 3)).T
     assert ends.tolist() == [[1] * 4, [0] * 4, [0] * 4, [0] * 4, [0, 0, 0, 1]]
 
 
-def test_a_model_told_by_clean_frames_needs_nothing_stored(videos, tmp_path):
+def test_clean_frames_store_nothing(videos, tmp_path):
     spec = {"image": 1.0, "continuation": {"weight": 1.0, "frames": [5, 9]}, "nothing": 1.0}
-    encode(videos, tmp_path / "plain", spec, "frames")
-    assert read_manifest(tmp_path / "plain", "latent")["condition"] == {}
-    data, seen = data_of(tmp_path / "plain", spec, "frames"), set()
+    encode(videos, tmp_path / "plain", spec, "clean_frames")
+    assert read_manifest(tmp_path / "plain", "latent")["mask_types"] == {}
+    data, seen = data_of(tmp_path / "plain", spec, "clean_frames"), set()
     for place in range(60):
         batch = data.load([0, 1], [place, place + 100])
-        assert batch.condition_BCTHW is None and batch.mask_BT.shape == (2, 5)
-        seen |= {tuple(row) for row in batch.mask_BT.int().tolist()}
+        assert batch.conditioning == {} and batch.noised_BT.shape == (2, 5)
+        seen |= {tuple(row) for row in batch.noised_BT.int().tolist()}
     assert seen == {(1, 1, 1, 1, 1), (0, 1, 1, 1, 1), (0, 0, 1, 1, 1), (0, 0, 0, 1, 1)}
 
 
-def test_a_text_model_is_told_nothing(videos, tmp_path):
-    encode(videos, tmp_path / "plain", {}, None)
-    batch = data_of(tmp_path / "plain", {}, None).load([0], [0])
-    assert batch.condition_BCTHW is None and batch.mask_BT is None
+def test_text_model_has_no_conditioning(videos, tmp_path):
+    encode(videos, tmp_path / "plain", {}, "none")
+    batch = data_of(tmp_path / "plain", {}, "none").load([0], [0])
+    assert batch.conditioning == {} and batch.noised_BT is None
 
 
 def test_masks_travel_with_their_footage_and_clips_without_one_are_left_out(videos, tmp_path):
     manifest = read_manifest(videos, "video")
     assert manifest["files_rejected"] == 2, "the masks themselves"
-    encode(videos, tmp_path / "painted", {"mask": 1.0}, "channels")
-    told = read_manifest(tmp_path / "painted", "latent")["stats"]
-    assert told["clips"] == {"given": 12, "used": 4, "dropped": {"not for this condition": 8}}
-    assert told["seconds"]["given"] * MICRO == (told["seconds"]["used"] + 2 * told["seconds"]["used"]) * MICRO
+    encode(videos, tmp_path / "painted", {"mask": 1.0}, "channel_concat")
+    stats = read_manifest(tmp_path / "painted", "latent")["stats"]
+    assert stats["clips"] == {"given": 12, "used": 4, "dropped": {"not for this mask type": 8}}
+    assert stats["seconds"]["given"] * MICRO == (stats["seconds"]["used"] + 2 * stats["seconds"]["used"]) * MICRO
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "painted" / "rejects.jsonl").read_text().splitlines()]
     assert len(reasons) == 8 and all("has no mask beside it (masks/NAME.mp4)" in reason for reason in reasons)
     data = data_of(tmp_path / "painted", {"mask": 1.0})
@@ -194,7 +199,7 @@ def test_masks_travel_with_their_footage_and_clips_without_one_are_left_out(vide
     stills = 0
     for sample in range(4):
         batch = data.load([sample], [sample])
-        mask = batch.condition_BCTHW[0, :4]
+        mask = batch.conditioning["concat_BCTHW"][0, :4]
         assert (mask == mask[:1, :1]).all(), "the box stands still within each clip"
         # 64 pixels became 32, so the box covers rows 8 to 24, and columns from 8 (or, later in one clip, 16) on.
         left = 1 if bool((mask[0, 0, 1, 1] == 0).all()) else 2
@@ -203,7 +208,7 @@ def test_masks_travel_with_their_footage_and_clips_without_one_are_left_out(vide
         wanted[1:3, left:] = 0
         assert torch.equal(mask[0, 0], wanted)
         latents = pixels_of(data, batch.ids[0])
-        assert torch.equal(batch.condition_BCTHW[0, 4:], torch.where(wanted.bool(), latents, 0.0))
+        assert torch.equal(batch.conditioning["concat_BCTHW"][0, 4:], torch.where(wanted.bool(), latents, 0.0))
     assert stills == 3
 
 
@@ -255,7 +260,7 @@ def test_another_mask_is_another_latent_and_nothing_else_is(footage, videos, tmp
         return pixel_of_block(pixels)
 
     encode(tmp_path / "videos", tmp_path / "painted", {"mask": 1.0}, encode_pixels=counting, encode_texts=never)
-    assert sum(asked) == 2 * 2, "two clips, each with what is known of it"
+    assert sum(asked) == 2 * 2, "two clips, each with its conditioning input"
     encode(tmp_path / "videos", tmp_path / "plain", {"image": 1.0}, encode_pixels=never, encode_texts=never)
 
 
@@ -271,19 +276,21 @@ def test_images_are_left_out_where_a_model_needs_videos(videos, footage, tmp_pat
     assert row["name"] == "picture.png (clip 0)" and "is a single image, and this model makes videos" in row["reason"]
 
 
-def test_a_mix_of_sets_joins_what_is_known(latents):
-    data = MixedData(sets={"a": {"shards": latents}, "b": {"shards": latents}}, holdout=0, condition=SPEC,
-                     told_by="channels")  # fmt: skip
+def test_mixed_sets_join_conditioning(latents):
+    data = MixedData(sets={"a": {"shards": latents}, "b": {"shards": latents}}, holdout=0, mask_types=SPEC,
+                     conditioning="channel_concat")  # fmt: skip
     samples = [0, len(data.train) // 2, 1]
     batch = data.load(samples, [5, 6, 7])
     for row, (sample, place) in enumerate(zip(samples, [5, 6, 7], strict=True)):
-        assert torch.equal(batch.condition_BCTHW[row], data.load([sample], [place]).condition_BCTHW[0])
+        assert torch.equal(
+            batch.conditioning["concat_BCTHW"][row], data.load([sample], [place]).conditioning["concat_BCTHW"][0]
+        )
 
 
-def test_every_kind_can_be_stored_and_read(videos, tmp_path):
+def test_every_mask_type_is_stored_and_read(videos, tmp_path):
     spec = {**dict.fromkeys(DRAWN, 1.0)}
     encode(videos, tmp_path / "all", spec)
     data = data_of(tmp_path / "all", spec)
-    kinds = {data.conditions.choose(place)[0] for place in range(100)}
-    assert kinds == set(DRAWN)
-    assert all(torch.isfinite(data.load([0], [place]).condition_BCTHW).all() for place in range(100))
+    drawn = {data.inputs.choose(place)[0] for place in range(100)}
+    assert drawn == set(DRAWN)
+    assert all(torch.isfinite(data.load([0], [place]).conditioning["concat_BCTHW"]).all() for place in range(100))

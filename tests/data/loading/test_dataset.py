@@ -12,7 +12,7 @@ from shard_helpers import encode, shard
 from wantrain import geometry
 from wantrain.data import (
     BatchSampler,
-    Conditions,
+    ConditioningInputs,
     LatentData,
     PixelData,
     read_manifest,
@@ -62,7 +62,7 @@ def latents(videos):
         encode_pixels=lambda pixels: pixels[:, :, ::4, ::8, ::8],
         encode_texts=encode_texts,
         sizes=SIZES,
-        conditions=Conditions({}, None),
+        inputs=ConditioningInputs({}, "none"),
         model="tiny",
         vae_fingerprint="vae",
         text_fingerprint="text",
@@ -279,20 +279,18 @@ def test_pixels_are_clips_of_the_buckets(pixels, latents):
     for samples in all_of_one_bucket(pixels):
         batch = pixels.load(samples, samples)
         frames, height, width = map(int, pixels.bucket_names[samples[0]].split("x"))
-        assert batch.latents_BCTHW.shape == (len(samples), 3, frames, height, width)
-        assert batch.latents_BCTHW.abs().max() <= 1
-        assert batch.text_BLD.shape == (len(samples), 1, 1)
-        assert (batch.text_BLD == 0).all()
+        assert batch.pixels_BCFHW.shape == (len(samples), 3, frames, height, width)
+        assert batch.pixels_BCFHW.abs().max() <= 1 and batch.positions == tuple(samples)
 
 
 def test_a_place_in_the_clip_is_drawn_by_position(pixels):
     sample = pixels.bucket_names.index("9x64x64")
-    one, again = (pixels.load([sample], [5]).latents_BCTHW for _ in range(2))
+    one, again = (pixels.load([sample], [5]).pixels_BCFHW for _ in range(2))
     torch.testing.assert_close(one, again, rtol=0, atol=0)
     whole = to_pixels(pixels.clips[pixels.train[sample]])
     starts = set()
     for position in range(60):
-        clip = pixels.load([sample], [position]).latents_BCTHW[0]
+        clip = pixels.load([sample], [position]).pixels_BCFHW[0]
         starts |= {start for start in range(9) if torch.equal(clip[:, 0], whole[:, start])}
     assert starts == set(range(9))
 
@@ -302,8 +300,9 @@ def test_pixels_hold_out_the_files_that_latents_do(pixels, latents):
     data = LatentData(shards=latents, holdout=0.2, seed=1)
     assert held == {name for batch in data.heldout_batches(100) for name in batch.ids}
     for batch in pixels.heldout_batches(3):
-        first = pixels.clips[pixels.names.index(batch.ids[0])][: batch.latents_BCTHW.shape[2]]
-        torch.testing.assert_close(batch.latents_BCTHW[0], to_pixels(first), rtol=0, atol=0)
+        first = pixels.clips[pixels.names.index(batch.ids[0])][: batch.pixels_BCFHW.shape[2]]
+        torch.testing.assert_close(batch.pixels_BCFHW[0], to_pixels(first), rtol=0, atol=0)
+        assert batch.positions == ()
 
 
 def test_more_pixels_than_memory_are_refused(videos):

@@ -72,10 +72,10 @@ def test_a_batch_of_several_sets_is_in_the_plans_order(tiny, other):
     assert np.mean(np.array(owners) == 0) == pytest.approx(0.75, abs=0.03)
 
 
-def test_each_set_is_validated_and_told_apart(tiny, other):
+def test_each_set_is_validated(tiny, other):
     data = mixed(tiny, other, holdout=0.3)
     for batches, side in ((data.heldout_batches(4), "heldout"), (data.train_batches(4), "train")):
-        ids, clips = (list(itertools.chain(*own)) for own in zip(*((b.ids, b.positions) for b in batches), strict=True))
+        ids, clips = (list(itertools.chain(*own)) for own in zip(*((b.ids, b.clips) for b in batches), strict=True))
         tags, files = data.tags_of(clips), data.groups_of(clips)
         assert [own.split("/")[0] for own in ids] == [first for first, *_ in tags]
         assert {name: sum(first == name for first, *_ in tags) for name in data.parts} == {"ours": 2, "theirs": 2}

@@ -386,16 +386,16 @@ def files_of(out):
 
 
 @pytest.mark.parametrize(
-    ("told_by", "opener", "expands", "kind"),
+    ("conditioning", "opener", "expands", "kind"),
     [
-        (None, "WanPipeline", False, "t2v"),
-        ("channels", "WanImageToVideoPipeline", False, "i2v"),
-        ("frames", "WanPipeline", True, "ti2v"),
+        ("none", "WanPipeline", False, "t2v"),
+        ("channel_concat", "WanImageToVideoPipeline", False, "i2v"),
+        ("clean_frames", "WanPipeline", True, "ti2v"),
     ],
 )
-def test_how_a_model_is_told_says_which_pipeline_opens_it(pair, experts, tmp_path, told_by, opener, expands, kind):
-    """Not its channels: a model that is told by clean frames may have as many as one that is told nothing."""
-    about = replace(ABOUT, told_by=told_by)
+def test_conditioning_type_names_the_pipeline(pair, experts, tmp_path, conditioning, opener, expands, kind):
+    """Not its channels: a model that takes clean frames may have as many as one that takes text alone."""
+    about = replace(ABOUT, conditioning=conditioning)
     for layout in ("diffusers", "official"):
         write_pipeline(tmp_path / layout, experts.items(), base=Base(pair), about=about, layout=layout)
     index = json.loads((tmp_path / "diffusers" / "model_index.json").read_text(encoding="utf-8"))

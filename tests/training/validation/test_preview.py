@@ -127,7 +127,7 @@ def test_memory_returns_to_its_level_after_a_preview(offload, previewed, monkeyp
 def test_a_missing_expert_is_said_once_with_what_the_preview_does_instead(tiny, capsys):
     size = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 64, "ffn_dim": 32, "num_layers": 1}
     stepper = SimpleNamespace(device=torch.device("cpu"), module=WanTransformer(**size))
-    model = {"experts": ["high_noise", "low_noise"], "boundary": 0.875, "told_by": None}
+    model = {"experts": ["high_noise", "low_noise"], "boundary": 0.875, "conditioning": "none"}
     settings = {"model": model, "sample": {"offload": {"experts": "disk", "blocks": False}}, "init": "base"}
     placement = SimpleNamespace(device=torch.device("cpu"))
     setup = SimpleNamespace(settings=settings, base=Base(tiny.base), dtype=torch.float32, placement=placement)

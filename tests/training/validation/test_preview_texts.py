@@ -115,7 +115,7 @@ def test_a_run_encodes_what_its_previews_ask_for_before_it_loads_an_expert(exper
 def test_only_the_main_process_encodes_and_tells_those_that_sample_too(engine, others, tiny, monkeypatch):
     """Ranks that sample nothing load and keep nothing; where all sample, the others get the main one's embeddings."""
     placement = Placement(None, engine, CPU, CPU, None)
-    model = {"told_by": None, "area": 1024, "multiple": 16, "num_frames": 5, "negative_prompt": "blurred"}
+    model = {"conditioning": "none", "area": 1024, "multiple": 16, "num_frames": 5, "negative_prompt": "blurred"}
     settings = {"sample": {"every": 2, "prompts": None, "count": 2}, "expert": {"name": "low_noise"}, "model": model}
     data = SimpleNamespace(captions=lambda: ["a red ring", "a cat", "a dog"])
     made = build.preview_texts(data, settings, placement, Base(tiny.base), torch.float32)

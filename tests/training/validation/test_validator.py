@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from wantrain.batch import Batch
+from wantrain.batch import Batch, PixelBatch
 from wantrain.data import LatentData
 from wantrain.data.loading.holdout import one_per_group
 from wantrain.demo.footage import make_footage
@@ -168,12 +168,13 @@ def test_clips_are_of_as_many_files_as_there_are():
 def test_training_clips_are_measured_with_their_captions_and_never_held_out(tiny):
     data = LatentData(shards=tiny.latents, holdout=0.3, caption_dropout=1.0)
     batches = data.train_batches(4)
-    samples = [place for batch in batches for place in batch.positions]
+    samples = [clip for batch in batches for clip in batch.clips]
+    assert all(batch.positions == () for batch in batches)
     assert len(samples) == len(set(data.groups_of(samples))) == 4, "of four files"
     assert set(samples) <= set(data.train.tolist()) and not set(samples) & set(data.heldout.tolist())
     assert all(batch.text_BLD[:, 0].any() for batch in batches)
     assert data.tags_of(samples) == [()] * 4, "this footage has none"
-    assert len([place for batch in data.train_batches(100) for place in batch.positions]) == len(data.train)
+    assert len([clip for batch in data.train_batches(100) for clip in batch.clips]) == len(data.train)
 
 
 # What a change is worth -----------------------------------------------------------------------------------------------
@@ -432,7 +433,7 @@ def test_an_adapter_that_is_zero_answers_as_its_base_bit_for_bit(precision):
 
 def test_the_psnr_of_a_vae_is_the_mean_over_clips_each_measured_alone(capsys):
     pixels = [torch.rand(1, 3, 1 + number, 8, 8) * 2 - 1 for number in range(3)]
-    some = [Batch(clip, torch.zeros(1, 1, 1), (f"{number}",), (number,)) for number, clip in enumerate(pixels)]
+    some = [PixelBatch(clip, (f"{number}",)) for number, clip in enumerate(pixels)]
     halves = mock.Mock(side_effect=lambda clip, draw: (clip / 2, None, None))
     found = ClipValidator(alone(halves), Reconstruction().validation, some, every=1, steps=1)(0)["validation_psnr"]
     wanted = np.mean([10 * np.log10(4 / (clip / 2).square().mean().item()) for clip in pixels])

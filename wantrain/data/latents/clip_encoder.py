@@ -1,7 +1,7 @@
 """Encodes work units of clips on a device: decoding, encoding and writing overlap.
 
-The device receives frames as uint8: a quarter of the bytes of pixels in [-1, 1], which it computes itself. Of the same
-frames, sent once, it also makes what is known of each clip (conditions.py).
+The device receives frames as uint8: a quarter of the bytes of pixels in [-1, 1], which it computes itself. From the
+same frames, sent once, it also encodes the conditioning inputs (conditioning.py).
 
 Tensor suffixes: B clips of one bucket, C channels, F frames, H W rows and columns, T latent frames, M mask channels.
 """
@@ -16,9 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from wantrain import geometry
-from wantrain.conditioning import Condition, EncodePixels
+from wantrain.conditioning import ConditioningInput, EncodePixels
 from wantrain.data.footage.decode_workers import Decoded
-from wantrain.data.latents.conditioning import Conditions
+from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.pipeline import Pipeline
 from wantrain.data.latents.portions import Group, Portion, entries, parts, stage
 from wantrain.data.latents.store import LatentFolder, UnitWriter
@@ -34,7 +34,7 @@ Moving = tuple[Portion, list[Arriving]]
 class ClipEncoder:
     """Encodes clips with `encode_pixels`, pixels in [-1, 1] -> latents on `device`, and writes them into `folder`.
 
-    told  is called after each clip that was not there before, with its frames (0: it was rejected)
+    on_clip  is called after each clip that was not there before, with its number of frames (0: it was rejected)
 
     ValueError for latents that no VAE may give.
     """
@@ -43,12 +43,12 @@ class ClipEncoder:
         self,
         folder: LatentFolder,
         encode_pixels: EncodePixels,
-        conditions: Conditions,
+        inputs: ConditioningInputs,
         device: torch.device,
-        told: Callable[[int], None],
+        on_clip: Callable[[int], None],
     ) -> None:
-        self.folder, self.encode_pixels, self.conditions = folder, encode_pixels, conditions
-        self.device, self.told = device, told
+        self.folder, self.encode_pixels, self.inputs = folder, encode_pixels, inputs
+        self.device, self.on_clip = device, on_clip
 
     def pipeline(
         self,
@@ -73,23 +73,23 @@ class ClipEncoder:
         for unit, rows in units:
             missing = {row.identity for row in rows}
             for part, last in parts(unit, entries(unit, missing, decoded, self.folder.rejected)):
-                yield partial(stage, unit, part, last, self.conditions, self.transfer)
+                yield partial(stage, unit, part, last, self.inputs, self.transfer)
 
     def _upload(self, portion: Portion) -> Moving:
         """Start to copy a portion to the device."""
-        return portion, [self.transfer.upload([group.frames_BFHWC, *group.known]) for group in portion.groups]
+        return portion, [self.transfer.upload([group.frames_BFHWC, *group.masks]) for group in portion.groups]
 
     def _encode(self, uploaded: Moving) -> Moving:
-        """The latents of a portion, and of what is known of it, on their way back from the device."""
+        """The latents of a portion and of its conditioning inputs, on their way back from the device."""
         portion, arriving = uploaded
         return portion, [self._encode_group(*arrive()) for arrive in arriving]
 
-    def _encode_group(self, frames_BFHWC: Tensor, *known: Tensor) -> Arriving:
-        """Latents in bf16 as they are stored; then latents (bf16) and mask (uint8) of each stored condition."""
+    def _encode_group(self, frames_BFHWC: Tensor, *masks: Tensor) -> Arriving:
+        """Latents in bf16 as they are stored; then latents (bf16) and mask (uint8) of each conditioning input."""
         pixels = to_pixels(frames_BFHWC[..., :3])
         masked = frames_BFHWC.shape[-1] > 3
         painted_B1FHW = painted(frames_BFHWC[..., 3:])[:, None] if masked else None
-        records = self.conditions.encode(pixels, known, self.encode_pixels, painted_B1FHW)
+        records = self.inputs.encode(pixels, masks, self.encode_pixels, painted_B1FHW)
         made = [self.encode_pixels(pixels).to(torch.bfloat16)]
         for record in records:
             made += [record.latents_BCTHW.to(torch.bfloat16), record.mask_BMTHW.to(torch.uint8)]
@@ -116,21 +116,21 @@ class ClipEncoder:
             else:
                 writer.write(entry.row, made[entry.row.key] if entry.new else self.folder.read(entry.row))
             if entry.new:
-                self.told(0 if entry.reason is not None else entry.row.bucket.num_frames)
+                self.on_clip(0 if entry.reason is not None else entry.row.bucket.num_frames)
 
     def _contents(self, group: Group, tensors: list[Tensor], writer: UnitWriter) -> Iterator[tuple[str, bytes]]:
         """(key, .safetensors member) of each clip of a group."""
-        latents_BCTHW, *known = tensors
-        records = [Condition(*pair) for pair in zip(known[::2], known[1::2], strict=True)]
+        latents_BCTHW, *pairs = tensors
+        records = [ConditioningInput(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
         for number, (row, latents) in enumerate(zip(group.rows, latents_BCTHW, strict=True)):
             self._check(row, latents)
             writer.width = len(latents)
-            beside = self.conditions.to_tensors(records, number)
+            beside = self.inputs.to_tensors(records, number)
             yield row.key, save({"latents": latents.contiguous(), **beside})
 
     def _check(self, row: ClipRow, latents: Tensor) -> None:
         """Raise ValueError if a row's latents have the wrong shape or are not finite."""
-        shape = geometry.latent_shape(row.bucket, **self.conditions.strides)
+        shape = geometry.latent_shape(row.bucket, **self.inputs.strides)
         if tuple(latents.shape[1:]) != shape or not torch.isfinite(latents).all():
             raise ValueError(
                 f"{row.name}: the VAE returned NaN or infinity, or the shape {tuple(latents.shape)} instead of "

@@ -26,7 +26,7 @@ from wantrain.data.footage.decode_workers import DecodeOptions, Decoders, Job
 from wantrain.data.footage.pixels import read_clips
 from wantrain.data.footage.video_shards import VideoEntry
 from wantrain.data.latents.clip_encoder import ClipEncoder
-from wantrain.data.latents.conditioning import Conditions
+from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.heartbeat import Heartbeat
 from wantrain.data.latents.options import EncodeOptions, Encoders
 from wantrain.data.latents.store import LatentFolder, Record, build_index
@@ -49,7 +49,7 @@ def encode_shards(
     encoders: Encoders,
     *,
     sizes: geometry.Buckets,
-    conditions: Conditions,
+    inputs: ConditioningInputs,
     options: EncodeOptions,
     read: Read = read_clips,
 ) -> dict[str, Any] | None:
@@ -58,7 +58,7 @@ def encode_shards(
 
     Only what is missing is made: no clip or caption whose identity is in `out` is encoded again, and the encoders are
     called only if something is missing. What no clip needs any more is removed at the end. Latents and texts are
-    stored in bf16, texts without padding; beside a clip's latents those of its conditioning inputs. `conditions` also
+    stored in bf16, texts without padding; beside a clip's latents those of its conditioning inputs. `inputs` also
     hold the VAE's strides. `read` runs in the decoder processes. Clips that cannot be decoded are listed in
     rejects.jsonl. Each rank of a launch does its share of the work units, and rank 0 waits for the others.
 
@@ -72,7 +72,7 @@ def encode_shards(
         "shards": file_hash(shards / MANIFEST),
         **encoders.settings(),
         "sizes": sizes.to_dict(),
-        "condition": conditions.identity(),
+        "mask_types": inputs.identity(),
         "shard_bytes": options.shard_bytes,
         "shard_clips": options.shard_clips,
     }
@@ -80,12 +80,12 @@ def encode_shards(
     if folder.is_finished(settings) and not (options.retry and folder.earlier.manifest["clips_rejected"]):
         say(f"{out} is finished already: {folder.earlier.manifest['clips']} clips; nothing to do")
         return folder.earlier.manifest
-    work = plan_work(shards, video, sizes, conditions, settings)
+    work = plan_work(shards, video, sizes, inputs, settings)
     folder.check_same_footage(work.sources)
     with Heartbeat(out, work.name, timeout=options.heartbeat_timeout) as heartbeat:
-        encoder = _Encoder(folder, encoders, conditions, heartbeat)
+        encoder = _Encoder(folder, encoders, inputs, heartbeat)
         encoder.check_sources(shards, video)
-        jobs = _DecodeJobs(shards, read, options.decode, masks=PAINTED in conditions.identity())
+        jobs = _DecodeJobs(shards, read, options.decode, masks=PAINTED in inputs.identity())
         encoder.make(work.share(distributed.rank(), distributed.world_size()), jobs, options.retry)
     if not distributed.is_main():
         return None
@@ -94,7 +94,7 @@ def encode_shards(
         folder,
         work,
         settings,
-        {**conditions.strides, "encoders": dict(encoders.files)},
+        {**inputs.strides, "encoders": dict(encoders.files)},
         [shard["sha256"] for shard in video["shards"]],
         options.rejects_limit,
     )
@@ -134,7 +134,7 @@ def _conclude(
         "vae_fingerprint": settings["vae_fingerprint"],
         "text_encoder_fingerprint": settings["text_encoder_fingerprint"],
         **facts,
-        "condition": settings["condition"],
+        "mask_types": settings["mask_types"],
         "latent_channels": max((record.width for _, record in latents), default=0),
         "text_dim": max(record.width for _, record in texts),
         **names,
@@ -229,9 +229,11 @@ class _DecodeJobs:
 class _Encoder:
     """Makes one rank's share of the work units, and reports progress."""
 
-    def __init__(self, folder: LatentFolder, encoders: Encoders, conditions: Conditions, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self, folder: LatentFolder, encoders: Encoders, inputs: ConditioningInputs, heartbeat: Heartbeat
+    ) -> None:
         self.folder, self.encode_texts, self.heartbeat = folder, encoders.encode_texts, heartbeat
-        self.clips = ClipEncoder(folder, encoders.encode_pixels, conditions, encoders.device, self._step)
+        self.clips = ClipEncoder(folder, encoders.encode_pixels, inputs, encoders.device, self._step)
         self.bar = tqdm(desc="encode", unit="clip", disable=True)
         self.began, self.frames = time.monotonic(), 0
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wantrain.data.footage.decode_workers import Decoded
-from wantrain.data.latents.conditioning import Conditions
+from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.transfer import Transfer
 from wantrain.data.latents.work_units import ClipRow, Row, WorkUnit
 from wantrain.video import Frames
@@ -41,12 +41,12 @@ class Group:
     """Clips of one bucket that are encoded together.
 
     frames_BFHWC  uint8, on the host
-    known         masks of each condition that is stored and drawn: boolean, broadcasting to (B, 1, F, H, W)
+    masks         of known pixels, for each mask type that is stored and drawn: boolean, broadcasting to (B, 1, F, H, W)
     """
 
     rows: list[ClipRow]
     frames_BFHWC: Tensor
-    known: list[Tensor]
+    masks: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,21 @@ def parts(unit: WorkUnit, entries: Iterable[Entry]) -> Iterator[tuple[list[Entry
             part, pixels = [], 0
 
 
-def stage(unit: WorkUnit, part: list[Entry], last: bool, conditions: Conditions, transfer: Transfer) -> Portion:
-    """A part made ready for the device: the clips of each bucket stacked, and what will be known of them drawn."""
+def stage(unit: WorkUnit, part: list[Entry], last: bool, inputs: ConditioningInputs, transfer: Transfer) -> Portion:
+    """Prepare a part for the device: stack the clips of each bucket, and draw their masks."""
     groups, given = list[Group](), [entry for entry in part if entry.frames is not None]
     for bucket in dict.fromkeys(entry.row.bucket for entry in given):
         members = [entry for entry in given if entry.row.bucket == bucket]
         together = max(1, PIXELS_TOGETHER // _pixels(members[0].row))
         for some in (members[at : at + together] for at in range(0, len(members), together)):
-            groups.append(_group(some, conditions, transfer))
+            groups.append(_group(some, inputs, transfer))
     return Portion(unit, [Entry(entry.row, None, entry.reason, entry.new) for entry in part], groups, last)
 
 
-def _group(members: list[Entry], conditions: Conditions, transfer: Transfer) -> Group:
+def _group(members: list[Entry], inputs: ConditioningInputs, transfer: Transfer) -> Group:
     rows, bucket = [entry.row for entry in members], members[0].row.bucket
     frames = transfer.stack([torch.from_numpy(entry.frames) for entry in members])
-    drawn = conditions.draw([row.key for row in rows], (bucket.num_frames, bucket.height, bucket.width))
+    drawn = inputs.draw([row.key for row in rows], (bucket.num_frames, bucket.height, bucket.width))
     return Group(rows, frames, [transfer.stack(masks) for masks in drawn])
 
 

@@ -20,7 +20,7 @@ from wantrain import geometry
 from wantrain.data.footage.duplicates import group_of
 from wantrain.data.footage.pixels import read_window
 from wantrain.data.footage.video_shards import VideoEntry, scan_video_shards
-from wantrain.data.latents.conditioning import Conditions
+from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.masks import PAINTED
 
 #: Version of the encoding; raise it when the same footage, options and weights would give other latents or texts.
@@ -115,7 +115,7 @@ class Work:
     latents, texts  work units of the clips, and of the distinct captions, including the empty one
     text_of    identity of each caption's row
     group_of   group of each file with near-duplicates (duplicates.py)
-    left_out   clips that are not encoded, with the reason: they would have to be enlarged too much, or are not told of
+    left_out   clips that are not encoded, with the reason: too small, or not for a mask type
     """
 
     latents: list[WorkUnit]
@@ -143,7 +143,7 @@ def plan_work(
     shards: Path,
     video: Mapping[str, Any],
     sizes: geometry.Buckets,
-    conditions: Conditions,
+    inputs: ConditioningInputs,
     settings: Mapping[str, Any],
 ) -> Work:
     """All work for a folder of video shards, from its headers. ValueError for a key that occurs twice."""
@@ -154,7 +154,7 @@ def plan_work(
             raise ValueError(f"{shards} holds {entry.key} twice; make it again with shard.py")
         seen.add(entry.key)
         try:
-            rows = clip_rows(entry, sizes, conditions, vae)
+            rows = clip_rows(entry, sizes, inputs, vae)
         except ValueError as error:
             clips = range(len(entry.about["windows"]))
             left_out += [_left_out(entry, number, error, "too small") for number in clips]
@@ -162,10 +162,10 @@ def plan_work(
         kept = []
         for row in rows:
             try:
-                conditions.check_clip(row.bucket.num_frames, entry.mask is not None)
+                inputs.check_clip(row.bucket.num_frames, entry.mask is not None)
                 kept.append(row)
             except ValueError as error:
-                left_out.append(_left_out(entry, row.number, error, "not for this condition"))
+                left_out.append(_left_out(entry, row.number, error, "not for this mask type"))
         if kept:
             files.append(kept)
     encoder = f"{settings['text_encoder_fingerprint']} {settings['tokenizer_fingerprint']}"
@@ -185,7 +185,7 @@ def _left_out(entry: VideoEntry, number: int, why: ValueError, kind: str) -> Lef
     return LeftOut(clip_name(entry, number), clip_seconds(entry, number), str(why), kind)
 
 
-def clip_rows(entry: VideoEntry, sizes: geometry.Buckets, conditions: Conditions, vae: str) -> list[ClipRow]:
+def clip_rows(entry: VideoEntry, sizes: geometry.Buckets, inputs: ConditioningInputs, vae: str) -> list[ClipRow]:
     """The rows of a file's windows, all at the size of the longest one. ValueError if no size is small enough.
 
     `vae` is the VAE's fingerprint, followed by its precision if that is not fp32.
@@ -195,14 +195,20 @@ def clip_rows(entry: VideoEntry, sizes: geometry.Buckets, conditions: Conditions
     height, width = sizes.choose(longest, about["height"], about["width"])
     *_, cropped = geometry.cover(about["height"], about["width"], height, width)
     made_of = {key: value for key, value in about.items() if key not in IRRELEVANT}
-    if stored := conditions.identity():
+    if stored := inputs.identity():
+        # The word is part of the hash: with another one everything would be encoded again.
         made_of["condition"] = {**stored, **({PAINTED: about.get("mask")} if PAINTED in stored else {})}
     for number, window in enumerate(about["windows"]):
         bucket = geometry.Bucket(window["num_frames"], height, width)
         choices = {key: value for key, value in window.items() if key != "clip"}
         identity = _hash(CODE, "latent", made_of, choices, [height, width], vae)[:32]
-        told = {"source": about["source"], "bucket": str(bucket), "cropped": round(cropped, 4), "identity": identity}
-        rows.append(ClipRow(f"{entry.key}-{number:04d}", identity, {**told, **window}, entry, number, bucket))
+        about_row = {
+            "source": about["source"],
+            "bucket": str(bucket),
+            "cropped": round(cropped, 4),
+            "identity": identity,
+        }
+        rows.append(ClipRow(f"{entry.key}-{number:04d}", identity, {**about_row, **window}, entry, number, bucket))
     return rows
 
 

@@ -1,7 +1,7 @@
-"""LatentData: latent shards as batches of samples by number, read from mapped files.
+"""Latent shards as batches: samples by number, sliced from mapped files, without worker processes.
 
-The sampler (sampler.py) decides the order. There are no worker processes: a latent is a slice of a mapped file, so one
-thread that loads ahead is faster than pipes between processes (benchmarks/latents.py).
+The order of samples is sampler.py's. A latent is a slice of a mapped file, so one thread that loads ahead is faster
+than the pipes of worker processes (benchmarks/latents.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from wantrain import geometry
 from wantrain.batch import Batch, pad_texts
-from wantrain.conditioning import Condition
-from wantrain.data.latents.conditioning import Conditions
+from wantrain.conditioning import ConditioningInput, ModelInputs
+from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.index import Index
 from wantrain.data.loading.holdout import one_per_group, split_groups
 from wantrain.data.loading.sampler import Indices
@@ -31,16 +31,15 @@ from wantrain.util.seeds import generator_at
 
 
 class LatentData:
-    """Latent shards as samples for training.
+    """Latent shards as clips by number.
 
-    Attributes beside those of TrainingData:
+    train, heldout   numbers of the training and of the held-out clips
+    buckets          bucket number of each training clip, in the order of `train`
+    bucket_names     its name, "FxHxW" in pixels
+    weights          how often each is drawn relative to others, float32: 1 unless its footage sets it
 
-    train    clip number of each training sample
-    heldout  numbers of the held-out clips
-    index    index of the latent folder (latents/index.py)
-
-    Of a clip's windows and captions, and of the kinds of `condition` (data/conditions.py), one each is drawn by the
-    place in the run.
+    One of a clip's windows, one of its captions and one of the `mask_types` (data/latents/conditioning.py) are drawn by
+    the place in the run. `conditioning` is the model's conditioning type.
     """
 
     sets: None = None
@@ -54,8 +53,8 @@ class LatentData:
         cache_gb: float = 100.0,
         holdout: float = 0.05,
         caption_dropout: float = 0.1,
-        condition: Mapping[str, Any] | None = None,
-        told_by: str | None = None,
+        mask_types: Mapping[str, Any] | None = None,
+        conditioning: str = "none",
         seed: int = 0,
     ) -> None:
         if not 0 <= caption_dropout <= 1:
@@ -72,41 +71,40 @@ class LatentData:
         self.buckets, self.weights = self.index.bucket[self.train], self.index.weight[self.train]
         self.empty_text: Tensor = self._text(self.manifest["empty_text"])
         strides = {key: self.manifest[key] for key in ("temporal_stride", "spatial_stride")}
-        self.conditions = Conditions(condition or {}, told_by, key="data.condition", seed=seed, **strides)
-        self.conditions.adopt(self.manifest["condition"], self.folder, model=self.manifest["settings"]["model"])
+        self.inputs = ConditioningInputs(mask_types or {}, conditioning, key="data.mask_types", seed=seed, **strides)
+        self.inputs.adopt(self.manifest["mask_types"], self.folder, model=self.manifest["settings"]["model"])
 
     @property
     def bucket_names(self) -> list[str]:
-        """Bucket of each training sample, "FxHxW" in pixels."""
+        """The bucket of each training clip."""
         return [self.manifest["buckets"][bucket] for bucket in self.buckets]
 
     def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
-        """Training samples (numbers into `train`) of one bucket; `positions` seed their random draws."""
+        """Training clips (numbers into `train`) of one bucket; their positions draw windows, captions and masks."""
         clips, places = [int(self.train[sample]) for sample in samples], [int(place) for place in positions]
         pairs = list(zip(clips, places, strict=True))
         windows = [self._drawn(self.index.windows_of(clip), "window", place) for clip, place in pairs]
         texts = [self._drawn_text(clip, place) for clip, place in pairs]
-        return self._batch(clips, windows, texts, places, draws=places)
+        return self._batch(clips, windows, texts, draws=places, positions=places)
 
     def heldout_batches(self, count: int) -> list[Batch]:
         """`count` held-out clips at most, of as many files as there are; one batch per bucket.
 
-        Of each the first window, with its first caption. The positions of their batches are their numbers in the
-        index, also below.
+        Of each the first window, with its first caption. They have no positions: their names draw their masks.
         """
         return self._bucketed(one_per_group(self.heldout, self.index.group)[:count])
 
     def train_batches(self, count: int) -> list[Batch]:
-        """At most `count` training clips, chosen like the held-out ones, to be measured beside them."""
+        """As many training clips, chosen in the same manner; files in the order of their hashes."""
         by_group = self.train[np.argsort(self.index.group[self.train], kind="stable")]
         return self._bucketed(one_per_group(by_group, self.index.group)[:count])
 
     def groups_of(self, clips: Sequence[int]) -> list[int]:
-        """The group of near-duplicate files that each clip (by number in the index) was cut from."""
+        """The group of similar files (duplicates.py) that each clip (`Batch.clips`) was cut from, as a number."""
         return [int(self.index.group[clip]) for clip in clips]
 
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
-        """The tags of each clip (by number in the index)."""
+        """The tags of each clip (`Batch.clips`), if its footage came with any."""
         return [tuple(self.manifest["tags"][tag] for tag in self.index.tags_of(clip)) for clip in clips]
 
     def _bucketed(self, chosen: Indices) -> list[Batch]:
@@ -116,54 +114,60 @@ class LatentData:
             windows = [self.index.windows_of(clip)[0] for clip in clips]
             texts = [self._text(self.index.texts_of(clip)[0]) for clip in clips]
             names = [self.index.name(window) for window in windows]
-            batches.append(self._batch(clips, windows, texts, clips, draws=names))
+            batches.append(self._batch(clips, windows, texts, draws=names))
         return batches
 
     def captions(self) -> list[str]:
-        """Up to 200 distinct captions, those of held-out clips first, as prompts for previews."""
+        """Up to 200 distinct captions, those of held-out clips first: prompts for previews."""
         order = [*self.heldout[:100].tolist(), *self.train[:100].tolist()]
         return list(dict.fromkeys(self._caption(self.index.texts_of(clip)[0]) for clip in order))
 
-    def examples(self, count: int) -> list[tuple[str, geometry.Bucket, Condition | None]]:
-        """Held-out clips, or training clips where none are: caption, size, what is known of it. For previews."""
+    def examples(self, count: int) -> list[tuple[str, geometry.Bucket, ModelInputs]]:
+        """For previews: caption, size and conditioning of held-out clips (of training clips if none are held out)."""
         clips = one_per_group(self.heldout if len(self.heldout) else self.train, self.index.group)[:count].tolist()
-        found = []
+        examples = []
         for clip in clips:
             window, bucket = self.index.windows_of(clip)[0], self._bucket(clip)
-            known = self._known(window, self._tensors_of(clip, window), bucket, self.index.name(window))
-            found.append((self._caption(self.index.texts_of(clip)[0]), bucket, known))
-        return found
+            record = self._input(window, self._tensors_of(clip, window), bucket, self.index.name(window))
+            caption = self._caption(self.index.texts_of(clip)[0])
+            examples.append((caption, bucket, self.inputs.model_inputs([record])))
+        return examples
 
     def _batch(
         self,
         clips: Sequence[int],
         windows: Sequence[int],
         texts: list[Tensor],
-        positions: Sequence[int],
         *,
         draws: Sequence[int | str],
+        positions: Sequence[int] = (),
     ) -> Batch:
-        """Windows of clips of one bucket; `draws` is what draws the kind of condition of each."""
+        """Windows of clips of one bucket; the mask type of each is drawn by its entry of `draws`."""
         latents_BCTHW, records = torch.empty(0), []
         for number, (clip, window, draw) in enumerate(zip(clips, windows, draws, strict=True)):
             tensors = self._tensors_of(clip, window)
-            records.append(self._known(window, tensors, self._bucket(clip), draw))
+            records.append(self._input(window, tensors, self._bucket(clip), draw))
             if number == 0:
                 latents_BCTHW = torch.empty(len(clips), *tensors["latents"].shape)
-            latents_BCTHW[number] = tensors[
-                "latents"
-            ]  # converted from bf16 in place: allocating memory is what costs time
-        condition, mask = self.conditions.tell(records)
-        names = tuple(self.index.name(window) for window in windows)
-        return Batch(latents_BCTHW, pad_texts(texts), names, tuple(positions), mask, condition)
+            latents_BCTHW[number] = tensors["latents"]  # from bf16 to its place in one go: new memory is what costs
+        made = self.inputs.model_inputs(records)
+        return Batch(
+            latents_BCTHW,
+            pad_texts(texts),
+            ids=tuple(self.index.name(window) for window in windows),
+            positions=tuple(positions),
+            conditioning=made.conditioning,
+            noised_BT=made.noised_BT,
+            clips=tuple(clips),
+        )
 
-    def _known(
+    def _input(
         self, window: int, tensors: Mapping[str, Tensor], bucket: geometry.Bucket, draw: int | str
-    ) -> Condition | None:
-        """What is known of a window, of the kind that `draw` draws."""
+    ) -> ConditioningInput | None:
+        """The conditioning input of a window, of the mask type that `draw` draws."""
         try:
-            kind = self.conditions.choose(draw)
-            return self.conditions.read(kind, tensors, num_frames=bucket.num_frames, position=draw)
+            mask_type = self.inputs.choose(draw)
+            return self.inputs.read(mask_type, tensors, num_frames=bucket.num_frames, position=draw)
         except ValueError as error:
             raise ValueError(f"{self.folder}, {self.index.name(window)}: {error}; encode the shards again") from error
 
@@ -171,20 +175,20 @@ class LatentData:
         return geometry.Bucket(*map(int, self.manifest["buckets"][self.index.bucket[clip]].split("x")))
 
     def _drawn(self, choices: Sequence[int], purpose: str, position: int) -> int:
-        """One of the choices, drawn by position; a single choice needs no draw."""
+        """One of the choices; nothing is drawn where there is one."""
         if len(choices) == 1:
             return choices[0]
         return choices[int(torch.randint(len(choices), (), generator=generator_at(self.seed, purpose, position)))]
 
     def _drawn_text(self, clip: int, position: int) -> Tensor:
-        """One of the clip's texts, or the empty text with probability `caption_dropout`; drawn by position."""
+        """One of the clip's texts, or the empty one."""
         generator = generator_at(self.seed, "caption", position)
         if torch.rand((), generator=generator) < self.caption_dropout:
             return self.empty_text
         return self._text(self._drawn(self.index.texts_of(clip), "which caption", position))
 
     def _tensors(self, tar: str, offset: int, size: int, what: str, key: str) -> dict[str, Tensor]:
-        """Read a safetensors member; ValueError if it is damaged, lacks the tensor `key`, or holds NaN or infinity."""
+        """A safetensors member, `key` among its tensors; ValueError if it is damaged, or holds NaN or infinity."""
         content = self.files.read(tar, offset, offset + size)
         try:
             tensors = tensors_in(content)
@@ -192,14 +196,12 @@ class LatentData:
         except (ValueError, KeyError, TypeError, struct.error) as error:
             raise ValueError(f"{self.folder}/{tar}, {what}: damaged ({error}); encode the shards again") from error
         for name, tensor in tensors.items():
-            if (
-                not torch.stack(torch.aminmax(tensor)).isfinite().all()
-            ):  # ten times as fast for bf16 as isfinite of each
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # of bf16 ten times as fast as asking each
                 raise ValueError(f"{self.folder}/{tar}, {what}: {name} hold NaN or infinity; encode the shards again")
         return tensors
 
     def _tensors_of(self, clip: int, window: int) -> dict[str, Tensor]:
-        """What is stored of one window of a clip: `latents` (C, T, H, W), and those of what is known of it.
+        """What is stored of one window of a clip: `latents` (C, T, H, W), and its conditioning inputs.
 
         ValueError if they are not what was promised.
         """
@@ -222,7 +224,7 @@ class LatentData:
         return self._tensors(tar, *place, f"text {text}", "text")["text"].float()
 
     def _caption(self, text: int) -> str:
-        """The caption of a text, from the .json member that follows its .safetensors member in the tar."""
+        """The caption of a text, from its .json member, which follows the .safetensors member in its tar."""
         tar = self.manifest["text_shards"][self.index.text_shard[text]]["name"]
         end, block = int(self.index.text_offset[text] + self.index.text_size[text]), tarfile.BLOCKSIZE
         header = -(-end // block) * block

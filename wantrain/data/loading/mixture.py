@@ -1,7 +1,7 @@
-"""MixedData: several sets of latent shards as one data set.
+"""Several folders of latents as one data set, with LatentData's methods.
 
-The sets' samples are numbered one set after another, and their buckets get common numbers. Facts that must be equal in
-all sets are compared. The sampler (sampler.py) decides which set a sample comes from.
+The sets are numbered one after another, their buckets get common names, and the facts that they must share are
+compared. sampler.py chooses the set of each sample.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from wantrain.batch import Batch, pad_texts
-from wantrain.conditioning import Condition
+from wantrain.conditioning import ModelInputs
 from wantrain.data.loading.dataset import LatentData
 from wantrain.data.loading.sampler import Indices
 from wantrain.data.remote import CACHE
 from wantrain.geometry import Bucket
 from wantrain.util.console import say
+from wantrain.util.numbers import is_number
+from wantrain.util.renamed import new_key
 
-#: Manifest fields that must be equal in all sets: encoders and geometry.
+#: What the manifests of all sets must agree on: who made the latents and texts, and their geometry.
 COMMON = (
     "vae_fingerprint",
     "text_encoder_fingerprint",
@@ -40,18 +41,15 @@ COMMON = (
 
 
 class MixedData:
-    """Sets of latent shards, each with a share of the samples.
+    """Sets of latent shards, each with a share of the samples. Same methods as LatentData.
 
-    sets  by name: `shards`, `weight` (default 1; a set's share is its weight over the sum), and any other setting of
-          LatentData that differs for this set; the other arguments are the defaults for all sets
+    sets     by name: `shards`, `weight` (1 by default; a set's share is its weight over their sum), and settings of
+             LatentData that differ for it. As an attribute: the set of each training sample
+    shares   of the sets
+    buckets  of each training sample: a number into the names of the buckets of all sets
+    weights  how often each training sample is drawn relative to others of its set
 
-    Attributes beside those of TrainingData:
-
-    parts    the LatentData of each set, by name
-    train    numbers of the training samples
-    heldout  numbers of the held-out clips
-
-    Held-out clips of files that another set trains on are left out of validation, with a message.
+    A held-out clip whose file another set trains on is left out of validation, with a message.
     """
 
     def __init__(
@@ -62,8 +60,8 @@ class MixedData:
         cache_gb: float = 100.0,
         holdout: float = 0.05,
         caption_dropout: float = 0.1,
-        condition: Mapping[str, Any] | None = None,
-        told_by: str | None = None,
+        mask_types: Mapping[str, Any] | None = None,
+        conditioning: str = "none",
         seed: int = 0,
     ) -> None:
         common: dict[str, Any] = {
@@ -71,11 +69,13 @@ class MixedData:
             "cache_gb": cache_gb,
             "holdout": holdout,
             "caption_dropout": caption_dropout,
+            "mask_types": mask_types,
+            "conditioning": conditioning,
+            "seed": seed,
         }
-        common |= {"condition": condition, "told_by": told_by}
-        checked = check_sets(sets)
-        self.parts = {name: _open(name, own, {**common, "seed": seed}) for name, own in checked.items()}
-        self.shares = tuple(float(own.get("weight", 1)) for own in checked.values())
+        settings = check_sets(sets)
+        self.parts = {name: _open(name, own, common) for name, own in settings.items()}
+        self.shares = tuple(float(own.get("weight", 1)) for own in settings.values())
         self.manifest = _common_facts(self.parts)
         self.folder = next(iter(self.parts.values())).folder
         names = sorted({name for part in self.parts.values() for name in part.bucket_names})
@@ -88,6 +88,7 @@ class MixedData:
         )
         self.weights: NDArray[np.float32] = np.concatenate([part.weights for part in self.parts.values()])
         self._first = np.cumsum([0, *sizes])
+        self._first_clip = np.cumsum([0, *(len(part.index) for part in self.parts.values())])
         self.train = np.arange(self._first[-1])
         self._drop_trained()
         self.heldout = np.arange(sum(len(part.heldout) for part in self.parts.values()))
@@ -97,68 +98,75 @@ class MixedData:
 
     @property
     def bucket_names(self) -> list[str]:
-        """Bucket of each training sample, "FxHxW" in pixels."""
+        """The bucket of each training sample."""
         return [self._names[bucket] for bucket in self.buckets]
 
     def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
-        """Training samples of one bucket, of any sets; `positions` seed their draws. Ids begin with the set's name."""
-        numbers, places = np.asarray(samples), np.asarray(positions)
-        owners, batches, order = self.sets[numbers], [], []
-        for number, (name, part) in enumerate(self.parts.items()):
+        """Training samples of one bucket, of any sets, for positions in the run; ids begin with the set's name."""
+        wanted, places = np.asarray(samples), np.asarray(positions)
+        owners, batches, order = self.sets[wanted], [], []
+        for number, part in enumerate(self.parts.values()):
             own = np.flatnonzero(owners == number)
             if len(own):
-                batches.append(_named(part.load(numbers[own] - self._first[number], places[own]), name))
+                batches.append(self._shared(number, part.load(wanted[own] - self._first[number], places[own])))
                 order.append(own)
         return _joined(batches, np.argsort(np.concatenate(order)))
 
     def heldout_batches(self, count: int) -> list[Batch]:
         """Held-out clips of each set that has any, one batch per bucket: `count` in all, at least one of a set.
 
-        The positions of their batches number the clips of all indexes, one after another, also below.
+        `Batch.clips` number the clips of all sets, one set after another.
         """
-        return self._numbered(count, lambda part, own: part.heldout_batches(own))
+        return self._of_each(count, lambda part, own: part.heldout_batches(own))
 
     def train_batches(self, count: int) -> list[Batch]:
-        """Training clips, chosen like the held-out ones."""
-        return self._numbered(count, lambda part, own: part.train_batches(own))
+        """As many training clips, chosen in the same manner."""
+        return self._of_each(count, lambda part, own: part.train_batches(own))
 
-    def examples(self, count: int) -> list[tuple[str, Bucket, Condition | None]]:
-        """Examples of the sets in turn."""
+    def examples(self, count: int) -> list[tuple[str, Bucket, ModelInputs]]:
+        """The sets' examples, one of each set in turn."""
         turns = itertools.zip_longest(*(part.examples(count) for part in self.parts.values()))
         return [example for turn in turns for example in turn if example is not None][:count]
 
     def groups_of(self, clips: Sequence[int]) -> list[int]:
-        """The group of near-duplicate files that each clip was cut from."""
+        """The group of similar files (duplicates.py) that each clip was cut from, as a number."""
         return [part.groups_of([own])[0] for _, part, own in map(self._owner, clips)]
 
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
-        """The tags of each clip, with the name of its set first, so that validation reports each set."""
+        """The tags of each clip, the name of its set first, so that each set has its own validation loss."""
         return [(name, *part.tags_of([own])[0]) for name, part, own in map(self._owner, clips)]
 
     def captions(self) -> list[str]:
-        """Distinct captions of the sets in turn, as prompts for previews."""
+        """Distinct captions, one of each set in turn: prompts for previews."""
         turns = itertools.zip_longest(*(part.captions() for part in self.parts.values()))
         return list(dict.fromkeys(caption for turn in turns for caption in turn if caption is not None))
 
-    def _numbered(self, count: int, batches: Callable[[LatentData, int], list[Batch]]) -> list[Batch]:
-        own, found, first = max(1, count // len(self.parts)) if count else 0, [], 0
-        for name, part in self.parts.items():
-            for batch in batches(part, own):
-                places = tuple(first + place for place in batch.positions)
-                found.append(replace(_named(batch, name), positions=places))
-            first += len(part.index)
-        return found
+    def _of_each(self, count: int, batches: Callable[[LatentData, int], list[Batch]]) -> list[Batch]:
+        """Batches of every set, `count` clips in all."""
+        own = max(1, count // len(self.parts)) if count else 0
+        return [
+            self._shared(number, batch)
+            for number, part in enumerate(self.parts.values())
+            for batch in batches(part, own)
+        ]
+
+    def _shared(self, number: int, batch: Batch) -> Batch:
+        """A batch of one set, its ids and clips as they are among all sets."""
+        name, first = list(self.parts)[number], int(self._first_clip[number])
+        return replace(
+            batch,
+            ids=tuple(f"{name}/{own}" for own in batch.ids),
+            clips=tuple(first + clip for clip in batch.clips),
+        )
 
     def _owner(self, clip: int) -> tuple[str, LatentData, int]:
-        """(name, data, own number) of the set that a clip belongs to."""
-        for name, part in self.parts.items():
-            if clip < len(part.index):
-                return name, part, clip
-            clip -= len(part.index)
-        raise IndexError(clip)
+        """A clip's set, and its number in there."""
+        number = int(np.searchsorted(self._first_clip, clip, side="right")) - 1
+        name, part = list(self.parts.items())[number]
+        return name, part, clip - int(self._first_clip[number])
 
     def _drop_trained(self) -> None:
-        """Remove held-out clips of files that another set trains on."""
+        """Leave out of validation the held-out clips whose file another set trains on."""
         for name, part in self.parts.items():
             trained = [other.index.source[other.train] for key, other in self.parts.items() if key != name]
             leaked = np.isin(part.index.source[part.heldout], np.concatenate([np.empty(0, np.uint64), *trained]))
@@ -177,19 +185,21 @@ class MixedData:
 
 
 def check_sets(sets: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
-    """The settings of each set by name, checked before any is opened; ValueError names the wrong key and the fix."""
+    """The settings of each set; ValueError names a wrong one, before any set is opened."""
     if not isinstance(sets, Mapping) or not sets:
         raise ValueError("data=mixed needs sets: data.sets={cats: {shards: DIR, weight: 0.7}, dogs: {shards: DIR}}")
-    allowed = {"weight", *inspect.signature(LatentData).parameters}
+    takes = {"weight", *inspect.signature(LatentData).parameters}
     for name, own in sets.items():
         if not isinstance(own, Mapping) or not own.get("shards"):
             raise ValueError(f"data.sets.{name}={own} has no shards; give data.sets.{name}={{shards: DIR}}")
-        if wrong := sorted(set(own) - allowed):
+        if old := [key for key in own if new_key(f"data.sets.{name}.{key}") != f"data.sets.{name}.{key}"]:
+            raise ValueError(f"data.sets.{name}.{old[0]} is now {new_key(f'data.sets.{name}.{old[0]}')}")
+        if wrong := sorted(set(own) - takes):
             raise ValueError(
-                f"data.sets.{name}.{wrong[0]} is not a setting of a set; choose from {', '.join(sorted(allowed))}"
+                f"data.sets.{name}.{wrong[0]} is not a setting of a set; choose from {', '.join(sorted(takes))}"
             )
         weight = own.get("weight", 1)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        if not (is_number(weight) and 0 < weight < float("inf")):
             raise ValueError(f"data.sets.{name}.weight={weight} must be a number above 0")
     return {str(name): dict(own) for name, own in sets.items()}
 
@@ -202,7 +212,7 @@ def _open(name: str, own: Mapping[str, Any], common: Mapping[str, Any]) -> Laten
 
 
 def _common_facts(parts: Mapping[str, LatentData]) -> dict[str, Any]:
-    """The manifest fields that all sets share. ValueError names two sets that differ, the field, and the fix."""
+    """The facts that all manifests share. ValueError names two sets that differ, and the fix."""
     (first, one), *others = parts.items()
     for name, other in others:
         for key in COMMON:
@@ -213,34 +223,30 @@ def _common_facts(parts: Mapping[str, LatentData]) -> dict[str, Any]:
                     f"cannot learn from both; encode {name} again with the weights= and parts.*= that {first} was "
                     "encoded with: python encode.py"
                 )
-    # Any set's encoder files will do: the fingerprints, which are equal, are hashes of their weights.
+    # The files of one set's encoders are as good as another's, since their values are the same.
     files = [part.manifest["encoders"] for part in parts.values() if "encoders" in part.manifest][:1]
     common = {key: one.manifest[key] for key in COMMON if key in one.manifest}
     return common | ({"encoders": files[0]} if files else {})
 
 
-def _named(batch: Batch, name: str) -> Batch:
-    return replace(batch, ids=tuple(f"{name}/{own}" for own in batch.ids))
-
-
 def _joined(batches: list[Batch], order: Indices) -> Batch:
-    """Concatenate batches of one shape, with the samples in `order`."""
+    """Batches of one shape as one, its samples taken in `order`."""
     if len(batches) == 1:
         return batches[0]  # in order already
-    ids = [name for batch in batches for name in batch.ids]
-    positions = [position for batch in batches for position in batch.positions]
+    ids, positions, clips = (
+        list(itertools.chain.from_iterable(parts))
+        for parts in zip(*((batch.ids, batch.positions, batch.clips) for batch in batches), strict=True)
+    )
     texts = [text for batch in batches for text in batch.text_BLD]
+    noised = [batch.noised_BT for batch in batches if batch.noised_BT is not None]  # of all or none: one model
     return Batch(
         torch.cat([batch.latents_BCTHW for batch in batches])[order],
         pad_texts([texts[place] for place in order]),
-        tuple(ids[place] for place in order),
-        tuple(positions[place] for place in order),
-        _together([batch.mask_BT for batch in batches], order),
-        _together([batch.condition_BCTHW for batch in batches], order),
+        ids=tuple(ids[place] for place in order),
+        positions=tuple(positions[place] for place in order),
+        conditioning={
+            name: torch.cat([batch.conditioning[name] for batch in batches])[order] for name in batches[0].conditioning
+        },
+        noised_BT=torch.cat(noised)[order] if noised else None,
+        clips=tuple(clips[place] for place in order),
     )
-
-
-def _together(parts: Sequence[Tensor | None], order: Indices) -> Tensor | None:
-    """Parts of several batches as one, in `order`; all have it, or none, since they have one model."""
-    there = [part for part in parts if part is not None]
-    return torch.cat(there)[order] if there else None

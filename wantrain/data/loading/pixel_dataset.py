@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from wantrain import geometry
-from wantrain.batch import Batch
-from wantrain.conditioning import Condition
+from wantrain.batch import PixelBatch
+from wantrain.conditioning import ModelInputs
 from wantrain.data.footage.duplicates import group_of
 from wantrain.data.footage.pixels import read_sample
 from wantrain.data.footage.video_shards import VideoSample, read_video_shards
@@ -25,7 +25,7 @@ from wantrain.video import Frames, to_pixels
 class PixelData:
     """Video shards as decoded frames in memory, for training a small VAE.
 
-    A sample is `num_frames` frames (fewer of a shorter clip) from a random start, drawn by the sample's position.
+    A sample is `num_frames` frames (fewer of a shorter clip), from a start frame drawn by the sample's position.
 
     shards      folder of video shards
     num_frames  frames of a sample, 4k+1
@@ -61,7 +61,7 @@ class PixelData:
                 f"{self.folder}: decoded clips take {need:.1f} GB, more than data.max_gb={max_gb}; raise it, or use "
                 "fewer clips"
             )
-        self.clips: list[Tensor] = []  # (F, H, W, 3) uint8
+        self.clips: list[Tensor] = []  # frames (F, H, W, 3), uint8
         self.names: list[str] = []
         lengths: list[str] = []
         self._groups, group_of_file = list[int](), group_of(self.manifest)
@@ -80,7 +80,7 @@ class PixelData:
 
     @staticmethod
     def _decode(sample: VideoSample, size: tuple[int, int]) -> Iterator[Frames]:
-        """The clips of a file; ValueError names the file if it is damaged."""
+        """The clips of a file; ValueError names it if it is damaged."""
         try:
             yield from read_sample(sample, size)
         except ValueError as error:
@@ -88,20 +88,20 @@ class PixelData:
 
     @property
     def bucket_names(self) -> list[str]:
-        """Bucket of each training sample, "FxHxW" in pixels."""
+        """The bucket of each training sample."""
         return [self._lengths[sample] for sample in self.train]
 
-    def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
-        """Training samples (numbers into `train`) of one bucket; `positions` seed their starts."""
+    def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> PixelBatch:
+        """Training samples (numbers into `train`) of one bucket, for positions in the run."""
         numbers = [int(self.train[sample]) for sample in samples]
         starts = [self._start(number, int(place)) for number, place in zip(numbers, positions, strict=True)]
         return self._batch(numbers, starts, [int(place) for place in positions])
 
     def captions(self) -> list[str]:
-        """Empty: a VAE takes no prompts."""
+        """Empty: pixels have no prompts."""
         return []
 
-    def examples(self, count: int) -> list[tuple[str, geometry.Bucket, Condition | None]]:
+    def examples(self, count: int) -> list[tuple[str, geometry.Bucket, ModelInputs]]:
         """Empty: a VAE has no previews."""
         return []
 
@@ -113,26 +113,25 @@ class PixelData:
         """The tags of each clip."""
         return [self._tags[clip] for clip in clips]
 
-    def heldout_batches(self, count: int) -> list[Batch]:
+    def heldout_batches(self, count: int) -> list[PixelBatch]:
         """The first `count` held-out clips, from their first frame on, one batch per bucket."""
         return self._bucketed(self.heldout[:count].tolist())
 
-    def train_batches(self, count: int) -> list[Batch]:
+    def train_batches(self, count: int) -> list[PixelBatch]:
         """The first `count` training clips, from their first frame on, one batch per bucket."""
         return self._bucketed(self.train[:count].tolist())
 
-    def _bucketed(self, chosen: list[int]) -> list[Batch]:
+    def _bucketed(self, chosen: list[int]) -> list[PixelBatch]:
         buckets = dict.fromkeys(self._lengths[sample] for sample in chosen)
         groups = [[sample for sample in chosen if self._lengths[sample] == bucket] for bucket in buckets]
-        return [self._batch(group, [0] * len(group), group) for group in groups]
+        return [self._batch(group, [0] * len(group)) for group in groups]
 
     def _start(self, number: int, position: int) -> int:
         spare = len(self.clips[number]) - int(self._lengths[number].split("x")[0])
         return int(torch.randint(spare + 1, (), generator=generator_at(self.seed, "crop", position)))
 
-    def _batch(self, numbers: list[int], starts: list[int], positions: list[int]) -> Batch:
+    def _batch(self, numbers: list[int], starts: list[int], positions: Sequence[int] = ()) -> PixelBatch:
         length = int(self._lengths[numbers[0]].split("x")[0])
-        cut = [self.clips[number][start : start + length] for number, start in zip(numbers, starts, strict=True)]
-        pixels = to_pixels(torch.stack(cut))
+        frames = [self.clips[n][start : start + length] for n, start in zip(numbers, starts, strict=True)]
         names = tuple(self.names[number] for number in numbers)
-        return Batch(pixels, pixels.new_zeros(len(numbers), 1, 1), names, tuple(positions))
+        return PixelBatch(to_pixels(torch.stack(frames)), names, tuple(positions))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wantrain.batch import Batch
-from wantrain.conditioning import Condition
+from wantrain.batch import AnyBatch
+from wantrain.conditioning import ModelInputs
 from wantrain.data.loading.sampler import Indices
 from wantrain.geometry import Bucket
 
+AnyBatch_co = TypeVar("AnyBatch_co", bound=AnyBatch, covariant=True)
 
-class TrainingData(Protocol):
+
+class TrainingData(Protocol[AnyBatch_co]):
     """Samples by number, grouped into buckets of one shape, and batches to validate on.
 
     Samples are numbered from 0 to N - 1; `load` and the order of training (BatchSampler) use these numbers. Validation
@@ -54,20 +56,20 @@ class TrainingData(Protocol):
     def shares(self) -> Sequence[float]:
         """Share of each set, in any unit."""
 
-    def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> Batch:
+    def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> AnyBatch_co:
         """Samples of one bucket, by number; `positions` are their places in the run, which seed their randomness."""
 
-    def heldout_batches(self, count: int) -> list[Batch]:
+    def heldout_batches(self, count: int) -> Sequence[AnyBatch_co]:
         """At most `count` held-out clips, one batch per bucket."""
 
-    def train_batches(self, count: int) -> list[Batch]:
+    def train_batches(self, count: int) -> Sequence[AnyBatch_co]:
         """At most `count` training clips, chosen like the held-out ones, one batch per bucket."""
 
     def captions(self) -> list[str]:
         """Distinct captions, as prompts for previews; those of held-out clips first."""
 
-    def examples(self, count: int) -> list[tuple[str, Bucket, Condition | None]]:
-        """At most `count` clips for previews: caption, size, conditioning input."""
+    def examples(self, count: int) -> list[tuple[str, Bucket, ModelInputs]]:
+        """At most `count` clips for previews: caption, size, conditioning."""
 
     def groups_of(self, clips: Sequence[int]) -> list[int]:
         """The group of near-duplicate files that each clip was cut from."""

@@ -42,7 +42,7 @@ class About:
     guidance  guidance scale to sample with, per expert
     steps     solver steps to sample with
     origin    per expert: run, step, recipe, base, commit, adapter (whatever is known)
-    told_by   how it is told what is known of a video (conditioning.py): "channels", "frames", None: not at all
+    conditioning  its conditioning type (wantrain/conditioning.py)
     """
 
     model: str
@@ -51,7 +51,7 @@ class About:
     guidance: Mapping[str, float | None] = field(default_factory=dict)
     steps: int = 30
     origin: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    told_by: str | None = None
+    conditioning: str = "none"
 
     def metadata(self, expert: str) -> dict[str, object]:
         """The metadata of an expert's files."""
@@ -86,7 +86,7 @@ def write_pipeline(
             if layout == "diffusers":
                 write_part(folder / PARTS[name], model.config(), renamed_to_diffusers(tensors), **how)
             elif layout == "official":
-                write_part(folder / OFFICIAL[name], official_config(model, about.told_by), tensors, **how)
+                write_part(folder / OFFICIAL[name], official_config(model, about.conditioning), tensors, **how)
             else:
                 (folder / "diffusion_models").mkdir(exist_ok=True)
                 file = folder / "diffusion_models" / f"{out.name}_{name}.safetensors"
@@ -115,20 +115,20 @@ def _write_surroundings(folder: Path, experts: Sequence[str], base: Base, about:
     if "low_noise" in experts:
         classes["transformer_2"] = classes["transformer"]
     index = {
-        "_class_name": _pipeline_class(about.told_by),
+        "_class_name": _pipeline_class(about.conditioning),
         "_diffusers_version": "0.36.0",
         "boundary_ratio": about.boundary,
-        "expand_timesteps": about.told_by == "frames",
+        "expand_timesteps": about.conditioning == "clean_frames",
         **classes,
     }
-    if about.told_by == "channels":
+    if about.conditioning == "channel_concat":
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     write_json(folder / "model_index.json", index)
 
 
-def _pipeline_class(told_by: str | None) -> str:
+def _pipeline_class(conditioning: str) -> str:
     """diffusers' pipeline class: image-to-video has its own if mask and image latents are input channels."""
-    return "WanImageToVideoPipeline" if told_by == "channels" else "WanPipeline"
+    return "WanImageToVideoPipeline" if conditioning == "channel_concat" else "WanPipeline"
 
 
 def copy_parts(folder: Path, base: Base) -> None:
@@ -186,11 +186,11 @@ def _put_back(aside: Path) -> None:
         aside.rmdir()
 
 
-def official_config(model: WanTransformer, told_by: str | None) -> dict[str, Any]:
+def official_config(model: WanTransformer, conditioning: str) -> dict[str, Any]:
     """config.json of the official layout, which holds only what differs between models."""
     return {
         "_class_name": "WanModel",
-        "model_type": {"channels": "i2v", "frames": "ti2v"}.get(told_by or "", "t2v"),
+        "model_type": {"channel_concat": "i2v", "clean_frames": "ti2v"}.get(conditioning, "t2v"),
         "text_len": model.text_length,
         "in_dim": model.in_channels,
         "dim": model.dim,
@@ -221,8 +221,8 @@ def card(name: str, experts: Sequence[str], base: Base, about: About, layout: st
         values.append(f"| boundary between the experts | sigma {about.boundary} (ties are high noise) |")
     first, second = (*scales.values(), None)[:2]
     passed = [f"guidance_scale={first}"] + ([f"guidance_scale_2={second}"] if second is not None else [])
-    opener = _pipeline_class(about.told_by)
-    with_image = " (from an image: `WanImageToVideoPipeline`)" if about.told_by == "frames" else ""
+    opener = _pipeline_class(about.conditioning)
+    with_image = " (from an image: `WanImageToVideoPipeline`)" if about.conditioning == "clean_frames" else ""
     use = {
         "diffusers": f"`{opener}.from_pretrained(FOLDER)`{with_image}; pass {', '.join(passed)} (high noise first) and "
         f"num_inference_steps={about.steps}. The scheduler here carries flow_shift={about.shift}; schedulers of the "

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from wantrain import flow
-from wantrain.batch import Batch
+from wantrain.batch import AnyBatch
 from wantrain.losses import Draws, Loss
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
@@ -141,7 +141,7 @@ class StepGuard:
         self.first = trainer.name not in safeguards.proved
         self.before = digests(self.stepper) if self.first else {}
 
-    def observe(self, batch: Batch, draws: Draws, loss: Loss) -> None:
+    def observe(self, batch: AnyBatch, draws: Draws, loss: Loss) -> None:
         """One micro-step: its samples, what they drew (on the host), and their losses (on the device).
 
         ValueError for a noise level outside the window.

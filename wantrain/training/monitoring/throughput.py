@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wantrain import flow, geometry
-from wantrain.batch import Batch
+from wantrain import flow
+from wantrain.batch import AnyBatch
 from wantrain.losses import Loss
 from wantrain.models import WanTransformer
 from wantrain.models.flops import training_flops
@@ -74,12 +74,11 @@ class LossByNoise:
 class Throughput:
     """What a run's log says of speed and of losses by noise level: `step` around each step, `report` at its lines.
 
-    fps  frames per second of the videos; the strides are the VAE's
+    fps  frames per second of the videos; the stride is the VAE's
     """
 
     fps: float
     temporal_stride: int = 4
-    patch: tuple[int, int, int] = geometry.PATCH
     losses: dict[str, LossByNoise] = field(default_factory=dict)
     flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
@@ -142,14 +141,12 @@ class StepMeter:
         yield
         self.spans.append((part, begin, self._now()))
 
-    def count(self, batch: Batch, loss: Loss) -> None:
+    def count(self, batch: AnyBatch, loss: Loss) -> None:
         """Count one micro-step's samples."""
-        frames, height, width = batch.latents_BCTHW.shape[2:]
-        patch, stride = self.throughput.patch, self.throughput.temporal_stride
-        tokens = frames * (height // patch[1]) * (width // patch[2])
-        self.amounts["tokens"] += len(batch) * tokens
-        self.amounts["video_seconds"] += len(batch) * ((frames - 1) * stride + 1) / self.throughput.fps
-        flops = self.throughput.flops_of(self.trainer, tokens, batch.text_BLD.shape[1])
+        frames = batch.num_frames(self.throughput.temporal_stride)
+        self.amounts["tokens"] += batch.num_tokens
+        self.amounts["video_seconds"] += len(batch) * frames / self.throughput.fps
+        flops = self.throughput.flops_of(self.trainer, batch.num_tokens // len(batch), batch.text_rows)
         self.amounts["flops"] += len(batch) * flops
         self.throughput.add_losses(self.trainer, loss)
 

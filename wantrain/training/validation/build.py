@@ -64,7 +64,7 @@ def makes_previews(settings: Mapping[str, Any]) -> bool:
 
 
 def preview_texts(
-    data: TrainingData, settings: Mapping[str, Any], placement: Placement, base: Base, dtype: torch.dtype
+    data: TrainingData[Any], settings: Mapping[str, Any], placement: Placement, base: Base, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Embeddings of all texts that previews need, on the processes that sample; none where nothing is previewed.
 
@@ -82,11 +82,13 @@ def preview_texts(
     return texts if distributed.is_main() or placement.every_process_samples else {}
 
 
-def what_to_show(data: TrainingData, model: Mapping[str, Any], prompts: str | None, count: int) -> list[PreviewRequest]:
-    """What previews show: a file's prompts or held-out captions, at the model's size; without a file a model that is
-    told what is known of a video goes on from what it knows of held-out clips, at their sizes.
+def what_to_show(
+    data: TrainingData[Any], model: Mapping[str, Any], prompts: str | None, count: int
+) -> list[PreviewRequest]:
+    """What previews show: a file's prompts or held-out captions, at the model's size; without a file a model with
+    conditioning goes on from the conditioning of held-out clips, at their sizes.
     """
-    if model["told_by"] is not None and prompts is None:
+    if model["conditioning"] != "none" and prompts is None:
         return [PreviewRequest(*example) for example in data.examples(count)]
     size = geometry.sizes(model["area"], model["multiple"], [1.0])[0]
     bucket = geometry.Bucket(model["num_frames"], *size)
@@ -121,7 +123,7 @@ def preview_sampler(
     @contextmanager
     def open_sampler() -> Iterator[Sampler]:
         try:
-            facts = {"boundary": model["boundary"], "way": model["told_by"]}
+            facts = {"boundary": model["boundary"], "conditioning": model["conditioning"]}
             yield build_sampler(models, base=base, device=device, dtype=setup.dtype, **facts)
         finally:
             offloader.offload()

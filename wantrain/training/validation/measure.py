@@ -10,18 +10,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from wantrain import flow
-from wantrain.batch import Batch
+from wantrain.batch import BaseBatch, Batch
 from wantrain.losses import Model
 from wantrain.losses.flow_matching import velocity_error
 from wantrain.training.engine.engine import Stepper
 from wantrain.util import distributed
 from wantrain.util.progress import report_progress
 from wantrain.util.seeds import generator_at
+
+B = TypeVar("B", bound=BaseBatch)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Clips:
         return [batch.ids[0] for batch in self.batches]
 
 
-def one_by_one(batches: Sequence[Batch]) -> list[Batch]:
+def one_by_one(batches: Sequence[B]) -> list[B]:
     """Each clip of some batches as a batch of its own."""
     return [batch.take([number]) for batch in batches for number in range(len(batch))]
 
@@ -92,10 +95,10 @@ class Evaluator:
         """(P, 3) of one clip: mean products of noised latent and velocity, of each with the other and itself."""
         x0, found = clip.latents_BCTHW, []
         # Of the clip only the noised frames count, as in the error above.
-        mask_BT = torch.ones(1, x0.shape[2]) if clip.mask_BT is None else clip.mask_BT
-        weight = flow.over_frames(mask_BT.double() / (mask_BT.sum() * x0[0, :, 0].numel()), x0)
+        noised_BT = torch.ones(1, x0.shape[2]) if clip.noised_BT is None else clip.noised_BT
+        weight = flow.over_frames(noised_BT.double() / (noised_BT.sum() * x0[0, :, 0].numel()), x0)
         for level, noise in zip(self.sigmas, self._noises(clip), strict=False):
-            noisy = flow.path(x0, noise[None], flow.noised(level[None], clip.mask_BT)).double()
+            noisy = flow.path(x0, noise[None], flow.noised(level[None], clip.noised_BT)).double()
             target = flow.velocity(x0, noise[None]).double()
             terms = (noisy * target, noisy * noisy, target * target)
             found.append(torch.stack([(weight * term).sum() for term in terms]))
@@ -108,7 +111,7 @@ class Evaluator:
         return (torch.randn(shape, generator=generator) for _ in self.sigmas)
 
 
-def over_ranks(clips: Sequence[Batch], measure: Callable[[Batch], Tensor], stepper: Stepper) -> Tensor:
+def over_ranks(clips: Sequence[B], measure: Callable[[B], Tensor], stepper: Stepper) -> Tensor:
     """`measure` of each clip, stacked on the CPU in the clips' order; every process gets all, having measured a share.
 
     Where the clips do not divide by the processes, some measure a clip that another has too: under engines that cut

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wantrain import page
-from wantrain.conditioning import Condition
+from wantrain.conditioning import ModelInputs
 from wantrain.geometry import Bucket
 from wantrain.page import Html, Row, Shown
 from wantrain.sampling import Sampler, Settings
@@ -33,11 +33,11 @@ HISTORY = "previews.jsonl"
 
 @dataclass(frozen=True)
 class PreviewRequest:
-    """What is previewed: a prompt, the video's size, and what is known of it, if anything is (one clip's record)."""
+    """A video to preview: its prompt, its size, and its conditioning (of one clip), if the model takes any."""
 
     prompt: str
     bucket: Bucket
-    known: Condition | None = None
+    inputs: ModelInputs | None = None
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Preview:
         with self.open_sampler() as sampler:
             sampler.texts = self.texts
             clips = [
-                sampler(each.prompt, bucket=each.bucket, known=each.known, settings=self.settings, seed=seed)
+                sampler(each.prompt, bucket=each.bucket, inputs=each.inputs, settings=self.settings, seed=seed)
                 for seed, each in enumerate(self.requests, start=self.seed)
             ]
         if torch.cuda.is_available():
@@ -121,9 +121,9 @@ def as_trained(stepper: Stepper) -> Velocity:
     and VAE are those of sample.py.
     """
 
-    def velocity(*inputs: Tensor | None) -> Tensor:
+    def velocity(*inputs: Tensor, **conditioning: Tensor) -> Tensor:
         with stepper.forward_context():
-            answer: Tensor = stepper.module(*inputs)
+            answer: Tensor = stepper.module(*inputs, **conditioning)
         return answer
 
     return velocity

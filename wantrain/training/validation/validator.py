@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wantrain.batch import Batch
+from wantrain.batch import AnyBatch
 from wantrain.losses import ClipValidation
 from wantrain.models import adapters
 from wantrain.training.engine.engine import Stepper
@@ -255,7 +255,7 @@ class ClipValidator:
 
     stepper: Stepper
     validation: ClipValidation
-    clips: list[Batch]
+    clips: Sequence[AnyBatch]
     every: int
     steps: int
 
@@ -270,6 +270,6 @@ class ClipValidator:
         say(f"step {step}: validation {self.validation.name.upper()} {score:.2f} {self.validation.unit}")
         return {f"validation_{self.validation.name}": score}
 
-    def _error(self, clip: Batch) -> Tensor:
+    def _error(self, clip: AnyBatch) -> Tensor:
         """The error of one clip, a scalar."""
         return self.validation.error(self.stepper.module, clip.to(self.stepper.device))[0]

@@ -152,8 +152,8 @@ def evaluator_of(trainer: ExpertTrainer, points: int, seed: int, together: int) 
     return Evaluator(trainer.stepper, validation.levels(points), seed, together, validation.error)
 
 
-def measured_clips(data: TrainingData, batches: list[Batch]) -> Clips:
+def measured_clips(data: TrainingData[Batch], batches: Sequence[Batch]) -> Clips:
     """Clips as validation takes them: each alone, with its file's group and its tags."""
     singles = one_by_one(batches)
-    numbers = [clip.positions[0] for clip in singles]
+    numbers = [clip.clips[0] for clip in singles]
     return Clips(singles, data.groups_of(numbers), data.tags_of(numbers))

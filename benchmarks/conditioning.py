@@ -1,9 +1,9 @@
-"""How faithful a tiny model is to what it is told: python benchmarks/told.py FOLDER [--kinds image boxes] [--sheet PNG]
+"""How faithful a tiny model is to its conditioning input: python benchmarks/conditioning.py FOLDER [--sheet PNG]
 
-FOLDER is a pipeline that export.py wrote of a model that is told by further channels (recipe=wan_tiny_i2v). Of clips
-that nothing was trained on it is told a part, and their captions. Are the known pixels kept, as well as the VAE can
-show them? Does what is seen (wantrain/data/judge.py) stay, and go on in the direction of the caption? Is a hole filled?
-Prints a table in Markdown and writes told.json beside this file.
+FOLDER is a pipeline that export.py wrote of a model of conditioning channel_concat (recipe=wan_tiny_i2v). It is given
+a part of the pixels of clips that it was not trained on, and their captions. Are the known pixels kept, as well as the
+VAE can show them? Do colour, shape and direction (wantrain/demo/judge.py) fit the caption? Is a hole filled?
+Prints a table in Markdown and writes conditioning.json beside this file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wantrain import conditioning, geometry
 from wantrain.data.footage.pixels import prepare_pixels
 from wantrain.demo.footage import Shot, draw_shot
 from wantrain.demo.judge import judge, scores
-from wantrain.masks import Mix
+from wantrain.masks import MaskMix
 from wantrain.models import Base
 from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.build import build_sampler
@@ -45,19 +45,19 @@ def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kinds", nargs="+", default=["image", "boxes"])
+    parser.add_argument("--masks", nargs="+", default=["image", "boxes"])
     parser.add_argument("--clips", type=int, default=CLIPS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--sheet", type=Path, help="write the first videos of each kind as one picture")
+    parser.add_argument("--sheet", type=Path, help="write the first videos of each mask type as one picture")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     distributed.set_threads()
     sampler, settings = open_sampler(options.folder, steps=options.steps, guidance=options.guidance)
     results: dict[str, Any] = {"clips": options.clips, "settings": str(settings)}
-    for kind in options.kinds:
-        results[kind] = measure(kind, sampler, settings, count=options.clips, sheet=options.sheet)
-    print(in_markdown({kind: results[kind] for kind in options.kinds}))
+    for name in options.masks:
+        results[name] = measure(name, sampler, settings, count=options.clips, sheet=options.sheet)
+    print(in_markdown({name: results[name] for name in options.masks}))
     write_json(options.out, results)
 
 
@@ -69,48 +69,52 @@ def open_sampler(folder: Path, *, steps: int = STEPS, guidance: float = GUIDANCE
     experts: dict[str, Any] = {
         name: base.transformer(name) for name in (("high_noise", "low_noise") if boundary else ("dense",))
     }
-    sampler = build_sampler(experts, boundary=boundary, base=base, way="channels")
+    sampler = build_sampler(experts, boundary=boundary, base=base, conditioning="channel_concat")
     return sampler, Settings(dict.fromkeys(experts, guidance), shift, steps)
 
 
 @torch.no_grad()
 def measure(
-    kind: str, sampler: Sampler, settings: Settings, *, count: int = CLIPS, sheet: Path | None = None
+    name: str, sampler: Sampler, settings: Settings, *, count: int = CLIPS, sheet: Path | None = None
 ) -> dict[str, float]:
-    """What becomes of `count` clips of which a kind of mask (wantrain/masks.py) leaves a part known.
+    """Measures over `count` clips whose known pixels are a mask type's (wantrain/masks.py).
 
     kept, limit, lost   PSNR in dB of the known pixels; of the same pixels through the VAE alone; the difference
-    clear_...           the same of known pixels that lie a latent or more from any hole: a latent that is partly
-                        hole is not told as it is
+    clear_...           the same of known pixels that lie a latent or more from any hole: of a latent that is partly
+                        hole the model does not see the clip's own
     hole, hole_gray     PSNR of the other pixels; with mid-gray in their place
-    colour, shape, direction, all   shares of videos that show what the clip does; told_...: of the clips as told
+    colour, shape, direction, all   shares of videos that show what the clip does; shown_...: of the clips as the
+                        model sees them, with gray holes
     """
     shots = [draw_shot(number, seed=1000, size=64) for number in range(count)]
-    mix, made, true, seen, told, known = Mix.read({kind: 1.0}), list[Frames](), [], [], [], []
+    mix, made, true, decoded, shown, known = MaskMix.read({name: 1.0}), list[Frames](), [], [], [], []
     assert sampler.encode_pixels is not None
     for first in range(0, count, TOGETHER):
         some = shots[first : first + TOGETHER]
-        pixels, known_B1FHW = pixels_of(some), masks_of(mix, kind, range(first, first + len(some)))
+        pixels, known_B1FHW = pixels_of(some), masks_of(mix, name, range(first, first + len(some)))
         record = conditioning.encode(sampler.encode_pixels, pixels, known_B1FHW)
+        inputs = conditioning.model_inputs(record, sampler.conditioning)
         prompts, seeds = [shot.caption for shot in some], list(range(first, first + len(some)))
-        made += sampler.batch(prompts, bucket=BUCKET, settings=settings, seeds=seeds, known=record)
+        made += sampler.batch(prompts, bucket=BUCKET, settings=settings, seeds=seeds, inputs=inputs)
         true += [to_frames(clip) for clip in pixels]
-        seen += [to_frames(clip) for clip in sampler.decode(sampler.encode_pixels(pixels))]
-        told += [to_frames(clip) for clip in conditioning.only_known(pixels, known_B1FHW)]
+        decoded += [to_frames(clip) for clip in sampler.decode(sampler.encode_pixels(pixels))]
+        shown += [to_frames(clip) for clip in conditioning.gray_unknown(pixels, known_B1FHW)]
         known += list(known_B1FHW[:, 0].numpy())
     if sheet is not None:
         rows = {f"{shot.caption} ({what})": clips[n] for n, shot in enumerate(shots[:6])
-                for what, clips in (("true", true), ("told", told), ("made", made))}  # fmt: skip
-        contact_sheet(sheet.with_stem(f"{sheet.stem}_{kind}"), rows, columns=6, cell=96)
-    found = dict[str, float]()
+                for what, clips in (("true", true), ("shown", shown), ("made", made))}  # fmt: skip
+        contact_sheet(sheet.with_stem(f"{sheet.stem}_{name}"), rows, columns=6, cell=96)
+    measured = dict[str, float]()
     for what, where in {"": known, "clear_": [far_from_holes(each) for each in known]}.items():
-        kept, limit = mean_psnr(made, true, where), mean_psnr(seen, true, where)
-        found |= {f"{what}kept": kept, f"{what}limit": limit, f"{what}lost": limit - kept}
+        kept, limit = mean_psnr(made, true, where), mean_psnr(decoded, true, where)
+        measured |= {f"{what}kept": kept, f"{what}limit": limit, f"{what}lost": limit - kept}
     holes = [~each for each in known]
-    found |= {"hole": mean_psnr(made, true, holes), "hole_gray": mean_psnr(told, true, holes)}
+    measured |= {"hole": mean_psnr(made, true, holes), "hole_gray": mean_psnr(shown, true, holes)}
     scenes = [shot.scene for shot in shots]
-    found |= scores([judge(clip) for clip in made], scenes)
-    return found | {f"told_{what}": share for what, share in scores([judge(clip) for clip in told], scenes).items()}
+    measured |= scores([judge(clip) for clip in made], scenes)
+    return measured | {
+        f"shown_{what}": share for what, share in scores([judge(clip) for clip in shown], scenes).items()
+    }
 
 
 def pixels_of(shots: Sequence[Shot]) -> Tensor:
@@ -120,10 +124,10 @@ def pixels_of(shots: Sequence[Shot]) -> Tensor:
     return torch.stack([prepare_pixels(frames, size)[0] for frames in drawn])
 
 
-def masks_of(mix: Mix, kind: str, numbers: range) -> Tensor:
-    """Which pixels are known of the clips of these numbers: boolean (B, 1, F, H, W)."""
+def masks_of(mix: MaskMix, name: str, numbers: range) -> Tensor:
+    """A mask of this type for the clips of these numbers: boolean (B, 1, F, H, W), True where a pixel is known."""
     shape = BUCKET.num_frames, BUCKET.height, BUCKET.width
-    drawn = [mix.draw(kind, shape, generator_at("told", kind, number)) for number in numbers]
+    drawn = [mix.draw(name, shape, generator_at("told", name, number)) for number in numbers]
     return torch.stack([mask.expand(shape)[None] for mask in drawn])
 
 
@@ -141,13 +145,13 @@ def mean_psnr(made: Sequence[Frames], true: Sequence[Frames], where: Sequence[np
 
 
 def in_markdown(results: dict[str, dict[str, float]]) -> str:
-    """A row for each kind."""
+    """A row for each mask type."""
     known = "known pixels | VAE's own | far from holes | VAE's own"
-    rows = [f"| told | {known} | hole | gray hole | colour | shape | direction |", "|---" * 10 + "|"]
-    for kind, found in results.items():
-        decibels = " | ".join(f"{found[what]:.1f} dB" for what in MEASURED)
-        shares = " | ".join(f"{found[what]:.0%}" for what in ("colour", "shape", "direction"))
-        rows.append(f"| {kind} | {decibels} | {shares} |")
+    rows = [f"| mask type | {known} | hole | gray hole | colour | shape | direction |", "|---" * 10 + "|"]
+    for name, measured in results.items():
+        decibels = " | ".join(f"{measured[what]:.1f} dB" for what in MEASURED)
+        shares = " | ".join(f"{measured[what]:.0%}" for what in ("colour", "shape", "direction"))
+        rows.append(f"| {name} | {decibels} | {shares} |")
     return "\n".join(rows)
 
 
