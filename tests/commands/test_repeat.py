@@ -127,7 +127,7 @@ def test_a_name_that_never_appears_is_one_error(mine, encode, monkeypatch):
         store, "write_atomically", lambda path, said: None if path.name.startswith(".text-") else write(path, said)
     ):
         error = encode("report=none", check=False).error
-    assert "is not there any more; start the same command again" in error
+    assert "has disappeared; start the same command again" in error
 
 
 def test_a_rename_that_fails_leaves_the_folder_whole(mine, call, encode):
