@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
         return base.text_encoder(device=device, dtype=config.dtype(cfg.precision))
 
     def facts_of_vae() -> dict[str, Any]:
-        strides = {"temporal_stride": vae().temporal_stride, "spatial_stride": vae().spatial_stride}
+        strides = {key: getattr(vae(), key) for key in ("temporal_stride", "spatial_stride")}
         return {"vae_fingerprint": fingerprint(vae()), **strides}
 
     def facts_of_text() -> dict[str, Any]:
@@ -70,14 +70,8 @@ def main(cfg: DictConfig) -> None:
         **prints.of("text encoder", files["text_encoder"], facts_of_text),
         files=files,
     )
-    encode_shards(
-        Path(cfg.shards),
-        Path(cfg.out),
-        encoders,
-        sizes=config.buckets(cfg, strides["temporal_stride"]),
-        inputs=config.conditioning_inputs(cfg, **strides),
-        options=_options(cfg),
-    )
+    sizes, inputs = config.buckets(cfg, strides["temporal_stride"]), config.conditioning_inputs(cfg, **strides)
+    encode_shards(Path(cfg.shards), Path(cfg.out), encoders, sizes=sizes, inputs=inputs, options=_options(cfg))
     prints.write()
     if cfg.report != "none" and distributed.is_main():
         decode = decode_latents if cfg.report == "decode" else None

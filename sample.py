@@ -9,11 +9,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from wantrain import checks, config
-from wantrain.geometry import Bucket, sizes
+from wantrain.geometry import Bucket
 from wantrain.models import Base, WanVAE
 from wantrain.models.offload import OffloadPolicy
 from wantrain.models.vae import vae_keywords
-from wantrain.runs.experts import Found, Loras, check_loras, find_compared, find_experts
+from wantrain.runs.experts import ExpertSources, Loras, check_loras, find_compared, find_experts
 from wantrain.sampling import Settings, memory
 from wantrain.sampling.build import build_sampler, encode_texts, load_experts
 from wantrain.sampling.conditioning import ConditioningPixels, files_from, read_pixels
@@ -34,7 +34,8 @@ def main(cfg: DictConfig) -> None:
         raise ValueError('give prompt="..." or prompts=FILE (one prompt per line)')
     prompts = [cfg.prompt] if cfg.prompts is None else read_prompts(cfg.prompts)
     distributed.set_threads()
-    jobs, pixels = list_jobs(prompts, seed=cfg.seed, count=cfg.count), known_pixels(cfg)
+    jobs, size = list_jobs(prompts, seed=cfg.seed, count=cfg.count), (cfg.height, cfg.width) if cfg.height else None
+    pixels = read_pixels(files_from(cfg), config.plain(cfg.model), num_frames=cfg.num_frames, size=size)
     if cfg.compare is None:
         sample(cfg, find(cfg, cfg.run), Path(cfg.out or "samples"), jobs, pixels)
         return
@@ -44,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     write_comparison(out / "index.html", galleries, jobs)
 
 
-def find(cfg: DictConfig, run: str | None, base: Base | None = None) -> Found:
+def find(cfg: DictConfig, run: str | None, base: Base | None = None) -> ExpertSources:
     """Where the experts of a run, or of weights=, come from."""
     if config.has_base(cfg):
         base = config.base(cfg, [*cfg.model.experts, "vae", "text_encoder", "tokenizer"])
@@ -52,7 +53,9 @@ def find(cfg: DictConfig, run: str | None, base: Base | None = None) -> Found:
     return find_experts(list(cfg.model.experts), **facts, run=run, runs=cfg.runs, base=base)
 
 
-def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], pixels: ConditioningPixels | None) -> Gallery:
+def sample(
+    cfg: DictConfig, found: ExpertSources, out: Path, jobs: list[Job], pixels: ConditioningPixels | None
+) -> Gallery:
     """Make what is missing of this process's share of `jobs`, and the page; nothing is loaded if nothing is missing."""
     loras = Loras.of(config.plain(cfg.lora))
     check_loras(loras.files, found.names)
@@ -62,7 +65,8 @@ def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], pixels: Co
     more = {"precision": cfg.precision, "tile": cfg.tile, "lora": [loras.scale, loras.alpha] if loras.files else None}
     more |= {} if pixels is None else {"known": pixels.identity}  # the word is part of the samples' hashes
     identity = found.identity(loras.files.values())
-    gallery = Gallery(out, settings, bucket(cfg, pixels), cfg.model.fps, identity, found.label(), more)
+    size = config.video_size(cfg) if pixels is None else Bucket(*pixels.shape)
+    gallery = Gallery(out, settings, size, cfg.model.fps, identity, found.label(), more)
     say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
     if missing := gallery.missing(mine(jobs)):
         prompts = [*(job.prompt for job in missing), negative]
@@ -70,8 +74,8 @@ def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], pixels: Co
         policy = OffloadPolicy(**config.plain(cfg.offload))
         experts = load_experts(found, loras, cfg.model.name, device, dtype, policy)
         facts = {
-            "boundary": cfg.model.boundary,
             "conditioning": cfg.model.conditioning,
+            "boundary": cfg.model.boundary,
             "tile": cfg.tile,
             "texts": texts,
         }
@@ -81,25 +85,13 @@ def sample(cfg: DictConfig, found: Found, out: Path, jobs: list[Job], pixels: Co
     return gallery
 
 
-def known_pixels(cfg: DictConfig) -> ConditioningPixels | None:
-    """The known pixels of every video, from the files image=, last_image= and video=."""
-    size = (cfg.height, cfg.width) if cfg.height else None
-    return read_pixels(files_from(cfg), config.plain(cfg.model), num_frames=cfg.num_frames, size=size)
-
-
-def bucket(cfg: DictConfig, pixels: ConditioningPixels | None = None) -> Bucket:
-    """The size of every video."""
-    size = (cfg.height, cfg.width) if cfg.height else sizes(cfg.model.area, cfg.model.multiple, [1.0])[0]
-    return Bucket(cfg.num_frames, *size) if pixels is None else Bucket(*pixels.shape)
-
-
 def memory_plan(cfg: DictConfig) -> str:
     """What it will take, by arithmetic; of the weights only a VAE whose sizes no config says must be here."""
     vae = config.plain(cfg.model.vae) if "vae" in cfg.model else config.base(cfg, ["vae"]).vae().config()
     return memory.describe(
         lambda: config.build(cfg.model.transformer),
         lambda: WanVAE(**vae_keywords(vae, Path("model.vae"))),
-        names=list(cfg.model.experts), bucket=bucket(cfg), batch_size=cfg.batch_size,
+        names=list(cfg.model.experts), bucket=config.video_size(cfg), batch_size=cfg.batch_size,
         dtype=config.dtype(cfg.precision), policy=OffloadPolicy(**config.plain(cfg.offload)), tile=cfg.tile,
     )  # fmt: skip
 

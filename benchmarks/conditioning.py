@@ -91,15 +91,15 @@ def measure(
     assert sampler.encode_pixels is not None
     for first in range(0, count, TOGETHER):
         some = shots[first : first + TOGETHER]
-        pixels, known_B1FHW = pixels_of(some), masks_of(mix, name, range(first, first + len(some)))
-        record = conditioning.encode(sampler.encode_pixels, pixels, known_B1FHW)
+        pixels, given_B1FHW = pixels_of(some), masks_of(mix, name, range(first, first + len(some)))
+        record = conditioning.encode(sampler.encode_pixels, pixels, given_B1FHW)
         inputs = conditioning.model_inputs(record, sampler.conditioning)
         prompts, seeds = [shot.caption for shot in some], list(range(first, first + len(some)))
         made += sampler.batch(prompts, bucket=BUCKET, settings=settings, seeds=seeds, inputs=inputs)
         true += [to_frames(clip) for clip in pixels]
         decoded += [to_frames(clip) for clip in sampler.decode(sampler.encode_pixels(pixels))]
-        shown += [to_frames(clip) for clip in conditioning.gray_unknown(pixels, known_B1FHW)]
-        known += list(known_B1FHW[:, 0].numpy())
+        shown += [to_frames(clip) for clip in conditioning.gray_unknown(pixels, given_B1FHW)]
+        known += list(given_B1FHW[:, 0].numpy())
     if sheet is not None:
         rows = {f"{shot.caption} ({what})": clips[n] for n, shot in enumerate(shots[:6])
                 for what, clips in (("true", true), ("shown", shown), ("made", made))}  # fmt: skip

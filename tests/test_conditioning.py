@@ -10,7 +10,7 @@ from wantrain import conditioning
 from wantrain.conditioning import (
     ConditioningInput,
     ModelInputs,
-    check_known,
+    check_given,
     check_type,
     gray_unknown,
     model_inputs,
@@ -91,17 +91,17 @@ def test_unknown_conditioning_type():
 
 def test_clean_frames_lead():
     for good in ([], [0], range(5)):
-        check_known(known(whole=good), "clean_frames", key="image")
+        check_given(known(whole=good), "clean_frames", key="image")
     for bad in ([0, 8], [8]):
-        check_known(known(whole=bad), "channel_concat", key="last_image")
+        check_given(known(whole=bad), "channel_concat", key="last_image")
         with pytest.raises(ValueError, match=r"last_image: this model takes clean first frames .*no last image"):
-            check_known(known(whole=bad), "clean_frames", key="last_image")
+            check_given(known(whole=bad), "clean_frames", key="last_image")
     hole = known(whole=range(9))
     hole[..., :8, :8] = False
     with pytest.raises(ValueError, match="no region"):
-        check_known(hole, "clean_frames", key="mask")
+        check_given(hole, "clean_frames", key="mask")
     with pytest.raises(ValueError, match="video: known frames=3 is not 4k"):
-        check_known(known(whole=range(3)), "clean_frames", key="video")
+        check_given(known(whole=range(3)), "clean_frames", key="video")
 
 
 @pytest.mark.parametrize("name", DRAWN)

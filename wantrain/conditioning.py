@@ -82,7 +82,7 @@ def check_type(conditioning: str, *, key: str = "model.conditioning") -> None:
 def encode(
     encode_pixels: EncodePixels,
     pixels_BCFHW: Tensor,
-    known_B1FHW: Tensor,
+    given_B1FHW: Tensor,
     *,
     conditioning: str = "channel_concat",
     temporal_stride: int = 4,
@@ -93,10 +93,10 @@ def encode(
     For `clean_frames` only the known beginning is encoded, which is all that the model sees; the latents after it are
     zero. ValueError for a length or size that the VAE cannot take.
     """
-    known = known_B1FHW.to(pixels_BCFHW.device, torch.bool)
-    full = known.expand(len(pixels_BCFHW), 1, *pixels_BCFHW.shape[2:])
+    given = given_B1FHW.to(pixels_BCFHW.device, torch.bool)
+    full = given.expand(len(pixels_BCFHW), 1, *pixels_BCFHW.shape[2:])
     mask = pack_mask(full, temporal_stride=temporal_stride, spatial_stride=spatial_stride)
-    pixels = gray_unknown(pixels_BCFHW, known)
+    pixels = gray_unknown(pixels_BCFHW, given)
     if conditioning == "clean_frames":
         wanted = max(1, int((mask.amin(dim=(0, 1, 3, 4)) > 0).sum()))
         latents = encode_pixels(pixels[:, :, : geometry.pixel_frames(wanted, temporal_stride)]).float()
@@ -106,27 +106,27 @@ def encode(
     return ConditioningInput(latents, mask.to(latents.device))
 
 
-def gray_unknown(pixels_BCFHW: Tensor, known_B1FHW: Tensor) -> Tensor:
+def gray_unknown(pixels_BCFHW: Tensor, given_B1FHW: Tensor) -> Tensor:
     """The pixels, with mid-gray (0 in [-1, 1]) in the place of unknown ones."""
-    return torch.where(known_B1FHW, pixels_BCFHW, torch.zeros((), device=pixels_BCFHW.device))
+    return torch.where(given_B1FHW, pixels_BCFHW, torch.zeros((), device=pixels_BCFHW.device))
 
 
-def pack_mask(known_B1FHW: Tensor, *, temporal_stride: int = 4, spatial_stride: int = 8) -> Tensor:
+def pack_mask(given_B1FHW: Tensor, *, temporal_stride: int = 4, spatial_stride: int = 8) -> Tensor:
     """A mask over pixels (B, 1, F, H, W) as Wan's over latents (B, M, T, H/s, W/s), float32.
 
     The first frame counts as all M = `temporal_stride` frames of the first latent frame; each later latent frame has
     its own M. A latent cell is known where all its pixels are: an unknown pixel would be taken for a gray one.
     """
-    num_frames, height, width = known_B1FHW.shape[2:]
+    num_frames, height, width = given_B1FHW.shape[2:]
     geometry.check_num_frames(num_frames, temporal_stride)
     geometry.check_size(height, width, spatial_stride, key="mask")
-    unknown_BFHW = (~known_B1FHW.bool())[:, 0].float()
+    unknown_BFHW = (~given_B1FHW.bool())[:, 0].float()
     known_BFHW = 1 - F.max_pool2d(unknown_BFHW, spatial_stride)
     padded = torch.cat([known_BFHW[:, :1].expand(-1, temporal_stride - 1, -1, -1), known_BFHW], dim=1)
     return padded.unflatten(1, (-1, temporal_stride)).transpose(1, 2).contiguous()
 
 
-def check_known(known_B1FHW: Tensor, conditioning: str, *, key: str, temporal_stride: int = 4) -> None:
+def check_given(given_B1FHW: Tensor, conditioning: str, *, key: str, temporal_stride: int = 4) -> None:
     """ValueError, naming the input `key`, unless a model of this conditioning type can be given these known pixels.
 
     Clean frames are whole latent frames from the first on: the latent of a later frame depends on every frame before
@@ -134,8 +134,8 @@ def check_known(known_B1FHW: Tensor, conditioning: str, *, key: str, temporal_st
     """
     if conditioning == "channel_concat":
         return
-    frames_F = known_B1FHW.flatten(3).all(dim=3).all(dim=0).flatten()
-    some_F = known_B1FHW.flatten(3).any(dim=3).any(dim=0).flatten()
+    frames_F = given_B1FHW.flatten(3).all(dim=3).all(dim=0).flatten()
+    some_F = given_B1FHW.flatten(3).any(dim=3).any(dim=0).flatten()
     length = int(frames_F.long().cumprod(0).sum())
     if bool((frames_F != some_F).any()) or int(some_F.sum()) != length:
         raise ValueError(

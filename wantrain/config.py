@@ -259,6 +259,12 @@ def conditioning_inputs(cfg: DictConfig, **strides: Any) -> ConditioningInputs:
     return ConditioningInputs(plain(cfg.mask_types), cfg.model.conditioning, **strides)
 
 
+def video_size(cfg: DictConfig) -> geometry.Bucket:
+    """The size of sample.py's videos: height= and width=, or the largest square within the model's area."""
+    size = (cfg.height, cfg.width) if cfg.height else geometry.sizes(cfg.model.area, cfg.model.multiple, [1.0])[0]
+    return geometry.Bucket(cfg.num_frames, *size)
+
+
 def shards(cfg: DictConfig) -> list[str]:
     """Where the shards of a training lie: one place, or one of each set with data=mixed."""
     own = plain(cfg.data)

@@ -24,7 +24,7 @@ from wantrain.models.formats.base import PARTS
 from wantrain.models.formats.weights import fingerprint, read_file, read_metadata, read_tensors, write_part
 from wantrain.sampling import Settings
 from wantrain.sampling.build import build_sampler
-from wantrain.sampling.generate import Experts, generate
+from wantrain.sampling.generate import Experts, Texts, generate
 from wantrain.video import to_frames
 
 PROMPT = "a red circle moving right on a dark background"
@@ -99,8 +99,7 @@ def test_the_well_known_lines_run_on_the_exported_pair_and_our_sampler_gives_the
     ours = generate(
         Experts(experts, boundary=pipe.config.boundary_ratio),
         latents=torch.randn((1, 16, 3, 4, 6), generator=torch.Generator().manual_seed(7)),
-        text_BLD=text([PROMPT]),
-        negative_BLD=text([""]),
+        texts=Texts(text([PROMPT]), text([""])),
         sigmas=pipe.scheduler.sigmas,
         guidance={"high_noise": guidance, "low_noise": guidance},
         on_step=lambda step, name: trace.append(name),

@@ -21,6 +21,7 @@ from wantrain.models.formats.pipeline import _scheduler
 from wantrain.models.formats.weights import renamed_to_diffusers
 from wantrain.sampling import Experts, Sampler, Settings, generate
 from wantrain.sampling.conditioning import fit_image
+from wantrain.sampling.generate import Texts
 
 #: The two ways as tiny models: I2V-A14B's channels (16 noisy + 4 mask + 16 image), TI2V-5B's VAE and one channel count.
 SHAPES = {
@@ -130,12 +131,10 @@ def sampled(model, pipe, texts, latents, inputs):
     return generate(
         Experts({"dense": model}),
         latents=latents,
-        text_BLD=texts[:1],
-        negative_BLD=texts[1:],
+        texts=Texts(texts[:1], texts[1:]),
         sigmas=pipe.scheduler.sigmas,
         guidance={"dense": 3.5},
-        conditioning=inputs.conditioning,
-        noised_BT=inputs.noised_BT,
+        inputs=inputs,
     )
 
 

@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from wantrain import flow
 from wantrain.models.formats.pipeline import _scheduler
-from wantrain.sampling.generate import Experts, Settings, generate
+from wantrain.sampling.generate import Experts, Settings, Texts, generate
 from wantrain.sampling.solvers import UniPC, schedule, solver_named
 
 SHAPE = (2, 4, 3, 4, 6)
@@ -107,8 +107,7 @@ def test_a_whole_trajectory_with_both_experts_and_guidance_agrees_with_diffusers
     ours = generate(
         Experts(models, boundary),
         latents=noise(),
-        text_BLD=prompt,
-        negative_BLD=negative,
+        texts=Texts(prompt, negative),
         sigmas=sigmas,
         guidance=guidance,
         solver=name,
@@ -178,8 +177,7 @@ class Counted:
 def sample(models, *, steps=20, shift=12.0, guidance=3.0, boundary=0.875, **more):
     trace = []
     settings = {
-        "text_BLD": torch.ones(2, 3, 4),
-        "negative_BLD": torch.zeros(2, 3, 4),
+        "texts": Texts(torch.ones(2, 3, 4), torch.zeros(2, 3, 4)),
         "sigmas": flow.sampling_sigmas(steps, shift),
         "guidance": dict.fromkeys(models, guidance) if isinstance(guidance, float) else guidance,
         **more,

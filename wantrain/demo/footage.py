@@ -89,16 +89,16 @@ def _draw_scene(
         band = random.choice([other for other in words.colours if other != colour]).item()
     size, short = random.uniform(*words.size), min(height, width)
     # The range of the centre along x and y, as a share of width and height.
-    room = [1 - (size + 2 * MARGIN) * short / side for side in (width, height)]
-    low = [(1 - free) / 2 for free in room]
-    start = [0.5 + (random.uniform(0, 1) - 0.5) * words.spread * free for free in room]
+    space = [1 - (size + 2 * MARGIN) * short / side for side in (width, height)]
+    low = [(1 - free) / 2 for free in space]
+    start = [0.5 + (random.uniform(0, 1) - 0.5) * words.spread * free for free in space]
     speed = 0.0
     if direction != "still":
         axis = 0 if direction in {"left", "right"} else 1
-        travel = room[axis] * random.uniform(words.travel, 1.0)
+        travel = space[axis] * random.uniform(words.travel, 1.0)
         forward = DIRECTIONS[direction][1][axis] > 0
-        slack = (room[axis] - travel) * random.uniform(0, 1)
-        start[axis] = low[axis] + slack if forward else low[axis] + room[axis] - slack
+        slack = (space[axis] - travel) * random.uniform(0, 1)
+        start[axis] = low[axis] + slack if forward else low[axis] + space[axis] - slack
         speed = travel * (width, height)[axis] / short / seconds
     centre = (float(start[0]), float(start[1]))
     return Scene(shape, colour, background, direction, float(size), float(speed), centre, band)

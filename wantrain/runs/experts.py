@@ -22,7 +22,7 @@ Locate = Callable[[str | Path], Path]
 
 
 @dataclass(frozen=True)
-class Found:
+class ExpertSources:
     """The source of each expert: the runs that trained some, and the base for the others and all other parts.
 
     Nothing is loaded before `load`: a pair of 14B experts need not be in memory together.
@@ -97,7 +97,7 @@ def find_experts(
     base: Base | None,
     locate: Locate,
     alone: bool = False,
-) -> Found:
+) -> ExpertSources:
     """The experts `names` of `model`: those that `run` trained, the others from `base` or else the runs' own base.
 
     ValueError where one is missing (unless `alone` allows a single expert), or a run trained another model.
@@ -127,19 +127,19 @@ def find_experts(
         )
     if missing:
         say(f"alone=true: {', '.join(held)} is used for every noise level, though trained for its own window only")
-    return Found(held, base, tuple(trained), locate)
+    return ExpertSources(held, base, tuple(trained), locate)
 
 
 def find_compared(
-    names: list[str], find: Callable[[str | None, Base | None], Found], *, runs: str | Path, locate: Locate
-) -> dict[str, Found]:
+    names: list[str], find: Callable[[str | None, Base | None], ExpertSources], *, runs: str | Path, locate: Locate
+) -> dict[str, ExpertSources]:
     """The experts of each name in a comparison, all found before the first video is made.
 
     A name is a run, a pair of runs ("high+low"), or "base": weights=, or else the base of the first run.
     `find(run, base)` finds experts.
     """
     first = next((name.split("+")[0] for name in names if name != "base"), None)
-    found: dict[str, Found] = {}
+    found: dict[str, ExpertSources] = {}
     for name in map(str, names):
         if name != "base" or first is None:
             found[name] = find(None if name == "base" else name.replace("+", ","), None)

@@ -11,7 +11,7 @@ from wantrain import geometry
 from wantrain.models import Base, WanTransformer
 from wantrain.models.formats.weights import read_tensors
 from wantrain.models.offload import OffloadPolicy
-from wantrain.runs.experts import Found, Loras, add_loras, check_loras
+from wantrain.runs.experts import ExpertSources, Loras, add_loras, check_loras
 from wantrain.sampling import ExpertOffloader, Experts, Sampler, Tiled
 from wantrain.sampling.generate import Velocity
 from wantrain.util.console import say
@@ -93,7 +93,7 @@ def _encoder_device(base: Base, device: torch.device, dtype: torch.dtype) -> tor
 
 
 def load_experts(
-    found: Found,
+    found: ExpertSources,
     loras: Loras,
     model: str,
     device: torch.device,

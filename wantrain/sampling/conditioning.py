@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from wantrain import geometry
-from wantrain.conditioning import ConditioningInput, EncodePixels, check_known, check_type, encode
+from wantrain.conditioning import ConditioningInput, EncodePixels, check_given, check_type, encode
 from wantrain.data.footage.clips import ClipOptions, VideoInfo, Window, cut_windows
 from wantrain.data.footage.probe import check_mask, probe, read_mask_windows, read_windows
 from wantrain.masks import painted
@@ -138,7 +138,7 @@ def read_pixels(
     Without a `size` (height, width) the video takes the aspect of the first file, at about the model's area, as its
     authors choose it. None without files, where the model needs none. ValueError, naming the file and what would fit,
     for a file that the model cannot take, another aspect, a video that is too short, a mask of another length or size,
-    and where every pixel is known.
+    and where every pixel is given.
     """
     conditioning, fps = model["conditioning"], model["fps"]
     check_files(files, conditioning, model=model["name"])
@@ -150,24 +150,24 @@ def read_pixels(
     if size is None:
         choose = geometry.floored_size if conditioning == "channel_concat" else geometry.fitted_size
         size = choose(shape.height, shape.width, model["area"], model["multiple"])
-    known = torch.zeros(1, num_frames, *size, dtype=torch.bool)
+    given = torch.zeros(1, num_frames, *size, dtype=torch.bool)
     pixels = torch.zeros(3, num_frames, *size)
     for name, path, place in (("image", files.image, 0), ("last_image", files.last_image, -1)):
         if path is not None:
             frame = _read_image(name, path)
             _check_aspect(name, path, frame.shape[:2], aspect)
-            pixels[:, place], known[:, place], key = fit_image(frame, size, conditioning), True, name
+            pixels[:, place], given[:, place], key = fit_image(frame, size, conditioning), True, name
     if files.video is not None:
         frames, stays = _read_video(files, aspect, files.keep or num_frames, fps, size)
         pixels[:, : len(frames)] = to_pixels(torch.tensor(frames))
-        known[:, : len(frames)], key = stays, "video" if files.mask is None else "mask"
-    if known.all():
+        given[:, : len(frames)], key = stays, "video" if files.mask is None else "mask"
+    if given.all():
         raise ValueError(
             f"{key}: all {num_frames} frames are known and nothing is left to make; give a larger num_frames, or a "
             "mask with white in it"
         )
-    check_known(known[None], conditioning, key=key)
-    return ConditioningPixels(pixels, known)
+    check_given(given[None], conditioning, key=key)
+    return ConditioningPixels(pixels, given)
 
 
 def fit_image(frame: Frames, size: tuple[int, int], conditioning: str) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,24 +58,29 @@ class Settings:
     negative_prompt: str = ""
 
 
+class Texts(NamedTuple):
+    """Text embeddings (B, L, D), zeros after each text: of the prompts, and of the negative prompts."""
+
+    prompt_BLD: Tensor
+    negative_BLD: Tensor
+
+
 @torch.no_grad()  # not inference_mode: weights that an engine gathers here must serve in training again
 def generate(
     experts: Experts,
     *,
     latents: Tensor,
-    text_BLD: Tensor,
-    negative_BLD: Tensor,
+    texts: Texts,
     sigmas: Tensor,
     guidance: Mapping[str, float],
     solver: str = "unipc",
-    conditioning: Mapping[str, Tensor] | None = None,
-    noised_BT: Tensor | None = None,
+    inputs: ModelInputs | None = None,
     on_step: Callable[[int, str], None] | None = None,
 ) -> Tensor:
     """Follow the velocity from `latents` (noise, (B, C, T, H, W) float32) to clean latents of the same shape.
 
-    `conditioning` and `noised_BT` are a `Batch`'s, the same for every step, expert and branch of the guidance. Frames
-    whose `noised_BT` is 0 are clean in `latents`, and stay. `sigmas` descends to 0 and sets the steps; models see
+    `inputs` are the conditioning, the same for every step, expert and branch of the guidance. Frames whose `noised_BT`
+    is 0 are clean in `latents`, and stay. `sigmas` descends to 0 and sets the steps; models see
     integer timesteps floor(1000*sigma), as published samplers do. `on_step(i, expert name)` is called at every step.
     ValueError for an unknown solver or absent guidance.
     """
@@ -82,18 +88,18 @@ def generate(
         raise ValueError(f"guidance lacks a scale for {', '.join(absent)}")
     stepper = solver_named(solver, sigmas)
     start = x = latents.float()
+    noised_BT, further = (None, {}) if inputs is None else (inputs.noised_BT, inputs.conditioning)
     noised = None if noised_BT is None else (noised_BT > 0)[:, None, :, None, None]
-    further = conditioning or {}
     for i, timestep in enumerate(flow.sampling_timesteps(sigmas).tolist()):
         name = experts.name_at(timestep)
         report_progress(f"solver step {i + 1} of {len(sigmas) - 1}")
         if on_step is not None:
             on_step(i, name)
         level = flow.noised(torch.full((len(x),), float(timestep), device=x.device), noised_BT)
-        velocity = experts.models[name](x, level, text_BLD, **further)
+        velocity = experts.models[name](x, level, texts.prompt_BLD, **further)
         scale = guidance[name]
         if scale != 1.0:
-            away = experts.models[name](x, level, negative_BLD, **further)
+            away = experts.models[name](x, level, texts.negative_BLD, **further)
             velocity = away + scale * (velocity - away)
         x = stepper.step(i, x, velocity)
         if noised is not None:
@@ -160,13 +166,11 @@ class Sampler:
         latents = generate(
             self.experts,
             latents=latents,
-            text_BLD=self._texts(prompts),
-            negative_BLD=self._texts([settings.negative_prompt] * len(prompts)),
+            texts=Texts(self._texts(prompts), self._texts([settings.negative_prompt] * len(prompts))),
             sigmas=schedule(settings.solver, settings.steps, settings.shift),
             guidance=settings.guidance,
             solver=settings.solver,
-            conditioning=conditioning,
-            noised_BT=noised,
+            inputs=ModelInputs(conditioning, noised),
             on_step=on_step,
         )
         report_progress("decoding")

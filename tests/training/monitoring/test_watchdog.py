@@ -14,7 +14,7 @@ import torch
 
 from wantrain.batch import Batch
 from wantrain.models.formats import base, weights
-from wantrain.sampling.generate import Experts, generate
+from wantrain.sampling.generate import Experts, Texts, generate
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.monitoring import deadline
 from wantrain.training.monitoring.watchdog import HUNG, Watchdog
@@ -142,7 +142,7 @@ def test_every_solver_step_is_progress():
     how = {"sigmas": torch.tensor([1.0, 0.5, 0.2, 0.0]), "guidance": {"dense": 1.0}, "solver": "euler"}
     text = torch.zeros(1, 1, 1)
     experts = Experts({"dense": still})
-    words = told(lambda: generate(experts, latents=torch.zeros(1, 1, 1, 2, 2), text_BLD=text, negative_BLD=text, **how))
+    words = told(lambda: generate(experts, latents=torch.zeros(1, 1, 1, 2, 2), texts=Texts(text, text), **how))
     assert words == [f"solver step {number} of 3" for number in (1, 2, 3)]
 
 

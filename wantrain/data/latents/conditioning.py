@@ -116,9 +116,9 @@ class ConditioningInputs:
         """
         records, masks = list[ConditioningInput](), iter(drawn)
         for name, _ in self.stored:
-            known = painted_B1FHW if name == PAINTED else next(masks)
-            assert known is not None, "check_clip has let it through"
-            records.append(encode(encode_pixels, pixels_BCFHW, known, conditioning="channel_concat", **self.strides))
+            given = painted_B1FHW if name == PAINTED else next(masks)
+            assert given is not None, "check_clip has let it through"
+            records.append(encode(encode_pixels, pixels_BCFHW, given, conditioning="channel_concat", **self.strides))
         return records
 
     def to_tensors(self, records: Sequence[ConditioningInput], number: int) -> dict[str, Tensor]:
@@ -151,8 +151,8 @@ class ConditioningInputs:
         shape = (num_frames, cell, cell)
         # A single image is a text-to-video clip of one frame: with it known there would be nothing to learn.
         name = name if num_frames > 1 else "nothing"
-        known = DRAWN[name](shape, generator_at(self.seed, _MASK, position), **self.mix.settings.get(name, {}))
-        mask_BMTHW = pack_mask(known.expand(shape)[None, None], **self.strides)
+        given = DRAWN[name](shape, generator_at(self.seed, _MASK, position), **self.mix.settings.get(name, {}))
+        mask_BMTHW = pack_mask(given.expand(shape)[None, None], **self.strides)
         return ConditioningInput(latents[None], mask_BMTHW.expand(-1, -1, *latents.shape[1:]))
 
     def model_inputs(self, records: Sequence[ConditioningInput | None]) -> ModelInputs:

@@ -243,7 +243,7 @@ class _Encoder:
         for shard in video["shards"][distributed.rank() :: distributed.world_size()]:
             if shard["sha256"] not in checked:
                 check_shards(shards, {"kind": "video", "shards": [shard]})
-                self.heartbeat.beat("checking the video shards")
+                self.heartbeat.send("checking the video shards")
 
     def make(self, units: list[WorkUnit], jobs: _DecodeJobs, retry: bool) -> None:
         """Make the work units that are not done. Decoding begins while captions are being encoded."""
@@ -286,7 +286,7 @@ class _Encoder:
                         )
                     made[row.identity] = save({"text": text.to(torch.bfloat16).cpu().contiguous()})
                     writer.width = text.shape[-1]
-                self.heartbeat.beat(f"encoding texts, {unit.name}")
+                self.heartbeat.send(f"encoding texts, {unit.name}")
             for each in unit.rows:
                 writer.write(each, made[each.identity] if each.identity in made else self.folder.read(each))
             writer.finish()
@@ -309,4 +309,4 @@ class _Encoder:
         self.bar.update()
         seconds = max(1e-3, time.monotonic() - self.began)
         self.bar.set_postfix_str(f"{self.frames / seconds:.1f} frames/s", refresh=False)
-        self.heartbeat.beat(f"encoding clips, {self.bar.n} of {self.bar.total}")
+        self.heartbeat.send(f"encoding clips, {self.bar.n} of {self.bar.total}")

@@ -31,13 +31,13 @@ class Heartbeat:
         self._path(distributed.rank()).unlink(missing_ok=True)
 
     def __enter__(self) -> Heartbeat:
-        self.beat("begun", now=True)
+        self.send("begun", now=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self.beat("done" if kind is None else f"failed: {error or kind}", now=True)
+        self.send("done" if kind is None else f"failed: {error or kind}", now=True)
 
-    def beat(self, state: str, *, now: bool = False) -> None:
+    def send(self, state: str, *, now: bool = False) -> None:
         """Write this rank's state, at most once per `INTERVAL` unless `now`. A launch of one rank writes nothing."""
         if distributed.world_size() == 1 or not (now or time.monotonic() - self._last >= INTERVAL):
             return

@@ -217,12 +217,12 @@ class EarlyStopping:
         return since.distinct and since.mean < 0
 
 
-def should_stop(validators: Sequence[Validator], patience: int | None, step: int) -> bool:
-    """True if a run may end at `step`: each validator's last `patience` validations found nothing better."""
-    if patience is None or not all(validator.stale(step) >= patience for validator in validators):
+def should_stop(validators: Sequence[Validator], most_stale: int | None, step: int) -> bool:
+    """True if a run may end at `step`: each validator's last `most_stale` validations found nothing better."""
+    if most_stale is None or not all(validator.stale(step) >= most_stale for validator in validators):
         return False
     say(
-        f"step {step}: {patience} validations in a row were not distinguishably better than the best before them, so "
+        f"step {step}: {most_stale} validations in a row were not distinguishably better than the best before them, so "
         f"the run ends here; or raise validation.early_stopping_patience"
     )
     return True

@@ -43,13 +43,13 @@ def build_validators(setup: RunSetup, trainers: Mapping[str, ExpertTrainer]) -> 
         ChosenExtent(setup.folder.validation, setup.settings["validation"]["share"]),
     )
     given = {key: settings[key] for key in ("every", "clips", "points")}
-    fixed, patience = chosen.recall(given), settings["early_stopping_patience"]
+    fixed, most_stale = chosen.recall(given), settings["early_stopping_patience"]
     batches = setup.data.heldout_batches(fixed.get("clips", BEST.clips))
     validations = {name: trainer.loss.validation for name, trainer in trainers.items()}
     noisy = all(isinstance(validation, NoiseLevelValidation) for validation in validations.values())
-    if patience is not None and not (batches and noisy):
+    if most_stale is not None and not (batches and noisy):
         raise ValueError(
-            f"validation.early_stopping_patience={patience} asks held-out clips of a transformer when to end, but "
+            f"validation.early_stopping_patience={most_stale} asks held-out clips of a transformer when to end, but "
             "there are none; raise data.holdout, or give validation.early_stopping_patience=null"
         )
     if not batches:
@@ -66,7 +66,7 @@ def build_validators(setup: RunSetup, trainers: Mapping[str, ExpertTrainer]) -> 
             ]
         )
     validators = _at_noise_levels(setup, trainers, chosen, given)
-    return Evaluations(validators, partial(should_stop, validators, patience))
+    return Evaluations(validators, partial(should_stop, validators, most_stale))
 
 
 def _at_noise_levels(
