@@ -116,8 +116,9 @@ def test_commands_compose(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_settings_exist(page):
     """`data.holdout`, `batch_size=32`, ...: dotted keys and key=value in backticks belong to some command."""
+    keys = {"hydra.searchpath"}  # Hydra's own
     groups = (["adapter=lora"], ["adapter=dora"], ["adapter=partial"], ["data=mixed"], ["recipe=wan_tiny_vae_images"])
-    keys = {key for command in COMMANDS for key in config._all_keys(config.compose(command))}
+    keys |= {key for command in COMMANDS for key in config._all_keys(config.compose(command))}
     keys |= {key for group in groups for key in config._all_keys(config.compose("train", group))}
     keys |= {group.name for group in (ROOT / "conf").iterdir() if group.is_dir()}
     named = set(re.findall(r'(?<!`)`([a-z_.]+)=[^`"]*`(?!`)', page.read_text(encoding="utf-8")))

@@ -20,9 +20,6 @@ from wantrain.data.shards import check_folder, read_manifest
 DATA_SETS: tuple[type[TrainingData[Batch]], type[TrainingData[Batch]], type[TrainingData[PixelBatch]]]
 DATA_SETS = (LatentData, MixedData, PixelData)
 
-#: The former name, until the last caller has changed.
-Plan = BatchSampler
-
 __all__ = [
     "BatchSampler",
     "ClipOptions",
@@ -33,7 +30,6 @@ __all__ = [
     "LatentData",
     "MixedData",
     "PixelData",
-    "Plan",
     "ShardOptions",
     "TrainingData",
     "check_folder",

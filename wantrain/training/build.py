@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from wantrain.data import Plan
+from wantrain.data.loading.sampler import BatchSampler
 from wantrain.losses import LossFunction, Model
 from wantrain.models import adapters
 from wantrain.runs import replay
@@ -116,7 +116,7 @@ def build_expert(
         stepper=stepper,
         loss=expert.loss,
         schedule=expert.schedule,
-        plan=Plan.of(setup.data, batch_size=setup.batching.batch_size, seed=setup.settings["seed"]),
+        plan=BatchSampler.of(setup.data, batch_size=setup.batching.batch_size, seed=setup.settings["seed"]),
         steps=setup.alternation.count(expert.name, setup.steps),
         ema=None if settings["ema"] is None else Ema(stepper, settings["ema"], average),
         folder=folder,
