@@ -231,7 +231,7 @@ def test_sampling_says_what_it_lacks(tiny, trained, call, tmp_path):
     assert "nothing to load: give run=NAME (or run=NAME,NAME) or weights=FOLDER" in error(prompt)
     assert "there is no run other in runs; it has r" in error(prompt, "run=other")
     assert "high_noise is missing: neither run=r nor" in error(prompt, "run=r")
-    assert "alone=true lets one expert answer" in error(prompt, "run=r")
+    assert "alone=true uses one expert" in error(prompt, "run=r")
     assert "more than one of these runs trained low_noise" in error(prompt, "run=r,r")
     assert "run r trained model=tiny, not model=tiny_dense" in error(prompt, "run=r", "model=tiny_dense")
     assert "weights=nowhere is not there" in error(prompt, "weights=nowhere")
@@ -240,7 +240,7 @@ def test_sampling_says_what_it_lacks(tiny, trained, call, tmp_path):
     )
     assert not (tmp_path / "samples").exists()
     said = call("sample.py", prompt, "run=r", "alone=true", *small).stdout
-    assert "low_noise answers for every noise level" in said and (tmp_path / "samples" / "contact_sheet.png").is_file()
+    assert "low_noise is used for every noise level" in said and (tmp_path / "samples" / "contact_sheet.png").is_file()
 
 
 def test_a_run_without_a_checkpoint_and_half_a_pair_cannot_be_exported(trained, call, tmp_path):
@@ -272,7 +272,7 @@ def test_where_an_expert_starts_is_judged_before_any_work(tiny, pair, call, tmp_
     nowhere = call("train.py", *given, "parts.low_noise=nowhere", check=False).error
     assert "parts.low_noise=nowhere does not exist; give a folder or a single file" in nowhere
     swapped = call("train.py", *given, f"weights={pair}", f"parts.low_noise={pair}/transformer", check=False).error
-    assert "is the high_noise expert, asked for as low_noise; nothing in its tensors" in swapped
+    assert "is the high_noise expert, asked for as low_noise; its tensors do not show" in swapped
     error = call("train.py", "recipe=wan_tiny_vae", "expert.trains=encoder", check=False).error
     assert "expert.trains=encoder is unknown; choose one of all, decoder" in error
     assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()

@@ -128,7 +128,7 @@ def test_the_expert_is_what_layout_name_or_metadata_say_and_never_guessed(layout
     save_file(read_file(layouts.singles["high_noise"])[0], bare)
     assert stated_expert(bare) is None
     assert Base(None, {"low_noise": bare}, SIZE).transformer("low_noise") is not None, "nothing contradicts"
-    with pytest.raises(ValueError, match=r"is the high_noise expert, asked for as low_noise; nothing in its tensors"):
+    with pytest.raises(ValueError, match=r"is the high_noise expert, asked for as low_noise; its tensors do not show"):
         Base(None, {"low_noise": layouts.singles["high_noise"]}, SIZE).transformer("low_noise")
     with pytest.raises(ValueError, match=r"is the low_noise expert, asked for as dense"):
         Base(None, {"dense": layouts.official / "low_noise_model"}, SIZE).transformer("dense")
