@@ -25,7 +25,8 @@ def some():
     }
 
 
-def test_tensors_are_those_of_the_library_and_lie_in_the_bytes():
+def test_zero_copy_tensors():
+    """Tensors equal those of the safetensors library and lie in the given bytes."""
     content = bytearray(save(some(), metadata={"expert": "none"}))
     mine, theirs = tensors_in(memoryview(content)), load(bytes(content))
     assert mine.keys() == theirs.keys()

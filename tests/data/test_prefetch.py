@@ -33,7 +33,8 @@ def numbers(count):
     return (lambda number=number: batch_of(number) for number in range(count))
 
 
-def test_answers_come_in_order_from_a_thread_that_is_ahead_by_depth():
+def test_order_and_depth():
+    """Answers come in order from a thread that is ahead by `depth`."""
     asked = []
 
     def requests():
@@ -53,8 +54,8 @@ def test_answers_come_in_order_from_a_thread_that_is_ahead_by_depth():
     assert list(answers) == []
 
 
-def test_a_thread_that_is_gone_without_a_word_is_an_error_and_no_wait_for_ever(monkeypatch):
-    """What kills a thread of Python's own is not known; what then happens must be."""
+def test_dead_thread(monkeypatch):
+    """A thread that has ended without an answer raises an error instead of an endless wait."""
     answers = sys.modules["wantrain.data.prefetch"]
     monkeypatch.setattr(answers, "_answer", lambda requests, ready, stopped: ready.put(next(requests)()))
     answers = prefetch(numbers(5))
@@ -63,7 +64,9 @@ def test_a_thread_that_is_gone_without_a_word_is_an_error_and_no_wait_for_ever(m
         next(answers)
 
 
-def test_an_error_arrives_at_its_place_in_the_order():
+def test_error_order():
+    """An error arrives at its place in the order."""
+
     def fail():
         raise ValueError("latent-000001.tar: damaged")
 
@@ -76,7 +79,9 @@ def test_an_error_arrives_at_its_place_in_the_order():
     wait_for_the_end()
 
 
-def test_an_error_of_the_requests_themselves_arrives_too():
+def test_request_error():
+    """An error of the iterator of requests arrives too."""
+
     def requests():
         yield from numbers(1)
         raise ValueError("no such step")
@@ -87,7 +92,8 @@ def test_an_error_of_the_requests_themselves_arrives_too():
         next(answers)
 
 
-def test_the_thread_ends_when_nobody_listens_any_more():
+def test_thread_end():
+    """The thread ends when its answers are closed or deleted."""
     answers = prefetch(numbers(1000))
     assert next(answers).positions == (0,)
     answers.close()
@@ -101,8 +107,11 @@ def test_the_thread_ends_when_nobody_listens_any_more():
 
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(143)", 143)])
-def test_a_program_can_end_in_the_middle(end, code):
-    """A thread that is inside torch while the interpreter is taken down would abort it: exit code -6."""
+def test_early_exit(end, code):
+    """A program can end in the middle of its answers.
+
+    A thread that is inside torch while the interpreter is taken down would abort it: exit code -6.
+    """
     program = (
         "import sys, torch\n"
         "from wantrain.batch import Batch\n"

@@ -97,7 +97,8 @@ def size_of(cache):
     return sum(found.values())
 
 
-def test_a_shard_is_fetched_once_when_it_is_asked_for(tmp_path, server, shards):
+def test_fetch_once(tmp_path, server, shards):
+    """A shard is fetched once, when it is first read."""
     files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
     assert (files.folder / "manifest.json").read_bytes() == (tmp_path / "shards" / "manifest.json").read_bytes()
     assert (files.folder / "index.safetensors").read_bytes() == b"index"
@@ -109,7 +110,8 @@ def test_a_shard_is_fetched_once_when_it_is_asked_for(tmp_path, server, shards):
     assert server.asked == ["manifest.json", "index.safetensors", name_of(3), "manifest.json"]
 
 
-def test_other_shards_at_the_same_address_are_other_files(tmp_path, server, shards):
+def test_changed_shards(tmp_path, server, shards):
+    """Other shards at the same URL are other files in the cache."""
     old = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
     assert old.read(name_of(0), 0, SIZE) == content(0)
     (tmp_path / "shards" / name_of(0)).write_bytes(content(9))
@@ -120,7 +122,8 @@ def test_other_shards_at_the_same_address_are_other_files(tmp_path, server, shar
     assert old.read(name_of(0), 0, SIZE) == content(0)
 
 
-def test_the_cache_keeps_to_its_size_and_what_was_read_last(tmp_path, server, shards, capsys):
+def test_cache_eviction(tmp_path, server, shards, capsys):
+    """The cache stays within its size and keeps the shards that were read last."""
     limit = 2.5 * SIZE
     files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=limit / 1e9)
     assert "shards will be fetched repeatedly" in capsys.readouterr().out
@@ -134,8 +137,11 @@ def test_the_cache_keeps_to_its_size_and_what_was_read_last(tmp_path, server, sh
     assert (files.folder / "index.safetensors").is_file()
 
 
-def test_what_is_read_is_never_removed(tmp_path, server, shards):
-    """Readers of two shards hold them; the third has no room until one lets go, and the error says how much is needed."""
+def test_open_shards_kept(tmp_path, server, shards):
+    """A shard that is being read is never removed.
+
+    Readers of two shards hold them; the third has no room until one lets go, and the error says how much is needed.
+    """
     files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=2.5 * SIZE / 1e9)
     held = [files._open(name_of(number)) for number in (0, 1)]
     with pytest.raises(ValueError, match=r"full of files that processes are reading .*data\.cache_gb="):
@@ -148,7 +154,8 @@ def test_what_is_read_is_never_removed(tmp_path, server, shards):
     os.close(held[0])
 
 
-def test_what_comes_short_is_asked_for_again_and_never_used(tmp_path, server, shards):
+def test_short_download(tmp_path, server, shards):
+    """A download that differs from the manifest is tried again and never used."""
     files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
     server.cut[name_of(1)] = 2
     assert files.read(name_of(1), 0, SIZE) == content(1)
@@ -167,7 +174,8 @@ def test_what_comes_short_is_asked_for_again_and_never_used(tmp_path, server, sh
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
-def test_what_a_killed_process_left_is_no_file_and_takes_no_room(tmp_path, server, shards):
+def test_killed_fetch(tmp_path, server, shards):
+    """A partial file that a killed process left is not used, and is removed to free its space."""
     files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1.5 * SIZE / 1e9)
     for number in (0, 1):
         (files.folder / f".{name_of(number)}.tmp").write_bytes(bytes(SIZE))
@@ -176,14 +184,16 @@ def test_what_a_killed_process_left_is_no_file_and_takes_no_room(tmp_path, serve
 
 
 @pytest.mark.parametrize("name", ["../evil.tar", "/etc/passwd", "a/b.tar", ".hidden", "manifest.json", ".."])
-def test_names_that_lead_elsewhere_are_refused(tmp_path, server, shards, name):
+def test_unsafe_names(tmp_path, server, shards, name):
+    """A manifest with a name that leads outside its folder or to another file there is refused."""
     shards["shards"].append(describe(name, b""))
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps(shards))
     with pytest.raises(ValueError, match=r"is not a manifest .*cannot be the name of a shard"):
         open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
 
 
-def test_bad_places_and_sizes_are_one_error(tmp_path, server, shards):
+def test_bad_urls_and_sizes(tmp_path, server, shards):
+    """A bad URL, manifest, cache folder or cache size raises one ValueError."""
     with pytest.raises(ValueError, match=r"nowhere/manifest\.json cannot be read"):
         open_shards(f"{server.url}/nowhere", cache=tmp_path / "cache", cache_gb=1)
     with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9/manifest\.json cannot be read"):
@@ -217,8 +227,11 @@ for number in random.Random(int(seed)).choices(range(5), k=120):
 """
 
 
-def test_many_processes_share_one_cache(tmp_path, server, shards):
-    """Three read at random through a cache of four of the five shards: all right, within its size, nothing left over."""
+def test_shared_cache(tmp_path, server, shards):
+    """Several processes share one cache.
+
+    Three read at random through a cache of four of the five shards: all right, within its size, nothing left over.
+    """
     limit, cache = 4.2 * SIZE, tmp_path / "cache"
     command = [sys.executable, "-c", CHILD, server.url, str(cache), str(limit)]
     children = [subprocess.Popen([*command, str(seed)], stderr=subprocess.PIPE, text=True) for seed in range(3)]
@@ -235,8 +248,11 @@ def test_many_processes_share_one_cache(tmp_path, server, shards):
     assert len(tars(cache)) >= 3
 
 
-def test_a_manifest_that_is_being_written_is_not_taken_for_a_killed_fetch(tmp_path, server, shards, monkeypatch):
-    """Another makes room just before the manifest gets its name: it must wait for that."""
+def test_manifest_race(tmp_path, server, shards, monkeypatch):
+    """A manifest that is being written is not mistaken for a killed fetch.
+
+    Another makes room just before the manifest gets its name: it must wait for that.
+    """
     cache, replace = Cache(tmp_path / "cache", SIZE / 1e9), Path.replace
 
     def make_room():
@@ -257,7 +273,8 @@ def test_a_manifest_that_is_being_written_is_not_taken_for_a_killed_fetch(tmp_pa
     assert (files.folder / "manifest.json").exists()
 
 
-def test_processes_that_want_the_same_shard_fetch_it_once(tmp_path, server, shards):
+def test_concurrent_fetch(tmp_path, server, shards):
+    """Readers that want the same shard at the same time fetch it once."""
     cache = tmp_path / "cache"
     files = [RemoteShards(server.url, Cache(cache, 1)) for _ in range(8)]
     found = [None] * 8
@@ -274,8 +291,8 @@ def test_processes_that_want_the_same_shard_fetch_it_once(tmp_path, server, shar
     assert server.asked.count(name_of(4)) == 1
 
 
-def test_latents_from_an_address_are_those_of_the_folder(tmp_path, tiny):
-    """The same samples through http:// and memory:// as from the disk."""
+def test_remote_latents(tmp_path, tiny):
+    """Latents from a URL, http:// or memory://, give the same samples as those from the disk."""
     memory = fsspec.filesystem("memory")
     for path in tiny.latents.iterdir():
         if path.is_file():

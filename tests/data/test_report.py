@@ -29,7 +29,8 @@ def folders(tiny, tmp_path):
     return tmp_path
 
 
-def test_a_video_report_shows_every_clip_and_counts_all_of_them(folders):
+def test_video_report(folders):
+    """A video report shows every clip and counts all of them."""
     videos = folders / "videos"
     manifest = json.loads((videos / "manifest.json").read_text())
     document = write_report(videos, "video").read_text(encoding="utf-8")
@@ -43,7 +44,8 @@ def test_a_video_report_shows_every_clip_and_counts_all_of_them(folders):
     assert sum(int(count) for _, count in counted) == manifest["clips"]
 
 
-def test_a_latent_report_decodes_on_demand_and_counts_tokens(folders, tiny):
+def test_latent_report(folders, tiny):
+    """A latent report decodes clips only on demand and counts the tokens of captions."""
     latents = folders / "latents"
     text = write_report(latents, "latent").read_text(encoding="utf-8")
     assert pictures(text) == [] and "report=decode shows them" in text and "Captions by words" in text
@@ -59,7 +61,8 @@ def test_a_latent_report_decodes_on_demand_and_counts_tokens(folders, tiny):
     assert "the longest has 513 tokens" in document
 
 
-def test_the_same_folder_is_reported_once(folders):
+def test_report_once(folders):
+    """The same folder is reported once, and its report does not depend on the time."""
     videos = folders / "videos"
     write_report(videos, "video")
     before = (videos / REPORT).read_bytes()
@@ -69,7 +72,8 @@ def test_the_same_folder_is_reported_once(folders):
     assert (videos / REPORT).read_bytes() == before, "nothing in it depends on when it was made"
 
 
-def test_a_large_set_is_a_fixed_sample_with_totals_over_all(folders, monkeypatch):
+def test_large_set(folders, monkeypatch):
+    """The report of a large set shows a fixed sample of clips, with totals over all of them."""
     videos = folders / "videos"
     everything = write_report(videos, "video").stat().st_size
     monkeypatch.setattr(report, "SHOWN", 3)
@@ -80,7 +84,8 @@ def test_a_large_set_is_a_fixed_sample_with_totals_over_all(folders, monkeypatch
     assert len(document) < everything
 
 
-def test_rejects_are_counted_by_reason_and_named_safely(folders):
+def test_rejects(folders):
+    """Rejects are counted by reason, and their names are escaped."""
     videos = folders / "videos"
     rows = [{"name": f"<b>{i}</b>.mp4", "reason": "no caption" if i % 3 else "the file is <empty>"} for i in range(500)]
     (videos / "rejects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -91,7 +96,8 @@ def test_rejects_are_counted_by_reason_and_named_safely(folders):
     assert "the first 200 of 500 by name" in document
 
 
-def test_several_captions_and_a_ledger_are_shown_if_they_are_there():
+def test_captions_and_stats():
+    """Several captions and the numbers of the stats are shown if they are there."""
     about = {"captions": ["one", {"text": "two"}], "caption": "one"}
     assert report.captions_of(about) == ["one", "two"]
     assert report.captions_of({"caption": "just one"}) == ["just one"] and report.captions_of({}) == [""]
@@ -99,7 +105,9 @@ def test_several_captions_and_a_ledger_are_shown_if_they_are_there():
     assert dict(report._numbers(stats)) == {"seconds: given": 12.35, "seconds: used": 4, "files_seen": 2}
 
 
-def test_a_clip_that_cannot_be_read_is_told_and_the_page_is_written(folders, monkeypatch):
+def test_unreadable_clip(folders, monkeypatch):
+    """The page is written with the reason for a clip that cannot be read."""
+
     def broken(*_):
         raise ValueError("cannot be decoded, <damaged>")
 

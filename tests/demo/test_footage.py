@@ -36,7 +36,8 @@ def centres(frames):
     return np.array([np.argwhere(mask).mean(axis=0) for mask in coloured(frames)])
 
 
-def test_files_and_marks(footage):
+def test_files_and_sentinel(footage):
+    """A set of footage has a caption per file, scenes.jsonl, and the sentinel demo.json."""
     names = sorted(path.name for path in footage.iterdir())
     clips = [f"clip-{i:04d}.{suffix}" for i in range(5) for suffix in ("mp4", "txt")]
     images = [f"image-{i:04d}.{suffix}" for i in range(2) for suffix in ("png", "txt")]
@@ -53,7 +54,8 @@ def test_files_and_marks(footage):
     }
 
 
-def test_the_truth_is_told_beside_every_file(footage):
+def test_scene_records(footage):
+    """scenes.jsonl holds the true caption, size, rate and length of every file."""
     for truth in truths(footage):
         path = footage / truth["file"]
         assert path.with_suffix(".txt").read_text(encoding="utf-8").strip() == truth["caption"]
@@ -63,7 +65,8 @@ def test_the_truth_is_told_beside_every_file(footage):
             assert iio.immeta(path, plugin="FFMPEG")["fps"] == truth["fps"]
 
 
-def test_decoded_clips_move_as_their_captions_say(footage):
+def test_decoded_motion(footage):
+    """Decoded clips move as their captions say."""
     for truth in truths(footage):
         if truth["fps"] == 0:
             continue
@@ -76,7 +79,8 @@ def test_decoded_clips_move_as_their_captions_say(footage):
 
 
 @pytest.mark.parametrize("image", [False, True])
-def test_a_shape_is_wholly_visible_all_the_time(image):
+def test_shape_visible(image):
+    """A shape is wholly visible in every frame."""
     for number in range(12):
         shot = draw_shot(number, seed=3, size=64, image=image)
         frames = shot.scene.frames(shot.height, shot.width, fps=max(1, shot.fps), num_frames=shot.num_frames)
@@ -88,7 +92,8 @@ def test_a_shape_is_wholly_visible_all_the_time(image):
         assert len({int(mask.sum()) // 40 for mask in masks}) <= 2  # no part leaves, whatever the subpixel place
 
 
-def test_the_named_colour_is_the_nearest(tmp_path):
+def test_named_colour(tmp_path):
+    """The named colour is the nearest one to the shape's pixels."""
     for colour, (_, value) in COLOURS.items():
         for background in BACKGROUNDS:
             scene = Scene("circle", colour, background, "still", 0.4, 0.0, (0.5, 0.5))
@@ -98,7 +103,8 @@ def test_the_named_colour_is_the_nearest(tmp_path):
             assert tuple(middle) == value
 
 
-def test_motion_is_by_time_not_by_frame_number():
+def test_motion_by_time():
+    """Motion depends on time, not on the frame number."""
     scene = Scene("star", "red", "gradient", "right", 0.4, 0.3, (0.3, 0.5))
     slow = scene.frames(64, 96, fps=12, num_frames=6)
     fast = scene.frames(64, 96, fps=24, num_frames=12)
@@ -109,8 +115,11 @@ def test_motion_is_by_time_not_by_frame_number():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_have_their_area_and_smooth_edges(shape):
-    """The covered area by anti-aliasing is that of the outline on a far finer grid, wherever the centre lies."""
+def test_shape_area_and_edges(shape):
+    """Shapes have their area and smooth edges.
+
+    The covered area by anti-aliasing is that of the outline on a far finer grid, wherever the centre lies.
+    """
     y, x = np.mgrid[-1.1:1.1:1000j, -1.1:1.1:1000j]
     exact = (signed_distance(shape, x, y) < 0).mean() * 2.2**2
     for start in ((0.5, 0.5), (0.503, 0.497)):
@@ -122,7 +131,8 @@ def test_shapes_have_their_area_and_smooth_edges(shape):
     assert (signed_distance(shape, x, y)[np.hypot(x, y) > 1.15] > 0).all()
 
 
-def test_captions_say_everything_in_both_languages():
+def test_captions():
+    """Captions name the whole scene in both languages."""
     seen, shapes = set(), [shape for shape in SHAPES if shape != "wug"]
     for shape in shapes:
         for colour in COLOURS:
@@ -150,7 +160,8 @@ def test_captions_say_everything_in_both_languages():
 
 
 @pytest.mark.parametrize("scenes", VOCABULARIES)
-def test_shots_are_varied_within_their_vocabulary(scenes):
+def test_shot_variety(scenes):
+    """Shots are varied within their vocabulary."""
     words = VOCABULARIES[scenes]
     shots = [draw_shot(number, seed=0, size=64, scenes=scenes) for number in range(200)]
     assert {shot.fps for shot in shots} == {12, 16, 24, 30}
@@ -170,7 +181,8 @@ def test_shots_are_varied_within_their_vocabulary(scenes):
     assert all(shot.scene.band != shot.scene.colour for shot in shots)
 
 
-def test_spared_combinations_never_occur_and_every_pair_does():
+def test_spared_combinations():
+    """Spared combinations never occur, and every pair of attributes does."""
     scenes = [draw_shot(number, seed=3, size=64).scene for number in range(1500)]
     seen = {(scene.shape, scene.colour, scene.direction) for scene in scenes}
     words = VOCABULARIES["plain"]
@@ -184,13 +196,15 @@ def test_spared_combinations_never_occur_and_every_pair_does():
     assert not is_spared("wug", "orange", "left")
 
 
-def test_a_shot_is_a_function_of_seed_and_number(footage):
+def test_shot_by_seed_and_number(footage):
+    """A shot is a function of the seed and its number."""
     assert draw_shot(4, seed=0, size=64) == draw_shot(4, seed=0, size=64)
     assert draw_shot(4, seed=0, size=64) != draw_shot(4, seed=1, size=64)
     assert truths(footage)[4]["caption"] == draw_shot(4, seed=0, size=64).caption
 
 
-def test_finished_footage_is_left_alone_and_other_folders_are_refused(footage, tmp_path):
+def test_finished_footage(footage, tmp_path):
+    """Finished footage is left unchanged, and folders with other settings or other files are refused."""
     before = {path: path.stat().st_mtime_ns for path in footage.iterdir()}
     make_footage(footage, **SMALL)
     assert before == {path: path.stat().st_mtime_ns for path in footage.iterdir()}
@@ -201,7 +215,8 @@ def test_finished_footage_is_left_alone_and_other_folders_are_refused(footage, t
         make_footage(tmp_path, **SMALL)
 
 
-def test_what_a_killed_run_left_is_replaced(footage, tmp_path):
+def test_killed_run(footage, tmp_path):
+    """The partial folder that a killed run left is replaced."""
     (tmp_path / ".footage.making").mkdir()
     (tmp_path / ".footage.making" / "clip-0000.mp4").write_text("half")
     make_footage(tmp_path / "footage", num_videos=1, num_images=1)

@@ -22,8 +22,8 @@ def drawn(scene, num_frames=17):
 @pytest.mark.parametrize(
     ("scenes", "count"), [pytest.param("plain", 120, marks=pytest.mark.slow), ("plain", 30), ("wug", 25)]
 )
-def test_held_out_footage_is_read_rightly(scenes, count, tmp_path):
-    """At least 98 in 100 of real files, decoded, compression and odd sizes included."""
+def test_heldout_footage(scenes, count, tmp_path):
+    """The judge is right about at least 98 in 100 held-out files, compression and odd sizes included."""
     make_footage(tmp_path / "footage", scenes=scenes, num_videos=count, num_images=0, seed=99)
     truths = [json.loads(line) for line in (tmp_path / "footage" / "scenes.jsonl").read_text("utf-8").splitlines()]
     shown = [Scene(**{**truth["scene"], "start": tuple(truth["scene"]["start"])}) for truth in truths]
@@ -34,7 +34,8 @@ def test_held_out_footage_is_read_rightly(scenes, count, tmp_path):
 
 @pytest.mark.parametrize("background", PLAIN.backgrounds)
 @pytest.mark.parametrize("shape", PLAIN.shapes)
-def test_every_colour_and_shape_is_told_from_every_other(shape, background):
+def test_colours_and_shapes(shape, background):
+    """The judge distinguishes every colour and shape from every other."""
     for colour in PLAIN.colours:
         scene = Scene(shape, colour, background, "right", 0.5, 0.25, (0.38, 0.5))
         verdict = judge(drawn(scene))
@@ -43,7 +44,8 @@ def test_every_colour_and_shape_is_told_from_every_other(shape, background):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_directions_are_those_of_the_pixels(direction):
+def test_directions(direction):
+    """The judge's direction is that of the pixels, also when the clip runs backwards."""
     step = np.array(DIRECTIONS[direction][1])
     start = tuple((0.5 - 0.12 * step).tolist())
     scene = Scene("ring", "cyan", "light", direction, 0.46, 0.24 * bool(step.any()), start)
@@ -53,7 +55,8 @@ def test_directions_are_those_of_the_pixels(direction):
     assert backwards == opposite[direction]
 
 
-def test_a_slanting_way_and_an_empty_picture_are_nothing():
+def test_diagonal_and_empty():
+    """A diagonal motion has no direction, and an empty picture has no colour, shape or direction."""
     frames = drawn(Scene("square", "red", "dark", "right", 0.5, 0.25, (0.38, 0.38)))
     slanting = np.stack([np.roll(frame, i, axis=0) for i, frame in enumerate(frames)])
     assert judge(slanting).direction == ""
@@ -61,7 +64,8 @@ def test_a_slanting_way_and_an_empty_picture_are_nothing():
     assert (nothing.colour, nothing.shape, nothing.direction) == ("", "", "")
 
 
-def test_a_wug_needs_its_outline_and_both_colours():
+def test_wug():
+    """A wug needs its outline and both colours."""
     wug = Scene("wug", "orange", "dark", "still", 0.55, 0.0, (0.5, 0.5), band="blue")
     assert judge(drawn(wug)).shape == "wug"
     assert judge(drawn(wug)).colour == "wug"
@@ -71,7 +75,8 @@ def test_a_wug_needs_its_outline_and_both_colours():
         assert judge(drawn(replace(wug, shape=shape, band=""))).shape != "wug"
 
 
-def test_what_a_model_is_asked_for_was_never_shown_and_is_balanced():
+def test_evaluation_scenes():
+    """The scenes that a model is asked for were never in its footage and are balanced."""
     asked = spared_scenes(64)
     assert asked == spared_scenes(64) and asked[:10] == spared_scenes(10)
     assert all(is_spared(scene.shape, scene.colour, scene.direction) for scene, _ in asked)

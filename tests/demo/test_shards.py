@@ -29,24 +29,28 @@ def made(root, name):
     return file.read_text() if file.is_file() else None
 
 
-def test_absent_shards_of_ours_are_made_once(root, capsys):
+def test_absent_shards(root, capsys):
+    """Absent shards of the demo are made once."""
     assert made(root, "data/wug/latents") == "data wug"
     assert "making data/wug (procedural clips; once)" in capsys.readouterr().out
     (root / "data/wug/latents/manifest.json").write_text("kept")
     assert made(root, "data/wug/latents") == "kept" and capsys.readouterr().out == ""
 
 
-def test_other_folders_are_the_users(root, capsys):
+def test_user_folders(root, capsys):
+    """Folders other than the demo's belong to the user and are never made."""
     assert made(root, "mine/latents") is None and made(root, "data/mine/latents") is None
     assert capsys.readouterr().out == ""
 
 
-def test_a_failure_ends_with_the_childs_code(root):
+def test_child_exit_code(root):
+    """A failure of demo.py ends the program with the exit code of demo.py."""
     with pytest.raises(SystemExit) as ended:
         made(root, "data/wan_tiny/latents")
     assert ended.value.code == 3
 
 
-def test_only_the_main_process_makes_them(root, monkeypatch):
+def test_main_process_only(root, monkeypatch):
+    """Only the main process makes the shards."""
     monkeypatch.setenv("RANK", "1")
     assert made(root, "data/wug/latents") is None

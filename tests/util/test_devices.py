@@ -39,7 +39,8 @@ def machine(folder, *, version=None, node=False):
         ({}, None, None),
     ],
 )
-def test_a_card_is_found_without_cuda(shown, tools, card, tmp_path):
+def test_find_card(shown, tools, card, tmp_path):
+    """A card is found without CUDA."""
     assert find_card(machine(tmp_path, **shown), which={"nvidia-smi": tools}.get) == card
 
 
@@ -55,7 +56,8 @@ def test_a_card_is_found_without_cuda(shown, tools, card, tmp_path):
         (Card(None), "12.8", ["no NVIDIA driver is loaded", "docker run --gpus all"]),
     ],
 )
-def test_why_a_card_cannot_be_used_is_one_line_with_the_versions_and_the_mend(card, built_for, told, monkeypatch):
+def test_unusable_card_message(card, built_for, told, monkeypatch):
+    """One line explains why a card cannot be used, with the versions and the fix."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     line = explain(card, built_for, warning="torch said so")
     assert all(part in line for part in told), line
@@ -72,7 +74,8 @@ def old():
     return Card("1.0")
 
 
-def test_an_unusable_card_is_told_once_and_refused_where_it_was_asked_for(without_cuda, capsys, monkeypatch):
+def test_unusable_card(without_cuda, capsys, monkeypatch):
+    """An unusable card is reported once with device=auto and refused with device=cuda."""
     assert devices.choose("auto", find=old).type == "cpu"
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("the CPU is used: ") and "driver 1.0" in line
@@ -87,7 +90,8 @@ def test_an_unusable_card_is_told_once_and_refused_where_it_was_asked_for(withou
     assert capsys.readouterr().out == "", "nothing to say: no card, one that was not wanted, or one that was hidden"
 
 
-def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch):
+def test_process_without_gpu(monkeypatch):
+    """A process without a GPU of its own gets an error that says so."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -96,8 +100,11 @@ def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["encode.py", "sample.py", "train.py"])
-def test_every_command_that_computes_tells_it(command, call, tiny, pair, tmp_path, without_cuda, monkeypatch):
-    """Each asks `choose`, also where the device is the CPU in the end."""
+def test_commands_without_gpu(command, call, tiny, pair, tmp_path, without_cuda, monkeypatch):
+    """Every command that computes refuses device=cuda without a usable GPU.
+
+    Each asks `choose`, also where the device is the CPU in the end.
+    """
     monkeypatch.setattr(devices.choose, "__kwdefaults__", {"find": old})
     arguments = {
         "encode.py": (f"shards={tiny.videos}", "out=latents", f"weights={tiny.base}", "area=1024"),
@@ -109,7 +116,8 @@ def test_every_command_that_computes_tells_it(command, call, tiny, pair, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_large_transformer_trains_on_a_cpu_only_if_that_is_said(call, without_cuda, tmp_path, monkeypatch):
+def test_large_model_on_cpu(call, without_cuda, tmp_path, monkeypatch):
+    """A large transformer trains on a CPU only with device=cpu."""
     monkeypatch.setattr(devices.choose, "__kwdefaults__", {"find": lambda: None})
     command = ("train.py", "model=t2v_1_3b", "expert=dense", "weights=nowhere", "data.shards=nowhere")
     error = call(*command, check=False).error
@@ -126,13 +134,17 @@ print(start_accelerator("cpu", hang=None).device)
 """
 
 
-def test_the_accelerator_is_on_the_cpu_where_that_was_asked_for_beside_a_gpu(environment):
-    """The GPU here is a promise that nobody may take up: torch has no CUDA to keep it."""
+def test_cpu_accelerator_beside_gpu(environment):
+    """With device=cpu the accelerator is on the CPU, also beside a GPU.
+
+    The GPU is simulated: torch has no CUDA in this test.
+    """
     ended = subprocess.run([sys.executable, "-c", TAKEN], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.splitlines()[-1] == "cpu", ended.stdout + ended.stderr
 
 
-def test_engines_that_would_take_the_gpu_all_the_same_are_refused(environment):
+def test_cpu_with_fsdp2(environment):
+    """device=cpu is refused for an engine that would use the GPU regardless."""
     more = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     ended = subprocess.run([sys.executable, "-c", TAKEN], env={**environment, **more}, capture_output=True, text=True)
     assert "ValueError: device=cpu with fsdp2 on a machine with GPUs" in ended.stderr

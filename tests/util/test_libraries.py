@@ -37,15 +37,18 @@ def python(program, environment, folder):
     )  # fmt: skip
 
 
-def test_the_commands_import_no_large_library_before_they_need_it(environment, tmp_path):
+def test_lazy_imports(environment, tmp_path):
+    """The commands import no large library before they need it."""
     program = f"import shard, encode, train, sample, export, sys; print([n for n in {LARGE} if n in sys.modules])"
     ended = python(program, environment, tmp_path)
     assert (ended.stdout, ended.stderr) == ("[]\n", "")
 
 
-def test_a_run_with_an_adapter_and_previews_is_quiet(tiny, command, tmp_path):
-    """peft for the adapter, transformers for the preview's text; each brings torchao. shard.py and encode.py are looked
-    at where conftest.py makes the small world, a launched train.py in training/test_engines.py.
+def test_quiet_run(tiny, command, tmp_path):
+    """A run with an adapter and previews prints no message of a library.
+
+    peft for the adapter, transformers for the preview's text; each brings torchao. shard.py and encode.py are looked at
+    where conftest.py makes the small world, a launched train.py in training/test_engines.py.
     """
     run = ("adapter=lora", f"data.shards={tiny.latents}", "batch_size=1", "steps=1", "tracker=jsonl")
     preview = ("check_expert=off", "sample.every=1", "sample.count=1", "sample.steps=1", "validation.clips=1")
@@ -56,12 +59,16 @@ def test_a_run_with_an_adapter_and_previews_is_quiet(tiny, command, tmp_path):
 @pytest.mark.parametrize(
     "words", [("sample.py", "prompt=a wug", "steps=1", "num_frames=1"), ("export.py", "out=out")], ids=lambda c: c[0]
 )
-def test_samples_and_an_export_are_quiet(command, words, tmp_path):
+def test_quiet_sample_and_export(command, words, tmp_path):
+    """sample.py and export.py print no message of a library."""
     assert command(*words, f"weights={ROOT / 'assets' / 'wan-tiny'}", cwd=tmp_path).foreign == []
 
 
-def test_a_warning_that_a_library_logs_inside_a_command_is_shown(environment, tmp_path):
-    """Hydra's own settings for quiet logs would switch off whatever libraries log."""
+def test_library_warning(environment, tmp_path):
+    """A warning that a library logs inside a command is shown.
+
+    Hydra's own settings for quiet logs would switch off whatever libraries log.
+    """
     program = """
 import logging, sys
 import shard
@@ -102,7 +109,8 @@ def said(caplog):
     return [record.getMessage() for record in caplog.records]
 
 
-def test_two_messages_are_dropped_while_importing_and_no_other(caplog):
+def test_dropped_messages(caplog):
+    """Two messages are dropped while importing, and no others."""
     with libraries.importing():
         during = said(caplog)
     after = said(caplog)

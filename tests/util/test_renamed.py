@@ -98,6 +98,7 @@ def test_upgraded_manifest():
     }
 
 
-def test_old_key_of_a_set_is_refused():
+def test_old_set_key():
+    """An old key of a set is refused with the new key."""
     with pytest.raises(ValueError, match=r"data\.sets\.cats\.told_by is now data\.sets\.cats\.conditioning"):
         check_sets({"cats": {"shards": "d", "told_by": "frames"}})

@@ -11,7 +11,9 @@ from wantrain.util.progress import listening, report_progress
 from wantrain.util.seeds import generator_at
 
 
-def test_a_stream_depends_on_its_position_alone():
+def test_stream_position():
+    """A random stream depends on its position alone."""
+
     def draw(*position):
         return torch.randn(4, generator=generator_at(*position))
 
@@ -20,14 +22,16 @@ def test_a_stream_depends_on_its_position_alone():
     assert not any(torch.equal(draw(0, "noise", 5), other) for other in others)
 
 
-def test_neighbouring_positions_are_independent():
+def test_stream_independence():
+    """The streams of neighbouring positions are independent."""
     values = torch.stack([torch.randn(64, generator=generator_at(0, "noise", i)) for i in range(512)])
     correlation = torch.corrcoef(values)
     assert (correlation - torch.eye(512)).abs().max() < 0.75
     assert abs(values.mean()) < 0.02 and abs(values.std() - 1) < 0.02
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+def test_claim_other_folder(tmp_path):
+    """A folder that holds something else is refused."""
     claim_folder(tmp_path / "new", sentinel="mark", key="out")
     (tmp_path / "new" / "mark").touch()
     claim_folder(tmp_path / "new", sentinel="mark", key="out")
@@ -38,7 +42,8 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
         claim_folder(tmp_path / "photo.jpg", sentinel="mark", key="out")
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_interrupted_write(tmp_path, monkeypatch):
+    """An interrupted write leaves the old file."""
     path = tmp_path / "state.json"
     write_json(path, {"step": 1})
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
@@ -47,7 +52,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == '{\n  "step": 1\n}\n'
 
 
-def test_threads_are_the_processes_share_of_the_cores(monkeypatch):
+def test_thread_count(monkeypatch):
+    """The number of threads is the process's share of the cores, or WANTRAIN_THREADS."""
     before = torch.get_num_threads()
     try:
         monkeypatch.setenv("WANTRAIN_THREADS", "1")
@@ -63,13 +69,15 @@ def test_threads_are_the_processes_share_of_the_cores(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_what_a_kill_left_hidden_does_not_make_a_folder_foreign(tmp_path):
+def test_claim_after_kill(tmp_path):
+    """Hidden files that a killed run left do not make a folder foreign."""
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.yaml.123.tmp").touch()
     claim_folder(tmp_path, sentinel="config.yaml", key="run")
 
 
-def test_a_verb_that_works_alone_refuses_to_be_launched_as_several(monkeypatch):
+def test_single_process(monkeypatch):
+    """A command that runs as one process refuses to be launched as several."""
     distributed.single_process("shard.py")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"shard\.py runs as one process, but 2 were started"):
@@ -77,14 +85,16 @@ def test_a_verb_that_works_alone_refuses_to_be_launched_as_several(monkeypatch):
 
 
 @pytest.mark.parametrize("above", ["file", "/proc/nowhere"])
-def test_a_folder_that_cannot_be_made_is_one_error_that_names_the_key(tmp_path, monkeypatch, above):
+def test_claim_impossible_folder(tmp_path, monkeypatch, above):
+    """A folder that cannot be created raises one error that names the key."""
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(ValueError, match=rf"out={above}/deeper cannot be created \(.+\); give another folder"):
         claim_folder(Path(above) / "deeper", sentinel=None, key="out")
 
 
-def test_progress_is_heard_while_somebody_listens():
+def test_progress_listener():
+    """Progress is heard only while somebody listens."""
     heard = []
     with listening(heard.append):
         report_progress("hashing one")

@@ -20,8 +20,8 @@ def shown(found, window, fps=16):
     return frames_on_screen(found, window, fps).tolist()
 
 
-def test_native_windows_show_a_files_own_frames():
-    """Every frame once, whatever the rate, also where frames come irregularly."""
+def test_native_windows():
+    """Windows at the native rate show every frame once, whatever the rate, also where frames come irregularly."""
     times = np.cumsum(np.random.default_rng(0).uniform(0.01, 0.2, 53)) + 3.5
     found = probed(times, times[-1] + 0.1)
     windows = cut_windows(found, ClipOptions(17, None))
@@ -34,7 +34,8 @@ def test_native_windows_show_a_files_own_frames():
 
 
 @pytest.mark.parametrize("stride", [2, 3])
-def test_a_stride_leaves_frames_out(stride):
+def test_window_stride(stride):
+    """A stride of n takes every nth frame and leaves the others out."""
     found = regular(100, 16)
     for fps in (16, None):
         windows = cut_windows(found, ClipOptions(9, fps, stride=stride))
@@ -47,7 +48,8 @@ def test_a_stride_leaves_frames_out(stride):
 
 
 @pytest.mark.parametrize("fps", [16, None])
-def test_time_is_stretched_only_if_asked_for(fps):
+def test_window_stretch(fps):
+    """The time of a short file is stretched to the full length only with stretch=True."""
     found = regular(10, 16)
     (short,) = cut_windows(found, ClipOptions(17, fps))
     assert (short.num_frames, short.stride) == (9, 1)
@@ -62,7 +64,8 @@ def test_time_is_stretched_only_if_asked_for(fps):
     )
 
 
-def test_random_clips_are_drawn_by_seed_and_file():
+def test_random_clips():
+    """The start of a random clip depends on the seed and the file's name, and every start that fits is drawn."""
     found = regular(64, 16)
     starts = [
         cut_windows(found, ClipOptions(17, 16, "random", seed=seed), name=f"{n}")[0].start
@@ -80,7 +83,9 @@ def test_random_clips_are_drawn_by_seed_and_file():
     assert np.mean(starts) == pytest.approx(47 / 2 / 16, abs=0.2)
 
 
-def test_lengths_are_those_that_are_allowed():
+def test_clip_lengths():
+    """A clip has one of the allowed lengths, and a file shorter than all of them is refused."""
+
     def lengths(count, **choices):
         return [
             window.num_frames
@@ -98,7 +103,8 @@ def test_lengths_are_those_that_are_allowed():
 
 @pytest.mark.parametrize("fps", [16, 24, None])
 @pytest.mark.parametrize("clips", ["all", "first", "middle", "random"])
-def test_no_clip_goes_across_a_cut(fps, clips):
+def test_clips_within_scenes(fps, clips):
+    """No clip crosses a cut between two scenes."""
     found = regular(120, 24, start=1.0)
     cuts = [1 + 41 / 24, 1 + 44 / 24, 1 + 90 / 24]  # scenes of 41, 3, 46 and 30 frames
     windows = cut_windows(found, ClipOptions(9, fps, clips), scenes=cuts)
@@ -116,7 +122,8 @@ def test_no_clip_goes_across_a_cut(fps, clips):
 @pytest.mark.parametrize("fps", [8, 16, 24, None])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("rate", "count"), [(24, 24), (30, 77), (23.976, 171), (16, 17), (10, 300)])
-def test_seconds_of_clips_are_counted_once(rate, count, stride, fps):
+def test_clip_seconds(rate, count, stride, fps):
+    """The seconds that clips cover are counted once."""
     found = regular(count, rate, 0.5)
     try:
         windows = cut_windows(found, ClipOptions(17, fps, stride=stride))
@@ -141,11 +148,13 @@ def test_seconds_of_clips_are_counted_once(rate, count, stride, fps):
         ({"stride": 0}, "stride=0 must be 1 or more"),
     ],
 )
-def test_choices_that_are_none(choice, problem):
+def test_invalid_options(choice, problem):
+    """An invalid option raises an error that names it."""
     with pytest.raises(ValueError, match=problem):
         ClipOptions(**{"num_frames": 17, "fps": 16, **choice})
 
 
-def test_a_window_survives_json():
+def test_window_round_trip():
+    """A window equals the one that is built again from its fields, as from JSON."""
     window = Window(1 / 3, 17, 10 / 17, True)
     assert Window(**vars(window)) == window

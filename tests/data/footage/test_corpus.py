@@ -231,8 +231,8 @@ def test_every_seek_point_exact(corpus, monkeypatch):
         assert seekable[name], f"{name} has no seek_points: it would be read from its start each time"
 
 
-def test_too_many_of_them_stop_the_work(corpus, tmp_path):
-    """11 of the files are bad; the limit decides, and nothing unfinished can be taken for a set."""
+def test_rejects_limit(corpus, tmp_path):
+    """Sharding stops when more files are bad (here 11) than rejects.limit allows, and leaves no manifest."""
     folder, _ = corpus
     found = find_footage(folder, caption_default="x")
     settings = {"model": "tiny", "num_frames": 17, "fps": FPS, "shard_bytes": 1 << 20}
@@ -244,8 +244,11 @@ def test_too_many_of_them_stop_the_work(corpus, tmp_path):
 @pytest.mark.parametrize("name", ["h264.mp4", pytest.param("hevc.mp4", marks=pytest.mark.slow), "vp9.webm",
                                   pytest.param("fragmented.mp4", marks=pytest.mark.slow),
                                   pytest.param("av1_10.webm", marks=pytest.mark.slow)])  # fmt: skip
-def test_a_file_that_is_cut_off_is_refused_or_right_as_far_as_it_goes(corpus, tmp_path, name):
-    """Ten random places; of an mp4 the index stands in front, so that it looks whole."""
+def test_truncated_files(corpus, tmp_path, name):
+    """A truncated file is rejected, or its frames are exact up to the cut.
+
+    Ten random places; of an mp4 the index stands in front, so that it looks whole.
+    """
     folder, _ = corpus
     whole = folder / name
     if name in {"h264.mp4", "hevc.mp4"}:
@@ -268,7 +271,7 @@ def test_a_file_that_is_cut_off_is_refused_or_right_as_far_as_it_goes(corpus, tm
 
 
 @pytest.mark.slow
-def test_five_in_a_hundred_damaged_at_random(corpus, tmp_path):
+def test_random_damage(corpus, tmp_path):
     """400 files, 20 of them cut, with flipped bits or a page of zeros: the run ends, and the others are as without."""
     folder, _ = corpus
     generator = np.random.default_rng(1)

@@ -61,7 +61,8 @@ def no_orphans():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_clips_come_in_the_order_asked_for(workers):
+def test_clip_order(workers):
+    """Clips come in the order of the jobs, for any number of workers."""
     random = np.random.default_rng(0)
     jobs = [job(n, int(random.integers(1, 4)), sleep=float(random.uniform(0, 0.004))) for n in range(60)]
     found = decode(jobs, workers=workers)
@@ -69,7 +70,8 @@ def test_clips_come_in_the_order_asked_for(workers):
     assert found[0].frames.shape == (2, 3, 4, 3) and found[0].frames.dtype == np.uint8
 
 
-def test_many_clips_that_nobody_has_taken_yet_block_nobody():
+def test_untaken_clips():
+    """Many decoded clips that the caller has not taken yet block no worker."""
     jobs = [job(n) for n in range(2000)]
     with Decoders(read, workers=2, timeout=20) as decoders:
         found = decoders.decode(jobs)
@@ -79,7 +81,8 @@ def test_many_clips_that_nobody_has_taken_yet_block_nobody():
 
 
 @pytest.mark.parametrize("least", [0, 4 << 20], ids=["bytes", "small clips by number"])
-def test_what_waits_is_bounded(least, monkeypatch, tmp_path):
+def test_queue_bound(least, monkeypatch, tmp_path):
+    """The decoded clips that wait are bounded by their bytes, and small clips by their number."""
     monkeypatch.setattr(decode_workers, "LEAST_BYTES", least)
     monkeypatch.setattr(decode_workers, "WAITING_BYTES", 3 * max(least, frames_of(0, 0).nbytes))
 
@@ -98,8 +101,8 @@ def test_what_waits_is_bounded(least, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["sleeps", "opens a pipe that nobody writes to", "spins"])
-def test_a_file_that_hangs_its_decoder_is_given_up_and_the_others_are_not(how, tmp_path):
-    """Seen within the time and 5 s."""
+def test_hanging_file(how, tmp_path):
+    """A file that hangs its decoder is given up within the timeout and 5 s; the other files are decoded."""
     os.mkfifo(tmp_path / "pipe")
 
     def hang(request):
@@ -120,13 +123,15 @@ def test_a_file_that_hangs_its_decoder_is_given_up_and_the_others_are_not(how, t
     assert numbers(found) == [*wanted(jobs)[:3], *wanted(jobs)[5:]]
 
 
-def test_a_far_clip_has_a_minute_of_footage_for_each_time_out():
+def test_far_clip_timeout():
+    """A clip gets one more timeout for each whole minute of footage before it."""
     slow = Job({"name": "long", "windows": [{"start": 180.0}], "sleep": 1.0})
     assert decode([slow], timeout=0.5)[0].frames is not None
     assert decode([job("short", sleep=1.0)], timeout=0.5)[0].frames is None
 
 
-def test_time_that_nobody_takes_clips_does_not_count():
+def test_idle_caller():
+    """Time in which the caller takes no clips does not count towards the timeout."""
     with Decoders(read, workers=1, timeout=0.3) as decoders:
         found = decoders.decode([job(n, 3) for n in range(4)])
         items = []
@@ -136,7 +141,9 @@ def test_time_that_nobody_takes_clips_does_not_count():
     assert all(item.frames is not None for item in items) and len(items) == 12
 
 
-def test_a_decoder_that_crashes_is_tried_again_once(tmp_path):
+def test_crash_retry(tmp_path):
+    """A file whose decoder crashes is tried once more, and rejected if that crashes too."""
+
     def crash(request):
         for frames in read(request):
             started = tmp_path / str(request["name"])
@@ -153,8 +160,8 @@ def test_a_decoder_that_crashes_is_tried_again_once(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_workers_lose_nothing_and_repeat_nothing(workers):
-    """Kill -9 of decode workers in the middle of their files."""
+def test_killed_workers(workers):
+    """Kill -9 of decode workers in the middle of their files loses no clip and repeats none."""
     jobs = [job(n, 4, sleep=0.005) for n in range(40)]
     random = np.random.default_rng(workers)
     with Decoders(read, workers=workers, timeout=20) as decoders:
@@ -167,7 +174,9 @@ def test_killed_workers_lose_nothing_and_repeat_nothing(workers):
     assert numbers(items) == wanted(jobs)
 
 
-def test_damage_and_bugs_are_raised_and_rejects_are_not(tmp_path):
+def test_decode_errors(tmp_path):
+    """Damage and bugs are raised; a ValueError or MemoryError rejects the file."""
+
     def fail(request):
         yield from read(request)
         if error := request.get("error"):
@@ -181,7 +190,9 @@ def test_damage_and_bugs_are_raised_and_rejects_are_not(tmp_path):
         decode([job("a"), job("bad", error="bug")], read=fail)
 
 
-def test_a_file_that_gives_too_little_is_a_reject():
+def test_missing_clips():
+    """A file that gives fewer clips than its windows is rejected."""
+
     def short(request):
         yield from itertools.islice(read(request), 1)
 
@@ -189,7 +200,8 @@ def test_a_file_that_gives_too_little_is_a_reject():
     assert [item.reason for item in found] == ["", "gave 1 clips only", ""]
 
 
-def test_leaving_early_ends_the_workers_at_once():
+def test_early_close():
+    """Closing before the last clip ends the workers at once."""
     began = time.monotonic()
     with Decoders(read, workers=3, timeout=60) as decoders:
         found = decoders.decode(job(n, sleep=30 if n > 3 else 0) for n in itertools.count())
@@ -199,7 +211,7 @@ def test_leaving_early_ends_the_workers_at_once():
 
 
 @pytest.mark.parametrize("decoding_begins", ["first", "last"])
-def test_closing_while_decoding_begins_in_another_thread(decoding_begins, monkeypatch):
+def test_concurrent_close(decoding_begins, monkeypatch):
     """A thread of ours begins to decode at the moment in which the caller closes: either all of it is ended, or it
     never begins. No worker is killed twice, none is left."""
     start, closing, errors = threading.Thread.start, [], []

@@ -195,8 +195,8 @@ def test_foreign_seek_points(long):
         np.testing.assert_array_equal(reader.frame(119), frames[119])
 
 
-def test_ambiguous_frame_is_no_seek_point(tmp_path):
-    """Of a picture that stands still nobody could say which of its frames a seek has found."""
+def test_ambiguous_frame(tmp_path):
+    """A frame that equals others is no seek point, because a seek to it cannot be verified."""
     frames = np.repeat(numbered(1), 120, axis=0)
     encode(tmp_path / "still.mp4", frames, 24, "-pix_fmt", "yuv420p", "-g", "20", "-crf", "30")
     shown = list(read_whole(tmp_path / "still.mp4", probe(tmp_path / "still.mp4")))
@@ -213,8 +213,11 @@ def test_constant_rate(videos):
         assert shown == [i * fps // 16 for i in range(len(shown))]
 
 
-def test_frames_before_an_edit_list_are_not_used(videos):
-    """The file holds frames 0 to 99, players begin at 25; decord counts them all and seeks to wrong ones."""
+def test_edit_list(videos):
+    """Frames before the start of an edit list are not used.
+
+    The file holds frames 0 to 99, players begin at 25; decord counts them all and seeks to wrong ones.
+    """
     for name in ("plain", "open_gop", "hevc"):
         path = videos / f"cut_{name}.mp4"
         found = probe(path)
@@ -224,7 +227,8 @@ def test_frames_before_an_edit_list_are_not_used(videos):
         assert [number_in(frame) for frame in clip] == list(range(49, 58))
 
 
-def test_a_rotated_video_is_upright(videos):
+def test_rotated_video(videos):
+    """A video that its header rotates is decoded upright."""
     path = videos / "rotated.mp4"
     ffmpeg("-display_rotation", 90, "-i", videos / "plain.mp4", "-c", "copy", path)
     found = probe(path)
@@ -235,7 +239,8 @@ def test_a_rotated_video_is_upright(videos):
 
 
 @pytest.mark.parametrize("width", [16, 24, 32, 48, 96, 144, 18, 50, 100])
-def test_widths_whose_rows_decord_pads(tmp_path, width):
+def test_padded_widths(tmp_path, width):
+    """Frames are exact for widths whose rows decord pads."""
     frames = np.random.default_rng(width).integers(0, 255, (5, 4, width // 2, 3)).astype(np.uint8)
     encode(tmp_path / "a.mp4", frames.repeat(8, 1).repeat(2, 2), 16, "-pix_fmt", "yuv420p", "-crf", 5)
     found = probe(tmp_path / "a.mp4")
@@ -319,7 +324,8 @@ def test_windows_fill_the_file(rate, count, fps, num_frames):
     assert abs(margins[0] - margins[1]) <= 2 / fps + 1e-6
 
 
-def test_a_video_of_one_frame_is_an_image(tmp_path):
+def test_one_frame_video(tmp_path):
+    """A video of one frame is an image."""
     encode(tmp_path / "one.mp4", numbered(1), 24, *H264)
     found = probe(tmp_path / "one.mp4")
     assert found.is_image
@@ -368,7 +374,8 @@ def test_frames_on_screen():
 
 
 @pytest.mark.skipif(SHARED is None, reason="set WANTRAIN_FOOTAGE to a folder with the shared real footage")
-def test_the_shared_footage():
+def test_shared_footage():
+    """The shared real footage is found and decoded, and its mask is no footage."""
     footage, rejects = find_footage(Path(SHARED))
     assert [file.name for file in footage] == [
         "dog.mp4",

@@ -74,7 +74,8 @@ def footage(tmp_path_factory):
     return folder
 
 
-def test_the_ledger_has_a_place_for_everything(footage, tmp_path, capsys):
+def test_stats(footage, tmp_path, capsys):
+    """The stats count every file, clip and second as used or as dropped for a reason."""
     manifest = cut(footage, tmp_path / "out")
     files, clips, seconds = (manifest["stats"][name] for name in ("files", "clips", "seconds"))
     assert files == {
@@ -99,7 +100,8 @@ def test_the_ledger_has_a_place_for_everything(footage, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("choice", ["first", "middle", "random"])
-def test_what_one_clip_of_each_file_leaves_is_accounted_for(footage, tmp_path, choice):
+def test_stats_one_clip_per_file(footage, tmp_path, choice):
+    """With one clip per file, the stats count the seconds outside that clip as dropped."""
     stats = cut(footage, tmp_path / "out", clips=choice)["stats"]
     assert stats["clips"]["used"] == 5
     assert stats["seconds"]["used"] == pytest.approx((17 * 3 + 9) / 16)
@@ -119,14 +121,16 @@ def test_what_one_clip_of_each_file_leaves_is_accounted_for(footage, tmp_path, c
     ],
     ids=str,
 )
-def test_the_ledger_adds_up_whatever_is_chosen(footage, tmp_path, choices):
+def test_stats_add_up(footage, tmp_path, choices):
+    """The stats add up to the footage given, whatever options are chosen."""
     manifest = cut(footage, tmp_path / "out", **choices)
     assert manifest["clips"] == sum(len(sample.about["windows"]) for sample in samples(tmp_path / "out").values())
     for sample in samples(tmp_path / "out").values():
         assert [len(clip) for clip in read_sample(sample)] == [row["num_frames"] for row in sample.about["windows"]]
 
 
-def test_clips_that_stand_still_are_found_and_dropped_if_asked_for(footage, tmp_path, capsys):
+def test_static_clips(footage, tmp_path, capsys):
+    """Static clips are reported, and dropped only with static=drop."""
     manifest = cut(footage, tmp_path / "kept")
     assert manifest["findings"]["static"] == {"clips": 1, "first": ["still.mp4 (clip 0)"]}
     assert "still.mp4" in samples(tmp_path / "kept")
@@ -139,8 +143,11 @@ def test_clips_that_stand_still_are_found_and_dropped_if_asked_for(footage, tmp_
     assert "none of its clips is used" in {row["name"]: row["reason"] for row in rejects}["still.mp4"]
 
 
-def test_look_alikes_are_found_and_dropped_if_asked_for(footage, tmp_path, capsys):
-    """again.mp4 is long.mp4 in twice the size, written anew at a low quality."""
+def test_near_duplicates(footage, tmp_path, capsys):
+    """Near-duplicates are reported, and dropped only with duplicates=drop.
+
+    again.mp4 is long.mp4 in twice the size, written anew at a low quality.
+    """
     found = cut(footage, tmp_path / "kept")["findings"]["duplicates"]
     assert found["clips"] == 2
     assert sorted(found["first"]) == [
@@ -153,8 +160,8 @@ def test_look_alikes_are_found_and_dropped_if_asked_for(footage, tmp_path, capsy
     assert [row["start"] for row in samples(tmp_path / "dropped")["long.mp4"].about["windows"]] == [34 / 16]
 
 
-def test_look_alikes_stay_on_one_side_of_the_holdout(footage, tmp_path):
-    """again.mp4 and long.mp4 are two files, yet of both or of none are clips held out, whatever the seed."""
+def test_near_duplicates_holdout(footage, tmp_path):
+    """Near-duplicates, here again.mp4 and long.mp4, are held out together or not at all, whatever the seed."""
     out = tmp_path / "videos"
     manifest = cut(footage, out)
     keys = {name: sample.key for name, sample in samples(out).items()}
@@ -168,14 +175,15 @@ def test_look_alikes_stay_on_one_side_of_the_holdout(footage, tmp_path):
     assert 0 < together < 8
 
 
-def test_a_group_is_all_that_look_alike_also_through_others():
+def test_near_duplicate_groups():
+    """A group holds all files that are alike, also those that are alike only through other files."""
     pairs = [(5, 3), (9, 8), (3, 7), (8, 1), (1, 2)]
     manifest = {"alike": [[f"{one:016x}", f"{other:016x}"] for one, other in pairs]}
     assert group_of(manifest) == {3: 3, 5: 3, 7: 3, 1: 1, 2: 1, 8: 1, 9: 1}
     assert group_of({"alike": []}) == {}
 
 
-def test_clips_of_different_things_are_not_alike(tmp_path):
+def test_distinct_clips(tmp_path):
     """Two hundred wandering views of pictures of blots: none is static, none is a near-duplicate."""
     generator = np.random.default_rng(0)
     thumbnails = [np.stack([thumbnail(frame) for frame in moving(1, seed=seed, rate=5)]) for seed in range(200)]
@@ -187,7 +195,8 @@ def test_clips_of_different_things_are_not_alike(tmp_path):
         assert seen.find(summarise(200 + n, "", noisy)).file == n
 
 
-def test_what_is_said_about_a_file_is_in_its_shard(tmp_path):
+def test_annotations(tmp_path):
+    """The captions, weight and tags of a file are in its shard."""
     make_footage(tmp_path / "footage", num_videos=1, num_images=1)
     (tmp_path / "footage" / "metadata.jsonl").write_text(
         json.dumps({"path": "clip-0000.mp4", "captions": ["one", "two"], "weight": 2, "tags": ["a", "b"]})
@@ -249,7 +258,8 @@ def starts_at_scenes(source, out):
     assert manifest["stats"]["seconds"]["dropped"] == {"rest, shorter than a clip": pytest.approx((6 + 8 + 5) / 16)}
 
 
-def test_no_clip_goes_across_a_cut(three_scenes, detector, tmp_path):
+def test_clips_within_scenes(three_scenes, detector, tmp_path):
+    """With scenes=split, no clip crosses a cut between two scenes."""
     starts_at_scenes(three_scenes, tmp_path / "out")
     (sample,) = samples(tmp_path / "out").values()
     for clip in read_sample(sample):
@@ -258,12 +268,14 @@ def test_no_clip_goes_across_a_cut(three_scenes, detector, tmp_path):
     assert whole["clips"] == 5
 
 
-def test_no_clip_goes_across_a_cut_that_the_real_library_finds(three_scenes, tmp_path):
+def test_pyscenedetect_scenes(three_scenes, tmp_path):
+    """With scenes=split, no clip crosses a cut that the real PySceneDetect finds."""
     pytest.importorskip("scenedetect", reason="pip install 'wantrain[scenes]'")
     starts_at_scenes(three_scenes, tmp_path / "out")
 
 
-def test_scenes_name_the_extra_that_is_missing(three_scenes, tmp_path, monkeypatch):
+def test_missing_scenes_extra(three_scenes, tmp_path, monkeypatch):
+    """scenes=split without PySceneDetect raises an error that names the missing extra."""
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     with pytest.raises(ValueError, match=r"scenes=split needs PySceneDetect.*pip install 'wantrain\[scenes\]'"):
         cut(three_scenes, tmp_path / "out", scenes="split")
@@ -284,11 +296,13 @@ def test_scenes_name_the_extra_that_is_missing(three_scenes, tmp_path, monkeypat
         ("what.mp4: Invalid data found when processing input", Header()),
     ],
 )  # fmt: skip
-def test_what_ffmpeg_says_is_read(said, header):
+def test_header_parse(said, header):
+    """The transfer function and the pixel aspect ratio are parsed from ffmpeg's output."""
     assert parse(said) == header
 
 
-def test_a_header_that_changes_the_picture_is_refused_with_the_mend():
+def test_unsupported_headers():
+    """HDR and pixels that are not square are refused with an ffmpeg command that converts the file."""
     refuse(Header(), "a.mp4")
     refuse(Header("", (101, 100)), "a.mp4")
     with pytest.raises(ValueError, match=r"is HDR \(smpte2084\).*ffmpeg -i a\.mp4 -vf zscale.* a_sdr\.mp4"):
@@ -301,8 +315,11 @@ def test_a_header_that_changes_the_picture_is_refused_with_the_mend():
 # ---------------------------------------------------------------------------------------------- by command
 
 
-def test_a_set_of_tars_at_an_address_becomes_video_shards(call, tmp_path):
-    """Also our own video shards: cut again, otherwise, with their captions, weights and tags."""
+def test_remote_tars(call, tmp_path):
+    """A set of tars at a URL becomes video shards.
+
+    Also our own video shards: cut again, otherwise, with their captions, weights and tags.
+    """
     make_footage(tmp_path / "footage", num_videos=2, num_images=1)
     call("shard.py", "source=footage", "out=first")
     (tar,) = (tmp_path / "first").glob("*.tar")
@@ -338,7 +355,8 @@ def test_a_set_of_tars_at_an_address_becomes_video_shards(call, tmp_path):
         ("encode.py", ["upscale.limit=0"], "error: upscale.limit=0 must be above 0; 1 allows no enlarging"),
     ],
 )
-def test_choices_that_are_none_are_told_before_any_work(call, tmp_path, command, arguments, problem):
+def test_invalid_options(call, tmp_path, command, arguments, problem):
+    """shard.py and encode.py refuse invalid options before any work and create no folder."""
     where = {"shard.py": ["source=."], "encode.py": ["shards=."]}[command]
     ended = call(command, *where, "out=out", *arguments, check=False)
     assert problem in ended.stderr

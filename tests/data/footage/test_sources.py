@@ -29,7 +29,8 @@ def captions(found):
     return {file.name: file.caption for file in found[0]}
 
 
-def test_files_are_found_in_any_folder_sorted_with_the_text_beside_them(tmp_path):
+def test_files_and_captions(tmp_path):
+    """Files are found in any folder, sorted, with the caption from the text file beside them."""
     folder_with(tmp_path, b_mp4="", b_txt="a dog\n runs", a__c_PNG="", a__c_txt="\ufeff一只猫", note_txt="no video")
     folder_with(tmp_path, __hidden__x_mp4="", a__d_json="{}")
     (tmp_path / ".hidden").mkdir()
@@ -40,7 +41,8 @@ def test_files_are_found_in_any_folder_sorted_with_the_text_beside_them(tmp_path
     assert rejects == []
 
 
-def test_what_to_do_without_a_caption(tmp_path):
+def test_missing_captions(tmp_path):
+    """Files without a caption are an error, are skipped, or get an empty or a default caption."""
     folder_with(tmp_path, a_mp4="", b_mp4="", b_txt="told", c_mp4="", c_txt=" \n")
     with pytest.raises(ValueError, match=r"2 of 3 files have no caption \(first: a\.mp4\)"):
         find_footage(tmp_path)
@@ -62,7 +64,8 @@ def test_what_to_do_without_a_caption(tmp_path):
     ("prefix", "caption"),
     [("ohwx", "ohwx a cat"), ("ohwx, ", "ohwx, a cat"), ("水墨画，", "水墨画，a cat"), ("", "a cat")],
 )
-def test_a_prefix_is_put_before_every_caption(tmp_path, prefix, caption):
+def test_caption_prefix(tmp_path, prefix, caption):
+    """A prefix is put before every caption."""
     folder_with(tmp_path, a_mp4="", a_txt="a cat")
     assert captions(find_footage(tmp_path, caption_prefix=prefix)) == {"a.mp4": caption}
 
@@ -96,7 +99,8 @@ def test_captions_from_metadata(tmp_path):
         ('{"path": "a.mp4", "caption": "x"}', "line 2 names a.mp4 for the second time"),
     ],
 )
-def test_errors_in_metadata_name_the_line(tmp_path, line, problem):
+def test_metadata_errors(tmp_path, line, problem):
+    """An error in metadata.jsonl names the line."""
     source = folder_with(tmp_path / "source", a_mp4="", b_mp4="", note_md="")
     (tmp_path / "other.mp4").touch()
     (source / "metadata.jsonl").write_text('{"path": "a.mp4", "caption": "x"}\n' + line)
@@ -104,21 +108,24 @@ def test_errors_in_metadata_name_the_line(tmp_path, line, problem):
         find_footage(source, caption_missing="empty")
 
 
-def test_a_caption_that_is_not_utf8_is_an_error_with_its_file(tmp_path):
+def test_caption_encoding(tmp_path):
+    """A caption that is not UTF-8 raises an error that names its file."""
     folder_with(tmp_path, a_mp4="")
     (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
         find_footage(tmp_path)
 
 
-def test_nothing_to_find(tmp_path):
+def test_no_footage(tmp_path):
+    """A folder that is absent or holds no footage is an error."""
     with pytest.raises(ValueError, match="holds no videos or images"):
         find_footage(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         find_footage(tmp_path / "absent")
 
 
-def test_names_that_are_no_files_are_rejected(tmp_path):
+def test_non_files(tmp_path):
+    """Folders, pipes and broken links with the name of a video are rejected."""
     folder_with(tmp_path, folder_mp4__inside_mp4="", folder_mp4__inside_txt="fine")
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "broken.mp4").symlink_to(tmp_path / "gone.mp4")
@@ -128,14 +135,16 @@ def test_names_that_are_no_files_are_rejected(tmp_path):
     assert all(reject.bad for reject in rejects)
 
 
-def test_masks_beside_footage_are_no_footage(tmp_path):
+def test_masks(tmp_path):
+    """Masks beside footage are not footage."""
     folder_with(tmp_path, a_mp4="", a_txt="a", masks__a_mp4="", masks__own_mp4="", masks__own_txt="a film about masks")
     footage, rejects = find_footage(tmp_path, caption_default="thing")
     assert [file.name for file in footage] == ["a.mp4", "masks/own.mp4"]
     assert [(reject.name, reject.bad) for reject in rejects] == [("masks/a.mp4", False)]
 
 
-def test_names_that_are_not_utf8_can_be_written_down(tmp_path):
+def test_non_utf8_names(tmp_path):
+    """A file name that is not UTF-8 can be written as JSON."""
     path = os.fsencode(tmp_path) + b"/n\xff\n.mp4"
     Path(os.fsdecode(path)).touch()
     footage, _ = find_footage(tmp_path, caption_default="x")
@@ -146,7 +155,8 @@ def test_names_that_are_not_utf8_can_be_written_down(tmp_path):
 # -------------------------------------------------------------------------------------------------- tables
 
 
-def test_a_file_may_have_several_captions_a_weight_and_tags(tmp_path):
+def test_annotations(tmp_path):
+    """A file may have several captions, a weight and tags."""
     folder_with(tmp_path, a_mp4="", b_mp4="", b_txt="beside", c_mp4="", d_mp4="", d_txt="d")
     rows = [
         {"path": "a.mp4", "captions": ["one", " two\n", "one", ""], "weight": 2.5, "tags": ["cat", " roof"]},
@@ -164,7 +174,8 @@ def test_a_file_may_have_several_captions_a_weight_and_tags(tmp_path):
     assert [file.caption for file in footage] == ["ohwx one", "ohwx beside", "ohwx first", "ohwx d"]
 
 
-def test_a_csv_says_what_a_jsonl_says(tmp_path):
+def test_csv_metadata(tmp_path):
+    """metadata.csv holds what metadata.jsonl holds."""
     folder_with(tmp_path, a_mp4="", x__b_mp4="", c_mp4="", c_txt="beside")
     (tmp_path / "metadata.csv").write_text(
         "\ufefffile_name,text,caption_2,weight,tags\r\n"
@@ -194,7 +205,8 @@ def test_a_csv_says_what_a_jsonl_says(tmp_path):
         ('path,caption\na.mp4,"x\n', "is not path,caption"),
     ],
 )
-def test_errors_in_a_csv_name_the_line(tmp_path, table, problem):
+def test_csv_errors(tmp_path, table, problem):
+    """An error in metadata.csv names the line."""
     folder_with(tmp_path, a_mp4="")
     (tmp_path / "metadata.csv").write_text(table)
     with pytest.raises(ValueError, match=rf"metadata\.csv {problem}|metadata\.csv.*{problem}"):
@@ -242,7 +254,8 @@ IN_THE_TAR = {
 }
 
 
-def test_samples_of_a_tar_are_footage(tar):
+def test_tar_samples(tar):
+    """The samples of a tar are footage, with their captions, weights and tags."""
     found = find_footage(str(tar))
     assert contents(found) == IN_THE_TAR
     assert [(reject.name, reject.reason, reject.bad) for reject in found[1]] == [
@@ -254,7 +267,8 @@ def test_samples_of_a_tar_are_footage(tar):
             assert path.suffix == f".{file.extension}"
 
 
-def test_many_tars_by_pattern_braces_or_folder(tmp_path, tar):
+def test_tar_patterns(tmp_path, tar):
+    """Several tars are found by a pattern, by braces or in a folder."""
     tar_with(tmp_path / "set-001.tar", {"000.mp4": b"another", "000.txt": b"words"})
     names = ["000.mp4", "x/001.webm", "003.png"]
     both = [*(f"set-000.tar/{name}" for name in names), "set-001.tar/000.mp4"]
@@ -280,7 +294,8 @@ def server(tmp_path):
         server.shutdown()
 
 
-def test_tars_at_an_address(tmp_path, tar, server):
+def test_remote_tars(tmp_path, tar, server):
+    """Tars at a URL give the samples of the local tar."""
     downloads = tmp_path / "downloads"
     assert contents(find_footage(f"{server}/{tar.name}", downloads=downloads)) == IN_THE_TAR
     memory = fsspec.filesystem("memory")
@@ -292,7 +307,8 @@ def test_tars_at_an_address(tmp_path, tar, server):
         assert [file.name for file in found] == [f"a-00{n}.tar/{name}" for n in (0, 1) for name in IN_THE_TAR]
 
 
-def test_an_address_that_cannot_be_read_is_one_error(tmp_path, server):
+def test_unreadable_urls(tmp_path, server):
+    """A URL that cannot be read raises one ValueError."""
     for address, problem in [
         (f"{server}/gone.tar", "cannot be read .*404"),
         ("http://127.0.0.1:9/a.tar", "cannot be read"),
@@ -305,7 +321,8 @@ def test_an_address_that_cannot_be_read_is_one_error(tmp_path, server):
             find_footage(address, downloads=tmp_path / "downloads")
 
 
-def test_a_damaged_tar_is_an_error_never_a_shorter_set(tmp_path, tar):
+def test_damaged_tar(tmp_path, tar):
+    """A damaged tar raises an error and never gives a shorter set."""
     whole = tar.read_bytes()
     with tarfile.open(tar) as opened:
         ends = [member.offset_data + -(-member.size // 512) * 512 for member in opened.getmembers()]
@@ -322,7 +339,7 @@ def test_a_damaged_tar_is_an_error_never_a_shorter_set(tmp_path, tar):
             find_footage(str(tar))
 
 
-def test_names_in_a_tar_are_names_only(tmp_path):
+def test_tar_member_names(tmp_path):
     """A path that leads out of the tar is a name to show; nothing is written there."""
     tar = tar_with(tmp_path / "a.tar", {"../../evil.mp4": b"video", "/abs/x.mp4": b"other"})
     before = sorted(tmp_path.rglob("*"))
@@ -333,7 +350,8 @@ def test_names_in_a_tar_are_names_only(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_tar_without_footage(tmp_path):
+def test_tar_without_footage(tmp_path):
+    """A tar without footage is a reject that does not count as bad."""
     tar_with(tmp_path / "texts.tar", {"000.txt": b"words"})
     folder_with(tmp_path, a_mp4="", a_txt="a")
     footage, rejects = find_footage(tmp_path)
@@ -342,8 +360,8 @@ def test_a_tar_without_footage(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_files(tmp_path):
-    """In the order of their code points, whatever the locale, and in less than a minute."""
+def test_many_files(tmp_path):
+    """100,000 files come in the order of their code points, whatever the locale, in less than a minute."""
     names = [f"{letter}{number:05d}.mp4" for letter in "aÄz" for number in range(33_334)]
     for name in names:
         (tmp_path / name).touch()

@@ -70,7 +70,8 @@ def contents(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-def test_a_sample_is_the_file_with_what_was_found_out(source, shards):
+def test_sample_content(source, shards):
+    """A sample holds the file's bytes, hash, caption, size and windows."""
     found = samples(shards)
     assert [sample.about["source"] for sample in found] == [
         *(f"clip-{number:04d}.mp4" for number in range(5)),
@@ -92,7 +93,8 @@ def test_a_sample_is_the_file_with_what_was_found_out(source, shards):
         assert {window["num_frames"] for window in sample.about["windows"]} == {17 if truth["fps"] else 1}
 
 
-def test_counts_and_hashes_are_in_the_manifest(shards):
+def test_manifest_content(shards):
+    """The manifest holds the counts of files and clips, and the size and hash of every shard."""
     manifest = read_manifest(shards, "video")
     assert manifest["files_seen"] == manifest["files_used"] + manifest["files_rejected"] == 7
     assert manifest["clips"] == sum(len(sample.about["windows"]) for sample in samples(shards))
@@ -106,7 +108,8 @@ def test_counts_and_hashes_are_in_the_manifest(shards):
     )
 
 
-def test_the_same_footage_gives_the_same_bytes(source, shards, tmp_path):
+def test_same_bytes(source, shards, tmp_path):
+    """The same footage gives the same bytes, whatever its folder, file times and order of creation."""
     shard(source, tmp_path / "again", shard_bytes=10_000)
     assert contents(tmp_path / "again") == contents(shards)
     # Another place, other file times and another order of creation change nothing.
@@ -118,7 +121,8 @@ def test_the_same_footage_gives_the_same_bytes(source, shards, tmp_path):
     assert contents(tmp_path / "from_there") == contents(shards)
 
 
-def test_others_can_read_the_tars(shards):
+def test_read_by_webdataset(shards):
+    """webdataset reads the same samples from the tars."""
     names = [str(shards / row["name"]) for row in read_manifest(shards, "video")["shards"]]
     theirs = list(webdataset.WebDataset(names, shardshuffle=False))
     for their, our in zip(theirs, samples(shards), strict=True):
@@ -127,14 +131,15 @@ def test_others_can_read_the_tars(shards):
         assert json.loads(their["json"]) == our.about
 
 
-def test_reading_does_not_depend_on_ranks(shards, monkeypatch):
+def test_read_on_any_rank(shards, monkeypatch):
+    """Every rank reads all samples."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert len(samples(shards)) == 7
 
 
-def test_a_folder_name_is_never_a_command(shards, tmp_path, monkeypatch):
-    """webdataset runs what follows `pipe:` in the name of a shard."""
+def test_folder_name_with_pipe(shards, tmp_path, monkeypatch):
+    """A folder name is never run as a command: webdataset runs what follows `pipe:` in the name of a shard."""
     monkeypatch.chdir(tmp_path)
     folder = Path("pipe:touch owned;")
     shutil.copytree(shards, folder)
@@ -145,7 +150,8 @@ def test_a_folder_name_is_never_a_command(shards, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- rejects
 
 
-def test_bad_files_are_counted_and_the_rest_goes_on(footage, tmp_path):
+def test_bad_files(footage, tmp_path):
+    """Bad files are counted with their reasons, and the other files are sharded."""
     (footage / "broken.mp4").write_bytes(b"no video " * 50)
     (footage / "twice.mp4").write_bytes((footage / "clip-0003.mp4").read_bytes())
     for name in ("broken", "twice"):
@@ -159,7 +165,8 @@ def test_bad_files_are_counted_and_the_rest_goes_on(footage, tmp_path):
     assert str(tmp_path) not in rejects[0]["reason"]
 
 
-def test_too_many_bad_files_stop_the_work(footage, tmp_path):
+def test_rejects_limit(footage, tmp_path):
+    """Sharding stops when more files are bad than rejects.limit allows."""
     for number in range(2):
         (footage / f"broken-{number}.mp4").write_bytes(bytes(100 + number))
         (footage / f"broken-{number}.txt").write_text("a caption")
@@ -176,7 +183,8 @@ def test_too_many_bad_files_stop_the_work(footage, tmp_path):
     assert shard(footage, out)["files_used"] == 7
 
 
-def test_copies_and_skipped_files_are_not_bad(footage, tmp_path):
+def test_copies_and_skipped_files(footage, tmp_path):
+    """Copies and skipped files are rejected but do not count as bad."""
     for number in range(5):
         (footage / f"copy-{number}.mp4").write_bytes((footage / "clip-0000.mp4").read_bytes())
     found, rejects = find_footage(footage, caption_missing="skip")
@@ -188,7 +196,8 @@ def test_copies_and_skipped_files_are_not_bad(footage, tmp_path):
     assert manifest["files_rejected"] == 5
 
 
-def test_nothing_left_is_an_error(tmp_path):
+def test_all_files_rejected(tmp_path):
+    """A set whose files are all rejected is an error."""
     (tmp_path / "footage").mkdir()
     (tmp_path / "footage" / "a.mp4").write_bytes(b"no video")
     found, rejects = find_footage(tmp_path / "footage", caption_missing="empty")
@@ -199,14 +208,16 @@ def test_nothing_left_is_an_error(tmp_path):
 # ------------------------------------------------------------------------------------- again, and otherwise
 
 
-def test_finished_shards_are_left_alone(source, mine, capsys):
+def test_finished_shards(source, mine, capsys):
+    """A second run leaves finished shards unchanged."""
     before = {path: path.stat().st_mtime_ns for path in mine.iterdir()}
     assert shard(source, mine, shard_bytes=10_000) == read_manifest(mine, "video")
     assert before == {path: path.stat().st_mtime_ns for path in mine.iterdir()}
     assert "is finished already" in capsys.readouterr().out
 
 
-def test_shards_made_otherwise_are_refused(source, footage, mine, tmp_path):
+def test_other_shards_refused(source, footage, mine, tmp_path):
+    """A folder with shards of other settings or other footage, or with other files, is refused."""
     with pytest.raises(ValueError, match=r"made otherwise \(num_frames: 17 -> 9; fps: 16\.0 -> 8\.0\)"):
         shard(source, mine, num_frames=9, fps=8)
     make_footage(tmp_path / "other", num_videos=2, num_images=0, seed=7)
@@ -218,7 +229,8 @@ def test_shards_made_otherwise_are_refused(source, footage, mine, tmp_path):
         shard(source, tmp_path / "else")
 
 
-def test_an_unfinished_folder_is_begun_again(source, shards, mine):
+def test_unfinished_folder(source, shards, mine):
+    """A run on an unfinished folder begins again and ends with the bytes of an unbroken run."""
     (mine / "manifest.json").unlink()
     (mine / "video-000009.tar").write_bytes(b"of a larger run that was killed")
     (mine / ".video-000002.tar.tmp").write_bytes(b"half")
@@ -226,7 +238,9 @@ def test_an_unfinished_folder_is_begun_again(source, shards, mine):
     assert contents(mine) == contents(shards)
 
 
-def test_an_error_leaves_no_half_shard(source, tmp_path, monkeypatch):
+def test_no_partial_shard(source, tmp_path, monkeypatch):
+    """An error leaves no partial shard."""
+
     def fail(*_):
         raise KeyboardInterrupt
 
@@ -247,7 +261,8 @@ def read(monkeypatch):
     return names
 
 
-def test_an_edited_caption_writes_one_tar_and_decodes_nothing(footage, mine, read, tmp_path):
+def test_edited_caption(footage, mine, read, tmp_path):
+    """An edited caption writes one tar and decodes nothing."""
     (footage / "clip-0001.txt").write_text("another caption")
     before = {path: path.stat().st_mtime_ns for path in mine.glob("*.tar")}
     shard(footage, mine, shard_bytes=10_000)
@@ -257,7 +272,8 @@ def test_an_edited_caption_writes_one_tar_and_decodes_nothing(footage, mine, rea
     assert contents(mine) == contents(tmp_path / "fresh"), "history leaves no trace"
 
 
-def test_files_that_come_and_go_cost_what_is_new(footage, mine, read, tmp_path):
+def test_added_and_removed_files(footage, mine, read, tmp_path):
+    """After files are added, removed and renamed, only the new file is decoded."""
     (footage / "clip-0001.mp4").unlink()
     (footage / "clip-0002.mp4").rename(footage / "clip-0009.mp4")
     (footage / "clip-0002.txt").rename(footage / "clip-0009.txt")
@@ -271,8 +287,8 @@ def test_files_that_come_and_go_cost_what_is_new(footage, mine, read, tmp_path):
     assert contents(mine) == contents(tmp_path / "fresh")
 
 
-def test_until_the_end_the_folder_is_what_it_was(footage, mine, monkeypatch):
-    """A kill anywhere: every name that the manifest knows has its bytes; the next run ends it and decodes nothing."""
+def test_interrupted_update(footage, mine, monkeypatch):
+    """A kill during an update leaves every file of the old manifest as it was; the next run completes the update."""
     for path in footage.glob("*.txt"):
         path.write_text(f"other words for {path.stem}")
     before, write, written = contents(mine), TarWriter.write, []
@@ -293,14 +309,17 @@ def test_until_the_end_the_folder_is_what_it_was(footage, mine, monkeypatch):
     assert not before.keys() & {path.name for path in mine.glob("*.tar")}
 
 
-def test_a_tar_that_is_lost_is_made_again(source, shards, mine, read):
+def test_lost_tar(source, shards, mine, read):
+    """A lost tar is written again without decoding."""
     (mine / read_manifest(mine, "video")["shards"][1]["name"]).unlink()
     shard(source, mine, shard_bytes=10_000)
     assert contents(mine) == contents(shards) and read == []
 
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])
-def test_a_file_that_hangs_or_kills_its_decoder_is_a_reject(source, tmp_path, monkeypatch, how):
+def test_decoder_hang_or_crash(source, tmp_path, monkeypatch, how):
+    """A file that hangs or kills its decoder is rejected, and the other files are used."""
+
     def bad(path):
         if path.name == "clip-0001.mp4":
             time.sleep(60) if how == "hangs" else os.kill(os.getpid(), signal.SIGKILL)
@@ -315,7 +334,9 @@ def test_a_file_that_hangs_or_kills_its_decoder_is_a_reject(source, tmp_path, mo
     assert manifest["files_used"] == 6
 
 
-def test_a_long_file_has_its_time_as_long_as_frames_come(source, tmp_path, monkeypatch):
+def test_long_file_timeout(source, tmp_path, monkeypatch):
+    """A long file does not time out as long as frames come."""
+
     def slow(path, found):
         for frame in read_whole(path, found):
             time.sleep(0.1)
@@ -356,7 +377,8 @@ def damage_one_bit(path):
 
 @pytest.mark.parametrize("damage", [damage_by_cut, damage_between_members, damage_one_bit, Path.unlink])
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_damaged_shard_is_an_error_never_a_shorter_epoch(mine, damage, number):
+def test_damaged_shard(mine, damage, number):
+    """A damaged or missing shard raises an error and never gives a shorter epoch."""
     manifest = read_manifest(mine, "video")
     path = mine / manifest["shards"][number]["name"]
     damage(path)
@@ -368,14 +390,16 @@ def test_a_damaged_shard_is_an_error_never_a_shorter_epoch(mine, damage, number)
         check_shards(mine, manifest)
 
 
-def test_by_size_alone_a_cut_is_still_seen(mine):
+def test_size_check(mine):
+    """A check of sizes alone still detects a truncated shard."""
     manifest = read_manifest(mine, "video")
     damage_between_members(mine / manifest["shards"][0]["name"])
     with pytest.raises(ValueError, match="is damaged"):
         check_shards(mine, manifest, hashes=False)
 
 
-def test_a_manifest_is_needed_and_must_be_right(mine, tmp_path):
+def test_manifest_errors(mine, tmp_path):
+    """A manifest that is missing, damaged, or of another kind or schema is an error."""
     with pytest.raises(ValueError, match=r"holds no shards \(no manifest\.json\); run python shard\.py"):
         read_manifest(tmp_path / "absent", "video")
     with pytest.raises(ValueError, match=r"holds video shards, but latent shards are needed.*encode\.py"):
@@ -389,7 +413,8 @@ def test_a_manifest_is_needed_and_must_be_right(mine, tmp_path):
         read_manifest(mine, "video")
 
 
-def test_a_folder_with_shards_of_another_kind_is_refused(source, mine):
+def test_other_kind_refused(source, mine):
+    """shard.py refuses a folder that holds shards of another kind."""
     manifest = read_manifest(mine, "video")
     (mine / "manifest.json").write_text(json.dumps({**manifest, "kind": "latent"}))
     with pytest.raises(ValueError, match="holds latent shards, not video shards"):

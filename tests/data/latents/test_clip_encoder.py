@@ -100,8 +100,11 @@ def requests(shards):
     return seen
 
 
-def test_latents_and_conditioning_inputs_are_the_bits_that_they_were(videos, vae, tmp_path, monkeypatch):
-    """What encode.py did until pixels were made on the device, written out here: CPU pixels, one clip after another."""
+def test_bitwise_reference(videos, vae, tmp_path, monkeypatch):
+    """Latents and conditioning inputs equal those of the CPU reference bit for bit.
+
+    What encode.py did until pixels were made on the device, written out here: CPU pixels, one clip after another.
+    """
     monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)  # a convolution's bits may depend on the batch
     encode(videos, tmp_path / "out", encode_pixels=vae.encode, inputs=ConditioningInputs(SPEC, "channel_concat"))
     found, mix, shape = stored(tmp_path / "out"), MaskMix.read(SPEC), (FRAMES, SIZE, SIZE)
@@ -156,8 +159,11 @@ class Elsewhere(Transfer):
 made: list[Elsewhere] = []
 
 
-def test_the_device_gets_bytes_once_and_computes_all_the_rest(videos, tmp_path, monkeypatch):
-    """Frames and drawn masks go up, each once; pixels, mid-gray, masks over latents and bf16 are made there."""
+def test_device_transfers(videos, tmp_path, monkeypatch):
+    """The device gets bytes once and computes all the rest.
+
+    Frames and drawn masks go up, each once; pixels, mid-gray, masks over latents and bf16 are made there.
+    """
     seen = []
 
     def encode_pixels(pixels):
@@ -178,14 +184,15 @@ def test_the_device_gets_bytes_once_and_computes_all_the_rest(videos, tmp_path, 
         assert all(torch.equal(tensor, there[name][what]) for what, tensor in tensors.items())
 
 
-def test_frames_alone_go_up_where_nothing_is_known(videos, tmp_path, monkeypatch):
+def test_transfers_without_masks(videos, tmp_path, monkeypatch):
+    """Without mask types, only the frames are copied to the device."""
     monkeypatch.setattr(clip_encoder, "Transfer", Elsewhere)
     encode(videos, tmp_path / "out", shard_clips=64)
     assert made[-1].came == [(torch.uint8, (4, FRAMES, SIZE, SIZE, 3))]
 
 
-def test_where_an_encoder_fails_the_units_before_are_kept(videos, tmp_path, monkeypatch):
-    """And the same command makes the rest, with nothing done twice."""
+def test_encoder_failure(videos, tmp_path, monkeypatch):
+    """An encoder that fails leaves the finished units, and the same command encodes only the rest."""
     monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)
     asked = []
 
@@ -206,7 +213,8 @@ def test_where_an_encoder_fails_the_units_before_are_kept(videos, tmp_path, monk
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
-def test_an_encoder_that_fails_does_not_wait_for_a_decoder_that_hangs(videos, tmp_path, monkeypatch):
+def test_encoder_failure_hung_decoder(videos, tmp_path, monkeypatch):
+    """An encoder that fails does not wait for a decoder that hangs."""
     monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)
     keys = [sample.key for sample in read_video_shards(videos, read_manifest(videos, "video"))]
 
@@ -225,8 +233,8 @@ def test_an_encoder_that_fails_does_not_wait_for_a_decoder_that_hangs(videos, tm
     assert not {thread.name for thread in threading.enumerate()} & {"prefetch", "storing", "decoders"}
 
 
-def test_a_disk_that_is_full_ends_the_work_with_the_file_named(videos, tmp_path, monkeypatch):
-    """Writing is another thread's, and its error is the command's."""
+def test_full_disk(videos, tmp_path, monkeypatch):
+    """A full disk ends the command with an error that names the file, though another thread writes."""
     monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)
 
     def full(*_):
@@ -241,7 +249,8 @@ def test_a_disk_that_is_full_ends_the_work_with_the_file_named(videos, tmp_path,
 # ------------------------------------------------------------------------------------------- precision, in identities
 
 
-def test_latents_of_another_precision_are_others_and_those_of_fp32_are_what_they_were(videos, tmp_path):
+def test_vae_precision(videos, tmp_path):
+    """Latents of another VAE precision are encoded anew, and those of fp32 keep their settings and identities."""
     asked = []
 
     def counting(pixels):
@@ -270,8 +279,11 @@ def test_latents_of_another_precision_are_others_and_those_of_fp32_are_what_they
         (ConditioningInputs({"image": 1}, "channel_concat"), ["91df66d02ad3bc1522860373029b2fa3", "9d619b62abfbaefba9eb6e078c6cd86d"]),
     ],
 )  # fmt: skip
-def test_identities_are_those_of_the_folders_that_people_have(inputs, identities):
-    """As commit 2dad2c4 computed them: others would encode every folder anew."""
+def test_clip_identities(inputs, identities):
+    """The identities of clips are those of existing folders, as commit 2dad2c4 computed them.
+
+    Other identities would encode every folder anew.
+    """
     windows = [{"start": 0.0, "num_frames": 17}, {"start": 1.5, "num_frames": 9}]
     about = {"caption": "a cat", "source": "cat.mp4", "sha256": "ab" * 32, "fps": 16.0, "height": 480, "width": 832}
     entry = VideoEntry("0123456789abcdef", "mp4", "video.tar", 512, 100, {**about, "windows": windows})

@@ -63,7 +63,8 @@ def test_painted_masks():
         inputs.check_clip(9, painted=False)
 
 
-def test_mask_types_are_drawn_by_position():
+def test_mask_type_draw():
+    """Mask types are drawn by position, seed and weight."""
     inputs = ConditioningInputs({"image": 3, "boxes": {"variants": 2}}, "channel_concat", seed=5)
     chosen = [inputs.choose(position) for position in range(1000)]
     assert chosen == [inputs.choose(position) for position in range(1000)]
@@ -80,7 +81,8 @@ def test_mask_types_are_drawn_by_position():
     assert made.noised_BT is None
 
 
-def test_clean_frames_need_nothing_stored():
+def test_clean_frames():
+    """The conditioning type clean_frames needs no stored tensors besides the latents."""
     inputs = ConditioningInputs({"image": 1, "continuation": {"frames": [5, 5]}, "nothing": 1}, "clean_frames")
     assert inputs.stored == [] and inputs.identity() == {}
     assert rows_of(inputs, NAMES, clips()) == [{}, {}]
@@ -100,7 +102,8 @@ def test_text_alone():
     assert inputs.model_inputs([inputs.read(None, {}, num_frames=9, position=0)]) == ModelInputs()
 
 
-def test_mask_types_that_a_model_cannot_take():
+def test_unsupported_mask_types():
+    """A mask type that a model cannot take raises an error."""
     with pytest.raises(ValueError, match=r"data.mask_types.first_last: this model takes clean first frames .*it can"):
         ConditioningInputs({"image": 1, "first_last": 1}, "clean_frames", key="data.mask_types")
     with pytest.raises(ValueError, match="takes no conditioning besides its text"):

@@ -128,8 +128,11 @@ def test_batch_conditioning_by_formula(latents):
     assert {variant for name, variant in drawn if name == "boxes"} == {0, 1}
 
 
-def test_inputs_do_not_depend_on_batch_or_workers(videos, latents, tmp_path):
-    """The tars are equal byte for byte for any number of decoders and any batching; a batch, row by row."""
+def test_batch_and_worker_independence(videos, latents, tmp_path):
+    """Conditioning inputs do not depend on the batch or the number of workers.
+
+    The tars are equal byte for byte for any number of decoders and any batching; a batch, row by row.
+    """
     encode(videos, tmp_path / "again", workers=2)
     files = sorted(path.name for path in latents.glob("*.tar"))
     assert files == sorted(path.name for path in (tmp_path / "again").glob("*.tar"))
@@ -184,7 +187,8 @@ def test_text_model_has_no_conditioning(videos, tmp_path):
     assert batch.conditioning == {} and batch.noised_BT is None
 
 
-def test_masks_travel_with_their_footage_and_clips_without_one_are_left_out(videos, tmp_path):
+def test_painted_masks(videos, tmp_path):
+    """Masks stay with their footage from shards to batches, and clips without a mask are left out."""
     manifest = read_manifest(videos, "video")
     assert manifest["files_rejected"] == 2, "the masks themselves"
     encode(videos, tmp_path / "painted", {"mask": 1.0}, "channel_concat")
@@ -212,7 +216,8 @@ def test_masks_travel_with_their_footage_and_clips_without_one_are_left_out(vide
     assert stills == 3
 
 
-def test_a_mask_that_is_not_of_its_clip_rejects_the_file_with_the_numbers(footage, tmp_path):
+def test_mask_mismatch(footage, tmp_path):
+    """A mask with another size or number of frames rejects its file, and the reason has the numbers."""
     source = Path(shutil.copytree(footage, tmp_path / "footage"))
     write_mp4(source / "masks" / "0.mp4", np.zeros((20, SIZE, SIZE, 3), np.uint8), 16)
     write_mp4(source / "masks" / "1.mp4", np.zeros((2 * FRAMES, 32, SIZE, 3), np.uint8), 16)
@@ -223,8 +228,11 @@ def test_a_mask_that_is_not_of_its_clip_rejects_the_file_with_the_numbers(footag
     assert "its mask masks/1.mp4 is 32x64 (height x width), its video 64x64" in reasons["1.mp4"]
 
 
-def test_a_mask_that_is_damaged_or_hangs_its_decoder_rejects_its_file_and_no_other(footage, tmp_path, monkeypatch):
-    """Masks are read to their end in processes that can be killed, as footage is."""
+def test_bad_masks(footage, tmp_path, monkeypatch):
+    """A mask that is damaged or hangs its decoder rejects its file and no other.
+
+    Masks are read to their end in processes that can be killed, as footage is.
+    """
     source = shutil.copytree(footage, tmp_path / "footage")
     whole = (source / "masks" / "1.mp4").read_bytes()
     (source / "masks" / "1.mp4").write_bytes(whole[: len(whole) // 2])
@@ -244,7 +252,7 @@ def test_a_mask_that_is_damaged_or_hangs_its_decoder_rejects_its_file_and_no_oth
     assert "its mask masks/1.mp4 cannot be decoded" in reasons["1.mp4"]
 
 
-def test_another_mask_is_another_latent_and_nothing_else_is(footage, videos, tmp_path):
+def test_changed_mask(footage, videos, tmp_path):
     """Only clips whose mask changed are encoded again, and those of a set without masks are not."""
     source = Path(shutil.copytree(footage, tmp_path / "footage"))
     encode(videos, tmp_path / "painted", {"mask": 1.0})
@@ -264,7 +272,8 @@ def test_another_mask_is_another_latent_and_nothing_else_is(footage, videos, tmp
     encode(tmp_path / "videos", tmp_path / "plain", {"image": 1.0}, encode_pixels=never, encode_texts=never)
 
 
-def test_images_are_left_out_where_a_model_needs_videos(videos, footage, tmp_path):
+def test_images_left_out(videos, footage, tmp_path):
+    """Images are left out where a model needs videos."""
     from PIL import Image
 
     source = Path(shutil.copytree(footage, tmp_path / "footage"))
@@ -287,7 +296,8 @@ def test_mixed_sets_join_conditioning(latents):
         )
 
 
-def test_every_mask_type_is_stored_and_read(videos, tmp_path):
+def test_all_mask_types(videos, tmp_path):
+    """Every mask type is stored and read."""
     spec = {**dict.fromkeys(DRAWN, 1.0)}
     encode(videos, tmp_path / "all", spec)
     data = data_of(tmp_path / "all", spec)

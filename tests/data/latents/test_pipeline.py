@@ -61,7 +61,8 @@ class Stages:
         return [number for name, number in self.did if name == stage]
 
 
-def test_every_batch_goes_through_every_stage_in_order():
+def test_stage_order():
+    """Every batch goes through every stage in order."""
     stages = Stages()
     with stages.pipeline() as pipeline:
         pipeline.run()
@@ -70,9 +71,12 @@ def test_every_batch_goes_through_every_stage_in_order():
     assert not threads()
 
 
-def test_reading_working_and_storing_happen_at_the_same_time():
-    """Batch n is worked on only when n + 1 is on its way to the device, ends only when n + 2 has been read, and is
-    stored only when n + 1 is being worked on: a slow reader, worker or writer holds up nobody else's batch."""
+def test_stage_overlap():
+    """The stages read, work and store run at the same time.
+
+    Batch n is worked on only when n + 1 has been uploaded, ends only when n + 2 has been read, and is stored only when
+    n + 1 is being worked on: a slow reader, worker or writer holds up no other batch.
+    """
     stages = Stages()
     for number in range(COUNT - 2):
         stages.waits["work", number] = ("read", number + 2)
@@ -84,8 +88,8 @@ def test_reading_working_and_storing_happen_at_the_same_time():
     assert stages.of("stored") == list(range(COUNT))
 
 
-def test_reading_begins_before_it_is_asked_to_run():
-    """While encode.py encodes captions, clips are being decoded."""
+def test_early_read():
+    """The pipeline reads before run() is called: clips are decoded while encode.py encodes captions."""
     stages = Stages()
     with stages.pipeline() as pipeline:
         with stages.changed:
@@ -95,7 +99,8 @@ def test_reading_begins_before_it_is_asked_to_run():
     assert stages.of("stored") == list(range(COUNT))
 
 
-def test_a_slow_writer_holds_up_the_rest_so_that_six_batches_exist_at_most():
+def test_slow_store():
+    """A slow store stage holds up the others, so that at most six batches exist."""
     stages, release = Stages(40), threading.Event()
 
     def store(results):
@@ -119,7 +124,9 @@ def test_a_slow_writer_holds_up_the_rest_so_that_six_batches_exist_at_most():
 
 
 @pytest.mark.parametrize("failing", ["read", "upload", "work", "store"])
-def test_an_error_of_any_stage_is_raised_in_the_callers_thread_and_leaves_no_thread(failing):
+def test_stage_errors(failing):
+    """An error of any stage is raised in the caller's thread and leaves no thread."""
+
     class Failing(Stages):
         def note(self, stage, number):
             if (stage, number) == (failing, 3):
@@ -135,8 +142,8 @@ def test_an_error_of_any_stage_is_raised_in_the_callers_thread_and_leaves_no_thr
         assert stages.of("stored") == [0, 1, 2], "what was made before is stored"
 
 
-def test_who_stores_is_told_that_a_pipeline_has_ended_early():
-    """Else the last file would be finished, though it is not whole."""
+def test_abandoned_store():
+    """The store stage gets Abandoned when the pipeline ends early, so that it finishes no partial file."""
     seen, stages = [], Stages()
 
     def store(results):
@@ -159,8 +166,11 @@ def test_who_stores_is_told_that_a_pipeline_has_ended_early():
     assert [each for each in seen if isinstance(each, str)] == ["abandoned", "whole"]
 
 
-def test_a_source_that_waits_is_closed_and_not_waited_for():
-    """A decoder may take minutes for its next clip; an error of the encoder does not wait for it."""
+def test_blocked_source():
+    """A source that blocks is closed, and an error of the encoder does not wait for it.
+
+    A decoder may take minutes for its next clip.
+    """
     closed, seen, stages = threading.Event(), [], Stages()
 
     def source():
@@ -179,7 +189,8 @@ def test_a_source_that_waits_is_closed_and_not_waited_for():
     assert seen == [True] and not threads()
 
 
-def test_results_that_nobody_stores_are_an_error():
+def test_unstored_results():
+    """A store stage that does not take all results is an error."""
     stages = Stages()
     with (
         pytest.raises(AssertionError, match="store takes all results"),

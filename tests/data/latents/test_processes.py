@@ -117,8 +117,11 @@ def killed(kills, command, out, unbroken, environment, seed=0):
     return left
 
 
-def test_a_launch_shares_the_work_and_one_process_ends_what_two_left(tiny, environment, launch_command, call, tmp_path):
-    """A launch without a process group: each rank says what it has made; a killed one leaves no trace."""
+def test_launch_and_kill(tiny, environment, launch_command, call, tmp_path):
+    """A launch shares the work between its ranks, and one process completes what two killed ones left.
+
+    The launch has no process group: each rank prints what it has made; a killed rank leaves no trace.
+    """
     unbroken, out = tmp_path / "unbroken", tmp_path / "out"
     command = choices(tiny.videos, tiny.base, 1024)
     start = launch_command("ddp", *command, f"out={unbroken}", script=ENCODE)
@@ -134,8 +137,8 @@ def test_a_launch_shares_the_work_and_one_process_ends_what_two_left(tiny, envir
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_processes_killed_at_twenty_random_moments(tiny, long_set, call, environment, tmp_path):
-    """Five lives, each killed four times and then left in peace."""
+def test_random_kills(tiny, long_set, call, environment, tmp_path):
+    """Two processes, killed at twenty random moments in five runs, end with the bytes of an unbroken run."""
     unbroken, command, tars = tmp_path / "unbroken", choices(long_set, tiny.base, 4096), list[int]()
     call("encode.py", *command, f"out={unbroken}")
     for life in range(5):
@@ -167,7 +170,8 @@ def two(monkeypatch, tmp_path):
     return attend
 
 
-def test_rank_0_waits_until_the_others_are_done(two):
+def test_rank_0_wait(two):
+    """Rank 0 waits until the others are done."""
     two(1, "encoding")
     first = two(0, "begun")
     waiting = threading.Thread(target=first.wait)
@@ -188,14 +192,18 @@ def test_rank_0_waits_until_the_others_are_done(two):
         ("failed: no space", "plan", "rank 1 of 2 failed: no space"),
     ],
 )
-def test_a_rank_that_is_silent_or_has_failed_is_named(two, state, plan, message):
+def test_lost_rank(two, state, plan, message):
+    """The error names a rank that is silent or has failed."""
     two(1, state, plan)
     with pytest.raises(ValueError, match=re.escape(message)):
         two(0, "begun").wait()
 
 
-def test_clocks_that_differ_change_nothing(two, monkeypatch):
-    """A rank whose clock is a day behind, and goes back meanwhile, is heard all the same."""
+def test_clock_skew(two, monkeypatch):
+    """Clocks that differ between ranks change nothing.
+
+    A rank whose clock is a day behind, and goes back meanwhile, is heard all the same.
+    """
     monkeypatch.setattr(time, "time", lambda: 1e9)
     two(1, "encoding")
     first = two(0, "begun")

@@ -98,7 +98,8 @@ def moving(cuda):
     return found
 
 
-def test_what_is_computed_from_what_arrives_comes_back_right(cuda, moving):
+def test_round_trip(cuda, moving):
+    """Results computed from uploaded tensors come back right, and neither copy makes the host wait."""
     arrive = moving.upload([Host(cuda, 3), Host(cuda, 4)])
     assert cuda.computes.work == [], "the stream that computes copies nothing"
     one, other = arrive()
@@ -108,7 +109,8 @@ def test_what_is_computed_from_what_arrives_comes_back_right(cuda, moving):
     assert [copy.read() for copy in back()] == [12]
 
 
-def test_memory_is_kept_for_every_stream_that_uses_it(cuda, moving):
+def test_stream_memory(cuda, moving):
+    """Memory is kept for every stream that uses it."""
     (copy,) = moving.upload([Host(cuda, 1)])()
     assert copy.streams == {moving._up, cuda.computes}
     result = Remote(cuda, copy.read)
@@ -127,7 +129,8 @@ def test_batches_overlap(cuda, moving):
     assert two.read() == 2
 
 
-def test_on_a_cpu_tensors_stay_where_they_are():
+def test_cpu_without_copies():
+    """On a CPU, upload and download leave tensors where they are."""
     moving, parts = Transfer(torch.device("cpu")), [torch.arange(6).byte().view(2, 3) + n for n in range(3)]
     stacked = moving.stack(parts)
     assert torch.equal(stacked, torch.stack(parts)) and stacked.dtype == torch.uint8

@@ -88,7 +88,8 @@ def all_of_one_bucket(data):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.9])
-def test_a_file_is_held_out_whole_or_not_at_all(share):
+def test_holdout_whole_files(share):
+    """A file is held out whole or not at all."""
     sources = np.random.default_rng(0).integers(0, 2**64, 200, dtype=np.uint64)[np.arange(1000) % 200]
     train, held = split_groups(sources, share, seed=0)
     assert sorted([*train, *held]) == list(range(1000))
@@ -96,7 +97,8 @@ def test_a_file_is_held_out_whole_or_not_at_all(share):
     assert len(set(sources[held].tolist())) == round(share * 200)
 
 
-def test_the_split_is_fixed_by_the_seed_and_changes_little_with_more_files():
+def test_holdout_stability():
+    """The split is fixed by the seed and changes little with more files."""
     sources = np.random.default_rng(1).integers(0, 2**64, 1000, dtype=np.uint64)
     held = set(sources[split_groups(sources, 0.1, seed=0)[1]].tolist())
     again = np.random.default_rng(2).permutation(sources)
@@ -109,7 +111,8 @@ def test_the_split_is_fixed_by_the_seed_and_changes_little_with_more_files():
     assert np.abs(np.diff(order)).mean() > 100
 
 
-def test_a_bad_share_is_refused():
+def test_invalid_holdout():
+    """A holdout share outside [0, 1), or one that holds out all files, is refused."""
     sources = np.arange(4, dtype=np.uint64)
     for share in (-0.1, 1.0):
         with pytest.raises(ValueError, match=r"data\.holdout"):
@@ -145,7 +148,8 @@ def test_stored_tensors_come_back(videos, latents):
     assert len({name[:16] for name in seen}) == 14
 
 
-def test_a_sample_is_the_same_in_any_batch(latents):
+def test_batch_independence(latents):
+    """A sample is the same in any batch."""
     data = LatentData(shards=latents, holdout=0)
     samples = max(all_of_one_bucket(data), key=len)
     together = data.load(samples, samples)
@@ -157,7 +161,8 @@ def test_a_sample_is_the_same_in_any_batch(latents):
         assert alone.ids[0] == together.ids[row]
 
 
-def test_captions_are_dropped_by_position_at_the_given_rate(latents):
+def test_caption_dropout(latents):
+    """Captions are dropped by position, at the given rate."""
     data = LatentData(shards=latents, holdout=0, caption_dropout=0.25, seed=3)
     batch = data.load([0] * 2000, range(2000))
     dropped = [said(text) == "" for text in batch.text_BLD]
@@ -174,7 +179,8 @@ def test_captions_are_dropped_by_position_at_the_given_rate(latents):
         LatentData(shards=latents, caption_dropout=1.5)
 
 
-def test_held_out_clips_are_never_trained_on_and_keep_their_captions(latents):
+def test_heldout_clips(latents):
+    """Held-out clips are never trained on and keep their captions."""
     data = LatentData(shards=latents, holdout=0.3, caption_dropout=1.0)
     assert len(data.train) + len(data.heldout) == data.manifest["clips"]
     batches = data.heldout_batches(100)
@@ -191,7 +197,8 @@ def test_held_out_clips_are_never_trained_on_and_keep_their_captions(latents):
     assert set(captions) >= {said(text) for batch in batches for text in batch.text_BLD}
 
 
-def test_a_plan_over_the_loader_loads_every_sample_once_an_epoch(latents):
+def test_sampler_epoch(latents):
+    """A sampler over the loader loads every sample once per epoch."""
     data = LatentData(shards=latents, holdout=0.2, caption_dropout=0)
     plan = BatchSampler(data.buckets, batch_size=1, seed=0)
     names = [data.load(plan.batch(step), [step]).ids[0] for step in range(len(data.train))]
@@ -220,7 +227,8 @@ def overwrite(folder, sample, content, at):
 
 @pytest.mark.parametrize("kind", ["shards", "text_shards", "files"])
 @pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
-def test_damage_is_seen_when_the_folder_is_opened(mine, kind, damage):
+def test_damaged_folder(mine, kind, damage):
+    """Damage is detected when the folder is opened."""
     name = read_manifest(mine, "latent")[kind][-1]["name"]
     content = bytearray((mine / name).read_bytes())
     if damage == "cut":
@@ -234,7 +242,8 @@ def test_damage_is_seen_when_the_folder_is_opened(mine, kind, damage):
 
 
 @pytest.mark.parametrize("infinity", [b"\xc0\x7f", b"\x80\x7f"])
-def test_nan_and_infinity_are_refused_with_the_clip_named(mine, infinity):
+def test_nan_and_infinity(mine, infinity):
+    """Latents with NaN or infinity are refused with an error that names the clip."""
     shard, name = overwrite(mine, 3, infinity, at=2)
     respoil(mine)
     data = LatentData(shards=mine, holdout=0)
@@ -243,7 +252,8 @@ def test_nan_and_infinity_are_refused_with_the_clip_named(mine, infinity):
     data.load([2], [0])
 
 
-def test_a_broken_member_is_refused_with_the_clip_named(mine):
+def test_broken_member(mine):
+    """A broken member of a tar is refused with an error that names the clip."""
     size = int(LatentData(shards=mine).index.size[3])
     shard, name = overwrite(mine, 3, b"\xff" * 8, at=size)  # a header of 2^64 bytes
     respoil(mine)
@@ -251,14 +261,16 @@ def test_a_broken_member_is_refused_with_the_clip_named(mine):
         LatentData(shards=mine, holdout=0).load([3], [0])
 
 
-def test_latents_of_another_shape_are_refused(mine):
+def test_latent_shape(mine):
+    """Latents with another shape than their bucket are refused."""
     manifest = read_manifest(mine, "latent")
     (mine / "manifest.json").write_text(json.dumps({**manifest, "buckets": manifest["buckets"][::-1]}))
     with pytest.raises(ValueError, match=r"latents \(3, .* \(expected \(3, "):
         LatentData(shards=mine, holdout=0).load([0], [0])
 
 
-def test_the_wrong_folder_is_refused_with_the_way_out(videos, tmp_path):
+def test_wrong_folder(videos, tmp_path):
+    """A folder without latent shards is refused with an error that names encode.py."""
     with pytest.raises(ValueError, match=r"latent shards are needed.*encode\.py"):
         LatentData(shards=videos)
     with pytest.raises(ValueError, match=r"holds no shards.*encode\.py"):
@@ -273,7 +285,8 @@ def pixels(videos):
     return PixelData(shards=videos, num_frames=9, area=4096, multiple=16, holdout=0.2, seed=1)
 
 
-def test_pixels_are_clips_of_the_buckets(pixels, latents):
+def test_pixel_buckets(pixels, latents):
+    """Pixel batches are clips in the sizes of the buckets."""
     assert len(pixels.train) + len(pixels.heldout) == pixels.manifest["clips"]
     assert set(pixels.bucket_names) <= {f"{frames}x{h}x{w}" for h, w in SIZES.sizes(1)[0] for frames in (1, 9)}
     for samples in all_of_one_bucket(pixels):
@@ -283,7 +296,8 @@ def test_pixels_are_clips_of_the_buckets(pixels, latents):
         assert batch.pixels_BCFHW.abs().max() <= 1 and batch.positions == tuple(samples)
 
 
-def test_a_place_in_the_clip_is_drawn_by_position(pixels):
+def test_pixel_clip_start(pixels):
+    """The start of a sample within its clip is drawn by position."""
     sample = pixels.bucket_names.index("9x64x64")
     one, again = (pixels.load([sample], [5]).pixels_BCFHW for _ in range(2))
     torch.testing.assert_close(one, again, rtol=0, atol=0)
@@ -295,7 +309,8 @@ def test_a_place_in_the_clip_is_drawn_by_position(pixels):
     assert starts == set(range(9))
 
 
-def test_pixels_hold_out_the_files_that_latents_do(pixels, latents):
+def test_pixel_holdout(pixels, latents):
+    """PixelData holds out the files that LatentData holds out."""
     held = {name for batch in pixels.heldout_batches(100) for name in batch.ids}
     data = LatentData(shards=latents, holdout=0.2, seed=1)
     assert held == {name for batch in data.heldout_batches(100) for name in batch.ids}
@@ -305,6 +320,7 @@ def test_pixels_hold_out_the_files_that_latents_do(pixels, latents):
         assert batch.positions == ()
 
 
-def test_more_pixels_than_memory_are_refused(videos):
+def test_pixel_memory_limit(videos):
+    """Pixels that exceed data.max_gb are refused."""
     with pytest.raises(ValueError, match=r"data\.max_gb=0\.001"):
         PixelData(shards=videos, num_frames=9, area=4096, multiple=16, max_gb=0.001)

@@ -30,7 +30,8 @@ def mixed(tiny, other, **settings):
     return MixedData(sets=sets, **{"holdout": 0.0, "caption_dropout": 0.0, **settings})
 
 
-def test_a_mix_has_the_samples_of_its_sets(tiny, other, capsys):
+def test_mixture_samples(tiny, other, capsys):
+    """A mixture has the samples of its sets."""
     parts = {"ours": LatentData(shards=tiny.latents, holdout=0, caption_dropout=0.5, seed=3)}
     parts["theirs"] = LatentData(shards=other, holdout=0, caption_dropout=0.5, seed=3)
     data = mixed(tiny, other, caption_dropout=0.5, seed=3)
@@ -52,7 +53,8 @@ def test_a_mix_has_the_samples_of_its_sets(tiny, other, capsys):
         first += len(part.train)
 
 
-def test_a_batch_of_several_sets_is_in_the_plans_order(tiny, other):
+def test_mixed_batch_order(tiny, other):
+    """A batch from several sets is in the order of the sampler."""
     data = mixed(tiny, other)
     plan = BatchSampler.of(data, batch_size=8, seed=0)
     owners = []
@@ -87,8 +89,11 @@ def test_each_set_is_validated(tiny, other):
     assert set(data.captions()) == {caption for part in data.parts.values() for caption in part.captions()}
 
 
-def test_no_held_out_clip_is_trained_on_in_another_set(tiny, other, capsys):
-    """The shared file is held out with the half of one set, and trained on in the other, which holds none out."""
+def test_holdout_across_sets(tiny, other, capsys):
+    """No held-out clip is trained on in another set.
+
+    The shared file is held out with the half of one set, and trained on in the other, which holds none out.
+    """
     source = set(LatentData(shards=tiny.latents, holdout=0).index.source.tolist())
     source &= set(LatentData(shards=other, holdout=0).index.source.tolist())
     assert len(source) == 1
@@ -113,12 +118,14 @@ def spoiled(folder, tmp_path, **facts):
 
 
 @pytest.mark.parametrize("facts", [{"vae_fingerprint": "x"}, {"text_encoder_fingerprint": "x"}, {"text_dim": 7}])
-def test_sets_of_other_encoders_are_refused(tiny, other, tmp_path, facts):
+def test_other_encoders_refused(tiny, other, tmp_path, facts):
+    """Sets of different encoders are refused."""
     with pytest.raises(ValueError, match=rf"ours and theirs were not encoded alike \({next(iter(facts))} .*encode\.py"):
         mixed(tiny, spoiled(other, tmp_path, **facts))
 
 
-def test_the_fingerprint_is_that_of_the_sets(tiny, other, tmp_path):
+def test_mixture_fingerprint(tiny, other, tmp_path):
+    """The fingerprint depends on the names and contents of the sets, not on their order."""
     ours = {"shards": tiny.latents}
     data = mixed(tiny, other)
     again = MixedData(sets={"theirs": {"shards": other}, "ours": ours})
@@ -144,7 +151,8 @@ def test_bad_sets_are_refused(tiny):
             MixedData(sets=sets)
 
 
-def test_a_run_on_a_mix_validates_each_set_and_resumes_bit_for_bit(tiny, other, call, tmp_path):
+def test_mixture_resume(tiny, other, call, tmp_path):
+    """A run on a mixture validates each set and resumes bit for bit."""
     base = [setting for setting in tiny.train if not setting.startswith(("data.shards=", "validation.every="))]
     moved = Path(shutil.copytree(other, tmp_path / "moved"))
 

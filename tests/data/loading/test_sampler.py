@@ -40,7 +40,8 @@ def first_steps(plan, epochs):
 
 
 @pytest.mark.parametrize(("sizes", "batch_size"), CASES)
-def test_a_batch_is_of_one_bucket_and_full(sizes, batch_size):
+def test_full_batches(sizes, batch_size):
+    """A batch is full and of one bucket."""
     buckets = buckets_of(sizes)
     plan = BatchSampler(buckets, batch_size=batch_size, seed=0)
     for step in range(60):
@@ -50,7 +51,7 @@ def test_a_batch_is_of_one_bucket_and_full(sizes, batch_size):
 
 
 @pytest.mark.parametrize(("sizes", "batch_size"), CASES)
-def test_every_sample_of_a_bucket_comes_once_before_any_comes_again(sizes, batch_size):
+def test_bucket_permutations(sizes, batch_size):
     """For each bucket, the n-th pass over its samples is a permutation of them, whatever the batch size."""
     buckets = buckets_of(sizes)
     plan = BatchSampler(buckets, batch_size=batch_size, seed=0)
@@ -63,7 +64,7 @@ def test_every_sample_of_a_bucket_comes_once_before_any_comes_again(sizes, batch
 
 
 @pytest.mark.parametrize(("sizes", "batch_size"), CASES)
-def test_counts_stay_within_the_leftover_at_every_end_of_an_epoch(sizes, batch_size):
+def test_epoch_counts(sizes, batch_size):
     """After e epochs every sample was used e times, but for fewer than a batch per bucket that is carried over."""
     buckets = buckets_of(sizes)
     plan = BatchSampler(buckets, batch_size=batch_size, seed=1)
@@ -76,7 +77,8 @@ def test_counts_stay_within_the_leftover_at_every_end_of_an_epoch(sizes, batch_s
             assert all(count >= 0 for count in missing)
 
 
-def test_epochs_divide_evenly_where_batches_do():
+def test_even_epochs():
+    """An epoch uses every sample exactly once where the batch size divides every bucket."""
     plan = BatchSampler(buckets_of([40, 24]), batch_size=8, seed=0)
     for epoch in range(4):
         samples = np.concatenate([plan.batch(step) for step in range(epoch * 8, epoch * 8 + 8)])
@@ -84,7 +86,9 @@ def test_epochs_divide_evenly_where_batches_do():
         assert {plan.epoch(step) for step in range(epoch * 8, epoch * 8 + 8)} == {epoch}
 
 
-def test_the_order_depends_on_seed_and_epoch():
+def test_order_by_seed_and_epoch():
+    """The order depends on the seed and the epoch."""
+
     def order(seed, epoch):
         plan = BatchSampler(buckets_of([64]), batch_size=8, seed=seed)
         return [plan.batch(step).tolist() for step in range(epoch * 8, epoch * 8 + 8)]
@@ -95,7 +99,8 @@ def test_the_order_depends_on_seed_and_epoch():
     assert order(-1, 0) != order(1, 0)
 
 
-def test_buckets_are_mixed_within_an_epoch():
+def test_bucket_mix():
+    """Batches of different buckets are mixed within an epoch."""
     buckets = buckets_of([80, 80])
     plan = BatchSampler(buckets, batch_size=4, seed=0)
     order = [int(buckets[plan.batch(step)[0]]) for step in range(40)]
@@ -104,7 +109,8 @@ def test_buckets_are_mixed_within_an_epoch():
 
 
 @pytest.mark.parametrize(("sizes", "batch_size"), CASES)
-def test_random_access_equals_the_sequence(sizes, batch_size):
+def test_random_access(sizes, batch_size):
+    """Random access to a step gives the batch of the sequence."""
     buckets = buckets_of(sizes)
     plan = BatchSampler(buckets, batch_size=batch_size, seed=5)
     sequence = [plan.batch(step).tolist() for step in range(50)]
@@ -113,7 +119,8 @@ def test_random_access_equals_the_sequence(sizes, batch_size):
         assert BatchSampler(buckets, batch_size=batch_size, seed=5).batch(int(step)).tolist() == sequence[step]
 
 
-def test_a_far_step_is_quick():
+def test_far_step_time():
+    """The batch of a far step is computed quickly."""
     plan = BatchSampler(buckets_of([600_000, 300_000, 100_000]), batch_size=16, seed=0)
     start = time.perf_counter()
     batches = [plan.batch(step) for step in (10**6, 10**9, 10**12 + 7)]
@@ -125,8 +132,8 @@ def test_a_far_step_is_quick():
     assert time.perf_counter() - start < 1
 
 
-def test_the_order_is_fixed_for_good():
-    """A run resumed under another version of NumPy, or on another machine, goes on in this same order."""
+def test_golden_order():
+    """The order never changes: a run resumed with another version of NumPy or on another machine keeps it."""
     plan = BatchSampler(np.array([0, 1, 0, 1, 0, 0, 0, 1, 0, 0]), batch_size=2, seed=7)
     assert [plan.batch(step).tolist() for step in range(6)] == GOLDEN
 
@@ -139,7 +146,9 @@ def order_of(plan, steps):
 
 
 @pytest.mark.parametrize("size", [TABLE + 1, 2**13, 3 * TABLE + 7])
-def test_large_buckets_are_shuffled_by_arithmetic_as_well_as_by_a_table(size):
+def test_large_bucket_shuffle(size):
+    """The arithmetic shuffle of large buckets is as random as a table."""
+
     def stream(seed):
         return order_of(
             BatchSampler(np.zeros(size, dtype=np.int32), batch_size=50, seed=seed), range(2 * size // 50 + 1)
@@ -159,7 +168,8 @@ def test_large_buckets_are_shuffled_by_arithmetic_as_well_as_by_a_table(size):
     assert (cycles[0] == stream(5)[:size]).sum() < 8
 
 
-def test_epochs_of_many_batches_are_still_epochs():
+def test_epochs_in_parts():
+    """An epoch of many batches, planned in several parts, uses every sample once."""
     sizes = [2 * TABLE + 5, 700, 11]
     buckets = buckets_of(sizes)
     plan = BatchSampler(buckets, batch_size=1, seed=0)
@@ -173,7 +183,8 @@ def test_epochs_of_many_batches_are_still_epochs():
         assert (abs(first - np.array(sizes) / 2) < 60).all()
 
 
-def test_a_million_samples_take_little_memory():
+def test_sampler_memory():
+    """A sampler of a million samples takes less than 13 bytes per sample."""
     rng = np.random.default_rng(0)
     buckets, sets = rng.integers(0, 5, 10**6).astype(np.int32), rng.integers(0, 2, 10**6).astype(np.int8)
     weights = rng.random(10**6).astype(np.float32)
@@ -189,7 +200,8 @@ def test_a_million_samples_take_little_memory():
 # ------------------------------------------------------------------------------------------------- weights
 
 
-def test_weights_of_one_change_nothing_and_whole_weights_are_repeats():
+def test_whole_weights():
+    """Weights of one change nothing, and whole weights are repeats per epoch."""
     buckets = buckets_of([33, 5, 2])
     plain = BatchSampler(buckets, batch_size=4, seed=0)
     ones = BatchSampler(buckets, batch_size=4, seed=0, weights=np.ones(40))
@@ -202,8 +214,8 @@ def test_weights_of_one_change_nothing_and_whole_weights_are_repeats():
         assert np.bincount(used, minlength=40).tolist() == weights.tolist()
 
 
-def test_samples_come_as_often_as_they_weigh():
-    """Over many epochs each within 1 % of its weight, and never far from it on the way."""
+def test_weighted_counts():
+    """Samples come as often as they weigh: over many epochs within 1 %, and never far from it before."""
     weights = np.array([0.1, 0.25, 0.5, 1, 1, 2.5, 3.141, 0.333, 7, 0.007] * 6)
     buckets = np.repeat([0, 1, 2], 20)
     plan = BatchSampler(buckets, batch_size=5, seed=1, weights=weights)
@@ -240,7 +252,8 @@ def mix(batch_size, *, seed=0, shares=(0.7, 0.2, 0.1)):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 48])
-def test_sets_have_their_shares_and_pass_through_their_samples(batch_size):
+def test_set_shares(batch_size):
+    """Sets have their shares, and every pass over a bucket of a set is a permutation of its samples."""
     plan, sets, buckets = mix(batch_size)
     used = order_of(plan, range(20_000 // batch_size))
     shares = np.bincount(sets[used]) / len(used)
@@ -260,7 +273,8 @@ def test_sets_have_their_shares_and_pass_through_their_samples(batch_size):
         assert sum(both) > 15
 
 
-def test_shares_hold_at_every_stretch_of_the_run():
+def test_shares_over_a_run():
+    """The shares hold in every part of a run."""
     plan, sets, _ = mix(4)
     used = order_of(plan, range(5000))
     for start in range(0, 18_000, 2000):
@@ -270,7 +284,8 @@ def test_shares_hold_at_every_stretch_of_the_run():
     ]
 
 
-def test_a_mix_is_resumed_at_any_sample_and_weights_hold_in_it():
+def test_mixture_access_and_weights():
+    """A mixture is resumed at any step, and sample weights hold within its sets."""
     plan, sets, buckets = mix(4)
     sequence = [plan.batch(step).tolist() for step in range(300)]
     for step in np.random.default_rng(0).permutation(300)[:60]:
@@ -299,8 +314,11 @@ def test_bad_shares_are_refused():
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
-def test_the_order_is_the_same_for_any_number_of_workers(workers):
-    """A worker needs nothing but the step's number: each asks a plan of its own, for its own steps."""
+def test_worker_independence(workers):
+    """The order is the same for any number of workers.
+
+    A worker needs only the step's number: each has its own sampler, for its own steps.
+    """
     steps = 80
     if workers == 0:
         found = [mix(8)[0].batch(step).tolist() for step in range(steps)]
@@ -316,7 +334,8 @@ def test_the_order_is_the_same_for_any_number_of_workers(workers):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_processes_share_every_step_and_have_equal_work(world):
+def test_process_shares(world):
+    """Processes share every step and have equal work."""
     plan, _, buckets = mix(8)
     for step in range(100):
         parts = [
@@ -341,7 +360,8 @@ def test_steps_for_epochs(epochs):
 
 
 @pytest.mark.parametrize(("accumulate", "world"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 3)])
-def test_shares_of_all_processes_are_the_batch(accumulate, world):
+def test_shares_of_batch(accumulate, world):
+    """The shares of all processes, joined in order, are the batch."""
     batch, places = np.arange(100, 124), range(24)
     shares = [share(batch, micro, accumulate, rank, world) for micro in range(accumulate) for rank in range(world)]
     assert np.concatenate(shares).tolist() == batch.tolist()
