@@ -65,15 +65,20 @@ def test_training(train, tmp_path, how):
     assert (tmp_path / "runs" / "r" / "checkpoints" / "step_000004" / "state.json").is_file()
 
 
-def test_it_is_the_run_of_the_cpu(train, call, tiny, pair, tmp_path):
-    """The device computes with the CPU's own kernels, attention's apart: losses agree to rounding."""
+def test_training_matches_cpu(train, call, tiny, pair, tmp_path):
+    """Losses on the device agree with the CPU's to rounding.
+
+    The device computes with the CPU's own kernels, attention's apart.
+    """
     train("adapter=lora", "optimizer.lr=1e-2")
     here = losses(tmp_path / "runs" / "r")
     call("train.py", *tiny.train, f"weights={pair}", *AROUND, "run=cpu", "adapter=lora", "optimizer.lr=1e-2")
     assert losses(tmp_path / "runs" / "cpu") == pytest.approx(here, rel=1e-5)
 
 
-def test_a_run_goes_on_and_is_repeated(train, device, tmp_path):
+def test_resume_and_replay(train, device, tmp_path):
+    """A run resumes on the device, and its replay gives the same weights bit for bit."""
+
     def trained():
         return read_file(tmp_path / "runs" / "r" / "checkpoints" / "step_000004" / "adapter.safetensors")[0]
 
@@ -86,7 +91,7 @@ def test_a_run_goes_on_and_is_repeated(train, device, tmp_path):
     assert all(torch.equal(resumed[key], replayed[key]) for key in resumed)
 
 
-def test_what_the_host_reads_in_a_step(train):
+def test_host_reads_per_step(train):
     """At most one read of the device's values in a step that logs nothing, whatever batch and accumulation are."""
     quiet = ("steps=8", "sample.every=0", "validation.every=1000", "checkpoint.every=1000")
     ended = train("adapter=lora", "batch_size=8", *quiet)
@@ -158,14 +163,16 @@ def test_encoding(conditioned, tiny, device, tmp_path):
         ("tiny_ti2v", ("expert=dense", "data.mask_types={image: 1.0, nothing: 1.0}")),
     ],
 )
-def test_training_on_what_is_seen(train, conditioned, seen_models, model, how, tmp_path):
+def test_training_with_conditioning(train, conditioned, seen_models, model, how, tmp_path):
+    """Models that are conditioned on pixels train on the device."""
     shards = f"data.shards={conditioned}"
     given = () if model == "tiny_ti2v" else ("data.mask_types={image: 1.0, boxes: 1.0}",)
     train(f"model={model}", *how, *given, shards, "data.holdout=0.3", weights=seen_models / model)
     assert np.isfinite(losses(tmp_path / "runs" / "r")).all()
 
 
-def test_a_vae(device, tiny, tmp_path):
+def test_vae(device, tiny, tmp_path):
+    """A VAE is trained and exported on the device."""
     size = ("data.num_frames=5", "data.area=1024", "batch_size=2", "steps=2", "validation.every=1", "tracker=jsonl")
     device("train.py", "recipe=wan_tiny_vae", f"data.shards={tiny.videos}", f"weights={tiny.base}", *size)
     assert np.isfinite(losses(tmp_path / "runs" / "wan_tiny_vae")).all()
@@ -191,7 +198,8 @@ def test_sampling(device, pair, tmp_path, how):
     assert len(frames) == 2 and all(len(clip) == 9 and clip.std() > 0 for clip in frames)
 
 
-def test_sampling_a_lora_and_exporting_it(train, device, tmp_path):
+def test_lora_sample_and_export(train, device, tmp_path):
+    """A LoRA run and its merged export give the same video; the LoRA on top of the export gives another."""
     train("adapter=lora", "sample.every=0", "optimizer.lr=1e-2")
     device("sample.py", "run=r", "prompt=a red circle", *SAMPLE)
     device("export.py", "run=r", "out=merged")
@@ -203,7 +211,8 @@ def test_sampling_a_lora_and_exporting_it(train, device, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["tiny_i2v", "tiny_ti2v"])
-def test_sampling_from_what_is_seen(device, seen_models, pictures, model, tmp_path):
+def test_sampling_with_conditioning(device, seen_models, pictures, model, tmp_path):
+    """Sampling on the device takes an image, a video with a mask, or frames to keep."""
     base = ("sample.py", f"model={model}", f"weights={seen_models / model}", "prompt=a red circle", *SAMPLE)
     device(*base, f"image={pictures / 'image.png'}", "out=image")
     if model == "tiny_i2v":

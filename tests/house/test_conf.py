@@ -42,7 +42,8 @@ def composed():
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_composes_and_every_reference_in_it_resolves(option):
+def test_options_compose(option):
+    """Every option composes, and every reference in it resolves."""
     group, name = option.split("/")
     cfg = compose("train", [f"{group}={name}"])
     values = config.plain(cfg)
@@ -60,7 +61,8 @@ def test_every_option_composes_and_every_reference_in_it_resolves(option):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(CONF).as_posix())
-def test_an_option_is_its_constructor_and_exactly_its_keywords(file):
+def test_option_keywords(file):
+    """An option names a constructor and exactly its keywords."""
     values = raw(file)
     for name, node in [("", values), *nodes(values)]:
         if not isinstance(node, dict) or "_target_" not in node:
@@ -84,7 +86,8 @@ def test_an_option_is_its_constructor_and_exactly_its_keywords(file):
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if "_target_" in raw(CONF / f"{option}.yaml")])
-def test_an_option_is_built_with_the_values_it_names(option):
+def test_option_values(option):
+    """An option is built with the values it names."""
     group, name = option.split("/")
     cfg = compose("train", [f"{group}={name}"])
     if group == "data":
@@ -105,7 +108,8 @@ def test_an_option_is_built_with_the_values_it_names(option):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(CONF).as_posix())
-def test_a_file_opens_with_when_to_choose_it(file):
+def test_first_line(file):
+    """The first line of a config file says when to choose it."""
     first = file.read_text(encoding="utf-8").splitlines()
     comment = first[1] if first[0] == "# @package _global_" else first[0]
     assert comment.startswith("# ") and len(comment.split()) >= 4
@@ -115,7 +119,8 @@ def test_a_file_opens_with_when_to_choose_it(file):
         assert comment.startswith(("# Choose it", "# Only for"))
 
 
-def test_a_models_facts_stand_in_its_own_file_alone():
+def test_model_facts():
+    """A model's facts are in its own file only."""
     for file in FILES:
         if file.parent.name in {"model", "noise"}:  # a noise distribution may bring another trainer's own shift
             continue
@@ -125,7 +130,8 @@ def test_a_models_facts_stand_in_its_own_file_alone():
 
 
 @pytest.mark.parametrize("model", [path.stem for path in (CONF / "model").glob("*.yaml")])
-def test_the_experts_of_a_model_cover_all_noise_once(model):
+def test_expert_windows(model):
+    """The experts of a model cover the whole noise range once."""
     facts = compose("train", [f"model={model}"]).model
     assert all(facts.guidance[name] > 0 for name in facts.experts)
     windows = []
@@ -140,14 +146,16 @@ def test_the_experts_of_a_model_cover_all_noise_once(model):
     assert sum(masses) == pytest.approx(1.0)
 
 
-def test_the_keys_that_the_door_treats_specially_exist(composed):
+def test_special_keys(composed):
+    """Every key that the commands quote or check exists in some command."""
     known = {key for cfg in composed.values() for key in config._all_keys(cfg)}
     lora = set(config._all_keys(compose("train", ["adapter=lora", "noise=table"])))
     for keys in (config.TEXT_KEYS, config.PATH_KEYS, checks._CHOICES, checks._WHOLE, checks._POSITIVE):
         assert not set(keys) - known - lora, "a key is judged or quoted that no command has"
 
 
-def test_every_verb_has_its_own_grammar_and_writes_nothing_of_hydras(composed):
+def test_command_configs(composed):
+    """Every command has its own config, and Hydra writes no files of its own."""
     for command, cfg in composed.items():
         text = (CONF / f"{command}.yaml").read_text()
         assert "output_subdir: null" in text and "chdir: false" in text and "run: {dir: .}" in text
@@ -157,7 +165,8 @@ def test_every_verb_has_its_own_grammar_and_writes_nothing_of_hydras(composed):
 
 
 @pytest.mark.parametrize("wrong", ["optimizer.lrr=1", "model.boundry=0.9", "checkpoint.evry=1", "accumulation=2"])
-def test_a_misspelt_key_is_told_its_nearest(wrong):
+def test_misspelt_key(wrong):
+    """The error for a misspelt key names the nearest key."""
     with pytest.raises(Exception, match=r"Could not override|not in struct") as caught:
         compose("train", [wrong])
     key = wrong.split("=")[0]
@@ -167,7 +176,8 @@ def test_a_misspelt_key_is_told_its_nearest(wrong):
     assert told.startswith(f"{key} is not a key of train.py; did you mean {nearest}")
 
 
-def test_the_tiny_base_ships_with_the_project(tmp_path, monkeypatch):
+def test_tiny_base(tmp_path, monkeypatch):
+    """The tiny base ships with the project and is found from any working folder."""
     monkeypatch.chdir(tmp_path)
     base = config.locate(compose("train").weights)
     assert base == config.ROOT / "assets" / "wan-tiny"

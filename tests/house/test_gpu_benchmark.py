@@ -68,7 +68,8 @@ def context(stages, tmp_path):
     return stages("context").Context(CPU, True, tmp_path, tmp_path / "kept.json")
 
 
-def test_the_limits_are_those_that_were_promised(gpu):
+def test_stage_limits(gpu):
+    """The limits of the stages sum to at most 300 s before step_17, and to 600 s in all."""
     limits = {stage.name: stage.limit for stage in gpu.STAGES}
     assert len(limits) == len(gpu.STAGES)
     first = list(limits)[: list(limits).index("step_17")]
@@ -78,7 +79,8 @@ def test_the_limits_are_those_that_were_promised(gpu):
         assert callable(getattr(importlib.import_module(module), name))
 
 
-def test_a_stage_that_dies_or_hangs_costs_only_itself(gpu, tmp_path, monkeypatch, capsys):
+def test_failing_stages(gpu, tmp_path, monkeypatch, capsys):
+    """A stage that dies or hangs does not stop the other stages."""
     (tmp_path / "planted.py").write_text(PLANTED)
     (tmp_path / "hanging.py").write_text(HANGING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -121,12 +123,14 @@ def is_running(process):
     return True
 
 
-def test_an_unknown_stage_is_named(gpu, capsys):
+def test_unknown_stage(gpu, capsys):
+    """An unknown stage is named in the error."""
     with pytest.raises(SystemExit, match="no stage blocks; there are machine, "):
         gpu.main(["--device", "cpu", "--only", "machine,blocks"])
 
 
-def test_random_weights_have_the_dtypes_of_loading_and_answers_of_order_one(context, stages):
+def test_random_weights(context, stages):
+    """Random weights have the dtypes of loaded weights and outputs of order one."""
     own = stages("transformer")
     module = own.expert(context, 2, "lora", recompute=False)
     for name, parameter in module.named_parameters():
@@ -138,8 +142,8 @@ def test_random_weights_have_the_dtypes_of_loading_and_answers_of_order_one(cont
     assert 0.1 < answer.std() < 10
 
 
-def test_a_step_is_a_real_one(context, stages):
-    """It moves the adapters and nothing else, by the size of AdamW's first step."""
+def test_training_step(context, stages):
+    """A step moves the adapters and nothing else, by the size of AdamW's first step."""
     own = stages("transformer")
     module = own.expert(context, 2, "lora", recompute=True)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
@@ -152,7 +156,8 @@ def test_a_step_is_a_real_one(context, stages):
     assert len(ups) == 2 * 10 and ups == pytest.approx([1e-4] * 20, rel=1e-2)
 
 
-def test_a_block_is_measured_against_the_operations_it_needs(context, stages):
+def test_block_flops(context, stages):
+    """A block's time is compared with the operations that it needs."""
     own = stages("transformer")
     found = own.block(context) and context.measured
     assert set(found) == {f"{kind}, {clip}" for kind in ("lora", "full") for clip in ("17 frames", "81 frames")}
@@ -167,7 +172,8 @@ def test_a_block_is_measured_against_the_operations_it_needs(context, stages):
     assert json.loads(context.kept.read_text())["measured"].keys() == found.keys()
 
 
-def test_attention_names_the_backend_that_really_answers(context, stages):
+def test_attention_backend(context, stages):
+    """The attention stage names the backend that really computes."""
     own = stages("machine")
     own.attention(context)
     assert all(check.passed for check in context.checks) and len(context.checks) == 2
@@ -177,7 +183,8 @@ def test_attention_names_the_backend_that_really_answers(context, stages):
         assert "math" in own.taken(CPU, run)[0]
 
 
-def test_the_other_stages_measure_on_the_cpu(context, stages):
+def test_other_stages(context, stages):
+    """The other stages measure on the CPU."""
     assert stages("machine").machine(context)["copies_gb_per_s"]["pageable to device"] > 0
     assert {"torch", "peft", "cuda"} <= context.measured["versions"].keys()
     context.measured.clear()
@@ -231,7 +238,8 @@ def verdicts(context, stages, stage, losses):
         ({"bf16_device": [1.0101, 0.9201, 0.79, 0.7, 0.6, 0.5]}, [True, True]),
     ],
 )
-def test_losses_that_do_not_follow_the_cpus_fail(losses, expected, context, stages):
+def test_loss_check(losses, expected, context, stages):
+    """Losses that do not follow the CPU's fail the check."""
     assert verdicts(context, stages, "train", losses) == expected
 
 
@@ -243,13 +251,15 @@ def test_losses_that_do_not_follow_the_cpus_fail(losses, expected, context, stag
         ({"again": [*FP32[:-1], 0.5000001]}, [True, True], False),
     ],
 )
-def test_a_resumed_run_of_other_bits_fails(losses, expected, repeatable, context, stages):
+def test_resume_check(losses, expected, repeatable, context, stages):
+    """A resumed run with other bits fails the check where unbroken runs repeat."""
     assert verdicts(context, stages, "resume", losses) == expected
     assert context.measured["two_unbroken_runs_are_equal"] is repeatable
 
 
 @pytest.mark.slow
-def test_the_whole_of_it_on_a_cpu(environment, tmp_path):
+def test_benchmark_on_cpu(environment, tmp_path):
+    """The whole benchmark passes on a CPU with small shapes."""
     out = tmp_path / "gpu.json"
     command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--small", "--device", "cpu", "--patience", "20"]
     ended = subprocess.run(

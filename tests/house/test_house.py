@@ -72,8 +72,11 @@ def test_file_sizes():
 
 
 @pytest.mark.parametrize("file", PRODUCT, ids=name_of)
-def test_no_file_reads_or_writes_pickles_or_runs_text(file):
-    """But for one: official weights are pickles, read by torch's loader that runs no code from them."""
+def test_no_pickle_or_eval(file):
+    """No file reads or writes pickles, or runs text.
+
+    But for one: official weights are pickles, read by torch's loader that runs no code from them.
+    """
     weights = name_of(file) == "wantrain/models/formats/weights.py"
     assert not {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} & {
         name.split(".")[0] for name in imports(file)
@@ -96,7 +99,7 @@ def test_no_file_reads_or_writes_pickles_or_runs_text(file):
 
 
 @pytest.mark.parametrize("file", PRODUCT, ids=name_of)
-def test_nothing_is_swallowed(file):
+def test_exception_handlers(file):
     """No handler catches everything and goes on: what is caught in general is raised again, in words, or handed on."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.ExceptHandler):
@@ -110,7 +113,8 @@ def test_nothing_is_swallowed(file):
             assert [type(inner) for inner in node.body] != [ast.Pass], f"{name_of(file)}:{node.lineno}"
 
 
-def test_each_library_is_known_to_its_own_room_alone():
+def test_library_imports():
+    """Each library is imported by its own modules only."""
     rooms = {
         "hydra": {"wantrain/config.py"},
         "omegaconf": {"wantrain/config.py", "wantrain/checks.py", *(command.name for command in COMMANDS)},
@@ -135,29 +139,31 @@ def test_each_library_is_known_to_its_own_room_alone():
         assert {name_of(file) for file in PRODUCT if uses(file, library)} <= allowed, library
 
 
-def test_the_lower_rooms_are_light():
-    """geometry knows only the standard library; config and the commands alone know Hydra's objects."""
+def test_light_modules():
+    """geometry imports the standard library only; config and the commands alone use Hydra's objects."""
     standard = set(sys.stdlib_module_names) | {"__future__"}
     assert {name.split(".")[0] for name in imports(ROOT / "wantrain/geometry.py")} <= standard
     for file in PACKAGE:
         assert file.name in {"config.py", "checks.py"} or "DictConfig" not in file.read_text(), name_of(file)
 
 
-def test_the_import_contract_holds():
+def test_import_contracts():
+    """No import contract is broken."""
     linter = Path(sys.executable).with_name("lint-imports")
     ended = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert " 0 broken" in ended.stdout
 
 
-def test_sampling_and_export_need_no_training():
+def test_sampling_without_training():
     """Neither command imports wantrain.training, nor does anything that they import."""
     code = "import sys, sample, export; print([name for name in sys.modules if name.startswith('wantrain.training')])"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
 
 
-def test_no_tracked_file_names_a_path_of_somebodys_machine():
+def test_no_machine_paths():
+    """No tracked file names a path of somebody's machine."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -170,7 +176,8 @@ def test_no_tracked_file_names_a_path_of_somebodys_machine():
     assert found == []
 
 
-def test_every_file_opens_with_what_it_is():
+def test_module_docstrings():
+    """Every file opens with a docstring that says what it is."""
     for file in PRODUCT:
         said = ast.get_docstring(tree(file))
         assert said or not file.read_text().strip(), name_of(file)

@@ -94,8 +94,8 @@ def test_every_page_is_checked():
     assert {"README.md", "CONTRIBUTING.md", "docs/numerics.md", "launch/README.md"} <= {name_of(page) for page in PAGES}
 
 
-def test_what_leads_nowhere_is_found(tmp_path, monkeypatch):
-    """The checker itself: a dead file, a dead anchor, http, a way out, a dead name in backticks."""
+def test_broken_links(tmp_path, monkeypatch):
+    """The checker finds a dead file, a dead anchor, http, a link out of the project, and a dead name in backticks."""
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     (tmp_path / "other.md").write_text("# Some words, twice\n## Some words, twice\n")
     page = tmp_path / "page.md"

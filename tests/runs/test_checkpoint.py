@@ -107,7 +107,8 @@ both = pytest.mark.parametrize("background", [False, True], ids=["at once", "bac
 
 
 @both
-def test_a_checkpoint_says_what_wrote_it_and_what_is_in_it(background, tmp_path):
+def test_checkpoint_state(background, tmp_path):
+    """The state of a checkpoint records the versions that wrote it and the files in it."""
     checkpoints = store(tmp_path / "c", background=background)
     state = {"data": "abc", "samples": 12, "nested": {"a": [1]}}
     checkpoints.save(3, content(1), state, size=1000, score=0.25)
@@ -128,7 +129,8 @@ def test_a_checkpoint_says_what_wrote_it_and_what_is_in_it(background, tmp_path)
 
 
 @both
-def test_tensors_are_hashed_while_they_are_written_and_never_read_again(background, tmp_path):
+def test_hash_while_writing(background, tmp_path):
+    """Tensors are hashed while they are written, and are never read again."""
     checkpoints, real, read = store(tmp_path, background=background), file_hash, []
     with mock.patch.object(checkpoint, "file_hash", lambda path: read.append(path.name) or real(path)):
         checkpoints.save(3, content(1), {})
@@ -141,7 +143,8 @@ def test_tensors_are_hashed_while_they_are_written_and_never_read_again(backgrou
     }
 
 
-def test_steps_beyond_a_million_come_after_those_below(tmp_path):
+def test_step_order(tmp_path):
+    """Steps beyond a million come after those below."""
     checkpoints = store(tmp_path, keep=3)
     for step in (999_998, 999_999, 1_000_000, 10_000_000):
         checkpoints.save(step, content(step % 1000), {})
@@ -172,14 +175,16 @@ def test_steps_beyond_a_million_come_after_those_below(tmp_path):
         ({999_999: None, 1_000_000: None}, 1, None, False, {1_000_000}),
     ],
 )
-def test_which_checkpoints_stay(scores, keep, keep_every, keep_best, stay):
+def test_steps_to_keep(scores, keep, keep_every, keep_best, stay):
+    """The rule keeps the newest, every n-th and the best step, whatever the order of the scores."""
     assert steps_to_keep(scores, keep, keep_every, keep_best) == stay
     shuffled = list(scores.items())
     random.Random(1).shuffle(shuffled)
     assert steps_to_keep(dict(shuffled), keep, keep_every, keep_best) == stay
 
 
-def test_what_stays_on_disk_is_what_the_rule_says(tmp_path):
+def test_retention_on_disk(tmp_path):
+    """The checkpoints on disk are those that the rule keeps, also for a new process."""
     checkpoints = store(tmp_path, keep=2, keep_every=4, keep_best=True)
     losses = {1: 0.9, 2: 0.3, 3: None, 4: 0.5, 5: math.nan, 6: 0.3, 7: 0.8, 8: 0.7, 9: 0.6}
     for number, (step, score) in enumerate(losses.items(), 1):
@@ -195,7 +200,8 @@ def test_what_stays_on_disk_is_what_the_rule_says(tmp_path):
     assert steps(again) == [10, 11]
 
 
-def test_a_damaged_checkpoint_of_later_steps_does_not_push_out_the_good_ones(tmp_path):
+def test_damaged_later_checkpoint(tmp_path):
+    """A damaged checkpoint of a later step does not displace the good ones."""
     checkpoints = store(tmp_path, keep=1)
     checkpoints.save(9, content(9), {})
     (tmp_path / "step_000009" / "optimizer.safetensors").write_bytes(b"lost")
@@ -206,7 +212,8 @@ def test_a_damaged_checkpoint_of_later_steps_does_not_push_out_the_good_ones(tmp
     assert steps(checkpoints) == [9] and value_of(checkpoints.newest()) == 10 and hidden(tmp_path) == []
 
 
-def test_what_cannot_be_removed_is_said_and_tried_again(tmp_path, capsys):
+def test_failed_removal(tmp_path, capsys):
+    """A checkpoint that cannot be removed is reported, and removed at the next save."""
     checkpoints = store(tmp_path, keep=1)
     checkpoints.save(1, content(1), {})
     with mock.patch.object(checkpoint.shutil, "rmtree", side_effect=OSError(errno.EBUSY, "busy")):
@@ -300,9 +307,8 @@ def saved_or_killed(folder, step, value, die_at, **settings):
     [(4, {"keep": 1}), (3, {"keep": 1}), (4, {"keep": 2, "keep_best": True})],
     ids=["the one before is purged", "the same step again", "an older one is purged"],
 )
-def test_killed_at_any_operation_of_a_save_the_newest_checkpoint_is_the_old_or_the_new(
-    step, settings, background, tmp_path
-):
+def test_kill_during_save(step, settings, background, tmp_path):
+    """After a kill at any operation of a save, the newest checkpoint is the old or the new one."""
     before = tmp_path / "before"
     for old in (1, 2, 3):
         store(before, keep=3).save(old, content(old), {"data": old}, score=float(old))
@@ -333,7 +339,8 @@ def test_killed_at_any_operation_of_a_save_the_newest_checkpoint_is_the_old_or_t
     assert {"write", "half a write", "fsync", "rename", "unlink", "rmdir", "mkdir", "io.open"} <= set(done)
 
 
-def test_everything_is_synced_before_the_name_and_the_name_before_anything_is_deleted(tmp_path):
+def test_sync_order(tmp_path):
+    """Every file is synced before the rename, and the rename before anything is deleted."""
     checkpoints = store(tmp_path, keep=1)
     checkpoints.save(1, content(1), {})
     done, real = [], {name: getattr(os, name) for name in ("fsync", "rename", "rmdir", "unlink")}
@@ -374,7 +381,8 @@ def test_everything_is_synced_before_the_name_and_the_name_before_anything_is_de
 
 
 @both
-def test_a_full_disk_is_told_before_anything_is_written(background, tmp_path):
+def test_full_disk(background, tmp_path):
+    """A full disk is reported before anything is written."""
     checkpoints = store(tmp_path / "c", background=background)
     checkpoints.save(1, content(1), {})
     checkpoints.wait()
@@ -392,8 +400,11 @@ def test_a_full_disk_is_told_before_anything_is_written(background, tmp_path):
 
 @both
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])
-def test_a_limit_met_while_writing_leaves_the_checkpoint_before_and_no_half_one(on_failure, background, tmp_path):
-    """A real refusal by the kernel, in the middle of a file: none may pass 64 KiB."""
+def test_file_size_limit(on_failure, background, tmp_path):
+    """A limit that is met while writing leaves the checkpoint before, and no incomplete one.
+
+    The kernel really refuses in the middle of a file: none may pass 64 KiB.
+    """
     settings = {"background": background, "on_failure": on_failure}
 
     def work():
@@ -426,7 +437,8 @@ def test_a_limit_met_while_writing_leaves_the_checkpoint_before_and_no_half_one(
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("where", ["mkdir", "fsync", "rename", "io.open"])
-def test_whatever_the_disk_refuses_the_error_has_its_name_and_the_disk_its_space(number, where, tmp_path):
+def test_disk_errors(number, where, tmp_path):
+    """Whatever operation the disk refuses, the error has its name, and no partial file stays."""
     checkpoints = store(tmp_path)
     checkpoints.save(1, content(1), {})
     owner, name = (io, "open") if where == "io.open" else (os, where)
@@ -437,7 +449,8 @@ def test_whatever_the_disk_refuses_the_error_has_its_name_and_the_disk_its_space
     assert steps(checkpoints) == [1] and value_of(checkpoints.newest()) == 1
 
 
-def test_a_replacement_that_cannot_be_named_puts_the_old_one_back(tmp_path):
+def test_failed_replacement(tmp_path):
+    """If a replacement cannot be renamed, the old checkpoint is put back."""
     checkpoints, real = store(tmp_path), os.rename
     checkpoints.save(1, content(1), {})
 
@@ -451,7 +464,8 @@ def test_a_replacement_that_cannot_be_named_puts_the_old_one_back(tmp_path):
     assert value_of(checkpoints.newest()) == 1 and hidden(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written_is_named():
+def test_read_only_folder():
+    """The error for a folder that cannot be written names it."""
     with tempfile.TemporaryDirectory() as scratch:
         closed = Path(scratch) / "closed"
         closed.mkdir()
@@ -471,7 +485,8 @@ def test_a_folder_that_cannot_be_written_is_named():
     assert preparing.startswith(f"checkpoints cannot be kept in {closed}/deeper: [Errno 13] Permission denied")
 
 
-def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+def test_file_in_place_of_folder(tmp_path):
+    """The error for a file in the place of the folder names it."""
     (tmp_path / "c").touch()
     assert f"checkpoints cannot be kept in {tmp_path}/c: [Errno 17] File exists" in refused(
         Checkpoints(tmp_path / "c", keep=1).prepare
@@ -482,7 +497,8 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
 
 @both
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])
-def test_a_bug_is_not_taken_for_a_disk(on_failure, background, tmp_path):
+def test_bug_is_no_disk_error(on_failure, background, tmp_path):
+    """An error of the code is raised as it is, and is not reported as an error of the disk."""
     checkpoints = store(tmp_path, background=background, on_failure=on_failure)
 
     def bug(folder):
@@ -504,7 +520,8 @@ def test_a_bug_is_not_taken_for_a_disk(on_failure, background, tmp_path):
 # In the background ----------------------------------------------------------------------------------------------------
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_save_waits(tmp_path):
+def test_background_save(tmp_path):
+    """Training continues while a checkpoint is written, and the next save waits for it."""
     checkpoints, going = store(tmp_path, background=True), threading.Event()
     order = []
 
@@ -528,7 +545,8 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_save_waits(
     assert len({thread.name for thread in threading.enumerate() if "checkpoint" in thread.name}) >= 1
 
 
-def test_a_failure_in_the_background_is_said_at_once_and_raised_at_the_next_save(tmp_path, capsys):
+def test_background_failure(tmp_path, capsys):
+    """A failure in the background is reported at once and raised at the next save."""
     checkpoints = store(tmp_path, background=True)
 
     def full(folder):
@@ -546,7 +564,8 @@ def test_a_failure_in_the_background_is_said_at_once_and_raised_at_the_next_save
     assert steps(checkpoints) == [3]
 
 
-def test_signal_handlers_run_while_it_is_waited_for(tmp_path):
+def test_signals_while_waiting(tmp_path):
+    """Signal handlers run while the program waits for a save."""
     checkpoints, going, seen = store(tmp_path, background=True), threading.Event(), []
 
     def handler(number, frame):
@@ -564,7 +583,8 @@ def test_signal_handlers_run_while_it_is_waited_for(tmp_path):
     assert seen == [signal.SIGUSR1] and time.perf_counter() - started < 5 and steps(checkpoints) == [1]
 
 
-def test_a_program_that_ends_without_waiting_still_commits(tmp_path, environment):
+def test_commit_at_exit(tmp_path, environment):
+    """A program that ends without waiting still commits its checkpoint."""
     program = """
 import sys, time
 from pathlib import Path
@@ -592,7 +612,8 @@ raise RuntimeError("the training broke")
 # Snapshots ------------------------------------------------------------------------------------------------------------
 
 
-def test_copies_are_what_the_tensors_were_and_use_their_memory_again():
+def test_copier():
+    """Copies hold the tensors' values at the time of copying, and later copies use their memory again."""
     source = [
         torch.randn(4, 6).t(),  # not contiguous
         torch.randn(3).bfloat16(),
@@ -614,7 +635,8 @@ def test_copies_are_what_the_tensors_were_and_use_their_memory_again():
         assert torch.equal(copied, tensor) and copied.data_ptr() == before.data_ptr()
 
 
-def test_memory_that_does_not_fit_is_left_alone():
+def test_copier_other_shapes():
+    """Memory of another shape or dtype is not used again."""
     copier = Copier()
     first = [copier(torch.zeros(4)) for _ in range(3)]
     copier.begin()
@@ -623,7 +645,8 @@ def test_memory_that_does_not_fit_is_left_alone():
     assert not any(copied.any() for copied in first)
 
 
-def test_tied_tensors_are_apart_as_copies_and_can_be_written(tmp_path):
+def test_copier_tied_tensors(tmp_path):
+    """Tied tensors have separate copies, which can be written."""
     whole, copier = torch.arange(4.0), Copier()
     save_file({"a": copier(whole), "b": copier(whole)}, tmp_path / "x.safetensors")
     assert torch.equal(read_file(tmp_path / "x.safetensors")[0]["b"], whole)
@@ -657,7 +680,8 @@ def rewritten(folder, **changes):
 
 
 @pytest.mark.parametrize("name", ["adapter.pt", "transformer/diffusion_pytorch_model.bin", "x.pkl", "x.pth"])
-def test_a_pickle_put_into_a_checkpoint_is_refused_and_never_run(name, two, tmp_path):
+def test_pickle_refused(name, two, tmp_path):
+    """A pickle in a checkpoint is refused and never run."""
     payload = pickle.dumps(Payload(tmp_path / "ran"))
     planted = two.newest() / name
     planted.write_bytes(payload)
@@ -673,7 +697,8 @@ def test_a_pickle_put_into_a_checkpoint_is_refused_and_never_run(name, two, tmp_
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_index_that_leads_elsewhere_is_refused_and_a_note_does_no_harm(two):
+def test_planted_index_refused(two):
+    """An index that points to other files is refused, and a text note does no harm."""
     (two.newest() / "NOTES.txt").write_text("the good one")
     (two.newest() / ".DS_Store").touch()
     assert value_of(two.newest()) == 2
@@ -689,7 +714,8 @@ def peak():
 
 
 @pytest.mark.parametrize("length", [2**60, 2**64 - 1, 10**9])
-def test_a_header_that_claims_to_be_huge_is_an_error_and_takes_no_memory(length, two):
+def test_huge_header(length, two):
+    """A header that claims to be huge is an error and takes no memory."""
     folder = two.newest()
     planted = folder / "optimizer.safetensors"
     planted.write_bytes(length.to_bytes(8, "little") + b"{" * 100)
@@ -700,7 +726,8 @@ def test_a_header_that_claims_to_be_huge_is_an_error_and_takes_no_memory(length,
 
 
 @pytest.mark.parametrize("name", ["../x", "transformer/../../x", "/etc/hostname", "a/..", ""])
-def test_a_state_that_names_files_outside_is_passed_over(name, two, tmp_path, capsys):
+def test_state_with_outside_paths(name, two, tmp_path, capsys):
+    """A checkpoint whose state names files outside its folder is skipped, and those files stay unopened."""
     newest = two.newest()
     (newest.parent / "x").write_text("secret")
     rewritten(newest, files={**read_state(newest)["files"], name: "0" * 64})
@@ -719,7 +746,8 @@ def test_a_state_that_names_files_outside_is_passed_over(name, two, tmp_path, ca
         "[" * 100_000, '{"files": {"a\\u0000b": "0"}}', '{"files": {"' + "a" * 5000 + '": "0"}}',
     ],
 )  # fmt: skip
-def test_any_other_state_is_passed_over(text, two, capsys):
+def test_malformed_state(text, two, capsys):
+    """A checkpoint with a malformed state is skipped."""
     newest = two.newest()
     (newest / STATE).write_text(text, errors="surrogatepass")
     assert value_of(two.newest()) == 1 and f"{newest} is damaged" in capsys.readouterr().out
@@ -728,7 +756,8 @@ def test_any_other_state_is_passed_over(text, two, capsys):
     assert value_of(two.newest()) == 3
 
 
-def test_a_huge_state_is_not_read_and_a_pipe_not_waited_for(two, capsys):
+def test_huge_state_and_pipe(two, capsys):
+    """A huge state is not read, and a pipe is not waited for."""
     newest = two.newest()
     os.truncate(newest / STATE, 1 << 40)
     before = peak()

@@ -13,7 +13,8 @@ from wantrain.runs import folder
 from wantrain.runs.folder import RunFolder, differences
 
 
-def test_a_second_process_is_told_who_trains_the_run_and_let_in_after_its_death(tmp_path):
+def test_run_lock(tmp_path):
+    """A second process gets an error that names the one that trains the run, and may train after its death."""
     ready, tell = os.pipe()
     holder = os.fork()
     if holder == 0:
@@ -37,14 +38,18 @@ def test_a_second_process_is_told_who_trains_the_run_and_let_in_after_its_death(
     assert (tmp_path / "r" / ".lock").read_text() == f"process {os.getpid()} on {os.uname().nodename}"
 
 
-def test_a_disk_that_cannot_lock_is_not_taken_for_another_process(tmp_path):
+def test_disk_without_locks(tmp_path):
+    """A disk that cannot lock is not mistaken for another process."""
     without = mock.patch.object(folder.fcntl, "flock", side_effect=OSError(errno.ENOLCK, "No locks available"))
     with without, pytest.raises(ValueError, match=r"run r cannot be locked .*No locks available.*runs="):
         RunFolder(tmp_path / "r").open({"steps": 1})
 
 
-def test_a_run_goes_on_with_what_changes_rounding_at_most():
-    """Other processes, another device, more passes after running out of memory; also one from before these settings."""
+def test_settings_free_on_resume():
+    """A run resumes with changed settings that affect rounding at most.
+
+    Other processes, another device, more passes after running out of memory; also one from before these settings.
+    """
 
     def settings(*given):
         return config.plain(config.compose("train", ["batch_size=8", *given]))

@@ -27,7 +27,8 @@ def first(tiny, call, tmp_path):
     return tmp_path / "runs" / "first" / "run.json"
 
 
-def test_a_replay_repeats_the_first_steps_bit_for_bit_and_says_so(first, call, tmp_path):
+def test_replay_is_bit_exact(first, call, tmp_path):
+    """A replay repeats the first steps bit for bit and reports it."""
     told = json.loads(first.read_text())
     assert len(told["starts"]) == 2 and told["config"]["optimizer"]["lr"] == 1e-3
     assert {"command", "made_by", "versions", "engine", "processes", "device", "data", "at"} <= told["starts"][0].keys()
@@ -39,12 +40,14 @@ def test_a_replay_repeats_the_first_steps_bit_for_bit_and_says_so(first, call, t
     assert "the losses of 12 steps are the same" in call("train.py", "replay=runs/first/run.json", "run=whole").stdout
 
 
-def test_what_is_typed_beside_it_counts_and_a_replay_that_parts_is_an_error(first, call):
+def test_replay_with_other_settings(first, call):
+    """Settings beside replay= take effect, and a replay with other losses is an error."""
     ended = call("train.py", "replay=runs/first/run.json", "steps=5", "optimizer.lr=2e-3", check=False)
     assert re.search(r"replay: 1 of 5 losses are the same bits; the first that is not is step 2 \(", ended.error)
 
 
-def test_two_processes_repeat_a_run_of_one_within_the_bound(first, launch, tmp_path):
+def test_replay_on_two_processes(first, launch, tmp_path):
+    """Two processes repeat a run of one process within the bound."""
     said = launch("ddp", "replay=runs/first/run.json", "steps=4").stdout
     assert "engine: single -> ddp; processes: 1 -> 2" in said
     assert re.search(r"replay: \d of 4 losses are the same bits", said) or "bit for bit" in said
@@ -76,7 +79,8 @@ def test_other_shards_are_refused(first, call):
         "--multirun",
     ],
 )
-def test_a_word_that_does_more_than_set_a_value_is_refused_and_nothing_runs(word, call, tmp_path, monkeypatch):
+def test_unsafe_argument_refused(word, call, tmp_path, monkeypatch):
+    """A stored argument that does more than set a value is refused, and nothing runs."""
     ran = []
     monkeypatch.setattr(os, "system", ran.append)
     path = tmp_path / "run.json"
@@ -86,7 +90,8 @@ def test_a_word_that_does_more_than_set_a_value_is_refused_and_nothing_runs(word
     assert not ran and not (tmp_path / "runs").exists()
 
 
-def test_plain_words_pass_and_todays_go_before(tmp_path):
+def test_replay_arguments(tmp_path):
+    """Stored arguments that set values pass, and arguments of the command line override them."""
     path = tmp_path / "mine" / "run.json"
     path.parent.mkdir()
     stored = ["expert=low_noise", "adapter=lora", 'run="a name, with = and 中文"', "steps=500", "optimizer.lr=1e-3"]
@@ -104,14 +109,18 @@ def test_plain_words_pass_and_todays_go_before(tmp_path):
     [("", "cannot be read as JSON"), ("[]", "not a JSON object"), ("{}", "records no start"),
      ('{"starts": [1]}', "records no start"), ('{"starts": []}', "records no start")],
 )  # fmt: skip
-def test_what_is_no_run_json_is_one_clear_error(content, told, call, tmp_path):
+def test_bad_run_json_refused(content, told, call, tmp_path):
+    """A file that is no run.json is one clear error."""
     (tmp_path / "run.json").write_text(content)
     assert told in call("train.py", "replay=run.json", check=False).error
     assert "does not exist" in call("train.py", "replay=nowhere.json", check=False).error
 
 
-def test_a_stored_config_is_never_built_from(tiny, call, tmp_path, monkeypatch):
-    """config.yaml of a run folder with another `_target_`: the run is refused as another config; nothing is called."""
+def test_stored_config_is_not_built(tiny, call, tmp_path, monkeypatch):
+    """Nothing is built from the config.yaml of a run folder.
+
+    With another `_target_` in it the run is refused as another config, and nothing is called.
+    """
     ran = []
     monkeypatch.setattr(os, "system", ran.append)
     call("train.py", *tiny.train, *RUN, "stop_after=1")

@@ -19,13 +19,15 @@ from wantrain.training.planning.estimate import chosen
         (8, 2, 1, 2, (2, 2, 2)),  # as given, whatever the model's default
     ],
 )
-def test_a_step_is_shared_out(batch_size, accumulate, micro_batch, processes, shared):
+def test_batching(batch_size, accumulate, micro_batch, processes, shared):
+    """Samples of a step are divided into passes, accumulation and processes as computed by hand."""
     found = Batching.of(batch_size, accumulate=accumulate, micro_batch=micro_batch, processes=processes)
     assert (found.micro, found.accumulate, found.processes) == shared
     assert found.batch_size == batch_size
 
 
-def test_no_smaller_number_of_passes_would_do():
+def test_fewest_passes():
+    """Batching takes the smallest number of passes that the micro-batch allows."""
     for batch_size in range(1, 41):
         for most in range(1, 12):
             found = Batching.of(batch_size, accumulate=None, micro_batch=most, processes=1)
@@ -42,15 +44,19 @@ def test_no_smaller_number_of_passes_would_do():
         (2, None, 4, "batch_size=2 must divide by processes = 4; the nearest are 4 and 8"),
     ],
 )
-def test_what_cannot_be_shared_out_names_the_nearest(batch_size, accumulate, processes, words):
+def test_indivisible_batch_refused(batch_size, accumulate, processes, words):
+    """A batch size that cannot be divided is an error that names the nearest sizes."""
     with pytest.raises(ValueError) as caught:
         Batching.of(batch_size, accumulate=accumulate, micro_batch=1, processes=processes)
     assert str(caught.value) == words
 
 
 @pytest.mark.parametrize("model", ["t2v_a14b", "i2v_a14b", "t2v_14b", "ti2v_5b", "t2v_1_3b"])
-def test_a_published_model_computes_one_sample_at_a_time_and_recomputes(model):
-    """Those are what fits the card it is meant for: of a 14B, two samples or kept activations do not."""
+def test_published_model_defaults(model):
+    """A published model computes one sample at a time and recomputes its blocks.
+
+    This fits the card it is meant for: of a 14B, two samples or kept activations do not.
+    """
     cfg = config.compose("train", [f"model={model}", "adapter=lora"])
     alone = config.batching(cfg, 1)
     assert (alone.micro, cfg.gradient_checkpointing) == (1, True)
@@ -61,7 +67,8 @@ def test_a_published_model_computes_one_sample_at_a_time_and_recomputes(model):
     )
 
 
-def test_what_was_given_is_no_default():
+def test_given_batching():
+    """A value that the user gives is not reported as a default."""
     for given in ("batch_size=4", "accumulate=1", "gradient_checkpointing=true"):
         cfg = config.compose("train", [given])
         assert "defaults" not in chosen(config.plain(cfg), config.batching(cfg, 1)), given

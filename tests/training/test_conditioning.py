@@ -87,7 +87,8 @@ def test_preview_takes_heldout_conditioning(train, tmp_path):
     assert {read_mp4(file).shape[0] for file in files} == {9}
 
 
-def test_wrong_settings_are_refused_before_work(train):
+def test_bad_settings_refused(train):
+    """Wrong settings of conditioning are refused before work starts."""
     for more, said in (
         (
             ("adapter=lora",),
@@ -135,8 +136,8 @@ def test_loop_and_losses_name_no_task():
 
 
 @pytest.mark.skipif("WANTRAIN_FOOTAGE" not in os.environ, reason="WANTRAIN_FOOTAGE names no folder of real footage")
-def test_a_dog_with_its_mask_goes_from_file_to_sample(call, tmp_path):
-    """Real footage and a painted mask: shard, encode, twenty steps from wan-tiny, and the video filled in."""
+def test_inpainting_real_footage(call, tmp_path):
+    """Real footage with a painted mask is sharded, encoded, trained on for twenty steps, and filled in."""
     source, base = Path(os.environ["WANTRAIN_FOOTAGE"]), ROOT / "assets" / "wan-tiny"
     (tmp_path / "dog" / "masks").mkdir(parents=True)
     for name in ("dog.mp4", "dog.txt", "masks/dog.mp4"):

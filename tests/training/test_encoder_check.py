@@ -55,18 +55,21 @@ def edit(latents, **changed):
     file.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
 
 
-def test_a_start_loads_no_encoder(start, loads, latents):
+def test_start_loads_no_encoder(start, loads, latents):
+    """A start without previews loads no encoder if the latents name the base's files."""
     said = start()
     assert loads == [] and "compared" not in said and "taken" not in said
     assert not (latents / NOTES).exists()
 
 
-def test_previews_load_them_and_nothing_else_does(start, loads):
+def test_previews_load_encoders(start, loads):
+    """Previews load the VAE and the text encoder, and nothing else loads them."""
     start("sample.every=1", "sample.count=1", "sample.steps=1", "run=shown")
     assert set(loads) == {"vae", "text_encoder"} and loads.count("text_encoder") == 1
 
 
-def test_the_same_values_in_other_files_are_found_out_once(tiny, start, loads, latents, tmp_path):
+def test_same_values_in_other_files(tiny, start, loads, latents, tmp_path):
+    """Encoders with the same values in other files are compared once."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny.base, tmp_path / "base")
@@ -83,14 +86,16 @@ def test_the_same_values_in_other_files_are_found_out_once(tiny, start, loads, l
     assert loads == ["vae", "text_encoder"]
 
 
-def test_latents_of_an_older_version_are_compared_by_values_once(start, loads, latents):
+def test_latents_of_older_version(start, loads, latents):
+    """Latents of an older version are compared by the encoders' values once."""
     edit(latents, encoders=None)
     assert "made before that was noted" in start("run=one")
     start("run=two")
     assert loads == ["vae", "text_encoder"]
 
 
-def test_notes_go_to_the_run_where_the_latents_cannot_be_written(start, loads, latents, tmp_path, monkeypatch):
+def test_read_only_latents(start, loads, latents, tmp_path, monkeypatch):
+    """The notes go to the run folder where the latents cannot be written."""
     edit(latents, encoders=None)
     monkeypatch.setattr(encoder_check.os, "access", lambda path, mode: path != latents)
     start("run=one")
@@ -99,7 +104,8 @@ def test_notes_go_to_the_run_where_the_latents_cannot_be_written(start, loads, l
     assert loads == ["vae", "text_encoder"]
 
 
-def test_other_values_are_refused_by_whoever_looks_again(tiny, call, loads, latents):
+def test_other_encoder_refused(tiny, call, loads, latents):
+    """Latents of another text encoder are refused at every start, the second time from the notes."""
     edit(latents, encoders=None, text_encoder_fingerprint="0123456789abcdef")
     for _ in range(2):
         given = (*tiny.train, f"data.shards={latents}", "steps=1")
@@ -108,16 +114,16 @@ def test_other_values_are_refused_by_whoever_looks_again(tiny, call, loads, late
     assert loads == ["vae", "text_encoder"], "the second time from the notes"
 
 
-def test_sets_of_several_ages_are_known_by_the_one_that_says(tiny, latents, call, loads):
+def test_sets_of_several_versions(tiny, latents, call, loads):
+    """Of several sets of latents, one that names its encoders is enough."""
     edit(latents, encoders=None)
     sets = f"{{a: {{shards: {latents}}}, b: {{shards: {tiny.latents}}}}}"
     call("train.py", *tiny.train[:-2], "data=mixed", f"data.sets={sets}", "steps=1", "batch_size=2", "data.holdout=0")
     assert loads == []
 
 
-def test_of_a_repository_only_what_trains_is_fetched_and_the_rest_is_taken_on_trust(
-    tiny, pair, start, loads, tmp_path, monkeypatch
-):
+def test_partial_download(tiny, pair, start, loads, tmp_path, monkeypatch):
+    """Of a repository only the trained expert is downloaded, and its encoders are assumed to match."""
     snapshot, asked = tmp_path / "snapshot", []
     shutil.copytree(pair / "transformer_2", snapshot / "transformer_2")
     shutil.copy(pair / "model_index.json", snapshot)
@@ -129,7 +135,8 @@ def test_of_a_repository_only_what_trains_is_fetched_and_the_rest_is_taken_on_tr
     assert "was encoded by the right vae and text_encoder, or so it is taken" in said
 
 
-def test_with_previews_all_that_sampling_takes_is_wanted():
+def test_wanted_parts():
+    """With previews, every part that sampling needs is wanted."""
     for every, expert, parts in (
         (0, "high_noise", ["high_noise"]),
         (0, "both", ["high_noise", "low_noise"]),

@@ -66,7 +66,8 @@ def run(call, tmp_path, name, tiny, *more):
     return [(row["loss"], row["grad_norm"]) for row in map(json.loads, lines)]
 
 
-def test_fifty_steps_are_those_of_a_plain_loop_and_a_second_run_repeats_them(tiny, call, tmp_path):
+def test_loop_matches_plain_loop(tiny, call, tmp_path):
+    """Fifty steps match those of a plain loop, and a second run repeats them bit for bit."""
     wanted, _ = by_hand(tiny)
     first = run(call, tmp_path, "first", tiny)
     assert first == run(call, tmp_path, "second", tiny), "bit for bit"

@@ -26,8 +26,11 @@ def train(tiny, call, monkeypatch):
     return run
 
 
-def test_new_conditioning_trains_and_validates(train, tmp_path):
-    """Ten steps, validation, previews: the tensor reaches the model in each, from a data class that alone names it."""
+def test_new_conditioning(train, tmp_path):
+    """A new conditioning tensor reaches the model in training, validation and previews.
+
+    Only the data class names it.
+    """
     train("run=camera", "steps=10", "validation.every=5", "sample.every=10", "sample.count=2", "sample.steps=2")
     folder = tmp_path / "runs" / "camera"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -25,7 +25,8 @@ SIZE = {"num_attention_heads": 1, "attention_head_dim": 16, "text_dim": 8, "ffn_
 
 
 @pytest.mark.parametrize(("high", "low"), [(0.5, 0.5), (0.7, 0.3), (0.05, 0.95), (0.333, 0.667)])
-def test_shares_are_exact_at_every_step_and_every_count_is_reached_in_order(high, low):
+def test_expert_shares(high, low):
+    """Shares are exact at every step within half a step, and each expert's count rises in order."""
     alternation = ExpertAlternation({"high_noise": high, "low_noise": low})
     taken = {"high_noise": 0, "low_noise": 0}
     for step in range(3000):
@@ -36,7 +37,8 @@ def test_shares_are_exact_at_every_step_and_every_count_is_reached_in_order(high
         assert {each: alternation.count(each, step + 1) for each in taken} == taken
 
 
-def test_one_expert_has_every_turn():
+def test_single_expert_share():
+    """A single expert has every step."""
     alternation = ExpertAlternation({"dense": 1})
     assert [alternation.at(step) for step in (0, 7)] == [("dense", 0), ("dense", 7)] and alternation.count(
         "dense", 9
@@ -44,7 +46,8 @@ def test_one_expert_has_every_turn():
 
 
 @pytest.mark.parametrize("share", [{"a": 0.5, "b": 0.4}, {"a": 1.0, "b": 0.0}, {"a": 1.5, "b": -0.5}])
-def test_shares_that_are_none_are_refused(share):
+def test_bad_shares_refused(share):
+    """Shares that are not above 0, or do not sum to 1, are refused."""
     with pytest.raises(ValueError, match=r"experts\.share .* 1 together"):
         ExpertAlternation(share)
 
@@ -57,7 +60,8 @@ def stepper_over(module):
     return Stepper(Accelerator(cpu=True), module, optimizer, StepOptions(1, 1e9, "fp32"))
 
 
-def test_the_average_follows_by_its_formula_and_is_shown_only_while_it_is_applied():
+def test_ema_formula():
+    """The average follows its formula, and replaces the weights only while it is applied."""
     module = torch.nn.Linear(2, 2)
     ema = Ema(stepper_over(module), 0.8)
     by_hand = module.weight.detach().clone()
@@ -85,8 +89,11 @@ def lora_model(seed):
     return model
 
 
-def test_only_the_model_in_use_has_its_frozen_weights_on_the_device():
-    """The CPU stands for the device: a weight that has moved in is a copy, one that has moved out is the host's own."""
+def test_module_offloader():
+    """Only the model in use has its frozen weights on the device.
+
+    The CPU stands for the device: a weight that has moved in is a copy, one that has moved out is the host's own.
+    """
     first, second = lora_model(0), lora_model(1)
     inputs = (torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 8))
     wanted = [model(*inputs) for model in (first, second)]
@@ -138,7 +145,8 @@ HOW = {
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_pair_run_is_the_two_single_runs_bit_for_bit(how, tiny, pair, call, tmp_path):
+def test_pair_matches_single_runs(how, tiny, pair, call, tmp_path):
+    """A pair run equals the two single runs bit for bit."""
     command = ("train.py", *tiny.train, f"weights={pair}", *HOW[how], "batch_size=2", "check_expert=off")
     share = ("experts.share.high_noise=0.3", "experts.share.low_noise=0.7", "experts.low_noise.lr=3e-3")
     said = call(*command, "expert=both", *share, "run=both", "steps=10", "checkpoint.every=4").stdout
@@ -157,7 +165,8 @@ def test_a_pair_run_is_the_two_single_runs_bit_for_bit(how, tiny, pair, call, tm
     assert about["engine"] == "single" and about["config"]["expert"]["name"] == "both" and "torch" in about["versions"]
 
 
-def test_a_pair_run_resumes_bit_equal(tiny, pair, call, tmp_path):
+def test_pair_resume(tiny, pair, call, tmp_path):
+    """A pair run resumes bit for bit."""
     command = ("train.py", *tiny.train, f"weights={pair}", "expert=both", "batch_size=2", "check_expert=off")
     command = (*command, "ema=0.9", "steps=9", "checkpoint.every=5")
     for name in ("broken", "whole"):
@@ -170,7 +179,8 @@ def test_a_pair_run_resumes_bit_equal(tiny, pair, call, tmp_path):
     assert [row["loss"] for row in log(broken)] == [row["loss"] for row in log(whole)]
 
 
-def test_watching_a_pair_measures_both_with_their_averages(tiny, pair, call, tmp_path):
+def test_pair_validation(tiny, pair, call, tmp_path):
+    """Validation of a pair measures both experts with their averages."""
     command = ("train.py", *tiny.train, f"weights={pair}", "expert=both", "batch_size=2", "check_expert=off")
     watched = ("data.holdout=0.2", "validation.every=2", "validation.clips=2", "validation.points=2", "ema=0.9")
     kept = ("checkpoint.every=2", "checkpoint.keep=1", "checkpoint.keep_best=true", "steps=6")
@@ -191,7 +201,8 @@ def test_watching_a_pair_measures_both_with_their_averages(tiny, pair, call, tmp
     assert [path.name for path in sorted((run / "samples").glob("*.mp4"))] == ["step_000000_0.mp4", "step_000006_0.mp4"]
 
 
-def test_what_differs_for_one_expert_must_have_a_place(tiny, call):
+def test_bad_expert_settings_refused(tiny, call):
+    """A setting of one expert that overrides no existing key, or is out of range, is refused."""
     command = ("train.py", *tiny.train, "expert=both", "init=scratch", "steps=2", "batch_size=2")
     error = call(*command, "experts.low_noise.rank=4", check=False).error
     assert error == "experts.low_noise.rank=4: there is no adapter.rank to differ from"
@@ -202,7 +213,8 @@ def test_what_differs_for_one_expert_must_have_a_place(tiny, call):
     assert error.startswith("expert=both: model=tiny_dense has dense")
 
 
-def test_each_expert_of_a_pair_goes_on_from_a_lora_of_its_own(tiny, pair, call, tmp_path):
+def test_pair_init_from_loras(tiny, pair, call, tmp_path):
+    """Each expert of a pair starts from its own LoRA, and the other expert's LoRA is refused."""
     command = ("train.py", *tiny.train, f"weights={pair}", "batch_size=2", "check_expert=off", "adapter=lora")
     call(*command, "expert=both", "run=first", "steps=4", "experts.high_noise.rank=3", "experts.low_noise.rank=5")
     made = {name: tmp_path / "runs/first/checkpoints/step_000004" / name / "adapter.safetensors" for name in NAMES}

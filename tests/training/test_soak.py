@@ -15,8 +15,11 @@ WARM = 500  # steps after which caches are filled
 
 
 @pytest.mark.slow
-def test_two_thousand_steps_with_everything_on_leak_nothing(tiny, environment, tmp_path):
-    """Validation, a save and a preview every fifty steps; memory grows by at most 1 KB a step after warming up."""
+def test_soak(tiny, environment, tmp_path):
+    """Two thousand steps with validation, saves and previews leak nothing.
+
+    Validation, a save and a preview every fifty steps; memory grows by at most 1 KB a step after warming up.
+    """
     command = (
         *tiny.train, "init=scratch", "run=r", "batch_size=2", f"steps={STEPS}", f"checkpoint.every={EVERY}",
         f"validation.every={EVERY}", "data.holdout=0.2", "validation.clips=2", f"sample.every={EVERY}",

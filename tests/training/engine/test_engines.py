@@ -55,8 +55,11 @@ def difference(run, other):
     return loss, max(moved)
 
 
-def test_a_lock_that_a_killed_build_left_is_named_and_not_waited_for(tmp_path, monkeypatch):
-    """DeepSpeed builds its kernels at the first start under ZeRO; torch waits for the lock of a build without end."""
+def test_stale_build_lock(tmp_path, monkeypatch):
+    """A build lock that a killed process left is an error that names its file, and nobody waits for it.
+
+    DeepSpeed builds its kernels at the first start under ZeRO; torch waits for the lock of a build without end.
+    """
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     accelerator._refuse_stale_locks()
@@ -90,8 +93,11 @@ def alone(tiny, pair, inside, tmp_path_factory):
         pytest.param("fsdp2", "pair", marks=pytest.mark.slow),
     ],
 )
-def test_fifty_steps_on_two_processes_are_those_of_one(engine, what, alone, tiny, pair, launch, tmp_path):
-    """The engine table of docs/numerics.md; WANTRAIN_WRITE_DOCS=1 writes what is measured into it."""
+def test_two_processes_match_one(engine, what, alone, tiny, pair, launch, tmp_path):
+    """Fifty steps on two processes match those of one process within the bound, under every engine.
+
+    The engine table of docs/numerics.md; WANTRAIN_WRITE_DOCS=1 writes what is measured into it.
+    """
     ended = launch(engine, *tiny.train, f"weights={pair}", *WHAT[what], "run=two")
     assert ended.stdout.count(f"step {STEPS}/{STEPS}  loss") == 1, "only the main process speaks"
     loss, moved = difference(tmp_path / "runs" / "two", alone / what)
@@ -112,8 +118,11 @@ ALL = (*FEW, ("zero1", 2), ("fsdp2", 4), ("zero2", 4), ("single", 1), ("fsdp2", 
 
 
 @pytest.mark.parametrize("stations", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
-def test_a_run_goes_through_engines_and_worlds_as_if_it_had_never_moved(stations, tiny, pair, launch, call, tmp_path):
-    """Weights, moments, average and order move: nothing restarts, whichever engine wrote and whichever goes on."""
+def test_resume_across_engines(stations, tiny, pair, launch, call, tmp_path):
+    """A run that changes engine and number of processes matches a run on one process.
+
+    Weights, moments, average and order carry over, whichever engine wrote the checkpoint.
+    """
     command = (*tiny.train, f"weights={pair}", "batch_size=8", "ema=0.9", "checkpoint.keep=9", *STEADY)
     for count, (engine, processes) in enumerate(stations, 1):
         now = (*command, "run=moved", f"steps={2 * count}")
@@ -149,8 +158,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-def test_one_two_and_four_processes_consume_exactly_what_the_plan_has(tiny, launch, tmp_path):
-    """Each place in the run is taken once, by the sample that the plan has there: none is lost, none comes twice."""
+def test_sample_order_across_processes(tiny, launch, tmp_path):
+    """One, two and four processes consume exactly the samples of the plan.
+
+    Each place in the run is taken once, by the sample that the plan has there: none is lost, none comes twice.
+    """
     (tmp_path / "consumed.py").write_text(CONSUMED)
     command = (*tiny.train, "init=scratch", "batch_size=8", "accumulate=2", "check_expert=off", "run=r")
     for count, (engine, processes) in enumerate((("zero2", 1), ("ddp", 2), ("ddp", 4)), 1):
@@ -169,7 +181,8 @@ def optimizer_state(run, step):
 
 
 @pytest.mark.slow
-def test_zero3_takes_a_lora_over_and_hands_it_on(tiny, pair, launch, call, tmp_path):
+def test_zero3_lora_resume(tiny, pair, launch, call, tmp_path):
+    """ZeRO-3 resumes a LoRA run of one process, and one process resumes it from ZeRO-3, within the bound."""
     command = (*tiny.train, f"weights={pair}", *LORA[:1], "adapter=lora", "adapter.rank=3", *STEADY)
     call("train.py", *command, "run=moved", "steps=2")
     launch("zero3", *command, "run=moved", "steps=4")
@@ -230,7 +243,8 @@ finally:
 @pytest.mark.parametrize(
     "engine", ["ddp", "zero2", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3"))]
 )
-def test_the_model_keeps_its_own_precision_under_every_engine(engine, tiny, pair, launch, tmp_path):
+def test_precision_by_engine(engine, tiny, pair, launch, tmp_path):
+    """Every engine keeps the model's own precision: float32 residuals, modulation, adapters and timesteps."""
     (tmp_path / "seen.py").write_text(SEEN)
     command = (*tiny.train, f"weights={pair}", "batch_size=2", "steps=2", "precision=bf16", "adapter=lora", "run=r")
     ended = launch(engine, ROOT / "train.py", *command, "check_expert=off", "safeguards.hang=7200", script="seen.py")
@@ -267,7 +281,8 @@ def drawn(count):
     return [1000 * flow.draw_sigma(1, generator=stream, **distribution).item() for stream in streams]
 
 
-def test_a_pair_under_zero_is_one_error_that_names_the_two_jobs(tiny, launch, tmp_path):
+def test_pair_under_zero_refused(tiny, launch, tmp_path):
+    """expert=both under ZeRO is one error that names the script for two jobs."""
     ended = launch("zero2", *tiny.train, "expert=both", "steps=2", "batch_size=8", check=False)
     assert "bash launch/pair.sh launch/accelerate/zero2.yaml" in ended.stderr and ended.returncode != 0
     assert (ROOT / "launch" / "pair.sh").is_file() and not (tmp_path / "runs").exists()
@@ -276,7 +291,8 @@ def test_a_pair_under_zero_is_one_error_that_names_the_two_jobs(tiny, launch, tm
 HYDRAS = {"gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "mixed_precision"}
 
 
-def test_launch_files_are_whole_have_cpu_twins_and_hold_no_knob_of_hydras():
+def test_launch_files():
+    """Launch files cover every engine, have CPU twins, and set nothing that belongs to the Hydra config."""
     files = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "launch" / "accelerate").glob("*.yaml")}
     assert files.keys() == {
         "one_gpu", *(f"{cpu}{name}" for cpu in ("", "cpu_") for name in (*ENGINES, "zero3_offload"))
@@ -293,7 +309,8 @@ def test_launch_files_are_whole_have_cpu_twins_and_hold_no_knob_of_hydras():
 
 
 @pytest.mark.slow
-def test_the_two_jobs_of_a_pair_under_zero_make_a_pipeline(tiny, pair, environment, call, tmp_path):
+def test_pair_script_under_zero(tiny, pair, environment, call, tmp_path):
+    """launch/pair.sh trains two experts as two ZeRO jobs, and export makes one pipeline of both runs."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", ROOT / "launch" / "pair.sh", ROOT / "launch" / "accelerate" / "cpu_zero2.yaml"]
     subprocess.run(
@@ -304,7 +321,8 @@ def test_the_two_jobs_of_a_pair_under_zero_make_a_pipeline(tiny, pair, environme
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
 
 
-def test_the_weights_of_a_pair_are_read_by_export_and_sample(tiny, call, tmp_path):
+def test_pair_export_and_sample(tiny, call, tmp_path):
+    """Export and sampling read both experts of a pair run, and export takes the averaged weights."""
     call("train.py", *tiny.train, "init=scratch", "expert=both", "steps=4", "batch_size=2", "ema=0.5", "run=p")
     call("export.py", "run=p", "out=pipeline")
     for part, name in (("transformer", "high_noise"), ("transformer_2", "low_noise")):
@@ -336,7 +354,8 @@ def test_the_weights_of_a_pair_are_read_by_export_and_sample(tiny, call, tmp_pat
         ),
     ],
 )
-def test_a_launch_file_that_clashes_with_hydra_is_refused(engine, stands, instead, message, tiny, launch, tmp_path):
+def test_launch_file_clash_refused(engine, stands, instead, message, tiny, launch, tmp_path):
+    """A launch file that sets an option of train.py, or FSDP's first version, is refused before the run starts."""
     mine = tmp_path / "mine.yaml"
     mine.write_text((ROOT / "launch" / "accelerate" / f"cpu_{engine}.yaml").read_text().replace(stands, instead))
     ended = launch(engine, *tiny.train, "steps=2", "batch_size=8", file=mine, check=False)

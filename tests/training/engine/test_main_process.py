@@ -101,7 +101,8 @@ def ended(processes):
     return [(process.returncode, *each) for process, each in zip(processes, said, strict=True)]
 
 
-def test_the_others_wait_longer_than_any_collective_may_take_and_hear_how_far_it_is(pair):
+def test_on_main_outlasts_timeout(pair):
+    """Other processes wait for the main one longer than the group's time-out, and receive its progress."""
     (main, main_said, _), (other, other_said, other_err) = ended(pair("works"))
     assert (main, other) == (0, 0), other_err
     heard, wanted = main_said.splitlines()[-1].split("|"), other_said.strip().split("|")
@@ -112,8 +113,8 @@ def test_the_others_wait_longer_than_any_collective_may_take_and_hear_how_far_it
 
 
 @slow
-def test_a_barrier_in_its_place_does_not_last_that_long(pair):
-    """So that the test above is one."""
+def test_barrier_times_out(pair):
+    """A barrier in place of on_main times out, so the test above can fail."""
     (_, said, _), (other, _, error) = ended(pair("barrier"))
     assert other == 1 and "Timed out" in error and "|" not in said
 
@@ -122,7 +123,8 @@ def test_a_barrier_in_its_place_does_not_last_that_long(pair):
     ("scenario", "code"),
     [("refuses", 2), pytest.param("leaves", 7, marks=slow), pytest.param("breaks", 1, marks=slow)],
 )
-def test_what_fails_in_the_main_process_ends_the_others_alike_and_is_said_once(scenario, code, pair):
+def test_on_main_failure(scenario, code, pair):
+    """An error in the main process ends the others with the same exit code, and is printed once."""
     (main, _, error), (other, _, silence) = ended(pair(scenario))
     assert (main, other) == (code, code)
     assert "error: " not in silence and "Traceback" not in silence, "torch alone may say that the store is gone"
@@ -131,8 +133,11 @@ def test_what_fails_in_the_main_process_ends_the_others_alike_and_is_said_once(s
     ]
 
 
-def test_the_others_stay_until_a_main_process_that_failed_is_gone(pair):
-    """A launcher stops all processes as soon as one has failed: the main one may still be finishing a checkpoint."""
+def test_exit_after_failed_main(pair):
+    """The other processes stay until a main process that failed has exited.
+
+    A launcher stops all processes as soon as one has failed: the main one may still be finishing a checkpoint.
+    """
     main, other = pair("saves")
     assert [main.stdout.readline() for _ in range(2)] == ["working\n", "saved\n"]
     assert other.poll() is None, "it waits while the main process works"
@@ -146,7 +151,8 @@ def test_the_others_stay_until_a_main_process_that_failed_is_gone(pair):
         pytest.param(signal.SIGSTOP, "the main process has said nothing for 4 s", marks=slow),  # its store stands too
     ],
 )
-def test_a_main_process_that_dies_meanwhile_does_not_leave_the_others_waiting(number, told, pair):
+def test_main_process_dies(number, told, pair):
+    """If the main process dies or stops, the processes that wait for it end with an error."""
     main, other = pair("stands")
     assert main.stdout.readline() == "working\n"
     os.kill(main.pid, number)
@@ -154,11 +160,13 @@ def test_a_main_process_that_dies_meanwhile_does_not_leave_the_others_waiting(nu
     assert other.returncode == 1 and f"RuntimeError: {told}" in error and "The last checkpoint is good" in error
 
 
-def test_one_process_waits_for_nobody():
+def test_on_main_single_process():
+    """With one process, on_main and main_first return the function's result without waiting."""
     assert main_process.on_main(lambda: 3, "counting") == main_process.main_first(lambda: 3, "counting") == 3
 
 
-def test_a_collective_lasts_longer_than_the_watchdog_waits():
+def test_group_timeout():
+    """The group's time-out is longer than the watchdog's limit and its grace period together."""
     assert accelerator.group_timeout(3600) > timedelta(seconds=3600 + GRACE)
     assert accelerator.group_timeout(None) == timedelta(days=1)
 
@@ -237,9 +245,8 @@ def slow_run(launch, tiny, tmp_path, now, *more, **how):
         pytest.param(("hash", "records"), (), marks=slow),
     ],
 )
-def test_two_processes_end_well_where_the_main_one_needs_three_times_the_groups_time_out(
-    now, more, tiny, launch, tmp_path
-):
+def test_slow_main_process(now, more, tiny, launch, tmp_path):
+    """Two processes finish a run although the main one works for three times the group's time-out."""
     slow_run(launch, tiny, tmp_path, now, *more)
     run = tmp_path / "runs" / "r"
     assert [row["step"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == [0, 1, 2]

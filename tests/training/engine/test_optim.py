@@ -27,7 +27,8 @@ SIZE = {"num_attention_heads": 1, "attention_head_dim": 16, "text_dim": 8, "ffn_
 adamw = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
 
 
-def test_cosine_warms_up_in_a_line_and_ends_at_its_floor():
+def test_cosine_schedule():
+    """The cosine schedule warms up linearly and ends at its floor."""
     schedule = Schedule(shape="cosine", warmup=10, floor=0.1)
     scales = [schedule(step, 200) for step in range(200)]
     assert scales[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
@@ -38,13 +39,15 @@ def test_cosine_warms_up_in_a_line_and_ends_at_its_floor():
     assert schedule(200, 200) == pytest.approx(0.1)
 
 
-def test_constant_stays_at_the_peak_however_long_the_run_becomes():
+def test_constant_schedule():
+    """The constant schedule stays at the peak after warm-up, whatever the length of the run."""
     schedule = Schedule(shape="constant", warmup=5, floor=1.0)
     assert [schedule(step, 100) for step in range(5, 100)] == [1.0] * 95
     assert [schedule(step, 100) for step in range(100)] == [schedule(step, 1000) for step in range(100)]
 
 
-def test_stable_then_decay_falls_over_the_last_part_alone():
+def test_decay_schedule():
+    """A schedule with decay stays at the peak and falls over the last share of the steps only."""
     schedule = Schedule(shape="sqrt", warmup=10, decay=0.2, floor=0.1)
     scales = [schedule(step, 200) for step in range(200)]
     assert scales[9] < 1 and scales[10:161] == [1.0] * 151, (
@@ -61,7 +64,8 @@ def test_stable_then_decay_falls_over_the_last_part_alone():
 @pytest.mark.parametrize("shape", FALLS)
 @pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 10, 173])
-def test_every_schedule_stays_between_floor_and_peak_and_reaches_both(shape, decay, steps):
+def test_schedule_bounds(shape, decay, steps):
+    """Every schedule stays between floor and peak after warm-up, and reaches both if it decays."""
     schedule = Schedule(shape=shape, warmup=20, decay=decay, floor=0.25)
     scales = [schedule(step, steps) for step in range(steps + 1)]
     warmup = min(20, steps // 10)
@@ -71,7 +75,8 @@ def test_every_schedule_stays_between_floor_and_peak_and_reaches_both(shape, dec
     assert scales[-1] == pytest.approx(0.25 if falls else 1.0)
 
 
-def test_a_short_run_warms_up_for_a_tenth_at_most():
+def test_short_run_warmup():
+    """Warm-up takes at most a tenth of a run's steps."""
     schedule = Schedule(shape="cosine", warmup=50, floor=0.0)
     assert [schedule(step, 20) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert schedule(0, 1) == 1.0
@@ -86,12 +91,14 @@ def test_a_short_run_warms_up_for_a_tenth_at_most():
         ({"floor": -0.1}, "schedule.floor=-0.1 is a share"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(bad, words):
+def test_bad_schedule_refused(bad, words):
+    """A schedule with an unknown shape or a value out of range is refused."""
     with pytest.raises(ValueError, match=re.escape(words)):
         Schedule(**bad)
 
 
-def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay():
+def test_parameter_groups():
+    """Every trained parameter is in exactly one group, and only matrices have weight decay."""
     model = WanTransformer(**SIZE)
     optimizer = build_optimizer(adamw, model)
     names = {parameter: name for name, parameter in named_trainable(model).items()}
@@ -117,8 +124,11 @@ def gradients(model, seed):
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest():
-    """The same updates as torch's two optimizers side by side; Muon's has the size of AdamW's."""
+def test_muon_matches_torch():
+    """Muon updates the matrices inside blocks, and AdamW updates the rest.
+
+    The updates equal those of torch's two optimizers side by side; Muon's has the size of AdamW's.
+    """
     ours, theirs = WanTransformer(**SIZE), WanTransformer(**SIZE)
     theirs.load_state_dict(ours.state_dict())
     start = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
@@ -145,7 +155,8 @@ def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest():
     assert 0.1 < moved / 2e-2 < 1.0, "three updates of about 0.2 to 0.4 of the rate each, partly cancelling"
 
 
-def test_muon_with_adamw_goes_on_exactly_from_what_was_saved():
+def test_muon_resume():
+    """Muon with AdamW resumes bit for bit from its saved state."""
     straight, broken = WanTransformer(**SIZE), WanTransformer(**SIZE)
     broken.load_state_dict(straight.state_dict())
     first, second = build_optimizer(muon, straight), build_optimizer(muon, broken)
@@ -179,7 +190,8 @@ def test_optimizer_without_state_resumes():
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "SGD", "NAdam", "RMSprop", "AdamW"])
-def test_an_optimizer_of_the_users_own_choice_trains_and_goes_on_exactly(name):
+def test_torch_optimizers_resume(name):
+    """Any optimizer of torch.optim trains and resumes exactly."""
     more = {"fused": True} if name == "AdamW" else {"momentum": 0.9} if name == "SGD" else {}
     goes_on_exactly(functools.partial(getattr(torch.optim, name), lr=1e-2, weight_decay=0.1, **more))
 
@@ -209,7 +221,8 @@ def goes_on_exactly(make, size=SIZE):
     return kept
 
 
-def test_8_bit_moments_are_saved_as_they_are_and_move_weights_as_adamw_does():
+def test_8bit_adamw():
+    """8-bit moments are saved as they are, and move the weights as AdamW does, within 5 %."""
     pytest.importorskip("torchao", reason="the extra 8bit is not installed")
     large = {**SIZE, "num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 128}
     with torch.compiler.set_stance("force_eager"):  # the same arithmetic, without a compiler
@@ -236,14 +249,16 @@ def test_8_bit_moments_are_saved_as_they_are_and_move_weights_as_adamw_does():
         assert (ours.get_parameter(name) - parameter).norm() < 0.05 * moved.norm(), name
 
 
-def test_8_bit_without_torchao_names_the_extra(monkeypatch):
+def test_8bit_needs_torchao(monkeypatch):
+    """optimizer=adamw_8bit without torchao is an error that names the extra."""
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(ValueError, match=r"optimizer=adamw_8bit needs torchao .*pip install 'wantrain\[8bit\]'"):
         build_optimizer(functools.partial(adamw_8bit, lr=1e-2), WanTransformer(**SIZE))
 
 
-def test_a_state_that_is_no_tensor_is_refused():
+def test_non_tensor_state_refused():
+    """Optimizer state that is no tensor is refused."""
     with pytest.raises(ValueError, match="the optimizer keeps step as int; only tensors can be saved"):
         plain_tensors({"step": 3})
 
@@ -260,12 +275,14 @@ def test_a_state_that_is_no_tensor_is_refused():
         (["schedule=wsd", "schedule.decay=2"], "schedule.decay=2 is a share"),
     ],
 )  # fmt: skip
-def test_an_optimizer_or_schedule_that_cannot_be_is_one_error_before_work_starts(settings, words):
+def test_bad_optimizer_config_refused(settings, words):
+    """An impossible optimizer or schedule is one error before work starts."""
     with pytest.raises(ValueError, match=re.escape(words)):
         checks.check(config.compose("train", settings))
 
 
-def test_an_optimizer_of_the_users_own_choice_is_built_from_the_command_line():
+def test_optimizer_from_command_line():
+    """The command line builds an optimizer of the user's choice, and a keyword that it lacks is an error."""
     cfg = config.compose("train", ["optimizer=other", "+optimizer.momentum=0.9", "optimizer.lr=0.5"])
     checks.check(cfg)
     optimizer = build_optimizer(config.build(cfg.optimizer, _partial_=True), WanTransformer(**SIZE))
@@ -275,7 +292,8 @@ def test_an_optimizer_of_the_users_own_choice_is_built_from_the_command_line():
         build_optimizer(functools.partial(torch.optim.SGD, nonsense=1), WanTransformer(**SIZE))
 
 
-def test_frozen_parameters_are_in_no_group():
+def test_frozen_parameters():
+    """Frozen parameters are in no group of the optimizer."""
     model = WanTransformer(**SIZE)
     adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="attention"), seed=0)
     optimizer = build_optimizer(adamw, model)
@@ -283,7 +301,8 @@ def test_frozen_parameters_are_in_no_group():
     assert trained == {id(p) for name, p in model.named_parameters() if "lora_" in name} and len(trained) == 16
 
 
-def test_an_update_is_clipped_scaled_and_cleared_and_decays_matrices_alone():
+def test_stepper_update():
+    """A step clips the mean gradient, scales the rate, decays matrices only, and clears the gradients."""
     module = torch.nn.Linear(3, 2)
     module.weight.data.fill_(1.0)
     module.bias.data.fill_(1.0)

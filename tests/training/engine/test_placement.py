@@ -21,7 +21,8 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize(("engine", "given", "message"), IMPOSSIBLE)
-def test_what_an_engine_cannot_do_is_said_before_anything_starts(engine, given, message, monkeypatch):
+def test_impossible_settings_refused(engine, given, message, monkeypatch):
+    """Settings that an engine cannot train are refused before anything starts."""
     monkeypatch.setattr(placement, "engine_of", lambda accelerator: engine)
     experts = config.experts(config.compose("train", given))
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -48,8 +48,8 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("context", [lambda: autocast("bf16", CPU), with_cache], ids=["ours", "with torch's cache"])
-def test_bf16_copies_of_recomputed_blocks_do_not_outlive_them(context):
-    """Each weight is cast once in a forward; of blocks that are recomputed none is alive at its end."""
+def test_bf16_weight_copies(context):
+    """A forward casts each weight once, and frees the bf16 copies of recomputed blocks before its end."""
     model, inputs = model_and_inputs()
     blocks = [parameter for block in model.blocks for parameter in block.parameters() if parameter.ndim == 2]
     blocks += [module.bias for block in model.blocks for module in block.modules() if isinstance(module, nn.Linear)]
@@ -67,7 +67,8 @@ def test_bf16_copies_of_recomputed_blocks_do_not_outlive_them(context):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_without_the_cache_answers_and_gradients_are_the_same_bits(recompute):
+def test_autocast_without_cache(recompute):
+    """Outputs and gradients are bit-equal with and without torch's autocast cache."""
     results = []
     for context in (with_cache(), autocast("bf16", CPU)):
         model, inputs = model_and_inputs()
@@ -80,8 +81,11 @@ def test_without_the_cache_answers_and_gradients_are_the_same_bits(recompute):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_contexts_inside_inherit_it():
-    """The model's own float32 islands, and DeepSpeed's autocast around its forward, do not switch the cache on again."""
+def test_nested_autocast():
+    """Nested autocast contexts leave the cache off.
+
+    Those are the model's own float32 parts, and DeepSpeed's autocast around its forward.
+    """
     with autocast("bf16", CPU):
         for enabled in (False, True):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):

@@ -20,8 +20,11 @@ def law_of(report, name="low_noise", number=0):
     return distribution, *(np.array(distribution[key]) for key in ("sigma", "density", "weight", "effective_density"))
 
 
-def test_the_effective_density_is_that_of_the_draws_times_the_weight(tmp_path):
-    """Against 400,000 draws, and against DiffSynth's own figures: mean weights 0.34 and 1.47 in the two windows."""
+def test_effective_density(tmp_path):
+    """The effective density is the density of the draws times the loss weight.
+
+    Compared with 400,000 draws and with DiffSynth's figures: mean weights 0.34 and 1.47 in the two windows.
+    """
     losses = {
         "high_noise": FlowMatching(shift=5.0, low=0.875, weighting=BELL),
         "low_noise": FlowMatching(shift=5.0, high=0.875, weighting=BELL),
@@ -44,7 +47,8 @@ def test_the_effective_density_is_that_of_the_draws_times_the_weight(tmp_path):
     assert sizes.size == (600, 300) and len(set(sizes.convert("RGB").getdata())) > 50, "something is drawn"
 
 
-def test_the_mean_weight_is_the_integral_over_the_law(tmp_path):
+def test_mean_weight(tmp_path):
+    """The mean weight is the integral of the weight over the noise distribution."""
     loss = FlowMatching(density="logit_normal", shift=3.0, low=0.0, high=0.875, weighting="cosmap")
     noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64"], multiple=16)
     distribution, *_ = law_of(json.loads((tmp_path / "noise.json").read_text()))
@@ -59,7 +63,8 @@ def test_the_mean_weight_is_the_integral_over_the_law(tmp_path):
     assert distribution["mean_weight"] == pytest.approx(weighed / whole, rel=1e-4)
 
 
-def test_a_shift_by_tokens_gives_a_law_for_each_size_of_clip(tmp_path):
+def test_shift_by_tokens(tmp_path):
+    """A shift by tokens gives one noise distribution for each clip size."""
     loss = FlowMatching(shift=RootShift(base=3.0, num_frames=17, area=4096, multiple=16), high=0.875)
     noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64", "17x32x128", "17x128x128"], multiple=16)
     report = json.loads((tmp_path / "noise.json").read_text())
@@ -68,7 +73,9 @@ def test_a_shift_by_tokens_gives_a_law_for_each_size_of_clip(tmp_path):
     ] == [(80, 3.0), (320, 6.0)]
 
 
-def test_going_on_under_another_law_is_refused_and_a_loss_without_noise_has_no_report(tmp_path):
+def test_changed_noise_refused(tmp_path):
+    """Resuming with another noise distribution is refused, and a loss without noise writes no report."""
+
     def write(height):
         loss = FlowMatching(density=flow.Table(points=[[0, 1], [1, height]]), high=0.875)
         noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64"], multiple=16)

@@ -52,7 +52,8 @@ def checkpoint(tmp_path, step):
     }
 
 
-def test_a_sound_run_trips_nothing(tiny, call, tmp_path):
+def test_run_without_faults(tiny, call, tmp_path):
+    """A run without faults trips no safeguard."""
     ended = call("train.py", *tiny.train, *RUN)
     assert not (tmp_path / "runs" / "r" / "safeguards.jsonl").exists()
     assert "skipped" not in ended.stdout and "times the usual" not in ended.stdout
@@ -60,7 +61,8 @@ def test_a_sound_run_trips_nothing(tiny, call, tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("more", [(), ("accumulate=2", "ema=0.9")], ids=["plain", "accumulated"])
-def test_a_loss_that_is_no_number_updates_nothing_and_names_its_samples(value, more, tiny, call, tmp_path, monkeypatch):
+def test_non_finite_loss(value, more, tiny, call, tmp_path, monkeypatch):
+    """A step with a NaN or infinite loss updates nothing, and its samples are recorded."""
     micro = 2 if more else 1
     # Infinity is added: its slope is finite, and all the same no step is made on it.
     spoiled(monkeypatch, {2 * micro + 1}, lambda record: replaced(record, value=record.value + value))
@@ -78,7 +80,8 @@ def test_a_loss_that_is_no_number_updates_nothing_and_names_its_samples(value, m
     assert logged[3]["loss"] is None and all(logged[step]["loss"] for step in (1, 2, 4, 5, 6))
 
 
-def test_one_gradient_that_is_no_number_updates_nothing(tiny, call, tmp_path, monkeypatch):
+def test_non_finite_gradient(tiny, call, tmp_path, monkeypatch):
+    """A step with one NaN element in a gradient updates nothing."""
     backward, calls = Stepper.backward, iter(range(1, 1000))
 
     def planted(self, loss, *, last):
@@ -93,9 +96,8 @@ def test_one_gradient_that_is_no_number_updates_nothing(tiny, call, tmp_path, mo
     assert [row["step"] for row in rows_of(tmp_path, "safeguards.jsonl")] == [2]
 
 
-def test_after_three_such_steps_in_a_row_the_run_ends_and_the_last_good_checkpoint_stands(
-    tiny, call, tmp_path, monkeypatch
-):
+def test_max_skipped_steps(tiny, call, tmp_path, monkeypatch):
+    """Three skipped steps in a row end the run, and its last good checkpoint remains."""
     spoiled(monkeypatch, {2, 4, 5, 6}, lambda record: replaced(record, per_sample=record.per_sample * math.nan,
                                                               value=record.value * math.nan))  # fmt: skip
     ended = call("train.py", *tiny.train, *RUN, check=False)
@@ -107,7 +109,8 @@ def test_after_three_such_steps_in_a_row_the_run_ends_and_the_last_good_checkpoi
     assert "step 5 of 6" in call("train.py", *tiny.train, *RUN).stdout, "the same command goes on"
 
 
-def test_a_thirtyfold_loss_is_said_with_its_worst_sample(tiny, call, tmp_path, monkeypatch):
+def test_loss_spike_report(tiny, call, tmp_path, monkeypatch):
+    """A loss of thirty times the baseline is reported with its worst sample."""
     steps = 80
     spoiled(monkeypatch, {steps - 3}, lambda record: replaced(record, per_sample=record.per_sample * 30))
     ended = call("train.py", *tiny.train, *RUN[:2], "run=r", f"steps={steps}", "batch_size=8")
@@ -119,8 +122,11 @@ def test_a_thirtyfold_loss_is_said_with_its_worst_sample(tiny, call, tmp_path, m
     assert not (tmp_path / "runs/quiet/safeguards.jsonl").exists()
 
 
-def test_a_thousandfold_loss_updates_nothing_also_after_a_restart(tiny, call, tmp_path, monkeypatch):
-    """What is usual is part of a checkpoint: the run that is resumed at step 60 knows it."""
+def test_loss_spike_after_resume(tiny, call, tmp_path, monkeypatch):
+    """A loss of a thousand times the baseline updates nothing, also in the first step after a resume.
+
+    The baseline is part of a checkpoint: the run that is resumed at step 60 has it.
+    """
     train = ("train.py", *tiny.train, RUN[0], "run=r", "steps=80", "batch_size=8", "checkpoint.keep=9")
     call(*train, "stop_after=60")
     spoiled(monkeypatch, {1}, lambda record: replaced(record, per_sample=1000 * record.per_sample,
@@ -136,8 +142,11 @@ def test_a_thousandfold_loss_updates_nothing_also_after_a_restart(tiny, call, tm
     assert re.search(r"step 61 skipped: the loss is \d+ times .* \(safeguards.refuse=100\)", ended.stdout)
 
 
-def test_what_is_usual_is_learned_for_each_noise_level():
-    """Losses that differ a thousandfold between noise levels are all usual; tenfold at one level is not."""
+def test_loss_baseline_by_sigma():
+    """The loss baseline is learned for each noise level.
+
+    Losses that differ a thousandfold between noise levels are all usual; tenfold at one level is not.
+    """
     usual = LossBaseline(flow.NoiseWindow(0.0, 0.875))
     sigmas = [0.875 * (slot + 0.5) / BINS for slot in range(BINS)]
     losses = [10 ** (-3 * slot / BINS) for slot in range(BINS)]
@@ -156,15 +165,19 @@ def test_what_is_usual_is_learned_for_each_noise_level():
     assert torch.allclose(once.means, apart.means) and torch.equal(once.counts, apart.counts), "however it is batched"
 
 
-def test_a_draw_outside_the_window_ends_the_run_before_it_learns(tiny, call, monkeypatch):
-    """The classic: the whole range for one expert."""
+def test_sigma_outside_window(tiny, call, monkeypatch):
+    """A noise level outside the expert's window ends the run before an update.
+
+    The planted fault is the common one: the whole range for one expert.
+    """
     whole = FlowMatching(density="uniform", shift=3.0)
     monkeypatch.setattr(FlowMatching, "draw", lambda self, batch, generators: DRAW(whole, batch, generators))
     error = call("train.py", *tiny.train, *RUN, "batch_size=16", check=False).error
     assert re.search(r"low_noise drew sigma 0\.\d+, outside its window \[0, 0\.875\)", error)
 
 
-def test_a_step_that_moves_nothing_ends_the_run(tiny, pair, call, monkeypatch):
+def test_step_without_change(tiny, pair, call, monkeypatch):
+    """A first step that changes no trained weight ends the run."""
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     for adapter, what in (("none", "trained tensor"), ("lora", "LoRA's B")):
         ended = call("train.py", *tiny.train, f"weights={pair}", *RUN[1:], f"adapter={adapter}", f"run={adapter}",
@@ -172,9 +185,8 @@ def test_a_step_that_moves_nothing_ends_the_run(tiny, pair, call, monkeypatch):
         assert f"the first step of low_noise moved no {what} " in ended.error
 
 
-def test_a_parameter_that_is_trained_beside_the_adapter_or_frozen_without_one_ends_the_run(
-    tiny, pair, call, monkeypatch
-):
+def test_unexpected_trained_parameter(tiny, pair, call, monkeypatch):
+    """A parameter that is trained beside the adapter ends the run."""
     inject = adapters.inject
 
     def planted(module, settings, *, seed):
@@ -186,7 +198,8 @@ def test_a_parameter_that_is_trained_beside_the_adapter_or_frozen_without_one_en
     assert error.startswith("adapter=lora: ") and "is trained" in error
 
 
-def test_an_optimizer_that_lacks_parameters_ends_the_run(tiny, call, monkeypatch):
+def test_optimizer_lacks_parameters(tiny, call, monkeypatch):
+    """An optimizer that lacks trained parameters ends the run."""
     named = optim.named_trainable
     fewer = lambda module: dict(list(named(module).items())[: max(1, len(named(module)) - 1)])  # noqa: E731
     monkeypatch.setattr(optim, "named_trainable", fewer)
@@ -256,7 +269,8 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     "engine", ["ddp", *(pytest.param(name, marks=slow) for name in ("zero1", "zero2", "zero3", "fsdp2"))]
 )
-def test_a_fault_on_one_rank_updates_nothing_on_any(engine, tiny, planted, tmp_path):
+def test_nan_on_one_rank(engine, tiny, planted, tmp_path):
+    """A NaN on one rank skips the update on every rank."""
     planted(engine, "nan", *tiny.train, *RUN)
     before, after, next_one = (checkpoint(tmp_path, step) for step in (2, 3, 4))
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
@@ -268,7 +282,8 @@ def test_a_fault_on_one_rank_updates_nothing_on_any(engine, tiny, planted, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
-def test_a_spike_on_one_rank_updates_nothing_on_any(engine, tiny, planted, tmp_path):
+def test_spike_on_one_rank(engine, tiny, planted, tmp_path):
+    """A loss spike on one rank skips the update on every rank."""
     train = (*tiny.train, RUN[0], "run=r", "batch_size=16", "steps=41", "checkpoint.keep=9", "checkpoint.every=1")
     planted(engine, "spike", *train)
     before, after, next_one = (checkpoint(tmp_path, step) for step in (39, 40, 41))
@@ -287,13 +302,15 @@ def test_a_spike_on_one_rank_updates_nothing_on_any(engine, tiny, planted, tmp_p
         ("gradients", r"the gradients of \d+ of \d+ parameters differ between ranks"),
     ],
 )
-def test_ranks_that_do_not_belong_together_end_the_run_at_the_first_step(fault, told, tiny, planted, tmp_path):
+def test_mismatched_ranks(fault, told, tiny, planted, tmp_path):
+    """Ranks that share noise or samples, or differ in their gradients, end the run at the first step."""
     ended = planted("ddp", fault, *tiny.train, *RUN, check=False)
     assert ended.returncode != 0 and re.search(told, ended.stderr)
     assert not list((tmp_path / "runs" / "r" / "checkpoints").glob("step_*"))
 
 
-def test_a_rank_that_never_comes_ends_all_of_them_with_their_stacks(tiny, planted, tmp_path):
+def test_hanging_rank(tiny, planted, tmp_path):
+    """A rank that hangs ends all ranks, and its stack is printed."""
     began = time.monotonic()
     ended = planted("ddp", "hang", *tiny.train, *RUN, "safeguards.hang=4", "validation.every=1000", check=False)
     assert ended.returncode != 0 and time.monotonic() - began < 150

@@ -19,8 +19,11 @@ def rows_of(tmp_path, name="r"):
     return [row for row in rows if "loss" in row]
 
 
-def test_what_is_measured_of_a_step_adds_up(tiny, call, tmp_path, monkeypatch):
-    """Times to the step's seconds, tokens and operations to the batch's own shape, losses by noise to all samples."""
+def test_step_metrics(tiny, call, tmp_path, monkeypatch):
+    """The metrics of a step add up.
+
+    Times add up to its seconds, tokens and operations follow the batch's shape, losses by noise cover all samples.
+    """
     drawn, loss = [], FlowMatching.__call__
 
     def noted(self, model, batch, draws):
@@ -67,8 +70,8 @@ def test_what_is_measured_of_a_step_adds_up(tiny, call, tmp_path, monkeypatch):
     assert "tokens/s" in ended.stdout and rows[10]["save_seconds"] > 0
 
 
-def test_the_update_is_measured_where_it_is_taken(tiny, call, tmp_path):
-    """The change of the weights between two checkpoints around step 10 is the update's norm that the log tells."""
+def test_update_norm(tiny, call, tmp_path):
+    """The logged update norm is the norm of the weights' change between the checkpoints around step 10."""
     from wantrain.models.formats.weights import read_tensors
 
     call("train.py", *tiny.train, *RUN, "checkpoint.every=1", "checkpoint.keep=30", "validation.every=1000")
@@ -94,8 +97,11 @@ def test_the_update_is_measured_where_it_is_taken(tiny, call, tmp_path):
         ("Quadro RTX 6000", None), ("Tesla V100-SXM2-16GB", None), ("AMD Instinct MI300X", None),
     ],
 )  # fmt: skip
-def test_a_card_s_peak_is_its_own(name, tera, monkeypatch):
-    """By data sheet: dense bfloat16. Of a card that is not listed none is known, whatever card its name resembles."""
+def test_peak_flops(name, tera, monkeypatch):
+    """A listed card has the peak of its data sheet for dense bfloat16.
+
+    A card that is not listed has none, whatever card its name resembles.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert throughput.peak_of(torch.device("cuda")) == (None if tera is None else tera * 1e12)
     assert throughput.peak_of(torch.device("cpu")) is None

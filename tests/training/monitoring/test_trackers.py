@@ -47,7 +47,8 @@ def logged(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_a_tracker_is_told_everything_in_order_by_its_own_thread(tmp_path):
+def test_tracker_order(tmp_path):
+    """A tracker receives every step in order, from its own thread."""
     kept, makers = Snapshot(), []
     metrics = Metrics(tmp_path / "metrics.jsonl", steps=9)
     metrics.tracker = AsyncTracker(lambda: makers.append(threading.current_thread()) or kept)
@@ -58,7 +59,9 @@ def test_a_tracker_is_told_everything_in_order_by_its_own_thread(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["slow to begin", "slow", "no begin", "exits", "breaks off"])
-def test_whatever_is_wrong_with_it_steps_take_no_longer_and_the_log_is_whole(fault, tmp_path, capsys):
+def test_tracker_faults(fault, tmp_path, capsys):
+    """A tracker that is slow, fails or exits neither delays the steps nor cuts the log."""
+
     def make():
         if fault == "slow to begin":
             time.sleep(30)
@@ -82,7 +85,8 @@ def test_whatever_is_wrong_with_it_steps_take_no_longer_and_the_log_is_whole(fau
     assert said.count("warning: the tracker") == 1 and "metrics.jsonl" in said
 
 
-def test_what_a_tracker_cannot_take_in_time_is_left_out_and_that_is_said_once(tmp_path, capsys, monkeypatch):
+def test_dropped_tracker_calls(tmp_path, capsys, monkeypatch):
+    """Calls that a tracker cannot take in time are dropped, with one warning."""
     monkeypatch.setattr(trackers, "WAITING", 5)
     tracker = AsyncTracker(lambda: Snapshot(30.0), timeout=0.1)
     for step in range(50):
@@ -92,7 +96,9 @@ def test_what_a_tracker_cannot_take_in_time_is_left_out_and_that_is_said_once(tm
     assert capsys.readouterr().out.count("calls behind") == 1
 
 
-def test_a_run_with_a_broken_tracker_ends_well(tiny, call, tmp_path, monkeypatch):
+def test_run_with_broken_tracker(tiny, call, tmp_path, monkeypatch):
+    """A run whose tracker fails at its start trains to the end, with a warning."""
+
     def broken(*_):
         raise OSError("proxy refused")
 
@@ -103,8 +109,11 @@ def test_a_run_with_a_broken_tracker_ends_well(tiny, call, tmp_path, monkeypatch
     assert logged(tmp_path / "runs" / "r" / "metrics.jsonl")[-1] == 3
 
 
-def test_an_error_that_ends_a_run_is_told_to_its_tracker_with_the_last_steps(tiny, call, tmp_path, monkeypatch):
-    """Steps since the last line on the console are in the log and with the tracker, and it is told how it ended."""
+def test_tracker_of_failed_run(tiny, call, tmp_path, monkeypatch):
+    """When an error ends a run, its tracker receives the last steps and the failure.
+
+    Steps since the last line on the console are in the log too.
+    """
     kept, step, calls = Snapshot(), Stepper.step, iter(range(1, 100))
 
     def breaking(self, *, update):
@@ -121,7 +130,8 @@ def test_an_error_that_ends_a_run_is_told_to_its_tracker_with_the_last_steps(tin
     assert logged(tmp_path / "runs" / "r" / "metrics.jsonl") == [1, 2, 3]
 
 
-def test_a_log_that_the_disk_refuses_waits_and_is_whole_later(tmp_path, capsys, monkeypatch):
+def test_log_on_full_disk(tmp_path, capsys, monkeypatch):
+    """Log lines that the disk refuses are kept and written later, with one warning."""
     metrics = Metrics(tmp_path / "metrics.jsonl", steps=20)
     steps(metrics, 3)
     whole = Path.open
@@ -146,7 +156,8 @@ def test_a_log_that_the_disk_refuses_waits_and_is_whole_later(tmp_path, capsys, 
     assert capsys.readouterr().out.count("cannot be written") == 1
 
 
-def test_tensorboard_holds_what_was_logged(tiny, call, tmp_path):
+def test_tensorboard_scalars(tiny, call, tmp_path):
+    """TensorBoard's events hold the logged losses."""
     pytest.importorskip("tensorboard", reason="tracker=tensorboard is an optional extra")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -157,7 +168,8 @@ def test_tensorboard_holds_what_was_logged(tiny, call, tmp_path):
     assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(wanted)
 
 
-def test_a_tracker_without_its_package_or_name_is_one_clear_error(tmp_path, monkeypatch):
+def test_bad_tracker_refused(tmp_path, monkeypatch):
+    """A tracker with an unknown name or a missing package is one clear error."""
     how = {"project": None, "run": "r", "folder": tmp_path, "config": {}}
     with pytest.raises(ValueError, match="choose wandb, tensorboard or jsonl"):
         build_tracker("wands", **how)

@@ -51,7 +51,8 @@ def run(work="pass", *, before="", after=""):
 
 
 @pytest.mark.parametrize("work", ["time.sleep(60)", HELD], ids=["gives the interpreter back", "holds it"])
-def test_what_stands_still_is_ended_with_a_word_every_stack_and_its_own_code(work):
+def test_hanging_process(work):
+    """A process that makes no progress ends with a message, every stack and exit code 75."""
     began = time.monotonic()
     ended = run(work)
     assert time.monotonic() - began < 60, "on a busy machine, with the imports"
@@ -63,13 +64,17 @@ def test_what_stands_still_is_ended_with_a_word_every_stack_and_its_own_code(wor
     assert ended.stderr.count("error: nothing") == 1
 
 
-def test_without_the_timers_a_held_interpreter_still_ends_the_process():
+def test_hang_without_timers():
+    """Without the system's timers, a process that holds the interpreter still ends."""
     ended = run(HELD, before="deadline._create = None; watchdog.GRACE = 1.5")
     assert ended.returncode == 1 and "most recent call first" in ended.stderr
 
 
-def test_work_that_advances_is_not_ended_however_long_it_takes_nor_is_what_follows():
-    """Another thread's progress counts, and none after the end sets the timers anew."""
+def test_slow_progress():
+    """Work that reports progress is not ended, however long it takes, nor is what follows it.
+
+    Another thread's progress counts, and progress after the end does not set the timers anew.
+    """
     late = "watched.feed('late'); time.sleep(5.5)"
     ended = run(
         "threading.Thread(target=lambda: [(time.sleep(0.4), report_progress('beside')) for _ in range(8)]).start(); "
@@ -81,14 +86,16 @@ def test_work_that_advances_is_not_ended_however_long_it_takes_nor_is_what_follo
     assert not ended.stderr
 
 
-def test_the_watchdog_leaves_no_thread_timer_or_listener():
+def test_watchdog_cleanup():
+    """The watchdog leaves no thread, timer or listener behind."""
     before = threading.active_count()
     with Watchdog(60.0) as watched, Watchdog(None):
         assert len(watched.deadline._timers) == 2 and len(progress._listeners) == 1
     assert threading.active_count() == before and not watched.deadline._timers and not progress._listeners
 
 
-def test_what_is_said_is_cut_to_its_room_and_keeps_its_signs():
+def test_long_message():
+    """A long message is cut to the buffer's size, and its percent signs stay escaped."""
     end = deadline.Deadline(0, sys.__stderr__)
     end.say("50 % of ä " + "%" * 2000)
     assert end._text.value.startswith("50 %% of ä %%%%".encode()) and end._text.value.count(b"%") % 2 == 0
@@ -107,14 +114,16 @@ def told(work):
     return words
 
 
-def test_every_clip_of_a_validation_is_progress():
+def test_validation_progress():
+    """Every clip of a validation reports progress."""
     clip = Batch(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1), ("a",), (0,))
     stepper = SimpleNamespace(gather=lambda x: x)
     words = told(lambda: over_ranks([clip] * 3, lambda one: torch.zeros(2), stepper))
     assert words == [f"measuring clip {number} of 3" for number in (1, 2, 3)]
 
 
-def test_a_hash_tells_of_each_piece_of_a_file_and_is_the_same_hash(tmp_path):
+def test_hash_progress(tmp_path):
+    """A file's hash reports progress for each piece, and is the SHA-256 of the whole."""
     file = tmp_path / "large"
     file.write_bytes(bytes(range(256)) * (5 << 12) + b"end")
     words = told(lambda: file_hash(file))
@@ -124,7 +133,8 @@ def test_a_hash_tells_of_each_piece_of_a_file_and_is_the_same_hash(tmp_path):
     assert file_hash(file) == hashlib.sha256(b"").hexdigest()
 
 
-def test_every_tensor_that_is_loaded_hashed_or_copied_for_a_checkpoint_is_progress(tmp_path):
+def test_tensor_progress(tmp_path):
+    """Every tensor that is loaded, hashed, written or copied for a checkpoint reports progress."""
     module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     names = set(module.state_dict())
     words = told(lambda: weights.load_strict(module, dict(module.state_dict()), "here"))
@@ -137,7 +147,8 @@ def test_every_tensor_that_is_loaded_hashed_or_copied_for_a_checkpoint_is_progre
     assert len(words) == len(names) and words[0] == "copying a tensor of 6 elements for a checkpoint"
 
 
-def test_every_solver_step_is_progress():
+def test_solver_progress():
+    """Every solver step reports progress."""
     still = lambda x, *_: torch.zeros_like(x)  # noqa: E731
     how = {"sigmas": torch.tensor([1.0, 0.5, 0.2, 0.0]), "guidance": {"dense": 1.0}, "solver": "euler"}
     text = torch.zeros(1, 1, 1)
@@ -146,7 +157,9 @@ def test_every_solver_step_is_progress():
     assert words == [f"solver step {number} of 3" for number in (1, 2, 3)]
 
 
-def test_every_piece_of_a_download_is_progress_also_where_no_bar_is_shown(monkeypatch, tmp_path):
+def test_download_progress(monkeypatch, tmp_path):
+    """Every piece of a download reports progress, also where no bar is shown."""
+
     def snapshot(repository, *, tqdm_class, **how):
         bar = tqdm_class(total=10, disable=True)  # as the hub does where nobody looks
         for _ in range(3):
@@ -176,7 +189,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 HANG = 10  # seconds, less than the 11 that the first five clips sleep
 
 
-def test_a_validation_longer_than_the_limit_is_not_ended_and_a_clip_that_is_stuck_is(tiny, tmp_path, environment):
+def test_hang_in_validation(tiny, tmp_path, environment):
+    """A validation longer than the limit is not ended, and a clip that hangs is."""
     watched = ("data.holdout=0.3", "validation.every=1", "validation.clips=3", "validation.points=2")
     size = ("init=scratch", "batch_size=2", "steps=1", "check_expert=off", "run=r", f"safeguards.hang={HANG}")
     script = tmp_path / "slow.py"

@@ -25,8 +25,11 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_an_outline_is_the_trained_module_without_its_values(adapter, pair, tiny):
-    """The same parameters, shapes, dtypes and gradients as what is loaded, on the device without memory."""
+def test_outline(adapter, pair, tiny):
+    """An outline is the trained module without its values.
+
+    The same parameters, shapes, dtypes and gradients as what is loaded, on the device without memory.
+    """
     cfg = config.compose("train", [*tiny.train, f"weights={pair}", *ADAPTERS[adapter]])
     own, dtype = config.plain(cfg), config.dtype(cfg.precision)
     where = {"base": config.base(cfg, []), "device": torch.device("cpu"), "dtype": dtype}
@@ -44,8 +47,8 @@ def test_an_outline_is_the_trained_module_without_its_values(adapter, pair, tiny
     ("optimizer", "state"),
     [("adamw", 8.0), ("muon", 4.0), ("other", 0.0), ("adafactor", 2 * 4 / memory.SIDE)],
 )
-def test_an_optimizer_shows_how_much_it_keeps(optimizer, state):
-    """By what their papers keep: two moments, one, none, a row and a column of means."""
+def test_optimizer_state_bytes(optimizer, state):
+    """The bytes per parameter follow the optimizers' papers: two moments, one, none, a row and a column of means."""
     make = config.build(config.compose("train", [f"optimizer={optimizer}"]).optimizer, _partial_=True)
     assert memory.state_bytes(make) == pytest.approx(state)
 
@@ -61,7 +64,8 @@ def kept(*given):
     return memory.standing(outlines, makers, offload=cfg.experts.offload)
 
 
-def test_training_every_weight_of_a_14b_is_too_much_for_one_card_and_a_lora_is_not():
+def test_memory_of_14b():
+    """Training every weight of a 14B model exceeds one card's memory, and training a LoRA does not."""
     whole = kept("model=t2v_a14b", "expert=low_noise", "adapter=none")
     count = 14_288_491_584  # docs/models.md
     assert (whole.weights, whole.gradients, whole.optimizer) == (4 * count, 4 * count, 8 * count)
@@ -99,7 +103,8 @@ def sealed(monkeypatch):
 
 
 @pytest.mark.parametrize("given", RUNS, ids=lambda given: " ".join(given))
-def test_a_dry_run_opens_nothing_and_makes_nothing(given, call, tmp_path, sealed):
+def test_dry_run_opens_nothing(given, call, tmp_path, sealed):
+    """A dry run opens no weights and no network connection, and creates no file."""
     said = call("train.py", *given, "dry_run=true").stdout
     assert "is not there yet: what follows is for a clip of the model's own size" in said
     assert "samples per step" in said and "kept in memory" in said
@@ -108,7 +113,8 @@ def test_a_dry_run_opens_nothing_and_makes_nothing(given, call, tmp_path, sealed
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_says_of_shards_that_are_there_what_the_run_does(tiny, call, tmp_path, sealed):
+def test_dry_run_with_shards(tiny, call, tmp_path, sealed):
+    """With existing shards, a dry run prints the steps and samples of the run."""
     given = (*tiny.train, "weights=owner/name", "adapter=lora", "adapter.rank=4", "batch_size=2", "epochs=1")
     said = call("train.py", *given, "dry_run=true").stdout
     clips = len(config.build(config.compose("train", given).data).train)
@@ -117,7 +123,8 @@ def test_a_dry_run_says_of_shards_that_are_there_what_the_run_does(tiny, call, t
     assert "not there yet" not in said and not list(tmp_path.iterdir())
 
 
-def test_the_trained_parameters_of_a_dry_run_are_those_of_a_checkpoint(tiny, pair, call, tmp_path):
+def test_dry_run_parameters(tiny, pair, call, tmp_path):
+    """The trained parameters that a dry run counts are those of a checkpoint."""
     given = (*tiny.train, f"weights={pair}", "adapter=lora", "adapter.rank=4", "batch_size=2", "steps=1", "run=r")
     said = call("train.py", *given, "dry_run=true").stdout
     call("train.py", *given)
@@ -126,14 +133,17 @@ def test_the_trained_parameters_of_a_dry_run_are_those_of_a_checkpoint(tiny, pai
     assert f"trained parameters  {written:,} of " in said
 
 
-def test_damaged_shards_are_an_error_in_a_dry_run_too(tiny, call, tmp_path):
+def test_dry_run_damaged_shards(tiny, call, tmp_path):
+    """Damaged shards are an error in a dry run too."""
     shutil.copytree(tiny.latents, tmp_path / "latents")
     next((tmp_path / "latents").glob("latent-*.tar")).unlink()
     error = call("train.py", *tiny.train, "data.shards=latents", "dry_run=true", check=False).error
     assert "is missing; restore it" in error
 
 
-def test_an_address_out_of_reach_is_said_with_its_reason(capsys):
+def test_unreachable_shards(capsys):
+    """Shards out of reach are reported with the reason, and the model's own clip size is used."""
+
     def out_of_reach():
         raise ValueError("https://nowhere/manifest.json cannot be read (no network)")
 
@@ -143,7 +153,8 @@ def test_an_address_out_of_reach_is_said_with_its_reason(capsys):
     assert clips.latent_shape(clips.commonest) == (31, 44, 78), "121 frames of 704x1248 behind strides 4 and 16"
 
 
-def test_what_an_engine_cannot_do_is_an_error_in_a_dry_run_too(call, monkeypatch):
+def test_dry_run_engine_error(call, monkeypatch):
+    """Settings that an engine cannot train are an error in a dry run too."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert "DeepSpeed holds one model per job" in call("train.py", "expert=both", "dry_run=true", check=False).error
 
@@ -159,8 +170,11 @@ print("\\nmeasured", used.ru_utime + used.ru_stime, int(peak) * 1024 / 1e9)
 """
 
 
-def test_a_dry_run_of_a_14b_fits_any_machine(environment, tmp_path):
-    """Its processor time is bounded generously, for other work on this machine slows it too."""
+def test_dry_run_of_14b(environment, tmp_path):
+    """A dry run of a 14B model takes less than 1 GB of memory and 40 s of processor time.
+
+    Its processor time is bounded generously, for other work on this machine slows it too.
+    """
     command = [sys.executable, "-c", MEASURED, str(config.ROOT / "train.py"), *RUNS[0], "dry_run=true"]
     offline = {**environment, "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)

@@ -45,12 +45,16 @@ def budget(**more):
         ({}, {"every": 7, "clips": 3, "points": 2}, (7, 3, 2)),
     ],
 )
-def test_what_is_chosen_by_hand(about, fixed, wanted):
+def test_budget_by_hand(about, fixed, wanted):
+    """The chosen interval, clips and noise levels are those computed by hand."""
     assert budget(**about).choose(fixed) == Extent(*wanted)
 
 
-def test_what_is_chosen_is_the_first_of_all_that_would_do():
-    """Against a search through every interval; nothing chosen costs more than the share."""
+def test_budget_by_search():
+    """The choice is the first of all that cost no more than the share.
+
+    A search through every interval finds the same one.
+    """
     for samples, per_sample, passes, processes, steps in itertools.product(
         (1, 2.5, 16), (2.1, 3, 4), (1, 2, 4), (1, 3), (150, 1000, 20_000)
     ):
@@ -64,7 +68,8 @@ def test_what_is_chosen_is_the_first_of_all_that_would_do():
         assert own.share_of(own.choose({})) <= 0.1 + 1e-9
 
 
-def test_what_it_costs_is_said_as_arithmetic():
+def test_budget_description():
+    """The description states the cost of validation as arithmetic."""
     said = budget(per_sample=4).describe(Extent(700, 16, 8), 3.4)
     assert said == "32 clips x 8 noise levels = 256 forwards of 3.4 s (14.5 min), every 700 steps: 9.1 % of training"
     said = budget(passes=2, processes=8, samples=2).describe(Extent(100, 16, 8), 0.02)
@@ -76,7 +81,8 @@ def test_what_it_costs_is_said_as_arithmetic():
     assert said == "16 clips x 4 noise levels = 64 forwards, at step 0 and the last, 100: 43 % of training"
 
 
-def test_a_choice_is_kept_for_its_share_and_a_given_value_is_the_users(tmp_path):
+def test_chosen_extent(tmp_path):
+    """A choice is stored for its share, and a value that the user gives takes precedence."""
     memory, path = ChosenExtent(tmp_path / "validation.json", 0.1), tmp_path / "validation.json"
     assert memory.recall(OPEN) == {} and memory.recall({**OPEN, "every": 7}) == {"every": 7}
     memory.note({**OPEN, "every": 7}, Extent(7, 8, 4))
@@ -107,8 +113,11 @@ def row_of(run, step):
     return next(row for row in rows if row["step"] == step)
 
 
-def test_a_run_keeps_what_was_chosen_and_its_records_compare(tiny, call, timed, tmp_path):
-    """Five held-out clips are too many beside two steps of one sample, with any of training's: at the ends alone."""
+def test_budget_of_a_run(tiny, call, timed, tmp_path):
+    """A run keeps its choice on resume, so its records stay comparable.
+
+    Five held-out clips cost too much beside two steps of one sample: they are measured at step 0 and the last.
+    """
     command = ("train.py", *tiny.train[:-1], "init=scratch", "data.holdout=0.3", "batch_size=1", "checkpoint.every=1")
     command, run = (*command, "check_expert=off", "run=r"), tmp_path / "runs" / "r"
     said = call(*command, "steps=2").stdout
@@ -129,7 +138,8 @@ def test_a_run_keeps_what_was_chosen_and_its_records_compare(tiny, call, timed, 
     assert "13 clips x 2 noise levels" in said and len(timed) == 1, "the user's word is last"
 
 
-def test_two_processes_choose_and_measure_together(tiny, launch, tmp_path):
+def test_budget_on_two_processes(tiny, launch, tmp_path):
+    """Two processes make one choice and divide the clips."""
     command = (*tiny.train[:-1], "init=scratch", "data.holdout=0.3", "batch_size=2", "steps=1", "check_expert=off")
     said = launch("ddp", *command, "run=r").stdout
     assert "13 clips x 4 noise levels = 52 forwards, 28 on each of 2 processes, of" in said, "7 of 13 clips each"
@@ -138,7 +148,8 @@ def test_two_processes_choose_and_measure_together(tiny, launch, tmp_path):
     }  # fmt: skip
 
 
-def test_what_is_given_is_measured_and_nothing_timed(tiny, call, timed, tmp_path):
+def test_given_extent(tiny, call, timed, tmp_path):
+    """A given extent is measured, and no forward is timed."""
     size = ("init=scratch", "batch_size=1", "steps=1", "check_expert=off")
     command = ("train.py", *tiny.train, *size, "data.holdout=0.3")
     said = call(*command, "validation.clips=2", "validation.points=3", "run=given").stdout
@@ -148,7 +159,8 @@ def test_what_is_given_is_measured_and_nothing_timed(tiny, call, timed, tmp_path
     assert "validation.share=0 must be above 0" in call(*command, "validation.share=0", check=False).error
 
 
-def test_a_vae_has_nothing_to_choose(tiny, call, timed, tmp_path):
+def test_budget_of_a_vae(tiny, call, timed, tmp_path):
+    """A VAE's validation chooses nothing and times nothing."""
     command = ("recipe=wan_tiny_vae", f"weights={tiny.base}", f"data.shards={tiny.videos}", "validation.every=null")
     size = ("data.holdout=0.3", "data.area=1024", "data.num_frames=5", "batch_size=1", "steps=1", "tracker=jsonl")
     said = call("train.py", *command, *size, "run=v").stdout

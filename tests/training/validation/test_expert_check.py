@@ -50,13 +50,15 @@ def profiles(latents):
     return {name: of(name) for name in EXPERTS}
 
 
-def test_each_expert_is_recognised_and_each_swap_noticed(profiles):
+def test_swapped_experts(profiles):
+    """Each expert is recognised, and each swap is noticed."""
     for name, other in (EXPERTS, EXPERTS[::-1]):
         assert profiles[name].says(name) is None
         assert f"it looks like the {name} expert" in profiles[name].says(other)
 
 
-def test_the_profile_covers_both_windows(profiles):
+def test_profile_windows(profiles):
+    """The profile covers the noise windows of both experts."""
     levels = profiles["low_noise"].errors
     assert all(0.875 <= sigma <= 1 for sigma in levels["high_noise"])
     assert all(0 < sigma < 0.875 for sigma in levels["low_noise"])
@@ -79,7 +81,8 @@ def one_step(latents):
     return ("train.py", "expert=low_noise", f"weights={ASSETS}", f"data.shards={latents}", *size)
 
 
-def test_train_warns_or_stops_on_the_wrong_expert(latents, call, tmp_path):
+def test_wrong_expert(latents, call, tmp_path):
+    """Training with the wrong expert warns, or stops with check_expert=stop."""
     wrong, right = tmp_path / "wrong", tmp_path / "right"
     wrong.mkdir(), right.mkdir()
     given = one_step(latents)
@@ -93,7 +96,8 @@ def test_train_warns_or_stops_on_the_wrong_expert(latents, call, tmp_path):
     assert "check_expert: error beside the best linear predictor's" in said and "warning" not in said
 
 
-def test_a_model_from_wan21_or_from_nothing_is_not_measured(latents, call, tmp_path):
+def test_unchecked_models(latents, call, tmp_path):
+    """A model from Wan2.1 or from random values is not measured."""
     dense = tmp_path / "wan21" / "transformer"
     shutil.copytree(ASSETS / "transformer", dense)
     file = next(dense.glob("*.safetensors"))

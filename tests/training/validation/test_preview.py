@@ -40,7 +40,8 @@ def rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_run_folder_shows_step_0_beside_now_and_what_lies_between(previewed, tmp_path):
+def test_preview_page(previewed, tmp_path):
+    """The page of a run shows step 0 beside the newest preview, and those between."""
     run = tmp_path / "runs" / "r"
     previewed("steps=2", "optimizer.lr=1e-2")
     previewed("steps=4", "optimizer.lr=1e-2")  # goes on, and the page with it
@@ -62,8 +63,11 @@ def test_a_run_folder_shows_step_0_beside_now_and_what_lies_between(previewed, t
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_preview_is_what_sample_makes_of_the_checkpoint_bit_for_bit(precision, previewed, call, tmp_path):
-    """The expert in training computes in the run's precision, the other one as it is loaded, the VAE in float32."""
+def test_preview_matches_sample(precision, previewed, call, tmp_path):
+    """A preview is the video that sample.py makes of the checkpoint, bit for bit.
+
+    The expert in training computes in the run's precision, the other one as it is loaded, the VAE in float32.
+    """
     previewed("steps=2", "optimizer.lr=1e-2", f"precision={precision}")
     size = ("model.transformer.num_layers=2", "model.transformer.ffn_dim=64", "model.transformer.attention_head_dim=32")
     for number, prompt in enumerate(PROMPTS):
@@ -74,7 +78,9 @@ def test_a_preview_is_what_sample_makes_of_the_checkpoint_bit_for_bit(precision,
         assert mine.read_bytes() == theirs.read_bytes(), number
 
 
-def test_previews_of_a_run_that_went_back_are_dropped(tmp_path):
+def test_previews_after_rollback(tmp_path):
+    """Previews of later steps are dropped when a run goes back to an earlier step."""
+
     def clip(number):
         return PreviewClip(number, PROMPTS[number], number, tmp_path / f"{number}.mp4", 1.0, 0.5)
 
@@ -98,7 +104,8 @@ def bytes_alive():
 
 
 @pytest.mark.parametrize("offload", ["disk", pytest.param("cpu", marks=pytest.mark.slow)])
-def test_memory_returns_to_its_level_after_a_preview(offload, previewed, monkeypatch):
+def test_preview_memory(offload, previewed, monkeypatch):
+    """Memory returns to its level after a preview; only the prompts' embeddings stay."""
     build_evaluations, levels = build.build_evaluations, []
 
     def watching(*args, **how):
@@ -124,7 +131,8 @@ def test_memory_returns_to_its_level_after_a_preview(offload, previewed, monkeyp
         assert abs(after - before) <= 4096 and same == texts
 
 
-def test_a_missing_expert_is_said_once_with_what_the_preview_does_instead(tiny, capsys):
+def test_missing_expert(tiny, capsys):
+    """A missing expert is reported once, with the expert that replaces it in the preview."""
     size = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 64, "ffn_dim": 32, "num_layers": 1}
     stepper = SimpleNamespace(device=torch.device("cpu"), module=WanTransformer(**size))
     model = {"experts": ["high_noise", "low_noise"], "boundary": 0.875, "conditioning": "none"}
@@ -139,7 +147,8 @@ def test_a_missing_expert_is_said_once_with_what_the_preview_does_instead(tiny, 
     assert said.count(f"{tiny.base} holds no high_noise, so low_noise answers for every noise level") == 1
 
 
-def test_wandb_offline_leaves_the_videos_and_a_table_per_prompt_in_the_run_folder(tmp_path, monkeypatch):
+def test_wandb_offline(tmp_path, monkeypatch):
+    """W&B offline leaves the videos and a table per prompt in the run folder."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
     frames = torch.randint(0, 255, (5, 16, 16, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
@@ -168,8 +177,11 @@ def test_wandb_offline_leaves_the_videos_and_a_table_per_prompt_in_the_run_folde
     assert shown == [(prompt, step, 1.5, 0.25, "video-file") for prompt in sorted(PROMPTS) for step in (0, 2)]
 
 
-def test_scalars_of_steps_before_a_preview_are_not_behind_it():
-    """W&B drops what is logged for an earlier step than its last."""
+def test_wandb_step_order():
+    """Scalars of earlier steps are logged before a preview.
+
+    W&B drops what is logged for an earlier step than its last.
+    """
     from wantrain.training.monitoring.trackers import WandbTracker
 
     logged = []
@@ -206,8 +218,8 @@ def test_scalars_of_steps_before_a_preview_are_not_behind_it():
     assert [row[0] for row in tracker.tables[0].rows] == [0, 10, 12]
 
 
-def test_the_page_plays_in_a_browser_without_a_network(tmp_path):
-    """Opens a run's index.html in headless Chromium: every video of it plays, and a screenshot is not blank."""
+def test_page_in_browser(tmp_path):
+    """Every video of a run's index.html plays in headless Chromium without a network, and a screenshot is not blank."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser is found to open the page with; wanted is one of {', '.join(BROWSERS)}")

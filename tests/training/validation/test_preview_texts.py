@@ -41,7 +41,8 @@ def events(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_text_is_encoded_alone_once_and_nothing_of_the_encoder_stays(dtype, tiny, monkeypatch):
+def test_text_encoder_released(dtype, tiny, monkeypatch):
+    """Each text is encoded alone and once, and nothing of the encoder stays in memory."""
     base, loaded, load = Base(tiny.base), [], Base.text_encoder
     encoder = base.text_encoder(dtype=dtype)
     wanted = {text: encoder.encode_unpadded([text])[0] for text in TEXTS}
@@ -64,8 +65,8 @@ def test_each_text_is_encoded_alone_once_and_nothing_of_the_encoder_stays(dtype,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_encoder_goes_where_it_has_room(dtype, tiny, monkeypatch, capsys):
-    """On a GPU if its weights and what encoding takes fit into what is free there, else on the host, which is said."""
+def test_encoder_device(dtype, tiny, monkeypatch, capsys):
+    """The encoder runs on the GPU if its weights and working memory fit there, else on the CPU with a message."""
     base = Base(tiny.base)
     weights = sum(tensor.numel() for tensor in read_tensors(tiny.base / "text_encoder").values()) * dtype.itemsize
     needed, asked = weights + sampling.ENCODING, []
@@ -82,7 +83,8 @@ def test_the_encoder_goes_where_it_has_room(dtype, tiny, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("offload", ["none", "disk"])
-def test_sampling_encodes_before_it_loads_an_expert(offload, pair, call, tmp_path, events):
+def test_sampling_encodes_first(offload, pair, call, tmp_path, events):
+    """Sampling encodes every text once, before it loads an expert."""
     (tmp_path / "p.txt").write_text("a red ring\na cat\n")
     call(
         "sample.py",
@@ -98,7 +100,8 @@ def test_sampling_encodes_before_it_loads_an_expert(offload, pair, call, tmp_pat
 
 
 @pytest.mark.parametrize("expert", ["low_noise", "both"])
-def test_a_run_encodes_what_its_previews_ask_for_before_it_loads_an_expert(expert, tiny, pair, call, tmp_path, events):
+def test_training_encodes_first(expert, tiny, pair, call, tmp_path, events):
+    """A run encodes the texts of its previews before it loads an expert."""
     (tmp_path / "p.txt").write_text("a red ring\na cat\n")
     seen = ("sample.every=1", "sample.steps=1", "sample.prompts=p.txt", "sample.count=1", "model.num_frames=5")
     command = (*tiny.train, f"weights={pair}", "batch_size=2", f"expert={expert}", "model.negative_prompt=blurred")
@@ -112,8 +115,11 @@ def test_a_run_encodes_what_its_previews_ask_for_before_it_loads_an_expert(exper
 
 
 @pytest.mark.parametrize(("engine", "others"), [("ddp", {}), ("fsdp2", {"told": "by the main process"})])
-def test_only_the_main_process_encodes_and_tells_those_that_sample_too(engine, others, tiny, monkeypatch):
-    """Ranks that sample nothing load and keep nothing; where all sample, the others get the main one's embeddings."""
+def test_texts_across_ranks(engine, others, tiny, monkeypatch):
+    """Only the main process encodes, and sends the embeddings to the ranks that sample too.
+
+    Ranks that sample nothing load and keep nothing.
+    """
     placement = Placement(None, engine, CPU, CPU, None)
     model = {"conditioning": "none", "area": 1024, "multiple": 16, "num_frames": 5, "negative_prompt": "blurred"}
     settings = {"sample": {"every": 2, "prompts": None, "count": 2}, "expert": {"name": "low_noise"}, "model": model}

@@ -74,8 +74,11 @@ def probe(module, *, points=3, **more):
 # The eval_key ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_reading_is_the_velocity_error_at_the_laws_levels_with_noise_by_name():
-    """Clips apart or together, levels apart or together: the formula is the plain one."""
+def test_velocity_error():
+    """An evaluation is the velocity error at the distribution's noise levels, with noise seeded by clip id.
+
+    Clips apart or together, levels apart or together: the formula is the plain one.
+    """
     model, some = micro(), clips(4)[::2]
     eval_key = probe(model)
     found = eval_key.errors(some)
@@ -96,7 +99,8 @@ def test_a_reading_is_the_velocity_error_at_the_laws_levels_with_noise_by_name()
     torch.testing.assert_close(probe(model, together=3).errors(some), found, rtol=1e-6, atol=0)
 
 
-def test_two_records_of_one_model_are_bit_equal_and_draw_nothing_from_the_run():
+def test_repeated_evaluation():
+    """Two evaluations of one model are bit-equal, and draw nothing from the run's random generators."""
     model = micro()
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     first, second = (probe(model).errors(clips(5)) for _ in range(2))
@@ -126,7 +130,8 @@ def in_a_world(processes, measure):
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4, 7])
-def test_any_number_of_processes_reads_the_same_bits_with_equally_many_forwards(processes):
+def test_evaluation_across_processes(processes):
+    """Any number of processes measures the same bits, with equally many forwards on each."""
     some, sigmas = clips(5), FlowMatching(shift=3.0).quadrature(2)
     wanted = Evaluator(alone(micro()), sigmas, 0).errors(some)
     found, calls = in_a_world(processes, lambda stepper: Evaluator(stepper, sigmas, 0).errors(some))
@@ -137,13 +142,15 @@ def test_any_number_of_processes_reads_the_same_bits_with_equally_many_forwards(
     assert all(torch.equal(linear, baseline) for linear in found)
 
 
-def test_results_come_back_in_the_clips_order():
+def test_over_ranks_order():
+    """Results come back in the order of the clips."""
     some = clips(5)
     ordered = over_ranks(some, lambda clip: torch.tensor(clip.positions[0]), alone(None))
     assert ordered.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_the_linear_predictor_is_the_least_squares_fit():
+def test_linear_predictor():
+    """The linear predictor is the least-squares fit."""
     eval_key, some = probe(None, points=2), clips(4)[::2]
     for place, (sigma, found) in enumerate(zip(eval_key.sigmas, eval_key.linear(some), strict=True)):
         noisy, target = [], []
@@ -159,13 +166,15 @@ def test_the_linear_predictor_is_the_least_squares_fit():
         assert found.item() == pytest.approx((v - a * x).square().mean().item(), rel=1e-5)
 
 
-def test_clips_are_of_as_many_files_as_there_are():
+def test_one_clip_per_file():
+    """Chosen clips come from as many files as there are."""
     sources = np.array([7, 7, 7, 3, 3, 9], dtype=np.uint64)
     assert one_per_group(np.array([1, 0, 2, 5, 3, 4]), sources).tolist() == [1, 5, 3, 0, 4, 2]
     assert one_per_group(np.array([], dtype=np.int64), sources).tolist() == []
 
 
-def test_training_clips_are_measured_with_their_captions_and_never_held_out(tiny):
+def test_training_clips(tiny):
+    """Training clips are measured with their captions, and are never held-out clips."""
     data = LatentData(shards=tiny.latents, holdout=0.3, caption_dropout=1.0)
     batches = data.train_batches(4)
     samples = [clip for batch in batches for clip in batch.clips]
@@ -180,7 +189,8 @@ def test_training_clips_are_measured_with_their_captions_and_never_held_out(tiny
 # What a change is worth -----------------------------------------------------------------------------------------------
 
 
-def test_an_interval_and_its_p_value_agree_and_shrink_as_they_should():
+def test_confidence_interval():
+    """An interval and its p-value agree, and the interval shrinks with the root of the number of files."""
     random = torch.Generator().manual_seed(0)
     for size in (6, 12, 40):
         for shift in torch.linspace(0, 2, 9).tolist():
@@ -195,8 +205,11 @@ def test_an_interval_and_its_p_value_agree_and_shrink_as_they_should():
 
 
 @pytest.mark.parametrize(("files", "alike"), [(5, 1), (8, 1), (16, 1), (8, 3)])
-def test_no_change_is_taken_for_one_no_more_often_than_promised(files, alike):
-    """500 experiments without a change; clips of one file are alike, which a bootstrap over clips would not see."""
+def test_false_positive_rate(files, alike):
+    """An absent change is reported as a change no more often than the level allows.
+
+    500 experiments without a change; clips of one file are alike, which a bootstrap over clips would not see.
+    """
     random, labels = torch.Generator().manual_seed(files), [number // alike for number in range(files * alike)]
     draws = torch.randn(500, files, 1, generator=random) + 0.5 * torch.randn(500, files, alike, generator=random)
     hits = sum(change(values.flatten(), labels).distinct for values in draws)
@@ -206,7 +219,8 @@ def test_no_change_is_taken_for_one_no_more_often_than_promised(files, alike):
         assert naive > 5 * hits, "which is why files are drawn, not clips"
 
 
-def test_too_few_files_never_tell_and_no_difference_is_none():
+def test_too_few_files():
+    """Too few files, or values without a difference, give no distinguishable change."""
     for files in range(1, FEWEST_FILES):
         found = change(torch.linspace(1.0, 1.01, files), range(files))
         assert not found.distinct and found.low is None and "too few files" in str(found)
@@ -216,7 +230,8 @@ def test_too_few_files_never_tell_and_no_difference_is_none():
     assert change(torch.full((8,), torch.nan), range(8)).verdict == "not distinguishable"
 
 
-def test_a_gap_is_a_difference_of_two_independent_means():
+def test_contrast():
+    """A gap is the difference of two independent means."""
     random = torch.Generator().manual_seed(3)
     held, train = (torch.randn(60, generator=random) for _ in range(2))
     same = contrast(held, range(60), train, range(60))
@@ -278,7 +293,8 @@ def experiment(known, expert, *, points, directions, nulls):
     return true, flagged, found
 
 
-def test_a_loss_that_rose_by_one_percent_is_detected_and_an_unchanged_one_is_not(known):
+def test_one_percent_change(known):
+    """A loss that rose by one percent is detected, and an unchanged loss is not."""
     true, flagged, found = experiment(known, "low_noise", points=4, directions=1, nulls=6)
     assert sum(flagged) == 0
     assert all(rose.p < 0.01 and rose.verdict == "worse" for rose in found)
@@ -287,7 +303,8 @@ def test_a_loss_that_rose_by_one_percent_is_detected_and_an_unchanged_one_is_not
 
 @pytest.mark.slow
 @pytest.mark.parametrize("expert", ["low_noise", "high_noise"])
-def test_one_percent_is_detected_each_time_and_at_most_one_of_twenty_unchanged_models_flagged(known, expert):
+def test_detection_rate(known, expert):
+    """A rise of one percent is detected each time, and at most one of twenty unchanged models is flagged."""
     true, flagged, found = experiment(known, expert, points=8, directions=3, nulls=20)
     assert sum(flagged) <= 1
     assert all(rose.p < 0.01 and rose.low < 0.01 * true < rose.high for rose in found)
@@ -314,7 +331,8 @@ def validator(folder, module, **more):
     )
 
 
-def test_what_is_logged_adds_up_and_a_new_start_reads_the_base_from_the_run_folder(tmp_path, capsys):
+def test_validation_row(tmp_path, capsys):
+    """Logged values add up, and a new start reads the base's errors from the run folder."""
     model = micro()
     hook = validator(tmp_path, model, prefix="low_noise/")
     first = hook(0)
@@ -342,7 +360,8 @@ def test_what_is_logged_adds_up_and_a_new_start_reads_the_base_from_the_run_fold
     assert said[0].endswith(")") and "not distinguishable from the base" in said[1] and said[1] == said[2]
 
 
-def test_another_ruler_begins_again_and_says_since_when(tmp_path, capsys):
+def test_changed_eval_key(tmp_path, capsys):
+    """Another evaluation key starts a new comparison, and the message names its first step."""
     model = micro()
     validator(tmp_path, model)(0)
     for step in (10, 20):
@@ -352,7 +371,8 @@ def test_another_ruler_begins_again_and_says_since_when(tmp_path, capsys):
     assert "not distinguishable from step 10" in capsys.readouterr().out
 
 
-def test_a_lora_is_held_against_its_base_switched_off(tmp_path):
+def test_lora_against_base(tmp_path):
+    """A LoRA is compared with its base, which is measured once with the LoRA switched off."""
     model = micro()
     base = probe(model).errors(clips(8)).mean().item()
     adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="attention"), seed=0)
@@ -381,8 +401,11 @@ def test_a_lora_is_held_against_its_base_switched_off(tmp_path):
         ("dora", False, [2, 1]),
     ],
 )
-def test_what_must_answer_alike_is_measured_once(kind, ema, passes, tmp_path):
-    """Passes over eight held-out and four training clips, at the start and after a step."""
+def test_passes_per_validation(kind, ema, passes, tmp_path):
+    """Weights that must give the same result are measured once.
+
+    Passes over eight held-out and four training clips, at the start and after a step.
+    """
     model = micro()
     if kind != "none":
         adapters.inject(
@@ -420,8 +443,8 @@ def test_what_must_answer_alike_is_measured_once(kind, ema, passes, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_adapter_that_is_zero_answers_as_its_base_bit_for_bit(precision):
-    """So what was read of one is what would be read of the other."""
+def test_zero_adapter(precision):
+    """An adapter that is zero has the errors of its base bit for bit, so one measurement holds for both."""
     model, some = micro(), clips(3)
     adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="all"), seed=0)
     eval_key = probe(model)
@@ -431,7 +454,8 @@ def test_an_adapter_that_is_zero_answers_as_its_base_bit_for_bit(precision):
         assert torch.equal(eval_key.errors(some), on)
 
 
-def test_the_psnr_of_a_vae_is_the_mean_over_clips_each_measured_alone(capsys):
+def test_vae_psnr(capsys):
+    """The PSNR of a VAE is the mean over clips, each measured alone."""
     pixels = [torch.rand(1, 3, 1 + number, 8, 8) * 2 - 1 for number in range(3)]
     some = [PixelBatch(clip, (f"{number}",)) for number, clip in enumerate(pixels)]
     halves = mock.Mock(side_effect=lambda clip, draw: (clip / 2, None, None))
@@ -446,8 +470,11 @@ def record(step, losses):
     return EvalRecord(step, "low_noise", "live", "same", errors, errors)
 
 
-def test_patience_counts_from_the_last_distinguishable_improvement():
-    """Small steps add up: what is not better than the reading before may be better than the best one."""
+def test_early_stopping_patience():
+    """Patience counts from the last distinguishable improvement.
+
+    Small steps add up: what is not better than the record before may be better than the best one.
+    """
     random = torch.Generator().manual_seed(0)
     start, stopping, stale = torch.rand(12, generator=random), EarlyStopping(range(12)), []
     drift = 0.1 + 0.02 * torch.randn(12, generator=random)
@@ -458,7 +485,8 @@ def test_patience_counts_from_the_last_distinguishable_improvement():
     assert stale == [0, 0, 1, 2, 0, 1] and stopping.best.step == 4
 
 
-def test_validation_leaves_no_memory_behind(tmp_path):
+def test_validation_memory(tmp_path):
+    """Validation leaves nothing in memory but its records."""
     model = micro()
     hook = validator(tmp_path, model)
 
@@ -499,8 +527,11 @@ def same(mine, theirs):
         *(pytest.param(*more, marks=pytest.mark.slow) for more in (("ddp", 4), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4))),
     ],
 )  # fmt: skip
-def test_processes_read_what_one_reads_bit_for_bit(engine, processes, tiny, pair, call, launch, tmp_path):
-    """Three held-out and three training clips do not divide by two or four."""
+def test_validation_across_engines(engine, processes, tiny, pair, call, launch, tmp_path):
+    """Several processes measure what one process measures, bit for bit.
+
+    Three held-out and three training clips do not divide by two or four.
+    """
     command = (*tiny.train, f"weights={pair}", *WATCHED, "steps=1", "batch_size=4", "adapter=lora", "adapter.rank=2")
     call("train.py", *command, "run=one")
     launch(engine, *command, "run=many", processes=processes)
@@ -513,9 +544,8 @@ def test_processes_read_what_one_reads_bit_for_bit(engine, processes, tiny, pair
 
 
 @pytest.mark.parametrize("how", [("ema=0.9",), ("adapter=lora", "adapter.rank=2", "optimizer.lr=1e-2", "ema=0.9")])
-def test_a_watched_run_trains_bit_for_bit_as_an_unwatched_one_and_resumes_its_validation(
-    how, tiny, pair, call, tmp_path
-):
+def test_training_with_validation(how, tiny, pair, call, tmp_path):
+    """A run with validation trains bit for bit as one without, and resumes its validation."""
     command = ("train.py", *tiny.train, f"weights={pair}", *how, "batch_size=2", "steps=4", "data.holdout=0.3")
     command = (*command, "checkpoint.every=2", "checkpoint.keep=9", "check_expert=off")
     for name, watched in (("alone", ()), ("watched", WATCHED), ("broken", (*WATCHED, "stop_after=2"))):
@@ -538,7 +568,8 @@ def test_a_watched_run_trains_bit_for_bit_as_an_unwatched_one_and_resumes_its_va
     assert last["validation_change"] == pytest.approx(last["validation_loss"] - first["validation_loss"], abs=1e-12)
 
 
-def test_a_run_that_gets_no_better_ends_and_more_patience_lets_it_go_on(tiny, call, tmp_path):
+def test_early_stopping(tiny, call, tmp_path):
+    """A run that gets no better ends, and more patience lets it continue."""
     command = ("train.py", *tiny.train, "init=scratch", *WATCHED, "batch_size=2", "steps=30", "checkpoint.every=10")
     command = (*command, "optimizer.lr=1e-9", "run=r")
     run = tmp_path / "runs" / "r"
