@@ -33,7 +33,8 @@ def rows(mask):
     return [tuple(row) for row in mask[0, :, :, 0, 0].T.long().tolist()]
 
 
-def test_frames_are_packed_in_fours_and_the_first_counts_as_four():
+def test_mask_packing():
+    """The mask packs four frames into one latent frame; the first frame counts four times."""
     nothing, every = (0, 0, 0, 0), (1, 1, 1, 1)
     assert rows(pack_mask(known(whole=[0]))) == [every, nothing, nothing]
     assert rows(pack_mask(known(whole=[0, 8]))) == [every, nothing, (0, 0, 0, 1)], (
@@ -43,7 +44,8 @@ def test_frames_are_packed_in_fours_and_the_first_counts_as_four():
     assert rows(pack_mask(known(frames=1))) == [nothing]
 
 
-def test_a_cell_is_known_where_all_its_pixels_are():
+def test_mask_cell_known():
+    """A cell of the mask is known only where all its pixels are known."""
     mask = torch.ones(1, 1, 5, 16, 32, dtype=torch.bool)
     mask[0, 0, 3, 9, 31] = False
     packed = pack_mask(mask)
@@ -54,7 +56,8 @@ def test_a_cell_is_known_where_all_its_pixels_are():
             pack_mask(bad)
 
 
-def test_unknown_pixels_are_gray_and_really_encoded():
+def test_unknown_pixels_gray():
+    """Unknown pixels are gray, and the VAE encodes them."""
     pixels, seen = torch.randn(2, 3, 9, 16, 32), []
 
     def encoder(given):
@@ -105,7 +108,8 @@ def test_clean_frames_lead():
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_shards_hold_what_was_made(name):
+def test_tensors_round_trip(name):
+    """A conditioning input comes back from the tensors of a shard: the mask exactly, the latents in bf16."""
     mask = DRAWN[name]((9, 16, 32), torch.Generator().manual_seed(0))
     made = conditioning.encode(lambda x: torch.randn(len(x), 16, 3, 2, 4), torch.randn(1, 3, 9, 16, 32), mask)
     tensors = conditioning.to_tensors(name, made)
@@ -117,8 +121,8 @@ def test_shards_hold_what_was_made(name):
     assert both.latents_BCTHW.shape == (2, 16, 3, 2, 4) and both.mask_BMTHW.shape == (2, 4, 3, 2, 4)
 
 
-def test_loop_losses_and_solvers_name_no_task():
-    """No identifier and no string in these rooms names a task; docstrings of modules may."""
+def test_no_task_names_in_core():
+    """No identifier and no string in the loop, the losses or the solvers names a task; docstrings of modules may."""
     tasks = {*DRAWN, PAINTED, "i2v", "ti2v", "t2v", "inpaint", "outpaint", "channel_concat", "clean_frames"} - {
         "nothing"
     }

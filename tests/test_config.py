@@ -50,11 +50,11 @@ def parsed(argument):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_is_taken_as_typed(text):
+def test_text_as_typed(text):
     assert compose("sample", [f"prompt={text}"]).prompt == text
 
 
-def test_any_text_is_taken_as_typed():
+def test_random_text_as_typed():
     dice = random.Random(0)
     letters = "ab ,.=:;!?~'\"\\${}[]()<>#%&*+-/|@^`\t\n一猫，。é🎬"
     for _ in range(1500):
@@ -63,7 +63,8 @@ def test_any_text_is_taken_as_typed():
         assert parsed(f"caption.prefix={text}") == text
 
 
-def test_any_path_is_taken_as_typed_and_home_is_home(monkeypatch):
+def test_random_path_as_typed(monkeypatch):
+    """Paths are taken as typed, and ~ at their beginning is the home folder."""
     monkeypatch.setenv("HOME", "/somewhere/at home")
     dice = random.Random(1)
     for _ in range(500):
@@ -75,21 +76,22 @@ def test_any_path_is_taken_as_typed_and_home_is_home(monkeypatch):
     assert parsed("weights=null") is None and parsed("weights=") is None
 
 
-def test_what_is_no_text_is_left_to_hydra():
+def test_other_keys_left_to_hydra():
+    """Arguments of keys that hold no text are left to Hydra."""
     for argument in ("steps=5", "model=tiny", "guidance={high_noise: 1}", "--cfg", "~tracker", "aspects=[1.0,2.0]"):
         assert quoted(argument) == argument
     assert compose("sample", ["steps=5", "guidance.low_noise=2"]).guidance.low_noise == 2
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_survives_the_way_into_a_stored_config(text, tmp_path):
-    """A run's config.yaml is compared with the command line's at the next start."""
+def test_text_in_stored_config(text, tmp_path):
+    """Text survives in a run's config.yaml, which the next start compares with the command line."""
     values = config.plain(compose("train", [f"run={text}"]))
     assert yaml.safe_load(yaml.safe_dump(values, sort_keys=False, allow_unicode=True)) == values
 
 
-def test_a_real_shell_hands_on_prompts_as_typed(environment, tmp_path):
-    """`--cfg job` prints what the command would have run with."""
+def test_shell_prompts(environment, tmp_path):
+    """Prompts reach the command from a real shell as typed; `--cfg job` prints its config."""
     prompt, negative = 'don\'t (stop) = 5!, 一只猫，在草地上奔跑。 🚀 "${x}" \\', "blurry, dark; $HOME"
     words = [
         sys.executable,
@@ -107,8 +109,11 @@ def test_a_real_shell_hands_on_prompts_as_typed(environment, tmp_path):
     assert (cfg.prompt, cfg.negative_prompt, cfg.out) == (prompt, negative, "/at home/my clips (2)")
 
 
-def test_a_real_shell_hands_on_paths_and_captions_as_typed(tiny, environment, tmp_path):
-    """source=~/my clips (2), as bash leaves it: the command itself finds the home folder."""
+def test_shell_paths_and_captions(tiny, environment, tmp_path):
+    """Paths and captions reach the command from a real shell as typed.
+
+    source=~/my clips (2), as bash leaves it: the command itself finds the home folder.
+    """
     clips = tmp_path / "my clips (2)"
     clips.mkdir()
     for name in ("clip-0000.mp4", "clip-0000.txt"):
@@ -128,7 +133,8 @@ def test_a_real_shell_hands_on_paths_and_captions_as_typed(tiny, environment, tm
     assert f"don't (stop), 🚀{caption}" in tar.read_bytes().decode("utf-8", "replace")
 
 
-def test_check_collects_every_problem_and_raises_once():
+def test_check_collects_problems():
+    """check collects every problem and raises once."""
     bad = ["steps=10", "epochs=2", "batch_size=6", "accumulate=4", "precision=fp8", "model.num_frames=10", "clip=0"]
     with pytest.raises(ValueError) as caught:
         checks.check(compose("train", bad))
@@ -159,13 +165,15 @@ def test_check_collects_every_problem_and_raises_once():
         ("background=1", "checkpoint.background=1 must be true or false"),
     ],
 )
-def test_how_checkpoints_are_kept_is_judged(argument, told):
+def test_bad_checkpoint_settings(argument, told):
+    """Wrong checkpoint settings are refused."""
     with pytest.raises(ValueError) as caught:
         checks.check(compose("train", [f"checkpoint.{argument}"]))
     assert str(caught.value).startswith(told)
 
 
-def test_checkpoints_are_kept_as_the_store_understands_it():
+def test_checkpoint_settings_fit_store():
+    """The checkpoint keys of the config are the keywords of the store, with the same choices."""
     checks.check(
         compose("train", [f"checkpoint.{given}" for given in ("keep_every=1000", "keep_best=true", "background=false")])
     )
@@ -195,7 +203,8 @@ def test_checkpoints_are_kept_as_the_store_understands_it():
         ),
     ],
 )
-def test_what_is_wrong_with_an_adapter_is_one_clear_line(wrong, words):
+def test_bad_adapter_settings(wrong, words):
+    """A wrong adapter setting is one clear line."""
     with pytest.raises(ValueError) as caught:
         checks.check(compose("train", ["adapter=lora", *wrong]))
     assert str(caught.value) == words
@@ -210,25 +219,29 @@ def test_what_is_wrong_with_an_adapter_is_one_clear_line(wrong, words):
         (["adapter.tags=[ffn,attn]"], "adapter.tags: attn is unknown; choose out of attention, self_attn, cross_attn"),
     ],
 )
-def test_what_is_wrong_with_a_part_is_told_before_any_work(wrong, words):
+def test_bad_partial_settings(wrong, words):
+    """A wrong selection of layers or tags is refused before any work."""
     with pytest.raises(ValueError, match=re.escape(words)):
         checks.check(compose("train", ["model=t2v_a14b", "adapter=partial", *wrong]))
     for right in (["adapter.layers=0-39"], ["adapter.layers=[0,1,20-29]", "adapter.tags=[ffn,head]"]):
         checks.check(compose("train", ["model=t2v_a14b", "adapter=partial", *right]))
 
 
-def test_the_groups_of_layers_that_the_door_knows_are_those_that_there_are():
+def test_adapter_targets_match_model():
+    """The choices of adapter.targets are those that the transformer declares."""
     assert checks._CHOICES["adapter.targets"] == tuple(WanTransformer.adapter_targets)
 
 
-def test_the_batch_divides_over_processes_too():
+def test_batch_divides_over_processes():
+    """The batch must divide over accumulation and processes; the error names the nearest sizes."""
     cfg = compose("train", ["batch_size=8", "accumulate=2"])
     checks.check(cfg, processes=4)
     with pytest.raises(ValueError, match="2 x 3; the nearest are 6 and 12"):
         checks.check(cfg, processes=3)
 
 
-def test_a_file_that_ships_with_the_project_is_found_from_anywhere(tmp_path, monkeypatch):
+def test_locate_shipped_files(tmp_path, monkeypatch):
+    """Files of the project are found from any folder; a file in the current folder comes first."""
     monkeypatch.chdir(tmp_path)
     assert config.locate("assets/wan-tiny") == ROOT / "assets/wan-tiny"
     (tmp_path / "assets/wan-tiny").mkdir(parents=True)
@@ -236,14 +249,18 @@ def test_a_file_that_ships_with_the_project_is_found_from_anywhere(tmp_path, mon
     assert config.locate("nowhere") == Path("nowhere")
 
 
-def test_what_a_model_does_not_describe_cannot_start_from_scratch():
-    """A recipe that goes on from trained weights needs no description of the part; building one is an error."""
+def test_scratch_needs_description():
+    """A part that the model config does not describe cannot start from scratch.
+
+    A recipe that starts from trained weights needs no description of the part.
+    """
     make = config.network(compose("train", ["expert=vae", "weights=somewhere"]))
     with pytest.raises(ValueError, match="model=tiny describes no vae to start from scratch; give weights=FOLDER"):
         make()
 
 
-def test_a_constructors_own_words_reach_the_user():
+def test_constructor_errors():
+    """The error of a constructor reaches the user unchanged."""
     cfg = compose("train", ["schedule.shape=wsd"])
     assert isinstance(cfg.schedule, DictConfig)
     with pytest.raises(ValueError) as caught:

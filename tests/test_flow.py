@@ -66,7 +66,8 @@ def cdf_of_sigma(sigma, density, shift):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
 @pytest.mark.parametrize("density", DENSITIES)
-def test_draws_follow_the_truncated_law_without_an_atom_at_an_edge(model, expert, density):
+def test_draws_in_window(model, expert, density):
+    """Draws follow the truncated noise distribution, without an atom at an edge."""
     shift, boundary = MODELS[model]
     window = NoiseWindow(boundary, 1.0) if expert == "high_noise" else NoiseWindow(0.0, boundary)
     generator = torch.Generator().manual_seed(7)
@@ -91,7 +92,8 @@ def test_draws_follow_the_truncated_law_without_an_atom_at_an_edge(model, expert
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("density", DENSITIES)
-def test_the_experts_laws_mixed_by_their_masses_are_the_whole(model, density):
+def test_expert_mixture(model, density):
+    """The distributions of both experts, mixed by their masses, are the whole distribution."""
     shift, boundary = MODELS[model]
     low, high = NoiseWindow(0.0, boundary), NoiseWindow(boundary, 1.0)
     distribution = {"density": DENSITIES[density], "shift": shift}
@@ -117,12 +119,14 @@ def test_the_experts_laws_mixed_by_their_masses_are_the_whole(model, density):
         (5, 0.9, "logit_normal", 0.278),
     ],
 )
-def test_known_masses_of_the_high_noise_window(shift, boundary, density, mass):
+def test_high_noise_window_mass(shift, boundary, density, mass):
+    """The mass of the high-noise window equals its published values."""
     got = flow.window_mass(NoiseWindow(boundary, 1.0), density=density, shift=shift)
     assert got == pytest.approx(mass, abs=6e-4)
 
 
-def test_windows_share_no_sigma_and_a_tie_belongs_to_high_noise():
+def test_window_bounds():
+    """The noise windows share no sigma, and a tie belongs to high noise."""
     low, high = NoiseWindow(0.0, 0.875), NoiseWindow(0.875, 1.0)
     sigma = torch.tensor([0.0, 0.5, 0.875, 0.9, 1.0])
     assert low.contains(sigma).tolist() == [True, True, False, False, False]
@@ -142,7 +146,8 @@ def test_windows_share_no_sigma_and_a_tie_belongs_to_high_noise():
     )
 
 
-def test_shift_is_inverted_and_composes_by_multiplication():
+def test_shift_inverse_and_composition():
+    """unshift inverts the shift, and two shifts compose by multiplication."""
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     torch.testing.assert_close(flow.unshift_sigma(flow.shift_sigma(u, 12.0), 12.0), u, atol=1e-12, rtol=0)
     twice = flow.shift_sigma(flow.shift_sigma(u, 3.0), 4.0)
@@ -179,14 +184,16 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("setting", GOLDEN)
-def test_published_inference_timesteps_exactly(setting):
+def test_published_timesteps(setting):
+    """The sampling timesteps equal the published ones exactly."""
     sigmas = flow.sampling_sigmas(*setting)
     assert sigmas[-1] == 0
     assert flow.sampling_timesteps(sigmas).tolist() == [int(t) for t in GOLDEN[setting].split()]
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_quantile_inverts_cdf_and_the_ends_are_reached(density):
+def test_quantile_inverts_cdf(density):
+    """The quantile inverts the cumulative distribution and reaches both ends."""
     distribution = flow.density_named(DENSITIES[density])
     p = torch.linspace(0, 1, 1001, dtype=torch.float64)
     u = distribution.quantile(p)
@@ -196,12 +203,13 @@ def test_quantile_inverts_cdf_and_the_ends_are_reached(density):
 
 
 @pytest.mark.parametrize("parameters", [(2, 2), (0.5, 0.5), (1, 1), (5, 2), (0.3, 0.7), (1000, 500), (30, 1.2)])
-def test_the_beta_law_is_scipys(parameters):
+def test_beta_cdf_matches_scipy(parameters):
     u = torch.linspace(0, 1, 2001, dtype=torch.float64)
     assert np.abs(Beta(*parameters).cdf(u).numpy() - stats.beta(*parameters).cdf(u.numpy())).max() < 1e-6
 
 
-def test_a_table_draws_nothing_where_it_is_zero_and_reads_a_file(tmp_path):
+def test_table_density(tmp_path):
+    """A table draws nothing where it is zero, and it is read from a file."""
     distribution = Table(points=[[0.1, 1.0], [0.3, 1.0], [0.3001, 0.0], [0.6, 0.0], [0.6001, 2.0], [0.8, 2.0]])
     sigma = flow.draw_sigma(20_000, density=distribution, generator=torch.Generator().manual_seed(0))
     assert sigma.min() >= 0.1 and sigma.max() <= 0.8 and not ((sigma > 0.3001) & (sigma < 0.6)).any()
@@ -237,6 +245,6 @@ def test_a_table_draws_nothing_where_it_is_zero_and_reads_a_file(tmp_path):
         (lambda: flow.sampling_sigmas(0, 3.0), "at least 1"),
     ],
 )
-def test_bad_input_is_refused(call, words):
+def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -206,7 +206,8 @@ def test_lora_file_merges(file, golden, tmp_path):
     assert close(written["low_noise"], base)
 
 
-def test_adapter_of_a_checkpoint_merges_into_wan_tiny(golden, tmp_path):
+def test_checkpoint_adapter_merges(golden, tmp_path):
+    """The adapter file of a checkpoint merges into wan-tiny."""
     adapter = next((GOLDEN / "runs" / "lora").rglob("adapter.safetensors"))
     file = adapter.relative_to(GOLDEN)
     golden("export.py", "weights=assets/wan-tiny", "layout=comfyui", "out=untouched")

@@ -19,7 +19,8 @@ def frames(known):
     return known.flatten(1).all(1).nonzero().flatten().tolist()
 
 
-def test_kinds_of_whole_frames_know_just_those():
+def test_whole_frame_types():
+    """The mask types of whole frames mark exactly their frames as known."""
     assert frames(draw("nothing")) == []
     assert frames(draw("image")) == [0]
     assert frames(draw("first_last")) == [0, 16]
@@ -29,7 +30,8 @@ def test_kinds_of_whole_frames_know_just_those():
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_a_mask_is_a_function_of_its_position(name):
+def test_mask_determined_by_seed(name):
+    """A mask is a function of its generator alone; random types differ between seeds."""
     masks = [draw(name, seed) for seed in range(8)]
     assert all(torch.equal(mask, draw(name, seed)) for seed, mask in enumerate(masks))
     if name not in {"nothing", "image", "first_last"}:
@@ -40,7 +42,8 @@ def test_a_mask_is_a_function_of_its_position(name):
 @pytest.mark.parametrize(
     ("name", "least", "most"), [("boxes", 0.01, 0.8), ("brushes", 0.005, 0.7), ("borders", 0.05, 0.9)]
 )
-def test_regions_leave_something_known_and_something_to_make(name, least, most):
+def test_regions_known_and_hidden(name, least, most):
+    """Masks of regions always leave some pixels known and some hidden."""
     hidden = torch.tensor([(~draw(name, seed)).float().mean() for seed in range(60)])
     assert (hidden > 0).all() and hidden.max() < 1
     assert least < hidden.mean() < most
@@ -48,7 +51,8 @@ def test_regions_leave_something_known_and_something_to_make(name, least, most):
     assert touched.float().mean() > 0.85, "no place is always known, the middle of a picture with borders apart"
 
 
-def test_boxes_have_the_sides_that_were_asked_for_move_and_may_last():
+def test_box_settings():
+    """Boxes have sides in the given range, move, and last for the whole clip as often as set."""
     moved, lasted = 0, 0
     for seed in range(40):
         hidden = ~draw("boxes", seed, count=(1, 1), side=(0.25, 0.5), lasting=0.5)
@@ -62,7 +66,8 @@ def test_boxes_have_the_sides_that_were_asked_for_move_and_may_last():
     assert moved > 20 and 10 < lasted < 35
 
 
-def test_borders_leave_a_picture_that_stays():
+def test_borders_fixed_rectangle():
+    """Borders leave one rectangle known, the same in all frames."""
     for seed in range(20):
         known = draw("borders", seed)
         assert torch.equal(known[:1].expand(SHAPE), known)
@@ -99,8 +104,8 @@ def test_wrong_mask_mix(spec, message):
         MaskMix.read(spec)
 
 
-def test_black_is_what_is_darker_than_half_as_float64_would_say():
-    """Every sum of three channels, and every level of one."""
+def test_painted_mask_threshold():
+    """A pixel is black where its mean in float64 is below half: every sum of three channels, every level of one."""
     levels = torch.arange(256).byte()
     gray = levels.view(1, 1, 256, 1)
     colours = torch.stack([levels, levels.roll(85), levels.roll(170)], dim=-1).view(1, 1, 256, 3)

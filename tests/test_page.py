@@ -49,7 +49,8 @@ def document():
     return page.page(NASTY, *pieces, content_key='m "1"')
 
 
-def test_no_text_becomes_markup_and_all_of_it_can_be_read(document):
+def test_text_escaped(document):
+    """No text becomes markup, and all of it is shown."""
     reader = read(document)
     scripts = [text for text in reader.text if "alert" in text and "<script>" not in text]
     assert scripts == [] and sum(tag == "script" for tag, _ in reader.tags) == 1
@@ -57,7 +58,8 @@ def test_no_text_becomes_markup_and_all_of_it_can_be_read(document):
     assert not any(attributes.get("src", "").startswith("http") for _, attributes in reader.tags)
 
 
-def test_a_page_asks_nobody_for_anything(document):
+def test_page_self_contained(document):
+    """A page requests nothing from the network."""
     reader = read(document)
     sources = [attributes["src"] for _, attributes in reader.tags if "src" in attributes]
     assert sources == ["data:image/jpeg;base64,/9g=", "a%20%22b%22%20%231.mp4", "old.mp4"]
@@ -66,7 +68,8 @@ def test_a_page_asks_nobody_for_anything(document):
     assert rules.startswith("default-src 'none'") and "http" not in rules
 
 
-def test_text_runs_the_way_its_script_does(document):
+def test_text_direction(document):
+    """Text runs in the direction of its script: every element of text has dir=auto."""
     told = [
         (tag, attributes) for tag, attributes in read(document).tags if tag in {"h1", "h2", "p", "td", "figcaption"}
     ]
@@ -76,7 +79,8 @@ def test_text_runs_the_way_its_script_does(document):
     assert len(told) > 10 and set(without) <= {"p", "figcaption"} and without.count("p") == 1, "the button's own"
 
 
-def test_a_mark_is_read_back_and_a_chart_is_to_scale(document):
+def test_content_key_and_bar_chart(document):
+    """The content key is read back from a page, and the bars of a chart are to scale."""
     assert page.content_key_of(document) == 'm "1"'
     assert page.content_key_of("<html>") == page.content_key_of(page.page("x")) == ""
     widths = re.findall(r'width="([\d.]+)" height="13"', page.bars("t", {"a": 4, "b": 1, "c": 0}))
@@ -84,5 +88,6 @@ def test_a_mark_is_read_back_and_a_chart_is_to_scale(document):
     assert "<rect" not in page.bars("t", {})
 
 
-def test_a_page_without_videos_has_no_script():
+def test_page_without_videos():
+    """A page without videos has no script and no button."""
     assert "<script" not in page.page("t", "words") and "<button" not in page.page("t", "words")

@@ -16,20 +16,22 @@ def ramp(frames=5, height=32, width=48):
     return np.stack([np.broadcast_to(across + 10 * i, (height, width, 3)) for i in range(frames)]).astype(np.uint8)
 
 
-def test_pixels_become_the_nearest_of_256_levels():
+def test_pixels_to_levels():
+    """Pixels become the nearest of 256 levels."""
     values = torch.tensor([-1.0, -1.2, -0.999, 0.0, 0.5, 1.0, 7.0])
     frames = to_frames(values.expand(3, 1, 2, 7))
     assert frames.shape == (1, 2, 7, 3) and frames.dtype == np.uint8
     assert frames[0, 0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255]
 
 
-def test_every_level_survives_the_way_to_pixels_and_back():
+def test_levels_round_trip():
+    """Every level survives the conversion to pixels and back."""
     levels = torch.arange(256).float()
     assert to_frames((levels / 127.5 - 1).expand(3, 1, 1, 256))[0, 0, :, 0].tolist() == list(range(256))
 
 
-def test_frames_become_the_pixels_of_the_formula_to_the_last_bit():
-    """All levels, in clips and in batches of clips, also of frames that have a fourth channel."""
+def test_frames_to_pixels():
+    """Frames become the pixels of the formula bit for bit, also in batches and from four channels."""
     frames = torch.arange(256).byte().repeat(2 * 3 * 3 * 4).view(2, 3, 256, 3, 4)
     pixels = to_pixels(frames[..., :3])
     assert pixels.shape == (2, 3, 3, 256, 3) and pixels.dtype == torch.float32 and pixels.is_contiguous()
@@ -40,7 +42,8 @@ def test_frames_become_the_pixels_of_the_formula_to_the_last_bit():
 
 
 @pytest.mark.parametrize("fps", [16, 23.976])
-def test_an_mp4_keeps_frames_rate_and_colours(fps, tmp_path):
+def test_mp4_round_trip(fps, tmp_path):
+    """An MP4 keeps the frames, their rate and their colours."""
     frames = ramp()
     write_mp4(tmp_path / "new" / "clip.mp4", frames, fps)
     with av.open(str(tmp_path / "new" / "clip.mp4")) as container:
@@ -51,7 +54,8 @@ def test_an_mp4_keeps_frames_rate_and_colours(fps, tmp_path):
     assert read.shape == frames.shape and np.abs(read.astype(int) - frames).max() <= 4
 
 
-def test_odd_sides_are_extended_not_squeezed(tmp_path):
+def test_odd_sides_padded(tmp_path):
+    """Odd sides are padded, not scaled."""
     frames = ramp(height=31, width=47)
     write_mp4(tmp_path / "odd.mp4", frames, 16)
     read = iio.imread(tmp_path / "odd.mp4")
@@ -60,13 +64,15 @@ def test_odd_sides_are_extended_not_squeezed(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 8, 3), (4, 8, 8), (4, 8, 8, 4)])
-def test_what_is_not_a_clip_is_refused(shape, tmp_path):
+def test_bad_clip_shape(shape, tmp_path):
+    """Arrays that are no clip are refused, and no file is written."""
     with pytest.raises(ValueError, match=r"expected frames \(F, H, W, 3\)"):
         write_mp4(tmp_path / "bad.mp4", np.zeros(shape, np.uint8), 16)
     assert not (tmp_path / "bad.mp4").exists()
 
 
-def test_a_contact_sheet_shows_first_and_last_frame_of_every_clip(tmp_path):
+def test_contact_sheet_frames(tmp_path):
+    """A contact sheet shows the first and the last frame of every clip, with its title."""
     grey = {"seventeen": [10 * i for i in range(17)], "one 一只猫 🎬": [200]}
     clips = {
         name: np.stack([np.full((16, 32, 3), level, np.uint8) for level in levels]) for name, levels in grey.items()

@@ -49,7 +49,8 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_each_task_is_its_own_sample(call, models, files, tmp_path):
+def test_sample_identity_by_task(call, models, files, tmp_path):
+    """Each set of conditioning files gives a video of its own; the same files find theirs again."""
     uses = {
         "image": [f"image={files / 'picture.png'}"],
         "ends": [f"image={files / 'picture.png'}", f"last_image={files / 'last.png'}"],
@@ -69,7 +70,8 @@ def test_each_task_is_its_own_sample(call, models, files, tmp_path):
     assert len(hashes) == 4
 
 
-def test_a_clean_first_frame_is_the_pictures_up_to_the_vae(call, models, files, tmp_path):
+def test_clean_first_frame(call, models, files, tmp_path):
+    """The first frame of the video equals the picture after the VAE; without a picture the model needs no file."""
     call("sample.py", "model=tiny_ti2v", f"weights={models / 'tiny_ti2v'}", *SAMPLE, f"image={files / 'picture.png'}")
     (made,) = (tmp_path / "samples").glob("*.mp4")
     vae = load_vae(models / "tiny_ti2v").eval()
@@ -94,7 +96,8 @@ def test_a_clean_first_frame_is_the_pictures_up_to_the_vae(call, models, files, 
     ],
     ids=str,
 )
-def test_bad_files_are_one_line(call, models, files, model, given, message):
+def test_bad_conditioning_files(call, models, files, model, given, message):
+    """A wrong conditioning file, or none where one is needed, gives one line of error."""
     paths = [each.replace("=", f"={files}/", 1) if each.endswith(("png", "mp4")) else each for each in given]
     ended = call("sample.py", f"model={model}", f"weights={models / 'tiny_ti2v'}", *SAMPLE, *paths, check=False)
     assert message in ended.error

@@ -72,7 +72,8 @@ def frames_of(folder):
 
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
-def test_the_well_known_lines_run_on_the_exported_pair_and_our_sampler_gives_the_same(story, guidance, tmp_path):
+def test_diffusers_pipeline_parity(story, guidance, tmp_path):
+    """diffusers' published example runs on the exported pair, and our sampler gives the same latents and frames."""
     seen = []
 
     def note(pipe, step, timestep, values):
@@ -115,7 +116,8 @@ def test_the_well_known_lines_run_on_the_exported_pair_and_our_sampler_gives_the
     assert decoded.std() > 1
 
 
-def test_what_is_exported_is_what_was_trained(story, pair):
+def test_export_weights_and_metadata(story, pair):
+    """Exported tensors equal the checkpoint's, and their metadata name expert, model and boundary."""
     index = json.loads((story.pipeline / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline" and index["boundary_ratio"] == 0.875
     for run, part in (("high", "transformer"), ("low", "transformer_2")):
@@ -133,7 +135,8 @@ def test_what_is_exported_is_what_was_trained(story, pair):
             assert (story.pipeline / part / file.name).read_bytes() == file.read_bytes()
 
 
-def test_bf16_exports_keep_what_wan_keeps_in_float32(story, inside):
+def test_bf16_export_fp32_parts(story, inside):
+    """A bf16 export keeps in float32 the parameters that Wan keeps in float32."""
     inside(story.folder, "export.py", "run=high,low", "out=half", "dtype=bf16")
     tensors = read_tensors(story.folder / "half" / "transformer")
     kept = {key for key, tensor in tensors.items() if tensor.dtype == torch.float32}
@@ -144,7 +147,8 @@ def test_bf16_exports_keep_what_wan_keeps_in_float32(story, inside):
         assert (parameter.dtype == torch.float32) <= (name in kept), name
 
 
-def test_sampling_is_the_same_twice_and_from_runs_or_files(story, inside):
+def test_sampling_repeats(story, inside):
+    """Two calls give the same files, and so do a pair of runs and their exported pipeline."""
     for out, source in (("one", "run=high,low"), ("two", "run=high,low"), ("files", "weights=pipeline")):
         inside(story.folder, "sample.py", source, f"prompt={PROMPT}", f"out={out}", "count=2", *SMALL)
     kinds = [("000_seed_0_", ".json"), ("000_seed_0_", ".mp4"), ("001_seed_1_", ".json"), ("001_seed_1_", ".mp4")]
@@ -161,7 +165,8 @@ def test_sampling_is_the_same_twice_and_from_runs_or_files(story, inside):
     assert not np.array_equal(first, second), "another seed must give another video"
 
 
-def test_videos_play_everywhere_and_the_contact_sheet_shows_each(story, inside):
+def test_video_format_and_contact_sheet(story, inside):
+    """Videos are H.264 in yuv420p with the index first; the contact sheet shows each of them."""
     (story.folder / "prompts.txt").write_text(f"{PROMPT}\n\n一只猫，在草地上奔跑。\n")
     inside(story.folder, "sample.py", "weights=pipeline", "prompts=prompts.txt", "out=seen", "solver=euler", *SMALL)
     files = sorted((story.folder / "seen").glob("*.mp4"))
@@ -178,7 +183,9 @@ def test_videos_play_everywhere_and_the_contact_sheet_shows_each(story, inside):
         assert sheet.size == (8 * (192 + 2), 2 * (128 + 18))
 
 
-def test_a_negative_prompt_and_guidance_change_the_video_and_scale_one_ignores_it(story, inside):
+def test_negative_prompt_and_guidance(story, inside):
+    """Negative prompt and guidance change the video; at scale 1 the negative prompt has no effect."""
+
     def video(out, *more):
         inside(story.folder, "sample.py", "weights=pipeline", f"prompt={PROMPT}", f"out={out}", *SMALL, *more)
         return frames_of(story.folder / out)[0]
@@ -192,7 +199,8 @@ def test_a_negative_prompt_and_guidance_change_the_video_and_scale_one_ignores_i
     )
 
 
-def test_exported_loras_load_in_diffusers_and_equal_our_merged_experts(loras, pair):
+def test_exported_loras_in_diffusers(loras, pair):
+    """diffusers loads the exported LoRA files, and its outputs equal those of our merged experts."""
     latents = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(1))
     text = load_text_encoder(pair)([PROMPT])
     timestep = torch.tensor([20.0])  # small: diffusers takes the sines of its time embedding in float32
@@ -214,7 +222,8 @@ def test_exported_loras_load_in_diffusers_and_equal_our_merged_experts(loras, pa
         assert (theirs - merged).abs().max() < 1e-5
 
 
-def test_sampling_with_lora_files_is_sampling_what_was_merged(loras, pair, inside):
+def test_sampling_with_lora_files(loras, pair, inside):
+    """LoRA files over the base give the video of the merged pipeline; at scale 0 they give the base's."""
     folder, files = loras.folder, loras.pipeline / "lora"
     both = [f"lora.{run}_noise={files / f'{run}_{run}_noise.safetensors'}" for run in ("high", "low")]
 
@@ -230,14 +239,16 @@ def test_sampling_with_lora_files_is_sampling_what_was_merged(loras, pair, insid
     assert not np.array_equal(base, merged)
 
 
-def test_one_run_and_a_pipeline_make_a_pair(story, pair, inside):
+def test_export_run_with_base_expert(story, pair, inside):
+    """The export of one run takes the other expert from the base."""
     inside(story.folder, "export.py", "run=low", "out=mixed")
     for part, source in (("transformer", pair), ("transformer_2", story.checkpoint("low"))):
         mixed, wanted = (read_tensors(folder / part) for folder in (story.folder / "mixed", source))
         assert all(torch.equal(mixed[key], wanted[key]) for key in wanted)
 
 
-def test_a_dense_model_goes_the_same_way(tiny, call, tmp_path):
+def test_dense_model(tiny, call, tmp_path):
+    """A dense model is sharded, encoded, trained, exported and sampled by the same commands."""
     dense = ("model=tiny_dense",)
     call("shard.py", *dense, f"source={tiny.footage}", "out=videos", "num_frames=5", "clips=first")
     call("encode.py", *dense, "shards=videos", "out=latents", f"weights={tiny.base}", "area=1024")
@@ -250,8 +261,11 @@ def test_a_dense_model_goes_the_same_way(tiny, call, tmp_path):
     assert frames_of(tmp_path / "samples")[0].shape == (9, 32, 48, 3)
 
 
-def test_the_5b_with_its_own_vae_goes_the_same_way(tiny, call, tmp_path):
-    """model=ti2v_5b as text-to-video: the 4x16x16 VAE, 48 channels; only the sizes are smaller."""
+def test_ti2v_5b_with_vae_2_2(tiny, call, tmp_path):
+    """model=ti2v_5b runs through the same commands as text-to-video.
+
+    The VAE is 4x16x16 with 48 channels; only the sizes are smaller.
+    """
     torch.manual_seed(0)
     vae = WanVAE(base_dim=6, decoder_base_dim=10, z_dim=48, is_residual=True, patch_size=2)
     write_part(tmp_path / "base" / "vae", vae.config(), vae.state_dict())
@@ -282,7 +296,8 @@ def test_the_5b_with_its_own_vae_goes_the_same_way(tiny, call, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["wan_tiny_vae_images", "wan_tiny_vae"])
-def test_a_vae_that_a_recipe_trained_is_exported_with_its_own_statistics(recipe, tiny, call, tmp_path):
+def test_vae_export_statistics(recipe, tiny, call, tmp_path):
+    """A trained VAE is exported with its own latent statistics, which normalise its latents."""
     start = ["model.vae.base_dim=4"] if recipe == "wan_tiny_vae_images" else [f"weights={tiny.base}"]
     size = ("steps=3", "batch_size=2", "model.area=1024")
     call("train.py", f"recipe={recipe}", *start, *size, "run=vae", "tracker=jsonl", f"data.shards={tiny.videos}")
@@ -296,7 +311,8 @@ def test_a_vae_that_a_recipe_trained_is_exported_with_its_own_statistics(recipe,
     assert latents.mean(1).abs().max() < 0.02 and (latents.std(1) - 1).abs().max() < 0.02
 
 
-def test_only_the_decoder_is_trained_and_every_latent_stays_valid(tiny, call, tmp_path):
+def test_vae_decoder_training(tiny, call, tmp_path):
+    """The decoder recipe changes the decoder alone: encoder, statistics and fingerprint stay the same."""
     size = ("steps=2", "batch_size=2", "model.area=1024", "data.num_frames=5", "validation.every=1000")
     data = f"data.shards={tiny.videos}"
     call("train.py", "recipe=wan_tiny_vae_decoder", f"weights={tiny.base}", *size, "run=vae", data)
@@ -308,8 +324,11 @@ def test_only_the_decoder_is_trained_and_every_latent_stays_valid(tiny, call, tm
     assert (after.latents_mean, after.latents_std) == (before.latents_mean, before.latents_std)
 
 
-def test_an_expert_starts_from_another_models_transformer_or_from_nothing(tiny, pair, call, tmp_path):
-    """As low noise began as Wan2.1: weights of another part, with no boundary to agree on."""
+def test_expert_init_from_part(tiny, pair, call, tmp_path):
+    """An expert starts from another model's transformer, as low noise did from Wan2.1, or from random weights.
+
+    The transformer of another part states no boundary.
+    """
     pair_as_dense = tmp_path / "wan21" / "transformer"
     shutil.copytree(pair / "transformer", pair_as_dense)
     file = pair_as_dense / "diffusion_pytorch_model.safetensors"
@@ -341,7 +360,8 @@ def test_an_expert_starts_from_another_models_transformer_or_from_nothing(tiny, 
     assert f"{pair_as_dense} holds a transformer of another shape than the chosen model (num_attention" in wrong
 
 
-def test_videos_made_together_are_those_made_one_by_one(pair, call, tmp_path):
+def test_sampling_batch_size(pair, call, tmp_path):
+    """Videos that are sampled in one batch agree with those that are sampled one at a time."""
     (tmp_path / "prompts.txt").write_text("a red ring\na blue circle moving right on a dark background\n圆形\n")
     for size in (1, 2):
         call("sample.py", f"weights={pair}", "prompts=prompts.txt", f"out=by_{size}", f"batch_size={size}", *SMALL)
@@ -357,7 +377,8 @@ def test_videos_made_together_are_those_made_one_by_one(pair, call, tmp_path):
         assert np.abs(sampler(prompt, seed=seed, **how).astype(int) - frames).max() <= 2
 
 
-def test_shards_of_the_story_say_what_they_hold(tiny):
+def test_manifest_counts(tiny):
+    """The counts in both manifests add up: files, clips, rejects and samples."""
     videos, latents = (json.loads((folder / "manifest.json").read_text()) for folder in (tiny.videos, tiny.latents))
     assert videos["files_seen"] == videos["files_used"] + videos["files_rejected"] == 10
     assert latents["clips"] + latents["clips_rejected"] == videos["clips"] >= 10

@@ -34,7 +34,8 @@ def trained(tiny, call, tmp_path):
     return tmp_path / "runs" / "r"
 
 
-def test_an_error_is_one_line_and_exit_code_2_in_a_real_process(command, tmp_path):
+def test_error_exit_code(command, tmp_path):
+    """In a real process an error is one line on stderr, and the exit code is 2."""
     (tmp_path / "empty").mkdir()
     ended = command("shard.py", "source=empty", "out=videos", cwd=tmp_path, check=False)
     assert ended.returncode == 2 and ended.stdout == ""
@@ -46,7 +47,8 @@ def test_an_error_is_one_line_and_exit_code_2_in_a_real_process(command, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["shard", "encode", "train", "sample", "export"])
-def test_a_misspelt_key_is_told_the_nearest(name, call, tmp_path):
+def test_misspelt_key(name, call, tmp_path):
+    """The error for a misspelt key names the nearest key."""
     wrong, right = {
         "shard": ("caption.prefx=x", "caption.prefix"),
         "encode": ("precison=bf16", "precision"),
@@ -72,16 +74,19 @@ def test_a_misspelt_key_is_told_the_nearest(name, call, tmp_path):
         ("run", "run is not a setting; write key=value"),
     ],
 )
-def test_a_misspelt_choice_is_told_what_there_is(argument, message, call):
+def test_misspelt_choice(argument, message, call):
+    """The error for a misspelt choice lists the choices."""
     assert message in call("train.py", argument, check=False).error
 
 
-def test_what_must_be_given_is_named(call):
+def test_missing_required_key(call):
+    """The error for a missing required key names the key."""
     error = call("shard.py", check=False).error
     assert "source" in error and "missing" in error.lower()
 
 
-def test_a_missing_caption_is_named_with_the_ways_out(footage, call, tmp_path):
+def test_missing_caption(footage, call, tmp_path):
+    """The error for a missing caption names the file and each fix; caption.missing=skip rejects the file."""
     (footage / "clip-0002.txt").unlink()
     command = ("shard.py", "source=footage", "out=videos")
     error = call(*command, check=False).error
@@ -94,7 +99,8 @@ def test_a_missing_caption_is_named_with_the_ways_out(footage, call, tmp_path):
     assert reject == {"name": "clip-0002.mp4", "reason": "no caption"}
 
 
-def test_a_corrupt_video_is_rejected_with_the_reason_and_the_rest_goes_on(footage, call, tmp_path):
+def test_corrupt_video_rejected(footage, call, tmp_path):
+    """A corrupt video is rejected with its reason, and the other files are used, within rejects.limit."""
     broken = footage / "clip-0001.mp4"
     broken.write_bytes(broken.read_bytes()[:-600])
     command = ("shard.py", "source=footage", "num_frames=9")
@@ -132,20 +138,23 @@ def test_a_corrupt_video_is_rejected_with_the_reason_and_the_rest_goes_on(footag
         ("export", ["run=r", "out=y", "dtype=fp8"], "dtype=fp8 is unknown; choose one of fp32, bf16"),
     ],
 )  # fmt: skip
-def test_what_can_be_judged_from_the_config_is_refused_before_anything_starts(name, arguments, message, call, tmp_path):
+def test_config_errors_before_work(name, arguments, message, call, tmp_path):
+    """Errors in the config are raised before any work starts and before any file is written."""
     required = {"shard": ["source=/nowhere", "out=videos"]}.get(name, [])
     assert message in call(f"{name}.py", *required, *arguments, check=False).error
     assert not list(tmp_path.iterdir())
 
 
-def test_all_problems_are_told_at_once(call):
+def test_all_problems_listed(call):
+    """One error lists all problems of a config."""
     ended = call("train.py", "steps=10", "epochs=2", "batch_size=3", "accumulate=2", "model.num_frames=8", check=False)
     lines = ended.stderr.splitlines()
     assert ended.returncode == 2 and lines[0] == "error: 3 problems:"
     assert [line.startswith("  - ") for line in lines[1:]] == [True] * 3
 
 
-def test_latents_of_another_vae_are_refused(tiny, call, tmp_path):
+def test_encoder_fingerprint_mismatch(tiny, call, tmp_path):
+    """Training refuses latents of another VAE or text encoder."""
     shards = tmp_path / "latents"
     shutil.copytree(tiny.latents, shards)
     manifest = json.loads((shards / "manifest.json").read_text())
@@ -159,7 +168,8 @@ def test_latents_of_another_vae_are_refused(tiny, call, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_damaged_or_absent_latents_are_refused(tiny, call, tmp_path):
+def test_damaged_or_missing_latents(tiny, call, tmp_path):
+    """The error names latent shards that are damaged, missing or of the wrong kind."""
     shards = tmp_path / "latents"
     shutil.copytree(tiny.latents, shards)
     tar = shards / json.loads((shards / "manifest.json").read_text())["shards"][0]["name"]
@@ -179,7 +189,8 @@ def test_damaged_or_absent_latents_are_refused(tiny, call, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["shard", "encode", "train", "export"])
-def test_a_folder_that_holds_something_else_is_left_alone(name, tiny, trained, pair, call, tmp_path):
+def test_foreign_output_folder(name, tiny, trained, pair, call, tmp_path):
+    """No command writes into a folder that holds other files."""
     theirs = tmp_path / "runs" / "theirs"
     theirs.mkdir()
     (theirs / "holiday.jpg").write_bytes(b"precious")
@@ -194,7 +205,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(name, tiny, trained, p
     assert files_of(theirs) == {Path("holiday.jpg"): b"precious"}
 
 
-def test_shards_made_otherwise_are_not_written_over(tiny, call, tmp_path):
+def test_shards_of_other_settings(tiny, call, tmp_path):
+    """shard.py does not overwrite shards of other settings; the error names the difference."""
     shutil.copytree(tiny.videos, tmp_path / "videos")
     before = files_of(tmp_path / "videos")
     error = call("shard.py", f"source={tiny.footage}", "out=videos", "num_frames=5", check=False).error
@@ -203,7 +215,8 @@ def test_shards_made_otherwise_are_not_written_over(tiny, call, tmp_path):
     assert files_of(tmp_path / "videos") == before
 
 
-def test_a_run_with_another_config_names_what_differs_and_the_way_out(tiny, trained, call):
+def test_run_config_mismatch(tiny, trained, call):
+    """The error for a run of another config names the differences and the fix."""
     before = files_of(trained)
     error = call("train.py", *tiny.train, "run=r", "batch_size=4", "optimizer.lr=1", "steps=2", check=False).error
     assert "run r exists with another config: batch_size: 2 -> 4; optimizer.lr: 0.0001 -> 1." in error
@@ -211,7 +224,8 @@ def test_a_run_with_another_config_names_what_differs_and_the_way_out(tiny, trai
     assert files_of(trained) == before
 
 
-def test_a_second_process_is_kept_out_of_a_run(tiny, trained, call):
+def test_run_lock(tiny, trained, call):
+    """A run that one process trains is locked for every other process."""
     holder = RunFolder(trained)
     holder.open(read_config(trained))
     error = call("train.py", *tiny.train, "run=r", "batch_size=2", "steps=2", check=False).error
@@ -220,7 +234,9 @@ def test_a_second_process_is_kept_out_of_a_run(tiny, trained, call):
     call("train.py", *tiny.train, "run=r", "batch_size=2", "steps=2")
 
 
-def test_sampling_says_what_it_lacks(tiny, trained, call, tmp_path):
+def test_sampling_missing_input(tiny, trained, call, tmp_path):
+    """The errors of sample.py name what is missing: prompt, run, expert or weights."""
+
     def error(*arguments):
         return call("sample.py", *arguments, check=False).error
 
@@ -243,7 +259,8 @@ def test_sampling_says_what_it_lacks(tiny, trained, call, tmp_path):
     assert "low_noise is used for every noise level" in said and (tmp_path / "samples" / "contact_sheet.png").is_file()
 
 
-def test_a_run_without_a_checkpoint_and_half_a_pair_cannot_be_exported(trained, call, tmp_path):
+def test_export_without_checkpoint_or_expert(trained, call, tmp_path):
+    """export.py refuses a run without a checkpoint, an unknown run, and a pair without its other expert."""
     assert "high_noise is missing" in call("export.py", "run=r", "out=p", check=False).error
     assert "there is no run nothing in runs; it has r" in call("export.py", "run=nothing", "out=p", check=False).error
     shutil.rmtree(trained / "checkpoints")
@@ -251,7 +268,8 @@ def test_a_run_without_a_checkpoint_and_half_a_pair_cannot_be_exported(trained, 
     assert not (tmp_path / "p").exists()
 
 
-def test_a_lora_needs_a_base_and_a_base_of_the_same_boundary(tiny, pair, call, tmp_path):
+def test_adapter_base_and_boundary(tiny, pair, call, tmp_path):
+    """A LoRA needs trained base weights, and a base needs the boundary of the chosen model."""
     given = (*tiny.train, "steps=1", "batch_size=2")
     error = call("train.py", *given, "adapter=lora", check=False).error
     assert f"adapter=lora changes a trained model, but {tiny.base} holds no low_noise" in error
@@ -265,7 +283,8 @@ def test_a_lora_needs_a_base_and_a_base_of_the_same_boundary(tiny, pair, call, t
     assert not (tmp_path / "runs").exists()
 
 
-def test_where_an_expert_starts_is_judged_before_any_work(tiny, pair, call, tmp_path):
+def test_expert_init_errors(tiny, pair, call, tmp_path):
+    """Wrong settings of where an expert starts are refused before any work."""
     given = (*tiny.train, "steps=1", "batch_size=2")
     error = call("train.py", *given, f"weights={pair}", "init=scratch", "adapter=lora", check=False).error
     assert "init=scratch with adapter=lora: an adapter changes a trained model" in error
@@ -278,7 +297,8 @@ def test_where_an_expert_starts_is_judged_before_any_work(tiny, pair, call, tmp_
     assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()
 
 
-def test_a_gpu_that_is_not_there_is_not_replaced_in_silence(call, tiny, tmp_path):
+def test_missing_gpu(call, tiny, tmp_path):
+    """device=cuda without a GPU is an error; no other device is used instead."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     arguments = (f"shards={tiny.videos}", "out=latents", f"weights={tiny.base}", "device=cuda")

@@ -44,7 +44,8 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "official", "comfyui"])
-def test_every_layout_holds_the_merged_experts_and_trains_on(layout, trained, tiny, pair, inside):
+def test_layouts_hold_merged_experts(layout, trained, tiny, pair, inside):
+    """Every layout holds the merged experts with their metadata, and training continues from it."""
     inside(trained, "export.py", "run=high,low", f"out={layout}", f"layout={layout}", "shard_gb=0.0001")
     out = trained / layout
     singles = {name: out / "diffusion_models" / f"comfyui_{name}.safetensors" for name in EXPERTS}
@@ -63,8 +64,8 @@ def test_every_layout_holds_the_merged_experts_and_trains_on(layout, trained, ti
     assert "low_noise starts from" in said
 
 
-def test_of_a_repository_only_what_is_written_is_fetched(trained, pair, call, tmp_path, monkeypatch):
-    """The encoders belong to a pipeline alone: elsewhere nobody downloads 11 GB for a line on the card."""
+def test_only_written_parts_fetched(trained, pair, call, tmp_path, monkeypatch):
+    """An export fetches only the parts that it writes: the encoders for a pipeline alone, 11 GB less elsewhere."""
     asked = []
     monkeypatch.setattr(bases, "_fetch", lambda name, revision, wanted: asked.append(set(wanted)) or pair)
     shutil.copytree(trained / "runs", tmp_path / "runs")
@@ -79,7 +80,8 @@ def test_of_a_repository_only_what_is_written_is_fetched(trained, pair, call, tm
 
 
 @pytest.mark.parametrize("dialect", ["comfyui", "diffusers", "kohya"])
-def test_loras_of_a_run_are_written_in_every_dialect(dialect, trained, pair, inside, call):
+def test_lora_dialects(dialect, trained, pair, inside, call):
+    """The LoRA of a run is exported in every dialect, and converting it back gives the same layers."""
     inside(trained, "export.py", "run=high,low", f"out=as_{dialect}", f"lora.dialect={dialect}")
     file = trained / f"as_{dialect}" / "lora" / "low_low_noise.safetensors"
     lora, own = read_lora(file), read_lora(trained / "pipeline" / "lora" / "low_low_noise.safetensors")
@@ -92,7 +94,8 @@ def test_loras_of_a_run_are_written_in_every_dialect(dialect, trained, pair, ins
     assert back.dialect == "comfyui" and back.layers["blocks.0.ffn.0"].alpha == 8
 
 
-def test_a_partial_lora_in_kohyas_dialect_comes_with_a_note(trained, inside):
+def test_partial_lora_kohya_note(trained, inside):
+    """A LoRA of only some layers in kohya's dialect comes with a note that diffusers will refuse it."""
     file = trained / "pipeline" / "lora" / "low_low_noise.safetensors"
     whole = inside(trained, "export.py", f"lora.low_noise={file}", "lora.dialect=kohya", "out=whole").stdout
     layers = {name: layer for name, layer in read_lora(file).layers.items() if "attn" in name}
@@ -101,7 +104,8 @@ def test_a_partial_lora_in_kohyas_dialect_comes_with_a_note(trained, inside):
     assert "diffusers will refuse it" in part and "refuse" not in whole
 
 
-def test_a_lora_is_merged_into_weights(trained, pair, inside):
+def test_lora_merge(trained, pair, inside):
+    """LoRA files are merged into weights at their scale; a file of the other expert is refused."""
     files = [f"lora.{name}={trained}/pipeline/lora/{name[:-6]}_{name}.safetensors" for name in EXPERTS]
     inside(trained, "export.py", f"weights={pair}", *files, "out=merged", *MODEL)
     assert same(experts_of(Base(trained / "merged")), experts_of(Base(trained / "pipeline")))
@@ -117,8 +121,8 @@ def test_a_lora_is_merged_into_weights(trained, pair, inside):
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "official"])
-def test_a_folder_with_other_peoples_models_is_never_written_into(layout, trained, inside):
-    """A ComfyUI's models/ has a diffusion_models/ too, and everything in it would have been lost."""
+def test_foreign_models_folder(layout, trained, inside):
+    """export.py never writes into a folder of other models, such as ComfyUI's models/ with its diffusion_models/."""
     models = trained / f"ComfyUI_{layout}"
     other = models / ("diffusion_models/flux.safetensors" if layout == "comfyui" else "low_noise_model/config.json")
     other.parent.mkdir(parents=True)
@@ -129,14 +133,16 @@ def test_a_folder_with_other_peoples_models_is_never_written_into(layout, traine
     assert other.read_text() == "precious" and len([path for path in models.rglob("*") if path.is_file()]) == 2
 
 
-def test_a_lora_that_says_another_expert_is_not_converted_as_this_one(trained, inside):
+def test_lora_of_other_expert(trained, inside):
+    """A LoRA file whose metadata name the other expert is not converted."""
     file = trained / "pipeline" / "lora" / "low_low_noise.safetensors"
     error = inside(trained, "export.py", f"lora.high_noise={file}", "out=mislabelled", check=False).error
     assert f"lora.high_noise={file} was trained for low_noise; give it as lora.low_noise=" in error
     assert not (trained / "mislabelled").exists()
 
 
-def test_an_official_folder_becomes_a_pipeline_that_diffusers_opens(trained, pair, inside, tmp_path):
+def test_official_to_diffusers_pipeline(trained, pair, inside, tmp_path):
+    """A folder in the official layout becomes a pipeline that diffusers loads and runs."""
     inside(trained, "export.py", f"weights={pair}", "layout=official", "out=official_pair", *MODEL)
     encoders = [f"parts.{part}={pair / part}" for part in ("vae", "text_encoder", "tokenizer")]
     inside(trained, "export.py", "weights=official_pair", *encoders, "out=opened", "dtype=bf16", *MODEL)
@@ -149,7 +155,8 @@ def test_an_official_folder_becomes_a_pipeline_that_diffusers_opens(trained, pai
         pipe("a red ring", height=32, width=48, num_frames=5, num_inference_steps=2)
 
 
-def test_training_goes_on_from_a_lora_file(trained, tiny, pair, inside):
+def test_lora_file_as_init(trained, tiny, pair, inside):
+    """Training continues from a LoRA file with its layers, rank and alpha."""
     file = trained / "as_kohya_start.safetensors"
     inside(trained, "export.py", "run=high,low", "out=for_start", "lora.dialect=kohya")
     file = trained / "for_start" / "lora" / "low_low_noise.safetensors"
@@ -170,9 +177,8 @@ ALL = ("adapter.rank=3", "adapter.targets=all", "adapter.rank_stabilized=true", 
 
 
 @pytest.mark.parametrize(("adapter", "more"), [("lora", ALL), ("dora", ()), ("dora", ALL)])
-def test_every_kind_of_adapter_is_merged_exported_sampled_and_loaded_by_diffusers(
-    adapter, more, trained, tiny, pair, inside, tmp_path
-):
+def test_adapters_end_to_end(adapter, more, trained, tiny, pair, inside, tmp_path):
+    """LoRA and DoRA adapters of all layers are merged, exported, sampled and loaded by diffusers."""
     run = ("expert=low_noise", f"weights={pair}", "run=r", "steps=3", "batch_size=2", "optimizer.lr=3e-2")
     inside(tmp_path, "train.py", *tiny.train, *run, f"adapter={adapter}", *more)
     stored = read_lora(tmp_path / "runs" / "r" / "checkpoints" / "step_000003" / "adapter.safetensors")
@@ -204,7 +210,8 @@ def test_every_kind_of_adapter_is_merged_exported_sampled_and_loaded_by_diffuser
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_part_that_trained_is_exported_in_the_whole_and_the_rest_is_the_base(precision, tiny, pair, inside, tmp_path):
+def test_partial_training_export(precision, tiny, pair, inside, tmp_path):
+    """The export of a partly trained expert holds its trained layers; all other tensors are the base's."""
     run = ("expert=low_noise", f"weights={pair}", "run=r", "steps=2", "batch_size=2", f"precision={precision}")
     part = ("adapter=partial", "adapter.layers=1", "adapter.tags=[ffn,head]")
     inside(tmp_path, "train.py", *tiny.train, *run, *part)
@@ -233,14 +240,16 @@ def is_island(key):
     return any(part in key for part in ("time_embedder", "time_proj", "scale_shift_table", "norm", "proj_out"))
 
 
-def test_a_lora_is_not_gone_on_from_as_a_dora(trained, tiny, pair, inside, tmp_path):
+def test_lora_file_as_dora_init(trained, tiny, pair, inside, tmp_path):
+    """A LoRA file is refused as the start of a DoRA."""
     file = trained / "pipeline" / "lora" / "low_low_noise.safetensors"
     run = ("expert=low_noise", f"weights={pair}", "adapter=dora", f"adapter.init={file}")
     error = inside(tmp_path, "train.py", *tiny.train, *run, check=False).error
     assert f"adapter.init={file} was trained with adapter=lora; give that, not adapter=dora" in error
 
 
-def test_inspect_says_it_in_a_few_lines(trained, call):
+def test_inspect(trained, call):
+    """inspect= prints dialect, expert, rank, alpha, layers and size; a missing path is an error."""
     said = call("export.py", f"inspect={trained / 'pipeline' / 'lora' / 'low_low_noise.safetensors'}").stdout
     for line in (
         "dialect   comfyui",
@@ -257,7 +266,8 @@ def test_inspect_says_it_in_a_few_lines(trained, call):
     assert "give out=PATH" in call("export.py", "run=r", check=False).error
 
 
-def test_a_merged_expert_is_bit_for_bit_what_the_run_holds_in_half_precision_too(trained, inside):
+def test_fp16_export_of_merged_expert(trained, inside):
+    """A merged expert in fp16 keeps its float32 parts and stays near the float32 export."""
     inside(trained, "export.py", "run=high,low", "out=half16", "dtype=fp16", "layout=comfyui")
     tensors = read_tensors(trained / "half16" / "diffusion_models" / "half16_low_noise.safetensors")
     assert tensors["blocks.0.ffn.0.weight"].dtype == torch.float16

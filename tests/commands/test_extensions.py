@@ -97,6 +97,7 @@ def test_loss_with_reference(adapter, mine, tiny, pair, call, tmp_path):
 
 
 def test_loss_with_unknown_network(mine, tiny, pair, call, tmp_path):
+    """The error for a loss that needs an unknown network names the networks that train.py provides."""
     code = (tmp_path / "mine.py").read_text().replace('("reference",)', '("teacher",)').replace("Anchored", "Taught")
     (tmp_path / "other_mine.py").write_text(code)
     run = ("train.py", *tiny.train, f"weights={pair}", *RUN, mine, "loss=anchored", "loss._target_=other_mine.Taught")

@@ -57,7 +57,8 @@ def watched(name, *args, cwd, environment):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ten_thousand_clips_in_one_go_with_flat_memory(tiny, environment, tmp_path):
+def test_ten_thousand_clips(tiny, environment, tmp_path):
+    """All commands process ten thousand clips, and their memory does not grow."""
     random = np.random.default_rng(0)
     (tmp_path / "footage").mkdir()
     for number in range(FILES):

@@ -39,7 +39,8 @@ def tars(folder):
     return {kind: {tar["name"] for tar in manifest[kind]} for kind in ("shards", "text_shards")}
 
 
-def test_one_caption_edited_is_one_text_row_and_no_call_of_the_vae(mine, call, encode):
+def test_edited_caption_reencoded(mine, call, encode):
+    """After one edited caption encode.py encodes that text alone and does not call the VAE."""
     (mine / "footage" / "clip-0003.txt").write_text("words that nobody has read yet")
     before = tars(mine / "latents")
     said = call("shard.py", *SHARD).stdout
@@ -57,8 +58,8 @@ def test_one_caption_edited_is_one_text_row_and_no_call_of_the_vae(mine, call, e
 
 
 @pytest.mark.parametrize("command", ["shard.py", "encode.py"])
-def test_check_reads_every_byte_and_names_what_is_not_as_written(command, mine, encode, call):
-    """encode.py out=DIR check=true, for folders of both kinds."""
+def test_check_names_damaged_files(command, mine, encode, call):
+    """encode.py out=DIR check=true reads every byte and names each damaged file, for folders of both kinds."""
     folder, kind = {"shard.py": ("videos", "video"), "encode.py": ("latents", "latent")}[command]
     assert "all as written" in call("encode.py", f"out={folder}", "check=true").stdout
     manifest = read_manifest(mine / folder, kind)
@@ -83,15 +84,16 @@ def test_check_reads_every_byte_and_names_what_is_not_as_written(command, mine, 
 
 
 @pytest.mark.parametrize("command", ["shard.py", "encode.py"])
-def test_an_output_that_cannot_be_made_is_one_error(command, mine, call, encode):
+def test_output_folder_not_writable(command, mine, call, encode):
+    """An output folder that cannot be created is one error."""
     (mine / "file").touch()
     arguments = SHARD if command == "shard.py" else ("shards=videos",)
     error = call(command, *arguments[:1], "out=file/deeper", *arguments[2:], check=False).error
     assert "out=file/deeper" in error
 
 
-def test_times_of_files_mean_nothing(mine, call, encode):
-    """A clock that jumps: all files from the far future, or from 1970, are what they were."""
+def test_file_times_ignored(mine, call, encode):
+    """File times have no effect: files dated in the far future or in 1970 count as unchanged."""
     for when in (4e9, 0):
         for path in mine.rglob("*"):
             os.utime(path, (when, when))
@@ -99,8 +101,8 @@ def test_times_of_files_mean_nothing(mine, call, encode):
         assert "nothing to do" in encode().stdout
 
 
-def test_names_that_appear_late_are_waited_for(mine, call, encode):
-    """A disk on the network: what has been written is seen a second later."""
+def test_delayed_file_names(mine, call, encode):
+    """encode.py waits for files that a network disk shows a second after they were written."""
     late, write = [], write_atomically
 
     def slow(path, content):
@@ -119,7 +121,8 @@ def test_names_that_appear_late_are_waited_for(mine, call, encode):
     assert not [path for path in (mine / "latents").iterdir() if path.name.startswith((".latent-", ".text-"))]
 
 
-def test_a_name_that_never_appears_is_one_error(mine, encode, monkeypatch):
+def test_file_name_never_appears(mine, encode, monkeypatch):
+    """A written file that never appears is one error."""
     monkeypatch.setattr(store, "TIMEOUT", 0.5)
     shutil.rmtree(mine / "latents")
     write = write_atomically
@@ -130,8 +133,8 @@ def test_a_name_that_never_appears_is_one_error(mine, encode, monkeypatch):
     assert "has disappeared; start the same command again" in error
 
 
-def test_a_rename_that_fails_leaves_the_folder_whole(mine, call, encode):
-    """A disk on the network, one day."""
+def test_failed_rename(mine, call, encode):
+    """A failed rename, as on a network disk, leaves the folder intact, and the next start finishes it."""
     (mine / "footage" / "clip-0003.txt").write_text("another caption")
     before, replace = json.loads((mine / "videos" / "manifest.json").read_text()), Path.replace
 

@@ -179,7 +179,8 @@ def disturbed(command, cwd, environment, kinds, steps=STEPS):
     return said
 
 
-def test_killed_at_five_moments_the_run_is_bit_equal_to_the_unbroken_one(arguments, unbroken, environment, tmp_path):
+def test_resume_after_kill(arguments, unbroken, environment, tmp_path):
+    """A run that is killed at five moments is bit equal to the unbroken run."""
     kinds = ("early", "step", "save", "step", "step")
     disturbed([sys.executable, str(TRAIN), *arguments], tmp_path, environment, kinds)
     run = tmp_path / "runs" / "r"
@@ -203,9 +204,8 @@ TWENTY = ("early", *itertools.islice(itertools.cycle(("step", "save", "step", "s
         ),
     ],
 )
-def test_killed_under_any_engine_a_run_is_the_unbroken_one(
-    engine, kinds, steps, tiny, environment, launch_command, tmp_path
-):
+def test_resume_after_kill_by_engine(engine, kinds, steps, tiny, environment, launch_command, tmp_path):
+    """Under every engine a killed run equals the unbroken one: exact engines bit for bit, others within 1e-6."""
     command = (*tiny.train, "run=r", "batch_size=8", f"steps={steps}", f"checkpoint.every={EVERY}")
     start = [sys.executable, str(TRAIN), *command] if engine == "single" else launch_command(engine, *command)
     for name in ("killed", "unbroken"):
@@ -218,7 +218,8 @@ def test_killed_under_any_engine_a_run_is_the_unbroken_one(
     assert near(killed, unbroken) <= 1e-6
 
 
-def test_sigterm_saves_and_the_same_command_continues(arguments, unbroken, environment, call, tmp_path):
+def test_resume_after_sigterm(arguments, unbroken, environment, call, tmp_path):
+    """SIGTERM writes a checkpoint, and the same command continues the run bit for bit."""
     training = Training([sys.executable, str(TRAIN), *arguments], tmp_path, environment)
     try:
         training.wait_for_step(10)
@@ -236,9 +237,8 @@ def test_sigterm_saves_and_the_same_command_continues(arguments, unbroken, envir
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_other_signals_stop_it_in_the_same_way_and_their_handlers_come_back(
-    number, arguments, unbroken, call, tmp_path
-):
+def test_other_signals(number, arguments, unbroken, call, tmp_path):
+    """SIGINT and SIGUSR1 stop a run after a checkpoint too, and the signal handlers are restored."""
     run, before = tmp_path / "runs" / "r", signal.getsignal(number)
 
     def send():
@@ -257,7 +257,8 @@ def test_other_signals_stop_it_in_the_same_way_and_their_handlers_come_back(
     assert 0 < len(done) < STEPS and saved(run)[-1] == len(done) and done == losses(unbroken)[: len(done)]
 
 
-def test_a_finished_run_says_so_and_larger_steps_extend_it(tiny, call, tmp_path):
+def test_finished_run_extended(tiny, call, tmp_path):
+    """A finished run reports that it is finished, and a larger steps= extends it."""
     constant = (*tiny.train, "batch_size=2", "schedule=constant", "schedule.warmup=0")
     call("train.py", *constant, "run=long", "steps=10")
     call("train.py", *constant, "run=short", "steps=6")
@@ -285,7 +286,8 @@ def test_a_finished_run_says_so_and_larger_steps_extend_it(tiny, call, tmp_path)
         ("partial", ("adapter.tags=[ffn,modulation,text_embedding]", "precision=bf16", "gradient_checkpointing=true")),
     ],
 )  # fmt: skip
-def test_a_run_of_an_adapter_resumes_bit_equal(adapter, more, tiny, pair, call, tmp_path):
+def test_adapter_resume(adapter, more, tiny, pair, call, tmp_path):
+    """A run of an adapter or of a part of the layers resumes bit for bit."""
     run = tmp_path / "runs" / "r"
     command = (
         "train.py", *tiny.train, *more, f"weights={pair}", f"adapter={adapter}", "run=r", "batch_size=2",
@@ -306,7 +308,8 @@ def test_a_run_of_an_adapter_resumes_bit_equal(adapter, more, tiny, pair, call, 
     assert again[1] == weights[1] and all(torch.equal(again[0][key], weights[0][key]) for key in weights[0])
 
 
-def test_accumulation_is_only_another_way_to_split_a_batch(tiny, call, tmp_path):
+def test_gradient_accumulation(tiny, call, tmp_path):
+    """Gradient accumulation changes losses and gradient norms by rounding alone."""
     for name, accumulate in (("whole", 1), ("halves", 2), ("eighths", 8)):
         call("train.py", *tiny.train, f"run={name}", "batch_size=8", f"accumulate={accumulate}", "steps=6")
     whole, halves, eighths = (tmp_path / "runs" / name for name in ("whole", "halves", "eighths"))
@@ -315,13 +318,15 @@ def test_accumulation_is_only_another_way_to_split_a_batch(tiny, call, tmp_path)
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
-def test_recomputing_blocks_changes_nothing(tiny, call, tmp_path):
+def test_gradient_checkpointing(tiny, call, tmp_path):
+    """Gradient checkpointing changes no loss."""
     for name, recompute in (("kept", "false"), ("recomputed", "true")):
         call("train.py", *tiny.train, f"run={name}", "batch_size=2", f"gradient_checkpointing={recompute}", "steps=4")
     assert losses(tmp_path / "runs" / "recomputed") == losses(tmp_path / "runs" / "kept")
 
 
-def test_watching_a_run_does_not_change_it(tiny, call, tmp_path):
+def test_validation_without_side_effects(tiny, call, tmp_path):
+    """Validation and previews change no loss and no gradient norm of a run."""
     command = ("train.py", *tiny.train, "batch_size=2", "steps=4", "data.holdout=0.2")
     watched = ("validation.every=1", "validation.clips=2", "validation.points=2")
     call(*command, "run=alone")
@@ -335,7 +340,8 @@ def test_watching_a_run_does_not_change_it(tiny, call, tmp_path):
     ]
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_log_is_cut_back(tiny, call, tmp_path):
+def test_damaged_checkpoint(tiny, call, tmp_path):
+    """Resume skips damaged checkpoints with a warning and truncates the log to the step where it continues."""
     run = tmp_path / "runs" / "r"
     command = ("train.py", *tiny.train, "run=r", "batch_size=2", "steps=9", "checkpoint.every=3", "checkpoint.keep=9")
     call(*command)
@@ -359,7 +365,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_log_is_cut_back(tiny, call,
     assert losses(run) == first
 
 
-def test_other_shards_are_not_trained_on_in_the_same_run(tiny, call, tmp_path):
+def test_run_on_other_shards(tiny, call, tmp_path):
+    """A run refuses to continue on other shards than it was trained on."""
     shards = tmp_path / "latents"
     shutil.copytree(tiny.latents, shards)
     command = ("train.py", *tiny.train, f"data.shards={shards}", "run=r", "batch_size=2", "steps=2")
@@ -401,10 +408,11 @@ def launched_twice(script, command, cwd, environment):
 
 
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_a_signal_to_the_launcher_ends_all_processes_after_a_checkpoint(
-    engine, tiny, environment, launch_command, tmp_path
-):
-    """What a scheduler does: it signals the process that it started. More signals to the ranks change nothing."""
+def test_signal_to_launcher(engine, tiny, environment, launch_command, tmp_path):
+    """A signal to the launcher, as from a scheduler, ends all processes after a checkpoint.
+
+    More signals to the ranks change nothing.
+    """
     command = (*tiny.train, "batch_size=8", "steps=60", "checkpoint.every=1000", "run=r")
     training = Training(launch_command(engine, *command), tmp_path, environment)
     try:
@@ -449,7 +457,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_signal_that_one_of_two_processes_sees_stops_both_at_one_step(tiny, environment, call, tmp_path):
+def test_signal_to_one_rank(tiny, environment, call, tmp_path):
+    """A signal that one of two processes receives stops both at the same step."""
     command = (*tiny.train, "batch_size=8", "steps=6", "checkpoint.every=100", "run=two")
     (tmp_path / "signalled.py").write_text(SIGNALLED)
     ended = launched_twice("signalled.py", command, tmp_path, environment)
@@ -459,7 +468,8 @@ def test_a_signal_that_one_of_two_processes_sees_stops_both_at_one_step(tiny, en
     assert "step 3 of 6" in call("train.py", *command).stdout and len(losses(run)) == 6
 
 
-def test_two_processes_train_as_one_does_and_one_takes_over(tiny, environment, call, tmp_path):
+def test_two_processes(tiny, environment, call, tmp_path):
+    """Two processes train as one process does, and one process can continue their run."""
     command = (*tiny.train, "batch_size=8", "steps=6", "checkpoint.every=3")
     call("train.py", *command, "run=one")
     (tmp_path / "two.py").write_text(TWO)
@@ -485,9 +495,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("background", ["true", pytest.param("false", marks=pytest.mark.slow)])
-def test_a_disk_that_refuses_a_checkpoint_is_one_error_and_the_one_before_stands(
-    background, tiny, environment, call, tmp_path
-):
+def test_checkpoint_write_failure(background, tiny, environment, call, tmp_path):
+    """A checkpoint that cannot be written is one error, and the checkpoint before it stays."""
     run = tmp_path / "runs" / "r"
     command = (*tiny.train, "run=r", "batch_size=2", "checkpoint.every=2", f"checkpoint.background={background}")
     call("train.py", *command, "steps=2")

@@ -49,7 +49,8 @@ def nothing(noisy, timestep, text):
 
 @pytest.mark.parametrize("window", [HIGH, LOW])
 @pytest.mark.parametrize("density", ["uniform", "logit_normal"])
-def test_a_perfect_model_has_no_loss_and_a_silent_one_the_velocitys_power(window, density):
+def test_loss_bounds(window, density):
+    """A perfect model has loss 0; a model that answers 0 has the mean square of the velocity."""
     data, loss = batch(), FlowMatching(density=density, **window)
     assert lost(loss, perfect(data), data, generators(range(4))).value < 1e-6  # dividing by a small sigma rounds
     record = lost(loss, nothing, data, generators(range(4)))
@@ -61,7 +62,8 @@ def test_a_perfect_model_has_no_loss_and_a_silent_one_the_velocitys_power(window
 
 
 @pytest.mark.parametrize("window", [HIGH, LOW])
-def test_noise_levels_stay_in_the_experts_window_and_fill_it(window):
+def test_noise_levels_in_window(window):
+    """Noise levels stay in the expert's noise window and follow its distribution up to both edges."""
     data, loss = batch(), FlowMatching(**window)
     sigmas = torch.cat([lost(loss, nothing, data, generators(range(4 * i, 4 * i + 4))).sigma for i in range(250)])
     assert flow.NoiseWindow(window["low"], window["high"]).contains(sigmas).all()
@@ -73,7 +75,8 @@ def test_noise_levels_stay_in_the_experts_window_and_fill_it(window):
     assert (sigmas.sort().values - distribution).abs().max() < 0.06 * (window["high"] - window["low"]) + 1e-3
 
 
-def test_what_a_sample_meets_does_not_depend_on_its_company():
+def test_draws_independent_of_batch():
+    """The noise and the noise level of a sample do not depend on the other samples of its batch."""
     data, loss, seen = batch(), FlowMatching(**LOW), []
 
     def spy(noisy, timestep, text):
@@ -89,7 +92,8 @@ def test_what_a_sample_meets_does_not_depend_on_its_company():
     assert len({sigma for _, timestep in seen[1:] for sigma in timestep.tolist()}) == 4
 
 
-def test_the_mask_leaves_frames_out_and_the_rest_counts_in_full():
+def test_masked_frames():
+    """Masked frames are left out of the error, which is the mean over the other frames."""
     plain = batch()
     mask = torch.ones(4, 3)
     mask[:, 0] = 0
@@ -108,7 +112,8 @@ def test_the_mask_leaves_frames_out_and_the_rest_counts_in_full():
     assert torch.allclose(counted, target.square().mean(dim=(1, 2, 3, 4)))
 
 
-def test_frames_that_are_given_stand_clean_at_timestep_0():
+def test_clean_frames():
+    """Given frames enter the model clean, at timestep 0; all other frames are noised as without them."""
     plain, seen = batch(), []
     mask = torch.ones(4, 3)
     mask[1:, 0] = 0
@@ -127,7 +132,8 @@ def test_frames_that_are_given_stand_clean_at_timestep_0():
     assert torch.allclose(lost(FlowMatching(**LOW), spy, ones, generators(range(4))).value, losses[0].value)
 
 
-def test_conditioning_and_text_reach_the_model():
+def test_conditioning_passed_to_model():
+    """The loss passes the text and every conditioning tensor to the model."""
     given = {}
 
     def spy(noisy, timestep, text, **conditioning):
@@ -139,7 +145,8 @@ def test_conditioning_and_text_reach_the_model():
     assert given == {"text": data.text_BLD, **data.conditioning}
 
 
-def test_weights_multiply_each_samples_error_but_not_what_is_logged():
+def test_weighting():
+    """A weighting multiplies the error of each sample, but not the errors that are logged."""
     data = batch()
     plain = lost(FlowMatching(**LOW), nothing, data, generators(range(4)))
     weighted = lost(FlowMatching(weighting="sigma_sqrt", **LOW), nothing, data, generators(range(4)))
@@ -158,7 +165,8 @@ def test_weights_multiply_each_samples_error_but_not_what_is_logged():
         {"density": flow.Table(points=[[0.0, 1.0], [0.2, 1.0]]), "low": 0.5},
     ],
 )
-def test_bad_settings_are_refused_when_it_is_made(bad):
+def test_bad_settings(bad):
+    """The constructor refuses wrong settings."""
     with pytest.raises(ValueError, match=r"unknown|must|no mass"):
         FlowMatching(**bad)
 
@@ -169,7 +177,8 @@ def test_bad_settings_are_refused_when_it_is_made(bad):
     ids=lambda density: type(density).__name__ if not isinstance(density, str) else density,
 )
 @pytest.mark.parametrize("window", [HIGH, LOW])
-def test_the_fixed_levels_of_validation_are_the_laws_own_midpoints(density, window):
+def test_quadrature(density, window):
+    """The fixed noise levels of validation are midpoints of equal shares of the noise distribution."""
     loss = FlowMatching(density=density, **window)
     draws = flow.draw_sigma(
         200_000, density=density, shift=3.0, window=loss.window, generator=torch.Generator().manual_seed(0)
@@ -197,7 +206,8 @@ def ranks(loss, sigma):
 
 
 @pytest.mark.parametrize("window", [HIGH, LOW])
-def test_stratified_draws_share_the_law_out_over_every_step_and_each_alone_still_follows_it(window):
+def test_stratified_draws(window):
+    """Stratified draws put one sample in each equal share of the distribution; each one alone still follows it."""
     loss = FlowMatching(density="logit_normal", stratified=True, batch_size=16, seed=5, **window)
     steps = [ranks(loss, draws(loss, range(16 * step, 16 * step + 16))) for step in range(600)]
     for step in steps[:50]:
@@ -212,7 +222,8 @@ def test_stratified_draws_share_the_law_out_over_every_step_and_each_alone_still
     assert means[0] < means[1] / 100, "of 16 independent draws the mean varies 16^2 times as much"
 
 
-def test_stratified_draws_are_the_same_however_a_step_is_split_over_ranks_and_micro_steps():
+def test_stratified_draws_split():
+    """Stratified draws do not depend on how a step is split over ranks and micro steps."""
     loss = FlowMatching(stratified=True, batch_size=16, seed=5, **LOW)
     whole = draws(loss, range(32, 48))
     for parts in (2, 4, 8):
@@ -224,7 +235,8 @@ def test_stratified_draws_are_the_same_however_a_step_is_split_over_ranks_and_mi
     assert not torch.equal(draws(FlowMatching(stratified=True, batch_size=16, seed=6, **LOW), range(32, 48)), whole)
 
 
-def test_a_shift_by_tokens_follows_each_batchs_own_size():
+def test_shift_by_tokens():
+    """A shift by tokens follows the size of each batch."""
     shift = RootShift(base=3.0, num_frames=17, area=4096, multiple=16)
     assert shift.reference_tokens == 5 * 16 and shift(80) == 3.0 and shift(320) == 6.0
     loss = FlowMatching(shift=shift, low=0.0, high=0.875)
@@ -242,7 +254,8 @@ def test_a_shift_by_tokens_follows_each_batchs_own_size():
     assert flux(256) == pytest.approx(math.exp(0.5)) and flux(4096) == pytest.approx(math.exp(1.15)) == flux(flux.reference_tokens)  # fmt: skip
 
 
-def test_huber_is_the_square_up_to_its_delta_and_a_line_beyond():
+def test_huber():
+    """The Huber distance is quadratic up to its delta and linear beyond."""
     difference = torch.linspace(-4, 4, 401, dtype=torch.float64, requires_grad=True)
     ours = distance(difference, 0.7)
     assert torch.allclose(ours, 2 * F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=0.7))

@@ -51,7 +51,8 @@ LAWS = {
 OWN_SIZE = {"tiny": (5, 8, 8), "t2v_a14b": (21, 60, 104)}  # latents of the model's own clips: 80 and 32,760 tokens
 
 
-def test_every_preset_is_held_here():
+def test_every_preset_tested():
+    """Every preset of conf/noise has its reference distribution in this file."""
     assert LAWS.keys() == {path.stem for path in (CONF / "noise").glob("*.yaml")}
 
 
@@ -68,7 +69,8 @@ def built(preset, model="tiny", expert="low_noise", *more):
     ("preset", "model"),
     [(preset, model) for preset in LAWS for model in OWN_SIZE if (preset, model) != ("flux", "t2v_a14b")],
 )
-def test_a_preset_draws_the_law_it_is_named_for(preset, model, expert):
+def test_preset_distributions(preset, model, expert):
+    """Every preset draws from the noise distribution that its name promises."""
     loss, cfg = built(preset, model, expert)
     distribution, shift = LAWS[preset]
     shift = cfg.model.shift if shift is None else shift
@@ -89,7 +91,8 @@ def test_a_preset_draws_the_law_it_is_named_for(preset, model, expert):
 
 
 @pytest.mark.parametrize("preset", LAWS)
-def test_only_diffsynths_preset_weighs_and_its_weight_is_diffsynths(preset):
+def test_preset_weights(preset):
+    """Only the preset diffsynth weights the loss, and its weight equals DiffSynth's own table."""
     loss, _ = built(preset)
     sigma = torch.tensor([0.5, 0.875, 1.0])
     if preset == "diffsynth":  # peak, at Wan's boundary, and at pure noise, as read off its own table of 1,000
@@ -98,7 +101,8 @@ def test_only_diffsynths_preset_weighs_and_its_weight_is_diffsynths(preset):
         assert loss.weight(sigma).tolist() == [1, 1, 1]
 
 
-def test_densities_shifts_and_weights_can_be_given_on_the_command_line(tmp_path):
+def test_noise_overrides(tmp_path):
+    """Density, shift, weighting and loss settings can be overridden on the command line."""
     (tmp_path / "own, distribution.txt").write_text("0 1\n1 3\n")
     loss, _ = built("table", "tiny", "low_noise", "noise.density.points=null",
                     f"noise.density.file={tmp_path}/own, distribution.txt", "noise.shift=1")  # fmt: skip

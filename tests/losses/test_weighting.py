@@ -12,7 +12,8 @@ from wantrain.losses.weighting import NAMED, weighting_named
 SIGMA = torch.linspace(0, 1, 1001, dtype=torch.float64)
 
 
-def test_the_formulas_of_sd3s_scripts():
+def test_sd3_weightings():
+    """The weightings of the SD3 scripts equal their formulas."""
     sigma = torch.tensor([0.25, 0.5])
     assert weighting_named("none")(sigma).tolist() == [1, 1]
     assert weighting_named("sigma_sqrt")(sigma).tolist() == [16, 4]
@@ -26,7 +27,8 @@ def test_the_formulas_of_sd3s_scripts():
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
-def test_min_snr_weighs_the_datas_error_by_the_clipped_ratio(gamma):
+def test_min_snr(gamma):
+    """min-SNR weights the error of the predicted data by the clipped signal-to-noise ratio."""
     sigma = SIGMA[1:]
     x0, noise, wrong = torch.randn(3, len(sigma), 1, 1, 1, 1, dtype=torch.float64)
     point, right = flow.path(x0, noise, sigma), flow.velocity(x0, noise)
@@ -37,7 +39,8 @@ def test_min_snr_weighs_the_datas_error_by_the_clipped_ratio(gamma):
     assert SIGMA[MinSNR(gamma)(SIGMA).argmax()].item() == pytest.approx(1 / (1 + math.sqrt(gamma)), abs=1e-3)
 
 
-def test_the_bell_peaks_where_it_is_told_and_can_reach_zero():
+def test_gaussian():
+    """The Gaussian weighting has its peak at its center and can be lowered to reach zero."""
     bell = Gaussian(center=0.4, width=0.2, peak=3.0)
     assert bell(torch.tensor(0.4)).item() == pytest.approx(3.0)
     assert bell(torch.tensor(0.6)).item() == pytest.approx(3 * math.exp(-0.5))
@@ -46,7 +49,8 @@ def test_the_bell_peaks_where_it_is_told_and_can_reach_zero():
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_every_weight_is_finite_and_not_negative_everywhere(name):
+def test_weights_finite_and_nonnegative(name):
+    """Every weighting is finite and not negative at every noise level."""
     weight = weighting_named(name)(SIGMA.float())
     assert weight.shape == SIGMA.shape and weight.dtype == torch.float32
     assert torch.isfinite(weight).all() and (weight >= 0).all()
@@ -61,6 +65,7 @@ def test_every_weight_is_finite_and_not_negative_everywhere(name):
         (lambda: Gaussian(center=1.5), r"center=1\.5"),
     ],
 )
-def test_bad_numbers_are_refused(bad, words):
+def test_bad_settings(bad, words):
+    """The error for a wrong weighting names the setting."""
     with pytest.raises(ValueError, match=words):
         bad()

@@ -58,7 +58,8 @@ def inputs():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_it_starts_as_the_model_it_was_put_into(dora, precision, inputs):
+def test_start_equals_base(dora, precision, inputs):
+    """A new adapter does not change the outputs of its model."""
     answers = []
     for model in (adapted(trained=False, dora=dora, targets="all"), plain(), adapted(dora=dora)):
         with autocast(precision, torch.device("cpu")), adapters.keep_activation_dtype(model):
@@ -80,7 +81,8 @@ GROUPS["all"] = GROUPS["attention+ffn"] | OUTSIDE
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("targets", GROUPS)
-def test_only_the_adapter_trains_on_the_layers_that_were_named(targets, dora, inputs):
+def test_trainable_parameters(targets, dora, inputs):
+    """Only the adapter's parameters on the chosen layers train."""
     model = adapted(targets=targets, dora=dora)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model(*inputs).square().sum().backward()
@@ -95,8 +97,11 @@ def test_only_the_adapter_trains_on_the_layers_that_were_named(targets, dora, in
     assert moved == wanted
 
 
-def test_all_is_every_linear_layer_that_the_forward_calls():
-    """What is not called as a module (the patches' convolution) would be given an adapter that nothing hears."""
+def test_targets_all():
+    """targets=all is every linear layer that the forward calls.
+
+    The patches' convolution is not called as a module: an adapter on it would have no effect.
+    """
     model, called = plain(), set()
     for name, layer in model.named_modules():
         if not list(layer.children()):
@@ -107,7 +112,8 @@ def test_all_is_every_linear_layer_that_the_forward_calls():
     assert linear == GROUPS["all"] and linear <= called and "patch_embedding" not in called
 
 
-def test_patterns_give_layers_their_own_rank_and_alpha(inputs, tmp_path):
+def test_rank_and_alpha_patterns(inputs, tmp_path):
+    """Patterns give layers their own rank and alpha, which files and merges keep."""
     own = {"rank_pattern": {"ffn": 8, "cross_attn.k": 1, "blocks.1": 2}, "alpha_pattern": {"cross_attn": 0.1}}
     model = adapted(targets="all", **own)
     layers = adapters.adapter_layers(model)
@@ -128,14 +134,15 @@ def test_patterns_give_layers_their_own_rank_and_alpha(inputs, tmp_path):
 
 @pytest.mark.parametrize("what", ["rank", "alpha"])
 @pytest.mark.parametrize("part", ["fnn", "blocks.7", "block", "ffn.1", "text_embedding"])
-def test_a_pattern_that_fits_no_layer_is_named(what, part):
+def test_unmatched_pattern(what, part):
+    """The error for a pattern that matches no layer names it."""
     words = rf"adapter\.{what}_pattern: {re.escape(part)} is part of no layer's name .*first: blocks\.0\.self_attn\.q"
     with pytest.raises(ValueError, match=words):
         adapted(**{f"{what}_pattern": {part: 2}})
 
 
-def test_rank_stabilisation_divides_by_the_root_of_the_rank_and_files_say_so(inputs, tmp_path):
-    """rsLoRA (arXiv 2312.03732): alpha / sqrt(rank). In files it is an alpha that alpha / rank makes right."""
+def test_rank_stabilisation(inputs, tmp_path):
+    """rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(rank); files store an alpha for which alpha / rank is that."""
     how = {"rank": 3, "alpha": 6, "rank_stabilized": True, "rank_pattern": {"ffn": 8}}
     model, by_hand, merged = adapted(**how), plain(), plain()
     for name, layer in adapters.adapter_layers(model).items():
@@ -154,12 +161,14 @@ def test_rank_stabilisation_divides_by_the_root_of_the_rank_and_files_say_so(inp
     adapters.restore_adapter(file, adapted(trained=False, **how))
 
 
-def test_an_alpha_that_float32_does_not_hold_comes_back_as_it_was(tmp_path):
+def test_alpha_not_exact_in_float32(tmp_path):
+    """An adapter whose alpha is not exact in float32 is restored from its file."""
     write_lora(tmp_path / "lora.safetensors", adapters.adapter_layers(adapted(alpha=0.1)), metadata=ABOUT)
     adapters.restore_adapter(tmp_path / "lora.safetensors", adapted(alpha=0.1, trained=False))
 
 
-def test_the_start_depends_on_its_seed_alone():
+def test_init_by_seed():
+    """The initial weights depend on the seed alone; unknown targets are refused."""
     torch.manual_seed(123)
     one = adapters.adapter_layers(adapted(trained=False))
     torch.manual_seed(456)
@@ -174,7 +183,8 @@ def test_the_start_depends_on_its_seed_alone():
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_under_bf16_its_weights_and_gradients_are_float32_and_its_activations_bf16(dora, inputs):
+def test_bf16_dtypes(dora, inputs):
+    """Under bf16 autocast weights and gradients are float32 and activations bf16."""
     model = adapted(dora=dora).to(torch.float32)
     seen = {}
     layer = model.blocks[0].self_attn.q
@@ -202,9 +212,11 @@ def test_under_bf16_its_weights_and_gradients_are_float32_and_its_activations_bf
     assert answer.dtype == torch.float32
 
 
-def test_in_bf16_a_dora_is_what_merging_makes_of_it_and_peft_s_own_is_not():
-    """A length rounded to bf16 makes whole rows too long or too short, by up to 0.4 %; ours have the noise of any layer
-    in bf16 (measured: at most 0.07 %, merged 0.05 %, peft's own 0.38 %)."""
+def test_bf16_dora_equals_merge():
+    """In bf16 a DoRA equals its merge, and peft's own does not: it rounds the row lengths to bf16, up to 0.4 %.
+
+    Ours have the noise of any layer in bf16 (measured: at most 0.07 %, merged 0.05 %, peft's own 0.38 %).
+    """
     torch.manual_seed(0)
     x, frozen = torch.randn(512, 256).bfloat16(), torch.nn.Sequential(torch.nn.Linear(256, 256))
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["0"], use_dora=True, init_lora_weights=False)
@@ -251,7 +263,8 @@ def answer_and_gradients(model, inputs, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("alpha", [3, 6, 1.5])
-def test_scales_that_are_powers_of_two_change_no_bit_of_what_peft_computes(alpha, precision, inputs):
+def test_power_of_two_scales(alpha, precision, inputs):
+    """At scales that are powers of two the outputs and gradients equal peft's bit for bit."""
     model = adapted(rank=3, alpha=alpha, targets="all")
     mine, theirs = (answer_and_gradients(each, inputs, precision) for each in (model, as_peft_computes(model)))
     assert mine.keys() == theirs.keys() and len(mine) == 1 + 2 * 26
@@ -273,8 +286,11 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("alpha", "products"), [(4, 0), (3, 2)])
-def test_a_scale_of_one_multiplies_nothing_and_another_only_what_is_as_narrow_as_the_rank(alpha, products):
-    """Forward and backward; against the gradients of the closed form x W' + s x A' B' in float64."""
+def test_scale_products(alpha, products):
+    """Scale 1 adds no product, forward and backward; another scale multiplies only tensors of the rank's width.
+
+    The gradients are those of the closed form x W' + s x A' B' in float64.
+    """
     torch.manual_seed(0)
     model, x = Layers(torch.nn.Linear(24, 40)), torch.randn(7, 24, requires_grad=True)
     adapters.inject(model, adapters.AdapterSettings(rank=4, alpha=alpha, targets="all"), seed=1)
@@ -298,8 +314,11 @@ def test_a_scale_of_one_multiplies_nothing_and_another_only_what_is_as_narrow_as
 
 
 @pytest.mark.parametrize("alpha", [2.1, 5.3, 11.0])
-def test_in_bf16_other_scales_are_as_near_to_float64_as_peft_s(alpha):
-    """The last rounding moves from the wide result to the narrow one (measured: 0.996 to 1.002 of peft's error)."""
+def test_bf16_scale_error(alpha):
+    """In bf16 other scales are as near to float64 as peft's.
+
+    The last rounding moves from the wide result to the narrow one (measured: 0.996 to 1.002 of peft's error).
+    """
     torch.manual_seed(0)
     model, x = Layers(torch.nn.Linear(256, 512)), torch.randn(512, 256)
     adapters.inject(model, adapters.AdapterSettings(rank=16, alpha=alpha, targets="all"), seed=1)
@@ -322,7 +341,8 @@ def half():
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_frozen_bf16_base_keeps_a_float32_adapter_and_its_float32_islands(dora, inputs):
+def test_bf16_base_float32_adapter(dora, inputs):
+    """On a frozen bf16 base the adapter stays float32, and so do the base's float32 parts."""
     model, base = half(), half()
     adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="all", dora=dora), seed=0)
     of = {name.replace(".base_layer", ""): parameter.dtype for name, parameter in model.named_parameters()}
@@ -345,7 +365,8 @@ def test_a_frozen_bf16_base_keeps_a_float32_adapter_and_its_float32_islands(dora
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_it_comes_back_from_its_file_bit_for_bit(dora, inputs, tmp_path):
+def test_restore_from_file(dora, inputs, tmp_path):
+    """An adapter is restored from its file bit for bit."""
     model, fresh = adapted(dora=dora), adapted(dora=dora, trained=False)
     write_lora(tmp_path / "lora.safetensors", adapters.adapter_layers(model), metadata=ABOUT)
     adapters.restore_adapter(tmp_path / "lora.safetensors", fresh)
@@ -360,13 +381,15 @@ def test_it_comes_back_from_its_file_bit_for_bit(dora, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("other", [{"rank": 4}, {"targets": "attention"}, {"dora": True}])
-def test_a_file_of_another_shape_is_not_restored(other, tmp_path):
+def test_restore_mismatch(other, tmp_path):
+    """A file of another rank, other targets or another kind of adapter is not restored."""
     write_lora(tmp_path / "lora.safetensors", adapters.adapter_layers(adapted(**other)), metadata=ABOUT)
     with pytest.raises(ValueError, match=r"belongs to another run|in this run it has"):
         adapters.restore_adapter(tmp_path / "lora.safetensors", adapted())
 
 
-def test_an_adapter_of_another_width_is_not_restored(tmp_path):
+def test_restore_width_mismatch(tmp_path):
+    """An adapter of a model of another width is not restored."""
     wider = WanTransformer(**{**SIZE, "num_attention_heads": 3})
     adapters.inject(wider, adapters.AdapterSettings(rank=3, alpha=6, targets="attention+ffn"), seed=1)
     write_lora(tmp_path / "lora.safetensors", adapters.adapter_layers(wider), metadata=ABOUT)
@@ -375,7 +398,8 @@ def test_an_adapter_of_another_width_is_not_restored(tmp_path):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_merged_equals_unmerged_and_scale_is_linear(dora, inputs, tmp_path):
+def test_merge_equals_unmerged(dora, inputs, tmp_path):
+    """The merged model equals the unmerged one, and the merge is linear in its scale."""
     file, base, merged, half_way = tmp_path / "lora.safetensors", plain(), plain(), plain()
     write_lora(file, adapters.adapter_layers(adapted(dora=dora)), metadata=ABOUT)
     assert merge_lora(file, merged, expert="low_noise") == 20

@@ -39,7 +39,8 @@ HOW = {
 @pytest.mark.parametrize("timesteps", [1, FRAMES])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
 @pytest.mark.parametrize("how", HOW)
-def test_the_count_is_torchs_within_one_percent(how, again, timesteps):
+def test_flops_match_torch_counter(how, again, timesteps):
+    """The counted operations agree with torch's counter within one per cent."""
     torch.manual_seed(0)
     module = WanTransformer(**SIZE, num_layers=4)
     HOW[how](module)
@@ -58,7 +59,8 @@ def test_the_count_is_torchs_within_one_percent(how, again, timesteps):
         ("ti2v_5b", 27_280, 517.0, 1551, 1314),
     ],
 )
-def test_the_published_sizes(model, tokens, forward, full, with_lora):
+def test_flops_of_published_models(model, tokens, forward, full, with_lora):
+    """The counts of the published sizes equal the formulas' values, in full and with fewer trained layers."""
     cfg = config.compose("train", [f"model={model}"])
     with torch.device("meta"):
         module = config.build(cfg.model.transformer)

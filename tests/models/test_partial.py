@@ -54,7 +54,8 @@ CASES = [({"layers": None, "tags": [tag]}, of(range(3), tag)) for tag in (*IN_A_
 
 
 @pytest.mark.parametrize(("how", "wanted"), CASES, ids=[f"{how['layers']} {how['tags']}" for how, _ in CASES])
-def test_what_is_chosen_trains_and_a_step_changes_nothing_else(how, wanted):
+def test_chosen_parameters_train(how, wanted):
+    """Exactly the chosen parameters train, and a step changes no other."""
     made = model()
     partial.train_only(made, **how)
     before = {name: parameter.detach().clone() for name, parameter in made.named_parameters()}
@@ -67,7 +68,8 @@ def test_what_is_chosen_trains_and_a_step_changes_nothing_else(how, wanted):
     assert {name for name, value in made.named_parameters() if not torch.equal(value, before[name])} == wanted
 
 
-def test_the_tags_together_are_every_parameter_and_say_how_many():
+def test_tags_cover_parameters():
+    """The tags together cover every parameter, each with the stated number of tensors."""
     names = {name for name, _ in model().named_parameters()}
     tags = {tag: set(partial.choose(names, layers=None, tags=[tag])) for tag in WanTransformer.tags.names}
     assert set.union(*tags.values()) == names
@@ -77,7 +79,8 @@ def test_the_tags_together_are_every_parameter_and_say_how_many():
     }  # fmt: skip
 
 
-def test_block_1_is_not_block_11_and_the_published_pair_counts():
+def test_block_selection():
+    """layers=1 does not select block 11; a selection in the published model has the exact number of parameters."""
     with torch.device("meta"):
         names = dict(WanTransformer().named_parameters())
     one = partial.choose(names, layers=1, tags=None)
@@ -102,7 +105,8 @@ def test_block_1_is_not_block_11_and_the_published_pair_counts():
         ("0-1", ["head"], "adapter.layers=0-1 chooses 2 of 3 blocks, but adapter.tags=head lies outside them"),
     ],
 )
-def test_what_cannot_be_meant_is_said_with_its_numbers(layers, tags, words):
+def test_bad_selection(layers, tags, words):
+    """The error for a wrong selection states the valid range or names."""
     made = model()
     with pytest.raises(ValueError, match=words):
         partial.train_only(made, layers=layers, tags=tags)

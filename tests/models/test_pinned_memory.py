@@ -48,7 +48,8 @@ def runtime(monkeypatch):
     return fake
 
 
-def test_an_a14b_expert_takes_its_own_bytes_and_not_the_next_powers_of_two():
+def test_arena_size():
+    """The arena of an A14B expert has the size of its weights; the next powers of two would take half as much again."""
     with torch.device("meta"):
         model = cast_as_loaded(WanTransformer(), torch.bfloat16)
     sizes = [parameter.nbytes for parameter in model.parameters()]
@@ -64,7 +65,8 @@ def test_an_a14b_expert_takes_its_own_bytes_and_not_the_next_powers_of_two():
     )
 
 
-def test_weights_lie_in_one_allocation_and_answer_with_the_same_bits():
+def test_move_to_arena():
+    """The weights lie in one allocation, and the outputs keep their bits."""
     model, other = expert(), expert()
     nn.init.normal_(model.head.head.weight)
     other.load_state_dict(model.state_dict())
@@ -81,8 +83,8 @@ def test_weights_lie_in_one_allocation_and_answer_with_the_same_bits():
     assert torch.equal(model(*inputs), other(*inputs))
 
 
-def test_each_weight_is_let_go_before_the_next_is_copied(monkeypatch):
-    """So an expert of 29 GB needs 29 GB of the host, and not twice that while it is moved."""
+def test_move_frees_each_weight(monkeypatch):
+    """Each weight is freed before the next is copied, so an expert of 29 GB never takes twice that on the host."""
     model = expert()
     before = weakref.WeakSet(parameter.untyped_storage() for parameter in model.parameters())
     alive, make_pages = [], pinned_memory.make_pages
@@ -97,7 +99,8 @@ def test_each_weight_is_let_go_before_the_next_is_copied(monkeypatch):
     assert alive == list(range(count, 0, -1)) and len(before) == 0
 
 
-def test_an_arena_is_locked_as_a_whole_as_long_as_one_weight_of_it_lives(runtime):
+def test_arena_lock_lifetime(runtime):
+    """An arena is locked as a whole until its last weight is freed."""
     models = [expert(), expert()]
     for model in models:
         pinned_memory.move_to_arena(model.parameters())
@@ -116,7 +119,8 @@ def test_an_arena_is_locked_as_a_whole_as_long_as_one_weight_of_it_lives(runtime
         gc.enable()
 
 
-def test_memory_that_cuda_cannot_lock_is_one_clear_error(monkeypatch):
+def test_lock_failure(monkeypatch):
+    """Host memory that CUDA cannot lock is one clear error."""
     monkeypatch.setattr(pinned_memory, "cuda_runtime", lambda: Runtime(code=2))
     layer = nn.Linear(4096, 4096, bias=False)
     words = (
@@ -127,7 +131,8 @@ def test_memory_that_cuda_cannot_lock_is_one_clear_error(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="locks memory for a GPU; there is none")
-def test_on_a_gpu_weights_are_pinned_and_come_back_unlocked():
+def test_pinned_on_gpu():
+    """On a GPU the weights of an arena are pinned, and freed arenas are unlocked."""
     model = expert()
     wanted = {name: parameter.clone() for name, parameter in model.named_parameters()}
     pinned_memory.move_to_arena(model.parameters())

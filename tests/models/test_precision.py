@@ -38,8 +38,8 @@ def tf32():
     torch.backends.cudnn.conv.fp32_precision = before
 
 
-def test_float32_is_without_tf32_and_leaves_the_process_as_it_was(tf32):
-    """Both ways out of the block are tried."""
+def test_float32_without_tf32(tf32):
+    """float32 runs without TF32, and the process settings are restored, after an exception too."""
     before = settings()
     with computing_in(torch.float32, CPU):
         assert settings() == (("ieee", "ieee"), False)
@@ -49,8 +49,11 @@ def test_float32_is_without_tf32_and_leaves_the_process_as_it_was(tf32):
     assert settings() == before
 
 
-def test_torch_warns_of_nothing_and_answers_libraries_that_ask_in_the_old_way():
-    """In a process where nobody has changed anything: convolutions may take TF32 there, as the docs say."""
+def test_no_torch_warnings():
+    """torch gives no warning, and its old TF32 flags can still be read.
+
+    The process is new, with torch's defaults: convolutions may take TF32 there.
+    """
     program = (
         "import torch\n"
         "from wantrain.models.precision import computing_in\n"
@@ -63,7 +66,8 @@ def test_torch_warns_of_nothing_and_answers_libraries_that_ask_in_the_old_way():
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_bfloat16_is_autocast_and_weights_stay_float32():
+def test_bfloat16_autocast():
+    """bfloat16 is autocast: activations are bf16 and weights stay float32."""
     vae = WanVAE(base_dim=4)
     before = settings()
     with computing_in(torch.bfloat16, CPU):
@@ -96,8 +100,11 @@ def apart(vae, pixels):
     return [float(each / scale) for each in ((half - exact).square().mean().sqrt(), (half - exact).abs().max(), stored)]
 
 
-def test_bf16_latents_of_wan_tiny_are_near_the_exact_ones():
-    """docs/numerics.md: under 1 % of a latent's size, some four times what storing in bf16 does to every latent."""
+def test_bf16_latents_of_wan_tiny():
+    """bf16 latents are near the exact ones.
+
+    docs/numerics.md: under 1 % of a latent's size, some four times the error of bf16 storage.
+    """
     frames = np.stack([scene.frames(64, 64, fps=16, num_frames=9) for scene, _ in spared_scenes(4)])
     error, largest, stored = apart(load_vae(VAE), to_pixels(torch.from_numpy(frames)))
     assert 0.003 < error < 0.012 and largest < 0.08
@@ -106,7 +113,8 @@ def test_bf16_latents_of_wan_tiny_are_near_the_exact_ones():
 
 @pytest.mark.skipif("WANTRAIN_FOOTAGE" not in os.environ, reason="WANTRAIN_FOOTAGE names no folder of real footage")
 @pytest.mark.parametrize("name", ["dog", "hiker", "motorcycle", "skeleton", "warehouse"])
-def test_bf16_latents_of_real_footage_are_near_the_exact_ones(name):
+def test_bf16_latents_of_real_footage(name):
+    """bf16 latents of real footage are near the exact ones."""
     path = Path(os.environ["WANTRAIN_FOOTAGE"]) / f"{name}.mp4"
     frames = next(read_windows(path, probe(path), [Window(0.0, 17)], 16.0, (96, 160)))
     error, largest, stored = apart(load_vae(VAE), to_pixels(torch.tensor(frames))[None])
@@ -127,9 +135,11 @@ def latents(folder):
     return found
 
 
-def test_encode_py_computes_as_it_is_told_and_keeps_precisions_apart(tiny, call, tmp_path):
-    """fp32, which the folder is of already; bf16, which makes all latents anew and no text; and back, to the same
-    bytes."""
+def test_vae_precision_setting(tiny, call, tmp_path):
+    """encode.py computes in vae_precision and keeps the latents of each precision apart.
+
+    fp32 is there already; bf16 makes all latents anew and no text; fp32 again gives the same bytes.
+    """
     mine, encode, seen = Path(shutil.copytree(tiny.latents, tmp_path / "latents")), WanVAE.encode, []
 
     def watched(self, pixels):
@@ -160,6 +170,7 @@ def test_encode_py_computes_as_it_is_told_and_keeps_precisions_apart(tiny, call,
     assert {path.name: path.read_bytes() for path in mine.glob("*.tar")} == bytes_before
 
 
-def test_another_precision_is_refused_at_once(tiny, call):
+def test_unknown_vae_precision(tiny, call):
+    """An unknown vae_precision is refused."""
     ended = call("encode.py", f"shards={tiny.videos}", "out=latents", "vae_precision=fp16", check=False)
     assert "vae_precision=fp16 is unknown; choose one of fp32, bf16" in ended.error

@@ -50,7 +50,8 @@ def official_names(layers):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_transformer_is_the_published_one_in_both_namings(name):
+def test_transformer_names_and_shapes(name):
+    """The transformer has the names and shapes of the published one, in the official naming and in diffusers'."""
     ours = built(name)
     parameters, tensors, _ = PUBLISHED[name]
     state = ours.state_dict()
@@ -63,7 +64,8 @@ def test_the_transformer_is_the_published_one_in_both_namings(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_vae_is_the_published_one(name):
+def test_vae_shapes_and_statistics(name):
+    """The VAE has the shapes, counts and latent statistics of the published one."""
     vae = built(name, "vae")
     assert sum(parameter.numel() for parameter in vae.parameters()) == PUBLISHED[name][2]
     with torch.device("meta"):
@@ -75,7 +77,8 @@ def test_the_vae_is_the_published_one(name):
     assert composed(name).multiple == vae.spatial_stride * 2
 
 
-def test_the_text_encoder_is_umt5_xxl():
+def test_text_encoder_sizes():
+    """The sizes that are read from the weights of umT5-XXL equal its published config."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     from wantrain.models.formats.loading import _text_sizes
@@ -111,7 +114,8 @@ def test_the_text_encoder_is_umt5_xxl():
     assert {names.renamed(key, names.TEXT_TO_TRANSFORMERS) for key in official} == state.keys()
 
 
-def test_a_misfit_can_name_the_model_that_would_fit():
+def test_variants_name_models():
+    """The table of variants names every published model."""
     for name in PUBLISHED:
         sizes = composed(name).transformer
         width = sizes.num_attention_heads * sizes.attention_head_dim
@@ -121,13 +125,15 @@ def test_a_misfit_can_name_the_model_that_would_fit():
 @pytest.mark.parametrize(
     ("name", "kind"), {"t2v_a14b": "t2v", "i2v_a14b": "i2v", "ti2v_5b": "ti2v", "t2v_1_3b": "t2v"}.items()
 )
-def test_the_official_config_says_which_kind_it_is(name, kind):
+def test_official_config_model_type(name, kind):
+    """The official config names the model type of each published model."""
     written = official_config(built(name), composed(name).conditioning)
     assert (written["model_type"], written["text_len"]) == (kind, 512)
     assert written["dim"] == written["num_heads"] * 128
 
 
-def test_facts_for_sampling_are_the_authors():
+def test_sampling_settings():
+    """The sampling settings of the published models equal the authors'."""
     pair = composed("t2v_a14b")
     assert (pair.shift, pair.boundary, pair.sampling_steps) == (12.0, 0.875, 40)
     assert (pair.guidance.high_noise, pair.guidance.low_noise) == (4.0, 3.0), "official tuples are (low, high)"

@@ -88,7 +88,8 @@ def test_cleaning(text, cleaned):
 # Agreement
 
 
-def test_embeddings_agree_with_transformers_padded_to_512(encoder, peer):
+def test_embeddings_match_transformers(encoder, peer):
+    """Embeddings agree with those of transformers, padded to 512 rows."""
     tokenizer = AutoTokenizer.from_pretrained(TINY / "tokenizer")
     tokens = tokenizer([clean_prompt(p) for p in PROMPTS], padding="max_length", max_length=512, return_tensors="pt")
     with torch.no_grad():
@@ -104,7 +105,7 @@ def test_embeddings_agree_with_transformers_padded_to_512(encoder, peer):
         assert not padded[row, length:].any()
 
 
-def test_prompts_agree_with_diffusers_pipeline(encoder, peer):
+def test_embeddings_match_diffusers(encoder, peer):
     pipeline = WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(TINY / "tokenizer"),
         text_encoder=peer,
@@ -120,14 +121,16 @@ def test_prompts_agree_with_diffusers_pipeline(encoder, peer):
 # Our own properties
 
 
-def test_a_text_does_not_depend_on_its_neighbours(encoder):
+def test_embeddings_independent_of_batch(encoder):
+    """The embedding of a text does not depend on the other texts of its batch."""
     together = encoder.encode_unpadded([*PROMPTS, "red " * 300])
     for prompt, text in zip(PROMPTS, together, strict=False):
         torch.testing.assert_close(encoder.encode_unpadded([prompt])[0], text, atol=1e-5, rtol=0)
     assert encoder.encode_unpadded([]) == []
 
 
-def test_a_long_prompt_is_cut_to_512_with_its_end_and_said(encoder, capsys):
+def test_long_prompt_truncated(encoder, capsys):
+    """A prompt over 512 tokens is cut with its end token kept, and the cut is reported."""
     exact = encoder.tokenize("red " * 511)
     assert len(exact) == 512 and not capsys.readouterr().out
     cut = encoder.tokenize("red " * 511 + "blue")
@@ -135,14 +138,15 @@ def test_a_long_prompt_is_cut_to_512_with_its_end_and_said(encoder, capsys):
     assert "513 tokens is cut to 512" in capsys.readouterr().out
 
 
-def test_embeddings_can_enter_a_training_step_and_the_encoder_is_frozen(encoder):
+def test_encoder_frozen(encoder):
+    """The encoder is frozen, and its embeddings can enter a training step."""
     assert not any(parameter.requires_grad for parameter in encoder.parameters()) and not encoder.model.training
     layer = torch.nn.Linear(64, 2)
     layer(encoder(["a red circle"])).sum().backward()
     assert layer.weight.grad.abs().sum() > 0
 
 
-def test_autocast_stays_out(encoder):
+def test_autocast_has_no_effect(encoder):
     plain = encoder(["a red circle"])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(encoder(["a red circle"]), plain)
@@ -173,7 +177,8 @@ def test_no_text_is_unknown(encoder):
         assert encoder.tokenizer.decode(ids) == cleaned
 
 
-def test_a_text_that_looks_like_a_byte_is_spelled(encoder):
+def test_byte_tokens_in_text(encoder):
+    """Text such as <0x41> is not encoded as the token of a byte."""
     assert not [piece for piece in pieces(encoder, "<0x41> a<0xFF>b") if piece.startswith("<0x")]
 
 
@@ -201,15 +206,19 @@ def test_words_are_clearly_different(encoder):
 
 
 @pytest.mark.parametrize("name", ["T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"])
-def test_whatever_class_the_folder_names_the_ids_are_the_same(encoder, copied, name):
+def test_tokenizer_class_in_config(encoder, copied, name):
+    """Token ids do not depend on the class that tokenizer_config.json names."""
     file = copied / "tokenizer" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": name}))
     again = load_text_encoder(copied)
     assert [again.tokenize(prompt) for prompt in PROMPTS] == [encoder.tokenize(prompt) for prompt in PROMPTS]
 
 
-def test_diffusers_reads_captions_alike_with_either_class(encoder):
-    """model_index.json names the class that diffusers uses; the published T5TokenizerFast knows no bytes there."""
+def test_tokenizer_class_in_diffusers(encoder):
+    """Captions have the same ids with either tokenizer class that model_index.json may name for diffusers.
+
+    The published T5TokenizerFast has no bytes there.
+    """
     captions = list(itertools.islice(all_captions(), 0, None, 7))
     for tokenizer_class in (PreTrainedTokenizerFast, T5TokenizerFast):
         tokenizer = tokenizer_class.from_pretrained(TINY / "tokenizer")
@@ -218,7 +227,8 @@ def test_diffusers_reads_captions_alike_with_either_class(encoder):
     assert faithful(clean_prompt(PROMPTS[3])).input_ids == encoder.tokenize(PROMPTS[3])
 
 
-def test_limits_saved_with_a_tokenizer_do_not_count(encoder, copied):
+def test_saved_tokenizer_limits(encoder, copied):
+    """Truncation and padding that are saved with a tokenizer have no effect."""
     file = str(copied / "tokenizer" / "tokenizer.json")
     tokenizer = Tokenizer.from_file(file)
     tokenizer.enable_truncation(4)
@@ -227,7 +237,8 @@ def test_limits_saved_with_a_tokenizer_do_not_count(encoder, copied):
     assert load_text_encoder(copied).tokenize(PROMPTS[0]) == encoder.tokenize(PROMPTS[0])
 
 
-def test_the_script_writes_the_assets_byte_for_byte(tmp_path):
+def test_asset_script(tmp_path):
+    """The script writes the tiny text encoder's files byte for byte."""
     spec = importlib.util.spec_from_file_location("maker", ASSETS / "make_tiny_text_encoder.py")
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
@@ -243,11 +254,12 @@ def test_the_script_writes_the_assets_byte_for_byte(tmp_path):
 
 
 @pytest.mark.parametrize("part", [".", "text_encoder"])
-def test_a_pipeline_folder_or_its_part_loads(encoder, copied, part):
+def test_load_from_folder_or_part(encoder, copied, part):
     assert torch.equal(load_text_encoder(copied / part)(PROMPTS), encoder(PROMPTS))
 
 
-def test_a_file_with_both_names_of_the_embedding_loads(encoder, copied):
+def test_load_with_both_embedding_names(encoder, copied):
+    """A file that holds the embedding under both of its names loads."""
     file = copied / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
     save_file({**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"].clone()}, file)
@@ -256,7 +268,7 @@ def test_a_file_with_both_names_of_the_embedding_loads(encoder, copied):
     assert torch.equal(again(PROMPTS), encoder(PROMPTS))
 
 
-def test_float16_is_refused(encoder):
+def test_float16_refused(encoder):
     with pytest.raises(ValueError, match="bfloat16 or float32"):
         load_text_encoder(TINY, dtype=torch.float16)
     model = UMT5EncoderModel(encoder.model.config).to(torch.float16)
@@ -264,7 +276,8 @@ def test_float16_is_refused(encoder):
         TextEncoder(model, encoder.tokenizer)
 
 
-def test_a_tokenizer_of_another_model_is_refused(encoder, copied):
+def test_tokenizer_mismatch(encoder, copied):
+    """A tokenizer of another model is refused."""
     foreign = Tokenizer(models.Unigram([("<pad>", 0.0), ("a", -1.0)], unk_id=0))
     foreign.save(str(copied / "tokenizer" / "tokenizer.json"))
     with pytest.raises(ValueError, match="encodes an empty text"):
@@ -277,7 +290,8 @@ def test_a_tokenizer_of_another_model_is_refused(encoder, copied):
         load_text_encoder(copied)
 
 
-def test_what_is_absent_or_damaged_is_named(copied):
+def test_missing_or_damaged_files(copied):
+    """The error names each file that is missing, damaged or of another model."""
     file = copied / "tokenizer" / "tokenizer.json"
     file.write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
@@ -293,7 +307,8 @@ def test_what_is_absent_or_damaged_is_named(copied):
         load_text_encoder(copied / "tokenizer" / "nothing")
 
 
-def test_a_missing_tensor_is_named(copied):
+def test_missing_tensor(copied):
+    """The error names a missing tensor."""
     file = copied / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
     del tensors["encoder.final_layer_norm.weight"]

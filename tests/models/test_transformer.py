@@ -61,7 +61,7 @@ GEOMETRIES = [(1, 1, 2, 6), (2, 3, 8, 12), (1, 5, 6, 10), (2, 2, 14, 4)]
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("timesteps", [(0.0, 1.0), (250.0, 731.0)], ids=str)
-def test_outputs_and_every_gradient_equal_diffusers(geometry, timesteps):
+def test_outputs_gradients_match_diffusers(geometry, timesteps):
     model = scrambled()
     peer = reference(model)
     latents, text = inputs(*geometry)
@@ -86,7 +86,8 @@ def test_outputs_and_every_gradient_equal_diffusers(geometry, timesteps):
 
 
 @pytest.mark.parametrize("timestep", [875.0, 999.0, 999.9166])
-def test_late_timesteps_equal_diffusers_up_to_its_float32_angles(timestep):
+def test_late_timesteps_match_diffusers(timestep):
+    """At late timesteps outputs agree with diffusers up to the rounding of its float32 angles."""
     model = scrambled()
     latents, text = inputs(2, 3, 8, 12)
     levels = torch.tensor([timestep, timestep])
@@ -98,7 +99,7 @@ def test_late_timesteps_equal_diffusers_up_to_its_float32_angles(timestep):
 
 
 @pytest.mark.parametrize("channels", [36, 48])
-def test_models_with_other_channels_equal_diffusers(channels):
+def test_other_channels_match_diffusers(channels):
     """The shapes of I2V-A14B (36 channels in) and TI2V-5B (48), the latter with a timestep per latent frame."""
     out = 48 if channels == 48 else 16
     model = scrambled(in_channels=channels, out_channels=out)
@@ -116,7 +117,8 @@ def test_models_with_other_channels_equal_diffusers(channels):
     assert torch.equal(ours, split)
 
 
-def test_one_level_for_all_frames_equals_that_level_per_frame():
+def test_scalar_and_per_frame_timestep():
+    """One timestep for all frames equals the same timestep given per frame."""
     model = scrambled()
     latents, text = inputs(2, 3, 8, 12)
     with torch.no_grad():
@@ -126,7 +128,8 @@ def test_one_level_for_all_frames_equals_that_level_per_frame():
 
 
 @pytest.mark.parametrize("rows", [12, 13, 511])
-def test_a_short_text_equals_its_512_rows_in_output_and_gradients(rows):
+def test_short_text_equals_padded(rows):
+    """A short text gives the outputs and gradients of its 512 padded rows."""
     model = scrambled()
     latents, text = inputs(2, 2, 4, 6)
     results = []
@@ -139,7 +142,8 @@ def test_a_short_text_equals_its_512_rows_in_output_and_gradients(rows):
         assert (padded - short).norm() <= 1e-4 * padded.norm().clamp_min(1e-3)
 
 
-def test_padding_changes_the_result_and_a_longer_text_is_refused():
+def test_text_padding_and_limit():
+    """The rows of padding change the output, and a text over 512 rows is refused."""
     model = scrambled()
     latents, text = inputs(1, 1, 4, 4)
     level = torch.tensor([500.0])
@@ -151,7 +155,8 @@ def test_padding_changes_the_result_and_a_longer_text_is_refused():
         model(latents, level, torch.zeros(1, 600, 24))
 
 
-def test_golden_timestep_vector_and_rotary_angles():
+def test_timestep_vector_and_rotary_angles():
+    """The timestep vector and the rotary angles equal their golden values."""
     vector = sinusoid(torch.tensor([500.0]), 256)[0]
     golden = [-0.883849273, 0.94594258, 0.848514544, 0.69868809]
     torch.testing.assert_close(vector[:4], torch.tensor(golden), atol=1e-7, rtol=0)
@@ -186,7 +191,7 @@ def test_gradient_checkpointing_is_exact(frozen_base):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_bf16_keeps_wans_float32_islands():
+def test_bf16_float32_parts():
     """Timestep, modulation, residual stream and head stay float32 under autocast; linear layers see bf16."""
     model = scrambled(num_layers=12)
     latents, text = inputs(2, 3, 8, 12)
@@ -208,7 +213,7 @@ def test_bf16_keeps_wans_float32_islands():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folder_in_the_diffusers_layout_loads(tmp_path, dtype):
+def test_load_diffusers_folder(tmp_path, dtype):
     model = scrambled()
     reference(model).save_pretrained(tmp_path / "pipeline" / "transformer_2", max_shard_size="100KB")
     latents, text = inputs(1, 2, 4, 4)
@@ -224,7 +229,7 @@ def test_folder_in_the_diffusers_layout_loads(tmp_path, dtype):
         assert difference.abs().max() <= (0 if dtype == torch.float32 else 0.1)
 
 
-def test_our_folder_loads_in_diffusers(tmp_path):
+def test_diffusers_loads_our_folder(tmp_path):
     model = scrambled()
     write_part(tmp_path, model.config(), renamed_to_diffusers(model.state_dict()))
     peer = WanTransformer3DModel.from_pretrained(tmp_path)
@@ -236,7 +241,8 @@ def test_our_folder_loads_in_diffusers(tmp_path):
         )
 
 
-def test_a_misfit_is_one_readable_error(tmp_path):
+def test_load_mismatch(tmp_path):
+    """Weights that do not fit give one error with the missing, unexpected and misshapen tensors."""
     model = scrambled()
     tensors = renamed_to_diffusers(model.state_dict())
     tensors["extra.weight"] = torch.zeros(1)
@@ -263,7 +269,7 @@ def test_a_misfit_is_one_readable_error(tmp_path):
         ({"timestep": torch.zeros(1, dtype=torch.bfloat16)}, "rounds 998.7 to 1000"),
     ],
 )
-def test_bad_input_is_refused(change, words):
+def test_bad_input(change, words):
     shape = {"channels": 16, "height": 4, "timestep": torch.zeros(1), **change}
     latents = torch.zeros(1, shape["channels"], 2, shape["height"], 4)
     with pytest.raises(ValueError, match=words):

@@ -101,7 +101,7 @@ def peer(vae):
 
 @pytest.mark.parametrize("frames", [1, 5, 9, 13])
 @pytest.mark.parametrize("chunk", [1, 2, None])
-def test_encode_agrees_with_diffusers(vae, peer, frames, chunk):
+def test_encode_matches_diffusers(vae, peer, frames, chunk):
     rows, columns = 64 // vae.spatial_stride, 96 // vae.spatial_stride
     pixels = clip(vae, frames, rows, columns)
     theirs = normalised(vae, peer.encode(pixels).latent_dist.mode())
@@ -111,14 +111,14 @@ def test_encode_agrees_with_diffusers(vae, peer, frames, chunk):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_log_variance_agrees_with_diffusers(vae, peer):
+def test_log_variance_matches_diffusers(vae, peer):
     pixels = clip(vae, 5)
     torch.testing.assert_close(vae.moments(pixels)[1], peer.encode(pixels).latent_dist.logvar, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4])
 @pytest.mark.parametrize("chunk", [1, 2, None])
-def test_decode_agrees_with_diffusers(vae, peer, frames, chunk):
+def test_decode_matches_diffusers(vae, peer, frames, chunk):
     latents = noise(vae, frames, 5, 3)
     theirs = peer.decode(denormalised(vae, latents)).sample
     ours = vae.decode(latents, chunk=chunk)
@@ -127,14 +127,16 @@ def test_decode_agrees_with_diffusers(vae, peer, frames, chunk):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_decode_clamps_and_reconstruct_does_not(vae):
+def test_decode_clamps(vae):
+    """decode clamps pixels to [-1, 1], and reconstruct does not."""
     latents = 3 * noise(vae, 2, 3, 4)
     free = vae.reconstruct(denormalised(vae, latents))
     assert free.abs().max() > 1.1
     torch.testing.assert_close(vae.decode(latents, chunk=None), free.clamp(-1, 1), atol=1e-6, rtol=0)
 
 
-def test_a_batch_is_its_samples(vae):
+def test_batch_equals_single_clips(vae):
+    """A batch gives the latents and pixels of its clips one by one."""
     pixels = clip(vae, 5, batch=2)
     latents = vae.encode(pixels)
     torch.testing.assert_close(latents, torch.cat([vae.encode(p[None]) for p in pixels]), atol=1e-5, rtol=0)
@@ -143,7 +145,7 @@ def test_a_batch_is_its_samples(vae):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 9])
-def test_chunks_equal_the_whole_clip(double, chunk):
+def test_chunks_equal_whole_clip(double, chunk):
     pixels = clip(double, 17, 2, 3, dtype=torch.float64)
     whole = double.encode(pixels, chunk=None)
     assert whole.dtype == torch.float64
@@ -151,13 +153,15 @@ def test_chunks_equal_the_whole_clip(double, chunk):
     torch.testing.assert_close(double.decode(whole, chunk=chunk), double.decode(whole, chunk=None), atol=1e-12, rtol=0)
 
 
-def test_an_image_is_a_video_of_one_frame(double):
+def test_image_equals_first_frame(double):
+    """The latent of an image equals the first latent frame of a clip that begins with it."""
     pixels = clip(double, 9, dtype=torch.float64)
     image = double.encode(pixels[:, :, :1])
     torch.testing.assert_close(double.encode(pixels)[:, :, :1], image, atol=1e-12, rtol=0)
 
 
-def test_nothing_depends_on_what_comes_later(double):
+def test_causality(double):
+    """No latent frame and no pixel frame depends on later frames."""
     pixels = clip(double, 13, dtype=torch.float64)
     latents = double.encode(pixels, chunk=None)
     changed = pixels.clone()
@@ -169,7 +173,8 @@ def test_nothing_depends_on_what_comes_later(double):
     torch.testing.assert_close(double.decode(latents)[:, :, :5], prefix, atol=1e-12, rtol=0)
 
 
-def test_a_stream_keeps_the_few_frames_it_needs_and_nothing_after_the_end(vae):
+def test_stream_memory(vae):
+    """A stream keeps at most two frames per layer, without their chunk, and nothing after the end."""
     stream = Stream()
     sizes = []
     for part in stream.chunks(clip(vae, 13), 4):
@@ -182,7 +187,7 @@ def test_a_stream_keeps_the_few_frames_it_needs_and_nothing_after_the_end(vae):
 
 
 @pytest.mark.parametrize("chunk", [1, None])
-def test_gradients_agree_with_diffusers(kind, chunk):
+def test_gradients_match_diffusers(kind, chunk):
     vae = scramble(WanVAE(**SMALL[kind])).requires_grad_(True)
     with torch.no_grad():
         # diffusers clamps what it decodes; a quiet last layer keeps both away from there.
@@ -222,7 +227,8 @@ def test_bfloat16_normalises_in_float32(kind, vae):
 
 
 @pytest.mark.parametrize(("frames", "latent_frames"), [(1, 1), (5, 2), (81, 21)])
-def test_a_clip_has_one_latent_frame_and_one_for_each_four_frames_more(vae, frames, latent_frames):
+def test_latent_frame_count(vae, frames, latent_frames):
+    """A clip has one latent frame, and one more for each four further frames."""
     assert vae.encode(clip(vae, frames, 1, 1)).shape == (1, vae.z_dim, latent_frames, 1, 1)
 
 
@@ -230,7 +236,8 @@ def test_a_clip_has_one_latent_frame_and_one_for_each_four_frames_more(vae, fram
     ("frames", "nearest"),
     [(2, "1 or 5"), (4, "1 or 5"), (8, "5 or 9"), (80, "77 or 81")],
 )
-def test_a_length_that_would_lose_frames_is_refused(vae, frames, nearest):
+def test_bad_clip_length(vae, frames, nearest):
+    """A clip length that would lose frames is refused with the nearest valid ones."""
     with pytest.raises(ValueError, match=nearest):
         vae.encode(torch.zeros(1, 3, frames, 16, 16))
 
@@ -240,18 +247,21 @@ def test_a_length_that_would_lose_frames_is_refused(vae, frames, nearest):
     [("2.1", (60, 100), r"60x100.*multiples of 8.*(56|64)x(96|104)"), ("2.2", (40, 64), r"40x64.*multiples of 16")],
     indirect=["kind"],
 )
-def test_a_size_that_does_not_divide_is_refused(vae, size, message):
+def test_bad_size(vae, size, message):
+    """A size that the stride does not divide is refused with the nearest valid one."""
     with pytest.raises(ValueError, match=message):
         vae.encode(torch.zeros(1, 3, 1, *size))
 
 
 @pytest.mark.parametrize("chunk", [0, -1])
-def test_a_chunk_of_nothing_is_refused(vae, chunk):
+def test_bad_chunk(vae, chunk):
+    """A chunk below one latent frame is refused."""
     with pytest.raises(ValueError, match="at least 1 latent frame"):
         vae.decode(torch.zeros(1, vae.z_dim, 2, 1, 1), chunk=chunk)
 
 
-def test_squares_of_pixels_become_channels_with_the_column_slower_than_the_row():
+def test_patchify_order():
+    """Patches of pixels become channels in which the column varies slower than the row."""
     pixels = torch.arange(2 * 3 * 2 * 4 * 6.0).view(2, 3, 2, 4, 6)
     patches = patchify(pixels, 2)
     assert patches.shape == (2, 12, 2, 2, 3)
@@ -263,7 +273,8 @@ def test_squares_of_pixels_become_channels_with_the_column_slower_than_the_row()
     assert torch.equal(unpatchify(patches, 2), pixels)
 
 
-def test_the_shortcut_down_averages_pixels_and_puts_frames_side_by_side():
+def test_average_down():
+    """AverageDown averages 2x2 pixels and puts pairs of frames into channels."""
     x = torch.randn(2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0))
     means = F.avg_pool3d(x, (1, 2, 2))
     # Only in space: the mean of 2x2. In time too: of each channel its even frames after the first, then its odd ones,
@@ -276,7 +287,8 @@ def test_the_shortcut_down_averages_pixels_and_puts_frames_side_by_side():
     assert down[:, 0::2, 0].count_nonzero() == 0
 
 
-def test_the_shortcut_up_repeats_pixels_and_frames_but_the_first():
+def test_duplicate_up():
+    """DuplicateUp repeats pixels, and every frame but the first."""
     x = torch.randn(2, 6, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     up = DuplicateUp(6, 6, frames=2, side=2)(x, Stream())
     assert torch.equal(up, F.interpolate(x, scale_factor=2.0, mode="nearest-exact")[:, :, 1:])
@@ -296,7 +308,8 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("kind", FULL)
-def test_in_full_size_it_is_the_released_vae(kind):
+def test_full_size_matches_released_vae(kind):
+    """In full size names, shapes and counts equal the released VAE's."""
     with torch.device("meta"):
         ours = WanVAE(**FULL[kind])
         theirs = AutoencoderKLWan.from_config(ours.config())
@@ -314,7 +327,7 @@ def plain(config):
     return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}
 
 
-def test_the_config_is_diffusers_own(vae, peer, tmp_path):
+def test_config_matches_diffusers(vae, peer, tmp_path):
     assert plain(vae.config()) == plain(peer.config)
     peer.save_pretrained(tmp_path)
     assert plain(AutoencoderKLWan.from_pretrained(tmp_path).config) == plain(load_vae(tmp_path).config())
@@ -323,7 +336,8 @@ def test_the_config_is_diffusers_own(vae, peer, tmp_path):
 
 
 @pytest.mark.parametrize(("z_dim", "mean", "std"), [(16, -0.2126, 286.1255), (48, -7.6248, 790.8891)])
-def test_the_published_normalisation_is_whole_and_in_order(z_dim, mean, std):
+def test_published_latent_statistics(z_dim, mean, std):
+    """The published latent statistics are complete and in order."""
     with torch.device("meta"):
         vae = WanVAE(z_dim=z_dim)
     # A checksum in which each value counts by its place.
@@ -420,7 +434,8 @@ def official_keys_of_2_2():
 
 
 @pytest.mark.parametrize(("kind", "official"), [("2.1", official_keys_of_2_1()), ("2.2", official_keys_of_2_2())])
-def test_the_table_of_names_maps_every_official_tensor_onto_one_of_ours(kind, official):
+def test_official_names(kind, official):
+    """The table of names maps each official tensor to one of ours of the same shape."""
     assert len(official) == COUNTS[kind][3]
     with torch.device("meta"):
         ours = {name: tuple(tensor.shape) for name, tensor in WanVAE(**FULL[kind]).state_dict().items()}
@@ -431,8 +446,11 @@ def test_the_table_of_names_maps_every_official_tensor_onto_one_of_ours(kind, of
 
 
 @pytest.mark.parametrize(("kind", "official"), [("2.1", official_keys_of_2_1()), ("2.2", official_keys_of_2_2())])
-def test_single_files_load_under_either_names(kind, official, tmp_path):
-    """Wan2.x_VAE.pth, a pickle without a config, and a safetensors file as ComfyUI users have it."""
+def test_single_file_load(kind, official, tmp_path):
+    """A single file loads under official names and under diffusers'.
+
+    Wan2.x_VAE.pth is a pickle without a config; ComfyUI users have a safetensors file.
+    """
     vae = scramble(WanVAE(**SMALL[kind]))
     back = {renamed(key, VAE_TO_DIFFUSERS): key for key in official}
     torch.save({back[key]: value for key, value in vae.state_dict().items()}, tmp_path / f"Wan{kind}_VAE.pth")
@@ -447,7 +465,8 @@ def test_single_files_load_under_either_names(kind, official, tmp_path):
 
 
 @pytest.mark.parametrize("dim_mult", [[1, 2, 2], [2, 4, 4], [1, 4, 4]])
-def test_other_widths_and_strides_agree_with_diffusers(kind, dim_mult):
+def test_other_sizes_match_diffusers(kind, dim_mult):
+    """VAEs of other widths and strides agree with diffusers."""
     changes = {"dim_mult": dim_mult, "num_res_blocks": 1, "temperal_downsample": [True, False]}
     vae = scramble(WanVAE(**{**SMALL[kind], "decoder_base_dim": 12, **changes}))
     peer = peer_of(vae)
@@ -468,12 +487,14 @@ def test_other_widths_and_strides_agree_with_diffusers(kind, dim_mult):
         ({"is_residual": True, "dim_mult": [1, 1, 8, 8]}, "cannot repeat 32 channels to 16 (4 in blocks of 1x2x2)"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(keywords, message):
+def test_bad_settings(keywords, message):
+    """Settings that do not fit together are refused."""
     with pytest.raises(ValueError, match=re.escape(message)), torch.device("meta"):
         WanVAE(base_dim=4, **keywords)
 
 
-def test_what_is_saved_loads_here_and_in_diffusers(vae, tmp_path):
+def test_save_load_in_diffusers(vae, tmp_path):
+    """A saved VAE loads here and in diffusers, and what diffusers saves loads here."""
     write_part(tmp_path / "vae", vae.config(), vae.state_dict())
     pixels = clip(vae, 5)
     latents = vae.encode(pixels)
@@ -488,7 +509,8 @@ def test_what_is_saved_loads_here_and_in_diffusers(vae, tmp_path):
     assert torch.equal(load_vae(tmp_path / "again").encode(pixels), latents)
 
 
-def test_entries_that_change_nothing_may_come_or_be_left_out(vae, kind, tmp_path):
+def test_optional_config_entries(vae, kind, tmp_path):
+    """Config entries without effect may be present or absent."""
     notes = {"_diffusers_version": "0.35.0", "_name_or_path": "vae", "clip_output": False}
     write_part(tmp_path / "more", {**vae.config(), **notes, "scale_factor_spatial": None}, vae.state_dict())
     write_part(tmp_path / "less", SMALL[kind], vae.state_dict())
@@ -516,13 +538,15 @@ def test_entries_that_change_nothing_may_come_or_be_left_out(vae, kind, tmp_path
     ],
     indirect=["kind"],
 )
-def test_another_vae_is_refused(vae, tmp_path, changes, message):
+def test_unsupported_vae(vae, tmp_path, changes, message):
+    """A VAE of another kind or of other sizes is refused."""
     write_part(tmp_path, {**vae.config(), **changes}, vae.state_dict())
     with pytest.raises(ValueError, match=re.escape(message)):
         load_vae(tmp_path)
 
 
-def test_a_new_vae_reaches_every_parameter(kind, tmp_path):
+def test_new_vae_gradients(kind, tmp_path):
+    """In a new VAE every parameter has a gradient that is finite and not zero."""
     torch.manual_seed(0)
     fresh = WanVAE(**SMALL[kind])
     write_part(tmp_path, fresh.config(), fresh.state_dict())
@@ -540,7 +564,8 @@ def test_a_new_vae_reaches_every_parameter(kind, tmp_path):
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-def test_a_new_vae_can_be_trained(kind):
+def test_new_vae_trains(kind):
+    """Training lowers the error of a new VAE."""
     torch.manual_seed(0)
     fresh = WanVAE(**SMALL[kind])
     pixels = clip(fresh, 5, 2, 2, batch=2)
@@ -555,7 +580,8 @@ def test_a_new_vae_can_be_trained(kind):
     assert losses[-1] < losses[0]
 
 
-def test_measured_latents_are_normalised_by_their_measure(vae, kind):
+def test_measured_latent_statistics(vae, kind):
+    """Statistics that are measured on clips give their latents mean 0 and standard deviation 1."""
     clips = [clip(vae, 5, batch=2), clip(vae, 9)]
     mean, std = measure_latents(vae, clips)
     measured = WanVAE(**SMALL[kind], latents_mean=mean, latents_std=std)

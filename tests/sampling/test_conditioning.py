@@ -85,8 +85,11 @@ def test_clean_frames_encode_known_frames(files):
         read_pixels(region, FRAMES, **ASKED)
 
 
-def test_sizes_are_the_authors():
-    """I2V-A14B: both sides rounded down to 16 at about the area; TI2V-5B: multiples of 32 within it, nearest in aspect."""
+def test_output_sizes():
+    """The output sizes equal the authors'.
+
+    I2V-A14B: both sides floored to 16 at about the area; TI2V-5B: multiples of 32 within it, nearest in aspect.
+    """
     assert floored_size(720, 1280, 480 * 832, 16) == (464, 832)
     assert floored_size(832, 480, 480 * 832, 16) == (832, 480)
     assert floored_size(1000, 1000, 720 * 1280, 16) == (960, 960)
@@ -99,7 +102,8 @@ def test_sizes_are_the_authors():
         assert rows % 32 == columns % 32 == 0 and 0.9 * 704 * 1280 < rows * columns <= 704 * 1280
 
 
-def test_pictures_are_scaled_or_scaled_and_cropped():
+def test_image_fit():
+    """Pictures are scaled to the size for channel_concat, and scaled and cropped for clean_frames."""
     ramp = np.broadcast_to(np.linspace(0, 255, 100).round().astype(np.uint8)[None, :, None], (50, 100, 3))
     squeezed, cropped = (fit_image(ramp, (32, 32), name) for name in ("channel_concat", "clean_frames"))
     assert squeezed.shape == cropped.shape == (3, 32, 32)
@@ -129,13 +133,15 @@ def test_pictures_are_scaled_or_scaled_and_cropped():
     ],
     ids=str,
 )  # fmt: skip
-def test_bad_input_is_one_clear_error(files, given, message):
+def test_bad_files(files, given, message):
+    """Each wrong conditioning file is one clear error."""
     paths = {key: value if key == "keep" else files / value for key, value in given.items()}
     with pytest.raises(ValueError, match=message):
         read_pixels(ConditioningFiles(**paths), MODEL, **ASKED)
 
 
-def test_other_aspect_is_refused(files):
+def test_size_or_length_mismatch(files):
+    """Files of another aspect, another size or fewer frames than the video are refused."""
     with pytest.raises(
         ValueError, match=r"square.png is 64x64 .* the video's 2.000; crop it, or give height= and width="
     ):
@@ -168,7 +174,7 @@ def test_check_files(files):
         check_files(both, "clean_frames", model="ti2v_5b")
 
 
-def test_a_real_clip_with_its_mask():
+def test_real_clip_with_mask():
     """81 frames of 480x832 and a mask video of as many: the shared dog, whose middle is to be made anew."""
     if "WANTRAIN_FOOTAGE" not in os.environ:
         pytest.skip("WANTRAIN_FOOTAGE names no folder of real footage")

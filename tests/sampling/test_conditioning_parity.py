@@ -93,7 +93,7 @@ def noise(vae, seed=7):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_conditioning_is_diffusers(both):
+def test_conditioning_matches_diffusers(both):
     conditioning, _, vae, pipe = both
     for last in cases(conditioning):
         ours = record(vae, conditioning, last=last)
@@ -138,7 +138,7 @@ def sampled(model, pipe, texts, latents, inputs):
     )
 
 
-def test_sampling_is_diffusers(both):
+def test_sampling_matches_diffusers(both):
     conditioning, model, vae, pipe = both
     texts = torch.randn(2, 512, 24, generator=torch.Generator().manual_seed(3))
     for last in cases(conditioning):
@@ -153,7 +153,8 @@ def test_sampling_is_diffusers(both):
         assert conditioning == "channel_concat" or torch.equal(ours[:, :, 0], known.latents_BCTHW[:, :, 0])
 
 
-def test_the_model_of_clean_frames_makes_video_from_text_as_diffusers_does(both):
+def test_text_to_video_matches_diffusers(both):
+    """A model of clean frames makes video from text alone as diffusers does; channel_concat cannot."""
     conditioning, model, vae, pipe = both
     if conditioning == "channel_concat":
         with pytest.raises(ValueError, match="takes 36 input channels, got 16"):
@@ -169,7 +170,7 @@ def test_the_model_of_clean_frames_makes_video_from_text_as_diffusers_does(both)
         assert (ours - theirs).abs().max() < 2e-4 * theirs.abs().max()
 
 
-def test_the_loss_and_every_gradient_are_diffusers(both):
+def test_loss_and_gradients_match_diffusers(both):
     conditioning, model, vae, pipe = both
     x0, generator = noise(vae, 8), torch.Generator().manual_seed(9)
     text, eps = torch.randn(1, 512, 24, generator=generator), torch.randn(x0.shape, generator=generator)

@@ -30,7 +30,8 @@ def listed(pair, call, tmp_path):
     return run
 
 
-def test_a_finished_list_is_not_made_again_and_nothing_is_loaded(listed, monkeypatch, tmp_path):
+def test_finished_list_kept(listed, monkeypatch, tmp_path):
+    """A finished list of prompts is not sampled again, and no model is loaded."""
     _, first = listed("count=2")
     assert [name[:11] for name in sorted(first)] == [f"{i:03d}_seed_{i % 2}_" for i in range(6)]
     monkeypatch.setattr(Sampler, "batch", lambda *_, **__: pytest.fail("it was made again"))
@@ -39,7 +40,8 @@ def test_a_finished_list_is_not_made_again_and_nothing_is_loaded(listed, monkeyp
     assert again == first and "samples: 6 of 6 videos are there already and are kept" in ended.stdout
 
 
-def test_a_list_that_was_stopped_goes_on_where_it_was(listed, monkeypatch, tmp_path):
+def test_stopped_list_resumes(listed, monkeypatch, tmp_path):
+    """A stopped list of prompts continues with its first incomplete video."""
     made, batch = [], Sampler.batch
 
     def dies(self, prompts, **how):
@@ -59,7 +61,8 @@ def test_a_list_that_was_stopped_goes_on_where_it_was(listed, monkeypatch, tmp_p
     assert after[sorted(before)[0]] == before[sorted(before)[0]]
 
 
-def test_other_settings_prompts_or_weights_never_write_over_a_video(listed, call, pair, tmp_path):
+def test_videos_never_overwritten(listed, call, pair, tmp_path):
+    """Other settings, prompts or weights never overwrite a video."""
     _, first = listed()
     contents = {name: (tmp_path / "samples" / name).read_bytes() for name in first}
     listed("guidance.low_noise=5")
@@ -73,7 +76,8 @@ def test_other_settings_prompts_or_weights_never_write_over_a_video(listed, call
     assert all((tmp_path / "samples" / name).read_bytes() == content for name, content in contents.items())
 
 
-def test_a_prompt_put_into_the_list_is_all_that_is_made(listed, tmp_path, monkeypatch):
+def test_added_prompt(listed, tmp_path, monkeypatch):
+    """After a prompt is added to the list only its video is made."""
     _, before = listed()
     made, batch = [], Sampler.batch
     monkeypatch.setattr(
@@ -84,7 +88,8 @@ def test_a_prompt_put_into_the_list_is_all_that_is_made(listed, tmp_path, monkey
     assert made == ["new"] and before.items() <= after.items() and len(after) == 4
 
 
-def test_two_processes_make_the_list_once_between_them(listed, monkeypatch, tmp_path):
+def test_two_processes_share_list(listed, monkeypatch, tmp_path):
+    """Two processes share the list and make each video once."""
     made, batch = {}, Sampler.batch
     for rank in ("0", "1"):
 
@@ -106,7 +111,8 @@ def test_two_processes_make_the_list_once_between_them(listed, monkeypatch, tmp_
     assert len(files) == 3
 
 
-def test_the_page_shows_every_prompt_in_its_own_script_with_what_made_it(listed, tmp_path):
+def test_page_of_prompts(listed, tmp_path):
+    """The page shows every prompt, in any script, with its settings and scores."""
     _, files = listed("count=2")
     page = (tmp_path / "samples" / "index.html").read_text(encoding="utf-8")
     assert sorted(re.findall(r'<video src="([^"]+)"', page)) == sorted(files)
@@ -117,7 +123,8 @@ def test_the_page_shows_every_prompt_in_its_own_script_with_what_made_it(listed,
     assert (about["prompt"], about["seed"], about["size"]) == (PROMPTS[0], 0, "5x32x32")
 
 
-def test_runs_are_shown_side_by_side(tiny, pair, call, tmp_path):
+def test_compare_runs(tiny, pair, call, tmp_path):
+    """compare= shows the videos of several runs side by side on one page."""
     train = (*tiny.train, f"weights={pair}", "batch_size=2", "steps=1", "optimizer.lr=1e-2")
     call("train.py", *train, "expert=low_noise", "run=low")
     call("train.py", *train, "expert=high_noise", "run=high")
@@ -137,7 +144,8 @@ def test_runs_are_shown_side_by_side(tiny, pair, call, tmp_path):
     assert "there is no run nothing in runs" in error and not (tmp_path / "none").exists()
 
 
-def test_a_sheet_shows_at_most_so_many(listed, monkeypatch, tmp_path):
+def test_contact_sheet_limit(listed, monkeypatch, tmp_path):
+    """The contact sheet shows a limited number of videos."""
     seen = []
     monkeypatch.setattr(room, "SHOWN", 2)
     monkeypatch.setattr(room, "contact_sheet", lambda path, clips: seen.append(list(clips)))
@@ -160,13 +168,15 @@ def test_a_sheet_shows_at_most_so_many(listed, monkeypatch, tmp_path):
         (("lora.dense=x",), "lora.dense=x: this model has high_noise, low_noise, no dense"),
     ],
 )
-def test_what_cannot_be_made_is_one_clear_error_before_anything_is_written(more, said, listed, tmp_path):
+def test_bad_settings(more, said, listed, tmp_path):
+    """Settings that cannot be sampled are one clear error, before any file is written."""
     ended, files = listed(*more, check=False)
     assert said in ended.error and files == {} and not (tmp_path / "samples").exists()
 
 
 @pytest.mark.slow
-def test_every_way_of_living_and_a_single_tile_make_the_same_video(listed, tmp_path):
+def test_offload_and_tile_same_video(listed, tmp_path):
+    """Every offload policy and a single tile give the same video."""
     contents = set()
     for way in (
         ("offload.experts=none",),

@@ -17,7 +17,9 @@ from wantrain.sampling.memory import cast_as_loaded
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 64, "num_layers": 3}
 
 
-def test_bytes_alive_are_counted_and_let_go():
+def test_peak_bytes():
+    """peak_bytes counts each storage once while it is alive."""
+
     def work():
         a = torch.ones(1000)  # 4000
         b = a.view(10, 100) + 1  # 8000
@@ -29,7 +31,9 @@ def test_bytes_alive_are_counted_and_let_go():
     assert memory.peak_bytes(work) == 12000
 
 
-def test_what_a_trace_without_values_says_is_what_real_tensors_take():
+def test_trace_equals_real_tensors():
+    """A trace on fake tensors gives the memory peak of real ones."""
+
     def peaks():
         torch.manual_seed(0)
         model, vae = WanTransformer(**SIZE).eval(), WanVAE(base_dim=4).eval()
@@ -43,7 +47,8 @@ def test_what_a_trace_without_values_says_is_what_real_tensors_take():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's memory; there is none")
-def test_on_a_gpu_a_step_and_a_decoding_take_what_was_traced():
+def test_trace_matches_gpu():
+    """On a GPU a step and a decoding take the traced memory within 25 %."""
     model, vae = WanTransformer(num_layers=2).cuda().bfloat16().eval(), WanVAE().cuda().eval()
     latents = torch.zeros(1, 16, 5, 30, 52, device="cuda")
     text = torch.zeros(1, 512, 4096, device="cuda")
@@ -70,8 +75,8 @@ def gib(line):
     return [float(number) for number in re.findall(r"([\d.]+) GiB", line)]
 
 
-def test_the_14b_pair_is_planned_onto_one_24_gb_card():
-    """The published sizes, 81x480x832; the sums of the printed parts are the printed sums."""
+def test_plan_14b_pair_on_24_gb():
+    """At 81x480x832 the plan fits the published 14B pair on one 24 GB card; the printed parts add up."""
     text = plan(policy=OffloadPolicy("disk", blocks=True))
     lines = {line[:20].strip(): line[20:] for line in text.splitlines() if line[:20].strip()}
     assert "21 x 30 x 52 = 32760" in lines["tokens per video"]
@@ -106,7 +111,8 @@ def test_host_bytes(experts, blocks):
     assert memory.needs(modules, 0, policy).host == sum(arenas.values())
 
 
-def test_tiles_take_less_and_more_pixels_more():
+def test_memory_by_tile_and_size():
+    """Decoding memory falls with the tile size, and a step's memory grows with the pixels."""
     small = {"expert": lambda: WanTransformer(**SIZE), "vae": lambda: WanVAE(base_dim=4), "bucket": Bucket(9, 480, 832)}
 
     def parts(**more):

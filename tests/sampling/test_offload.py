@@ -50,7 +50,7 @@ def question(seed):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_every_policy_gives_the_same_output(policy, shelf, scrambled_experts):
+def test_policies_same_output(policy, shelf, scrambled_experts):
     load, loads = shelf
     experts = ExpertOffloader(scrambled_experts, load, DEVICE, policy)
     for turn, name in enumerate(["high_noise", "high_noise", "low_noise", "high_noise"]):
@@ -151,7 +151,7 @@ def test_offloaded_experts_are_freed_at_once(policy, shelf, scrambled_experts):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's memory; there is none")
-def test_gpu_memory_is_as_planned(scrambled_experts, shelf):
+def test_gpu_memory_as_planned(scrambled_experts, shelf):
     load, _ = shelf
     for blocks in (False, True):
         torch.cuda.empty_cache()

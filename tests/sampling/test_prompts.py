@@ -17,13 +17,15 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ODD if kind != "line separators inside"])
-def test_odd_lines_are_taken_as_they_stand(kind, tmp_path):
+def test_odd_lines_unchanged(kind, tmp_path):
+    """Odd lines are read unchanged; a byte order mark and empty lines are dropped."""
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbf" + f"\r\n  \n{ODD[kind]}\r\n\n\t\nplain".encode())
     assert read_prompts(file) == [ODD[kind], "plain"]
 
 
-def test_a_line_ends_where_a_line_feed_stands_and_nowhere_else(tmp_path):
+def test_line_feed_alone_ends_line(tmp_path):
+    """Only a line feed ends a line; a Unicode line separator does not."""
     (tmp_path / "p.txt").write_text("one\u2028two\nthree", encoding="utf-8")
     assert read_prompts(tmp_path / "p.txt") == ["one\u2028two", "three"]
 
@@ -40,14 +42,16 @@ def test_a_line_ends_where_a_line_feed_stands_and_nowhere_else(tmp_path):
         (b"a\nb \x1b[0m", "line 2, holds the control character U+001B"),
     ],
 )
-def test_what_is_no_list_of_prompts_is_one_clear_error(content, said, tmp_path):
+def test_bad_prompt_file(content, said, tmp_path):
+    """A file that holds no prompt or no UTF-8 text is one clear error."""
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(ValueError, match="the prompt file") as error:
         read_prompts(tmp_path / "p.txt")
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_how_many_tokens_a_long_prompt_loses_is_said(tiny, capsys):
+def test_long_prompt_warning(tiny, capsys):
+    """A warning states how many tokens a long prompt loses."""
     encoder = load_text_encoder(tiny.base)
     prompt = ODD["2000 words"]
     tokens = encoder.count(prompt)
@@ -61,7 +65,8 @@ def test_every_script_gives_embeddings(kind, tiny):
     assert text.isfinite().all() and text.std() > 0
 
 
-def test_each_prompt_has_each_seed_and_is_made_once(capsys):
+def test_jobs_by_prompt_and_seed(capsys):
+    """Each prompt gets each seed, and a repeated prompt is sampled once."""
     jobs = list_jobs(["a", "b", "a"], seed=5, count=2)
     assert jobs == [Job(0, "a", 5), Job(1, "a", 6), Job(2, "b", 5), Job(3, "b", 6)]
     assert "1 of 3 prompts come more than once; each is made once" in capsys.readouterr().out

@@ -60,7 +60,7 @@ def far(ours, theirs):
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 30, 40, 50])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0, 12.0])
-def test_a_solver_agrees_with_diffusers(name, steps, shift):
+def test_solvers_match_diffusers(name, steps, shift):
     sigmas = schedule(name, steps, shift)
     peer, theirs = peer_over(name, sigmas), noise()
     for timestep, sigma in zip(peer.timesteps, sigmas.tolist(), strict=False):
@@ -69,7 +69,8 @@ def test_a_solver_agrees_with_diffusers(name, steps, shift):
 
 
 @pytest.mark.parametrize("steps", [20, 40])
-def test_unipc_agrees_with_diffusers_over_its_own_sigmas(steps):
+def test_unipc_over_diffusers_sigmas(steps):
+    """UniPC agrees with diffusers over the sigmas of diffusers' own schedule."""
     peer = UniPCMultistepScheduler.from_config(_scheduler(3.0))
     peer.set_timesteps(steps)
     theirs = noise()
@@ -90,8 +91,11 @@ def two_experts():
 @pytest.mark.parametrize(("shift", "boundary", "scales"), [(12.0, 0.875, (4.0, 3.0)), (5.0, 0.9, (3.5, 3.5)),
                                                            (3.0, 0.875, (1.0, 4.0)), (8.0, 0.9, (4.0, 1.0))])  # fmt: skip
 @pytest.mark.parametrize("steps", [20, 30, 40, 50])
-def test_a_whole_trajectory_with_both_experts_and_guidance_agrees_with_diffusers(name, shift, boundary, scales, steps):
-    """The switch, the guidance and the history across it: written out here as a pipeline does it."""
+def test_trajectory_matches_diffusers(name, shift, boundary, scales, steps):
+    """A whole trajectory with both experts and guidance agrees with diffusers' schedulers.
+
+    Switch, guidance and the solver's history across the switch are written out here as a pipeline does it.
+    """
     models, sigmas = two_experts(), schedule(name, steps, shift)
     guidance = dict(zip(models, scales, strict=True))
     prompt, negative = torch.ones(2, 3, 4), torch.full((2, 3, 4), -0.5)
@@ -118,14 +122,18 @@ def test_a_whole_trajectory_with_both_experts_and_guidance_agrees_with_diffusers
     assert asked == ["high_noise"] * their_switch + ["low_noise"] * (steps - their_switch)
 
 
-def test_the_experts_share_the_steps_as_published():
-    """Of 40 steps: 26 and 14 at Wan2.2's text-to-video setting, 15 and 25 at its image-to-video setting."""
+def test_steps_per_expert():
+    """The experts share 40 steps as published: 26 and 14 for Wan2.2's text-to-video, 15 and 25 for image-to-video."""
     for name in ("unipc", "euler"):
         for shift, boundary, high in ((12.0, 0.875, 26), (5.0, 0.9, 15)):
             assert (flow.sampling_timesteps(schedule(name, 40, shift)) >= 1000 * boundary).sum() == high
 
 
-def test_the_authors_start_dpm_solver_at_pure_noise():
+def test_dpm_solver_starts_at_pure_noise():
+    """The DPM
+
+    schedule starts at pure noise, as the authors' does; UniPC's does not.
+    """
     sigmas = schedule("dpm++", 40, 12.0)
     even = 1 - torch.arange(40, dtype=torch.float64) / 40
     assert torch.allclose(sigmas[:-1], 12 * even / (1 + 11 * even), atol=1e-12) and sigmas[-1] == 0
@@ -134,8 +142,11 @@ def test_the_authors_start_dpm_solver_at_pure_noise():
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("dpm++", 2), ("unipc", 2)])
-def test_the_error_falls_with_the_solvers_order(name, order):
-    """Normal data of mean m and spread s: the velocity and the path it follows are known exactly."""
+def test_convergence_order(name, order):
+    """The error falls with the order of the solver.
+
+    For normal data of mean m and spread s the velocity and its path are exact.
+    """
     mean, spread, start, end = 0.7, 0.1, 0.95, 0.1
 
     def scale(sigma):
@@ -158,7 +169,7 @@ def test_the_error_falls_with_the_solvers_order(name, order):
     assert all(abs(found - order) < 0.1 for found in measured), measured
 
 
-def test_an_unknown_solver_is_refused():
+def test_unknown_solver():
     with pytest.raises(ValueError, match="solver='heun' is unknown; choose one of unipc, dpm\\+\\+, euler"):
         solver_named("heun", torch.tensor([1.0, 0.0]))
 
@@ -188,7 +199,8 @@ def sample(models, *, steps=20, shift=12.0, guidance=3.0, boundary=0.875, **more
     return latents, trace
 
 
-def test_the_switch_of_wans_own_schedule_comes_after_thirteen_steps():
+def test_expert_switch_step():
+    """In Wan's own schedule of 20 steps the expert switch comes after 13 steps."""
     models = {"high_noise": Counted(), "low_noise": Counted()}
     _, trace = sample(models)
     assert trace == [(i, "high_noise" if i < 13 else "low_noise") for i in range(20)]
@@ -198,13 +210,15 @@ def test_the_switch_of_wans_own_schedule_comes_after_thirteen_steps():
         assert models[name].asked == [(2 * [float(t)], text) for t in part for text in (1.0, 0.0)]
 
 
-def test_a_tie_at_the_boundary_belongs_to_high_noise():
+def test_boundary_tie():
+    """A timestep at the boundary belongs to the high-noise expert; an expert alone answers all timesteps."""
     experts = Experts({"high_noise": Counted(), "low_noise": Counted()}, 0.875)
     assert [experts.name_at(timestep) for timestep in (999, 876, 875, 874, 0)] == 3 * ["high_noise"] + 2 * ["low_noise"]
     assert Experts({"low_noise": Counted()}, 0.875).name_at(999) == "low_noise", "alone, it answers for everything"
 
 
-def test_guidance_pushes_away_from_the_negative_prompt_and_scale_one_asks_once():
+def test_guidance_formula():
+    """Guidance moves away from the negative prompt; scale 1 calls the model once per step."""
     guided, plain = Counted(), Counted()
     latents, _ = sample({"dense": guided}, steps=1, shift=1.0, guidance=3.0, boundary=None, solver="euler")
     # The answers are 1 with the prompt and 0 with the negative one: 0 + 3 * (1 - 0) = 3.
@@ -215,7 +229,8 @@ def test_guidance_pushes_away_from_the_negative_prompt_and_scale_one_asks_once()
     assert [text for _, text in plain.asked] == [1.0] * 4
 
 
-def test_each_expert_has_its_own_scale_and_none_is_guessed():
+def test_guidance_scale_per_expert():
+    """Each expert has its own guidance scale, and a missing scale is an error."""
     models = {"high_noise": Counted(), "low_noise": Counted()}
     sample(models, guidance={"high_noise": 1.0, "low_noise": 4.0, "dense": None})
     assert (len(models["high_noise"].asked), len(models["low_noise"].asked)) == (13, 14)
@@ -224,7 +239,8 @@ def test_each_expert_has_its_own_scale_and_none_is_guessed():
             sample(models, guidance=lacking)
 
 
-def test_sampling_keeps_no_gradients_and_starts_from_float32():
+def test_sampling_without_gradients():
+    """Sampling keeps no gradients, and its latents are float32."""
     weight = torch.ones((), requires_grad=True)
     latents, _ = sample({"dense": lambda x, timestep, text: x * weight}, steps=2, boundary=None)
     assert latents.dtype == torch.float32 and not latents.requires_grad

@@ -19,7 +19,8 @@ def local(latents):
 
 
 @pytest.mark.parametrize(("height", "width", "tile"), [(9, 16, 4), (8, 8, 5), (16, 5, 8), (7, 30, 6), (3, 64, 2)])
-def test_tiles_put_together_are_the_picture(height, width, tile):
+def test_tiles_equal_whole_decoding(height, width, tile):
+    """For a decoder of single positions the tiles together equal the whole decoding."""
     latents = torch.randn(2, 16, 3, height, width, generator=torch.Generator().manual_seed(0))
     sizes = set()
 
@@ -31,7 +32,8 @@ def test_tiles_put_together_are_the_picture(height, width, tile):
     assert torch.allclose(tiled, local(latents), atol=1e-6) and sizes == {tile}
 
 
-def test_every_place_is_covered_and_every_tile_lies_inside():
+def test_tile_positions():
+    """The tiles cover every position, and no tile exceeds the picture."""
     for length in range(1, 60):
         for tile in range(1, 20):
             begins = starts(length, tile)
@@ -40,20 +42,25 @@ def test_every_place_is_covered_and_every_tile_lies_inside():
             assert set(range(length)) <= covered and (length <= tile or max(covered) == length - 1)
 
 
-def test_weights_rise_from_a_neighbour_and_are_whole_at_the_border():
+def test_tile_weights():
+    """Tile weights rise from the neighbour's side and are 1 at the border."""
     first, middle = ramp(8, 20, 0, 8, 2), ramp(8, 20, 6, 8, 2)
     assert (first[:12] == 1).all() and (first[12:].diff() < 0).all() and (first > 0).all()
     assert torch.equal(middle, middle.flip(0)) and middle.max() == 1
 
 
-def test_one_tile_is_the_decoder_itself_bit_for_bit(tiny):
+def test_single_tile(tiny):
+    """A single tile equals the decoder bit for bit."""
     vae = load_vae(tiny.base)
     latents = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     assert torch.equal(Tiled(vae.decode, 6)(latents), vae.decode(latents))
 
 
-def test_wans_vae_in_tiles_is_near_the_whole_and_has_no_seams(tmp_path):
-    """The figures of docs/numerics.md: wan-tiny's VAE on its own footage."""
+def test_wan_vae_in_tiles(tmp_path):
+    """wan-tiny's VAE in tiles is near the whole decoding and shows no seams.
+
+    The figures are those of docs/numerics.md, on its own footage.
+    """
     vae = load_vae("assets/wan-tiny")
     make_footage(tmp_path, num_videos=1, num_images=0, size=128)
     (file,) = tmp_path.glob("*.mp4")

@@ -39,7 +39,8 @@ def judged():
 
 
 @pytest.mark.slow
-def test_swapped_experts_a_wrong_shift_and_missing_guidance_lower_the_judges_score(judged, capsys):
+def test_judge_detects_wrong_settings(judged, capsys):
+    """Swapped experts and a wrong shift lower the judge's score; missing guidance does not raise it."""
     ways = {
         "right": {},
         "swapped experts": {"swap": True},

@@ -72,7 +72,8 @@ def names_of_diffusers(tensors):
     return {names.to_diffusers(key): value for key, value in tensors.items()}
 
 
-def test_every_layout_is_the_same_function(layouts, experts):
+def test_layouts_same_outputs(layouts, experts):
+    """Every layout and every key prefix load to the same outputs."""
     wanted = {name: answer(model) for name, model in experts.items()}
     assert (wanted["high_noise"] - wanted["low_noise"]).abs().max() > 0.5
     bases = [Base(layouts.sharded), Base(layouts.official), Base(None, layouts.singles, SIZE)]
@@ -84,7 +85,8 @@ def test_every_layout_is_the_same_function(layouts, experts):
         assert torch.equal(answer(load_transformer(file, like=SIZE)), wanted["low_noise"]), file
 
 
-def test_large_parts_are_sharded_with_an_index_and_diffusers_reads_them(layouts, experts):
+def test_sharded_export(layouts, experts):
+    """Large parts are written in several files with an index, and diffusers loads them."""
     files = sorted((layouts.sharded / "transformer_2").glob("*.safetensors"))
     assert len(files) > 2 and files[0].name.startswith("diffusion_pytorch_model-00001-of-000")
     index = json.loads(
@@ -97,7 +99,8 @@ def test_large_parts_are_sharded_with_an_index_and_diffusers_reads_them(layouts,
             assert torch.equal(theirs.state_dict()[key], value)
 
 
-def test_official_to_diffusers_to_one_file_and_back_is_byte_equal(layouts, experts, pair, tmp_path):
+def test_layout_round_trip(layouts, experts, pair, tmp_path):
+    """A conversion through all layouts and back gives the same bytes."""
     first = read_tensors(layouts.official / "low_noise_model")
     step, base = experts, Base(layouts.official)
     for layout in ("diffusers", "comfyui", "official"):
@@ -112,7 +115,8 @@ def test_official_to_diffusers_to_one_file_and_back_is_byte_equal(layouts, exper
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_load_to_any_dtype(layouts, tmp_path, dtype):
+def test_half_precision_files(layouts, tmp_path, dtype):
+    """Files in half precision load to another dtype with exactly their values."""
     tensors = {key: value.to(dtype) for key, value in read_file(layouts.singles["low_noise"])[0].items()}
     save_file(tensors, tmp_path / "low_noise.safetensors")
     model = load_transformer(tmp_path / "low_noise.safetensors", like=SIZE, dtype=torch.float32)
@@ -120,7 +124,8 @@ def test_half_precision_files_load_to_any_dtype(layouts, tmp_path, dtype):
     assert all(torch.equal(value, rounded[key]) for key, value in model.state_dict().items())
 
 
-def test_the_expert_is_what_layout_name_or_metadata_say_and_never_guessed(layouts, tmp_path):
+def test_stated_expert(layouts, tmp_path):
+    """Layout, file name or metadata state the expert; it is never guessed."""
     assert stated_expert(layouts.sharded / "transformer") == "high_noise"
     assert stated_expert(layouts.official / "low_noise_model") == "low_noise"
     assert stated_expert(layouts.singles["high_noise"]) == "high_noise"
@@ -138,7 +143,8 @@ def test_the_expert_is_what_layout_name_or_metadata_say_and_never_guessed(layout
         stated_expert(renamed)
 
 
-def test_files_say_what_they_are(layouts):
+def test_metadata_and_model_card(layouts):
+    """Metadata and model card state expert, model, boundary, run and sampling settings."""
     about = read_metadata(layouts.official / "low_noise_model")
     assert (about["expert"], about["model"], about["boundary"], about["run"]) == ("low_noise", "tiny", "0.875", "r7")
     assert about["made_by"].startswith("wantrain 0.")
@@ -147,7 +153,8 @@ def test_files_say_what_they_are(layouts):
     assert "Wan2.1_VAE.pth" in (layouts.official / "README.md").read_text()
 
 
-def test_inspect_says_what_a_file_is(layouts, pair):
+def test_inspect(layouts, pair):
+    """inspect names part, dialect, expert, dtype and blocks of a file, and the parts of a folder."""
     said = describe(layouts.folder / "model.diffusion_model.low_noise.safetensors")
     for words in (
         "transformer",
@@ -190,7 +197,8 @@ def official_text(folder, pair):
     torch.save({back[key]: value.clone() for key, value in tensors.items()}, folder / "models_t5_umt5-xxl-enc-bf16.pth")
 
 
-def test_the_official_text_encoder_loads_from_its_pickle_and_from_comfyuis_file(pair, tmp_path):
+def test_official_text_encoder(pair, tmp_path):
+    """The text encoder loads from the official pickle and from ComfyUI's file."""
     official_text(tmp_path, pair)
     shutil.copytree(pair / "tokenizer", tmp_path / "google" / "umt5-xxl")
     save_file(
@@ -220,7 +228,8 @@ class Fetched:
 
 
 @pytest.mark.parametrize("layout", ["sharded", "official"])
-def test_one_expert_fetches_only_its_own_files(layouts, layout, tmp_path, monkeypatch):
+def test_one_expert_fetched(layouts, layout, tmp_path, monkeypatch):
+    """A base that needs one expert fetches the files of this expert alone."""
     hub = Fetched(getattr(layouts, layout), tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     base = open_base("Wan-AI/Wan2.2-T2V", wanted=["low_noise"], revision="main", like=SIZE)
@@ -232,7 +241,8 @@ def test_one_expert_fetches_only_its_own_files(layouts, layout, tmp_path, monkey
     )
 
 
-def test_a_part_given_by_itself_is_not_fetched(layouts, tmp_path, monkeypatch):
+def test_given_part_not_fetched(layouts, tmp_path, monkeypatch):
+    """A part that is given as a file is not fetched."""
     hub = Fetched(layouts.sharded, tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     parts = {"low_noise": str(layouts.singles["low_noise"]), "vae": None}
@@ -241,7 +251,9 @@ def test_a_part_given_by_itself_is_not_fetched(layouts, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"model_index.json", "scheduler", "vae"}
 
 
-def test_a_hub_that_is_not_reached_is_one_error(monkeypatch):
+def test_hub_unreachable(monkeypatch):
+    """A hub that cannot be reached is one error."""
+
     def offline(*args, **kwargs):
         raise OSError("no network\nhere")
 
@@ -254,7 +266,8 @@ def test_a_hub_that_is_not_reached_is_one_error(monkeypatch):
         open_base("just_a_name")
 
 
-def test_a_boundary_without_a_second_transformer_is_refused(layouts, tmp_path):
+def test_boundary_mismatch(layouts, tmp_path):
+    """A boundary without a second transformer, or of another value than the model's, is refused."""
     folder = tmp_path / "converted"
     shutil.copytree(layouts.sharded, folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -349,15 +362,16 @@ class Bad:
         "no_transformer": "it is no complete Wan transformer",
     }.items(),
 )
-def test_a_bad_file_is_one_clear_error(layouts, tmp_path, kind, words):
+def test_bad_file(layouts, tmp_path, kind, words):
+    """Each kind of bad weight file is one clear error."""
     file = getattr(Bad(), kind)(layouts.singles["low_noise"], tmp_path)
     with pytest.raises(ValueError, match=words):
         load_transformer(file, like=SIZE)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
-def test_values_that_add_up_to_nothing_or_too_much_are_healthy(dtype):
-    """Damage is looked for where a sum is zero or infinite; such sums alone are none."""
+def test_value_check(dtype):
+    """Weights that sum to zero or to infinity load; NaN, infinity and all zeros are refused."""
     module = torch.nn.Linear(400, 400, bias=False, device="meta")
     halves = torch.cat([torch.full((400, 200), 3.0), torch.full((400, 200), -3.0)], dim=1).half()
     load_strict(module, {"weight": halves}, "file", dtype=dtype)
@@ -373,7 +387,8 @@ def test_values_that_add_up_to_nothing_or_too_much_are_healthy(dtype):
             load_strict(module, {"weight": sick}, "file", dtype=dtype)
 
 
-def test_the_model_that_fits_a_published_file_is_named():
+def test_misfit_names_model():
+    """The error for sizes of a published file names the model that fits them."""
     from wantrain.models.formats.loading import check_like
 
     sizes = {**SIZE, "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 36}
@@ -393,8 +408,8 @@ def files_of(out):
         ("clean_frames", "WanPipeline", True, "ti2v"),
     ],
 )
-def test_conditioning_type_names_the_pipeline(pair, experts, tmp_path, conditioning, opener, expands, kind):
-    """Not its channels: a model that takes clean frames may have as many as one that takes text alone."""
+def test_conditioning_type_sets_pipeline(pair, experts, tmp_path, conditioning, opener, expands, kind):
+    """The conditioning type decides the pipeline class, not the channels: clean frames need no further ones."""
     about = replace(ABOUT, conditioning=conditioning)
     for layout in ("diffusers", "official"):
         write_pipeline(tmp_path / layout, experts.items(), base=Base(pair), about=about, layout=layout)
@@ -406,7 +421,8 @@ def test_conditioning_type_names_the_pipeline(pair, experts, tmp_path, condition
 
 
 @pytest.mark.parametrize("stop", [1, 4, 9, 14])
-def test_what_ends_while_parts_change_places_changes_nothing(stop, pair, experts, tmp_path, monkeypatch):
+def test_failed_replacement(stop, pair, experts, tmp_path, monkeypatch):
+    """An export that fails while it replaces parts leaves the folder as it was."""
     out = written(tmp_path / "out", pair, experts)
     before, rename, steps = files_of(out), Path.rename, []
 
@@ -422,8 +438,8 @@ def test_what_ends_while_parts_change_places_changes_nothing(stop, pair, experts
     assert files_of(out) == before
 
 
-def test_what_a_kill_left_aside_is_put_back_before_anything_else(pair, experts, tmp_path):
-    """kill -9 between the two renames of a part: the old one lies aside, the new one may have its name already."""
+def test_replacement_after_kill(pair, experts, tmp_path):
+    """Parts that kill -9 left between two renames are restored first, even if the new part has its name already."""
     out = written(tmp_path / "out", pair, experts)
     before = files_of(out)
     (out / ".old").mkdir()
@@ -435,7 +451,8 @@ def test_what_a_kill_left_aside_is_put_back_before_anything_else(pair, experts, 
     assert files_of(out) == before
 
 
-def test_a_failed_write_leaves_what_stood_there(pair, experts, tmp_path):
+def test_failed_write(pair, experts, tmp_path):
+    """A failed export leaves the files of the folder as they were."""
     out = written(tmp_path / "out", pair, experts)
     before = files_of(out)
     with pytest.raises(ValueError, match=r"holds no vae"):
@@ -443,8 +460,8 @@ def test_a_failed_write_leaves_what_stood_there(pair, experts, tmp_path):
     assert files_of(out) == before
 
 
-def test_what_is_loaded_as_it_lies_stays_mapped_and_the_file_stays_as_it_is(pair, tmp_path):
-    """A file of ours is aligned for that; one that is not gives the same values, in memory of their own."""
+def test_memory_mapped_load(pair, tmp_path):
+    """An aligned file is memory-mapped and never changed; an unaligned one gives the same values in own memory."""
     folder = tmp_path / "transformer"
     shutil.copytree(pair / "transformer", folder)
     (file,) = folder.glob("*.safetensors")
@@ -470,8 +487,11 @@ def test_what_is_loaded_as_it_lies_stays_mapped_and_the_file_stays_as_it_is(pair
     assert all(torch.equal(value, wanted[key]) for key, value in again.state_dict().items())
 
 
-def test_the_same_weights_and_notes_are_the_same_bytes(tmp_path):
-    """safetensors itself writes metadata in another order every time: with six notes, 1 in 720 by chance."""
+def test_deterministic_bytes(tmp_path):
+    """The same tensors and metadata give the same bytes.
+
+    safetensors itself orders metadata by chance: six notes agree once in 720 times.
+    """
     notes = {
         name: f'{name} \u00e9 \u4e2d \u2028 "quoted" \\ \n' for name in ("expert", "base", "rank", "alpha", "recipe")
     }

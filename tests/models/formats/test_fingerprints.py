@@ -25,7 +25,8 @@ def written(path, tensors, **metadata):
     return path
 
 
-def test_an_identity_is_independent_of_place_name_and_time(tensors, tmp_path):
+def test_identity_ignores_place_and_time(tensors, tmp_path):
+    """An identity does not depend on folder, file name or time; it depends on the set of files and the precision."""
     one = written(tmp_path / "one.safetensors", tensors)
     (tmp_path / "elsewhere").mkdir()
     other = shutil.copy(one, tmp_path / "elsewhere" / "renamed.safetensors")
@@ -38,13 +39,15 @@ def test_an_identity_is_independent_of_place_name_and_time(tensors, tmp_path):
 
 
 @pytest.mark.parametrize("name", [f"layer.{number}{kind}" for number in range(6) for kind in ("", ".norm")])
-def test_a_change_to_one_tensor_changes_it(name, tensors, tmp_path):
+def test_identity_of_tensor_values(name, tensors, tmp_path):
+    """A change of one tensor changes the identity."""
     one = identity_of([written(tmp_path / "one.safetensors", tensors)])
     changed = {**tensors, name: tensors[name] * 1.001}
     assert identity_of([written(tmp_path / "two.safetensors", changed)]) != one
 
 
-def test_another_shape_dtype_or_name_of_the_same_bytes_changes_it(tensors, tmp_path):
+def test_identity_of_shape_dtype_name(tensors, tmp_path):
+    """Another shape, dtype or name for the same bytes changes the identity."""
     one = identity_of([written(tmp_path / "one.safetensors", tensors)])
     others = [
         {name: tensor.reshape(2, -1) for name, tensor in tensors.items()},
@@ -54,8 +57,8 @@ def test_another_shape_dtype_or_name_of_the_same_bytes_changes_it(tensors, tmp_p
     assert len({one, *(identity_of([written(tmp_path / "two.safetensors", other)]) for other in others)}) == 4
 
 
-def test_one_element_of_a_pickle_changes_it(tensors, tmp_path):
-    """Its archive ends with the checksum of every tensor."""
+def test_identity_of_pickle(tensors, tmp_path):
+    """One element of a pickle changes the identity: its archive ends with the checksum of every tensor."""
     path = tmp_path / "models_t5.pth"
     torch.save(tensors, path)
     one = identity_of([path])
@@ -65,7 +68,8 @@ def test_one_element_of_a_pickle_changes_it(tensors, tmp_path):
     assert identity_of([path]) != one
 
 
-def test_a_small_file_counts_whole_and_an_absent_one_is_named(tmp_path):
+def test_identity_of_small_file(tmp_path):
+    """Every byte of a small file counts for the identity; an absent file is named."""
     path = tmp_path / "config.json"
     path.write_bytes(b"a" * 1000)
     one = identity_of([path])
@@ -75,7 +79,8 @@ def test_a_small_file_counts_whole_and_an_absent_one_is_named(tmp_path):
         identity_of([tmp_path / "absent.json"])
 
 
-def test_the_identity_of_an_encoder_is_of_what_loading_reads(tiny, tmp_path):
+def test_encoder_identity(tiny, tmp_path):
+    """The identity of an encoder covers the files that loading reads and the precision it runs in."""
     here, there = Base(tiny.base), Base(tmp_path / "copy")
     shutil.copytree(tiny.base, tmp_path / "copy")
     for part in ("vae", "text_encoder"):
@@ -90,7 +95,8 @@ def test_the_identity_of_an_encoder_is_of_what_loading_reads(tiny, tmp_path):
         identity(Base(tmp_path), "vae", torch.float32)
 
 
-def test_notes_are_kept_by_identity_and_the_oldest_go(tmp_path):
+def test_notes_by_identity(tmp_path):
+    """Notes are kept by identity, and the oldest are dropped."""
     looked = []
 
     def look():
@@ -114,7 +120,8 @@ def test_notes_are_kept_by_identity_and_the_oldest_go(tmp_path):
     assert (tmp_path / NOTES).is_file()
 
 
-def test_nothing_is_written_where_nothing_is_new(tmp_path):
+def test_unchanged_notes_not_written(tmp_path):
+    """Notes without changes are not written again."""
     notes = Fingerprints(tmp_path)
     notes.of("vae", "a", dict)
     notes.write()

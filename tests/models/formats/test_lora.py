@@ -84,7 +84,8 @@ def close(one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_what_we_write_we_read_and_merge(dialect, changed, expert, tmp_path):
+def test_write_read_merge(dialect, changed, expert, tmp_path):
+    """A LoRA in every dialect is written, read and merged to the same outputs."""
     file = tmp_path / "lora.safetensors"
     write_lora(file, lora(), dialect=dialect, metadata=ABOUT)
     found = read_lora(file)
@@ -96,7 +97,8 @@ def test_what_we_write_we_read_and_merge(dialect, changed, expert, tmp_path):
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("name", EXPERTS)
-def test_diffusers_loads_every_dialect_into_either_expert(dialect, name, changed, pair, tmp_path):
+def test_diffusers_loads_dialects(dialect, name, changed, pair, tmp_path):
+    """diffusers loads every dialect into either expert and leaves the other one unchanged."""
     write_lora(tmp_path / "lora.safetensors", lora(), dialect=dialect, metadata=ABOUT)
     pipe = WanPipeline.from_pretrained(pair, torch_dtype=torch.float32)
     second = name == "low_noise"
@@ -109,7 +111,8 @@ def test_diffusers_loads_every_dialect_into_either_expert(dialect, name, changed
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_layers_of_different_rank_and_alpha_survive(dialect, pair, expert, tmp_path):
+def test_mixed_rank_and_alpha(dialect, pair, expert, tmp_path):
+    """Every dialect keeps layers of different rank and alpha."""
     mixed = lora(ATTENTION) | lora(("ffn.0", "ffn.2"), rank=2, alpha=5.0)
     write_lora(tmp_path / "lora.safetensors", mixed, dialect=dialect)
     wanted = by_hand(Base(pair).transformer("low_noise"), mixed)
@@ -120,7 +123,8 @@ def test_layers_of_different_rank_and_alpha_survive(dialect, pair, expert, tmp_p
     assert close(answer_of_diffusers(pipe.transformer_2), wanted)
 
 
-def test_a_partial_lora_goes_everywhere_but_as_kohyas_into_diffusers(pair, expert, tmp_path):
+def test_partial_lora(pair, expert, tmp_path):
+    """A LoRA of only some layers merges in every dialect; diffusers refuses it in kohya's alone."""
     wanted = by_hand(Base(pair).transformer("low_noise"), lora(ATTENTION))
     for dialect in DIALECTS:
         file = tmp_path / f"{dialect}.safetensors"
@@ -137,7 +141,8 @@ def test_a_partial_lora_goes_everywhere_but_as_kohyas_into_diffusers(pair, exper
             assert close(answer_of_diffusers(pipe.transformer_2), wanted)
 
 
-def test_there_and_back_through_all_dialects_is_byte_equal(tmp_path):
+def test_lora_round_trip(tmp_path):
+    """A LoRA converted through all dialects and back has the same bytes."""
     layers = lora()
     for step, dialect in enumerate(("comfyui", "diffusers", "kohya", "comfyui")):
         write_lora(tmp_path / f"{step}.safetensors", layers, dialect=dialect)
@@ -177,7 +182,8 @@ def written_by(people, path, layers):
 
 
 @pytest.mark.parametrize("people", PEOPLES.values(), ids=PEOPLES)
-def test_other_peoples_files_are_read_with_the_right_strength(people, pair, expert, tmp_path):
+def test_third_party_files(people, pair, expert, tmp_path):
+    """LoRA files of other trainers are merged at their own strength."""
     file = written_by(people, tmp_path / "theirs.safetensors", lora())
     alpha = ALPHA if people.dialect == "videox-fun" else None
     assert read_lora(file, alpha=alpha).dialect == people.dialect
@@ -187,7 +193,8 @@ def test_other_peoples_files_are_read_with_the_right_strength(people, pair, expe
     assert close(answer(expert), wanted)
 
 
-def test_an_alpha_that_a_file_lacks_is_asked_for_and_one_that_it_has_is_kept(tmp_path):
+def test_missing_alpha(tmp_path):
+    """The error for a file without alpha asks for it; a given alpha must agree with the file's."""
     theirs = written_by(PEOPLES["videox-fun"], tmp_path / "theirs.safetensors", lora())
     with pytest.raises(ValueError, match=r"VideoX-Fun's.*give the network_alpha of its training as lora.alpha="):
         read_lora(theirs)
@@ -197,7 +204,8 @@ def test_an_alpha_that_a_file_lacks_is_asked_for_and_one_that_it_has_is_kept(tmp
         read_lora(tmp_path / "ours.safetensors", alpha=8)
 
 
-def test_layers_outside_the_blocks_come_to_us_in_every_dialect_and_to_diffusers_in_its_own(pair, tmp_path):
+def test_layers_outside_blocks(pair, tmp_path):
+    """We read layers outside the blocks in every dialect; diffusers reads them in its own alone."""
     sizes = {
         "text_embedding.0": (64, DIM),
         "text_embedding.2": (DIM, DIM),
@@ -230,7 +238,8 @@ def test_layers_outside_the_blocks_come_to_us_in_every_dialect_and_to_diffusers_
                 pipe.load_lora_weights(tmp_path, weight_name=file.name)
 
 
-def test_kohyas_dialect_needs_the_blocks_from_the_first_on(pair, tmp_path):
+def test_kohya_needs_all_blocks(pair, tmp_path):
+    """diffusers refuses kohya's dialect unless it holds the blocks from the first on."""
     second = {name: change for name, change in lora().items() if name.startswith("blocks.1.")}
     assert not is_complete(second) and not is_complete(lora(ATTENTION))
     write_lora(tmp_path / "lora.safetensors", second, dialect="kohya")
@@ -239,7 +248,8 @@ def test_kohyas_dialect_needs_the_blocks_from_the_first_on(pair, tmp_path):
 
 
 @pytest.mark.parametrize("rank_stabilised", [False, True])
-def test_what_diffusers_saves_has_the_strength_that_its_header_says(rank_stabilised, pair, expert, tmp_path):
+def test_diffusers_lora_strength(rank_stabilised, pair, expert, tmp_path):
+    """A LoRA that diffusers saved is merged at the strength that its header states."""
     pipe = WanPipeline.from_pretrained(pair, torch_dtype=torch.float32)
     config = LoraConfig(
         r=4,
@@ -295,7 +305,8 @@ def as_formula(base, layers, divide_by):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_dora_is_read_and_merged_in_every_dialect_and_loaded_by_diffusers_in_its_own(dialect, pair, expert, tmp_path):
+def test_dora_dialects(dialect, pair, expert, tmp_path):
+    """A DoRA is read and merged in every dialect; diffusers loads it in its own."""
     before, layers, file = answer(expert), dora(expert), tmp_path / "dora.safetensors"
     wanted = as_formula(Base(pair), layers, "changed")
     assert not close(wanted, before, 0.1) and not close(wanted, as_formula(Base(pair), layers, None), 0.1)
@@ -313,7 +324,8 @@ def test_a_dora_is_read_and_merged_in_every_dialect_and_loaded_by_diffusers_in_i
             pipe.load_lora_weights(tmp_path, weight_name=file.name, load_into_transformer_2=True)
 
 
-def test_a_dora_through_all_dialects_and_back_is_byte_equal(expert, tmp_path):
+def test_dora_round_trip(expert, tmp_path):
+    """A DoRA converted through all dialects and back has the same bytes."""
     layers = dora(expert, rank=3, alpha=5.0)
     for step, dialect in enumerate(("comfyui", "diffusers", "kohya", "comfyui")):
         write_lora(tmp_path / f"{step}.safetensors", layers, dialect=dialect)
@@ -321,9 +333,12 @@ def test_a_dora_through_all_dialects_and_back_is_byte_equal(expert, tmp_path):
     assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "3.safetensors").read_bytes()
 
 
-def test_what_comfyui_makes_of_a_dora_today_is_not_what_was_trained(pair, expert, tmp_path):
-    """Its formula as pull request 15458 quotes it: m (W + D) / |W|, where paper, peft and LyCORIS have |W + D|. Should
-    ComfyUI merge that, the note of export.py and the line in docs/models.md can go."""
+def test_comfyui_dora_formula(pair, expert, tmp_path):
+    """ComfyUI's formula for a DoRA, m (W + D) / |W|, does not give the trained weights.
+
+    Pull request 15458 quotes it; paper, peft and LyCORIS divide by |W + D|. When ComfyUI merges that, the note of
+    export.py and the line in docs/models.md can go.
+    """
     layers = dora(expert)
     wanted, theirs = (as_formula(Base(pair), layers, by) for by in ("changed", "base"))
     assert not close(theirs, wanted, 0.1)
@@ -334,7 +349,8 @@ def test_what_comfyui_makes_of_a_dora_today_is_not_what_was_trained(pair, expert
 
 
 @pytest.mark.parametrize("end", ["lora_magnitude_vector", "lora_magnitude_vector.weight"])
-def test_a_dora_of_diffusers_is_read_with_its_strength(end, pair, expert, tmp_path):
+def test_diffusers_dora_strength(end, pair, expert, tmp_path):
+    """A DoRA that diffusers saved is merged at its own strength."""
     pipe = WanPipeline.from_pretrained(pair, torch_dtype=torch.float32)
     config = LoraConfig(
         r=4, lora_alpha=2, target_modules=["to_q", "ffn.net.2"], rank_pattern={"to_q": 2}, use_dora=True,
@@ -373,7 +389,8 @@ def test_a_dora_of_diffusers_is_read_with_its_strength(end, pair, expert, tmp_pa
         ("self_attn.q", (DIM,), None),
     ],
 )
-def test_a_magnitude_is_one_length_for_each_row(part, shape, words, expert, tmp_path):
+def test_dora_magnitude_shape(part, shape, words, expert, tmp_path):
+    """A DoRA magnitude has one finite value for each row; other shapes are refused."""
     write_lora(tmp_path / "dora.safetensors", dora(expert))
     tensors, key = read_file(tmp_path / "dora.safetensors")[0], f"diffusion_model.blocks.0.{part}.dora_scale"
     if words is None:
@@ -391,7 +408,8 @@ def test_a_magnitude_is_one_length_for_each_row(part, shape, words, expert, tmp_
         read_lora(tmp_path / "bad.safetensors")
 
 
-def test_training_goes_on_from_a_dora_file_and_inspect_says_that_it_is_one(pair, expert, tmp_path):
+def test_dora_file_as_init(pair, expert, tmp_path):
+    """Training continues from a DoRA file with gradients in all its parts; inspect names its kind."""
     layers, file = dora(expert), tmp_path / "dora.safetensors"
     write_lora(file, layers, dialect="diffusers")
     adapters.inject_lora(expert, read_lora(file), seed=0)
@@ -407,7 +425,8 @@ def test_training_goes_on_from_a_dora_file_and_inspect_says_that_it_is_one(pair,
     assert "kind      LoRA" in describe(file)
 
 
-def test_a_file_keeps_dtypes_is_for_everybody_and_never_half_written(tmp_path):
+def test_lora_file_write(tmp_path):
+    """A LoRA file keeps its dtypes, is readable for all users, and is written whole or not at all."""
     file = tmp_path / "lora.safetensors"
     wide = torch.randn(16, 8, dtype=torch.bfloat16)
     write_lora(file, {"blocks.0.self_attn.q": Layer(wide[::4], wide[:, ::2], 2.0)})
@@ -428,7 +447,8 @@ def test_a_file_keeps_dtypes_is_for_everybody_and_never_half_written(tmp_path):
     assert file.read_bytes() == content
 
 
-def test_merging_into_bf16_rounds_once(pair, tmp_path):
+def test_bf16_merge_rounding(pair, tmp_path):
+    """A merge into bf16 weights rounds once."""
     model = Base(pair).transformer("low_noise").to(torch.bfloat16)
     before = model.blocks[0].ffn[0].weight.detach().clone()
     change = lora()["blocks.0.ffn.0"]
@@ -438,7 +458,8 @@ def test_merging_into_bf16_rounds_once(pair, tmp_path):
     assert torch.equal(model.blocks[0].ffn[0].weight, wanted) and not torch.equal(wanted, before)
 
 
-def test_the_header_of_diffusers_says_rank_and_alpha(tmp_path):
+def test_diffusers_header(tmp_path):
+    """The header in diffusers' dialect states rank and alpha, and no key holds alpha."""
     write_lora(tmp_path / "lora.safetensors", lora(), dialect="diffusers")
     tensors, about = read_file(tmp_path / "lora.safetensors")
     facts = json.loads(about[PEFT])
@@ -476,12 +497,14 @@ def with_more(tmp_path, **more):
         ("stranger", r"1 names are not those of a LoRA .*first: stranger"),
     ],
 )
-def test_what_is_no_plain_lora_is_refused(tmp_path, key, words):
+def test_unsupported_keys(tmp_path, key, words):
+    """Keys that belong to no plain LoRA are refused."""
     with pytest.raises(ValueError, match=words):
         read_lora(with_more(tmp_path, **{key: torch.ones(2, 2)}))
 
 
-def test_matrices_that_do_not_multiply_and_convolutions_are_refused(tmp_path):
+def test_unsupported_shapes(tmp_path):
+    """Matrices that do not multiply, convolutions and other tensors are refused."""
     key = "diffusion_model.blocks.0.self_attn.q.lora_A.weight"
     with pytest.raises(ValueError, match="which do not multiply"):
         read_lora(with_more(tmp_path, **{key: torch.ones(3, DIM)}))
@@ -492,7 +515,8 @@ def test_matrices_that_do_not_multiply_and_convolutions_are_refused(tmp_path):
         read_lora(tmp_path / "a.safetensors")
 
 
-def test_one_layer_under_two_names_is_refused(tmp_path):
+def test_duplicate_layer(tmp_path):
+    """One layer under two names is refused."""
     more = {f"blocks.0.self_attn.q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     words = r"blocks\.0\.self_attn\.q twice, as .*and as .*; keep the one that counts"
     with pytest.raises(ValueError, match=words):
@@ -507,7 +531,8 @@ def test_one_layer_under_two_names_is_refused(tmp_path):
         (RANK, float("inf"), "is not one finite number"),
     ],
 )
-def test_numbers_that_no_training_leaves_are_refused(rank, alpha, words, tmp_path):
+def test_bad_rank_or_alpha(rank, alpha, words, tmp_path):
+    """Rank 0 and an alpha that is not finite are refused."""
     sick = Layer(torch.ones(rank, DIM), torch.ones(DIM, rank), alpha)
     write_lora(tmp_path / "lora.safetensors", {**lora(), "blocks.1.cross_attn.o": sick})
     with pytest.raises(ValueError, match=words):
@@ -515,14 +540,16 @@ def test_numbers_that_no_training_leaves_are_refused(rank, alpha, words, tmp_pat
 
 
 @pytest.mark.parametrize(("header", "words"), [("{oops", "is not JSON"), ("[1]", "is not a JSON object")])
-def test_a_header_that_cannot_be_read_names_its_file(header, words, tmp_path):
+def test_bad_header(header, words, tmp_path):
+    """The error for a header that is no JSON object names the file."""
     write_lora(tmp_path / "lora.safetensors", lora(), dialect="diffusers")
     save_file(read_file(tmp_path / "lora.safetensors")[0], tmp_path / "bad.safetensors", metadata={PEFT: header})
     with pytest.raises(ValueError, match=f"bad.safetensors: lora_adapter_metadata in its header {words}"):
         read_lora(tmp_path / "bad.safetensors")
 
 
-def test_alphas_for_some_of_videox_funs_layers_are_not_enough(tmp_path):
+def test_videox_fun_partial_alpha(tmp_path):
+    """A VideoX-Fun file needs an alpha for each of its layers."""
     file = written_by(PEOPLES["videox-fun"], tmp_path / "some.safetensors", lora())
     tensors = read_file(file)[0]
     save_file({**tensors, "lora_unet__blocks_0_self_attn_q.alpha": torch.tensor(ALPHA)}, file)
@@ -533,13 +560,15 @@ def test_alphas_for_some_of_videox_funs_layers_are_not_enough(tmp_path):
     assert {layer.alpha for layer in read_lora(file).layers.values()} == {ALPHA}
 
 
-def test_a_lora_whose_training_went_wrong_is_refused(tmp_path):
+def test_lora_with_nan(tmp_path):
+    """A LoRA that holds NaN or infinity is refused."""
     key = "diffusion_model.blocks.0.self_attn.q.lora_A.weight"
     with pytest.raises(ValueError, match=r"blocks.0.self_attn.q holds NaN or infinity"):
         read_lora(with_more(tmp_path, **{key: torch.full((RANK, DIM), float("nan"))}))
 
 
-def test_a_lora_for_another_expert_model_or_size_is_refused_before_anything_changes(expert, tmp_path):
+def test_lora_mismatch(expert, tmp_path):
+    """A LoRA of another expert, model or size is refused before any weight changes."""
     before = answer(expert)
     file = tmp_path / "lora.safetensors"
     write_lora(file, lora(), metadata=ABOUT)
@@ -559,7 +588,8 @@ def test_a_lora_for_another_expert_model_or_size_is_refused_before_anything_chan
     assert torch.equal(answer(expert), before)
 
 
-def test_training_goes_on_from_a_file(pair, changed, expert, tmp_path):
+def test_lora_file_as_init(pair, changed, expert, tmp_path):
+    """Training continues from a LoRA file with its layers, ranks and alphas."""
     mixed = lora(ATTENTION) | lora(("ffn.2",), rank=2, alpha=5.0)
     write_lora(tmp_path / "lora.safetensors", mixed)
     adapters.inject_lora(expert, read_lora(tmp_path / "lora.safetensors"), seed=0)
@@ -579,7 +609,8 @@ def test_training_goes_on_from_a_file(pair, changed, expert, tmp_path):
     assert not close(answer(expert), start, 1e-3)
 
 
-def test_blocks_1_and_11_are_two_blocks(tmp_path):
+def test_block_1_and_block_11(tmp_path):
+    """Rank and alpha of block 1 and of block 11 stay apart."""
     from wantrain.models import WanTransformer
 
     torch.manual_seed(0)
@@ -594,7 +625,8 @@ def test_blocks_1_and_11_are_two_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("people", PEOPLES.values(), ids=PEOPLES)
-def test_inspect_says_what_a_lora_is(people, tmp_path):
+def test_inspect(people, tmp_path):
+    """inspect prints dialect, rank, alpha, layers and dtype of a LoRA file."""
     said = describe(written_by(people, tmp_path / "theirs.safetensors", lora()))
     assert f"dialect   {people.dialect}" in said and "rank      4" in said and "20 in blocks 0 to 1" in said
     alpha = "not in the file" if people.dialect == "videox-fun" else "2" if people.alpha else "4"

@@ -52,7 +52,8 @@ def of_safetensors(tensors, about, *, aligned):
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_the_bytes_are_those_of_safetensors_and_the_hash_is_theirs(aligned, tmp_path):
+def test_bytes_and_hash(aligned, tmp_path):
+    """The bytes equal those of the safetensors library, and the hash is that of the file."""
     tensors, path = tensors_of_all_kinds(), tmp_path / "x.safetensors"
     digest = write_file(path, tensors, NOTES, aligned=aligned)
     written = path.read_bytes()
@@ -67,14 +68,16 @@ def test_the_bytes_are_those_of_safetensors_and_the_hash_is_theirs(aligned, tmp_
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_a_file_without_tensors_or_notes_is_that_of_safetensors_too(aligned, tmp_path):
+def test_file_without_tensors_or_notes(aligned, tmp_path):
+    """Files without tensors or without metadata equal those of the safetensors library too."""
     for tensors in ({}, {"w": torch.ones(2)}):
         write_file(tmp_path / "x.safetensors", tensors, aligned=aligned)
         written = (tmp_path / "x.safetensors").read_bytes()
         assert written == of_safetensors(tensors, {"format": "pt"}, aligned=aligned)
 
 
-def test_tensors_beyond_a_piece_are_cut_and_whole_again(tmp_path, monkeypatch):
+def test_large_tensors_in_pieces(tmp_path, monkeypatch):
+    """Tensors larger than a piece are written in several pieces, and each piece is reported."""
     monkeypatch.setattr(tensor_file, "PIECE", 1000)
     tensors = {"long": torch.arange(5000.0), "turned": torch.arange(900.0).view(30, 30).t(), "short": torch.ones(3)}
     doing = []
@@ -87,7 +90,8 @@ def test_tensors_beyond_a_piece_are_cut_and_whole_again(tmp_path, monkeypatch):
     assert len(written) == 1 + 20 + 4 + 1, "whoever watches hears of every piece"
 
 
-def test_a_tensor_on_the_host_is_written_from_where_it_lies():
+def test_host_tensor_not_copied():
+    """A contiguous tensor on the host is written without a copy."""
     tensor = torch.arange(64.0)
     _, piece = pieces(b"head", iter([tensor]))
     assert np.frombuffer(piece, np.uint8).ctypes.data == tensor.data_ptr()
@@ -106,8 +110,8 @@ class Disk(io.BytesIO):
         return len(data)
 
 
-def test_only_a_few_tensors_are_copied_at_once_where_copies_are_needed(tmp_path):
-    """As they are from a device: here for being turned."""
+def test_copies_bounded(tmp_path):
+    """Tensors that need a copy, from a device or transposed as here, are copied a few at a time."""
     mebibytes, count = 16, 24
     tensors = {str(number): torch.ones(2048, 2048).t() for number in range(count)}
     resident = psutil.Process().memory_info
@@ -120,7 +124,8 @@ def test_only_a_few_tensors_are_copied_at_once_where_copies_are_needed(tmp_path)
     assert max(peaks) - before < (count // 2) * mebibytes << 20
 
 
-def test_the_hash_is_made_beside_the_writing_and_is_never_far_behind(monkeypatch):
+def test_hash_in_thread(monkeypatch):
+    """The hash is computed in a thread beside the writing and lags by a bounded number of pieces."""
     started, gate = [], tensor_file.threading.Event()
 
     class Slow:
@@ -140,7 +145,8 @@ def test_the_hash_is_made_beside_the_writing_and_is_never_far_behind(monkeypatch
     assert started == [bytes([number]) for number in range(1 + tensor_file.BEHIND)]
 
 
-def test_a_disk_that_refuses_leaves_no_thread(tmp_path):
+def test_failed_write_ends_thread(tmp_path):
+    """A failed write leaves no thread behind."""
     before = tensor_file.threading.active_count()
 
     with (
@@ -151,13 +157,15 @@ def test_a_disk_that_refuses_leaves_no_thread(tmp_path):
     assert tensor_file.threading.active_count() == before
 
 
-def test_a_dtype_that_the_format_does_not_know_is_named(tmp_path):
+def test_unsupported_dtype(tmp_path):
+    """The error for a dtype that the format does not support names it, and no file is written."""
     with pytest.raises(ValueError, match=r"x.safetensors cannot hold torch.complex128: .* convert it first"):
         write_file(tmp_path / "x.safetensors", {"a": torch.ones(2, dtype=torch.complex128)})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_part_in_several_files_gives_the_hash_of_each(tmp_path):
+def test_sharded_part_hashes(tmp_path):
+    """A part in several files returns the hash of each file."""
     tensors = {str(number): torch.full((100,), float(number)) for number in range(5)}
     hashes = write_part(tmp_path, {"a": 1}, tensors, shard_bytes=800)
     assert len(hashes) == 3 and set(hashes) == set(tmp_path.glob("*.safetensors"))
