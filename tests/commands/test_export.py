@@ -176,7 +176,9 @@ def test_lora_file_as_init(trained, tiny, pair, inside):
 ALL = ("adapter.rank=3", "adapter.targets=all", "adapter.rank_stabilized=true", "adapter.rank_pattern={ffn: 5}")
 
 
-@pytest.mark.parametrize(("adapter", "more"), [("lora", ALL), ("dora", ()), ("dora", ALL)])
+@pytest.mark.parametrize(
+    ("adapter", "more"), [("lora", ALL), pytest.param("dora", (), marks=pytest.mark.slow), ("dora", ALL)]
+)
 def test_adapters_end_to_end(adapter, more, trained, tiny, pair, inside, tmp_path):
     """LoRA and DoRA adapters of all layers are merged, exported, sampled and loaded by diffusers."""
     run = ("expert=low_noise", f"weights={pair}", "run=r", "steps=3", "batch_size=2", "optimizer.lr=3e-2")

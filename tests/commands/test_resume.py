@@ -197,7 +197,7 @@ TWENTY = ("early", *itertools.islice(itertools.cycle(("step", "save", "step", "s
 @pytest.mark.parametrize(
     ("engine", "kinds", "steps"),
     [
-        ("ddp", ("save",), 20),
+        pytest.param("ddp", ("save",), 20, marks=pytest.mark.slow),
         *(
             pytest.param(engine, TWENTY, 220, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
             for engine in ("single", "ddp", "zero2", "zero3", "fsdp2")
@@ -325,6 +325,7 @@ def test_gradient_checkpointing(tiny, call, tmp_path):
     assert losses(tmp_path / "runs" / "recomputed") == losses(tmp_path / "runs" / "kept")
 
 
+@pytest.mark.slow
 def test_validation_without_side_effects(tiny, call, tmp_path):
     """Validation and previews change no loss and no gradient norm of a run."""
     command = ("train.py", *tiny.train, "batch_size=2", "steps=4", "data.holdout=0.2")
@@ -408,6 +409,7 @@ def launched_twice(script, command, cwd, environment):
 
 
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_signal_to_launcher(engine, tiny, environment, launch_command, tmp_path):
     """A signal to the launcher, as from a scheduler, ends all processes after a checkpoint.
 
@@ -494,7 +496,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("background", ["true", pytest.param("false", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("background", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_checkpoint_write_failure(background, tiny, environment, call, tmp_path):
     """A checkpoint that cannot be written is one error, and the checkpoint before it stays."""
     run = tmp_path / "runs" / "r"

@@ -79,6 +79,7 @@ def test_stage_limits(gpu):
         assert callable(getattr(importlib.import_module(module), name))
 
 
+@pytest.mark.slow
 def test_failing_stages(gpu, tmp_path, monkeypatch, capsys):
     """A stage that dies or hangs does not stop the other stages."""
     (tmp_path / "planted.py").write_text(PLANTED)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5TokenizerFast, UMT5EncoderModel
 
-from wantrain.demo import footage
+from wantrain.demo import vocabulary
+from wantrain.demo.scene import Scene
 from wantrain.models.formats.loading import load_text_encoder
 from wantrain.models.text import TextEncoder, clean_prompt
 
@@ -60,9 +61,12 @@ def pieces(encoder, text):
 
 def all_captions():
     for shape, colour, background, direction in itertools.product(
-        [shape for shape in footage.SHAPES if shape != "wug"], footage.COLOURS, footage.BACKGROUNDS, footage.DIRECTIONS
+        [shape for shape in vocabulary.SHAPES if shape != "wug"],
+        vocabulary.COLOURS,
+        vocabulary.BACKGROUNDS,
+        vocabulary.DIRECTIONS,
     ):
-        scene = footage.Scene(shape, colour, background, direction, size=0.4, speed=0.3, start=(0.5, 0.5))
+        scene = Scene(shape, colour, background, direction, size=0.4, speed=0.3, start=(0.5, 0.5))
         for language in ("en", "zh"):
             yield scene.caption(language)
             yield scene.caption(language, still_image=True)
@@ -199,10 +203,10 @@ def test_words_are_clearly_different(encoder):
         rows = torch.nn.functional.normalize(torch.stack([text[place] for text in texts]), dim=-1)
         return (rows @ rows.T - 2 * torch.eye(len(words))).max()
 
-    assert cosines("a {} circle moving left", list(footage.COLOURS)) < 0.6
-    assert cosines("a red {} moving left", list(footage.SHAPES)) < 0.6
-    assert cosines("a red circle moving {}", [d for d in footage.DIRECTIONS if d != "still"]) < 0.6
-    assert cosines("{}圆形", [chinese for chinese, _ in footage.COLOURS.values()]) < 0.6
+    assert cosines("a {} circle moving left", list(vocabulary.COLOURS)) < 0.6
+    assert cosines("a red {} moving left", list(vocabulary.SHAPES)) < 0.6
+    assert cosines("a red circle moving {}", [d for d in vocabulary.DIRECTIONS if d != "still"]) < 0.6
+    assert cosines("{}圆形", [chinese for chinese, _ in vocabulary.COLOURS.values()]) < 0.6
 
 
 @pytest.mark.parametrize("name", ["T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"])

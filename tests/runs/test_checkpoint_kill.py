@@ -91,7 +91,11 @@ def saved_or_killed(folder, step, value, die_at, **settings):
 @both
 @pytest.mark.parametrize(
     ("step", "settings"),
-    [(4, {"keep": 1}), (3, {"keep": 1}), (4, {"keep": 2, "keep_best": True})],
+    [
+        (4, {"keep": 1}),
+        pytest.param(3, {"keep": 1}, marks=pytest.mark.slow),
+        pytest.param(4, {"keep": 2, "keep_best": True}, marks=pytest.mark.slow),
+    ],
     ids=["the one before is purged", "the same step again", "an older one is purged"],
 )
 def test_kill_during_save(step, settings, background, tmp_path):

@@ -46,6 +46,7 @@ def test_replay_with_other_settings(first, call):
     assert re.search(r"replay: 1 of 5 losses are the same bits; the first that is not is step 2 \(", ended.error)
 
 
+@pytest.mark.slow
 def test_replay_on_two_processes(first, launch, tmp_path):
     """Two processes repeat a run of one process within the bound."""
     said = launch("ddp", "replay=runs/first/run.json", "steps=4").stdout

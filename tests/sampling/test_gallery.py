@@ -123,6 +123,7 @@ def test_page_of_prompts(listed, tmp_path):
     assert (about["prompt"], about["seed"], about["size"]) == (PROMPTS[0], 0, "5x32x32")
 
 
+@pytest.mark.slow
 def test_compare_runs(tiny, pair, call, tmp_path):
     """compare= shows the videos of several runs side by side on one page."""
     train = (*tiny.train, f"weights={pair}", "batch_size=2", "steps=1", "optimizer.lr=1e-2")

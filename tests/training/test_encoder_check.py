@@ -143,4 +143,4 @@ def test_wanted_parts():
         (5, "low_noise", ["low_noise", "high_noise", "vae", "text_encoder", "tokenizer"]),
     ):
         cfg = config.compose("train", [f"sample.every={every}", f"expert={expert}"])
-        assert build.wanted(config.plain(cfg), config.experts(cfg)) == parts
+        assert build.parts_needed(config.plain(cfg), config.experts(cfg)) == parts

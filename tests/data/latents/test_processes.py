@@ -163,7 +163,7 @@ def two(monkeypatch, tmp_path):
         monkeypatch.setenv("WORLD_SIZE", "2")
         present = Heartbeat(tmp_path, plan, timeout=0.3)
         if state is not None:
-            present.beat(state, now=True)
+            present.send(state, now=True)
         return present
 
     monkeypatch.setattr(heartbeat, "GRACE", 0.2)

@@ -240,7 +240,7 @@ def slow_run(launch, tiny, tmp_path, now, *more, **how):
     ("now", "more"),
     [
         (("write",), ()),
-        (("download", "preview"), ()),
+        pytest.param(("download", "preview"), (), marks=slow),
         pytest.param(("write",), ("checkpoint.background=false",), marks=slow),
         pytest.param(("hash", "records"), (), marks=slow),
     ],

@@ -138,6 +138,7 @@ def test_budget_of_a_run(tiny, call, timed, tmp_path):
     assert "13 clips x 2 noise levels" in said and len(timed) == 1, "the user's word is last"
 
 
+@pytest.mark.slow
 def test_budget_on_two_processes(tiny, launch, tmp_path):
     """Two processes make one choice and divide the clips."""
     command = (*tiny.train[:-1], "init=scratch", "data.holdout=0.3", "batch_size=2", "steps=1", "check_expert=off")
