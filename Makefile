@@ -12,11 +12,11 @@ CODE := wantrain tests train.py shard.py encode.py sample.py export.py demo.py a
 demo: $(STAMP)
 	$(BIN)/python demo.py
 
-# Under two minutes: no process starts, nothing trains.
+# Seconds to minutes: no process starts, nothing trains.
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --quick -m "not slow"
 
-# Under twelve minutes on two quiet cores.
+# About twelve minutes on two quiet cores.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow"
 

@@ -459,6 +459,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_signal_to_one_rank(tiny, environment, call, tmp_path):
     """A signal that one of two processes receives stops both at the same step."""
     command = (*tiny.train, "batch_size=8", "steps=6", "checkpoint.every=100", "run=two")
@@ -470,6 +471,7 @@ def test_signal_to_one_rank(tiny, environment, call, tmp_path):
     assert "step 3 of 6" in call("train.py", *command).stdout and len(losses(run)) == 6
 
 
+@pytest.mark.slow
 def test_two_processes(tiny, environment, call, tmp_path):
     """Two processes train as one process does, and one process can continue their run."""
     command = (*tiny.train, "batch_size=8", "steps=6", "checkpoint.every=3")
@@ -496,7 +498,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("background", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("background", [pytest.param(each, marks=pytest.mark.slow) for each in ("true", "false")])
 def test_checkpoint_write_failure(background, tiny, environment, call, tmp_path):
     """A checkpoint that cannot be written is one error, and the checkpoint before it stays."""
     run = tmp_path / "runs" / "r"

@@ -240,7 +240,7 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "engine", ["zero2", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero3"))]
+    "engine", ["fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2", "zero3"))]
 )
 def test_precision_by_engine(engine, tiny, pair, launch, tmp_path):
     """Every engine keeps the model's own precision: float32 residuals, modulation, adapters and timesteps."""
@@ -280,6 +280,7 @@ def drawn(count):
     return [1000 * flow.draw_sigma(1, generator=stream, **distribution).item() for stream in streams]
 
 
+@pytest.mark.slow
 def test_pair_under_zero_refused(tiny, launch, tmp_path):
     """expert=both under ZeRO is one error that names the script for two jobs."""
     ended = launch("zero2", *tiny.train, "expert=both", "steps=2", "batch_size=8", check=False)

@@ -133,6 +133,7 @@ def test_on_main_failure(scenario, code, pair):
     ]
 
 
+@pytest.mark.slow
 def test_exit_after_failed_main(pair):
     """The other processes stay until a main process that failed has exited.
 
@@ -239,7 +240,7 @@ def slow_run(launch, tiny, tmp_path, now, *more, **how):
 @pytest.mark.parametrize(
     ("now", "more"),
     [
-        (("write",), ()),
+        pytest.param(("write",), (), marks=slow),
         pytest.param(("download", "preview"), (), marks=slow),
         pytest.param(("write",), ("checkpoint.background=false",), marks=slow),
         pytest.param(("hash", "records"), (), marks=slow),

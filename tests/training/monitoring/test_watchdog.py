@@ -70,6 +70,7 @@ def test_hang_without_timers():
     assert ended.returncode == 1 and "most recent call first" in ended.stderr
 
 
+@pytest.mark.slow
 def test_slow_progress():
     """Work that reports progress is not ended, however long it takes, nor is what follows it.
 
