@@ -12,7 +12,7 @@ CODE := wantrain tests train.py shard.py encode.py sample.py export.py demo.py a
 demo: $(STAMP)
 	$(BIN)/python demo.py
 
-# Seconds to minutes: no process starts, nothing trains.
+# Under two minutes: no process starts, nothing trains.
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --quick -m "not slow"
 
