@@ -96,6 +96,16 @@ def test_loss_with_reference(adapter, mine, tiny, pair, call, tmp_path):
     assert rows(tmp_path, "near")[-1]["anchor"] < anchors[-1], "a heavier anchor keeps the model nearer"
 
 
+def test_reference_of_continued_adapter(mine, tiny, pair, call, tmp_path):
+    """A LoRA that continues from a file has itself, as it was then, as its reference: the anchor begins at zero."""
+    command = ("train.py", *tiny.train, f"weights={pair}", *RUN, "adapter=lora", "optimizer.lr=1e-2")
+    call(*command, "steps=3", "run=first")
+    (lora,) = (tmp_path / "runs" / "first" / "checkpoints").glob("*/adapter.safetensors")
+    call(*command, mine, "loss=anchored", f"adapter.init={lora}", "run=r")
+    anchors = [row["anchor"] for row in rows(tmp_path) if "anchor" in row]
+    assert len(anchors) == 10 and anchors[0] == 0.0 and anchors[-1] > 0
+
+
 def test_loss_with_unknown_network(mine, tiny, pair, call, tmp_path):
     """The error for a loss that needs an unknown network names the networks that train.py provides."""
     code = (tmp_path / "mine.py").read_text().replace('("reference",)', '("teacher",)').replace("Anchored", "Taught")

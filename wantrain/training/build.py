@@ -105,7 +105,7 @@ def build_expert(
     """The trainer of one expert: the loss's frozen networks, then the checkpoint's weights, then the engine."""
     settings, placement = expert.settings, setup.placement
     folder = expert.name if len(setup.experts) > 1 else ""
-    reference = _frozen_copy(trainable, expert.loss)
+    reference = _frozen_copy(trainable, expert)
     average = None if checkpoint is None else read_average(trainable, checkpoint / folder)
     options = StepOptions(setup.batching.accumulate, settings["clip"], settings["precision"])
     stepper = placement.stepper(trainable.module, build_optimizer(expert.optimizer, trainable.module), options)
@@ -123,11 +123,16 @@ def build_expert(
     )
 
 
-def _frozen_copy(trainable: TrainableModule, loss: LossFunction) -> torch.nn.Module | None:
-    """A copy of what the expert starts from, for a loss that needs a reference; None where the adapter can be off."""
+def _frozen_copy(trainable: TrainableModule, expert: ExpertOptions) -> torch.nn.Module | None:
+    """A copy of what the expert starts from, for a loss that needs a reference.
+
+    None where that is the module with its adapter off: a new adapter adds nothing, one that continues from a file does.
+    """
+    loss = expert.loss
     if wrong := [name for name in loss.networks if name != "reference"]:
         raise ValueError(f"the loss {type(loss).__name__} needs a network {wrong[0]!r}; train.py provides: reference")
-    if not loss.networks or adapters.has_adapter(trainable.module):
+    starts_as_base = adapters.has_adapter(trainable.module) and expert.settings["adapter"]["init"] is None
+    if not loss.networks or starts_as_base:
         return None
     return copy.deepcopy(trainable.module).requires_grad_(False).eval()
 

@@ -223,7 +223,7 @@ def should_stop(validators: Sequence[Validator], most_stale: int | None, step: i
         return False
     say(
         f"step {step}: {most_stale} validations in a row were not distinguishably better than the best before them, so "
-        f"the run ends here; or raise validation.early_stopping_patience"
+        f"the run ends here (validation.early_stopping_patience={most_stale})"
     )
     return True
 

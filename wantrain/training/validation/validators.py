@@ -38,10 +38,8 @@ def build_validators(setup: RunSetup, trainers: Mapping[str, ExpertTrainer]) -> 
     What of `validation.every`, `clips` and `points` is null is chosen so that validation takes at most
     `validation.share` of training, and recorded in the run's folder.
     """
-    settings, chosen = (
-        setup.settings["validation"],
-        ChosenExtent(setup.folder.validation, setup.settings["validation"]["share"]),
-    )
+    settings = setup.settings["validation"]
+    chosen = ChosenExtent(setup.folder.validation, settings["share"])
     given = {key: settings[key] for key in ("every", "clips", "points")}
     fixed, most_stale = chosen.recall(given), settings["early_stopping_patience"]
     batches = setup.data.heldout_batches(fixed.get("clips", BEST.clips))
@@ -54,6 +52,9 @@ def build_validators(setup: RunSetup, trainers: Mapping[str, ExpertTrainer]) -> 
         )
     if not batches:
         say("no clips are held out (data.holdout is 0, or there are too few files): there is no validation")
+        return Evaluations()
+    if None in validations.values():
+        say("the loss declares no validation: there is none")
         return Evaluations()
     if not noisy:
         # Each clip is read once: 16 samples in 100 steps are within any share, so nothing is chosen.
