@@ -76,7 +76,7 @@ def _forward_backward(context: Context, module: WanTransformer, bucket: Bucket, 
     losses: list[Tensor] = []
 
     def forward() -> None:
-        with autocast("bf16", context.device), adapters.keep_activation_dtype(module):
+        with autocast("bf16", context.device):
             losses.append(module(latents, timestep, text).square().mean())
 
     def backward() -> None:

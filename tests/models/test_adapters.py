@@ -62,7 +62,7 @@ def test_start_equals_base(dora, precision, inputs):
     """A new adapter does not change the outputs of its model."""
     answers = []
     for model in (adapted(trained=False, dora=dora, targets="all"), plain(), adapted(dora=dora)):
-        with autocast(precision, torch.device("cpu")), adapters.keep_activation_dtype(model):
+        with autocast(precision, torch.device("cpu")):
             answers.append(model(*inputs))
     assert torch.equal(answers[0], answers[1])
     assert (answers[2] - answers[1]).abs().max() > 0.01
@@ -182,10 +182,12 @@ def test_init_by_seed():
         adapters.inject(torch.nn.Conv1d(2, 2, 1), adapters.AdapterSettings(rank=1, alpha=1, targets="all"), seed=0)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_bf16_dtypes(dora, inputs):
-    """Under bf16 autocast weights and gradients are float32 and activations bf16."""
+def test_bf16_dtypes(dora, recompute, inputs):
+    """Under bf16 autocast weights and gradients are float32 and activations bf16, also in a recomputed forward."""
     model = adapted(dora=dora).to(torch.float32)
+    model.gradient_checkpointing = recompute
     seen = {}
     layer = model.blocks[0].self_attn.q
 
@@ -200,7 +202,7 @@ def test_bf16_dtypes(dora, inputs):
         parts["magnitude"] = layer.lora_magnitude_vector["default"]
     for name, part in parts.items():
         part.register_forward_hook(note(name))
-    with autocast("bf16", torch.device("cpu")), adapters.keep_activation_dtype(model):
+    with autocast("bf16", torch.device("cpu")):
         answer = model(*inputs)
     answer.square().sum().backward()
     assert seen == dict.fromkeys((f"{name} {end}" for name in parts for end in ("in", "out")), torch.bfloat16)
@@ -221,6 +223,8 @@ def test_bf16_dora_equals_merge():
     x, frozen = torch.randn(512, 256).bfloat16(), torch.nn.Sequential(torch.nn.Linear(256, 256))
     config = LoraConfig(r=4, lora_alpha=4, target_modules=["0"], use_dora=True, init_lora_weights=False)
     theirs, ours = (inject_adapter_in_model(config, copy.deepcopy(frozen)) for _ in range(2))
+    for model in (theirs, ours):
+        model[0].cast_input_dtype_enabled = False
     # Changes of some per cent, as training makes them.
     theirs[0].lora_B["default"].weight.data *= 0.05
     lengths = row_lengths(frozen[0].weight.detach()) * (1 + 0.02 * torch.randn(256))
@@ -234,7 +238,7 @@ def test_bf16_dora_equals_merge():
     merged[0].weight.data = layer.merged(frozen[0].weight.detach())
     off = {}
     for name, model in (("theirs", theirs), ("ours", ours), ("merged", merged)):
-        with autocast("bf16", torch.device("cpu")), adapters.keep_activation_dtype(model):
+        with autocast("bf16", torch.device("cpu")):
             answer = model(x).float()
         # What each row of the weight is too long or too short by: the same for all inputs, unlike rounding noise.
         off[name] = ((answer * exact).sum(0) / exact.square().sum(0) - 1).abs().max().item()
@@ -254,7 +258,7 @@ def as_peft_computes(model):
 
 
 def answer_and_gradients(model, inputs, precision):
-    with autocast(precision, torch.device("cpu")), adapters.keep_activation_dtype(model):
+    with autocast(precision, torch.device("cpu")):
         answer = model(*inputs)
     answer.square().sum().backward()
     graded = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -355,7 +359,7 @@ def test_bf16_base_float32_adapter(dora, inputs):
             layer.register_forward_hook(
                 lambda layer, given, answer, key=(name, part): seen.update({key: {given[0].dtype, answer.dtype}})
             )
-    with autocast("bf16", torch.device("cpu")), adapters.keep_activation_dtype(model):
+    with autocast("bf16", torch.device("cpu")):
         answer = model(*inputs)
     assert len(seen) == 3 * 26
     for (name, part), dtypes in seen.items():

@@ -107,6 +107,9 @@ def _add_layers(module: nn.Module, sizes: Mapping[str, tuple[int, float]], seed:
         torch.manual_seed(seed)
         inject_adapter_in_model(config, module)
     for layer in _layers(module).values():
+        # Else peft casts bf16 inputs to the adapter's float32 (4 TB of traffic in a 14B step). Set for good, not around
+        # the forward: a recomputed forward runs inside the backward.
+        layer.cast_input_dtype_enabled = False
         if dora:
             layer.lora_magnitude_vector["default"] = Magnitude(layer.get_base_layer().weight)
         else:
@@ -183,18 +186,6 @@ def _layers(module: nn.Module) -> dict[str, Any]:
 def has_adapter(module: nn.Module) -> bool:
     """True if `module` has adapter layers."""
     return bool(_layers(module))
-
-
-@contextmanager
-def keep_activation_dtype(module: nn.Module) -> Iterator[None]:
-    """While active, bf16 inputs of float32 adapters stay bf16; peft would cast them (4 TB of traffic in a 14B step)."""
-    if not has_adapter(module):
-        yield
-        return
-    from peft.helpers import disable_input_dtype_casting
-
-    with disable_input_dtype_casting(module):
-        yield
 
 
 @contextmanager

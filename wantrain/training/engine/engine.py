@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from wantrain.models.adapters import keep_activation_dtype
 from wantrain.models.facts import block_classes
 from wantrain.runs.checkpoint import Copier
 from wantrain.training.engine.accelerator import SHARDED, autocast, engine_of, share_timeout
@@ -114,11 +113,9 @@ class Stepper:
         precision = {"enabled": self.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
         config["torch_autocast"] = precision
 
-    @contextmanager
-    def forward_context(self) -> Iterator[None]:
+    def forward_context(self) -> AbstractContextManager[Any]:
         """How every forward of this run computes: also previews and validation enter it."""
-        with autocast(self.precision, self.device), keep_activation_dtype(self.module):
-            yield
+        return autocast(self.precision, self.device)
 
     def begin(self, learning_rate_scale: float) -> None:
         """Set the learning rate of the step that begins: some engines step inside the last backward."""
