@@ -22,14 +22,15 @@ def main(cfg: DictConfig) -> None:
     downloads = out / ".downloads"
     shutil.rmtree(downloads, ignore_errors=True)  # left by a killed run
     try:
-        footage, rejects = find_footage(
+        footage, rejects, tally = find_footage(
             cfg.source,
             caption_missing=cfg.caption.missing,
             caption_prefix=cfg.caption.prefix,
             caption_default=cfg.caption.default,
             downloads=downloads,
+            out=out,
         )
-        write_video_shards(footage, rejects, out, options)
+        write_video_shards(footage, rejects, out, options, tally)
     finally:
         shutil.rmtree(downloads, ignore_errors=True)
     if cfg.report != "none":

@@ -64,8 +64,8 @@ def shard(source, out, *, found=None, **settings):
     """Run `write_video_shards` with the fields of all its option records as keywords."""
     settings = {"model": "tiny", "num_frames": 17, "fps": 16, "shard_bytes": 1 << 20, **settings}
     clips, decode = _record(ClipOptions, settings), _record(DecodeOptions, settings)
-    footage, rejects = find_footage(source) if found is None else found
-    return write_video_shards(footage, rejects, out, ShardOptions(clips=clips, decode=decode, **settings))
+    footage, rejects, *tally = find_footage(source) if found is None else found
+    return write_video_shards(footage, rejects, out, ShardOptions(clips=clips, decode=decode, **settings), *tally)
 
 
 def encode(shards, out, **settings):

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-VIDEOS = frozenset((".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"))
-IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+#: Containers that decord fails on, for want of an index: they are read forwards, with PyAV.
+STREAMS = frozenset((".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".ogv"))
+VIDEOS = STREAMS | {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".wmv", ".flv", ".3gp", ".y4m"}
+IMAGES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
+#: Footage that Pillow, decord and PyAV cannot decode: it is rejected by name.
+UNDECODABLE = frozenset((".heic", ".heif"))
+#: Extensions of all files that are either used or rejected by name.
+FOOTAGE = VIDEOS | IMAGES | UNDECODABLE
 
 
 @dataclass(frozen=True)

@@ -376,7 +376,7 @@ def test_frames_on_screen():
 @pytest.mark.skipif(SHARED is None, reason="set WANTRAIN_FOOTAGE to a folder with the shared real footage")
 def test_shared_footage():
     """The shared real footage is found and decoded, and its mask is no footage."""
-    footage, rejects = find_footage(Path(SHARED))
+    footage, rejects, _ = find_footage(Path(SHARED))
     assert [file.name for file in footage] == [
         "dog.mp4",
         "hiker.mp4",

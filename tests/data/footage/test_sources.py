@@ -36,7 +36,7 @@ def test_files_and_captions(tmp_path):
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "x.mp4").touch()
     (tmp_path / ".y.mp4").touch()
-    footage, rejects = find_footage(tmp_path)
+    footage, rejects, _ = find_footage(tmp_path)
     assert [(file.name, file.caption) for file in footage] == [("a/c.PNG", "一只猫"), ("b.mp4", "a dog runs")]
     assert rejects == []
 
@@ -46,18 +46,30 @@ def test_missing_captions(tmp_path):
     folder_with(tmp_path, a_mp4="", b_mp4="", b_txt="told", c_mp4="", c_txt=" \n")
     with pytest.raises(ValueError, match=r"2 of 3 files have no caption \(first: a\.mp4\)"):
         find_footage(tmp_path)
-    footage, rejects = find_footage(tmp_path, caption_missing="skip")
+    footage, rejects, _ = find_footage(tmp_path, caption_missing="skip")
     assert [file.name for file in footage] == ["b.mp4"]
     assert [(reject.name, reject.reason, reject.bad) for reject in rejects] == [
         ("a.mp4", "no caption", False),
         ("c.mp4", "no caption", False),
     ]
     assert captions(find_footage(tmp_path, caption_missing="empty")) == {"a.mp4": "", "b.mp4": "told", "c.mp4": ""}
-    assert captions(find_footage(tmp_path, caption_default="thing")) == {
-        "a.mp4": "thing",
-        "b.mp4": "told",
-        "c.mp4": "thing",
-    }
+
+
+def test_default_caption(tmp_path):
+    """caption.default fills files without a caption; one that is blank is left to caption.missing."""
+    folder_with(tmp_path, a_mp4="", b_mp4="", b_txt="told", c_mp4="", c_txt=" \n")
+    with pytest.raises(ValueError, match=r"1 of 3 files have no caption \(first: c\.mp4, whose caption is blank\)"):
+        find_footage(tmp_path, caption_default="thing")
+    found = find_footage(tmp_path, caption_default="thing", caption_missing="empty")
+    assert captions(found) == {"a.mp4": "thing", "b.mp4": "told", "c.mp4": ""}
+    (tmp_path / "metadata.jsonl").write_text('{"path": "a.mp4", "caption": ""}\n{"path": "c.mp4", "caption": "row"}')
+    found = find_footage(tmp_path, caption_default="thing", caption_missing="skip")
+    assert captions(found) == {"b.mp4": "told", "c.mp4": "row"}
+    tar_with(
+        tmp_path / "t.tar", {"1.mp4": b"", "1.txt": b" ", "2.mp4": b"", "3.mp4": b"", "3.json": b'{"caption": ""}'}
+    )
+    found = find_footage(str(tmp_path / "t.tar"), caption_default="thing", caption_missing="empty")
+    assert captions(found) == {"1.mp4": "", "2.mp4": "thing", "3.mp4": ""}
 
 
 @pytest.mark.parametrize(
@@ -68,52 +80,6 @@ def test_caption_prefix(tmp_path, prefix, caption):
     """A prefix is put before every caption."""
     folder_with(tmp_path, a_mp4="", a_txt="a cat")
     assert captions(find_footage(tmp_path, caption_prefix=prefix)) == {"a.mp4": caption}
-
-
-def test_captions_from_metadata(tmp_path):
-    folder_with(tmp_path, a_mp4="", a_txt="beside", x__b_mp4="", c_png="", c_txt="from the text file")
-    rows = [
-        {"path": "x/b.mp4", "caption": "line\u2028separator"},
-        {"file_name": "./a.mp4", "text": "from metadata"},
-    ]
-    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "metadata.jsonl").write_text(f"\ufeff{lines}\n", encoding="utf-8")
-    assert captions(find_footage(tmp_path)) == {
-        "a.mp4": "from metadata",
-        "c.png": "from the text file",
-        "x/b.mp4": "line separator",
-    }
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("{", "line 2 is not"),
-        ('["a.mp4", "text"]', "line 2 is not"),
-        ('{"path": 3, "caption": "x"}', "line 2 is not"),
-        ('{"caption": "x"}', "line 2 is not .*path|line 2 is not .*file_name"),
-        ('{"path": "b.mp4"}', "line 2 is not"),
-        ('{"path": "gone.mp4", "caption": "x"}', "line 2 names gone.mp4, which is not in"),
-        ('{"path": "../other.mp4", "caption": "x"}', "line 2 names ../other.mp4, which is not a video or image below"),
-        ('{"path": "note.md", "caption": "x"}', "line 2 names note.md, which is not a video"),
-        ('{"path": "a.mp4", "caption": "x"}', "line 2 names a.mp4 for the second time"),
-    ],
-)
-def test_metadata_errors(tmp_path, line, problem):
-    """An error in metadata.jsonl names the line."""
-    source = folder_with(tmp_path / "source", a_mp4="", b_mp4="", note_md="")
-    (tmp_path / "other.mp4").touch()
-    (source / "metadata.jsonl").write_text('{"path": "a.mp4", "caption": "x"}\n' + line)
-    with pytest.raises(ValueError, match=problem):
-        find_footage(source, caption_missing="empty")
-
-
-def test_caption_encoding(tmp_path):
-    """A caption that is not UTF-8 raises an error that names its file."""
-    folder_with(tmp_path, a_mp4="")
-    (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
-        find_footage(tmp_path)
 
 
 def test_no_footage(tmp_path):
@@ -129,7 +95,7 @@ def test_non_files(tmp_path):
     folder_with(tmp_path, folder_mp4__inside_mp4="", folder_mp4__inside_txt="fine")
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "broken.mp4").symlink_to(tmp_path / "gone.mp4")
-    footage, rejects = find_footage(tmp_path)
+    footage, rejects, _ = find_footage(tmp_path)
     assert [file.name for file in footage] == ["folder.mp4/inside.mp4"]
     assert [reject.name for reject in rejects] == ["broken.mp4", "folder.mp4", "pipe.mp4"]
     assert all(reject.bad for reject in rejects)
@@ -138,7 +104,7 @@ def test_non_files(tmp_path):
 def test_masks(tmp_path):
     """Masks beside footage are not footage."""
     folder_with(tmp_path, a_mp4="", a_txt="a", masks__a_mp4="", masks__own_mp4="", masks__own_txt="a film about masks")
-    footage, rejects = find_footage(tmp_path, caption_default="thing")
+    footage, rejects, _ = find_footage(tmp_path, caption_default="thing")
     assert [file.name for file in footage] == ["a.mp4", "masks/own.mp4"]
     assert [(reject.name, reject.bad) for reject in rejects] == [("masks/a.mp4", False)]
 
@@ -147,70 +113,9 @@ def test_non_utf8_names(tmp_path):
     """A file name that is not UTF-8 can be written as JSON."""
     path = os.fsencode(tmp_path) + b"/n\xff\n.mp4"
     Path(os.fsdecode(path)).touch()
-    footage, _ = find_footage(tmp_path, caption_default="x")
+    footage, *_ = find_footage(tmp_path, caption_default="x")
     assert footage[0].name == "n\\xff\n.mp4"
     json.dumps(footage[0].name, ensure_ascii=False).encode()
-
-
-# -------------------------------------------------------------------------------------------------- tables
-
-
-def test_annotations(tmp_path):
-    """A file may have several captions, a weight and tags."""
-    folder_with(tmp_path, a_mp4="", b_mp4="", b_txt="beside", c_mp4="", d_mp4="", d_txt="d")
-    rows = [
-        {"path": "a.mp4", "captions": ["one", " two\n", "one", ""], "weight": 2.5, "tags": ["cat", " roof"]},
-        {"path": "b.mp4", "caption": None, "tags": "night, rain"},
-        {"path": "c.mp4", "text": ["first", "second"]},
-    ]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    footage, _ = find_footage(tmp_path, caption_prefix="ohwx")
-    assert {file.name: file.annotation for file in footage} == {
-        "a.mp4": Annotation(("ohwx one", "ohwx two"), 2.5, ("cat", "roof")),
-        "b.mp4": Annotation(("ohwx beside",), 1.0, ("night", "rain")),
-        "c.mp4": Annotation(("ohwx first", "ohwx second")),
-        "d.mp4": Annotation(("ohwx d",)),
-    }
-    assert [file.caption for file in footage] == ["ohwx one", "ohwx beside", "ohwx first", "ohwx d"]
-
-
-def test_csv_metadata(tmp_path):
-    """metadata.csv holds what metadata.jsonl holds."""
-    folder_with(tmp_path, a_mp4="", x__b_mp4="", c_mp4="", c_txt="beside")
-    (tmp_path / "metadata.csv").write_text(
-        "\ufefffile_name,text,caption_2,weight,tags\r\n"
-        'a.mp4,"a cat, ""asleep""\non a roof",二只猫,0.5,cat;roof\r\n'
-        "x/b.mp4,b,,,\r\n",
-        encoding="utf-8",
-    )
-    footage, _ = find_footage(tmp_path)
-    assert {file.name: file.annotation for file in footage} == {
-        "a.mp4": Annotation(('a cat, "asleep" on a roof', "二只猫"), 0.5, ("cat", "roof")),
-        "c.mp4": Annotation(("beside",)),
-        "x/b.mp4": Annotation(("b",)),
-    }
-
-
-@pytest.mark.parametrize(
-    ("table", "problem"),
-    [
-        ("path,caption\na.mp4,x,y\n", "line 2 is not path,caption"),
-        ("path,caption\na.mp4\n", "line 2 is not path,caption"),
-        ("name,caption\na.mp4,x\n", "line 2 is not path,caption.*file_name"),
-        ("path\na.mp4\n", "line 2 is not path,caption.*caption"),
-        ("path,caption,weight\na.mp4,x,heavy\n", "line 2 is not path,caption.*heavy"),
-        ("path,caption,weight\na.mp4,x,0\n", "weight=0 must be above 0"),
-        ("path,caption\ngone.mp4,x\n", "line 2 names gone.mp4, which is not in"),
-        ("path,caption\na.mp4,x\na.mp4,y\n", "line 3 names a.mp4 for the second time.*caption_2"),
-        ('path,caption\na.mp4,"x\n', "is not path,caption"),
-    ],
-)
-def test_csv_errors(tmp_path, table, problem):
-    """An error in metadata.csv names the line."""
-    folder_with(tmp_path, a_mp4="")
-    (tmp_path / "metadata.csv").write_text(table)
-    with pytest.raises(ValueError, match=rf"metadata\.csv {problem}|metadata\.csv.*{problem}"):
-        find_footage(tmp_path, caption_missing="empty")
 
 
 # ---------------------------------------------------------------------------------------------------- tars
@@ -343,7 +248,7 @@ def test_tar_member_names(tmp_path):
     """A path that leads out of the tar is a name to show; nothing is written there."""
     tar = tar_with(tmp_path / "a.tar", {"../../evil.mp4": b"video", "/abs/x.mp4": b"other"})
     before = sorted(tmp_path.rglob("*"))
-    (one, two), _ = find_footage(str(tar), caption_default="x")
+    (one, two), *_ = find_footage(str(tar), caption_default="x")
     with one.on_disk() as path, two.on_disk() as other:
         assert (path.read_bytes(), other.read_bytes()) == (b"video", b"other")
     assert (one.name, two.name) == ("../../evil.mp4", "/abs/x.mp4")
@@ -354,7 +259,7 @@ def test_tar_without_footage(tmp_path):
     """A tar without footage is a reject that does not count as bad."""
     tar_with(tmp_path / "texts.tar", {"000.txt": b"words"})
     folder_with(tmp_path, a_mp4="", a_txt="a")
-    footage, rejects = find_footage(tmp_path)
+    footage, rejects, _ = find_footage(tmp_path)
     assert [file.name for file in footage] == ["a.mp4"]
     assert [(reject.name, reject.bad) for reject in rejects] == [("texts.tar", False)]
 
@@ -365,5 +270,5 @@ def test_many_files(tmp_path):
     names = [f"{letter}{number:05d}.mp4" for letter in "aÄz" for number in range(33_334)]
     for name in names:
         (tmp_path / name).touch()
-    footage, rejects = find_footage(tmp_path, caption_default="x")
+    footage, rejects, _ = find_footage(tmp_path, caption_default="x")
     assert ([file.name for file in footage], rejects) == (sorted(names), [])

@@ -187,11 +187,11 @@ def test_copies_and_skipped_files(footage, tmp_path):
     """Copies and skipped files are rejected but do not count as bad."""
     for number in range(5):
         (footage / f"copy-{number}.mp4").write_bytes((footage / "clip-0000.mp4").read_bytes())
-    found, rejects = find_footage(footage, caption_missing="skip")
+    found, rejects, _ = find_footage(footage, caption_missing="skip")
     assert len(rejects) == 5
     manifest = shard(None, tmp_path / "out", found=(found, rejects), rejects_limit=0.0)
     assert (manifest["files_seen"], manifest["files_used"], manifest["files_rejected"]) == (12, 7, 5)
-    found, rejects = find_footage(footage, caption_missing="empty")
+    found, rejects, _ = find_footage(footage, caption_missing="empty")
     manifest = shard(None, tmp_path / "other", found=(found, rejects), rejects_limit=0.0)
     assert manifest["files_rejected"] == 5
 
@@ -200,7 +200,7 @@ def test_all_files_rejected(tmp_path):
     """A set whose files are all rejected is an error."""
     (tmp_path / "footage").mkdir()
     (tmp_path / "footage" / "a.mp4").write_bytes(b"no video")
-    found, rejects = find_footage(tmp_path / "footage", caption_missing="empty")
+    found, rejects, _ = find_footage(tmp_path / "footage", caption_missing="empty")
     with pytest.raises(ValueError, match="all 1 files are rejected"):
         shard(None, tmp_path / "out", found=(found, rejects), rejects_limit=1.0)
 

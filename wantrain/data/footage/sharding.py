@@ -23,6 +23,7 @@ from wantrain.data.footage.probe import Footage, check_mask
 from wantrain.data.footage.scenes import library
 from wantrain.data.footage.selection import ClipSelector
 from wantrain.data.footage.survey import Survey, Surveys
+from wantrain.data.footage.tally import Tally
 from wantrain.data.footage.video_shards import VideoTars
 from wantrain.data.rejects import Reject
 from wantrain.data.shards import MANIFEST, SCHEMA, claim, is_whole, write_rejects
@@ -87,13 +88,14 @@ class ShardOptions:
 
 
 def write_video_shards(
-    footage: list[Footage], rejects: list[Reject], out: Path, options: ShardOptions
+    footage: list[Footage], rejects: list[Reject], out: Path, options: ShardOptions, tally: Tally | None = None
 ) -> dict[str, Any]:
     """Survey every file, select its clips and write the files with captions into shards; returns the manifest.
 
     Static clips and near-duplicates are found, and left out where `options` say so. Rejected files are listed in
-    rejects.jsonl with the reason; `rejects` are those found before. If `out` is finished, with the same settings and
-    some of the same files, only what differs is made, and `out` stays as it is until the end.
+    rejects.jsonl with the reason; `rejects` are those found before, and `tally` counts what is neither. If `out` is
+    finished, with the same settings and some of the same files, only what differs is made, and `out` stays as it is
+    until the end.
 
     ValueError if more than `options.rejects_limit` of the files are bad (then there is no manifest), or if `out` holds
     something else.
@@ -104,6 +106,8 @@ def write_video_shards(
     earlier = claim(out, "video", settings, same_footage=lambda: surveys.has_any([entry.digest for entry in entries]))
     if earlier is not None and earlier["settings"] == settings and is_whole(out, earlier):
         say(f"{out} is finished already: {earlier['clips']} clips; nothing to do")
+        for line in (tally or Tally()).lines():
+            say(f"  {line}")
         return earlier
     selector = ClipSelector(options.clips, options.static == "drop", options.duplicates == "drop")
     for reject in rejects:
@@ -125,9 +129,10 @@ def write_video_shards(
         "settings": settings,
         "files_seen": total,
         "files_used": selector.stats.files.used,
-        "files_rejected": len(selector.rejects),
+        "files_rejected": total - selector.stats.files.used,
         "clips": selector.stats.clips.used,
         "stats": selector.stats.to_dict(),
+        "beside": (tally or Tally()).to_dict(),
         "findings": selector.findings(),
         "alike": selector.alike_files(),
         "shards": shards,
@@ -135,15 +140,15 @@ def write_video_shards(
     write_json(out / MANIFEST, manifest)
     tars.remove_others()
     surveys.remove_all_but({digest for entry in entries for digest in (entry.digest, entry.mask_digest) if digest})
-    _say(out, manifest, selector.stats)
+    _say(out, manifest, selector.stats, tally or Tally())
     return manifest
 
 
-def _say(out: Path, manifest: dict[str, Any], stats: DatasetStats) -> None:
+def _say(out: Path, manifest: dict[str, Any], stats: DatasetStats, tally: Tally) -> None:
     """Print the summary."""
     used, rejected = manifest["files_used"], manifest["files_rejected"]
     say(f"{out}: {manifest['files_seen']} files seen = {used} used + {rejected} rejected; {manifest['clips']} clips")
-    for line in stats.summary():
+    for line in [*stats.summary(), *tally.lines()]:
         say(f"  {line}")
     static, alike = manifest["findings"]["static"], manifest["findings"]["duplicates"]
     if static["clips"]:

@@ -1,27 +1,38 @@
 """Sources of footage: folders of files and WebDataset tars, local or at a URL; each file with its annotation.
 
-Every file with the extension of a video or image is returned as Footage, or as a Reject with its reason.
+Every file with the extension of a video or image is returned as Footage, or as a Reject with its reason. Every other
+file is counted.
 """
 
 from __future__ import annotations
 
 import glob
-import os
 import shutil
-import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec
 from braceexpand import braceexpand
 
-from wantrain.data.footage import captions
-from wantrain.data.footage.captions import Annotation
+from wantrain.data.footage.captions import Annotation, read_caption_file
 from wantrain.data.footage.probe import MASKS, Footage
-from wantrain.data.rejects import IMAGES, VIDEOS, Reject
+from wantrain.data.footage.tables import read_tables
+from wantrain.data.footage.tally import Tally
+from wantrain.data.footage.tars import read_tar
+from wantrain.data.footage.tree import below, is_footage, read_tree
+from wantrain.data.rejects import IMAGES, UNDECODABLE, VIDEOS, Reject
 from wantrain.data.remote import open_url, reaching
+
+
+class Found(NamedTuple):
+    """What a source holds: files of footage, rejects, and the count of all other files and folders."""
+
+    footage: list[Footage]
+    rejects: list[Reject]
+    tally: Tally
 
 
 def find_footage(
@@ -31,172 +42,121 @@ def find_footage(
     caption_prefix: str = "",
     caption_default: str = "",
     downloads: Path | None = None,
-) -> tuple[list[Footage], list[Reject]]:
-    """All videos and images of `source`, sorted, with captions; and those that are rejected.
+    out: Path | None = None,
+) -> Found:
+    """All videos and images of `source`, sorted, with captions; those that are rejected; and the count of the rest.
 
     `source` is a folder, or WebDataset tars: a file, a pattern (`data/*.tar`, `data/{000..012}.tar`) or a URL that
     fsspec knows; braces work in URLs too. Remote tars are copied into `downloads` first. In a folder a caption comes
-    from metadata.jsonl or .csv or from NAME.txt beside the file, in a tar from the sample's .json or .txt. Without
-    one it is `caption_default`; without that, `caption_missing` decides: "error", "skip" or "empty".
+    from a table (tables.py) or from NAME.txt beside the file, in a tar from the sample's .json or .txt. A file that has
+    none gets `caption_default`. Without that, and for a caption that is blank, `caption_missing` decides: "error",
+    "skip" or "empty".
 
-    ValueError if nothing is found, a caption is missing under "error", a table names an absent file, or a tar is
-    damaged.
+    ValueError if nothing is found, a caption is missing under "error", a table names an absent file, a tar is damaged,
+    something cannot be read, or `out` lies inside the folder `source`.
     """
-    found: list[Footage | Reject] = []
+    found, tally = list[Footage | Reject](), Tally()
     where = _local(source)
     if where is not None and where.is_dir():
-        found.extend(_in_folder(where))
-        tars = sorted(path for path in where.rglob("*.tar") if path.is_file() and not _hidden(path, where))
-        for tar in tars:
-            found.extend(_in_tar(tar, f"{_name(tar, where)}/"))
+        found.extend(_in_folder(where, tally, out))
         if not found:
             raise ValueError(
                 f"source={source} holds no videos or images ({' '.join(sorted(VIDEOS | IMAGES))}); give the folder "
-                "that holds them"
+                f"that holds them{_instead(tally)}"
             )
     else:
         paths = [where] if where is not None else _tars(str(source), downloads)
         for path in paths:
-            found.extend(_in_tar(path, f"{path.name}/" if len(paths) > 1 else ""))
+            found.extend(read_tar(path, f"{path.name}/" if len(paths) > 1 else "", tally))
         if not found:
             raise ValueError(
                 f"source={source}: no sample holds a video or an image ({' '.join(sorted(VIDEOS | IMAGES))}); give "
-                "tars that do"
+                f"tars that do{_instead(tally)}"
             )
-    return _select(found, caption_missing, caption_prefix, caption_default)
+    footage, rejects = _select(found, caption_missing, caption_prefix, caption_default)
+    return Found(footage, rejects, tally)
+
+
+def _instead(tally: Tally) -> str:
+    """What was there instead of footage, as the end of a message."""
+    return "".join(f"; {line}" for line in tally.lines())
 
 
 def _select(
     found: list[Footage | Reject], missing: str, prefix: str, default: str
 ) -> tuple[list[Footage], list[Reject]]:
     """Split into footage with its final captions, and rejects."""
-    footage, rejects, without = [], [], []
+    footage, rejects, without = list[Footage](), list[Reject](), list[Footage]()
     fallback = " ".join(default.split())
     for file in found:
+        captions = file.annotation.captions if isinstance(file, Footage) else ()
+        if not captions and fallback:
+            captions = (fallback,)
         if isinstance(file, Reject):
             rejects.append(file)
-        elif file.member is None and not file.path.is_file():
-            reason = "is not a file (a folder, a pipe or a broken link)"
-            rejects.append(Reject(file.name, reason, kind="not a file"))
-        elif not file.caption and file.member is None and _is_mask(file.path):
-            rejects.append(Reject(file.name, f"is the mask of {file.path.name}, not footage", bad=False, kind="mask"))
-        elif file.caption or fallback or missing == "empty":
-            annotation = file.annotation if file.caption else replace(file.annotation, captions=(fallback,))
+        elif (reject := _refused(file)) is not None:
+            rejects.append(reject)
+        elif any(captions) or missing == "empty":
+            annotation = replace(file.annotation, captions=captions or ("",))
             footage.append(replace(file, annotation=annotation.with_prefix(prefix)))
         elif missing == "skip":
             rejects.append(Reject(file.name, "no caption", bad=False, kind="no caption"))
         else:
-            without.append(file.name)
+            without.append(file)
     if without:
+        name, blank = without[0].name, without[0].annotation.captions == ("",)
+        there = ", whose caption is blank" if blank else ""
+        instead = "" if fallback else "give caption.default=TEXT (for files without a caption), "
         raise ValueError(
-            f"{len(without)} of {len(found)} files have no caption (first: {without[0]}); write it into "
-            f"{Path(without[0]).with_suffix('.txt')} or metadata.jsonl, or give caption.default=TEXT, "
-            "caption.missing=skip or caption.missing=empty"
+            f"{len(without)} of {len(found)} files have no caption (first: {name}{there}); write it into "
+            f"{Path(name).with_suffix('.txt')} or metadata.jsonl, or {instead}"
+            f"{'give ' if fallback else ''}caption.missing=skip or caption.missing=empty"
         )
     return footage, rejects
+
+
+def _refused(file: Footage) -> Reject | None:
+    """The reject of a file that is no footage, or cannot be decoded, by its name or place; None for any other."""
+    if file.member is None and not file.path.is_file():
+        return Reject(file.name, "is not a file (a folder, a pipe or a broken link)", kind="not a file")
+    if f".{file.extension}" in UNDECODABLE:
+        stem = Path(file.name).stem
+        return Reject(
+            file.name,
+            f"is .{file.extension}, which Pillow and ffmpeg cannot decode here; save it as {stem}.jpg or {stem}.png",
+            kind="cannot be decoded",
+        )
+    if not any(file.annotation.captions) and file.member is None and _is_mask(file.path):
+        return Reject(file.name, f"is the mask of {file.path.name}, not footage", bad=False, kind="mask")
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- folders
 
 
-def _in_folder(source: Path) -> Iterator[Footage]:
-    """Every video and image below `source` by its extension, sorted, without hidden files and folders."""
-    annotations = captions.read_tables(source, _is_footage)
-    for path in _find_files(source):
-        annotation = annotations.get(path, Annotation())
-        if not annotation.captions:
-            annotation = replace(annotation, captions=captions.read_sidecar(path).captions)
-        yield Footage(path, _name(path, source), annotation)
-
-
-def _find_files(source: Path) -> list[Path]:
-    found: list[Path] = []
-    for folder, folders, names in os.walk(source):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        # A folder with such a name is listed too, so that it is rejected by name instead of ignored.
-        paths = [Path(folder, name) for name in [*names, *folders] if not name.startswith(".")]
-        found.extend(path for path in paths if _is_footage(path))
-    return sorted(found)
-
-
-def _is_footage(path: Path) -> bool:
-    return path.suffix.lower() in VIDEOS | IMAGES
-
-
-def _hidden(path: Path, source: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(source).parts)
-
-
-def _name(path: Path, source: Path) -> str:
-    """The path below `source` with forward slashes; bytes that are not UTF-8 as escapes."""
-    return os.fsencode(path.relative_to(source).as_posix()).decode("utf-8", "backslashreplace")
+def _in_folder(source: Path, tally: Tally, out: Path | None) -> Iterator[Footage | Reject]:
+    """Every video and image below `source` by its extension, sorted; then those in its tars."""
+    tree = read_tree(source, tally, out)
+    annotations = read_tables(source, is_footage, tally)
+    for path in tree.footage:
+        annotation, text = annotations.get(path, Annotation()), tree.caption_file(path)
+        if text is not None and not any(annotation.captions):
+            tree.use(text)
+            told = read_caption_file(text)
+            annotation = replace(annotation, captions=told if any(told) else annotation.captions or told)
+        yield Footage(path, below(path, source), annotation)
+    tree.count_texts()
+    for tar in tree.tars:
+        yield from read_tar(tar, f"{below(tar, source)}/", tally)
 
 
 def _is_mask(path: Path) -> bool:
     """True for a file in masks/ whose video or image lies beside masks/ (see Footage.mask)."""
     siblings = path.parent.parent.glob(f"{glob.escape(path.stem)}.*")
-    return path.parent.name == MASKS and any(_is_footage(other) for other in siblings)
+    return path.parent.name == MASKS and any(is_footage(other) for other in siblings)
 
 
 # ---------------------------------------------------------------------------------------------------- tars
-
-
-def _in_tar(path: Path, prefix: str) -> Iterator[Footage | Reject]:
-    """The videos and images of a tar, named `prefix`NAME; ValueError if it is damaged or not a tar."""
-    empty = True
-    for stem, members in _samples(path):
-        files = {suffix: place for suffix, place in members.items() if f".{suffix}" in VIDEOS | IMAGES}
-        # Some datasets store a still beside each video; it is not footage of its own.
-        main = next((suffix for suffix in files if f".{suffix}" in VIDEOS), next(iter(files), None))
-        if main is None:
-            continue
-        empty = False
-        texts = [_slice(path, members[suffix]) if suffix in members else None for suffix in ("txt", "json")]
-        for suffix, place in files.items():
-            name = f"{prefix}{stem}.{suffix}"
-            if suffix != main:
-                yield Reject(name, f"stands beside {stem}.{main} in one sample", bad=False, kind="second of a sample")
-                continue
-            try:
-                yield Footage(path, name, captions.from_members(*texts), place)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, {stem}: {error}; correct its .json or .txt") from error
-    if empty:
-        name = prefix.rstrip("/") or path.name
-        yield Reject(name, "no sample of it holds a video or an image", bad=False, kind="empty tar")
-
-
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(name without suffix, {suffix: (offset, size)}) of adjacent members of one name, as WebDataset groups them."""
-    size, end, stem, members = path.stat().st_size, 0, "", dict[str, tuple[int, int]]()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if not info.isreg():
-                    continue
-                base = info.name.rpartition("/")[2]
-                below, suffix = info.name[: len(info.name) - len(base)], base.partition(".")[2].lower()
-                own = below + base.partition(".")[0]
-                if own != stem or suffix in members:
-                    if members:
-                        yield stem, members
-                    stem, members = own, {}
-                members[suffix] = info.offset_data, info.size
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{path} is not a tar, is compressed, or is damaged ({error}); unpack or replace it"
-        ) from error
-    if end + tarfile.BLOCKSIZE > size:  # no end block: Python reads a truncated tar as a shorter one
-        raise ValueError(f"{path} is cut short ({size} bytes); copy it again")
-    if members:
-        yield stem, members
-
-
-def _slice(path: Path, place: tuple[int, int]) -> bytes:
-    with path.open("rb") as file:
-        file.seek(place[0])
-        return file.read(place[1])
 
 
 def _local(source: str | Path) -> Path | None:
