@@ -52,6 +52,7 @@ def _options(cfg: DictConfig) -> ShardOptions:
         scenes=cfg.scenes,
         static=cfg.static,
         duplicates=cfg.duplicates,
+        interlaced=cfg.interlaced,
         rejects_limit=cfg.rejects.limit,
         shard_bytes=cfg.shard_mb << 20,
         decode=DecodeOptions(**cfg.decode),

@@ -123,6 +123,7 @@ def test_library_imports():
         "peft": {"wantrain/models/adapters.py"},
         "wandb": {"wantrain/training/monitoring/trackers.py"},
         "decord": {"wantrain/data/footage/reader.py"},
+        "av": {"wantrain/data/footage/forward.py", "wantrain/data/footage/inspection.py"},
         "fsspec": {"wantrain/data/remote.py", "wantrain/data/footage/sources.py"},
         "webdataset": {"wantrain/data/footage/video_shards.py"},
         "transformers": {

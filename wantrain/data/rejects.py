@@ -21,9 +21,11 @@ class Reject:
     reason  why, in full
     bad     True if it counts towards rejects.limit
     kind    one of a few categories, under which statistics count it
+    part    True if it is a clip of a file that counts by itself
     """
 
     name: str
     reason: str
     bad: bool = True
     kind: str = "unreadable"
+    part: bool = False

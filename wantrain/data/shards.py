@@ -126,7 +126,7 @@ def write_rejects(
             f"first: {bad[0].name}: {bad[0].reason}. All are in {out / REJECTS}; "
             "fix or remove them, or raise rejects.limit"
         )
-    if len(rejects) == total:
+    if sum(not reject.part for reject in rejects) == total:
         raise ValueError(f"all {total} {unit}s are rejected, so nothing is left; the reasons are in {out / REJECTS}")
 
 

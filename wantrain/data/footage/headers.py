@@ -6,6 +6,7 @@ Frame counts and durations are not read here: headers are unreliable about those
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,3 +69,12 @@ def refuse(header: Header, name: str) -> None:
             f"its pixels are not square ({width}:{height}), so frames would look squeezed; convert it: "
             f"ffmpeg -i {name} -vf scale=iw*sar:ih,setsar=1 {stem}_square.mp4"
         )
+
+
+def interlaced(name: str) -> str:
+    """The reason for rejecting an interlaced file, with the ffmpeg command that mends it."""
+    own, other = shlex.quote(name), shlex.quote(f"{Path(name).stem}_progressive.mp4")
+    return (
+        "is interlaced, so that edges look like combs where something moves; convert it: "
+        f"ffmpeg -i {own} -vf bwdif=mode=send_frame -c:a copy {other}, or give interlaced=deinterlace"
+    )

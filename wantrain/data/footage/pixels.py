@@ -40,7 +40,10 @@ def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Ite
     with _as_file(sample.content, sample.extension) as path:
         windows = [read_window(window) for window in sample.about["windows"]]
         seek_points = read_seek_points(sample.about.get("seek_points", ()))
-        yield from read_windows(path, probe(path), windows, sample.about["fps"], size, seek_points)
+        deinterlace = sample.about.get("deinterlace", False)
+        yield from read_windows(
+            path, probe(path), windows, sample.about["fps"], size, seek_points, deinterlace=deinterlace
+        )
 
 
 def read_window(row: Mapping[str, Any]) -> Window:
@@ -62,7 +65,8 @@ def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
     windows, size = [read_window(window) for window in request["windows"]], tuple(request["size"])
     with _member(request, request) as path:
         info = probe(path)
-        clips = read_windows(path, info, windows, request["fps"], size, read_seek_points(request["seek_points"]))
+        seek_points, deinterlace = read_seek_points(request["seek_points"]), request.get("deinterlace", False)
+        clips = read_windows(path, info, windows, request["fps"], size, seek_points, deinterlace=deinterlace)
         if request["mask"] is None:
             yield from clips
             return

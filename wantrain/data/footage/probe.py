@@ -12,17 +12,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 
 from wantrain import geometry
 from wantrain.data.footage.captions import Annotation
 from wantrain.data.footage.clips import EPSILON, VideoInfo, Window, frames_on_screen
+from wantrain.data.footage.forward import ForwardReader, peek_forward
+from wantrain.data.footage.pictures import PictureReader, picture_frames, picture_info
 from wantrain.data.footage.reader import Reader, SeekPoint, peek
-from wantrain.data.rejects import IMAGES
+from wantrain.data.rejects import IMAGES, STREAMS
 from wantrain.util.files import file_hash
 from wantrain.video import Frames
 
@@ -109,16 +111,14 @@ def _is_utf8(path: Path) -> bool:
 
 def probe(path: Path) -> VideoInfo:
     """Decode the first frame and read the timestamps of a file. ValueError with the reason if that fails."""
-    if path.suffix.lower() in IMAGES:
-        image = _read_image(path)
-        return VideoInfo(image.shape[0], image.shape[1], np.zeros(1), 0.0)
+    if is_picture(path):
+        with _decoding(path):
+            return picture_info(path)
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
-    try:
-        first, spans = peek(path)
+    with _decoding(path):
+        first, spans = peek_forward(path) if is_stream(path) else peek(path)
         height, width = first.shape[:2]
-    except Exception as error:  # every decoder failure has a class of its own
-        raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
     if not (np.abs(spans) < 1e8).all():
         raise ValueError(
             f"has frames without a timestamp, as old AVI files do; convert it: ffmpeg -i {path.name} {path.stem}.mp4"
@@ -131,20 +131,29 @@ def probe(path: Path) -> VideoInfo:
     return VideoInfo(height, width, times, max(float(shown[:, 1].max()), float(times[-1])))
 
 
+def is_picture(path: Path) -> bool:
+    """True for the extension of an image, still or animated, which Pillow reads."""
+    return path.suffix.lower() in IMAGES
+
+
+def is_stream(path: Path) -> bool:
+    """True for the extension of a container that decord fails on."""
+    return path.suffix.lower() in STREAMS
+
+
 def read_whole(path: Path, info: VideoInfo) -> Iterator[Frames]:
     """Every displayed frame (H, W, 3) of a file, in order. ValueError with the reason if one cannot be decoded.
 
-    A damaged file is rejected as a whole: how many frames decord gives before it reports damage varies between runs.
+    A file with such a frame is rejected as a whole: how many frames decord gives before it reports one varies between
+    runs.
     """
-    if path.suffix.lower() in IMAGES:
-        yield _read_image(path)
-        return
-    try:
-        reader = Reader(path, len(info.times))
+    with _decoding(path):
+        if is_picture(path):
+            yield from picture_frames(path)
+            return
+        reader = _reader(path, info)
         for number in range(len(info.times)):
             yield reader.frame(number)
-    except Exception as error:  # every decoder failure has a class of its own
-        raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
 
 
 def read_windows(
@@ -154,15 +163,19 @@ def read_windows(
     fps: float,
     size: tuple[int, int] | None = None,
     seek_points: Sequence[SeekPoint] = (),
+    *,
+    deinterlace: bool = False,
 ) -> Iterator[Frames]:
     """The frames (F, H, W, 3) uint8 of each window in turn, brought to `size` (height, width) if one is given.
 
-    Windows must be in order of time. `seek_points` save decoding the frames before them. ValueError with the reason if
-    decoding fails.
+    Windows must be in order of time. `seek_points` save decoding the frames before them; with `deinterlace` they are
+    not used. ValueError with the reason if decoding fails.
     """
-    if path.suffix.lower() in IMAGES:
+    if is_picture(path) and info.is_image:
+        with _decoding(path):
+            frame = fit_frame(next(picture_frames(path)), size)[None]
         for _ in windows:
-            yield fit_frame(_read_image(path), size)[None]
+            yield frame
         return
     height, width = size or (info.height, info.width)
     longest = max(window.num_frames for window in windows)
@@ -170,15 +183,41 @@ def read_windows(
     assert windows == sorted(windows, key=lambda window: window.start), "windows must be in order of time"
     for first in range(0, len(windows), per_pass):
         chosen = [frames_on_screen(info, window, fps).tolist() for window in windows[first : first + per_pass]]
-        try:
+        with _decoding(path):
             # No reader stays open while a clip is used: it would decode ahead without limit.
-            clips = _read_frames(Reader(path, len(info.times), seek_points), chosen, size)
-        except Exception as error:  # every decoder failure has a class of its own
-            raise ValueError(f"cannot be decoded, damaged or not a video ({_reason(error, path)})") from error
+            clips = _read_frames(_reader(path, info, seek_points, deinterlace=deinterlace), chosen, size)
         yield from clips
 
 
-def _read_frames(reader: Reader, chosen: list[list[int]], size: tuple[int, int] | None) -> list[Frames]:
+class _FrameReader(Protocol):
+    """Reads frames of a file by number, in ascending order."""
+
+    def frame(self, number: int) -> Frames:
+        """The frame (H, W, 3) with this number."""
+
+
+def _reader(
+    path: Path, info: VideoInfo, seek_points: Sequence[SeekPoint] = (), *, deinterlace: bool = False
+) -> _FrameReader:
+    """The reader of a file."""
+    if is_picture(path):
+        return PictureReader(path)
+    if deinterlace or is_stream(path):
+        return ForwardReader(path, deinterlace=deinterlace)
+    return Reader(path, len(info.times), seek_points)
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn an error of a decoder into a ValueError with the reason."""
+    try:
+        yield
+    except Exception as error:  # every decoder failure has a class of its own
+        words = "read as an image, damaged or not one" if is_picture(path) else "decoded, damaged or not a video"
+        raise ValueError(f"cannot be {words} ({_reason(error, path)})") from error
+
+
+def _read_frames(reader: _FrameReader, chosen: list[list[int]], size: tuple[int, int] | None) -> list[Frames]:
     """Read several clips, each given by ascending frame numbers that begin no earlier than the previous clip ends."""
     current, clips, fitted = -1, [], np.empty(0, dtype=np.uint8)
     for numbers in chosen:
@@ -238,21 +277,6 @@ def fit_frame(frame: Frames, size: tuple[int, int] | None) -> Frames:
     scaled_BCHW = F.interpolate(frame_BCHW, (height, width), mode="bicubic", antialias=True)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
     return scaled_BCHW[0, :, top : top + size[0], left : left + size[1]].permute(1, 2, 0).contiguous().numpy()
-
-
-def _read_image(path: Path) -> Frames:
-    """Read an image: rotated by its EXIF tag, transparency over white."""
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in {"I", "F"} or image.mode.startswith("I;"):  # PIL would clip them to white
-                raise ValueError("more than 8 bits of grey; save it with 8 bits")
-            if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # PIL raises many classes for damaged files
-        raise ValueError(f"cannot be read as an image, damaged or not one ({_reason(error, path)})") from error
 
 
 def _reason(error: Exception, path: Path) -> str:

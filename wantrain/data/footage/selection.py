@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wantrain.data.footage import duplicates
+from wantrain.data.footage import duplicates, headers
 from wantrain.data.footage.accounting import DatasetStats
-from wantrain.data.footage.clips import ClipOptions, Window, cut_windows, frames_on_screen, spans
+from wantrain.data.footage.clips import EPSILON, ClipOptions, Window, cut_windows, frames_on_screen, spans
 from wantrain.data.footage.probe import Footage
 from wantrain.data.footage.survey import Survey
 from wantrain.data.rejects import Reject
@@ -34,11 +35,13 @@ class ClipSelector:
     options          how files are cut into clips
     drop_static      leave out clips in which nothing moves; otherwise they are only listed
     drop_duplicates  leave out near-duplicates of clips of earlier files; otherwise they are only listed
+    deinterlace      use interlaced files, deinterlaced; otherwise they are rejected
     """
 
     options: ClipOptions
     drop_static: bool
     drop_duplicates: bool
+    deinterlace: bool = False
     stats: DatasetStats = field(default_factory=DatasetStats)
     rejects: list[Reject] = field(default_factory=list)
     used: dict[str, _UsedFile] = field(default_factory=dict)
@@ -77,6 +80,12 @@ class ClipSelector:
             self._fail(Reject(file.name, survey), digest, 0.0)
             return None
         info = survey.info
+        if survey.interlaced and not self.deinterlace:
+            self.stats.drop_seconds("interlaced", info.seconds)
+            self._fail(
+                Reject(file.name, headers.interlaced(Path(file.name).name), kind="interlaced"), digest, info.seconds
+            )
+            return None
         try:
             windows = cut_windows(info, self.options, scenes=survey.begins, name=digest)
         except ValueError as error:
@@ -86,8 +95,7 @@ class ClipSelector:
         fps = self.options.fps or info.rate
         used = self._usable(file, digest, survey, windows, fps)
         if not used:
-            reason = "none of its clips is used: they stand still, or look like others"
-            self._fail(Reject(file.name, reason, bad=False, kind="no clip used"), digest, info.seconds)
+            self._fail(self._reject_without_clips(file, survey, windows, fps), digest, info.seconds)
             return None
         self.used[digest] = _UsedFile(file.name, info.seconds)
         self.stats.files.use(1)
@@ -103,6 +111,7 @@ class ClipSelector:
             "fps": float(fps),
             "time": "native" if self.options.fps is None else "resample",
             "windows": [asdict(window) for window in used],
+            **({"deinterlace": True} if survey.interlaced else {}),
             "seek_points": [[point.number, point.seen] for point in survey.seek_points],
         }
 
@@ -112,7 +121,13 @@ class ClipSelector:
         for number, (window, seconds) in enumerate(zip(windows, spans(info, windows, fps), strict=True)):
             uncovered -= seconds
             name = f"{file.name} (clip {number})"
-            reason = self._reason_to_drop(digest, name, survey.thumbnails[frames_on_screen(info, window, fps)])
+            numbers = frames_on_screen(info, window, fps)
+            damaged = _damaged_times(survey, numbers)
+            if len(damaged):
+                self.rejects.append(Reject(name, _damage(damaged, survey.fault), bad=False, kind="damaged", part=True))
+                reason: str | None = "damaged"
+            else:
+                reason = self._reason_to_drop(digest, name, survey.thumbnails[numbers])
             if reason is not None:
                 self.stats.drop_clip(reason, seconds)
             else:
@@ -122,6 +137,15 @@ class ClipSelector:
         reason = "rest, shorter than a clip" if clips == "all" else f"not in the {clips} clip"
         self.stats.drop_seconds(reason, uncovered)
         return used
+
+    def _reject_without_clips(self, file: Footage, survey: Survey, windows: list[Window], fps: float) -> Reject:
+        """The reject of a file of which no clip is used."""
+        damaged = [_damaged_times(survey, frames_on_screen(survey.info, window, fps)) for window in windows]
+        if all(map(len, damaged)):
+            reason = _damage(np.concatenate(damaged), survey.fault).replace("holds", "each of its clips holds", 1)
+            return Reject(file.name, reason, kind="damaged")
+        reason = "none of its clips is used: they stand still, look like others, or are damaged"
+        return Reject(file.name, reason, bad=False, kind="no clip used")
 
     def _reason_to_drop(self, digest: str, name: str, thumbnails: NDArray[np.uint8]) -> str | None:
         """List a static or near-duplicate clip; the reason if the clip is to be left out for that."""
@@ -150,3 +174,17 @@ class ClipSelector:
         """For a manifest: pairs of files, by key, that have near-duplicate clips."""
         pairs = {(clip.file, other.file) for clip, other in self.alike}
         return sorted([f"{one:016x}", f"{other:016x}"] for one, other in pairs)
+
+
+def _damaged_times(survey: Survey, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """When those of these frames begin that are damaged, in seconds."""
+    times = survey.info.times[numbers]
+    damaged = np.zeros(len(times), dtype=bool)
+    for begin, end in survey.damaged:
+        damaged |= (times > begin - EPSILON) & (times < end - EPSILON)
+    return times[damaged]
+
+
+def _damage(times: NDArray[np.float64], fault: str) -> str:
+    """The reason for rejecting a clip with damaged frames that begin at these times."""
+    return f"holds frames that are damaged, between {times.min():.2f} s and {times.max():.2f} s of the file ({fault})"

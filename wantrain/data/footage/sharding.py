@@ -44,6 +44,7 @@ class ShardOptions:
     scenes         "off", or "split": cut each scene like a file of its own
     static         "report" or "drop" clips in which nothing moves
     duplicates     "report" or "drop" near-duplicates of clips of earlier files
+    interlaced     "refuse" interlaced files, or "deinterlace" them when their frames are read
     rejects_limit  largest share of bad files
     shard_bytes    size of a tar, in bytes
     decode         decoder processes
@@ -56,12 +57,18 @@ class ShardOptions:
     scenes: str = "off"
     static: str = "report"
     duplicates: str = "report"
+    interlaced: str = "refuse"
     rejects_limit: float = 0.1
     shard_bytes: int = 512 << 20
     decode: DecodeOptions = field(default_factory=DecodeOptions)
 
     def __post_init__(self) -> None:
-        choices = {"scenes": ("off", "split"), "static": ("report", "drop"), "duplicates": ("report", "drop")}
+        choices = {
+            "scenes": ("off", "split"),
+            "static": ("report", "drop"),
+            "duplicates": ("report", "drop"),
+            "interlaced": ("refuse", "deinterlace"),
+        }
         for key, allowed in choices.items():
             if (choice := getattr(self, key)) not in allowed:
                 raise ValueError(f"{key}={choice} is unknown; choose one of {', '.join(allowed)}")
@@ -83,6 +90,8 @@ class ShardOptions:
             "static": self.static,
             "duplicates": self.duplicates,
             "seed": clips.seed,
+            # Folders made before there was a choice have no such key.
+            **({"interlaced": self.interlaced} if self.interlaced != "refuse" else {}),
             "footage": footage,
         }
 
@@ -109,7 +118,9 @@ def write_video_shards(
         for line in (tally or Tally()).lines():
             say(f"  {line}")
         return earlier
-    selector = ClipSelector(options.clips, options.static == "drop", options.duplicates == "drop")
+    selector = ClipSelector(
+        options.clips, options.static == "drop", options.duplicates == "drop", options.interlaced == "deinterlace"
+    )
     for reject in rejects:
         selector.reject(reject)
     tars = VideoTars(out, options.shard_bytes, earlier)
@@ -218,6 +229,10 @@ def _with_mask(survey: Survey | str, mask: Footage, mask_survey: Survey | str) -
     try:
         if isinstance(mask_survey, str):
             raise ValueError(mask_survey)
+        if mask_survey.damaged or mask_survey.interlaced:
+            raise ValueError(
+                "is interlaced" if mask_survey.interlaced else f"holds damaged frames ({mask_survey.fault})"
+            )
         check_mask(mask_survey.info, survey.info)
     except ValueError as error:
         return f"its mask {mask.name} {error}"

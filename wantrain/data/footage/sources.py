@@ -27,7 +27,7 @@ from wantrain.data.rejects import IMAGES, UNDECODABLE, VIDEOS, Reject
 from wantrain.data.remote import open_url, reaching
 
 
-class Found(NamedTuple):
+class SourceContent(NamedTuple):
     """What a source holds: files of footage, rejects, and the count of all other files and folders."""
 
     footage: list[Footage]
@@ -43,7 +43,7 @@ def find_footage(
     caption_default: str = "",
     downloads: Path | None = None,
     out: Path | None = None,
-) -> Found:
+) -> SourceContent:
     """All videos and images of `source`, sorted, with captions; those that are rejected; and the count of the rest.
 
     `source` is a folder, or WebDataset tars: a file, a pattern (`data/*.tar`, `data/{000..012}.tar`) or a URL that
@@ -74,7 +74,7 @@ def find_footage(
                 f"tars that do{_instead(tally)}"
             )
     footage, rejects = _select(found, caption_missing, caption_prefix, caption_default)
-    return Found(footage, rejects, tally)
+    return SourceContent(footage, rejects, tally)
 
 
 def _instead(tally: Tally) -> str:
@@ -142,8 +142,8 @@ def _in_folder(source: Path, tally: Tally, out: Path | None) -> Iterator[Footage
         annotation, text = annotations.get(path, Annotation()), tree.caption_file(path)
         if text is not None and not any(annotation.captions):
             tree.use(text)
-            told = read_caption_file(text)
-            annotation = replace(annotation, captions=told if any(told) else annotation.captions or told)
+            own = read_caption_file(text)
+            annotation = replace(annotation, captions=own if any(own) else annotation.captions or own)
         yield Footage(path, below(path, source), annotation)
     tree.count_texts()
     for tar in tree.tars:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from wantrain.data.footage import duplicates, headers
 from wantrain.data.footage.captions import Annotation
 from wantrain.data.footage.clips import VideoInfo
 from wantrain.data.footage.decode_workers import DecodeOptions, Decoders, Job
-from wantrain.data.footage.probe import Footage, probe, read_whole
+from wantrain.data.footage.inspection import Inspection, Span
+from wantrain.data.footage.probe import Footage, is_picture, is_stream, probe, read_whole
 from wantrain.data.footage.reader import Reader, SeekPoint
 from wantrain.data.footage.scenes import SceneDetector
 from wantrain.util import distributed
 from wantrain.video import Frames
 
 #: Version of the surveys; raise it when the same bytes would give another survey than before.
-CODE = 3
+CODE = 4
 #: Seconds between heartbeats of a process that decodes a file.
 HEARTBEAT_SECONDS = 1.0
 #: Default number of decoder processes: the cores, up to this many.
@@ -43,12 +44,17 @@ class Survey:
     thumbnails  (F, GRID, GRID, 3), one per displayed frame
     begins      when each scene but the first begins, in seconds
     seekable    numbers of the frames that a seek finds exactly (reader.py)
+    damaged     spans (begin, end) of damaged frames, in seconds (inspection.py), and in `fault` the first error
+    interlaced  whether frames are interlaced
     """
 
     info: VideoInfo
     thumbnails: NDArray[np.uint8]
     begins: list[float]
     seekable: list[int]
+    damaged: list[Span] = field(default_factory=list)
+    interlaced: bool = False
+    fault: str = ""
 
     @property
     def seek_points(self) -> list[SeekPoint]:
@@ -57,18 +63,38 @@ class Survey:
 
     def packed(self) -> bytes:
         """The survey as bytes (safetensors)."""
-        facts = np.array([self.info.height, self.info.width, self.info.end], dtype=np.float64)
+        facts = np.array([self.info.height, self.info.width, self.info.end, self.interlaced], dtype=np.float64)
+        damaged = np.array(self.damaged, dtype=np.float64).reshape(-1, 2)
+        fault = np.frombuffer(self.fault.encode(), dtype=np.uint8)
         begins, seekable = np.array(self.begins, dtype=np.float64), np.array(self.seekable, dtype=np.int64)
         times, thumbnails = self.info.times, self.thumbnails
-        return save({"facts": facts, "times": times, "thumbnails": thumbnails, "begins": begins, "marked": seekable})
+        return save(
+            {
+                "facts": facts,
+                "times": times,
+                "thumbnails": thumbnails,
+                "begins": begins,
+                "marked": seekable,
+                "damaged": damaged,
+                "fault": fault,
+            }
+        )
 
     @staticmethod
     def unpacked(content: bytes) -> Survey:
         """The survey in these bytes."""
         tensors = load(content)
-        height, width, end = tensors["facts"].tolist()
+        height, width, end, interlaced = tensors["facts"].tolist()
         info = VideoInfo(int(height), int(width), tensors["times"], end)
-        return Survey(info, tensors["thumbnails"], tensors["begins"].tolist(), tensors["marked"].tolist())
+        return Survey(
+            info,
+            tensors["thumbnails"],
+            tensors["begins"].tolist(),
+            tensors["marked"].tolist(),
+            [(begin, end) for begin, end in tensors["damaged"].tolist()],
+            bool(interlaced),
+            tensors["fault"].tobytes().decode(),
+        )
 
 
 class Surveys:
@@ -134,23 +160,53 @@ def read_survey(request: dict[str, Any]) -> Iterator[Frames | None]:
     """
     member = request["member"]
     file = Footage(Path(request["path"]), request["name"], Annotation(), tuple(member) if member else None)
-    thumbnails: list[duplicates.Thumbnail] = []
-    seekable: list[int] = []
     with file.on_disk() as path:
-        info = probe(path)
-        scenes = SceneDetector() if request["split"] and not info.is_image else None
-        last_heartbeat = time.monotonic()
-        for frame in read_whole(path, info):
-            thumbnails.append(duplicates.thumbnail(frame))
-            if scenes is not None:
-                scenes.watch(frame)
-            if time.monotonic() - last_heartbeat > HEARTBEAT_SECONDS:
-                last_heartbeat = time.monotonic()
-                yield None
+        info, split = probe(path), request["split"]
+        if is_picture(path):
+            thumbnails, scenes = yield from _watched(read_whole(path, info), split=split and not info.is_image)
+            yield _packed(Survey(info, thumbnails, scenes.begins(info.times) if scenes else [], []))
+            return
+        inspection = Inspection(path)
+        thumbnails, scenes = yield from _watched(inspection.frames(), split=split and not info.is_image)
+        if not _agrees(path, info, thumbnails):
+            thumbnails, scenes = yield from _watched(read_whole(path, info), split=split and not info.is_image)
         if not info.is_image:
             headers.refuse(headers.read_header(path), Path(file.name).name)
-            for point in Reader(path, len(thumbnails)).tried_seek_points(np.stack(thumbnails)):
+        seekable: list[int] = []
+        if not (info.is_image or is_stream(path)):
+            for point in Reader(path, len(thumbnails)).tried_seek_points(thumbnails):
                 seekable += [point.number] if point is not None else []
                 yield None
     begins = scenes.begins(info.times) if scenes is not None else []
-    yield np.frombuffer(Survey(info, np.stack(thumbnails), begins, seekable).packed(), dtype=np.uint8)
+    damaged = [(begin + info.start, end + info.start) for begin, end in inspection.damaged]
+    yield _packed(Survey(info, thumbnails, begins, seekable, damaged, inspection.interlaced, inspection.fault))
+
+
+def _watched(
+    frames: Iterator[Frames], *, split: bool
+) -> Generator[None, None, tuple[NDArray[np.uint8], SceneDetector | None]]:
+    """The thumbnails (F, GRID, GRID, 3) of frames, and the detector that saw them, if scenes are split."""
+    thumbnails: list[duplicates.Thumbnail] = []
+    scenes, last_heartbeat = SceneDetector() if split else None, time.monotonic()
+    for frame in frames:
+        thumbnails.append(duplicates.thumbnail(frame))
+        if scenes is not None:
+            scenes.watch(frame)
+        if time.monotonic() - last_heartbeat > HEARTBEAT_SECONDS:
+            last_heartbeat = time.monotonic()
+            yield None
+    return np.stack(thumbnails) if thumbnails else np.empty((0, 0, 0, 3), np.uint8), scenes
+
+
+def _agrees(path: Path, info: VideoInfo, thumbnails: NDArray[np.uint8]) -> bool:
+    """False if the file must be read with decord too: PyAV returned another number of frames, or another first one.
+
+    That is so for damaged containers, and for more than 8 bits, which the two convert differently.
+    """
+    if len(thumbnails) != len(info.times):
+        return False
+    return is_stream(path) or np.array_equal(duplicates.thumbnail(next(read_whole(path, info))), thumbnails[0])
+
+
+def _packed(survey: Survey) -> Frames:
+    return np.frombuffer(survey.packed(), dtype=np.uint8)

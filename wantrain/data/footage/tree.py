@@ -80,9 +80,9 @@ def _walk(source: Path, tally: Tally, output: Path | None) -> Iterator[tuple[Pat
                 tally.ignore("links to a folder that they lie in", below(folder, source))
             continue
         if output is not None and (real == output or real in output.parents):
-            way = "" if folder == source else f", by way of {below(folder, source)}"
+            link = "" if folder == source else f", behind {below(folder, source)}"
             raise ValueError(
-                f"out={output} lies inside source={source}{way}, so its files would be footage of the next run; give "
+                f"out={output} lies inside source={source}{link}, so its files would be footage of the next run; give "
                 "an out= beside source="
             )
         try:

@@ -211,6 +211,7 @@ class _DecodeJobs:
                 "fps": entry.about["fps"],
                 "windows": [entry.about["windows"][row.number] for row in rows],
                 "seek_points": entry.about.get("seek_points", []),
+                "deinterlace": entry.about.get("deinterlace", False),
                 "size": [bucket.height, bucket.width],
                 "mask": self._mask(entry) if self.masks else None,
             }
