@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from wantrain import checks, config
 from wantrain.data import ClipOptions, DecodeOptions, ShardOptions, find_footage, write_report, write_video_shards
 from wantrain.util import distributed
+from wantrain.util.files import check_writable, disk_errors_in
 
 
 @config.app("shard")
@@ -20,6 +21,13 @@ def main(cfg: DictConfig) -> None:
     distributed.single_process("shard.py")
     out, options = Path(cfg.out), _options(cfg)
     downloads = out / ".downloads"
+    check_writable(out, key="out")
+    with disk_errors_in(out, key="out"):
+        _run(cfg, out, downloads, options)
+
+
+def _run(cfg: DictConfig, out: Path, downloads: Path, options: ShardOptions) -> None:
+    """Find the footage and write the shards."""
     shutil.rmtree(downloads, ignore_errors=True)  # left by a killed run
     try:
         footage, rejects, tally = find_footage(

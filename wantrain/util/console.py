@@ -17,9 +17,15 @@ def say(message: str) -> None:
 
 @contextmanager
 def errors_to_exit_code() -> Iterator[None]:
-    """For the entry point of a program: print a ValueError as one line and exit with code 2; other errors are bugs."""
+    """For the entry point of a program: a ValueError is one line and exit code 2, Ctrl-C one line and exit code 130.
+
+    Other errors are bugs.
+    """
     try:
         yield
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

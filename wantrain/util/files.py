@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,39 @@ def claim_folder(folder: Path, *, sentinel: str | None, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{key}={folder} cannot be created ({error.strerror}); give another folder") from error
+
+
+#: Errors of a disk or of permissions: nothing that the program could have done otherwise.
+DISK_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+)
+
+
+def check_writable(folder: Path, *, key: str) -> None:
+    """Raise ValueError unless `folder` can be written, or can be created; `key` is its config key. Writes nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{key}={folder} cannot be a folder, because {existing} is a file; give another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}={folder} cannot be written (no permission in {existing}); give another folder")
+    if os.statvfs(existing).f_bavail == 0:
+        raise ValueError(
+            f"{key}={folder} cannot be written (no space is left); free some space, or give another folder"
+        )
+
+
+@contextmanager
+def disk_errors_in(folder: Path, *, key: str) -> Iterator[None]:
+    """Turn an error of the disk or of permissions into a ValueError with the file and the fix."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise ValueError(
+            f"{key}={folder}: {error.filename or 'a file'}: {error.strerror}; what is finished stays: free space or "
+            "correct the permissions, and start the same command again"
+        ) from error
 
 
 @functools.cache

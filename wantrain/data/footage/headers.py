@@ -72,7 +72,7 @@ def refuse(header: Header, name: str) -> None:
 
 
 def interlaced(name: str) -> str:
-    """The reason for rejecting an interlaced file, with the ffmpeg command that mends it."""
+    """The reason for rejecting an interlaced file, with the ffmpeg command that converts it."""
     own, other = shlex.quote(name), shlex.quote(f"{Path(name).stem}_progressive.mp4")
     return (
         "is interlaced, so that edges look like combs where something moves; convert it: "
