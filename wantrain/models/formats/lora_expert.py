@@ -72,10 +72,10 @@ def check_lora_expert(
     if expert == "dense" and stated not in _statements(Path(path), metadata, words=False).values():
         return
     key = key or f"lora.{expert}"
-    other = f"give it as lora.{stated}=" if key.startswith("lora.") else f"give expert={stated}"
+    fix = f"swap the two files, or give it as lora.{stated}=" if key.startswith("lora.") else f"give expert={stated}"
     raise ValueError(
-        f"{key}={path} is for {stated} ({_in_words(_statements(Path(path), metadata))}), not for {expert}; {other}, "
-        "swap the two files, or rename the file if its name is wrong"
+        f"{key}={path} was trained for {stated}, not for {expert}; {fix} "
+        f"({_in_words(_statements(Path(path), metadata))}; if that is wrong, rename or export it again)"
     )
 
 
