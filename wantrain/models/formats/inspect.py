@@ -44,7 +44,9 @@ def _model(path: Path) -> str:
     base = Base(path)
     places = {name: base.find(name) for name in (*PARTS, "vae", "text_encoder") if base.holds(name)}
     if not places:
-        raise ValueError(f"{path} holds no part of a Wan model in the diffusers or the official layout")
+        files = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:5])
+        fix = f"; give one of its files ({files})" if files else ""
+        raise ValueError(f"{path} holds no part of a Wan model in the diffusers or the official layout{fix}")
     parts = [f"{name}:\n{describe(part)}" for name, part in places.items() if part is not None]
     return "\n".join([f"{path}: {', '.join(places)}", *parts])
 
