@@ -137,7 +137,7 @@ def widened(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sort_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Parts:
-    """Sort a file's tensors by their names. ValueError for what is known and not supported, or contradictory."""
+    """Sort a file's tensors by their names. ValueError for kinds that are not supported, and for contradictions."""
     parts = Parts()
     for key, tensor in tensors.items():
         if _TUCKER.search(key) or (tensor.ndim > 2 and not _DIFFERENCE.fullmatch(key)):
