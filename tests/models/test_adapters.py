@@ -12,7 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wantrain.models import WanTransformer, adapters
-from wantrain.models.formats.lora import merge_lora, read_lora, row_lengths, write_lora
+from wantrain.models.formats.lora import merge_lora, read_lora, write_lora
+from wantrain.models.formats.lora_layers import row_lengths
 from wantrain.models.formats.weights import read_file
 from wantrain.training.engine.accelerator import autocast
 from wantrain.training.engine.optim import build_optimizer

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wantrain.models.formats.lora import Layer, LoRA, check_fits, read_lora, row_lengths
+from wantrain.models.formats.lora import LoRA, check_fits, read_lora
+from wantrain.models.formats.lora_layers import Layer, row_lengths
 from wantrain.util import libraries
 
 
@@ -81,13 +82,15 @@ def _by_pattern(what: str, names: list[str], default: float, pattern: Mapping[st
 def inject_lora(module: nn.Module, lora: LoRA, *, seed: int, where: str | Path = "the LoRA") -> None:
     """Freeze `module` and add the adapter `lora`, with its layers, ranks, alphas and values, in float32.
 
-    ValueError (naming the file, `where`) if a layer or a shape does not fit the module.
+    ValueError (naming the file, `where`) if a layer or a shape does not fit the module, or if it is of a kind that is
+    merged but not trained on (LoHa, LoKr, whole differences).
     """
+    stored = lora.trainable(where)
     check_fits(lora, module, where)
-    sizes = {name: (layer.rank, layer.alpha) for name, layer in lora.layers.items()}
+    sizes = {name: (layer.rank, layer.alpha) for name, layer in stored.items()}
     _add_layers(module, sizes, seed, lora.is_dora)
     for name, layer in adapter_layers(module).items():
-        _copy(lora.layers[name], layer)
+        _copy(stored[name], layer)
 
 
 def _add_layers(module: nn.Module, sizes: Mapping[str, tuple[int, float]], seed: int, dora: bool) -> None:
@@ -216,7 +219,7 @@ def adapter_layers(module: nn.Module, copy: Callable[[Tensor], Tensor] = Tensor.
 
 def restore_adapter(path: Path, module: nn.Module) -> None:
     """Load a file that `write_lora` wrote from `adapter_layers` into the adapter of a module of the same shape."""
-    stored, current = read_lora(path).layers, adapter_layers(module)
+    stored, current = read_lora(path).trainable(path), adapter_layers(module)
     if stored.keys() != current.keys():
         raise ValueError(f"{path} holds an adapter of other layers; it belongs to another run")
     for name, layer in current.items():

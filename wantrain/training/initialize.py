@@ -13,6 +13,7 @@ from wantrain.models import Base, WanVAE, adapters, partial
 from wantrain.models.adapters import AdapterSettings
 from wantrain.models.formats.base import stated_expert
 from wantrain.models.formats.lora import read_lora
+from wantrain.models.formats.lora_expert import check_lora_expert
 from wantrain.training.trainable import Autoencoder, TrainableModule
 from wantrain.util.console import say
 from wantrain.util.files import made_by
@@ -131,18 +132,16 @@ class Initializer:
         if given is None:
             adapters.inject(module, AdapterSettings(**settings, dora=kind == "dora"), seed=seed)
             return settings
-        lora = read_lora(given)
+        lora = read_lora(given, expert=self.expert["name"])
+        check_lora_expert(given, lora.metadata, self.expert["name"], key="adapter.init")
         own = "dora" if lora.is_dora else "lora"
         if own != kind:
             raise ValueError(f"adapter.init={given} was trained with adapter={own}; give that, not adapter={kind}")
-        stated = lora.metadata.get("expert", self.expert["name"])
-        if stated != self.expert["name"]:
-            raise ValueError(f"adapter.init={given} was trained for {stated}, not for {self.expert['name']}")
         model = lora.metadata.get("model", self.model["name"])
         if model != self.model["name"]:
             raise ValueError(f"adapter.init={given} was trained for model={model}, not for model={self.model['name']}")
         adapters.inject_lora(module, lora, seed=seed, where=given)
-        first = next(iter(lora.layers.values()))
+        first = next(iter(adapters.adapter_layers(module).values()))
         return {"rank": first.rank, "alpha": first.alpha, "targets": "as in the file"}
 
     def check_trained(self, module: nn.Module) -> None:

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from wantrain.models import Base, adapters
 from wantrain.models.formats import names
 from wantrain.models.formats.inspect import describe
-from wantrain.models.formats.lora import Layer, merge_lora, read_lora, write_lora
-from wantrain.models.formats.lora_dialects import DIALECTS, PEFT, is_complete
+from wantrain.models.formats.lora import merge_lora, read_lora, write_lora
+from wantrain.models.formats.lora_dialects import DIALECTS, is_complete
+from wantrain.models.formats.lora_layers import Layer
+from wantrain.models.formats.lora_peft import PEFT
 from wantrain.models.formats.weights import read_file
 
 RANK, ALPHA, DIM, FFN, BLOCKS = 4, 2.0, 128, 64, 2
@@ -482,13 +484,13 @@ def with_more(tmp_path, **more):
             "diffusion_model.blocks.7.self_attn.q.dora_scale",
             r"1 names .*first: diffusion_model\.blocks\.7\.self_attn\.q",
         ),
-        ("diffusion_model.blocks.0.self_attn.q.hada_w1_a", "is a LoHa"),
-        ("diffusion_model.blocks.0.self_attn.q.lokr_w1", "is a LoKr"),
-        ("diffusion_model.blocks.0.norm3.diff", "also replaces whole weights"),
-        ("diffusion_model.blocks.0.self_attn.q.diff_b", "also replaces whole weights or biases"),
-        ("diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "Wan2.1's image-to-video with a CLIP branch"),
-        ("transformer.blocks.0.attn2.add_k_proj.lora_A.weight", "Wan2.1's image-to-video with a CLIP branch"),
-        ("diffusion_model.img_emb.proj.1.lora_A.weight", "Wan2.1's image-to-video with a CLIP branch"),
+        ("diffusion_model.blocks.0.self_attn.q.hada_w1_a", r"self_attn\.q has no hada_w1_b; the file is incomplete"),
+        ("diffusion_model.blocks.0.self_attn.q.hada_t1", "changes a convolution"),
+        ("diffusion_model.blocks.0.self_attn.q.lokr_w1", r"self_attn\.q has no lokr_w2_a; the file is incomplete"),
+        ("diffusion_model.blocks.0.self_attn.q.lokr_t2", "changes a convolution"),
+        ("diffusion_model.blocks.0.self_attn.q.diff", r"blocks\.0\.self_attn\.q twice, as .* and as "),
+        ("diffusion_model.blocks.0.norm1.diff", r"1 names .*first: diffusion_model\.blocks\.0\.norm1"),
+        ("diffusion_model.blocks.0.self_attn.q.oft_blocks", r"1 names .*first: .*oft_blocks"),
         ("diffusion_model.patch_embedding.lora_A.weight", "not those of a LoRA .*first: diffusion_model.patch_embedd"),
         ("diffusion_model.blocks.0.self_attn.q.lora_down.weight", r"self_attn\.q twice, the second as .*lora_down"),
         ("diffusion_model.blocks.0.self_attn.q.alpha", "q.alpha is not one finite number"),
@@ -563,7 +565,7 @@ def test_videox_fun_partial_alpha(tmp_path):
 def test_lora_with_nan(tmp_path):
     """A LoRA that holds NaN or infinity is refused."""
     key = "diffusion_model.blocks.0.self_attn.q.lora_A.weight"
-    with pytest.raises(ValueError, match=r"blocks.0.self_attn.q holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"blocks.0.self_attn.q.lora_A.weight holds NaN or infinity"):
         read_lora(with_more(tmp_path, **{key: torch.full((RANK, DIM), float("nan"))}))
 
 

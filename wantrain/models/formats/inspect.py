@@ -12,6 +12,10 @@ from wantrain.models.formats import names
 from wantrain.models.formats.base import PARTS, Base, stated_expert
 from wantrain.models.formats.loading import VARIANTS, refuse_foreign, transformer_sizes
 from wantrain.models.formats.lora import LoRA, read_lora
+from wantrain.models.formats.lora_expert import stated_lora_expert
+from wantrain.models.formats.lora_keys import experts_held, is_adapter
+from wantrain.models.formats.lora_layers import KINDS, Hadamard, Kronecker, Layer
+from wantrain.models.formats.lora_peft import CONFIG, lora_file
 from wantrain.models.formats.weights import dtypes, read_metadata, read_tensors, tensor_files
 
 
@@ -19,6 +23,8 @@ def describe(path: Path) -> str:
     """Lines that describe a file or folder. ValueError if it cannot be read, or holds no weights of a Wan model."""
     if not path.exists():
         raise ValueError(f"inspect={path} does not exist")
+    if path.is_dir() and (path / CONFIG).is_file():
+        path = lora_file(path)
     if path.is_dir() and not (path / "config.json").is_file():
         return _model(path)
     files = tensor_files(path)
@@ -38,15 +44,20 @@ def _model(path: Path) -> str:
     base = Base(path)
     places = {name: base.find(name) for name in (*PARTS, "vae", "text_encoder") if base.holds(name)}
     if not places:
-        raise ValueError(f"{path} holds no part of a Wan model in the diffusers or the official layout")
+        files = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:5])
+        fix = f"; give one of its files ({files})" if files else ""
+        raise ValueError(f"{path} holds no part of a Wan model in the diffusers or the official layout{fix}")
     parts = [f"{name}:\n{describe(part)}" for name, part in places.items() if part is not None]
     return "\n".join([f"{path}: {', '.join(places)}", *parts])
 
 
 def _contents(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
     """Which network or adapter the weights are of, with its facts."""
-    if any("lora" in key.lower() for key in tensors):
-        return _lora(read_lora(path, alpha=_any_alpha(tensors)), tensors)
+    if is_adapter(tensors):
+        alpha, lines = _any_alpha(tensors), list[str]()
+        for expert in experts_held(tensors) or (None,):
+            lines += _lora(path, read_lora(path, alpha=alpha, expert=expert), has_alpha=alpha is None)
+        return lines
     if any("patch_embedding." in key for key in tensors):
         return _transformer(path, tensors)
     if "post_quant_conv.weight" in tensors or "encoder.conv1.weight" in tensors:
@@ -66,21 +77,21 @@ def _any_alpha(tensors: Mapping[str, Tensor]) -> float | None:
     return 1.0 if bare else None
 
 
-def _lora(lora: LoRA, tensors: Mapping[str, Tensor]) -> list[str]:
-    unknown = _any_alpha(tensors) is not None
+def _lora(path: Path, lora: LoRA, *, has_alpha: bool) -> list[str]:
     blocks = sorted({int(match[1]) for name in lora.layers if (match := re.match(r"blocks\.(\d+)\.", name))})
     layers = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in lora.layers})
-    ranks = sorted({layer.rank for layer in lora.layers.values()})
-    alphas = _list({f"{layer.alpha:g}" for layer in lora.layers.values()})
-    if unknown:
-        alphas = "not in the file (give lora.alpha=)"
+    ranks = sorted({layer.rank for layer in lora.layers.values() if layer.rank is not None})
+    scaled = [layer.alpha for layer in lora.layers.values() if isinstance(layer, Layer | Hadamard | Kronecker)]
+    alphas = _list({f"{alpha:g}" for alpha in scaled if alpha is not None})
     where = f"blocks {blocks[0]} to {blocks[-1]}" if blocks else "outside the blocks"
+    plain = "DoRA" if lora.is_dora else "LoRA"
+    kinds = {KINDS.get(type(layer), plain) for layer in lora.layers.values()}
     return [
-        f"kind      {'DoRA' if lora.is_dora else 'LoRA'}",
+        f"kind      {' and '.join(sorted(kinds))}",
         f"dialect   {lora.dialect}",
-        f"expert    {lora.metadata.get('expert', 'not stated, and nothing in the tensors shows it')}",
-        f"rank      {_list(map(str, ranks))}",
-        f"alpha     {alphas}",
+        f"expert    {stated_lora_expert(path, lora.metadata) or 'not stated, and nothing in the tensors shows it'}",
+        f"rank      {_list(map(str, ranks)) or 'none'}",
+        f"alpha     {(alphas or 'none') if has_alpha else 'not in the file (give lora.alpha=)'}",
         f"layers    {len(lora.layers)} in {where}: {', '.join(layers)}",
     ]
 

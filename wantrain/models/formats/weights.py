@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from wantrain.models.facts import is_fp32
+from wantrain.models.formats.file_kind import why_unreadable
 from wantrain.models.formats.names import to_diffusers
 from wantrain.models.formats.tensor_file import ALIGNMENT, PADDING, write_tensors
 from wantrain.util import distributed
@@ -100,7 +101,12 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, _said(file)  # noqa: SIM118
     except Exception as error:  # safetensors raises its own class for every kind of damage
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+        raise ValueError(_unreadable(path, "safetensors", error)) from error
+
+
+def _unreadable(path: Path, form: str, error: Exception) -> str:
+    """What is said of a file that a reader refused: what it is instead, or the reader's own words."""
+    return f"{path} cannot be read as {form}: {why_unreadable(path) or error}"
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -109,7 +115,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a truncated zip, a missing file, a foreign class: torch has no classes of its own
         if "weights only" not in str(error).lower():
-            raise ValueError(f"{path} cannot be read as torch weights: {error}") from error
+            raise ValueError(_unreadable(path, "torch weights", error)) from error
         raise ValueError(
             f"{path} holds more than tensors, and loading it would run code from the file; refused. "
             "Give a safetensors file, or save its state dict alone"
@@ -128,7 +134,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(first, framework="pt") as file:
             return _said(file)
     except Exception as error:  # as in read_file
-        raise ValueError(f"{first} cannot be read as safetensors: {error}") from error
+        raise ValueError(_unreadable(first, "safetensors", error)) from error
 
 
 def _said(file: Any) -> dict[str, str]:
