@@ -14,6 +14,7 @@ from wantrain import config, geometry
 from wantrain.data import ConditioningInputs
 from wantrain.models import partial
 from wantrain.models.offload import EXPERTS
+from wantrain.models.quantize import FORMATS
 from wantrain.util.numbers import is_number
 
 
@@ -96,6 +97,7 @@ _CHOICES = {
     "precision": ("fp32", "bf16"),
     "vae_precision": ("fp32", "bf16"),
     "dtype": ("fp32", "bf16", "fp16"),
+    "base.dtype": ("fp32", "bf16", *FORMATS),
     "device": ("auto", "cpu", "cuda"),
     "solver": ("unipc", "dpm++", "euler"),
     "caption.missing": ("error", "skip", "empty"),
@@ -230,6 +232,11 @@ def _adapter_problems(cfg: DictConfig) -> list[str]:
     settings, problems = config.plain(cfg.adapter), []
     if settings["name"] != "none" and cfg.expert.name == "vae":
         problems.append(f"adapter={settings['name']} is for transformers; with expert=vae give adapter=none")
+    if cfg.base.dtype is not None and settings["name"] not in {"lora", "dora"}:
+        problems.append(
+            f"base.dtype={cfg.base.dtype} is for the frozen base of adapter=lora or dora; with adapter="
+            f"{settings['name']} leave it out"
+        )
     if not isinstance(settings.get("rank_stabilized", False), bool):
         problems.append(f"adapter.rank_stabilized={settings['rank_stabilized']} must be true or false")
     for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):

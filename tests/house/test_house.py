@@ -121,6 +121,7 @@ def test_library_imports():
         "accelerate": {f"wantrain/training/engine/{name}.py" for name in ("accelerator", "engine", "placement")},
         "deepspeed": {"wantrain/training/engine/engine.py"},
         "peft": {"wantrain/models/adapters.py"},
+        "bitsandbytes": {"wantrain/models/quantize.py"},
         "wandb": {"wantrain/training/monitoring/trackers.py"},
         "decord": {"wantrain/data/footage/reader.py"},
         "av": {"wantrain/data/footage/forward.py", "wantrain/data/footage/inspection.py"},

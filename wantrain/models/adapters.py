@@ -108,7 +108,8 @@ def _add_layers(module: nn.Module, sizes: Mapping[str, tuple[int, float]], seed:
     module.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, module)
+        with libraries.importing():  # peft imports bitsandbytes here, where it is installed
+            inject_adapter_in_model(config, module)
     for layer in _layers(module).values():
         # Else peft casts bf16 inputs to the adapter's float32 (4 TB of traffic in a 14B step). Set for good, not around
         # the forward: a recomputed forward runs inside the backward.

@@ -20,6 +20,9 @@ from typing import Any
 
 from torch import nn
 
+#: End of the names of a quantised layer's scales (quantize.py), which are float32 in every network.
+SCALE = ".weight_scale"
+
 
 @dataclass(frozen=True)
 class Tags:
@@ -94,7 +97,7 @@ def place_in_blocks(module: nn.Module | type[nn.Module], name: str) -> tuple[int
 def is_fp32(module: Any, name: str) -> bool:
     """True if a parameter of `module` (an instance or a class) stays float32 whatever dtype the rest has."""
     parts: tuple[str, ...] = getattr(module, "fp32_parts", ())
-    return any(part in name for part in parts)
+    return name.endswith(SCALE) or any(part in name for part in parts)
 
 
 def _module_list(module: nn.Module, name: str) -> nn.ModuleList:

@@ -14,6 +14,7 @@ from wantrain.models.adapters import AdapterSettings
 from wantrain.models.formats.base import stated_expert
 from wantrain.models.formats.lora import read_lora
 from wantrain.models.formats.lora_expert import check_lora_expert
+from wantrain.models.quantize import FORMATS
 from wantrain.training.trainable import Autoencoder, TrainableModule
 from wantrain.util.console import say
 from wantrain.util.files import made_by
@@ -36,6 +37,8 @@ class Initializer:
              scratch: random values
     recipe   the recipe's name, for the files that are written
     device, dtype  what weights that stay frozen are loaded to; those that are trained are float32
+    base_dtype  base.dtype=: fp32 or bf16 instead of `dtype`, or the format in which the blocks' frozen weights are
+                stored; None: `dtype`, or that of an fp8 file
     """
 
     make: Callable[[], nn.Module]
@@ -49,12 +52,13 @@ class Initializer:
     dtype: torch.dtype
     recipe: str | None = None
     gradient_checkpointing: bool = False
+    base_dtype: str | None = None
 
     @classmethod
     def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Initializer:
         """A start by an expert's own settings, train.py's; `where` is base, device, dtype and recipe."""
         parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed", "gradient_checkpointing")}
-        return cls(make, **parts, init=settings["init"], **where)
+        return cls(make, **parts, init=settings["init"], base_dtype=settings["base"]["dtype"], **where)
 
     def trainable(self) -> TrainableModule:
         """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
@@ -107,10 +111,36 @@ class Initializer:
         if kind == "partial":
             names = [name for name, _ in without_values(self.make).named_parameters()]
             fp32 = partial.choose(names, layers=self.adapter["layers"], tags=self.adapter["tags"])
-        dtype = torch.float32 if kind == "none" else self.dtype
-        return self.base.transformer(
-            name, expand_inputs=self.init == "expand_input_channels", device=self.device, dtype=dtype, fp32=fp32
-        )
+        stored = self.stored_format(self.base.is_fp8(name))
+        if stored is not None:
+            say(f"{name}: the frozen weights of the blocks are stored in {stored}")
+        dtype = torch.float32 if kind == "none" else self.frozen_dtype
+        how: dict[str, Any] = {"device": self.device, "dtype": dtype, "fp32": fp32, "stored": stored}
+        return self.base.transformer(name, expand_inputs=self.init == "expand_input_channels", **how)
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """The dtype of frozen weights that are not stored in fewer bytes."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(str(self.base_dtype), self.dtype)
+
+    def stored_format(self, is_fp8: bool) -> str | None:
+        """The format in which the blocks' frozen weights are stored, one of quantize.FORMATS; None: in full.
+
+        is_fp8  whether the base's own file is in float8
+        ValueError if base.dtype= is another one, or if weights in float8 would be trained.
+        """
+        asked, kind = self.base_dtype, self.adapter["name"]
+        if is_fp8 and kind not in {"lora", "dora"}:
+            raise ValueError(
+                f"{self.base} is stored in fp8, and adapter={kind} would train its rounded weights; give adapter=lora "
+                "or dora, or the fp16 or bf16 file of the same model"
+            )
+        if is_fp8 and asked not in {None, "fp8"}:
+            raise ValueError(
+                f"base.dtype={asked}: {self.base} is stored in fp8, and its own bytes are used; leave base.dtype out, "
+                "or give the fp16 or bf16 file of the same model"
+            )
+        return "fp8" if is_fp8 else asked if asked in FORMATS else None
 
     def _open_vae(self) -> nn.Module:
         vae = self.base.vae()

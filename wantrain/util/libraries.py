@@ -1,4 +1,4 @@
-"""Imports of large libraries without two irrelevant log messages of torchao.
+"""Imports of large libraries without irrelevant log messages of torchao and bitsandbytes.
 
 transformers imports torchao wherever it is installed, and peft imports transformers; in wantrain only
 optimizer=adamw_8bit uses torchao. When imported, torchao 0.18 logs on every machine
@@ -8,7 +8,10 @@ optimizer=adamw_8bit uses torchao. When imported, torchao 0.18 logs on every mac
   that it registers two of its own enums with torch in a way that torch 2.13 deprecates, which is for its authors to
   change.
 
-Only these two are suppressed, and only during such an import. All other messages of libraries are shown.
+peft imports bitsandbytes wherever it is installed; in wantrain only base.dtype=nf4 uses it. bitsandbytes 0.50 logs on
+CPUs with AVX-512 in bf16 that a kernel for products in 4 bits, which wantrain does not call, could not be downloaded.
+
+Only these are suppressed, and only during such an import. All other messages of libraries are shown.
 """
 
 from __future__ import annotations
@@ -36,13 +39,21 @@ def _is_about_enums(record: logging.LogRecord) -> bool:
     return theirs and "is an Enum subclass and is now natively supported" in str(record.msg)
 
 
+def _is_about_products(record: logging.LogRecord) -> bool:
+    return str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
 #: Suppressed messages, by the name of their logger.
-SUPPRESSED: dict[str, Judge] = {"torchao": _is_about_kernels, "torch.utils._pytree": _is_about_enums}
+SUPPRESSED: dict[str, Judge] = {
+    "torchao": _is_about_kernels,
+    "torch.utils._pytree": _is_about_enums,
+    "bitsandbytes.backends.cpu.ops": _is_about_products,
+}
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around an import that may import torchao: the messages in SUPPRESSED are not logged."""
+    """Around an import that may import torchao or bitsandbytes: the messages in SUPPRESSED are not logged."""
     filters = {name: lambda record, judge=judge: not judge(record) for name, judge in SUPPRESSED.items()}
     for name, keeps in filters.items():
         logging.getLogger(name).addFilter(keeps)

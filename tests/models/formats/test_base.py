@@ -305,17 +305,6 @@ class Bad:
         save_file({**tensors, "patch_embedding.weight": wide}, folder / "i2v.safetensors")
         return folder / "i2v.safetensors"
 
-    def scaled_fp8(self, source, folder):
-        save_file({**read_file(source)[0], "blocks.0.ffn.0.scale_weight": torch.ones(1)}, folder / "fp8.safetensors")
-        return folder / "fp8.safetensors"
-
-    def plain_fp8(self, source, folder):
-        tensors = read_file(source)[0]
-        save_file(
-            {**tensors, "head.head.bias": tensors["head.head.bias"].to(torch.float8_e4m3fn)}, folder / "f8.safetensors"
-        )
-        return folder / "f8.safetensors"
-
     def clip_branch(self, source, folder):
         extra = {"img_emb.proj.0.weight": torch.ones(4)}
         save_file({**read_file(source)[0], **extra}, folder / "wan21_i2v.safetensors")
@@ -353,8 +342,6 @@ class Bad:
         "code_in_a_pickle": "evil.pth holds more than tensors, and loading it would run code from the file; refused",
         "no_state_dict": "odd.pth is not a state dict",
         "image_to_video": r"another shape than the chosen model \(in_channels 36 against 16\); choose model=",
-        "scaled_fp8": "is a scaled-fp8 file.*take the fp16 or bf16 file",
-        "plain_fp8": "is stored in fp8",
         "clip_branch": "Wan2.1's image-to-video with a CLIP branch, which is not built.*model=i2v_a14b",
         "not_a_number": r"1 tensor \(blocks.1.ffn.0.weight is NaN or infinite\)",
         "never_written": r"1 tensor \(blocks.1.self_attn.q.weight is all zeros\)",

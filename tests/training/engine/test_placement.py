@@ -16,6 +16,8 @@ IMPOSSIBLE = [
     ("zero2", ["optimizer=adafactor"], "optimizer=adafactor needs whole matrices, but zero2 cuts them"),
     ("zero3", ["ema=0.9"], "ema=0.9 under ZeRO-3"),
     ("fsdp2", ["expert=both", "adapter=lora", "experts.offload=cpu"], "experts.offload=cpu: fsdp2 shards the weights"),
+    ("fsdp2", ["adapter=lora", "base.dtype=nf4"], "a base in fp8, int8 or nf4 (base.dtype=, or an fp8 file) trains in"),
+    ("zero3", ["adapter=dora", "base.dtype=int8"], "not under zero3; use launch/accelerate/ddp.yaml"),
     ("single", ["expert=both", "experts.offload=cpu"], "adapter=none trains them"),
 ]
 

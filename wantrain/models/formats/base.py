@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from wantrain.models.formats.fp8 import is_fp8
 from wantrain.models.formats.loading import load_text_encoder, load_transformer, load_vae
-from wantrain.models.formats.weights import PICKLES, read_json, read_metadata
+from wantrain.models.formats.weights import PICKLES, read_json, read_metadata, read_tensors
 from wantrain.models.text import TextEncoder
 from wantrain.models.transformer import WanTransformer
 from wantrain.models.vae import WanVAE
@@ -111,19 +112,26 @@ class Base:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         fp32: Iterable[str] = (),
+        stored: str | None = None,
     ) -> WanTransformer:
         """The expert `name`; ValueError if its file is stated to be another one. Parameters named in `fp32` are float32
-        whatever `dtype` says. `expand_inputs` loads a text-to-video transformer, with as many channels in as out, and
-        adds the further input channels that `like` has.
+        whatever `dtype` says; `stored` is the format of the blocks' frozen weights (quantize.py). `expand_inputs` loads
+        a text-to-video transformer, with as many channels in as out, and adds the further input channels that `like`
+        has.
         """
         path, like = self.need(name), dict(self.like or {})
         if expand_inputs:
             like["in_channels"] = like["out_channels"]
         check_stated(path, name)
-        module = load_transformer(path, part=PARTS[name], like=like or None, device=device, dtype=dtype, fp32=fp32)
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "fp32": fp32, "stored": stored}
+        module = load_transformer(path, part=PARTS[name], like=like or None, **how)
         if expand_inputs and self.like is not None:
             module.expand_input_channels(self.like["in_channels"])
         return module
+
+    def is_fp8(self, name: str) -> bool:
+        """True if the expert's weights are stored in float8. Reads the files' headers."""
+        return is_fp8(read_tensors(self.need(name)))
 
     def vae(self, *, device: str | torch.device = "cpu") -> WanVAE:
         """The VAE, frozen, in float32."""

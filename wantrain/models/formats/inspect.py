@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wantrain.models.formats import names
 from wantrain.models.formats.base import PARTS, Base, stated_expert
+from wantrain.models.formats.fp8 import split
 from wantrain.models.formats.loading import VARIANTS, refuse_foreign, transformer_sizes
 from wantrain.models.formats.lora import LoRA, read_lora
 from wantrain.models.formats.lora_expert import stated_lora_expert
@@ -98,6 +99,7 @@ def _lora(path: Path, lora: LoRA, *, has_alpha: bool) -> list[str]:
 
 def _transformer(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
     try:
+        tensors = split(tensors, path)[0]
         refuse_foreign(tensors, path)
     except ValueError as error:
         return ["kind      transformer", f"not usable {error}"]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from wantrain.models.attention import DEFAULT as DEFAULT_ATTENTION
 from wantrain.models.facts import is_fp32
-from wantrain.models.formats import names
-from wantrain.models.formats.weights import load_strict, part_folder, read_config, read_tensors
+from wantrain.models.formats import fp8, names
+from wantrain.models.formats.storing import Source
+from wantrain.models.formats.weights import check_keys, load_strict, part_folder, read_config, read_tensors
 from wantrain.models.text import TextEncoder, check_dtype, read_tokenizer
 from wantrain.models.transformer import WanTransformer
 from wantrain.models.vae import WanVAE, vae_keywords
@@ -31,8 +32,6 @@ VARIANTS = {
 }
 #: Parts of keys that only unsupported models have: what such a file is, and what to use instead.
 _FOREIGN = {
-    ("scale_weight", "scale_input", "scaled_fp8", "weight_scale"): "a scaled-fp8 file, whose rounding cannot be "
-    "trained from; take the fp16 or bf16 file of the same model",
     ("img_emb.", "k_img.", "add_k_proj.", "image_embedder."): "Wan2.1's image-to-video with a CLIP branch, which is "
     "not built; Wan2.2's image-to-video needs no CLIP: model=i2v_a14b with its files",
     ("vace_",): "a VACE model, which is not built",
@@ -73,17 +72,20 @@ def load_transformer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     fp32: Iterable[str] = (),
+    stored: str | None = None,
 ) -> WanTransformer:
     """A transformer from a single file, a part's folder, or a pipeline folder in the diffusers layout.
 
-    part   of a pipeline folder: "transformer" (high noise, or the only one) or "transformer_2" (low noise)
-    like   the keywords of the expected transformer; a file of another shape is refused. Its `attention` is used
-    fp32   names of parameters that are float32 whatever `dtype` says, besides those that the model declares
+    part    of a pipeline folder: "transformer" (high noise, or the only one) or "transformer_2" (low noise)
+    like    the keywords of the expected transformer; a file of another shape is refused. Its `attention` is used
+    fp32    names of parameters that are float32 whatever `dtype` says, besides those that the model declares
+    stored  one of quantize.FORMATS: the linear layers of the blocks are frozen and stored so, quantised one at a time.
+            Of an fp8 file "fp8" keeps the bytes, and None gives the values in `dtype`
 
     ValueError names what is absent, does not fit, or is not supported.
     """
     where = _part(path, part)
-    tensors = read_tensors(where)
+    tensors, scales = fp8.split(read_tensors(where), where)
     refuse_foreign(tensors, where)
     prefix = names.common_prefix(tensors)
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
@@ -94,6 +96,11 @@ def load_transformer(
         model = WanTransformer(**sizes, attention=(like or {}).get("attention", DEFAULT_ATTENTION))
     official = {names.to_diffusers(key): key for key in model.state_dict()}
     tensors = {official.get(key, key): tensor for key, tensor in tensors.items()}
+    check_keys(model, tensors, where)
+    own = {key.removeprefix(prefix): scale for key, scale in scales.items()}
+    source = Source(where, tensors, {official.get(key, key): scale for key, scale in own.items()}, device, dtype)
+    source.store(model, stored)
+    source.widen(model, set(fp32))
     load_strict(model, tensors, where, device=device, dtype=dtype, fp32=fp32)
     return model.eval()
 
@@ -104,7 +111,7 @@ def cast_as_loaded(module: nn.Module, dtype: torch.dtype, *, trained: Container[
     trained  names of parameters that keep their dtype
     """
     for name, parameter in module.named_parameters():
-        if name not in trained and not is_fp32(module, name):
+        if name not in trained and parameter.is_floating_point() and not is_fp32(module, name):
             parameter.data = parameter.data.to(dtype)
     return module
 
@@ -120,8 +127,6 @@ def refuse_foreign(tensors: Mapping[str, Tensor], where: Path) -> None:
     for parts, what in _FOREIGN.items():
         if key := next((key for key in tensors if any(part in key for part in parts)), None):
             raise ValueError(f"{where} is {what} (it holds {key})")
-    if key := next((key for key, tensor in tensors.items() if "float8" in str(tensor.dtype)), None):
-        raise ValueError(f"{where} is stored in fp8 ({key}); take the fp16 or bf16 file of the same model")
 
 
 def transformer_sizes(where: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -277,7 +282,8 @@ def load_text_encoder(
     # Some files hold the embedding under both of its names; ComfyUI's also hold the tokenizer.
     spare = {"encoder.embed_tokens.weight", "spiece_model"}
     tensors = {key: tensor for key, tensor in read_tensors(where).items() if key not in spare}
-    refuse_foreign(tensors, where)
+    if fp8.is_fp8(tensors):
+        raise ValueError(f"{where} is a text encoder in fp8; take the fp16 or bf16 file of the same model")
     if where.is_dir():
         config = read_config(where)
         if config.get("model_type") != "umt5":

@@ -34,6 +34,7 @@ from wantrain.models.formats.lora_keys import (
 from wantrain.models.formats.lora_layers import KINDS, Change, Difference, Hadamard, Kronecker, Layer
 from wantrain.models.formats.lora_peft import CONFIG, PEFT, PeftConfig, lora_file, peft_config, peft_header
 from wantrain.models.formats.weights import read_file, write_file
+from wantrain.models.quantize import quantized_layers
 from wantrain.util.console import say
 
 
@@ -279,6 +280,7 @@ def merge_lora(
 def check_fits(lora: LoRA, module: nn.Module, path: str | Path) -> None:
     """Raise ValueError unless every layer of a LoRA is in `module`, in its shape."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    shapes |= {f"{name}.weight": tuple(layer.stored.shape) for name, layer in quantized_layers(module)}
     for name, layer in lora.layers.items():
         expected = shapes.get(f"{name}.weight", shapes.get(name))
         if expected is None:

@@ -165,7 +165,7 @@ def load_strict(
     ValueError; another names tensors that hold NaN or infinity, or only zeros where a trained model has none (the
     module's `zero_at_start` lists the ends of names that may be zero).
     """
-    _check_keys(module, tensors, where)
+    check_keys(module, tensors, where)
     report_progress(f"loading {where}")
     names_fp32 = set(fp32)
     wanted = {key: torch.float32 if key in names_fp32 or is_fp32(module, key) else dtype for key in tensors}
@@ -206,7 +206,8 @@ def load_strict(
     module.load_state_dict(places, assign=True)
 
 
-def _check_keys(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+def check_keys(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise ValueError unless `tensors` are a module's parameters, by name and shape."""
     expected = module.state_dict()
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys())
@@ -232,13 +233,14 @@ def _some(title: str, rows: list[str]) -> str:
 def _place_for(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
     """Memory for a tensor's values on `device`, in `dtype` (None: its own) if they are floating.
 
-    A tensor that needs neither another device nor another dtype stays in the mapped file (a write to it is private),
-    unless it is not aligned as torch aligns tensors: that would change the last digits of every product, so that the
-    same weights from another file would give other results.
+    A tensor that needs neither another device nor another dtype stays what it is, or in the mapped file (a write to it
+    is private), unless it is not aligned as torch aligns tensors: that would change the last digits of every product,
+    so that the same weights from another file would give other results.
     """
     if dtype is None or not tensor.is_floating_point():
         dtype = tensor.dtype
-    stays = torch.device(device).type == "cpu" and dtype == tensor.dtype and tensor.data_ptr() % ALIGNMENT == 0
+    there = torch.device(device).type == tensor.device.type
+    stays = there and dtype == tensor.dtype and tensor.data_ptr() % ALIGNMENT == 0
     return tensor if stays else torch.empty_like(tensor, device=device, dtype=dtype)
 
 

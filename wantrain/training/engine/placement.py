@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from wantrain.models.offload import ModuleOffloader
+from wantrain.models.quantize import FORMATS, quantized_layers
 from wantrain.training.engine.accelerator import SHARDED, engine_of
 from wantrain.training.engine.engine import StepOptions, Stepper
 
@@ -54,6 +55,8 @@ class Placement:
 
     def stepper(self, module: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions) -> Stepper:
         """An expert's module under the engine."""
+        if any(quantized_layers(module)):
+            _refuse_quantized(self.engine)
         stepper = Stepper(self.accelerator, module, optimizer, options)
         if self.offloader is not None:
             self.offloader.add(module)
@@ -87,6 +90,8 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:
                 f"optimizer={whole} needs whole matrices, but {engine} cuts them; use optimizer=adamw, or "
                 "launch/accelerate/ddp.yaml"
             )
+        if own["base"]["dtype"] in FORMATS:
+            _refuse_quantized(engine)
         if own["ema"] is not None and engine == "zero3":
             raise ValueError(
                 f"ema={own['ema']} under ZeRO-3: DeepSpeed keeps the weights' parts where no average can follow; use "
@@ -103,6 +108,15 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:
                 "experts.offload=none, or adapter=lora"
             )
     return offloads
+
+
+def _refuse_quantized(engine: str) -> None:
+    """Raise ValueError if an engine cannot hold frozen weights in 8 or 4 bits."""
+    if engine not in {"single", "ddp"}:
+        raise ValueError(
+            f"a base in fp8, int8 or nf4 (base.dtype=, or an fp8 file) trains in one process or under DDP, not under "
+            f"{engine}; use launch/accelerate/ddp.yaml, or base.dtype=bf16"
+        )
 
 
 def device_name(device: torch.device) -> str:

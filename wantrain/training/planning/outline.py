@@ -14,7 +14,7 @@ from torch import nn
 from wantrain import geometry
 from wantrain.data import BatchSampler, TrainingData
 from wantrain.data.shards import MANIFEST
-from wantrain.models import Base
+from wantrain.models import Base, quantize
 from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.training.engine.optim import named_trainable
 from wantrain.training.initialize import Initializer, without_values
@@ -37,8 +37,10 @@ def outline(make: Callable[[], nn.Module], settings: Mapping[str, Any], dtype: t
     with torch.device("meta"):
         module = without_values(make)
         module.gradient_checkpointing = start.gradient_checkpointing  # type: ignore[assignment]
+        if stored := start.stored_format(is_fp8=False):  # of a file in fp8 nothing is known yet
+            quantize.as_if_loaded(module, stored, start.frozen_dtype)
         start.adapt(module)
-    return cast_as_loaded(module, dtype, trained=named_trainable(module))
+    return cast_as_loaded(module, start.frozen_dtype, trained=named_trainable(module))
 
 
 def check_size(outlines: Mapping[str, nn.Module | None], device: torch.device, asked: str) -> None:
