@@ -237,6 +237,8 @@ def _adapter_problems(cfg: DictConfig) -> list[str]:
             f"base.dtype={cfg.base.dtype} is for the frozen base of adapter=lora or dora; with adapter="
             f"{settings['name']} leave it out"
         )
+    if cfg.base.dtype == "bf16" and cfg.precision == "fp32":
+        problems.append("base.dtype=bf16: precision=fp32 computes with float32 weights; give precision=bf16 too")
     if not isinstance(settings.get("rank_stabilized", False), bool):
         problems.append(f"adapter.rank_stabilized={settings['rank_stabilized']} must be true or false")
     for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):

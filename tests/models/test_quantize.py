@@ -13,6 +13,7 @@ from wantrain.models import Base, WanTransformer, adapters, load_transformer, qu
 from wantrain.models.formats.lora import read_lora, write_lora
 from wantrain.models.formats.lora_layers import row_lengths
 from wantrain.models.formats.weights import renamed_to_diffusers, write_part
+from wantrain.models.offload import ModuleOffloader
 from wantrain.models.quantize import FORMATS, QuantizedLinear, Stored, quantized_layers
 from wantrain.training.engine.accelerator import autocast
 
@@ -121,6 +122,7 @@ def test_what_is_quantized(pair, kind):
         else:
             assert torch.equal(value, whole[name]), name
             assert value.dtype == whole[name].dtype, name
+    assert quantize.count(model) == sum(parameter.numel() for parameter in full.parameters())
     assert not any(parameter.requires_grad for _, layer in quantized_layers(model) for parameter in layer.parameters())
 
 
@@ -134,6 +136,21 @@ def test_dora_starts_at_stored_lengths(pair, kind):
     wanted = row_lengths(layer.get_base_layer().weight)
     assert torch.equal(layer.lora_magnitude_vector["default"].weight.data, wanted)
     assert torch.equal(model(*inputs()), before)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_offloaded(pair, kind):
+    """The stored weights wait in a host arena between uses, and give the same answers and gradients."""
+    model, found = adapted(Base(pair).transformer("low_noise", stored=kind), dora=False), []
+    offloader = ModuleOffloader(torch.device("cpu"))
+    for arena in (False, True):
+        if arena:
+            offloader.add(model)
+        model.zero_grad(set_to_none=True)
+        answer = model(*inputs())
+        answer.square().mean().backward()
+        found.append([answer.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_adapter_file_fits(pair, tmp_path):

@@ -48,9 +48,9 @@ class Count:
         Returns True if its output has one.
         """
         base: nn.Module = getattr(layer, "base_layer", layer)
-        weight = base.weight
         products = 2 * rows * _size(base)
-        trains = bool(weight.requires_grad)
+        # Among the parameters: a quantised layer has no weight to train, and its attribute would make the values.
+        trains = any(name == "weight" and p.requires_grad for name, p in base.named_parameters(recurse=False))
         self.forward += products
         self.backward += products * (flows + trains)
         for name in ("lora_A", "lora_B"):

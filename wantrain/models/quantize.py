@@ -161,6 +161,14 @@ def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear))
 
 
+def count(module: nn.Module) -> int:
+    """Parameters of the model that a module holds: a stored weight counts its elements, and its scales not."""
+    total = sum(parameter.numel() for parameter in module.parameters())
+    for _, layer in quantized_layers(module):
+        total += layer.stored.shape.numel() - layer.weight_stored.numel() - layer.weight_scale.numel()
+    return total
+
+
 def check_library(kind: str) -> None:
     """ValueError if a format needs a library that is not installed."""
     if kind == "nf4":

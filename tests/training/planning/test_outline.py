@@ -22,7 +22,7 @@ ADAPTERS = {
     "dora": ("adapter=dora", "adapter.rank_pattern={ffn: 2}", "adapter.rank_stabilized=true"),
     "nf4": ("adapter=lora", "adapter.rank=4", "base.dtype=nf4"),
     "int8": ("adapter=dora", "base.dtype=int8", "precision=bf16"),
-    "bf16": ("adapter=lora", "base.dtype=bf16"),
+    "fp32": ("adapter=lora", "base.dtype=fp32", "precision=bf16"),
     "partial": ("adapter=partial", "adapter.tags=[ffn]", "precision=bf16"),
 }
 

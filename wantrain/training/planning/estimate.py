@@ -10,7 +10,7 @@ from torch import nn
 from wantrain import geometry
 from wantrain.data import BatchSampler
 from wantrain.losses import LossFunction
-from wantrain.models import WanTransformer
+from wantrain.models import WanTransformer, quantize
 from wantrain.models.flops import training_flops
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.batching import Batching
@@ -105,7 +105,7 @@ def _trained(module: nn.Module | None) -> str:
     if module is None:
         return "trained parameters  those of the VAE in weights=, which a dry run does not open"
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in module.parameters())
+    total = quantize.count(module)
     return f"trained parameters  {trained:,} of {total:,} ({100 * trained / total:.1f} %)"
 
 
