@@ -1,4 +1,4 @@
-"""Commands say what is ours to say: libraries are imported when they are asked for, two messages of theirs are dropped,
+"""Commands say what is ours to say: libraries are imported when they are asked for, three messages of theirs are dropped,
 and every other warning is shown.
 """
 
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 #: Libraries that take a second or more, of which a command imports those that it needs when it needs them.
 LARGE = (
     "peft",
+    "bitsandbytes",
     "transformers",
     "torchao",
     "deepspeed",

@@ -71,7 +71,7 @@ def stored(weight: Tensor, scale: Tensor | None, device: str | torch.device) -> 
     return Stored(data.view(torch.uint8), factor.reshape(-1, 1).to(device), weight.dtype, weight.shape)
 
 
-def widened(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+def dequantized(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, device: str | torch.device) -> Tensor:
     """The values of a float8 tensor, of any shape, in `dtype` on `device`."""
     values = tensor.to(device).to(dtype)
     return values if scale is None else values.mul_(scale.float().to(device).reshape(-1, *[1] * (tensor.ndim - 1)))

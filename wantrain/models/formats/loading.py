@@ -100,7 +100,7 @@ def load_transformer(
     own = {key.removeprefix(prefix): scale for key, scale in scales.items()}
     source = Source(where, tensors, {official.get(key, key): scale for key, scale in own.items()}, device, dtype)
     source.store(model, stored)
-    source.widen(model, set(fp32))
+    source.dequantize(model, set(fp32))
     load_strict(model, tensors, where, device=device, dtype=dtype, fp32=fp32)
     return model.eval()
 

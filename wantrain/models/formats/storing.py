@@ -23,7 +23,7 @@ from wantrain.util.progress import report_progress
 class Source:
     """A transformer's tensors on their way from files into a module on the meta device.
 
-    tensors  by official name; what is stored or widened takes the place of what the file holds
+    tensors  by official name; what is stored or dequantised takes the place of what the file holds
     scales   of weights in float8 that have one, by the weight's name
     """
 
@@ -58,13 +58,13 @@ class Source:
             quantize.replace_layer(model, name, layer, self.dtype)
             self.tensors.update({f"{key}_stored": layer.data, f"{key}_scale": layer.scale})
 
-    def widen(self, model: nn.Module, fp32: Container[str]) -> None:
+    def dequantize(self, model: nn.Module, fp32: Container[str]) -> None:
         """Give what is left in float8 its values in the dtype that it is loaded to, one tensor at a time."""
         narrow = [key for key, tensor in self.tensors.items() if tensor.dtype in fp8.CODINGS]
         for key in narrow:
             report_progress(f"loading {self.where}: {key}")
             dtype = torch.float32 if key in fp32 or is_fp32(model, key) else self.dtype
-            self.tensors[key] = fp8.widened(self.tensors[key], self.scales.get(key), dtype, self.device)
+            self.tensors[key] = fp8.dequantized(self.tensors[key], self.scales.get(key), dtype, self.device)
         if any(self.tensors[key].ndim == 2 for key in narrow) and not any(quantize.quantized_layers(model)):
             say(f"{self.where} is stored in fp8: its values are used in {str(self.dtype).removeprefix('torch.')}")
 
