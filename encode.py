@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.check is True:
         check_folder(config.needed_path(cfg, "out"))
         return
-    checks.check(cfg)
+    checks.check(cfg, given=config.given(cfg))
     distributed.set_threads()
     device, base = devices.choose(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
 
