@@ -60,6 +60,13 @@ def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> 
     _raise(problems)
 
 
+def check_given(cfg: DictConfig, given: Iterable[str]) -> None:
+    """ValueError for keys `given` that have no effect; of a config that may lack what it needs for other work."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    _raise(list(heard.unheard(_command_of(cfg), values, given).values()))
+
+
 def _raise(problems: list[str]) -> None:
     """ValueError with all problems, if there are any; each once."""
     problems = list(dict.fromkeys(problems))

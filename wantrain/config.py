@@ -66,8 +66,9 @@ def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             with errors_to_exit_code(), tempfile.TemporaryDirectory() as own_files:
                 refuse_old_keys(sys.argv[1:])
                 sys.argv[1:] = replay.arguments(sys.argv[1:], CONF)
-                if sweep:  # Hydra writes a file about it
-                    sys.argv.append(f"hydra.sweep.dir={own_files}")
+                if sweep:  # Hydra wants -m before or after all settings, and writes a file about the sweep
+                    settings = [word for word in sys.argv[1:] if not words.is_sweep([word])]
+                    sys.argv[1:] = ["-m", *settings, f"hydra.sweep.dir={own_files}"]
                 try:
                     hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
                 except (HydraException, OmegaConfBaseException) as error:

@@ -93,9 +93,9 @@ def _new_adapter(name: str) -> Rule:
     )
 
 
-def _facts_unread(command: str, *read: str) -> Rule:
-    """The facts of a model that a command never reads."""
-    names = "|".join(read)
+def _facts_unread(command: str, read: str) -> Rule:
+    """The facts of a model that a command never reads: all but those named."""
+    names = "|".join(read.split())
     return Rule(
         (rf"model\.(?!({names})(\.|$)).+",), lambda values, given: False, f"{command}.py reads no such fact of a model"
     )
@@ -187,7 +187,7 @@ _SHARD = (
         lambda values, given: "fps" not in given or values["fps"] == "resample",
         "fps={fps} stands in its place",
     ),
-    _facts_unread("shard", "name", "num_frames", "fps"),
+    _facts_unread("shard", "name num_frames fps"),
 )
 
 _ENCODE = (
@@ -203,25 +203,18 @@ _ENCODE = (
     _replaced("model.weights", "weights"),
     _facts_unread(
         "encode",
-        *[
-            "name",
-            "fps",
-            "num_frames",
-            "area",
-            "multiple",
-            "conditioning",
-            "mask_types",
-            "precision",
-            "weights",
-            "transformer",
-            "vae",
-        ],
+        "name fps num_frames area multiple conditioning mask_types precision weights transformer vae",
     ),
     _REVISION,
 )
 
 _SAMPLE = (
     Rule((r"run",), _equals("compare", None), "compare={compare} names the runs"),
+    Rule(
+        (r"runs",),
+        lambda values, given: values["run"] is not None or values["compare"] is not None,
+        "run=null and compare=null name no run",
+    ),
     Rule((r"alone",), _is_pair, "model={model.name} has one transformer"),
     _replaced("model.sampling_steps", "steps"),
     _replaced("model.shift", "shift"),
@@ -234,23 +227,8 @@ _SAMPLE = (
     *_PARTS,
     _facts_unread(
         "sample",
-        *[
-            "name",
-            "experts",
-            "boundary",
-            "shift",
-            "fps",
-            "num_frames",
-            "area",
-            "multiple",
-            "conditioning",
-            "guidance",
-            "sampling_steps",
-            "negative_prompt",
-            "precision",
-            "transformer",
-            "vae",
-        ],
+        "name experts boundary shift fps num_frames area multiple conditioning guidance "
+        "sampling_steps negative_prompt precision transformer vae",
     ),
     _PAIR_ONLY,
     _REVISION,
@@ -267,10 +245,7 @@ _EXPORT = (
     Rule((r"alone",), _is_pair, "model={model.name} has one transformer"),
     *_GUIDANCE,
     *_PARTS,
-    _facts_unread(
-        "export",
-        *["name", "experts", "boundary", "shift", "conditioning", "guidance", "sampling_steps", "transformer"],
-    ),
+    _facts_unread("export", "name experts boundary shift conditioning guidance sampling_steps transformer"),
     _PAIR_ONLY,
     _REVISION,
 )
