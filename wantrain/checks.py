@@ -64,6 +64,7 @@ def check_given(cfg: DictConfig, given: Iterable[str]) -> None:
     """ValueError for keys `given` that have no effect; of a config that may lack what it needs for other work."""
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
+    values = {str(key): value for key, value in values.items()}
     _raise(list(heard.unheard(_command_of(cfg), values, given).values()))
 
 
@@ -165,6 +166,7 @@ def _check_picture(cfg: DictConfig) -> None:
 def _check_experts(cfg: DictConfig) -> None:
     for own in config.experts(cfg).values():
         _check_expert(own)
+        _check_window(own)
         _check_optimizer(own.optimizer)
         config.build(own.schedule)
         config.build(own.loss)  # its own words on a noise distribution that cannot be
@@ -201,6 +203,13 @@ def _check_expert(cfg: DictConfig) -> None:
             f"expert={name}: model={cfg.model.name} has {', '.join(experts)}; "
             f"use {' or '.join(f'expert={other}' for other in experts)}, or another model="
         )
+
+
+def _check_window(cfg: DictConfig) -> None:
+    for key in ("expert.low", "expert.high", "loss.low", "loss.high"):
+        group, _, name = key.partition(".")
+        if name in cfg[group] and cfg[group][name] is None:
+            raise ValueError(f"{key}=null must be a number at least 0 and at most 1: an end of the noise window")
 
 
 def _check_optimizer(node: DictConfig) -> None:

@@ -123,6 +123,6 @@ def test_heard(command, words):
 def test_check_of_shards_alone():
     """encode.py check=true takes out= and nothing else, and needs no shards=."""
     checks.check_given(config.compose("encode", ["out=y", "check=true"]), config.keys_of(["out=y", "check=true"]))
-    with pytest.raises(ValueError, match="^area has no effect: check=true only compares"):
+    with pytest.raises(ValueError, match=r"^area has no effect: check=true only compares"):
         words = ["out=y", "check=true", "area=1024"]
         checks.check_given(config.compose("encode", words), config.keys_of(words))

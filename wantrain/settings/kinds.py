@@ -58,10 +58,9 @@ def problem(key: str, value: Any, kind: Any) -> str | None:
     if fits(value, kind):
         return None
     parts = _members(kind)
-    if choices := _choices(parts):
-        if all(get_origin(part) is Literal or part is types.NoneType for part in parts):
-            return f"{key}={shown(value)} is unknown; choose one of {', '.join(choices)}"
-    elif (limits := _broken_limits(value, parts)) is not None:
+    if all(get_origin(part) is Literal or part is types.NoneType for part in parts):
+        return f"{key}={shown(value)} is unknown; choose one of {', '.join(_choices(parts))}"
+    if limits := _broken_limits(value, parts):
         return f"{key}={shown(value)} must be {limits}"
     return f"{key}={shown(value)} must be {described(kind)}"
 

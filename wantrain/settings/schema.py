@@ -33,7 +33,9 @@ from wantrain.settings.kinds import (
 Expert = Literal["high_noise", "low_noise", "dense"]
 Precision = Literal["fp32", "bf16"]
 Masks = Annotated[dict[str, Any], Says("mask types with weights: {image: 1.0}")]
-Lengths = Annotated[list[Count], Says("whole numbers of frames: [17, 49, 81]")]
+#: That it is 4k+1 is checked with words of its own (geometry.check_num_frames).
+Frames = Annotated[int, Says("a whole number of frames, 4k+1")]
+Lengths = Annotated[list[int], Says("whole numbers of frames: [17, 49, 81]")]
 Betas = Annotated[list[BelowOne], Len(2, 2), Says("two numbers of at least 0 and below 1: [0.9, 0.99]")]
 #: One layer's pattern or a number of blocks, as partial.py reads them.
 Layers = Annotated[int | str | list[int | str], Says("block numbers: 0-9, or [0, 1, 20-29]")]
@@ -45,7 +47,7 @@ MODEL: Mapping[str, Any] = {
     "model.boundary": Inside | None,
     "model.shift": Positive,
     "model.fps": Positive,
-    "model.num_frames": Count,
+    "model.num_frames": Frames,
     "model.area": Count,
     "model.multiple": Count,
     "model.conditioning": Text,
@@ -103,7 +105,7 @@ SHARD: Mapping[str, Any] = {
     "caption.prefix": FreeText,
     "caption.default": FreeText,
     "clips": Literal["all", "first", "middle", "random"],
-    "num_frames": Count,
+    "num_frames": Frames,
     "lengths": Lengths,
     "fps": Positive | Literal["native", "resample"],
     "stride": Count,
@@ -128,7 +130,7 @@ ENCODE: Mapping[str, Any] = {
     "area": Count | Annotated[list[Count], Len(1), Says("a list of such numbers")],
     "aspects": Annotated[list[Positive], Len(1), Says("a list of numbers above 0, width / height")],
     "tokens": Count | None,
-    "upscale.limit": Positive,
+    "upscale.limit": float,
     "mask_types": Masks,
     "device": Literal["auto", "cpu", "cuda"],
     "precision": Precision,
@@ -152,7 +154,7 @@ _OF_AN_EXPERT: Mapping[str, Any] = {
     "init": File | None,
     "ema": Inside | None,
 }
-_WINDOW: Mapping[str, Any] = {"part": Text, "low": Share, "high": Share}
+_WINDOW: Mapping[str, Any] = {"part": Text, "low": Share | None, "high": Share | None}
 
 #: The groups of which train.py has one option each.
 _OPTIONS: Mapping[str, Any] = {
@@ -180,7 +182,7 @@ _OPTIONS: Mapping[str, Any] = {
     "data.caption_dropout": Share,
     "data.conditioning": Text,
     "data.mask_types": Masks,
-    "data.num_frames": Count,
+    "data.num_frames": Frames,
     "data.area": Count,
     "data.multiple": Count,
     "data.max_gb": Positive,
@@ -199,8 +201,8 @@ _OPTIONS: Mapping[str, Any] = {
     "loss.density": Literal["uniform", "logit_normal"] | Object,
     "loss.shift": Positive | Object,
     "loss.weighting": Literal["none", "sigma_sqrt", "cosmap", "min_snr", "gaussian"] | Object,
-    "loss.low": Share,
-    "loss.high": Share,
+    "loss.low": Share | None,
+    "loss.high": Share | None,
     "loss.huber": Positive | None,
     "loss.batch_size": Count,
     "loss.seed": Natural,
@@ -307,7 +309,7 @@ SAMPLE: Mapping[str, Any] = {
     "guidance.high_noise": NotNegative | None,
     "guidance.low_noise": NotNegative | None,
     "guidance.dense": NotNegative | None,
-    "num_frames": Count,
+    "num_frames": Frames,
     "height": Count | None,
     "width": Count | None,
     "device": Literal["auto", "cpu", "cuda"],
