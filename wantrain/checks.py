@@ -64,8 +64,8 @@ def check_given(cfg: DictConfig, given: Iterable[str]) -> None:
     """ValueError for keys `given` that have no effect; of a config that may lack what it needs for other work."""
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
-    values = {str(key): value for key, value in values.items()}
-    _raise(list(heard.unheard(_command_of(cfg), values, given).values()))
+    plain: dict[str, Any] = {str(key): value for key, value in values.items()}
+    _raise(list(heard.unheard(_command_of(cfg), plain, given).values()))
 
 
 def _raise(problems: list[str]) -> None:

@@ -107,6 +107,13 @@ def _is_remote(values: Mapping[str, Any], given: frozenset[str]) -> bool:
     return any("://" in str(place.get("shards", "")) for place in (data, *sets))
 
 
+def _is_sized(values: Mapping[str, Any]) -> bool:
+    """True where something in a training is of the model's own size: previews, a forecast, pixels, a shift by tokens."""
+    shift = values["noise"]["shift"]
+    by_size = isinstance(shift, Mapping) and "num_frames" in shift
+    return bool(values["sample"]["every"] or values["dry_run"] or "num_frames" in values["data"] or by_size)
+
+
 _EXPERTS = ("high_noise", "low_noise", "dense")
 _PAIR_ONLY = Rule((r"model\.boundary",), _is_pair, "model={model.name} is one transformer over the whole noise range")
 _REVISION = Rule((r"revision",), _differs("weights", None), "weights=null names no repository of the hub")
@@ -163,6 +170,13 @@ _TRAIN = (
         lambda values, given: values["steps"] is None and values["epochs"] is None,
         "steps={steps}, epochs={epochs} set the length",
     ),
+    Rule(
+        (r"model\.(num_frames|area)",),
+        lambda values, given: _is_sized(values),
+        "the latents say how long and how large clips are, and sample.every=0 makes no previews",
+    ),
+    Rule((r"model\.negative_prompt",), _differs("sample.every", 0), "sample.every=0 makes no previews"),
+    Rule((r"model\.scratch",), _equals("init", "base"), "init={init} says what the expert starts from"),
     _replaced("model.train.batch_size", "batch_size"),
     _replaced("model.train.gradient_checkpointing", "gradient_checkpointing"),
     _replaced("model.precision", "precision"),
@@ -203,7 +217,7 @@ _ENCODE = (
     _replaced("model.weights", "weights"),
     _facts_unread(
         "encode",
-        "name fps num_frames area multiple conditioning mask_types precision weights transformer vae",
+        "name fps num_frames area multiple conditioning mask_types precision weights",
     ),
     _REVISION,
 )
