@@ -100,8 +100,8 @@ def _overrides(arguments: Iterable[str]) -> list[Override]:
 
 
 def given(cfg: DictConfig) -> frozenset[str]:
-    """The keys that this start sets to something but null, on the command line or in a recipe, and the groups whose
-    option was chosen. What a replay takes from the run that it repeats is not among them.
+    """The keys that this start sets on the command line or in a recipe, and the groups whose option was chosen; but for
+    values that ask for nothing (null, false, off, none), and for what a replay takes from the run that it repeats.
     """
     task = list(HydraConfig.get().overrides.task)
     if cfg.get("replay") is not None:
@@ -111,7 +111,7 @@ def given(cfg: DictConfig) -> frozenset[str]:
 
 
 def keys_of(arguments: Iterable[str]) -> frozenset[str]:
-    """The keys that words of a command line set to something but null."""
+    """The keys that words of a command line set to a value that asks for something."""
     keys: set[str] = set()
     for each in _overrides(arguments):
         if not each.is_delete():
@@ -120,10 +120,10 @@ def keys_of(arguments: Iterable[str]) -> frozenset[str]:
 
 
 def _set_keys(value: Any, key: str) -> set[str]:
-    """The keys of a nested value that are not null."""
+    """The keys of a nested value that ask for something."""
     if isinstance(value, Mapping) and "_target_" not in value:
         return {found for name, inner in value.items() for found in _set_keys(inner, f"{key}.{name}")}
-    return set() if value is None else {key}
+    return set() if value is None or value is False or value in ("off", "none") else {key}
 
 
 def _recipe_keys() -> set[str]:

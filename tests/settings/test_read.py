@@ -148,7 +148,7 @@ def unread(command, whole):
     "words",
     [
         ("adapter=lora", "sample=1", "sample.count=1", "sample.steps=1", "validation.every=1", "data.holdout=0.3"),
-        ("expert=both", "init=scratch", "model.scratch=true", "validation=off"),
+        ("expert=both", "init=scratch", "validation=off"),
     ],
 )
 def test_train_reads(words, tiny, pair, call, reads):

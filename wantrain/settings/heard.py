@@ -1,6 +1,7 @@
 """When a setting has an effect: a key that was given although a choice leaves it without one is an error.
 
-A default that is merely there is no error: only keys that the command line or a recipe gives are looked at.
+A default that is merely there is no error: only keys that the command line or a recipe gives are looked at. Nor is a
+value that asks for nothing: null, false, off, none.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _is_remote(values: Mapping[str, Any], given: frozenset[str]) -> bool:
 
 
 def _is_sized(values: Mapping[str, Any]) -> bool:
-    """True where something in a training is of the model's own size: previews, a forecast, pixels, a shift by tokens."""
+    """True where something in a training has the model's own size: previews, a forecast, pixels, a shift by tokens."""
     shift = values["noise"]["shift"]
     by_size = isinstance(shift, Mapping) and "num_frames" in shift
     return bool(values["sample"]["every"] or values["dry_run"] or "num_frames" in values["data"] or by_size)
@@ -128,7 +129,11 @@ _TRAIN = (
         "expert={expert.name} trains one expert; its settings are optimizer.lr=, adapter.rank=, ema=, ...",
     ),
     Rule((r"noise",), lambda values, given: "density" in values["loss"], "loss={loss._target_} draws no noise level"),
-    Rule((r"sample",), _NOT_VAE, "expert=vae makes no previews"),
+    Rule(
+        (r"sample\.every",),
+        lambda values, given: values["expert"]["name"] != "vae" or values["sample"]["every"] == 0,
+        "expert=vae makes no previews",
+    ),
     Rule(
         (r"sample\.(?!every$).+",), _differs("sample.every", 0), "sample.every=0 makes no previews; give sample.every=N"
     ),
