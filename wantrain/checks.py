@@ -19,7 +19,6 @@ from wantrain.sampling.conditioning import check_files, files_from
 from wantrain.settings import heard, walk
 from wantrain.settings.kinds import Count, Positive, described, fits, shown
 from wantrain.settings.schema import COMMANDS
-from wantrain.training.alternation import ExpertAlternation
 
 
 def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> None:
@@ -126,6 +125,8 @@ def _check_model(cfg: DictConfig) -> None:
 
 def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], None], processes: int) -> None:
     """What the settings of a training mean together."""
+    from wantrain.training.alternation import ExpertAlternation  # sample.py and export.py import nothing of training
+
     judge(lambda: _check_experts(cfg))
     judge(lambda: config.batching(cfg, processes))
     judge(lambda: _check_length(cfg))
