@@ -11,7 +11,16 @@ from wantrain import checks, config
 from wantrain.settings import heard
 
 #: Who writes a whole config down, or compares it: no use of its settings.
-RECORDS = ("json", "yaml", "copy", "wantrain.runs", "wantrain.settings", "wantrain.training.monitoring.trackers")
+RECORDS = (
+    "json",
+    "yaml",
+    "copy",
+    "wantrain.runs.folder",
+    "wantrain.runs.replay",
+    "wantrain.runs.checkpoint",
+    "wantrain.settings",
+    "wantrain.training.monitoring.trackers",
+)
 
 
 #: Keys that are read elsewhere than in these runs, by pattern.
@@ -167,7 +176,7 @@ def test_other_commands_read(tiny, pair, call, reads):
     call("encode.py", "shards=videos", "out=latents", f"weights={tiny.base}")
     assert " ".join(unread("encode", reads)) == ""
     reads["seen"].clear()
-    call("sample.py", *model, f"weights={pair}", "prompt=a cat", "steps=1", "num_frames=5", "height=32", "width=32")
+    call("sample.py", *model, f"weights={pair}", "prompt=a cat", "steps=1", "num_frames=5")
     assert " ".join(unread("sample", reads)) == ""
     reads["seen"].clear()
     call("export.py", *model, f"weights={pair}", "out=pipeline")
