@@ -58,7 +58,6 @@ def refusal(command, words):
         ("train", ["model=tiny_dense", "expert=dense", "model.boundary=0.5"], "one transformer"),
         ("train", ["weights=null", "parts.vae=a", "parts.text_encoder=b", "init=scratch", "revision=main"], "weights=null"),
         ("shard", ["seed=1"], "clips=all draws nothing"),
-        ("shard", ["caption.default=a cat", "caption.missing=skip"], "caption.default=a cat"),
         ("shard", ["model.shift=2"], "shard.py reads no such fact"),
         ("shard", ["model.num_frames=5", "num_frames=9"], "num_frames=9 stands in its place"),
         ("shard", ["model.fps=5", "fps=native"], "fps=native stands in its place"),

@@ -194,11 +194,6 @@ _TRAIN = (
 
 _SHARD = (
     Rule((r"seed",), _equals("clips", "random"), "clips={clips} draws nothing; it is for clips=random"),
-    Rule(
-        (r"caption\.missing",),
-        _equals("caption.default", ""),
-        "caption.default={caption.default} is the caption of files that have none",
-    ),
     Rule((r"lengths", r"stretch"), _differs("num_frames", 1), "num_frames=1 cuts clips of one frame"),
     _replaced("model.num_frames", "num_frames"),
     Rule(

@@ -113,6 +113,7 @@ SHARD: Mapping[str, Any] = {
     "scenes": Literal["off", "split"],
     "static": Literal["report", "drop"],
     "duplicates": Literal["report", "drop"],
+    "interlaced": Literal["refuse", "deinterlace"],
     "seed": Natural,
     "decode.workers": Count | None,
     "decode.timeout": Positive,
