@@ -3,6 +3,7 @@
 import pytest
 
 from wantrain import checks, config
+from wantrain.settings.words import expanded
 
 REQUIRED = {"shard": ["source=x", "out=y"], "encode": ["shards=x", "out=y"]}
 VAE = "recipe=wan_tiny_vae"
@@ -10,7 +11,7 @@ VAE = "recipe=wan_tiny_vae"
 
 def refusal(command, words):
     """What check says of a command line; None if nothing."""
-    arguments = [*REQUIRED.get(command, []), *words]
+    arguments = expanded([*REQUIRED.get(command, []), *words])
     try:
         checks.check(config.compose(command, arguments), given=config.keys_of(arguments))
     except ValueError as error:

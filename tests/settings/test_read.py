@@ -30,7 +30,10 @@ ELSEWHERE = {
         r"model\.scratch",  # where the base does not hold the expert
         r"expert\.(high|low)_noise\..*",  # of a pair; as `expert` of that expert's own config
     ),
-    "sample": (r"model\.transformer\..*",),  # where the weights' layout has no config of its own
+    "sample": (
+        r"model\.transformer\..*",  # where the weights' layout has no config of its own
+        r"width",  # with height; alone it is refused
+    ),
     "export": (r"model\.transformer\..*",),
 }
 
