@@ -57,6 +57,10 @@ class Noted(dict):
         self.note(key)
         return super().get(key, default)
 
+    def pop(self, key, *default):
+        self.note(key)
+        return super().pop(key, *default)
+
     def __iter__(self):  # so that ** asks for each key
         return super().__iter__()
 
