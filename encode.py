@@ -24,9 +24,10 @@ from wantrain.util import devices, distributed
 def main(cfg: DictConfig) -> None:
     """Decode every clip, fit it to its bucket, encode pixels and captions, write tars and a manifest."""
     if cfg.check is True:
+        checks.check_given(cfg, config.given(cfg))
         check_folder(config.needed_path(cfg, "out"))
         return
-    checks.check(cfg)
+    checks.check(cfg, given=config.given(cfg))
     distributed.set_threads()
     device, base = devices.choose(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
 

@@ -23,7 +23,7 @@ from wantrain.util.files import claim_folder
 @config.app("export")
 def main(cfg: DictConfig) -> None:
     """Gather the experts (LoRAs merged), write them in the layout asked for, and each LoRA as a file of its own."""
-    checks.check(cfg)
+    checks.check(cfg, given=config.given(cfg))
     if cfg.inspect is not None:
         say(describe(config.locate(cfg.inspect)))
         return

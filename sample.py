@@ -26,7 +26,7 @@ from wantrain.util.console import say
 @config.app("sample")
 def main(cfg: DictConfig) -> None:
     """Sample `count` videos per prompt into a folder with a page that shows them; with compare=, a folder for each."""
-    checks.check(cfg)
+    checks.check(cfg, given=config.given(cfg))
     if cfg.dry_run:
         say(memory_plan(cfg))
         return

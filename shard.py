@@ -17,7 +17,7 @@ from wantrain.util.files import check_writable, disk_errors_in
 @config.app("shard")
 def main(cfg: DictConfig) -> None:
     """Find footage and captions, survey every file, select clips by timestamp, write tars and a manifest."""
-    checks.check(cfg)
+    checks.check(cfg, given=config.given(cfg))
     distributed.single_process("shard.py")
     out, options = Path(cfg.out), _options(cfg)
     downloads = out / ".downloads"

@@ -33,7 +33,7 @@ from wantrain.util.console import say
 @config.app("train")
 def main(cfg: DictConfig) -> None:
     """Train one expert or both, or continue the run of that name."""
-    checks.check(cfg, processes=distributed.world_size())
+    checks.check(cfg, given=config.given(cfg), processes=distributed.world_size())
     with Watchdog(cfg.safeguards.hang):
         train(cfg)
 

@@ -6,171 +6,168 @@ What can be judged only with weights or data in hand is judged where they are op
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from wantrain import config, geometry
 from wantrain.data import ConditioningInputs
 from wantrain.models import partial
-from wantrain.models.offload import EXPERTS
-from wantrain.models.quantize import FORMATS
-from wantrain.util.numbers import is_number
+from wantrain.sampling.conditioning import check_files, files_from
+from wantrain.settings import heard, walk
+from wantrain.settings.kinds import Count, Positive, described, fits, shown
+from wantrain.settings.schema import COMMANDS
 
 
-def check(cfg: DictConfig, *, processes: int = 1) -> None:
+def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> None:
     """Everything about a composed config that can be judged before work starts; all problems, raised once.
 
-    Each problem names its key and the fix. Keys that a command does not have are not judged.
+    First the kind of every value (settings/schema.py), then what the values mean together, then the keys `given` that
+    have no effect (settings/heard.py). Each problem names its key and the fix.
     """
+    command = _command_of(cfg)
+    _raise(_wrong_groups(cfg, command))
+    values = config.plain(cfg)  # missing values (???) and broken references end it here
+    _raise(_wrong_kinds(cfg, values, command))
     problems: list[str] = []
 
     def judge(test: Callable[[], object]) -> None:
         try:
             test()
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(" ".join(str(error).split()))
 
+    judge(lambda: _check_model(cfg))
     if "aspects" in cfg:
         judge(lambda: config.buckets(cfg))
     if "mask_types" in cfg:
         judge(lambda: config.conditioning_inputs(cfg))
-    if "lengths" in cfg:
-        judge(lambda: _check_lengths(cfg))
-    judge(lambda: config.plain(cfg))  # missing values (???) and broken references
-    if "num_frames" in cfg:
-        judge(lambda: _check_num_frames(cfg, "num_frames"))
-    if "model" in cfg:
-        judge(lambda: _check_num_frames(cfg, "model.num_frames"))
+    for length in cfg.get("lengths", []):
+        judge(lambda length=length: geometry.check_num_frames(length, key="lengths"))  # type: ignore[misc]
+    for key in ("num_frames", "model.num_frames", "data.num_frames"):
+        if (value := OmegaConf.select(cfg, key)) is not None:
+            judge(lambda key=key, value=value: geometry.check_num_frames(value, key=key))  # type: ignore[misc]
     if cfg.get("height") is not None or cfg.get("width") is not None:
         judge(lambda: _check_picture(cfg))
-    if "expert" in cfg:
-        judge(lambda: _check_experts(cfg))
-        judge(lambda: _check_batch(cfg, processes))
-        judge(lambda: _check_length(cfg))
-        problems.extend(_adapter_problems(cfg))
-        judge(lambda: config.shards(cfg))
-        if cfg.sample.prompts is not None and cfg.model.conditioning == "channel_concat":
-            problems.append(
-                f"sample.prompts={cfg.sample.prompts}: model={cfg.model.name} needs a conditioning input, so its "
-                "previews go on from held-out clips; leave it out"
-            )
-        if "mask_types" in cfg.data:
-            types, conditioning = config.plain(cfg.data.mask_types), cfg.data.conditioning
-            judge(lambda: ConditioningInputs(types, conditioning, key="data.mask_types"))
-        if cfg.adapter.name == "partial":
-            part = config.plain(cfg.adapter)
-            judge(lambda: partial.check(part["layers"], part["tags"], cfg.model.transformer.num_layers))
-    if "guidance" in cfg and not isinstance(cfg.guidance, DictConfig):
-        first = next(iter(cfg.model.experts))
-        problems.append(f"guidance={cfg.guidance} must be given per expert: guidance.{first}=...")
-    for key in ("offload", "sample.offload"):
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not isinstance(value, DictConfig):
-            problems.append(f"{key}={value} must be given as {key}.experts= and {key}.blocks=")
-    for key, allowed in _CHOICES.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and value not in allowed:
-            problems.append(f"{key}={value} is unknown; choose one of {', '.join(allowed)}")
-    for key in (*_WHOLE, *_POSITIVE):
-        value = OmegaConf.select(cfg, key)
-        if value in _WORDS.get(key, ()) or (key == "area" and isinstance(value, ListConfig)):
-            continue
-        if value is not None and not is_number(value, whole=key in _WHOLE):
-            words = f", or one of {', '.join(_WORDS[key])}" if key in _WORDS else ""
-            problems.append(f"{key}={value} must be a {'whole ' if key in _WHOLE else ''}number{words}")
-        elif value is not None and not value > 0:
-            problems.append(f"{key}={value} must be above 0")
-    for key in _SWITCHES:
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not isinstance(value, bool):
-            problems.append(f"{key}={value} must be true or false")
-    for key in ("every", "keep", "keep_best", "background", "on_failure"):
-        if "checkpoint" in cfg and cfg.checkpoint[key] is None:
-            problems.append(f"checkpoint.{key}=null says nothing; leave it out for its default")
+    if command == "train":
+        _check_training(cfg, judge, processes)
+    if command == "sample":
+        judge(lambda: _check_files(cfg))
+    problems.extend(heard.unheard(command, values, given).values())
+    _raise(problems)
+
+
+def check_given(cfg: DictConfig, given: Iterable[str]) -> None:
+    """ValueError for keys `given` that have no effect; of a config that may lack what it needs for other work."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    plain: dict[str, Any] = {str(key): value for key, value in values.items()}
+    _raise(list(heard.unheard(_command_of(cfg), plain, given).values()))
+
+
+def _raise(problems: list[str]) -> None:
+    """ValueError with all problems, if there are any; each once."""
+    problems = list(dict.fromkeys(problems))
     if problems:
         many = f"{len(problems)} problems:\n  - " if len(problems) > 1 else ""
         raise ValueError(many + "\n  - ".join(problems))
 
 
-_CHOICES = {
-    "precision": ("fp32", "bf16"),
-    "vae_precision": ("fp32", "bf16"),
-    "dtype": ("fp32", "bf16", "fp16"),
-    "base.dtype": ("fp32", "bf16", *FORMATS),
-    "device": ("auto", "cpu", "cuda"),
-    "solver": ("unipc", "dpm++", "euler"),
-    "caption.missing": ("error", "skip", "empty"),
-    "clips": ("all", "first", "middle", "random"),
-    "report": ("page", "decode", "none"),
-    "init": ("base", "expand_input_channels", "scratch"),
-    "check_expert": ("warn", "stop", "off"),
-    "experts.offload": ("none", "cpu"),
-    "offload.experts": EXPERTS,
-    "sample.offload.experts": EXPERTS,
-    "checkpoint.on_failure": ("stop", "continue"),
-    "layout": ("diffusers", "official", "comfyui"),
-    "lora.dialect": ("comfyui", "diffusers", "kohya"),
-    "adapter.targets": ("attention", "attention+ffn", "all"),
-    "scenes": ("off", "split"),
-    "static": ("report", "drop"),
-    "duplicates": ("report", "drop"),
-}
-#: Keys that hold a number or one of these words.
-_WORDS = {"fps": ("native", "resample")}
-_WHOLE = (
-    "safeguards.max_skipped_steps", "steps", "stop_after", "batch_size", "accumulate", "count", "shard_mb", "area",
-    "tile", "stride", "tokens", "shard_clips", "decode.workers",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
-    "validation.every", "validation.clips", "validation.points", "validation.together",
-    "validation.early_stopping_patience", "adapter.rank", "sample.steps", "sample.count", "model.train.micro_batch",
-)  # fmt: skip
-_SWITCHES = (
-    "check", "decode.retry", "stretch", "checkpoint.keep_best", "checkpoint.background", "gradient_checkpointing",
-    "offload.blocks", "sample.offload.blocks",
-)  # fmt: skip
-_POSITIVE = (
-    "decode.timeout",
-    "heartbeat_timeout",
-    "safeguards.spike",
-    "safeguards.refuse",
-    "safeguards.hang",
-    "validation.share",
-    "epochs",
-    "clip",
-    "fps",
-    "shift",
-    "adapter.alpha",
-    "optimizer.lr",
-    "data.cache_gb",
-)
+def _command_of(cfg: DictConfig) -> str:
+    """The command whose config this is: the one that has the most of its keys."""
+    return max(COMMANDS, key=lambda name: len({key.split(".")[0] for key in COMMANDS[name]} & set(cfg)))
 
 
-def _check_num_frames(cfg: DictConfig, key: str) -> None:
-    value = OmegaConf.select(cfg, key)
-    if not is_number(value, whole=True):
-        raise ValueError(f"{key}={value} must be a whole number")
-    geometry.check_num_frames(value, key=key)
+def _wrong_groups(cfg: DictConfig, command: str) -> list[str]:
+    """Groups that are no groups: what refers into them cannot be resolved."""
+    schema = COMMANDS[command]
+    groups = dict.fromkeys(key[: match.start()] for key in schema for match in re.finditer(r"\.", key))
+    found = {key: OmegaConf.select(cfg, key, throw_on_resolution_failure=False) for key in groups if key not in schema}
+    return [
+        walk.group_problem(key, value, schema)
+        for key, value in found.items()
+        if value is not None and not isinstance(value, DictConfig)
+    ]
 
 
-def _check_lengths(cfg: DictConfig) -> None:
-    for length in cfg.lengths:
-        if not is_number(length, whole=True):
-            raise ValueError(f"lengths={cfg.lengths} must be whole numbers of frames")
-        geometry.check_num_frames(length, key="lengths")
+def _wrong_kinds(cfg: DictConfig, values: Mapping[str, Any], command: str) -> list[str]:
+    """What is no value of its key's kind. Of a reference the key that it leads to is named."""
+    wrong = walk.problems(values, COMMANDS[command], config.named, command=command)
+    sources = {key: _source(cfg, key) for key in wrong}
+    return [
+        sources[key] + line.removeprefix(key) for key, line in wrong.items() if sources[key] not in wrong.keys() - {key}
+    ]
+
+
+def _source(cfg: DictConfig, key: str) -> str:
+    """The key where a value stands: the key itself, or the one that its reference leads to."""
+    group, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, group) if group else cfg
+    text = OmegaConf.to_container(node, resolve=False).get(name) if isinstance(node, DictConfig) else None  # type: ignore[union-attr]
+    reference = re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)\}", text) if isinstance(text, str) else None
+    return key if reference is None else _source(cfg, reference[1])
+
+
+def _check_model(cfg: DictConfig) -> None:
+    experts, boundary = list(cfg.model.experts), cfg.model.boundary
+    if sorted(experts) not in (["dense"], ["high_noise", "low_noise"]):
+        raise ValueError(f"model.experts={shown(experts)} must be [high_noise, low_noise], or [dense]")
+    if len(experts) > 1 and boundary is None:
+        raise ValueError("model.boundary=null: two experts need the sigma from which the high-noise expert answers")
+    for name in experts:
+        if cfg.model.guidance.get(name) is None:
+            raise ValueError(f"model.guidance.{name}=null must be a number: the guidance scale of that expert")
+        if "guidance" in cfg and cfg.guidance[name] is None:
+            raise ValueError(f"guidance.{name}=null must be a number: the guidance scale of that expert")
+
+
+def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], None], processes: int) -> None:
+    """What the settings of a training mean together."""
+    from wantrain.training.alternation import ExpertAlternation  # sample.py and export.py import nothing of training
+
+    judge(lambda: _check_experts(cfg))
+    judge(lambda: config.batching(cfg, processes))
+    judge(lambda: _check_length(cfg))
+    judge(lambda: _check_adapter(cfg))
+    judge(lambda: config.shards(cfg))
+    if cfg.expert.name == "both":
+        judge(lambda: ExpertAlternation.of(list(cfg.model.experts), config.plain(cfg.experts.share)))
+    judge(lambda: _check_previews(cfg))
+    if "mask_types" in cfg.data:
+        types, conditioning = config.plain(cfg.data.mask_types), cfg.data.conditioning
+        judge(lambda: ConditioningInputs(types, conditioning, key="data.mask_types"))
+    if cfg.adapter.name == "partial":
+        part = config.plain(cfg.adapter)
+        judge(lambda: partial.check(part["layers"], part["tags"], cfg.model.transformer.num_layers))
+
+
+def _check_previews(cfg: DictConfig) -> None:
+    if cfg.sample.prompts is not None and cfg.model.conditioning == "channel_concat":
+        raise ValueError(
+            f"sample.prompts={cfg.sample.prompts}: model={cfg.model.name} needs a conditioning input, so its previews "
+            "go on from held-out clips; leave it out"
+        )
+
+
+def _check_files(cfg: DictConfig) -> None:
+    """Files of known pixels that do not go together, or that the model does not take."""
+    files = files_from(cfg)
+    if files.first is not None:
+        check_files(files, cfg.model.conditioning, model=cfg.model.name)
 
 
 def _check_picture(cfg: DictConfig) -> None:
     if cfg.height is None or cfg.width is None:
         raise ValueError("height and width go together; give both, or neither for the model's own size")
-    if not (is_number(cfg.height, whole=True) and is_number(cfg.width, whole=True)):
-        raise ValueError(f"height={cfg.height}, width={cfg.width} must be whole numbers of pixels")
     geometry.check_size(cfg.height, cfg.width, cfg.model.multiple, key="height, width")
 
 
 def _check_experts(cfg: DictConfig) -> None:
     for own in config.experts(cfg).values():
         _check_expert(own)
+        _check_window(own)
         _check_optimizer(own.optimizer)
         config.build(own.schedule)
         config.build(own.loss)  # its own words on a noise distribution that cannot be
@@ -178,8 +175,6 @@ def _check_experts(cfg: DictConfig) -> None:
 
 def _check_expert(cfg: DictConfig) -> None:
     name, experts = cfg.expert.name, list(cfg.model.experts)
-    if cfg.ema is not None and not (is_number(cfg.ema, whole=False) and 0 < cfg.ema < 1):
-        raise ValueError(f"ema={cfg.ema} must lie between 0 and 1, e.g. 0.999; null keeps no average")
     further = cfg.model.transformer.in_channels - cfg.model.transformer.out_channels
     if cfg.init == "expand_input_channels" and name in experts and (not further or cfg.adapter.name != "none"):
         raise ValueError(
@@ -202,8 +197,6 @@ def _check_expert(cfg: DictConfig) -> None:
             f"expert={name} with the wrong data=: expert=vae and data=pixels go together (recipe=wan_tiny_vae)"
         )
     if name == "vae":
-        if cfg.expert.trains not in {"all", "decoder"}:
-            raise ValueError(f"expert.trains={cfg.expert.trains} is unknown; choose one of all, decoder")
         if cfg.weights is None and cfg.parts.vae is None and "vae" not in cfg.model:
             raise ValueError("expert=vae needs weights= to start from, or model.vae as in recipe=wan_tiny_vae_images")
     elif name not in experts:  # also both, where the model is one transformer
@@ -213,55 +206,36 @@ def _check_expert(cfg: DictConfig) -> None:
         )
 
 
+def _check_window(cfg: DictConfig) -> None:
+    for key in ("expert.low", "expert.high", "loss.low", "loss.high"):
+        group, _, name = key.partition(".")
+        if name in cfg[group] and cfg[group][name] is None:
+            raise ValueError(f"{key}=null must be a number at least 0 and at most 1: an end of the noise window")
+
+
 def _check_optimizer(node: DictConfig) -> None:
-    """Raise ValueError if the optimizer's class cannot be imported, or has not the keywords that are given."""
-    name, given = node._target_, [str(key) for key in node if key != "_target_"]
-    try:
-        takes = inspect.signature(config.named(name)).parameters
-    except Exception as error:  # whatever importing somebody's module raises
-        raise ValueError(f"optimizer._target_={name} is no class that can be imported: {error}") from error
-    keywords = [key for key in list(takes)[1:] if takes[key].kind not in {inspect.Parameter.VAR_KEYWORD}]
-    if len(keywords) == len(takes) - 1 and (wrong := [key for key in given if key not in keywords]):
-        raise ValueError(f"optimizer.{wrong[0]} is no keyword of {name}; it takes {', '.join(keywords)}")
-    if missing := [key for key in keywords if takes[key].default is inspect.Parameter.empty and key not in given]:
-        raise ValueError(f"{name} needs optimizer.{missing[0]}; give +optimizer.{missing[0]}=VALUE")
+    """ValueError if the optimizer needs a keyword that is not given, or refuses what is given."""
+    parameters = inspect.signature(config.named(node._target_)).parameters
+    needed = [
+        key
+        for key, each in list(parameters.items())[1:]
+        if each.default is each.empty and each.kind != each.VAR_KEYWORD
+    ]
+    if missing := [key for key in needed if key not in node]:
+        raise ValueError(f"{node._target_} needs optimizer.{missing[0]}; give +optimizer.{missing[0]}=VALUE")
 
 
-def _adapter_problems(cfg: DictConfig) -> list[str]:
-    """What is wrong with the settings of the chosen adapter, numbers and choices apart, which all groups share."""
-    settings, problems = config.plain(cfg.adapter), []
+def _check_adapter(cfg: DictConfig) -> None:
+    """What is wrong with the settings of the chosen adapter, kinds apart."""
+    settings = config.plain(cfg.adapter)
     if settings["name"] != "none" and cfg.expert.name == "vae":
-        problems.append(f"adapter={settings['name']} is for transformers; with expert=vae give adapter=none")
-    if cfg.base.dtype is not None and settings["name"] not in {"lora", "dora"}:
-        problems.append(
-            f"base.dtype={cfg.base.dtype} is for the frozen base of adapter=lora or dora; with adapter="
-            f"{settings['name']} leave it out"
-        )
+        raise ValueError(f"adapter={settings['name']} is for transformers; with expert=vae give adapter=none")
     if cfg.base.dtype == "bf16" and cfg.precision == "fp32":
-        problems.append("base.dtype=bf16: precision=fp32 computes with float32 weights; give precision=bf16 too")
-    if not isinstance(settings.get("rank_stabilized", False), bool):
-        problems.append(f"adapter.rank_stabilized={settings['rank_stabilized']} must be true or false")
-    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
-        pattern = settings.get(key)
-        if pattern is None:
-            continue
-        if not isinstance(pattern, dict):
-            problems.append(f"adapter.{key}={pattern} must give numbers to parts of layer names: {{ffn: 8}}")
-            continue
-        wrong = [part for part, value in pattern.items() if not (is_number(value, whole=whole) and value > 0)]
-        problems += [
-            f"adapter.{key}: {part}: {pattern[part]} must be a {'whole ' if whole else ''}number above 0"
-            for part in wrong
-        ]
-        if settings["init"] is not None:
-            problems.append(f"adapter.{key} and adapter.init: the file has its own; leave out one of them")
-    return problems
-
-
-def _check_batch(cfg: DictConfig, processes: int) -> None:
-    given = [value for value in (cfg.batch_size, cfg.accumulate, cfg.model.train.micro_batch) if value is not None]
-    if all(is_number(value, whole=True) and value >= 1 for value in given):  # else said with the other numbers
-        config.batching(cfg, processes)
+        raise ValueError("base.dtype=bf16: precision=fp32 computes with float32 weights; give precision=bf16 too")
+    for key, kind in (("rank_pattern", Count), ("alpha_pattern", Positive)):
+        for part, value in (settings.get(key) or {}).items():
+            if not fits(value, kind):
+                raise ValueError(f"adapter.{key}: {part}: {shown(value)} must be {described(kind)}")
 
 
 def _check_length(cfg: DictConfig) -> None:

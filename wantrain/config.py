@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,10 @@ import hydra
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,8 +33,8 @@ from wantrain import geometry
 from wantrain.data import ConditioningInputs, check_sets
 from wantrain.models import Base, open_base
 from wantrain.runs import replay
-from wantrain.util.console import errors_to_exit_code
-from wantrain.util.numbers import is_number
+from wantrain.settings import words
+from wantrain.util.console import errors_to_exit_code, say
 from wantrain.util.renamed import refuse_old_keys
 
 if TYPE_CHECKING:  # sample.py and export.py import nothing of training
@@ -39,64 +44,31 @@ if TYPE_CHECKING:  # sample.py and export.py import nothing of training
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 
-#: Keys whose values people type freely. Without quoting, Hydra reads a comma as a sweep and `(`, `=`, `!`, `~`,
-#: Chinese or an emoji as a syntax error.
-TEXT_KEYS = frozenset(
-    (
-        "prompt",
-        "negative_prompt",
-        "caption.prefix",
-        "caption.default",
-        "run",
-        "tracker.project",
-    )
-)
-PATH_KEYS = frozenset(
-    ("source", "out", "replay", "shards", "data.shards", "data.cache", "weights", "runs", "prompts", "measure",
-     "inspect", "image", "last_image", "video", "mask",
-     "adapter.init", "experts.high_noise.init", "experts.low_noise.init", "noise.density.file",
-     "lora.high_noise", "lora.low_noise", "lora.dense", "sample.prompts",
-     "parts.high_noise", "parts.low_noise", "parts.dense", "parts.vae", "parts.text_encoder", "parts.tokenizer")
-)  # fmt: skip
-
-
-def quoted(argument: str) -> str:
-    """One command-line override, with the value quoted for Hydra if its key holds free text or a path.
-
-    A path keeps `null`, and a leading `~` becomes the home folder (the shell leaves it alone after `key=`).
-    """
-    match = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", argument, flags=re.DOTALL)
-    if match is None or match[2] not in TEXT_KEYS | PATH_KEYS:
-        return argument
-    prefix, key, value = match.groups()
-    if key in PATH_KEYS:
-        if value in {"", "null"}:
-            return f"{prefix}{key}=null"
-        value = os.path.expanduser(value)  # noqa: PTH111 - Path would also drop a trailing slash as typed
-    # Inside double quotes Hydra unescapes \" (and backslashes before a quote); OmegaConf then reads ${ as a reference.
-    value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
-    value = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + ("\\" if m[2] else "") + m[2], value)
-    return f'{prefix}{key}="{value}"'
-
 
 def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Decorator: make `command(cfg)` the program whose config is conf/<name>.yaml.
 
-    A ValueError (anything wrong with config or input) is one line on stderr and exit code 2; any other exception is
-    a bug and shows its traceback.
+    With -m it runs once for each combination of the values that are swept, one after the other, each under a run name
+    of its own. A ValueError (anything wrong with config or input) is one line on stderr and exit code 2; any other
+    exception is a bug and shows its traceback.
     """
 
     def decorate(command: Callable[[DictConfig], None]) -> Callable[[], None]:
         def job(cfg: DictConfig) -> None:
             with errors_to_exit_code():
+                _begin_swept_run(cfg, name)
                 command(cfg)
 
         def main() -> None:
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let composition errors reach us instead of exiting
-            sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
-            with errors_to_exit_code():
+            given, sweep = words.expanded(sys.argv[1:]), words.is_sweep(sys.argv[1:])
+            sys.argv[1:] = [words.quoted(word, sweep=sweep) for word in given]
+            with errors_to_exit_code(), tempfile.TemporaryDirectory() as own_files:
                 refuse_old_keys(sys.argv[1:])
                 sys.argv[1:] = replay.arguments(sys.argv[1:], CONF)
+                if sweep:  # Hydra wants -m before or after all settings, and writes a file about the sweep
+                    settings = [word for word in sys.argv[1:] if not words.is_sweep([word])]
+                    sys.argv[1:] = ["-m", *settings, f"hydra.sweep.dir={own_files}"]
                 try:
                     hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
                 except (HydraException, OmegaConfBaseException) as error:
@@ -106,6 +78,63 @@ def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
         return main
 
     return decorate
+
+
+def _begin_swept_run(cfg: DictConfig, name: str) -> None:
+    """Say which run of a sweep begins, and give a training its own name by what is swept. Nothing without a sweep."""
+    about = HydraConfig.get()
+    if about.mode != RunMode.MULTIRUN:
+        return
+    keys = [each.key_or_group for each in _overrides(sys.argv[1:]) if each.is_sweep_override()]
+    values = {each.key_or_group: str(each.value()) for each in _overrides(about.overrides.task)}
+    swept = {key: values[key] for key in keys}
+    if name == "train" and swept and "run" not in swept:
+        cfg.run = words.swept_name(cfg.run, swept, about.job.num)
+    say(f"sweep, number {about.job.num}: {', '.join(f'{key}={value}' for key, value in swept.items())}")
+
+
+def _overrides(arguments: Iterable[str]) -> list[Override]:
+    """The settings among a command line's words, as Hydra reads them."""
+    settings = [word for word in arguments if "=" in word and not word.startswith("-")]
+    return OverridesParser.create().parse_overrides(settings)
+
+
+def given(cfg: DictConfig) -> frozenset[str]:
+    """The keys that this start sets on the command line or in a recipe, and the groups whose option was chosen; but for
+    values that ask for nothing (null, false, off, none), and for what a replay takes from the run that it repeats.
+    """
+    task = list(HydraConfig.get().overrides.task)
+    if cfg.get("replay") is not None:
+        recorded = set(replay.read_starts(Path(cfg.replay))[0]["command"])
+        task = [word for word in task if word not in recorded]
+    return keys_of(task) | _recipe_keys()
+
+
+def keys_of(arguments: Iterable[str]) -> frozenset[str]:
+    """The keys that words of a command line set to a value that asks for something."""
+    keys: set[str] = set()
+    for each in _overrides(arguments):
+        if not each.is_delete():
+            keys |= _set_keys(each.value(), each.key_or_group)
+    return frozenset(keys)
+
+
+def _set_keys(value: Any, key: str) -> set[str]:
+    """The keys of a nested value that ask for something."""
+    if isinstance(value, Mapping) and "_target_" not in value:
+        return {found for name, inner in value.items() for found in _set_keys(inner, f"{key}.{name}")}
+    return set() if value is None or value is False or value in ("off", "none") else {key}
+
+
+def _recipe_keys() -> set[str]:
+    """The keys that the chosen recipe sets."""
+    for source in HydraConfig.get().runtime.config_sources if recipe() is not None else []:
+        file = Path(source.path) / "recipe" / f"{recipe()}.yaml"
+        if source.schema == "file" and file.is_file():
+            values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            assert isinstance(values, dict)
+            return {key for name, value in values.items() if name != "defaults" for key in _set_keys(value, str(name))}
+    return set()
 
 
 def _readable(error: Exception, name: str) -> str:
@@ -119,11 +148,16 @@ def _readable(error: Exception, name: str) -> str:
         return f"{option[1]}={option[2]} is not there; choose one of {choices}"
     if bare := re.search(r"Error parsing override '([^'=]*)' missing EQUAL", text):
         return f"{bare[1]} is not a setting; write key=value"
+    if merged := re.search(r"Cannot merge DictConfig with ListConfig.*full_key: (\S+)", text):
+        return (
+            f"{merged[1]} takes a list, not a mapping" if " object_type=list" in text else f"{merged[1]} takes no list"
+        )
     match = re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", text)
     override = re.search(r"Could not override '([^']+)'", text)
     if match is None:
         return re.sub(r" See https://hydra\S* for details", "", text)
-    wrong = override[1] if override else match[1]
+    full = re.search(r"full_key: (\S+)", text)
+    wrong = full[1] if full else override[1] if override else match[1]
     keys = _all_keys(compose(name))
     nearest = difflib.get_close_matches(wrong, keys, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
@@ -134,7 +168,7 @@ def compose(name: str, overrides: list[str] | None = None) -> DictConfig:
     """The config of a command without running it; overrides as on the command line."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(name, [quoted(override) for override in overrides or []])
+        return hydra.compose(name, [words.quoted(word) for word in words.expanded(overrides or [])])
 
 
 def _all_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
@@ -158,7 +192,7 @@ def build(node: DictConfig, **more: Any) -> Any:
 
 def named(target: str) -> Any:
     """The class or function that a `_target_` names; whatever error importing it raises."""
-    return hydra.utils.get_object(target)
+    return pkgutil.resolve_name(target)
 
 
 def base(cfg: DictConfig, wanted: Iterable[str]) -> Base:
@@ -239,11 +273,6 @@ _OWN = {
 def buckets(cfg: DictConfig, temporal_stride: int = 4) -> geometry.Buckets:
     """The sizes that encode.py brings clips to; ValueError for areas or aspects that give none."""
     areas = cfg.area if isinstance(cfg.area, ListConfig) else [cfg.area]
-    if not all(is_number(value) for value in [*areas, *cfg.aspects, cfg.upscale.limit]):
-        raise ValueError(
-            f"area={cfg.area}, aspects={cfg.aspects}, upscale.limit={cfg.upscale.limit} must be numbers, the first two "
-            "also lists of numbers"
-        )
     return geometry.Buckets(
         tuple(int(area) for area in areas),
         tuple(cfg.aspects),
@@ -298,8 +327,8 @@ def recipe() -> str | None:
 
 def command() -> list[str]:
     """What was typed, as Hydra was given it; without what belongs to this start alone."""
-    words = HydraConfig.get().overrides.task
-    return [word for word in words if word.split("=", 1)[0] not in {"replay", "stop_after", "dry_run"}]
+    typed = HydraConfig.get().overrides.task
+    return [word for word in typed if word.split("=", 1)[0] not in {"replay", "stop_after", "dry_run"}]
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

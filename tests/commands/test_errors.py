@@ -123,7 +123,7 @@ def test_corrupt_video_rejected(footage, call, tmp_path):
         ("train", ["model.num_frames=0"], "model.num_frames=0 is not 4k+1: the VAE would silently drop frames; the nearest valid is 1"),
         ("sample", ["height=40", "width=64"], "height x width 40x64 must be multiples of 16 (VAE stride times patch); the nearest valid is 32x64"),
         ("sample", ["height=64"], "height and width go together"),
-        ("sample", ["guidance=4"], "guidance=4 must be given per expert: guidance.high_noise="),
+        ("sample", ["guidance=4"], "guidance=4 must be given by its keys: guidance.high_noise="),
         ("train", ["batch_size=6", "accumulate=4"], "batch_size=6 must divide by accumulate x processes = 4 x 1; the nearest are 4 and 8"),
         ("train", ["steps=10", "epochs=2"], "steps=10 and epochs=2 both set the length; give one of them"),
         ("train", ["steps=0"], "steps=0 must be above 0"),

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from wantrain import checks, config, flow
 from wantrain.config import CONF, compose
 from wantrain.models.formats.pipeline import PARTS
+from wantrain.settings import schema
 
 COMMANDS = ("shard", "encode", "train", "sample", "export")
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
@@ -146,12 +147,25 @@ def test_expert_windows(model):
     assert sum(masses) == pytest.approx(1.0)
 
 
-def test_special_keys(composed):
-    """Every key that the commands quote or check exists in some command."""
-    known = {key for cfg in composed.values() for key in config._all_keys(cfg)}
-    lora = set(config._all_keys(compose("train", ["adapter=lora", "noise=table"])))
-    for keys in (config.TEXT_KEYS, config.PATH_KEYS, checks._CHOICES, checks._WHOLE, checks._POSITIVE):
-        assert not set(keys) - known - lora, "a key is judged or quoted that no command has"
+def test_schema_covers_configs(composed):
+    """Every key of a command's file has a kind in the schema, and every kind a key in some composition."""
+    for command, cfg in composed.items():
+        kinds = schema.COMMANDS[command]
+        keys = [
+            key
+            for key in config._all_keys(cfg)
+            if key in kinds or not isinstance(OmegaConf.select(cfg, key), DictConfig)
+        ]
+        below = [
+            key
+            for key in keys
+            if any(
+                key.startswith(f"{node}.") for node in ("model.transformer", "loss", "data", "optimizer", "schedule")
+            )
+        ]
+        assert [key for key in keys if key not in kinds and key not in below] == []
+        own = [key for key in kinds if key.split(".")[0] in raw(CONF / f"{command}.yaml")]
+        assert [key for key in own if key not in keys] == []
 
 
 def test_command_configs(composed):

@@ -60,3 +60,18 @@ def test_settings_free_on_resume():
     del before["device"], before["model"]["train"]
     assert differences(before, now) == []
     assert differences(now, settings("accumulate=4", "batch_size=4")) == ["batch_size: 8 -> 4"]
+
+
+def test_settings_without_effect():
+    """A run that once was given an expert's own rate, though it trains one expert, resumes without it."""
+    alone, pair = (config.plain(config.compose("train", [f"expert={name}"])) for name in ("low_noise", "both"))
+    assert differences(with_rate(alone), alone) == []
+    assert differences(with_rate(pair), pair) == ["experts.low_noise.lr: 0.1 -> None"]
+
+
+def with_rate(settings):
+    """The settings with a learning rate for the low-noise expert."""
+    return {
+        **settings,
+        "experts": {**settings["experts"], "low_noise": {**settings["experts"]["low_noise"], "lr": 0.1}},
+    }

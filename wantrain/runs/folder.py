@@ -138,7 +138,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old -> new` of every setting that differs and may not."""
     before, after = _flat(old), _flat(new)
-    keys = sorted(key for key in before.keys() | after.keys() if not _is_free(key))
+    pair = "both" in (before.get("expert.name"), after.get("expert.name"))  # without one, `experts` has no effect
+    compared = [key for key in before.keys() | after.keys() if pair or not key.startswith("experts.")]
+    keys = sorted(key for key in compared if not _is_free(key))
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 

@@ -36,9 +36,12 @@ def build_validators(setup: RunSetup, trainers: Mapping[str, ExpertTrainer]) -> 
     """The validation of each expert, as its loss says; it may end the run.
 
     What of `validation.every`, `clips` and `points` is null is chosen so that validation takes at most
-    `validation.share` of training, and recorded in the run's folder.
+    `validation.share` of training, and recorded in the run's folder. With `validation.every` 0 there is none.
     """
     settings = setup.settings["validation"]
+    if settings["every"] == 0:
+        say("validation.every=0: there is no validation")
+        return Evaluations()
     chosen = ChosenExtent(setup.folder.validation, settings["share"])
     given = {key: settings[key] for key in ("every", "clips", "points")}
     fixed, most_stale = chosen.recall(given), settings["early_stopping_patience"]
