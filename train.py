@@ -54,7 +54,7 @@ def train(cfg: DictConfig) -> None:
     if distributed.is_main():
         check_writable(Path(cfg.runs) / cfg.run, key="runs")
     placement = find_placement(start_accelerator(cfg.device, hang=cfg.safeguards.hang), own)
-    say(devices.describe(placement.device))
+    devices.announce(placement.device)
     forecast.check_device(placement.device, asked=cfg.device)
     say(forecast.start(placement.card_bytes))
     base = main_first(lambda: config.base(cfg, build.parts_needed(settings, experts)), "finding the base model")

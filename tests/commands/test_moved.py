@@ -49,7 +49,7 @@ def test_training_without_validation(tiny, call, tmp_path):
     command += ["init=scratch", "batch_size=2", "run=r", "validation.every=0", "checkpoint.every=1"]
     for steps in (1, 2):
         ended = call("train.py", *command, f"steps={steps}")
-        assert "validation is off (validation.every=0)" in ended.stdout and "validation loss" not in ended.stdout
+        assert "validation.every=0: there is no validation" in ended.stdout and "validation loss" not in ended.stdout
     run = tmp_path / "runs" / "r"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and not any("validation_loss" in row for row in rows)
@@ -59,10 +59,13 @@ def test_training_without_validation(tiny, call, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("validation.every=0", "validation.early_stopping_patience=3"), "early_stopping_patience=3 would never end"),
-        (("validation.every=0", "checkpoint.keep_best=true"), "checkpoint.keep_best=true has no loss to compare"),
-        (("validation.every=-1",), "validation.every=-1 must be a whole number of steps; 0 is no validation"),
-        (("validation.every=0.5",), "validation.every=0.5 must be a whole number of steps"),
+        (
+            ("validation.every=0", "validation.early_stopping_patience=3"),
+            "validation.early_stopping_patience has no effect: validation.every=0",
+        ),
+        (("validation.every=0", "checkpoint.keep_best=true"), "checkpoint.keep_best has no effect: validation.every=0"),
+        (("validation.every=-1",), "validation.every=-1 must be at least 0"),
+        (("validation.every=0.5",), "validation.every=0.5 must be a whole number"),
         (("run=a,b",), "run='a,b' contains ','"),
         (("run=high+low",), "run='high+low' contains '+'"),
         (("run=exp/one",), "run='exp/one' contains '/'"),

@@ -147,4 +147,4 @@ def test_cpu_with_fsdp2(environment):
     """device=cpu is refused for an engine that would use the GPU regardless."""
     more = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     ended = subprocess.run([sys.executable, "-c", TAKEN], env={**environment, **more}, capture_output=True, text=True)
-    assert "ValueError: device=cpu with fsdp2 on a machine with GPUs" in ended.stderr
+    assert "without a launch file): device=cpu with fsdp2 on a machine with GPUs" in ended.stderr

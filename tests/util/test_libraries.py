@@ -74,10 +74,10 @@ def test_library_warning(environment, tmp_path):
 import logging, sys
 import shard
 before, inside = logging.getLogger("known_before"), shard.checks.check
-def check(cfg):
+def check(cfg, **more):
     before.warning("heard from one that was there")
     logging.getLogger("made_inside").warning("heard from one that is new")
-    inside(cfg)
+    inside(cfg, **more)
 shard.checks.check, sys.argv = check, ["shard.py", "source=nowhere", "out=videos"]
 shard.main()
 """

@@ -68,6 +68,11 @@ def choose(name: str, *, find: Callable[[], Card | None] = find_card) -> torch.d
     return torch.device("cpu")
 
 
+def announce(device: torch.device) -> None:
+    """Say what a command computes on, among its first lines."""
+    say(describe(device))
+
+
 def describe(device: torch.device) -> str:
     """The device, its memory and what of it is free, in one line; of a CPU also the threads that this process uses."""
     if device.type == "cuda":
