@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from wantrain import checks, config
 from wantrain.data import ClipOptions, DecodeOptions, ShardOptions, find_footage, write_report, write_video_shards
 from wantrain.util import distributed
-from wantrain.util.files import check_writable, disk_errors_in
+from wantrain.util.files import check_writable
 
 
 @config.app("shard")
@@ -22,12 +22,6 @@ def main(cfg: DictConfig) -> None:
     out, options = Path(cfg.out), _options(cfg)
     downloads = out / ".downloads"
     check_writable(out, key="out")
-    with disk_errors_in(out, key="out"):
-        _run(cfg, out, downloads, options)
-
-
-def _run(cfg: DictConfig, out: Path, downloads: Path, options: ShardOptions) -> None:
-    """Find the footage and write the shards."""
     shutil.rmtree(downloads, ignore_errors=True)  # left by a killed run
     try:
         footage, rejects, tally = find_footage(

@@ -1,5 +1,9 @@
 """Frames to files: what is written is what is seen, everywhere."""
 
+import errno
+import resource
+import signal
+
 import av
 import imageio.v3 as iio
 import numpy as np
@@ -7,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wantrain.video import contact_sheet, to_frames, to_pixels, write_mp4
+from wantrain.video import contact_sheet, is_whole_mp4, to_frames, to_pixels, write_mp4
 
 
 def ramp(frames=5, height=32, width=48):
@@ -84,3 +88,32 @@ def test_contact_sheet_frames(tmp_path):
     assert [sheet[18 + 32, 130 * column + 64, 0] for column in range(5)] == [0, 40, 80, 120, 160]
     assert sheet[82 + 18 + 32, 64, 0] == 200 and (sheet[82 + 18 + 32, 200] == 255).all()
     assert (sheet[:18] < 128).any() and (sheet[82:100] < 128).any(), "titles"
+
+
+@pytest.mark.parametrize("limit", [2_000, 20_000])
+def test_disk_refuses_video(limit, tmp_path):
+    """A video that the disk does not take whole is an error that names it, and no file; ffmpeg itself says nothing."""
+    noise = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), dtype=np.uint8)
+    write_mp4(tmp_path / "whole.mp4", noise, 16)
+    assert is_whole_mp4(tmp_path / "whole.mp4") and (tmp_path / "whole.mp4").stat().st_size > limit
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            write_mp4(tmp_path / "a.mp4", noise, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert error.value.filename == str(tmp_path / "a.mp4") and error.value.errno == errno.EIO
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.mp4"]
+
+
+def test_whole_mp4(tmp_path):
+    """A file cut anywhere, or continued, is not a whole MP4."""
+    write_mp4(tmp_path / "a.mp4", ramp(), 16)
+    content = (tmp_path / "a.mp4").read_bytes()
+    for wrong in (content[:-1], content[: len(content) // 2], content[:6], b"", content + b"x"):
+        (tmp_path / "b.mp4").write_bytes(wrong)
+        assert not is_whole_mp4(tmp_path / "b.mp4")
+    assert not is_whole_mp4(tmp_path / "absent.mp4")

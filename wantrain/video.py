@@ -5,8 +5,12 @@ Frames are uint8 (F, H, W, 3), RGB.
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -39,6 +43,7 @@ def write_mp4(path: str | Path, frames: Frames, fps: float, *, quality: int = 18
     """Write H.264, yuv420p, with the index in front (plays while it loads). `quality` is x264's crf, 0 is lossless.
 
     Odd sides are padded with their last row or column, since yuv420p needs even ones. The file appears when complete.
+    OSError, and no file, where the disk does not take it all: the encoder itself says nothing then.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
         raise ValueError(f"{path}: expected frames (F, H, W, 3), got {frames.shape}")
@@ -48,17 +53,44 @@ def write_mp4(path: str | Path, frames: Frames, fps: float, *, quality: int = 18
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp.mp4")
-    iio.imwrite(
-        beside,
-        frames,
-        plugin="FFMPEG",
-        fps=fps,
-        codec="libx264",
-        pixelformat="yuv420p",
-        macro_block_size=1,
-        output_params=["-crf", str(quality), "-movflags", "+faststart"],
-    )
-    beside.replace(path)
+    try:
+        iio.imwrite(
+            beside,
+            frames,
+            plugin="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            pixelformat="yuv420p",
+            macro_block_size=1,
+            output_params=["-crf", str(quality), "-movflags", "+faststart"],
+        )
+        if not is_whole_mp4(beside):
+            full = shutil.disk_usage(path.parent).free < frames.nbytes
+            number = errno.ENOSPC if full else errno.EIO
+            raise OSError(number, os.strerror(number), str(path))
+        beside.replace(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def is_whole_mp4(path: Path) -> bool:
+    """True if the boxes of an MP4 file (ISO/IEC 14496-12) fill it exactly, with an index and frames among them."""
+    if not path.exists():
+        return False
+    size, place, kinds = path.stat().st_size, 0, set()
+    with path.open("rb") as file:
+        while place < size:
+            file.seek(place)
+            head = file.read(16)
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:  # the 64-bit size follows the kind
+                length = int.from_bytes(head[8:16], "big")
+            if length < 8:
+                return False
+            kinds.add(head[4:8])
+            place += length
+    return place == size and {b"moov", b"mdat"} <= kinds
 
 
 def read_mp4(path: str | Path) -> Frames:

@@ -84,8 +84,8 @@ def test_disk_errors(number, where, tmp_path):
     owner, name = (io, "open") if where == "io.open" else (os, where)
     with mock.patch.object(owner, name, side_effect=OSError(number, os.strerror(number))):
         error = refused(checkpoints.save, 2, content(2), {}, size=10)
-    assert f"step_000002 of 10 bytes could not be written: [Errno {number}] {os.strerror(number)}; " in error
-    assert "runs=" in error and hidden(tmp_path) == []
+    assert f"step_000002 of 10 bytes could not be written: [Errno {number}] {os.strerror(number)}" in error
+    assert "; " in error and "runs=" in error and hidden(tmp_path) == []
     assert steps(checkpoints) == [1] and value_of(checkpoints.newest()) == 1
 
 

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from wantrain.util.distributed import is_main
+
+#: Errors of disks and permissions, which a user can mend, by number: what to do. Other OSErrors are bugs.
+FIXES = {
+    errno.ENOSPC: "free disk space, or give a folder on a larger disk",
+    errno.EDQUOT: "free some of your quota, or give a folder on another disk",
+    errno.EFBIG: "raise the largest file size allowed (ulimit -f), or give a folder on another disk",
+    errno.EACCES: "make it readable and writable for you, or give another",
+    errno.EPERM: "make it readable and writable for you, or give another",
+    errno.EROFS: "the disk is read-only: make it writable, or give a folder on another disk",
+    errno.ENOENT: "it is not there, or no longer: check the path, and that the disk is mounted",
+    errno.ENOTDIR: "a part of the path is a file: check the path",
+    errno.EISDIR: "a folder stands where a file should: check the path",
+    errno.ENAMETOOLONG: "give a shorter name or path",
+    errno.EIO: "the disk failed: check it, or give a folder on another disk",
+    errno.ESTALE: "the network disk was changed or mounted anew: start the same command again",
+    errno.ENODEV: "the disk is gone: check that it is mounted",
+    errno.ENOTCONN: "the network disk is gone: check that it is mounted",
+    errno.EHOSTDOWN: "the network disk is gone: check that it is mounted",
+}
+#: What every command promises when the disk stops it.
+KEPT = "What was finished before is as it was, and the same command goes on from it"
+#: Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def say(message: str) -> None:
@@ -17,15 +45,95 @@ def say(message: str) -> None:
 
 @contextmanager
 def errors_to_exit_code() -> Iterator[None]:
-    """For the entry point of a program: a ValueError is one line and exit code 2, Ctrl-C one line and exit code 130.
+    """For the entry point of a program: an error that the user can mend is one line on stderr and exit code 2.
 
-    Other errors are bugs.
+    That is a ValueError, or what a disk refuses (`disk_error`). Ctrl-C is one line and exit code 130. Other errors are
+    bugs and show their traceback. From here on a reader of stdout or stderr may go away: see `keep_streams`.
     """
+    keep_streams()
     try:
         yield
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        if is_main():
+            print("stopped by Ctrl-C; the same command starts again from what is finished", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        message = str(error) if isinstance(error, ValueError) else disk_error(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def disk_error(error: BaseException) -> str | None:
+    """An error of a disk or a permission as one line, with the file and the fix; None for any other error.
+
+    Libraries written in Rust (safetensors, tokenizers) have classes of their own, whose text ends with the number.
+    """
+    if isinstance(error, OSError):
+        number, text = error.errno, error.strerror or str(error)
+    else:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number, text = (int(found[1]) if found else None), " ".join(str(error).split())
+    if number not in FIXES:
+        return None
+    names = [name for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name is not None]
+    where = f"{' -> '.join(os.fsdecode(name) if isinstance(name, bytes) else str(name) for name in names)}: "
+    return f"{where if names else ''}{text}; {FIXES[number]}. {KEPT}"
+
+
+def exit_code(error: BaseException) -> int:
+    """What a program exits with that ends with `error`; never 0."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) and error.code else 1
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return 2 if isinstance(error, ValueError) or disk_error(error) is not None else 1
+
+
+def keep_streams() -> None:
+    """Let nothing that becomes of stdout and stderr end the program: a pipe whose reader has gone (`| head -2`), a
+    terminal that was closed, a log on a full disk. What cannot be written there is dropped.
+
+    Streams that are not the process's own (a test's, a notebook's) are left alone.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        own = stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper)
+        if own and not isinstance(stream, _Kept):
+            kept = _keeping(stream)
+            setattr(sys, name, kept)
+            setattr(sys, f"__{name}__", kept)
+
+
+class _Kept(io.TextIOWrapper):
+    """A text stream over a `_Forgiving` file."""
+
+
+class _Forgiving(io.FileIO):
+    """A file whose writes cannot fail: what the system refuses is dropped."""
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # nobody will ever read it again; a disk may have room later
+                with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device, not a path
+                    os.dup2(nowhere.fileno(), self.fileno())
+            return memoryview(data).nbytes
+
+
+def _keeping(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """The stream again, over the same file descriptor, without errors of writing."""
+    try:
+        number = stream.fileno()
+        stream.flush()
+    except (OSError, ValueError):  # closed from the start
+        return stream
+    raw = _Forgiving(number, "w", closefd=False)
+    return _Kept(
+        io.BufferedWriter(raw),  # type: ignore[type-var]
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering or stream.write_through,
+    )

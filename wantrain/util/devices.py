@@ -7,6 +7,7 @@ from one whose CUDA does not work.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import warnings
@@ -65,6 +66,46 @@ def choose(name: str, *, find: Callable[[], Card | None] = find_card) -> torch.d
     if why:
         say(f"the CPU is used: {why}")
     return torch.device("cpu")
+
+
+def describe(device: torch.device) -> str:
+    """The device, its memory and what of it is free, in one line; of a CPU also the threads that this process uses."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        name = f"{torch.cuda.get_device_name(device)} ({device})"
+        return f"device: {name}, memory {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
+    total, free = host_memory()
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    memory = f"memory {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"
+    return f"device: {device.type} {platform.machine()}, {threads}, {memory}"
+
+
+def host_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of host memory that this process may use, and those of them that are free: the machine's, or less where a
+    container's limit (of control groups, both versions) is lower.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
+    meminfo = root / "proc/meminfo"
+    if meminfo.is_file() and (found := re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text(encoding="utf-8"))):
+        free = int(found[1]) << 10
+    groups = root / "sys/fs/cgroup"
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        most, now = (_number_in(groups / name) for name in (limit, used))
+        if most is not None and now is not None and most < total:
+            total, free = most, min(free, max(0, most - now))
+    return total, free
+
+
+def _number_in(file: Path) -> int | None:
+    """The number that a file holds; None for another word, or where it cannot be read."""
+    try:
+        return int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
 
 
 def _own_gpu() -> torch.device:

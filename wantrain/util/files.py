@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import wantrain
+from wantrain.util.console import FIXES
 from wantrain.util.progress import report_progress
+
+#: Bytes that a folder must take to count as writable: a disk without a free block refuses them.
+BLOCK = 4096
 
 
 def sync_file(path: Path) -> None:
     """Flush a file's content, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file (of a write, not of an open) the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def file_hash(path: Path) -> str:
@@ -39,17 +55,42 @@ def file_hash(path: Path) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file; a kill leaves the complete old file or the complete new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with naming(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:  # a full disk gets its bytes back
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
     sync_file(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, indented and with Unicode characters as they are."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_writable(folder: Path, *, key: str) -> None:
+    """Raise ValueError if nothing can be written into `folder`, or, where it is absent, into the nearest folder above
+    it: for lack of permission, or of disk space. To be called before any work; it leaves nothing.
+
+    `key` is the config key of the folder.
+    """
+    existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
+    if existing.is_file():
+        raise ValueError(f"{key}={folder} cannot be written, because {existing} is a file; give another folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
+            file.write(bytes(BLOCK))
+            os.fsync(file.fileno())
+    except OSError as error:
+        where = "" if existing == folder else f" ({existing} is the nearest folder that there is)"
+        fix = FIXES.get(error.errno or 0, "check the path and the disk")
+        raise ValueError(f"{key}={folder} cannot be written{where}: {error.strerror}; {fix}") from error
 
 
 def claim_folder(folder: Path, *, sentinel: str | None, key: str) -> None:
@@ -68,39 +109,7 @@ def claim_folder(folder: Path, *, sentinel: str | None, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{key}={folder} cannot be created ({error.strerror}); give another folder") from error
-
-
-#: Errors of a disk or of permissions: nothing that the program could have done otherwise.
-DISK_ERRORS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-)
-
-
-def check_writable(folder: Path, *, key: str) -> None:
-    """Raise ValueError unless `folder` can be written, or can be created; `key` is its config key. Writes nothing."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{key}={folder} cannot be a folder, because {existing} is a file; give another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{key}={folder} cannot be written (no permission in {existing}); give another folder")
-    if os.statvfs(existing).f_bavail == 0:
-        raise ValueError(
-            f"{key}={folder} cannot be written (no space is left); free some space, or give another folder"
-        )
-
-
-@contextmanager
-def disk_errors_in(folder: Path, *, key: str) -> Iterator[None]:
-    """Turn an error of the disk or of permissions into a ValueError with the file and the fix."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise ValueError(
-            f"{key}={folder}: {error.filename or 'a file'}: {error.strerror}; what is finished stays: free space or "
-            "correct the permissions, and start the same command again"
-        ) from error
+    check_writable(folder, key=key)
 
 
 @functools.cache
@@ -109,8 +118,8 @@ def made_by() -> str:
     root = Path(wantrain.__file__).resolve().parent.parent
     commit = ""
     if (root / ".git").exists():
-        process = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        )
-        commit = f", commit {process.stdout.strip()}" if process.returncode == 0 else ""
+        words = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        with suppress(OSError):  # a machine without git
+            process = subprocess.run(words, capture_output=True, text=True, check=False)
+            commit = f", commit {process.stdout.strip()}" if process.returncode == 0 else ""
     return f"wantrain {wantrain.__version__}{commit}"

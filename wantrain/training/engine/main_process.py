@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from wantrain.training.engine.accelerator import first_store
 from wantrain.util import distributed
+from wantrain.util.console import exit_code
 from wantrain.util.progress import listening, report_progress
 
 #: Seconds between two announcements of the main process.
@@ -46,7 +47,7 @@ def on_main(work: Callable[[], Result], doing: str) -> Result:
 
     All processes must call it, in the same order. `doing` says what for; every `report_progress` of the work is passed
     on to those who listen in the other processes. Where the work fails, the main process raises what it raised; the
-    others wait until it is gone, and end without a word: exit code 2 for a ValueError, 1 for a bug. Were they to end
+    others wait until it is gone, and end without a word, with the exit code of `console.exit_code`. Were they to end
     first, a launcher would stop the main process before it has finished a checkpoint and said what is wrong. They
     raise RuntimeError if it goes without a word.
     """
@@ -109,7 +110,7 @@ class Announcer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.ended = _exit_code(error)
+            self.ended = exit_code(error)
             self._say()
             atexit.register(self._stop)  # a thread inside torch while the interpreter is taken down aborts the process
             return
@@ -133,13 +134,6 @@ class Announcer:
         self.said += 1
         word = Word(self.call, self.said, self.advanced, self.doing, self.ended)
         first_store().set(KEY, json.dumps(asdict(word)))
-
-
-def _exit_code(error: BaseException) -> int:
-    """What the other processes exit with where the main one failed with `error`; never 0."""
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) and error.code else 1
-    return 2 if isinstance(error, ValueError) else 1
 
 
 def _wait_for_main(call: int, doing: str) -> None:
