@@ -46,7 +46,7 @@ def test_pickle_refused(name, two, tmp_path):
     planted = two.newest() / name
     planted.write_bytes(payload)
     error = refused(two.newest)
-    assert f"step_000002 holds {name}, which wantrain did not write; remove that" in error
+    assert f"step_000002 holds {name}, which wantrain did not write; move that elsewhere" in error
     planted.unlink()
     assert value_of(two.newest()) == 2
     # In the place of a file that belongs there, with the hash that fits.

@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 
 from wantrain import config
-from wantrain.runs import folder
-from wantrain.runs.folder import RunFolder, differences
+from wantrain.runs import folder, replay
+from wantrain.runs.folder import RunFolder, check_name, differences, read_config
 
 
 def test_run_lock(tmp_path):
@@ -75,3 +75,83 @@ def with_rate(settings):
         **settings,
         "experts": {**settings["experts"], "low_noise": {**settings["experts"]["low_noise"], "lr": 0.1}},
     }
+
+
+@pytest.mark.parametrize(
+    "name", ["a,b", "a+b", "a/b", "a\\b", "a\nb", "", " ", " a", ".hidden", "..", "base", "ü" * 101]
+)
+def test_unusable_name(name):
+    """A name that later commands could not take is refused."""
+    with pytest.raises(ValueError, match=r"run='.*' .*; give a name of letters"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["r", "lr=1e-4", "tiny_low_noise_none", "v1.2", "猫", "two words", "base2"])
+def test_usable_name(name):
+    """Names that every command can take."""
+    check_name(name)
+
+
+def opened(path, config, sources):
+    """Open a run's folder and record its start, as train.py does, and let go of its lock."""
+    run = RunFolder(path)
+    run.open(config, sources)
+    replay.record(run.record, {"command": [], **({} if sources is None else {"sources": sources})}, config)
+    run.lock.close()
+
+
+def refused(path, config, sources):
+    """What is said where a run's folder is not opened."""
+    run = RunFolder(path)
+    with pytest.raises(ValueError) as error:
+        run.open(config, sources)
+    run.lock.close()
+    return str(error.value)
+
+
+MOVES = [
+    ({"weights": "old"}, {"weights": "/new/place"}),
+    ({"weights": "owner/name", "revision": "main"}, {"weights": "here", "revision": None}),
+    ({"parts": {"low_noise": "a.safetensors"}}, {"parts": {"low_noise": "b.safetensors"}}),
+    ({"adapter": {"name": "lora", "init": "a"}}, {"adapter": {"name": "lora", "init": "b"}}),
+]
+
+
+@pytest.mark.parametrize(("before", "now"), MOVES)
+def test_moved_files(before, now, tmp_path):
+    """A run goes on with the same files elsewhere; with other files it is refused, at the old place too."""
+    opened(tmp_path / "r", before, {"low_noise": "1"})
+    opened(tmp_path / "r", now, {"low_noise": "1"})
+    opened(tmp_path / "r", before, {"low_noise": "1"})
+    for place in (before, now):
+        error = refused(tmp_path / "r", place, {"low_noise": "2"})
+        assert error.startswith("run r started from other files: low_noise differs in content")
+
+
+@pytest.mark.parametrize(("before", "now"), MOVES)
+def test_moved_files_of_earlier_version(before, now, tmp_path):
+    """A run that did not record its files is refused with other paths, with a way out that keeps it."""
+    opened(tmp_path / "r", before, None)
+    error = refused(tmp_path / "r", now, {"low_noise": "1"})
+    assert "exists with another config: " in error and error.endswith("put a link at the old place")
+    assert "remove" not in error
+    opened(tmp_path / "r", before, {"low_noise": "1"})  # recorded from now on
+    opened(tmp_path / "r", now, {"low_noise": "1"})
+
+
+def test_other_settings_still_refused(tmp_path):
+    """With the same files elsewhere, another setting is refused as before, and no advice is to remove the run."""
+    opened(tmp_path / "r", {"weights": "a", "seed": 0}, {"low_noise": "1"})
+    error = refused(tmp_path / "r", {"weights": "b", "seed": 1}, {"low_noise": "1"})
+    assert "another config: seed: 0 -> 1. Give the new run its own name" in error
+    assert "remove" not in error and "weights" not in error
+
+
+def test_renamed_run(tmp_path):
+    """A run whose folder was renamed goes on under the new name, which its config then says."""
+    opened(tmp_path / "old", {"run": "old", "seed": 0}, {})
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert read_config(tmp_path / "new")["run"] == "new"
+    opened(tmp_path / "new", {"run": "new", "seed": 0}, {})
+    (tmp_path / "new").rename(tmp_path / "newer")
+    assert read_config(tmp_path / "newer") == {"run": "newer", "seed": 0}

@@ -148,7 +148,7 @@ def claim(
     differing = [key for key in settings if manifest["settings"].get(key) != settings[key]]
     if differing and not (differing == ["footage"] and same_footage()):
         changes = "; ".join(_change(key, manifest["settings"].get(key), settings[key]) for key in differing)
-        raise ValueError(f"out={out} holds {kind} shards made otherwise ({changes}); give another out=, or remove it")
+        raise ValueError(f"out={out} holds {kind} shards made otherwise ({changes}); give another out=")
     return manifest
 
 
@@ -182,8 +182,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     reads = {"video": SCHEMA, "latent": LATENT_SCHEMA}[kind]
     if manifest.get("schema") != reads:
         raise ValueError(
-            f"{folder} has schema {manifest.get('schema')}, this version reads {reads}; remove the folder and make it "
-            f"again: python {command} out={folder} ..."
+            f"{folder} has schema {manifest.get('schema')}, this version reads {reads}; make it again in another "
+            f"folder: python {command} out=DIR ..."
         )
     return manifest
 

@@ -170,7 +170,9 @@ class Checkpoints:
                 continue
             foreign = _foreign_files(path)
             if foreign:
-                raise ValueError(f"{path} holds {', '.join(foreign)}, which wantrain did not write; remove that")
+                raise ValueError(
+                    f"{path} holds {', '.join(foreign)}, which wantrain did not write; move that elsewhere"
+                )
             return path
         return None
 

@@ -1,7 +1,8 @@
 """The run folder: `runs/<name>/` with config.yaml, run.json, metrics.jsonl, checkpoints/, samples/.
 
-The same name and the same config continue a run; another config is refused, naming the settings that differ. The stored
-config is data: it is read and compared, never instantiated.
+The same name and the same config continue a run; another config is refused, naming the settings that differ. The name
+is the folder's, and files are the same wherever they lie: a run goes on when its folder was renamed or its base moved.
+The stored config is data: it is read and compared, never instantiated.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
+from wantrain.models.formats.weights import read_json
 from wantrain.runs.checkpoint import Checkpoints, read_state
-from wantrain.util.files import claim_folder, write_atomically
+from wantrain.util.files import claim_folder, naming, write_atomically
 from wantrain.util.renamed import upgraded_config
 
 CONFIG = "config.yaml"
@@ -27,6 +30,7 @@ EMA = "ema"
 #: Settings that may differ between two starts of one run: they do not change what has been computed so far.
 #: Shards may be elsewhere: a checkpoint holds their manifest's hash.
 FREE = (
+    "run",  # the folder's name, which may be given another
     "recipe",
     "check_expert",
     "device",
@@ -50,6 +54,34 @@ FREE = (
     "accumulate",
     "gradient_checkpointing",
 )
+#: Settings that say where files lie. They may differ between two starts if the files are the same (`sources` of open).
+PLACES = ("weights", "revision", "parts", "model.weights", "adapter.init", "experts.high_noise.init",
+          "experts.low_noise.init")  # fmt: skip
+#: Names that a run cannot have: sample.py compare=[base] means the base model.
+RESERVED = ("base",)
+#: Longest name of a run in bytes; file systems take 255, and exported files append to it.
+LONGEST_NAME = 200
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a run's name that cannot be used later: in a path, or in run=ONE,OTHER and compare=."""
+    name = str(name)
+    why = ""
+    if found := re.search(r"[,+/\\\x00-\x1f\x7f]", name):
+        why = f"contains {found[0]!r}, which separates runs in run=ONE,OTHER and compare=, or folders"
+    elif not name.strip() or name != name.strip():
+        why = "is empty, or begins or ends with a blank"
+    elif name.startswith("."):
+        why = "begins with a dot, so it would be a hidden folder"
+    elif name in RESERVED:
+        why = "means the base model in compare="
+    elif len(name.encode()) > LONGEST_NAME:
+        why = f"has {len(name.encode())} bytes, more than {LONGEST_NAME}"
+    if why:
+        raise ValueError(
+            f"run={name!r} {why}; give a name of letters, digits, '_', '-', '.' and '='. An earlier run of that name "
+            "goes on when its folder is renamed"
+        )
 
 
 @dataclass
@@ -88,21 +120,49 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def open(self, config: dict[str, Any]) -> bool:
-        """Make the folder or continue in it; True if it existed. Main process only. ValueError for another config."""
+    def open(self, config: dict[str, Any], sources: Mapping[str, str] | None = None) -> bool:
+        """Make the folder or continue in it; True if it existed. Main process only. ValueError for another config.
+
+        `sources` are the identities of the files that the run starts from, by what they are for. Where an earlier start
+        recorded the same ones, the paths in PLACES may differ; others are refused whatever the paths say.
+        """
         existed = (self.path / CONFIG).is_file()
         claim_folder(self.path, sentinel=CONFIG, key="run")
         self._lock()
         if existed:
-            differing = differences(read_config(self.path), config)
-            if differing:
-                raise ValueError(
-                    f"run {self.path.name} exists with another config: {'; '.join(differing)}. "
-                    f"Give the new run its own name (run=NAME), or put these back, or remove {self.path}"
-                )
+            self._check(config, dict(sources or {}))
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         write_atomically(self.path / CONFIG, text)
         return existed
+
+    def _check(self, config: dict[str, Any], sources: Mapping[str, str]) -> None:
+        """Raise ValueError unless the run may go on with `config` and the files `sources`."""
+        before = self.sources()
+        if before is not None and before != sources:
+            keys = sorted(key for key in before.keys() | sources.keys() if before.get(key) != sources.get(key))
+            raise ValueError(
+                f"run {self.path.name} started from other files: {', '.join(keys)} differs in content (weights=, "
+                "parts= or init=). Give those it started from, wherever they lie now, or the new run its own name "
+                "(run=NAME)"
+            )
+        differing = differences(read_config(self.path), config, same_files=before is not None)
+        if not differing:
+            return
+        moved = ""
+        if before is None and any(_is_place(line.split(":")[0]) for line in differing):
+            moved = (
+                "; the run is of a version that did not record what these files were, so where they only moved, put a "
+                "link at the old place"
+            )
+        raise ValueError(
+            f"run {self.path.name} exists with another config: {'; '.join(differing)}. "
+            f"Give the new run its own name (run=NAME), or put these back{moved}"
+        )
+
+    def sources(self) -> dict[str, str] | None:
+        """The identities of the files that the run started from; None for a run that did not record them."""
+        starts = read_json(self.record).get("starts", []) if self.record.is_file() else []
+        return next((dict(start["sources"]) for start in starts if "sources" in start), None)
 
     def _lock(self) -> None:
         """Keep other processes out of the folder; the kernel releases the lock when this process ends."""
@@ -117,13 +177,16 @@ class RunFolder:
             raise ValueError(
                 f"run {self.path.name} cannot be locked ({error}); give runs= a folder on a disk with locks"
             ) from error
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        self.lock.flush()
+        with naming(self.path / ".lock"):
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+            self.lock.flush()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The stored config of a run, as plain data with today's names. ValueError if there is no such run."""
+    """The stored config of a run, as plain data with today's names; `run` is the folder's name. ValueError if there is
+    no such run.
+    """
     path = folder / CONFIG
     if not path.is_file():
         names = sorted(other.parent.name for other in folder.parent.glob(f"*/{CONFIG}"))
@@ -132,21 +195,29 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(config, dict)
-    return upgraded_config(config)
+    return {**upgraded_config(config), "run": folder.name}
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` of every setting that differs and may not."""
+def differences(old: dict[str, Any], new: dict[str, Any], *, same_files: bool = False) -> list[str]:
+    """`key: old -> new` of every setting that differs and may not; with `same_files`, paths in PLACES may."""
     before, after = _flat(old), _flat(new)
     pair = "both" in (before.get("expert.name"), after.get("expert.name"))  # without one, `experts` has no effect
     compared = [key for key in before.keys() | after.keys() if pair or not key.startswith("experts.")]
-    keys = sorted(key for key in compared if not _is_free(key))
+    keys = sorted(key for key in compared if not _is_free(key) and not (same_files and _is_place(key)))
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
 
 def _is_free(key: str) -> bool:
     moved = re.fullmatch(r"data\.sets\.[^.]+\.(shards|cache|cache_gb)", key) is not None
-    return moved or any(key == free or key.startswith(f"{free}.") for free in FREE)
+    return moved or _is_below(key, FREE)
+
+
+def _is_place(key: str) -> bool:
+    return _is_below(key, PLACES)
+
+
+def _is_below(key: str, groups: tuple[str, ...]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

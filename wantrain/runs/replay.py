@@ -23,10 +23,13 @@ from wantrain.util.renamed import upgraded_words
 BOUND = 1e-4
 
 
-def described(command: Iterable[str], *, data: str, engine: str, processes: int, device: str) -> dict[str, Any]:
+def described(
+    command: Iterable[str], *, data: str, sources: Mapping[str, str], engine: str, processes: int, device: str
+) -> dict[str, Any]:
     """One start of a run, for run.json: its command line, and everything else that its numbers depend on.
 
-    data  the hash of the shards' manifest
+    data     the hash of the shards' manifest
+    sources  identities of the files that it starts from
     """
     return {
         "command": list(command),
@@ -37,6 +40,7 @@ def described(command: Iterable[str], *, data: str, engine: str, processes: int,
         "processes": processes,
         "device": device,
         "data": data,
+        "sources": dict(sources),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -95,12 +99,17 @@ def _check_word(word: str, path: Path, conf: Path) -> None:
 
 
 def compare_starts(path: Path, now: Mapping[str, Any]) -> None:
-    """Print what differs between the replayed start and this one. ValueError if the data differ."""
+    """Print what differs between the replayed start and this one. ValueError if data or base differ."""
     before = read_starts(path)[0]
     if before["data"] != now["data"]:
         raise ValueError(
             f"{path}: the run saw other shards than data.shards holds now (another manifest), so nothing can be "
             "compared; give those it was trained on"
+        )
+    if before.get("sources", now["sources"]) != now["sources"]:
+        raise ValueError(
+            f"{path}: the run started from other files than weights=, parts= and init= name now, so nothing can be "
+            "compared; give those it started from, wherever they lie"
         )
     keys = ("made_by", "versions", "engine", "processes", "device")
     differing = [f"{key}: {before.get(key)} -> {now[key]}" for key in keys if before.get(key) != now[key]]

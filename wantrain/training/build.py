@@ -11,7 +11,8 @@ import torch
 
 from wantrain.data.loading.sampler import BatchSampler
 from wantrain.losses import LossFunction, Model
-from wantrain.models import adapters
+from wantrain.models import Base, adapters
+from wantrain.models.formats.fingerprints import identity, identity_of
 from wantrain.runs import replay
 from wantrain.runs.checkpoint import Checkpoints, read_state
 from wantrain.runs.folder import RunFolder
@@ -53,10 +54,12 @@ def open_run(setup: RunSetup, command: Iterable[str]) -> tuple[Checkpoints, Path
     checkpoints = Checkpoints(folder.checkpoints, **options)
 
     def open_folder() -> Path | None:
-        folder.open(dict(settings))
+        sources = sources_of(setup.experts, setup.base)
+        folder.open(dict(settings), sources)
         start = replay.described(
             command,
             data=setup.data.fingerprint,
+            sources=sources,
             engine=placement.engine,
             processes=placement.processes,
             device=device_name(placement.device),
@@ -68,6 +71,21 @@ def open_run(setup: RunSetup, command: Iterable[str]) -> tuple[Checkpoints, Path
         return checkpoints.newest()
 
     return checkpoints, on_main(open_folder, "opening the run's folder")
+
+
+def sources_of(experts: Mapping[str, ExpertOptions], base: Base) -> dict[str, str]:
+    """The identities of the files that each expert starts from: its part of the base, and the adapter it goes on from;
+    empty where it starts from random values.
+    """
+    found = {}
+    for name, expert in experts.items():
+        if expert.settings["init"] != "scratch" and base.holds(name):
+            found[name] = identity(base, name)
+        if file := expert.settings["adapter"].get("init"):
+            path = Path(file).expanduser()
+            files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+            found[f"{name}.init"] = identity_of(files)
+    return found
 
 
 def compare_replay(folder: RunFolder, settings: Mapping[str, Any]) -> None:

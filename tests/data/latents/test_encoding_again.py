@@ -115,7 +115,7 @@ def test_other_folders_refused(videos, latents, mine, footage, tmp_path):
     manifest = read_manifest(mine, "latent")
     (mine / "manifest.json").write_text(json.dumps({**manifest, "schema": 1}))
     with pytest.raises(
-        ValueError, match=r"latents of schema 1, this version writes 2; remove it, or give another out="
+        ValueError, match=r"latents of schema 1, this version writes 2; run the same command with another out="
     ):
         encode(videos, mine)
     with pytest.raises(ValueError, match=r"has schema 1, this version reads 2; remove .*again: python encode\.py"):

@@ -98,8 +98,7 @@ class LatentFolder:
         """Raise ValueError if the folder's clips come from entirely different files: then `out` is a mistake."""
         if self.earlier.sources and sources and not self.earlier.sources & sources:
             raise ValueError(
-                f"out={self.out} holds latents of other footage, without a file in common; give another out=, or "
-                "remove it"
+                f"out={self.out} holds latents of other footage, without a file in common; give another out="
             )
 
     def find(self, unit: WorkUnit) -> Record | None:
@@ -246,8 +245,8 @@ def _read_earlier(out: Path) -> _Earlier:
         raise ValueError(f"out={out} holds {manifest.get('kind')} shards, not latent shards; give another out=")
     if manifest.get("schema") != LATENT_SCHEMA:
         raise ValueError(
-            f"out={out} holds latents of schema {manifest.get('schema')}, this version writes {LATENT_SCHEMA}; remove "
-            "it, or give another out=, and run the same command again"
+            f"out={out} holds latents of schema {manifest.get('schema')}, this version writes {LATENT_SCHEMA}; "
+            "run the same command with another out="
         )
     whole = _intact(out, manifest)
     rejects = {}

@@ -45,12 +45,12 @@ def identity_of(files: Iterable[Path], *about: str) -> str:
     return hashlib.sha256(json.dumps([digests, *about]).encode()).hexdigest()[:32]
 
 
-def identity(base: Base, part: str, dtype: torch.dtype) -> str:
-    """The identity of a base's encoder: `vae`, or `text_encoder` in `dtype` with its tokenizer. ValueError if it or
-    one of its files is absent.
+def identity(base: Base, part: str, dtype: torch.dtype | None = None) -> str:
+    """The identity of a part of a base: an expert, `vae`, or `text_encoder` in `dtype` with its tokenizer. ValueError
+    if it or one of its files is absent.
     """
     place = base.need(part)
-    if part == "vae":
+    if part != "text_encoder":
         return identity_of(_files_of(place))
     tokenizer = (base.find("tokenizer") or place.parent / "tokenizer") / "tokenizer.json"
     return identity_of([*_files_of(place), *([tokenizer] if tokenizer.is_file() else [])], str(dtype))
