@@ -18,6 +18,8 @@ from wantrain.models.formats.fingerprints import Fingerprints, identity
 from wantrain.models.formats.weights import fingerprint
 from wantrain.models.precision import computing_in
 from wantrain.util import devices, distributed
+from wantrain.util.console import say
+from wantrain.util.files import check_writable
 
 
 @config.app("encode")
@@ -28,8 +30,10 @@ def main(cfg: DictConfig) -> None:
         check_folder(config.needed_path(cfg, "out"))
         return
     checks.check(cfg, given=config.given(cfg))
+    check_writable(Path(cfg.out), key="out")
     distributed.set_threads()
     device, base = devices.choose(cfg.device), config.base(cfg, ["vae", "text_encoder", "tokenizer"])
+    say(devices.describe(device))
 
     # Loaded on first use: not at all if nothing is to be encoded.
     @functools.cache

@@ -26,8 +26,9 @@ from wantrain.training.planning import estimate
 from wantrain.training.planning.forecast import Forecast
 from wantrain.training.planning.outline import find_clips
 from wantrain.training.validation.build import build_evaluations, preview_texts
-from wantrain.util import distributed
+from wantrain.util import devices, distributed
 from wantrain.util.console import say
+from wantrain.util.files import check_writable
 
 
 @config.app("train")
@@ -50,7 +51,10 @@ def train(cfg: DictConfig) -> None:
         say(config.to_yaml(cfg))
         say(forecast.describe(find_clips(config.shards(cfg), lambda: config.build(cfg.data), settings)))
         return
+    if distributed.is_main():
+        check_writable(Path(cfg.runs) / cfg.run, key="runs")
     placement = find_placement(start_accelerator(cfg.device, hang=cfg.safeguards.hang), own)
+    say(devices.describe(placement.device))
     forecast.check_device(placement.device, asked=cfg.device)
     say(forecast.start(placement.card_bytes))
     base = main_first(lambda: config.base(cfg, build.parts_needed(settings, experts)), "finding the base model")

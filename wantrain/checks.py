@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from wantrain import config, geometry
 from wantrain.data import ConditioningInputs
 from wantrain.models import partial
+from wantrain.runs.folder import check_name
 from wantrain.sampling.conditioning import check_files, files_from
 from wantrain.settings import heard, walk
 from wantrain.settings.kinds import Count, Positive, described, fits, shown
@@ -130,6 +131,7 @@ def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], Non
     judge(lambda: _check_experts(cfg))
     judge(lambda: config.batching(cfg, processes))
     judge(lambda: _check_length(cfg))
+    judge(lambda: check_name(cfg.run))
     judge(lambda: _check_adapter(cfg))
     judge(lambda: config.shards(cfg))
     if cfg.expert.name == "both":
