@@ -1,10 +1,12 @@
 """A run that is killed, stopped, damaged, split or extended is the run that was never disturbed."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -236,10 +238,11 @@ def test_resume_after_sigterm(arguments, unbroken, environment, call, tmp_path):
     assert losses(training.run) == losses(unbroken) and equal_weights(training.run, unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_other_signals(number, arguments, unbroken, call, tmp_path):
-    """SIGINT and SIGUSR1 stop a run after a checkpoint too, and the signal handlers are restored."""
-    run, before = tmp_path / "runs" / "r", signal.getsignal(number)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_other_signals(number, arguments, unbroken, call, tmp_path, request):
+    """SIGINT, SIGUSR1 and SIGHUP stop a run after a checkpoint too, and the signal handlers are restored."""
+    run, before = tmp_path / "runs" / "r", signal.default_int_handler
+    request.addfinalizer(functools.partial(signal.signal, number, signal.signal(number, before)))
 
     def send():
         give_up = time.monotonic() + 60
@@ -255,6 +258,17 @@ def test_other_signals(number, arguments, unbroken, call, tmp_path):
     assert signal.getsignal(number) == before
     done = losses(run)
     assert 0 < len(done) < STEPS and saved(run)[-1] == len(done) and done == losses(unbroken)[: len(done)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["| head -2", "2>&1 | head -2", "> /dev/full 2>&1"])
+def test_reader_goes_away(reader, arguments, unbroken, environment, tmp_path):
+    """A run whose output nobody reads any more, or that a full disk refuses, trains to its end."""
+    words = shlex.join([sys.executable, str(TRAIN), *map(str, arguments)])
+    ended = subprocess.run(f"set -o pipefail; {words} {reader}", shell=True, executable="/bin/bash", cwd=tmp_path,
+                           env=environment, capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert ended.returncode == 0 and ended.stdout.count("\n") == (0 if "full" in reader else 2)
+    assert losses(tmp_path / "runs" / "r") == losses(unbroken)
 
 
 def test_finished_run_extended(tiny, call, tmp_path):

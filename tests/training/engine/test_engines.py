@@ -360,3 +360,27 @@ def test_launch_file_clash_refused(engine, stands, instead, message, tiny, launc
     mine.write_text((ROOT / "launch" / "accelerate" / f"cpu_{engine}.yaml").read_text().replace(stands, instead))
     ended = launch(engine, *tiny.train, "steps=2", "batch_size=8", file=mine, check=False)
     assert ended.returncode != 0 and message in ended.stderr and not (tmp_path / "runs").exists()
+    assert f"the launch file {mine}" in ended.stderr
+
+
+@pytest.mark.parametrize("words", [("--config_file", "a file.yaml"), ("--config_file=a file.yaml",), ()])
+def test_launch_file_name(words, tmp_path, monkeypatch):
+    """The launch file is found in the launcher's command line, or in accelerate's stored default."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    command = [sys.executable, "-c", "input()", "accelerate", "launch", *words, "train.py"]
+    launcher = subprocess.Popen(command, stdin=subprocess.PIPE)
+    try:
+        wanted = (
+            "the launch file a file.yaml" if words else "the launcher (flags or environment, without a launch file)"
+        )
+        give_up = time.monotonic() + 10
+        while accelerator.launched_with(launcher.pid) != wanted and time.monotonic() < give_up:
+            time.sleep(0.01)  # until the process is what it was started as
+        assert accelerator.launched_with(launcher.pid) == wanted
+        if not words:
+            (tmp_path / "accelerate").mkdir()
+            stored = tmp_path / "accelerate" / "default_config.yaml"
+            stored.touch()
+            assert accelerator.launched_with(launcher.pid) == f"the launch file {stored} (accelerate's default)"
+    finally:
+        launcher.communicate(b"\n")

@@ -3,6 +3,8 @@
 import errno
 import importlib.util
 import json
+import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -176,3 +178,18 @@ def test_bad_tracker_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "wantrain\[tensorboard\]"'):
         build_tracker("tensorboard", **how)
+
+
+def test_dead_service_at_exit(tmp_path, monkeypatch):
+    """A tracker whose process hangs is ended when the program exits, so that the program does."""
+    monkeypatch.setattr(trackers, "LAST_WAIT", 0.1)
+    monkeypatch.setattr(trackers, "SERVICE", "sleep")
+    at_exit = []
+    monkeypatch.setattr(trackers.atexit, "register", at_exit.append)
+    service = subprocess.Popen(["sleep", "100"])
+    tracker = AsyncTracker(lambda: Snapshot(5.0), timeout=0.1)
+    tracker.scalars(1, {"loss": 1.0})
+    tracker.close()
+    assert service.poll() is None and len(at_exit) == 1
+    at_exit[0]()
+    assert service.wait(10) == -signal.SIGKILL

@@ -10,6 +10,7 @@ forward pass, with Wan's float32 islands inside the model. accelerate's own bf16
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import warnings
@@ -58,8 +59,8 @@ def start_accelerator(device: str = "auto", *, hang: float | None) -> Accelerato
     passed_over = on_cpu and torch.cuda.is_available()  # accelerate would take the GPU
     if passed_over and wanted not in {"single", "ddp"}:
         raise ValueError(
-            f"device=cpu with {wanted} on a machine with GPUs: accelerate would take them all the same; hide them with "
-            "CUDA_VISIBLE_DEVICES= (empty), or use launch/accelerate/cpu_ddp.yaml"
+            f"{launched_with()}: device=cpu with {wanted} on a machine with GPUs: accelerate would take them all the "
+            "same; hide them with CUDA_VISIBLE_DEVICES= (empty), or use launch/accelerate/cpu_ddp.yaml"
         )
     if "LOCAL_RANK" in os.environ and on_cpu:
         _make_group_on_cpu(wanted, timeout)
@@ -67,13 +68,14 @@ def start_accelerator(device: str = "auto", *, hang: float | None) -> Accelerato
     accelerator = Accelerator(mixed_precision="no", cpu=passed_over, kwargs_handlers=[longer])
     if accelerator.num_processes != distributed.world_size():
         raise ValueError(
-            f"{distributed.world_size()} processes were started but the engine holds {accelerator.num_processes}; "
-            "launch with: accelerate launch --multi_gpu --num_processes N --num_machines 1 train.py ..."
+            f"{launched_with()}: {distributed.world_size()} processes were started but the engine holds "
+            f"{accelerator.num_processes}; launch with: accelerate launch --multi_gpu --num_processes N "
+            "--num_machines 1 train.py ..."
         )
     if engine_of(accelerator) != wanted:
         raise ValueError(
-            f"the launcher asked for {wanted}, but accelerate made {engine_of(accelerator)}; launch with one of the "
-            "files in launch/accelerate (launch/README.md)"
+            f"{launched_with()} asks for {wanted}, but accelerate made {engine_of(accelerator)}; launch with one of "
+            "the files in launch/accelerate (launch/README.md)"
         )
     if wanted == "fsdp2":
         from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import, and only FSDP2 needs it
@@ -93,7 +95,9 @@ def engine_of(accelerator: Accelerator) -> str:
     names = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp"}
     names |= {"FSDP": "fsdp2"} if accelerator.is_fsdp2 else {}
     if kind.value not in names:
-        raise ValueError(f"the engine {kind.value} is not supported; use a file of launch/accelerate")
+        raise ValueError(
+            f"{launched_with()}: the engine {kind.value} is not supported; use a file of launch/accelerate"
+        )
     return names[kind.value]
 
 
@@ -125,13 +129,35 @@ def engine_asked_for() -> str:
     if says("DEEPSPEED"):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         if stage not in {"1", "2", "3"}:
-            raise ValueError(f"DeepSpeed's ZeRO stage {stage} is not supported; choose launch/accelerate/zero1, 2 or 3")
+            raise ValueError(
+                f"{launched_with()}: DeepSpeed's ZeRO stage {stage} is not supported; choose launch/accelerate/zero1, "
+                "2 or 3"
+            )
         return f"zero{stage}"
     if says("FSDP"):
         if os.environ.get("FSDP_VERSION") != "2":
-            raise ValueError("FSDP's first version is not supported; use launch/accelerate/fsdp2.yaml")
+            raise ValueError(
+                f"{launched_with()}: FSDP's first version is not supported; use launch/accelerate/fsdp2.yaml"
+            )
         return "fsdp2"
     return "ddp" if "LOCAL_RANK" in os.environ and distributed.world_size() > 1 else "single"
+
+
+def launched_with(process: int | None = None) -> str:
+    """The launch file in words, as the command line of the launcher names it; `process` is the launcher's number
+    (None: this process's parent).
+    """
+    try:
+        line = Path(f"/proc/{process or os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # no Linux, or the launcher has ended
+        line = []
+    for word, following in itertools.pairwise([*line, ""]):
+        if word.startswith("--config_file"):
+            return f"the launch file {word.partition('=')[2] or following}"
+    stored = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "accelerate" / "default_config.yaml"
+    if any("accelerate" in word for word in line) and stored.is_file():
+        return f"the launch file {stored} (accelerate's default)"
+    return "the launcher (flags or environment, without a launch file)"
 
 
 #: What a launch file can say that Hydra owns: the variable it becomes, what it must be, and where it belongs.
@@ -160,7 +186,7 @@ def _refuse_hydras_knobs() -> None:
             "deepspeed_config_file (say stage and offload in the yaml, as launch/accelerate/zero3.yaml does)"
         )
     if clashes:
-        raise ValueError(f"the launch file holds what is not its own: {'; '.join(clashes)}; take it out there")
+        raise ValueError(f"{launched_with()} holds what is not its own: {'; '.join(clashes)}; take it out there")
 
 
 def _refuse_stale_locks() -> None:

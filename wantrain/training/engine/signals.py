@@ -8,15 +8,20 @@ from types import FrameType, TracebackType
 
 
 class Signals(AbstractContextManager["Signals"]):
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop; the loop leaves through its usual save."""
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for a stop; the loop leaves through its usual save.
 
-    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGHUP comes when a terminal is closed. Where it is ignored already (nohup), it stays ignored.
+    """
+
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: int | None = None
 
     def __enter__(self) -> Signals:
-        self.before = {number: signal.signal(number, self._note) for number in self.watched}
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        watched = [number for number in self.watched if not (nohup and number == signal.SIGHUP)]
+        self.before = {number: signal.signal(number, self._note) for number in watched}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -6,11 +6,14 @@ it would have shown, and that is said once. metrics.jsonl has all of it in any c
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +27,10 @@ from wantrain.util.seeds import seed_at
 WAITING = 1000
 #: Seconds that the end of a run waits for its tracker, at most.
 TIMEOUT = 60.0
+#: Seconds that the exit of the program waits after that for an upload that still goes on.
+LAST_WAIT = 600.0
+#: Name of the process that W&B's library starts, which it joins at exit, however long that takes.
+SERVICE = "wandb-core"
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,20 @@ class AsyncTracker:
         self._put(None)
         self.thread.join(self.timeout)
         if self.thread.is_alive():
-            say(f"warning: the tracker did not take everything within {self.timeout:g} s; metrics.jsonl has it all")
+            say(
+                f"warning: the tracker did not take everything within {self.timeout:g} s; metrics.jsonl has it all. "
+                f"At its exit the program waits for it up to {LAST_WAIT:g} s more"
+            )
+            atexit.register(self._wait_at_exit)  # the last registered is the first called, so before W&B's own
+
+    def _wait_at_exit(self) -> None:
+        """Wait for what is still being logged; where that gets nowhere, end W&B's process: its library would wait for
+        it without end.
+        """
+        self.thread.join(LAST_WAIT)
+        if self.thread.is_alive():
+            for process in children(SERVICE):
+                os.kill(process, signal.SIGKILL)
 
     def _put(self, call: Callable[[Tracker], None] | None) -> None:
         try:
@@ -186,6 +206,17 @@ class AsyncTracker:
             )
             while self.calls.get() is not None:  # the queue stays empty for whoever puts
                 pass
+
+
+def children(name: str) -> list[int]:
+    """The child processes of this one that are called `name`; none where the system (no Linux) does not list them."""
+    found = []
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread or child that has just ended
+            for child in listed.read_text(encoding="ascii").split():
+                if Path(f"/proc/{child}/comm").read_text(encoding="utf-8", errors="replace").strip() == name:
+                    found.append(int(child))
+    return found
 
 
 def build_tracker(name: str, *, project: str | None, run: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
