@@ -3,6 +3,8 @@
 import errno
 import io
 import os
+import resource
+import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -10,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from wantrain.util import console, devices
 from wantrain.util.console import FIXES, disk_error, errors_to_exit_code, exit_code
@@ -164,3 +167,18 @@ def test_device_line(tmp_path):
     assert devices.host_memory(tmp_path) == (1_000_000, 600_000)
     (groups / "memory.max").write_text("max\n")
     assert devices.host_memory(tmp_path)[0] == total
+
+
+def test_named_error_of_library(tmp_path):
+    """safetensors' own error of a file that the system refuses becomes an OSError with its name; others stay."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError) as error, naming(tmp_path / "a"):
+            save_file({"x": torch.zeros(1 << 20)}, tmp_path / ".a.tmp")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / "a")
+    with pytest.raises(SafetensorError, match="damaged"), naming(tmp_path / "a"):
+        raise SafetensorError("damaged")

@@ -70,16 +70,21 @@ def disk_error(error: BaseException) -> str | None:
 
     Libraries written in Rust (safetensors, tokenizers) have classes of their own, whose text ends with the number.
     """
-    if isinstance(error, OSError):
-        number, text = error.errno, error.strerror or str(error)
-    else:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        number, text = (int(found[1]) if found else None), " ".join(str(error).split())
+    number = error_number(error)
     if number not in FIXES:
         return None
+    text = os.strerror(number)
     names = [name for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name is not None]
     where = f"{' -> '.join(os.fsdecode(name) if isinstance(name, bytes) else str(name) for name in names)}: "
     return f"{where if names else ''}{text}; {FIXES[number]}. {KEPT}"
+
+
+def error_number(error: BaseException) -> int | None:
+    """The system's number of an OSError, or of an error of a library written in Rust; None where there is none."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def exit_code(error: BaseException) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import wantrain
-from wantrain.util.console import FIXES
+from wantrain.util.console import FIXES, error_number
 from wantrain.util.progress import report_progress
 
 #: Bytes that a folder must take to count as writable: a disk without a free block refuses them.
@@ -33,13 +33,19 @@ def sync_file(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError that names no file (of a write, not of an open) the name of `path`."""
+    """Give an OSError that names no file (of a write, not of an open) the name of `path`; an error of the system in a
+    library's own class (safetensors) becomes an OSError.
+    """
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+    except Exception as error:
+        if (number := error_number(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def file_hash(path: Path) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from wantrain.data.mmap import map_file, tensors_in
-from wantrain.util.files import sync_file
+from wantrain.util.files import naming, sync_file
 
 #: Bytes of a window's name (`ids`) and of an identity.
 ID_LENGTH, IDENTITY_LENGTH = 24, 16
@@ -87,7 +87,8 @@ class Index:
     def write(self, path: Path) -> None:
         """Write the index under a temporary name, then rename it."""
         partial = path.with_name(f".{path.name}.tmp")
-        save_file({name: np.ascontiguousarray(column) for name, column in vars(self).items()}, partial)
+        with naming(path):
+            save_file({name: np.ascontiguousarray(column) for name, column in vars(self).items()}, partial)
         partial.chmod(0o644)  # safetensors creates files that other users of a shared disk cannot read
         sync_file(partial)
         partial.replace(path)

@@ -111,9 +111,14 @@ class Safeguards:
         return self.baselines.setdefault(trainer.name, LossBaseline(trainer.loss.window))
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Append a line to safeguards.jsonl; one write, so that ranks append beside each other."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a line to safeguards.jsonl; one write, so that ranks append beside each other. A log never ends a run:
+        what the disk refuses is on the console alone.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            say(f"warning: {self.path} cannot be written ({error}); free disk space. It would say {json.dumps(row)}")
 
 
 class Verdict(NamedTuple):
