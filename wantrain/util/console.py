@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from wantrain.util.distributed import is_main
 
-#: Errors of disks and permissions, which a user can mend, by number: what to do. Other OSErrors are bugs.
+#: Errors of disks and permissions, which a user can correct, by number: what to do. Other OSErrors are bugs.
 FIXES = {
     errno.ENOSPC: "free disk space, or give a folder on a larger disk",
     errno.EDQUOT: "free some of your quota, or give a folder on another disk",
@@ -45,7 +45,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def errors_to_exit_code() -> Iterator[None]:
-    """For the entry point of a program: an error that the user can mend is one line on stderr and exit code 2.
+    """For the entry point of a program: an error that the user can correct is one line on stderr and exit code 2.
 
     That is a ValueError, or what a disk refuses (`disk_error`). Ctrl-C is one line and exit code 130. Other errors are
     bugs and show their traceback. From here on a reader of stdout or stderr may go away: see `keep_streams`.
