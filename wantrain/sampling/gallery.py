@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ class Gallery:
 
     weights  identity of all weights
     label    name of the weights, for people
-    more     other settings that change the pixels: precision, tiling, conditioning
+    more     other settings that change the video: model, precision, boundary, tiling, fps, LoRAs, conditioning
     """
 
     folder: Path
@@ -179,7 +179,19 @@ def in_words(about: Mapping[str, Any]) -> str:
     return (
         f"motion {about['motion']:.2f}, flicker {about['flicker']:.2f}; {about['weights']}; {about['size']}, "
         f"{settings['steps']} steps of {settings['solver']}, shift {settings['shift']:g}, guidance {guidance}"
+        + "".join(f"; {what}" for what in _further_in_words(settings))
     )
+
+
+def _further_in_words(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Precision, tile and LoRAs; a sample of before has only some of them."""
+    if precision := settings.get("precision"):
+        yield str(precision)
+    if tile := settings.get("tile"):
+        yield f"tile {tile}"
+    for expert, loras in (settings.get("loras") or {}).items():
+        names = ((f"run {lora['run']}" if "run" in lora else lora["file"], lora["strength"]) for lora in loras)
+        yield f"LoRA of {expert}: " + ", ".join(f"{name} x {strength:g}" for name, strength in names)
 
 
 def _show_step(bar: tqdm, step: int, expert: str) -> None:
