@@ -11,7 +11,7 @@ from torch import Tensor
 from wantrain.data import PixelData
 from wantrain.models import load_vae
 from wantrain.models.formats.export_folder import claim_export, staged
-from wantrain.models.formats.lora import Layer, LoRA, write_lora
+from wantrain.models.formats.lora import LoRA, write_lora
 from wantrain.models.formats.lora_dialects import is_complete
 from wantrain.models.formats.lora_expert import noise_named
 from wantrain.models.formats.weights import write_part

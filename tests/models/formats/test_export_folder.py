@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,17 @@ def test_kill_while_replacing(out, monkeypatch, stop):
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             export(out, SECOND)
+    replace, put_back = Path.replace, []
+
+    def killed_again(self, target):
+        put_back.append(self)
+        if len(put_back) == 2:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed_again)
+        export_folder._put_back(out)
     with pytest.raises(ValueError, match="the experts do not load"), staged(out, LAYOUT):
         raise ValueError("the experts do not load")
     assert held(out) == before

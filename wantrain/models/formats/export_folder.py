@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from wantrain.models.formats.weights import read_json
-from wantrain.util.files import check_writable, made_by, write_json
+from wantrain.util.files import check_writable, made_by, naming, write_json
 
 MARK = "wantrain_export.json"
-#: In a folder of replaced files: the names of the new ones.
+#: In a folder of replaced files: the names of the new ones that replace none.
 _PLAN = ".plan.json"
 #: Seconds by which a disk may round the time of a file.
 _ROUNDING = 2
@@ -109,21 +109,22 @@ def staged(out: Path, layout: str) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        yield beside
-        states = {name: (beside / name).stat() for name in _files_below(beside)}
-        files = {name: [state.st_size, state.st_mtime] for name, state in states.items()}
-        write_json(beside / MARK, {"made_by": made_by(), "layout": layout, "files": files})
-        new, earlier = [*files, MARK], (_read_mark(out) or {}).get("files", {})
-        aside.mkdir()
-        write_json(aside / _PLAN, {"files": new})
-        for name in dict.fromkeys([*new, *earlier]):
-            if (out / name).exists():
-                _move(out / name, aside / name)
-        for name in new:
-            _move(beside / name, out / name)
-        aside.rename(done)  # from here on the new files are valid
-        shutil.rmtree(done)
-        _remove_empty(out, earlier)
+        with naming(out):
+            yield beside
+            states = {name: (beside / name).stat() for name in _files_below(beside)}
+            files = {name: [state.st_size, state.st_mtime] for name, state in states.items()}
+            write_json(beside / MARK, {"made_by": made_by(), "layout": layout, "files": files})
+            new, earlier = [*files, MARK], (_read_mark(out) or {}).get("files", {})
+            aside.mkdir()
+            write_json(aside / _PLAN, {"added": [name for name in new if not (out / name).exists()]})
+            for name in dict.fromkeys([*new, *earlier]):
+                if (out / name).exists():
+                    _move(out / name, aside / name)
+            for name in new:
+                _move(beside / name, out / name)
+            aside.rename(done)  # from here on the new files are valid
+            shutil.rmtree(done)
+            _remove_empty(out, earlier)
     finally:
         _put_back(out)
         shutil.rmtree(beside, ignore_errors=True)
@@ -142,9 +143,9 @@ def _put_back(out: Path) -> None:
     if not aside.is_dir():
         return
     plan = aside / _PLAN
-    new = json.loads(plan.read_text(encoding="utf-8"))["files"] if plan.is_file() else []
-    for name in new:
-        if not (beside / name).exists():  # else it was not moved, and what stands in `out` is the earlier one
+    added = json.loads(plan.read_text(encoding="utf-8"))["added"] if plan.is_file() else []
+    for name in added:
+        if not (beside / name).exists():  # it was moved to `out`
             (out / name).unlink(missing_ok=True)
     for path in sorted(aside.rglob("*")):
         if path.is_file() and path != plan:
@@ -152,7 +153,7 @@ def _put_back(out: Path) -> None:
             final.parent.mkdir(parents=True, exist_ok=True)
             path.replace(final)
     shutil.rmtree(aside)
-    _remove_empty(out, new)
+    _remove_empty(out, added)
 
 
 def _remove_empty(out: Path, names: Iterable[str]) -> None:
