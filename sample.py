@@ -46,8 +46,8 @@ def main(cfg: DictConfig) -> None:
         loras.check_used([found.loras])
         sample(cfg, found, out, jobs, pixels)
         return
-    compared = find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
-    compared = {name: found.with_loras(loras) for name, found in compared.items()}
+    several = find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
+    compared = {name: found.with_loras(loras) for name, found in several.items()}
     loras.check_used([found.loras for found in compared.values()])
     galleries = {name: sample(cfg, found, out / name, jobs, pixels) for name, found in compared.items()}
     write_comparison(out / "index.html", galleries, jobs)
@@ -78,8 +78,7 @@ def sample(
     if missing := gallery.missing(mine(jobs)):
         prompts = [*(job.prompt for job in missing), negative]
         texts = encode_texts(found.base, prompts, device=device, dtype=dtype)  # first: experts leave the device no room
-        policy = OffloadPolicy(**config.plain(cfg.offload))
-        experts = load_experts(found, device, dtype, policy)
+        experts = load_experts(found, device, dtype, OffloadPolicy(**config.plain(cfg.offload)))
         sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, texts=texts, **facts)
         fill(gallery, missing, sampler, batch_size=cfg.batch_size, pixels=pixels)
     write_index(gallery, jobs)

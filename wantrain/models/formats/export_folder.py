@@ -139,14 +139,13 @@ def _move(path: Path, to: Path) -> None:
 
 def _put_back(out: Path) -> None:
     """Undo a replacement that was not completed, if there is one: new files go, those moved aside come back."""
-    aside, beside = out / ".old", out / ".new"
+    aside = out / ".old"
     if not aside.is_dir():
         return
     plan = aside / _PLAN
     added = json.loads(plan.read_text(encoding="utf-8"))["added"] if plan.is_file() else []
     for name in added:
-        if not (beside / name).exists():  # it was moved to `out`
-            (out / name).unlink(missing_ok=True)
+        (out / name).unlink(missing_ok=True)
     for path in sorted(aside.rglob("*")):
         if path.is_file() and path != plan:
             final = out / path.relative_to(aside)
