@@ -13,7 +13,8 @@ from wantrain.geometry import Bucket
 from wantrain.models import Base, WanVAE
 from wantrain.models.offload import OffloadPolicy
 from wantrain.models.vae import vae_keywords
-from wantrain.runs.experts import ExpertSources, Loras, check_loras, find_compared, find_experts
+from wantrain.runs.experts import ExpertSources, find_compared, find_experts
+from wantrain.runs.loras import LoraSettings
 from wantrain.sampling import Settings, memory
 from wantrain.sampling.build import build_sampler, encode_texts, load_experts
 from wantrain.sampling.conditioning import ConditioningPixels, files_from, read_pixels
@@ -21,6 +22,7 @@ from wantrain.sampling.gallery import Gallery, fill, mine, write_comparison, wri
 from wantrain.sampling.prompts import Job, list_jobs, read_prompts
 from wantrain.util import devices, distributed
 from wantrain.util.console import say
+from wantrain.util.files import check_writable
 
 
 @config.app("sample")
@@ -36,12 +38,19 @@ def main(cfg: DictConfig) -> None:
     distributed.set_threads()
     jobs, size = list_jobs(prompts, seed=cfg.seed, count=cfg.count), (cfg.height, cfg.width) if cfg.height else None
     pixels = read_pixels(files_from(cfg), config.plain(cfg.model), num_frames=cfg.num_frames, size=size)
+    loras = LoraSettings.of(config.plain(cfg.lora), config.locate)
+    out = Path(cfg.out or ("samples" if cfg.compare is None else "compare"))
+    check_writable(out, key="out")
+    devices.announce(devices.choose(cfg.device))
     if cfg.compare is None:
-        sample(cfg, find(cfg, cfg.run), Path(cfg.out or "samples"), jobs, pixels)
+        found = find(cfg, cfg.run).with_loras(loras)
+        loras.check_used([found.loras])
+        sample(cfg, found, out, jobs, pixels)
         return
-    out = Path(cfg.out or "compare")
-    found = find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
-    galleries = {name: sample(cfg, each, out / name, jobs, pixels) for name, each in found.items()}
+    several = find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
+    compared = {name: found.with_loras(loras) for name, found in several.items()}
+    loras.check_used([found.loras for found in compared.values()])
+    galleries = {name: sample(cfg, found, out / name, jobs, pixels) for name, found in compared.items()}
     write_comparison(out / "index.html", galleries, jobs)
 
 
@@ -57,29 +66,21 @@ def sample(
     cfg: DictConfig, found: ExpertSources, out: Path, jobs: list[Job], pixels: ConditioningPixels | None
 ) -> Gallery:
     """Make what is missing of this process's share of `jobs`, and the page; nothing is loaded if nothing is missing."""
-    loras = Loras.of(config.plain(cfg.lora))
-    check_loras(loras.files, found.names)
     device, dtype = devices.choose(cfg.device), config.dtype(cfg.precision)
     negative = cfg.model.negative_prompt if cfg.negative_prompt is None else cfg.negative_prompt
     settings = Settings({name: cfg.guidance[name] for name in found.names}, cfg.shift, cfg.steps, cfg.solver, negative)
-    more = {"precision": cfg.precision, "tile": cfg.tile, "lora": [loras.scale, loras.alpha] if loras.files else None}
+    facts = {"boundary": cfg.model.boundary, "conditioning": cfg.model.conditioning, "tile": cfg.tile}
+    more = {"model": cfg.model.name, "precision": cfg.precision, **facts, "fps": cfg.model.fps}
+    more["loras"] = {name: [lora.record() for lora in some] for name, some in found.loras.items() if some}
     more |= {} if pixels is None else {"known": pixels.identity}  # the word is part of the samples' hashes
-    identity = found.identity(loras.files.values())
     size = config.video_size(cfg) if pixels is None else Bucket(*pixels.shape)
-    gallery = Gallery(out, settings, size, cfg.model.fps, identity, found.label(), more)
+    gallery = Gallery(out, settings, size, cfg.model.fps, found.identity(), found.label(), more)
     say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
     if missing := gallery.missing(mine(jobs)):
         prompts = [*(job.prompt for job in missing), negative]
         texts = encode_texts(found.base, prompts, device=device, dtype=dtype)  # first: experts leave the device no room
-        policy = OffloadPolicy(**config.plain(cfg.offload))
-        experts = load_experts(found, loras, cfg.model.name, device, dtype, policy)
-        facts = {
-            "conditioning": cfg.model.conditioning,
-            "boundary": cfg.model.boundary,
-            "tile": cfg.tile,
-            "texts": texts,
-        }
-        sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, **facts)
+        experts = load_experts(found, device, dtype, OffloadPolicy(**config.plain(cfg.offload)))
+        sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, texts=texts, **facts)
         fill(gallery, missing, sampler, batch_size=cfg.batch_size, pixels=pixels)
     write_index(gallery, jobs)
     return gallery

@@ -54,16 +54,18 @@ def write_mp4(path: str | Path, frames: Frames, fps: float, *, quality: int = 18
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp.mp4")
     try:
-        iio.imwrite(
-            beside,
-            frames,
-            plugin="FFMPEG",
-            fps=fps,
-            codec="libx264",
-            pixelformat="yuv420p",
-            macro_block_size=1,
-            output_params=["-crf", str(quality), "-movflags", "+faststart"],
-        )
+        with suppress(OSError):  # a broken pipe, with ffmpeg's command and no number; often there is not even that
+            iio.imwrite(
+                beside,
+                frames,
+                plugin="FFMPEG",
+                fps=fps,
+                codec="libx264",
+                pixelformat="yuv420p",
+                macro_block_size=1,
+                ffmpeg_log_level="quiet",
+                output_params=["-crf", str(quality), "-movflags", "+faststart"],
+            )
         if not is_whole_mp4(beside):
             full = shutil.disk_usage(path.parent).free < frames.nbytes
             number = errno.ENOSPC if full else errno.EIO

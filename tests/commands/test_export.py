@@ -52,6 +52,8 @@ def test_layouts_hold_merged_experts(layout, trained, tiny, pair, inside):
     base = Base(None, singles, SIZE) if layout == "comfyui" else Base(out)
     merged = experts_of(Base(trained / "pipeline"))
     assert same(experts_of(base), merged) and not same(merged, experts_of(Base(pair)))
+    inside(trained, "export.py", "run=high,low", f"out={layout}", f"layout={layout}")
+    assert same(experts_of(base), merged) and not list(out.rglob("*-00001-of-*")), "what is replaced is gone"
     about = read_metadata(base.need("low_noise"))
     assert (about["run"], about["step"], about["adapter"], about["expert"]) == ("low", "2", "lora", "low_noise")
     assert "| low_noise |" in (out / "README.md").read_text()
@@ -116,8 +118,47 @@ def test_lora_merge(trained, pair, inside):
     swapped = [f"lora.{name}={trained}/pipeline/lora/{name[:-6]}_{name}.safetensors" for name in EXPERTS]
     swapped = [swapped[0].replace("lora.high", "lora.low")]
     error = inside(trained, "export.py", f"weights={pair}", *swapped, "out=wrong", *MODEL, check=False).error
-    assert "was trained for high_noise, not for low_noise; swap the two files" in error
+    assert "lora.low_noise=" in error and "high_noise" in error and "not for low_noise" in error
     assert not (trained / "wrong").exists()
+
+
+def test_own_lora_at_half_strength(trained, pair, inside, call, tmp_path):
+    """lora.scale is the strength of a run's own LoRA in what is exported, in the LoRA beside it, and in a video."""
+    inside(trained, "export.py", "run=high,low", "lora.scale={low_noise: 0.5}", "out=half")
+    base, full, half = (
+        Base(folder).transformer("low_noise") for folder in (pair, trained / "pipeline", trained / "half")
+    )
+    for (name, before), after, made in zip(base.named_parameters(), full.parameters(), half.parameters(), strict=True):
+        torch.testing.assert_close(made, (before + after) / 2, atol=1e-6, rtol=0, msg=name)
+    assert read_metadata(trained / "half" / "transformer_2")["merged"] == "run low x 0.5"
+    files = [trained / folder / "lora" / "low_low_noise.safetensors" for folder in ("pipeline", "half")]
+    own, halved = (read_lora(file).layers["blocks.0.ffn.0"].change() for file in files)
+    torch.testing.assert_close(halved, own / 2)
+    small = ("height=32", "width=32", "num_frames=5", "steps=2", *MODEL, "prompt=a ring")
+    runs = ("run=high,low", f"runs={trained / 'runs'}", *small)
+    for scale in (1, 0.5, 0, -1):
+        call("sample.py", *runs, f"lora.scale={scale}", f"out=at_{scale}")
+    call("sample.py", f"weights={pair}", *small, "out=base")
+    videos = {path.parent.name: path.read_bytes() for path in tmp_path.glob("*/*.mp4")}
+    assert len(videos) == 5 and videos["at_0"] == videos["base"] and len(set(videos.values())) == 4
+
+
+@pytest.mark.parametrize("overwrite", ["false", "true"])
+def test_export_into_what_it_reads(overwrite, trained, pair, inside, tmp_path):
+    """No export goes into the folder that it reads, though an earlier export made it; nor into a foreign pipeline."""
+    more = (f"overwrite={overwrite}", *MODEL)
+    inside(trained, "export.py", f"weights={pair}", *MODEL, f"out={tmp_path / 'source'}")
+    shutil.copytree(pair, tmp_path / "foreign", ignore=shutil.ignore_patterns("wantrain_export.json"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    source = f"weights={tmp_path / 'source'}"
+    for out in ("source", "source/transformer/new"):
+        error = inside(
+            trained, "export.py", source, f"out={tmp_path / out}", "layout=official", *more, check=False
+        ).error
+        assert "which is read; give a new or empty folder" in error
+    error = inside(trained, "export.py", source, f"out={tmp_path / 'foreign'}", *more, check=False).error
+    assert "holds something else" in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "official"])
@@ -129,7 +170,9 @@ def test_foreign_models_folder(layout, trained, inside):
     other.write_text("precious")
     (models / "config.json").write_text("{}")
     error = inside(trained, "export.py", "run=high,low", f"out={models.name}", f"layout={layout}", check=False).error
-    assert f"out={models.name} holds something else; give a new or empty folder" in error
+    assert (
+        f"out={models.name} holds something else (no wantrain_export.json in it); give a new or empty folder" in error
+    )
     assert other.read_text() == "precious" and len([path for path in models.rglob("*") if path.is_file()]) == 2
 
 
@@ -137,7 +180,7 @@ def test_lora_of_other_expert(trained, inside):
     """A LoRA file whose metadata name the other expert is not converted."""
     file = trained / "pipeline" / "lora" / "low_low_noise.safetensors"
     error = inside(trained, "export.py", f"lora.high_noise={file}", "out=mislabelled", check=False).error
-    assert f"lora.high_noise={file} was trained for low_noise; give it as lora.low_noise=" in error
+    assert f"lora.high_noise={file}" in error and "low_noise" in error and "not for high_noise" in error
     assert not (trained / "mislabelled").exists()
 
 

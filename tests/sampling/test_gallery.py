@@ -3,10 +3,15 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
+import torch
 
+from wantrain.models.formats.lora import write_lora
+from wantrain.models.formats.lora_layers import Layer
 from wantrain.sampling import gallery as room
 from wantrain.sampling.generate import Sampler
 
@@ -28,6 +33,14 @@ def listed(pair, call, tmp_path):
         return ended, {path.name: path.stat().st_mtime_ns for path in (tmp_path / "samples").glob("*.mp4")}
 
     return run
+
+
+@pytest.fixture
+def micro_lora(tmp_path):
+    """A LoRA file for the micro model that says nothing about its expert."""
+    layer = Layer(torch.ones(1, 128), torch.ones(64, 1), 1.0)
+    write_lora(tmp_path / "style.safetensors", {"blocks.0.ffn.0": layer})
+    return tmp_path / "style.safetensors"
 
 
 def test_finished_list_kept(listed, monkeypatch, tmp_path):
@@ -117,10 +130,112 @@ def test_page_of_prompts(listed, tmp_path):
     page = (tmp_path / "samples" / "index.html").read_text(encoding="utf-8")
     assert sorted(re.findall(r'<video src="([^"]+)"', page)) == sorted(files)
     assert "一只猫 &lt;b&gt;&amp;&lt;/b&gt;" in page and "חתול 🐈 drei" in page and "<b>" not in page
-    assert "5x32x32, 2 steps of unipc, shift 3, guidance 2, 2" in page
+    assert "5x32x32, 2 steps of unipc, shift 3, guidance 2, 2; fp32<" in page
     about = json.loads(next((tmp_path / "samples").glob("000_*.json")).read_text(encoding="utf-8"))
     assert f"motion {about['motion']:.2f}, flicker {about['flicker']:.2f}; pipeline" in page
     assert (about["prompt"], about["seed"], about["size"]) == (PROMPTS[0], 0, "5x32x32")
+
+
+#: The JSON of a sample as an earlier version wrote it.
+OLD = {
+    "number": 0,
+    "prompt": "a ring",
+    "seed": 0,
+    "identity": "0" * 12,
+    "size": "5x32x32",
+    "weights": "tiny",
+    "settings": {
+        "guidance": {"dense": 2.0},
+        "shift": 3.0,
+        "steps": 4,
+        "solver": "euler",
+        "negative_prompt": "",
+        "precision": "bf16",
+        "tile": None,
+        "lora": [0.5, None],
+    },
+    "motion": 1.0,
+    "flicker": 0.5,
+}
+
+
+def test_words_under_a_video():
+    """Precision, tile and LoRAs are named; a sample of before is shown with what it has."""
+    line = "motion 1.00, flicker 0.50; tiny; 5x32x32, 4 steps of euler, shift 3, guidance 2"
+    assert room.in_words(OLD) == f"{line}; bf16"
+    loras = {
+        "high_noise": [{"run": "r", "file": "adapter.safetensors", "strength": 0.5}],
+        "low_noise": [{"file": "a.safetensors", "strength": 1.0}, {"file": "b.safetensors", "strength": -2.0}],
+    }
+    new = {**OLD, "settings": {**OLD["settings"], "tile": 32, "loras": loras}}
+    assert room.in_words(new) == (
+        f"{line}; bf16; tile 32; LoRA of high_noise: run r x 0.5; "
+        "LoRA of low_noise: a.safetensors x 1, b.safetensors x -2"
+    )
+    bare = {**OLD, "settings": {key: value for key, value in OLD["settings"].items() if key != "precision"}}
+    assert room.in_words(bare) == line
+
+
+def test_lora_of_either_expert(pair, call, tmp_path, micro_lora):
+    """The same file in the other expert, or at another strength, is another sample; its JSON and the page name all."""
+    low = f"lora.low_noise={micro_lora}"
+    ways = (
+        ([f"lora.high_noise={micro_lora}"], 1),
+        ([low], 2),
+        ([f"lora.low_noise=[{micro_lora}]", "lora.scale=0.5"], 3),
+        (["solver=euler", "precision=bf16"], 4),
+        ([low, "lora.scale={low_noise: 1}"], 4),  # the second again
+    )
+    for more, videos in ways:
+        call("sample.py", f"weights={pair}", "prompt=a ring", *SMALL, *more)
+        assert len(list((tmp_path / "samples").glob("*.mp4"))) == videos
+    settings = [json.loads(path.read_text())["settings"] for path in (tmp_path / "samples").glob("000_*.json")]
+    seen = {json.dumps([each["loras"], each["solver"], each["precision"]]) for each in settings}
+    named = [{"file": micro_lora.name, "strength": strength} for strength in (1.0, 0.5)]
+    assert {json.dumps([{"low_noise": [each]}, "unipc", "fp32"]) for each in named} <= seen and len(seen) == 4
+    page = (tmp_path / "samples" / "index.html").read_text(encoding="utf-8")
+    assert f"LoRA of low_noise: {micro_lora.name} x 0.5" in page and "steps of euler" in page and "bf16" in page
+
+
+def test_folder_that_cannot_be_written(listed, tmp_path, monkeypatch):
+    """A folder that cannot be written is refused before a model is loaded."""
+    monkeypatch.setattr("wantrain.models.formats.base.load_transformer", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("wantrain.models.formats.base.load_text_encoder", lambda *_, **__: pytest.fail("it was loaded"))
+    (tmp_path / "file").touch()
+    for out in ("file/samples", "/proc/samples"):
+        ended, _ = listed(f"out={out}", check=False)
+        assert f"out={out} cannot be written" in ended.error
+
+
+def test_full_disk_keeps_finished_videos(listed, monkeypatch, tmp_path):
+    """A disk that fills up is one line; finished videos stay, and nothing half-written does."""
+    written, imwrite = [], iio.imwrite
+
+    def cut(path, *args, **how):
+        imwrite(path, *args, **how)
+        written.append(path)
+        if len(written) == 2:  # as ffmpeg does: it ends without a word, and the index was never written
+            with path.open("r+b") as file:
+                file.truncate(path.stat().st_size // 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(iio, "imwrite", cut)
+        patch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+        ended, files = listed(check=False)
+    assert "No space left on device" in ended.error and len(files) == 1
+    assert not [path for path in (tmp_path / "samples").iterdir() if path.name.startswith(".")]
+    _, after = listed()
+    assert files.items() <= after.items() and len(after) == 3
+
+
+def test_interrupt_between_frames_and_file(listed, monkeypatch, tmp_path):
+    """Ctrl-C while a video is written is one line and leaves no temporary file."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt))
+        ended, files = listed(check=False)
+    lines = [line for line in ended.stderr.replace("\r", "\n").splitlines() if "Ctrl-C" in line]
+    assert ended.returncode == 130 and len(lines) == 1 and "Traceback" not in ended.stderr
+    assert files == {} and list((tmp_path / "samples").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Where experts come from: runs, base models, LoRA files. Used by sample.py and export.py."""
+"""Where experts come from: runs, base models, LoRAs. Used by sample.py and export.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import torch
 from wantrain.models import Base, WanTransformer, load_transformer, open_base
 from wantrain.models.formats.base import PARTS
 from wantrain.models.formats.lora import merge_lora
+from wantrain.models.formats.weights import part_folder, read_tensors
 from wantrain.runs.folder import TrainedExpert, read_config, trained_experts
+from wantrain.runs.loras import Lora, LoraSettings
 from wantrain.util.console import say
+from wantrain.util.files import file_hash
 
 #: How a path in a config is found: from the current folder, or among what ships with the project.
 Locate = Callable[[str | Path], Path]
@@ -25,6 +28,9 @@ Locate = Callable[[str | Path], Path]
 class ExpertSources:
     """The source of each expert: the runs that trained some, and the base for the others and all other parts.
 
+    model  the model's name in conf/model
+    loras  what `load` merges into each expert, in order; a run's own LoRA is the first
+
     Nothing is loaded before `load`: a pair of 14B experts need not be in memory together.
     """
 
@@ -32,35 +38,92 @@ class ExpertSources:
     base: Base
     trained: tuple[TrainedExpert, ...]
     locate: Locate
+    model: str
+    loras: Mapping[str, tuple[Lora, ...]]
+
+    def with_loras(self, settings: LoraSettings) -> ExpertSources:
+        """The same with the LoRAs and strengths of `settings`.
+
+        Every LoRA file is read once, so that a wrong one is an error before any work. ValueError as `LoraSettings.over`
+        and `Lora.read`.
+        """
+        loras = settings.over(_own_loras(self.trained), self.names)
+        for name, some in loras.items():
+            for lora in some:
+                lora.read(name)
+        return replace(self, loras=loras)
 
     def load(
         self, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> WanTransformer:
-        """The expert `name`: what a run trained, its adapter merged, or the base's own."""
-        for expert in self.trained:
-            if expert.name == name:
-                return load_trained(expert, self.base, self.locate, device, dtype)
-        return self.base.transformer(name, device=device, dtype=dtype)
+        """The expert `name`: what a run trained or the base's own, its LoRAs merged."""
+        expert = self._trained(name)
+        if expert is not None and expert.adapter is None:
+            module = load_transformer(expert.checkpoint, part=PARTS[name], device=device, dtype=dtype)
+        else:
+            module = self._base_of(name, aloud=True).transformer(name, device=device, dtype=dtype)
+        for lora in self.loras[name]:
+            strength, alpha = lora.strength, lora.alpha
+            count = merge_lora(lora.path, module, scale=strength, expert=name, base=self.model, alpha=alpha)
+            if lora.run is None or lora.strength != 1:
+                say(f"{name}: {lora.label} added to {count} layers at scale {lora.strength:g}")
+        return module
 
-    def has_adapter(self, name: str) -> bool:
-        """True if the expert is a LoRA that loading merges."""
-        return any(expert.name == name and expert.adapter is not None for expert in self.trained)
+    def _trained(self, name: str) -> TrainedExpert | None:
+        return next((expert for expert in self.trained if expert.name == name), None)
 
-    def identity(self, more: Iterable[str | Path] = ()) -> str:
-        """Hash of name, size and time of every file that sampling reads, and of `more` (LoRA files).
+    def _base_of(self, name: str, *, aloud: bool = False) -> Base:
+        """The base of an expert: the one that its LoRA was trained on, unless that was moved since."""
+        expert = self._trained(name)
+        if expert is None:
+            return self.base
+        try:
+            return base_of(expert.config, self.locate, [name])
+        except ValueError:
+            if aloud:
+                run = expert.config["run"]
+                say(f"the base of run {run} is not where it was; its LoRA is merged into {self.base}")
+            return self.base
 
-        The contents are not hashed: 100 GB would take longer than a video.
-        """
-        places = [part for name in ("vae", "text_encoder", "tokenizer") if (part := self.base.find(name)) is not None]
-        trained = {expert.name: expert for expert in self.trained}
+    def place(self, name: str) -> Path:
+        """The folder or file that holds the weights of an expert, LoRAs apart."""
+        expert = self._trained(name)
+        return self._base_of(name).need(name) if expert is None or expert.adapter is not None else expert.checkpoint
+
+    def places(self, parts: Iterable[str]) -> list[Path]:
+        """Everything that is read: the experts' weights, their LoRAs, and the given parts of the base."""
+        loras = [lora.path for some in self.loras.values() for lora in some]
+        found = [place for part in parts if (place := self.base.find(part)) is not None]
+        return [*(self.place(name) for name in self.names), *loras, *found]
+
+    def num_parameters(self) -> int:
+        """Parameters of all experts together, from the headers of their files."""
+        count = 0
         for name in self.names:
-            expert = trained.get(name)
-            if expert is not None:
-                places.append(expert.checkpoint if expert.adapter is None else expert.adapter)
-            if expert is None or expert.adapter is not None:
-                places += [path for path in [self.base.find(name)] if path is not None]
-        files = [_state_of(file) for place in [*places, *map(Path, more)] for file in _files_below(place)]
-        return hashlib.sha256(json.dumps([self.names, files]).encode()).hexdigest()[:12]
+            place = self.place(name)
+            tensors = read_tensors(place if place.is_file() else part_folder(place, PARTS[name]))
+            count += sum(tensor.numel() for tensor in tensors.values())
+        return count
+
+    def num_bytes(self, parts: Iterable[str]) -> int:
+        """Bytes of the files of the given parts of the base."""
+        places = (self.base.find(part) for part in parts)
+        return sum(file.stat().st_size for place in places if place is not None for file in _files_below(place))
+
+    def identity(self) -> str:
+        """Twelve hex digits: a hash of all weights that sampling reads, and of the place that each has.
+
+        Of a LoRA the contents count, with its expert, its strength and its alpha; of other files name, size and time:
+        to hash 100 GB would take longer than a video.
+        """
+        parts = {name: self.base.find(name) for name in ("vae", "text_encoder", "tokenizer")}
+        places = {**parts, **{name: self.place(name) for name in self.names}}
+        files = {name: [_state_of(file) for file in _files_below(place)] for name, place in places.items() if place}
+        loras = {
+            name: [[[file_hash(file) for file in _files_below(lora.path)], lora.strength, lora.alpha] for lora in some]
+            for name, some in self.loras.items()
+        }
+        return hashlib.sha256(json.dumps([self.model, files, loras], sort_keys=True).encode()).hexdigest()[:12]
 
     def label(self) -> str:
         """The runs and their steps, or the base's name."""
@@ -70,11 +133,27 @@ class ExpertSources:
     def origin(self) -> dict[str, dict[str, object]]:
         """Where each expert came from, for the metadata of its file and the model card."""
         origin: dict[str, dict[str, object]] = {name: {"base": self.base.name} for name in self.names}
+        for name, some in self.loras.items():
+            if merged := [_merged(lora) for lora in some if lora.run is None or lora.strength != 1]:
+                origin[name]["merged"] = ", ".join(merged)
         for expert in self.trained:
             facts = {"run": expert.config["run"], "step": expert.step}
             settings = {"recipe": expert.config.get("recipe"), "adapter": expert.config["adapter"]["name"]}
-            origin[expert.name] = {**facts, **settings, "base": Path(str(expert.config["weights"])).name}
+            origin[expert.name] |= {**facts, **settings, "base": Path(str(expert.config["weights"])).name}
         return origin
+
+
+def _own_loras(trained: Iterable[TrainedExpert]) -> dict[str, Lora]:
+    """What runs trained beside frozen weights, by expert."""
+    return {
+        expert.name: Lora(expert.adapter, run=str(expert.config["run"]))
+        for expert in trained
+        if expert.adapter is not None
+    }
+
+
+def _merged(lora: Lora) -> str:
+    return lora.label if lora.strength == 1 else f"{lora.label} x {lora.strength:g}"
 
 
 def _files_below(place: Path) -> list[Path]:
@@ -127,7 +206,8 @@ def find_experts(
         )
     if missing:
         say(f"alone=true: {', '.join(held)} is used for every noise level, though trained for its own window only")
-    return ExpertSources(held, base, tuple(trained), locate)
+    loras = LoraSettings({}).over(_own_loras(trained), held)
+    return ExpertSources(held, base, tuple(trained), locate, model, loras)
 
 
 def find_compared(
@@ -160,60 +240,3 @@ def base_of(settings: Mapping[str, Any], locate: Locate, wanted: Iterable[str]) 
         like=settings["model"]["transformer"],
         locate=locate,
     )
-
-
-def load_trained(
-    expert: TrainedExpert,
-    base: Base,
-    locate: Locate,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> WanTransformer:
-    """The expert of a checkpoint; an adapter is merged into the base it was trained on."""
-    if expert.adapter is None:
-        return load_transformer(expert.checkpoint, part=PARTS[expert.name], device=device, dtype=dtype)
-    try:
-        base = base_of(expert.config, locate, [expert.name])
-    except ValueError:  # moved since: the given base is used instead
-        say(f"the base of run {expert.config['run']} is not where it was; its LoRA is merged into {base}")
-    module = base.transformer(expert.name, device=device, dtype=dtype)
-    merge_lora(expert.adapter, module, expert=expert.name)
-    return module
-
-
-@dataclass(frozen=True)
-class Loras:
-    """LoRA files to merge, by expert.
-
-    scale  strength of all of them
-    alpha  for files that do not hold theirs
-    """
-
-    files: Mapping[str, str]
-    scale: float = 1.0
-    alpha: float | None = None
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Loras:
-        """From a config's lora: a file or None for each expert, scale and alpha."""
-        files = {name: file for name, file in settings.items() if name not in {"scale", "alpha"} and file is not None}
-        return cls(files, settings["scale"], settings["alpha"])
-
-    def only(self, expert: str) -> Loras:
-        """The file for one expert, if there is one."""
-        return replace(self, files={name: file for name, file in self.files.items() if name == expert})
-
-
-def add_loras(experts: Mapping[str, WanTransformer], loras: Loras, *, model: str) -> None:
-    """Merge LoRA files into their experts. ValueError for the file of an expert that is not there."""
-    check_loras(loras.files, experts)
-    for name, file in loras.files.items():
-        count = merge_lora(file, experts[name], scale=loras.scale, expert=name, base=model, alpha=loras.alpha)
-        say(f"{name}: {file} added to {count} layers at scale {loras.scale}")
-
-
-def check_loras(files: Mapping[str, str], names: Iterable[str]) -> None:
-    """Raise ValueError for the LoRA file of an expert that is not there."""
-    for name, file in files.items():
-        if name not in names:
-            raise ValueError(f"lora.{name}={file}: this model has {', '.join(names)}, no {name}")

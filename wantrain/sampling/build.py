@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from wantrain import geometry
-from wantrain.models import Base, WanTransformer
+from wantrain.models import Base
 from wantrain.models.formats.weights import read_tensors
 from wantrain.models.offload import OffloadPolicy
-from wantrain.runs.experts import ExpertSources, Loras, add_loras, check_loras
+from wantrain.runs.experts import ExpertSources
 from wantrain.sampling import ExpertOffloader, Experts, Sampler, Tiled
 from wantrain.sampling.generate import Velocity
 from wantrain.util.console import say
@@ -93,19 +93,7 @@ def _encoder_device(base: Base, device: torch.device, dtype: torch.dtype) -> tor
 
 
 def load_experts(
-    found: ExpertSources,
-    loras: Loras,
-    model: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    policy: OffloadPolicy = OffloadPolicy(),
+    found: ExpertSources, device: torch.device, dtype: torch.dtype, policy: OffloadPolicy = OffloadPolicy()
 ) -> ExpertOffloader:
-    """The experts that were found, with LoRA files merged, offloaded as `policy` says."""
-    check_loras(loras.files, found.names)
-
-    def load(name: str, where: torch.device) -> WanTransformer:
-        module = found.load(name, device=where, dtype=dtype)
-        add_loras({name: module}, loras.only(name), model=model)
-        return module
-
-    return ExpertOffloader(found.names, load, device, policy)
+    """The experts that were found, their LoRAs merged, offloaded as `policy` says."""
+    return ExpertOffloader(found.names, lambda name, to: found.load(name, device=to, dtype=dtype), device, policy)

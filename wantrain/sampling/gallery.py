@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from wantrain.sampling.generate import Sampler, Settings
 from wantrain.sampling.prompts import Job
 from wantrain.util import distributed
 from wantrain.util.console import say
-from wantrain.util.files import write_atomically, write_json
+from wantrain.util.files import naming, write_atomically, write_json
 from wantrain.video import Frames, contact_sheet, flicker, motion, read_mp4, write_mp4
 
 INDEX = "index.html"
@@ -40,7 +40,7 @@ class Gallery:
 
     weights  identity of all weights
     label    name of the weights, for people
-    more     other settings that change the pixels: precision, tiling, conditioning
+    more     other settings that change the video: model, precision, boundary, tiling, fps, LoRAs, conditioning
     """
 
     folder: Path
@@ -146,7 +146,8 @@ def write_index(gallery: Gallery, jobs: Iterable[Job]) -> None:
     done = [job for job in jobs if gallery.is_done(job)][:SHOWN]
     clips = {f"{gallery.file(job).stem}: {job.prompt}": read_mp4(gallery.file(job)) for job in done}
     if clips:
-        contact_sheet(gallery.folder / SHEET, clips)
+        with naming(gallery.folder / SHEET):
+            contact_sheet(gallery.folder / SHEET, clips)
     say(f"{gallery.folder / INDEX} shows {sum(map(len, by_prompt.values()))} videos")
 
 
@@ -179,7 +180,19 @@ def in_words(about: Mapping[str, Any]) -> str:
     return (
         f"motion {about['motion']:.2f}, flicker {about['flicker']:.2f}; {about['weights']}; {about['size']}, "
         f"{settings['steps']} steps of {settings['solver']}, shift {settings['shift']:g}, guidance {guidance}"
+        + "".join(f"; {what}" for what in _further_in_words(settings))
     )
+
+
+def _further_in_words(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Precision, tile and LoRAs; a sample of before has only some of them."""
+    if precision := settings.get("precision"):
+        yield str(precision)
+    if tile := settings.get("tile"):
+        yield f"tile {tile}"
+    for expert, loras in (settings.get("loras") or {}).items():
+        names = ((f"run {lora['run']}" if "run" in lora else lora["file"], lora["strength"]) for lora in loras)
+        yield f"LoRA of {expert}: " + ", ".join(f"{name} x {strength:g}" for name, strength in names)
 
 
 def _show_step(bar: tqdm, step: int, expert: str) -> None:

@@ -277,11 +277,13 @@ TRAIN: Mapping[str, Any] = {
     "dry_run": bool,
 }
 
+#: One file, or several in the order in which they are added.
+Files = File | Annotated[list[str], Len(1), Says("a list of files: [one.safetensors,other.safetensors]")]
 LORA: Mapping[str, Any] = {
-    "lora.high_noise": File | None,
-    "lora.low_noise": File | None,
-    "lora.dense": File | None,
-    "lora.scale": float,
+    "lora.high_noise": Files | None,
+    "lora.low_noise": Files | None,
+    "lora.dense": Files | None,
+    "lora.scale": float | Annotated[dict[str, Any], Says("strengths by expert: {low_noise: 0.8}")],
     "lora.alpha": Positive | None,
 }
 
@@ -331,6 +333,7 @@ EXPORT: Mapping[str, Any] = {
     "runs": File,
     "alone": bool,
     "lora.dialect": Literal["comfyui", "diffusers", "kohya"],
+    "overwrite": bool,
     "out": File | None,
     "layout": Literal["diffusers", "official", "comfyui"],
     "dtype": Literal["fp32", "bf16", "fp16"],

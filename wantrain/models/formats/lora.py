@@ -36,6 +36,7 @@ from wantrain.models.formats.lora_peft import CONFIG, PEFT, PeftConfig, lora_fil
 from wantrain.models.formats.weights import read_file, write_file
 from wantrain.models.quantize import quantized_layers
 from wantrain.util.console import say
+from wantrain.util.files import naming
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,12 @@ def write_lora(
     if dialect == "diffusers":
         about[PEFT] = json.dumps(peft_header(plain))
     beside = path.with_name(f".{path.name}.tmp")
-    digest = write_file(beside, tensors, about)
-    beside.replace(path)
+    try:
+        with naming(path):
+            digest = write_file(beside, tensors, about)
+            beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
     return digest
 
 

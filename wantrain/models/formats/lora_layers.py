@@ -7,7 +7,7 @@ on. How files name tensors is in lora_keys.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,13 @@ class Change(ABC):
     @abstractmethod
     def change(self) -> Tensor:
         """What is added to the parameter, in its shape, float32."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Change:
+        """The same with `factor` times the change.
+
+        A tensor is multiplied, not alpha: kohya's tools and LyCORIS take an alpha of 0 for none.
+        """
 
     def merged(self, weight: Tensor, scale: float = 1.0) -> Tensor:
         """`weight` with `scale` times the change in it, float32 on the weight's device."""
@@ -73,6 +80,12 @@ class Layer(Change):
     def change(self) -> Tensor:
         """What is added to the weight, (out, in), float32; of a DoRA before rows are scaled to their magnitude."""
         return (self.up.float() @ self.down.float()) * self.scale
+
+    def scaled(self, factor: float) -> Layer:
+        """With `up` multiplied. ValueError for a DoRA, whose magnitudes do not scale."""
+        if self.magnitude is not None:
+            raise ValueError("a DoRA has no strength other than 1")
+        return replace(self, up=_times(self.up, factor))
 
     def merged(self, weight: Tensor, scale: float = 1.0) -> Tensor:
         """`weight` (out, in) with `scale` times the change in it, float32 on the weight's device.
@@ -116,6 +129,10 @@ class Hadamard(Change):
         """Its four tensors."""
         return [self.up_1, self.down_1, self.up_2, self.down_2]
 
+    def scaled(self, factor: float) -> Hadamard:
+        """With `up_1` multiplied."""
+        return replace(self, up_1=_times(self.up_1, factor))
+
     def change(self) -> Tensor:
         """(up_1 @ down_1) * (up_2 @ down_2) * alpha / rank."""
         first, second = self.up_1.float() @ self.down_1.float(), self.up_2.float() @ self.down_2.float()
@@ -156,6 +173,10 @@ class Kronecker(Change):
         """Its two to four tensors."""
         return [*self.first, *self.second]
 
+    def scaled(self, factor: float) -> Kronecker:
+        """With the first tensor multiplied."""
+        return replace(self, first=(_times(self.first[0], factor), *self.first[1:]))
+
     def change(self) -> Tensor:
         """kron(first, second) * scale."""
         first, second = (
@@ -180,6 +201,10 @@ class Difference(Change):
         """Its one tensor."""
         return [self.values]
 
+    def scaled(self, factor: float) -> Difference:
+        """With the values multiplied."""
+        return Difference(_times(self.values, factor))
+
     def change(self) -> Tensor:
         """The difference."""
         return self.values.float()
@@ -187,6 +212,11 @@ class Difference(Change):
 
 #: What a file that holds such a change is called.
 KINDS: dict[type[Change], str] = {Hadamard: "LoHa", Kronecker: "LoKr", Difference: "whole difference"}
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """A tensor times a number, rounded once to its own dtype."""
+    return (tensor.float() * factor).to(tensor.dtype)
 
 
 def row_lengths(weight: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ another shift than Wan's authors sample with, so the card always states it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from wantrain.models.facts import is_fp32
 from wantrain.models.formats.base import OFFICIAL, PARTS, Base
+from wantrain.models.formats.export_folder import staged
 from wantrain.models.formats.weights import SHARD_BYTES, read_json, renamed_to_diffusers, write_file, write_part
 from wantrain.models.transformer import WanTransformer
 from wantrain.util.files import made_by, write_json
@@ -68,15 +68,17 @@ def write_pipeline(
     layout: str = "diffusers",
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
+    further: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the experts (name, module), one after the other, into `out` in a layout (diffusers, official,
     comfyui), with a card; in diffusers' a whole pipeline, its VAE, text encoder and tokenizer from `base`.
+    `further` writes more files into the folder that it is given.
 
     Parameters that Wan keeps in float32 stay so whatever `dtype` says, as diffusers keeps them too. What stood in
-    `out` before is replaced part by part only when all is written.
+    `out` before is replaced only when all is written (export_folder.py).
     """
     names: list[str] = []
-    with staged(out) as folder:
+    with staged(out, layout) as folder:
         for name, model in experts:
             names.append(name)
             tensors = {
@@ -94,14 +96,8 @@ def write_pipeline(
         if layout == "diffusers":
             _write_surroundings(folder, names, base, about)
         (folder / CARD).write_text(card(out.name, names, base, about, layout), encoding="utf-8")
-
-
-def sentinel_file(layout: str) -> str | None:
-    """The file that marks a folder as an earlier export in this layout, whose parts a new export may replace.
-
-    Only a pipeline has one. Folders of the other layouts may hold other models too (ComfyUI's diffusion_models/).
-    """
-    return "model_index.json" if layout == "diffusers" else None
+        if further is not None:
+            further(folder)
 
 
 def _write_surroundings(folder: Path, experts: Sequence[str], base: Base, about: About) -> None:
@@ -145,45 +141,6 @@ def copy_parts(folder: Path, base: Base) -> None:
             tensors = {key: value for key, value in model.state_dict().items() if "embed_tokens" not in key}
             config = {**model.config.to_dict(), "architectures": ["UMT5EncoderModel"]}
             write_part(folder / part, config, tensors, name="model")
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A temporary folder to write into. Its contents are moved to `out` on success; on an error `out` stays as it was.
-
-    What they replace is moved aside first and removed last. After a kill in between, the next call moves it back.
-    """
-    beside, aside, done = out / ".new", out / ".old", out / ".done"
-    _put_back(aside)
-    for leftover in (beside, done):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        aside.mkdir()
-        for path in sorted(beside.iterdir()):
-            final = out / path.name
-            if final.exists():
-                final.rename(aside / path.name)
-            path.rename(final)
-        aside.rename(done)  # from here on the new files are valid
-        shutil.rmtree(done)
-    finally:
-        _put_back(aside)
-        shutil.rmtree(beside, ignore_errors=True)
-        if not any(out.iterdir()):
-            out.rmdir()  # made by this call, and empty
-
-
-def _put_back(aside: Path) -> None:
-    """Move back what was moved aside, over its replacement, if anything was."""
-    for path in sorted(aside.iterdir()) if aside.is_dir() else ():
-        final = aside.parent / path.name
-        if final.is_dir():
-            shutil.rmtree(final)
-        path.replace(final)
-    if aside.is_dir():
-        aside.rmdir()
 
 
 def official_config(model: WanTransformer, conditioning: str) -> dict[str, Any]:
