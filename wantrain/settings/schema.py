@@ -40,6 +40,12 @@ Betas = Annotated[list[BelowOne], Len(2, 2), Says("two numbers of at least 0 and
 #: One layer's pattern or a number of blocks, as partial.py reads them.
 Layers = Annotated[int | str | list[int | str], Says("block numbers: 0-9, or [0, 1, 20-29]")]
 
+#: A list that is typed reaches the command as one text (runs/loras.py): a path may have brackets.
+Files = File | Annotated[list[str], Says("a list of paths: [FILE, FILE]")]
+Strengths = Annotated[
+    dict[Expert, float | list[float]], Says("one number per expert: {high_noise: 0.8, low_noise: [1, 0.5]}")
+]
+
 #: A model's facts, conf/model/NAME.yaml. Every command has them.
 MODEL: Mapping[str, Any] = {
     "model.name": Text,
@@ -277,13 +283,11 @@ TRAIN: Mapping[str, Any] = {
     "dry_run": bool,
 }
 
-#: One file, or several in the order in which they are added.
-Files = File | Annotated[list[str], Len(1), Says("a list of files: [one.safetensors,other.safetensors]")]
 LORA: Mapping[str, Any] = {
     "lora.high_noise": Files | None,
     "lora.low_noise": Files | None,
     "lora.dense": Files | None,
-    "lora.scale": float | Annotated[dict[str, Any], Says("strengths by expert: {low_noise: 0.8}")],
+    "lora.scale": float | Strengths,
     "lora.alpha": Positive | None,
 }
 
@@ -333,8 +337,8 @@ EXPORT: Mapping[str, Any] = {
     "runs": File,
     "alone": bool,
     "lora.dialect": Literal["comfyui", "diffusers", "kohya"],
-    "overwrite": bool,
     "out": File | None,
+    "overwrite": bool,
     "layout": Literal["diffusers", "official", "comfyui"],
     "dtype": Literal["fp32", "bf16", "fp16"],
     "shard_gb": Positive,
