@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from wantrain import config, geometry
 from wantrain.data import ConditioningInputs
 from wantrain.models import partial
+from wantrain.models.activation_policy import DTYPES, ActivationPolicy
+from wantrain.models.offload import check_swap
 from wantrain.runs.folder import check_name
 from wantrain.sampling.conditioning import check_files, files_from
 from wantrain.settings import heard, walk
@@ -133,6 +135,8 @@ def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], Non
     judge(lambda: _check_length(cfg))
     judge(lambda: check_name(cfg.run))
     judge(lambda: _check_adapter(cfg))
+    if cfg.expert.name != "vae":
+        judge(lambda: _check_memory(cfg))
     judge(lambda: config.shards(cfg))
     if cfg.expert.name == "both":
         judge(lambda: ExpertAlternation.of(list(cfg.model.experts), config.plain(cfg.experts.share)))
@@ -143,6 +147,24 @@ def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], Non
     if cfg.adapter.name == "partial":
         part = config.plain(cfg.adapter)
         judge(lambda: partial.check(part["layers"], part["tags"], cfg.model.transformer.num_layers))
+
+
+def _check_memory(cfg: DictConfig) -> None:
+    """What is kept of a forward, and which weights wait on the host."""
+    blocks, dtype = cfg.model.transformer.num_layers, DTYPES[cfg.activations_dtype]
+    policy = ActivationPolicy(cfg.recompute, blocks=blocks, activations=cfg.activations, dtype=dtype)
+    if policy.keep_attention and cfg.model.transformer.get("attention", "sdpa") != "sdpa":
+        raise ValueError(
+            f"recompute=attention keeps what torch's kernels give, and model.transformer.attention="
+            f"{cfg.model.transformer.attention} uses none; give recompute=block"
+        )
+    if cfg.swap.blocks and cfg.adapter.name == "none":
+        raise ValueError(
+            f"swap.blocks={cfg.swap.blocks} keeps frozen weights on the host, but adapter=none trains them; give "
+            "swap.blocks=0, or adapter=lora"
+        )
+    if cfg.swap.blocks:
+        check_swap(cfg.swap.blocks, policy.recomputed)
 
 
 def _check_previews(cfg: DictConfig) -> None:

@@ -21,6 +21,7 @@ from wantrain.batch import Batch
 from wantrain.geometry import Bucket, num_tokens
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer, adapters
+from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.models.flops import training_flops
 from wantrain.training.engine.accelerator import autocast, start_accelerator
 from wantrain.training.engine.engine import StepOptions, Stepper
@@ -37,7 +38,7 @@ def expert(context: Context, layers: int, kind: str, *, recompute: bool) -> WanT
     if kind == "lora":
         settings = adapters.AdapterSettings(rank=sizes.RANK, alpha=sizes.RANK, targets="attention+ffn")
         adapters.inject(module, settings, seed=0)
-    module.gradient_checkpointing = recompute
+    module.run_block = ActivationPolicy("block" if recompute else "none", blocks=layers)
     return module.train()
 
 

@@ -289,15 +289,15 @@ def test_finished_run_extended(tiny, call, tmp_path):
     ("adapter", "more"),
     [
         ("lora", ("adapter.rank=4",)),
-        ("lora", ("adapter.rank=4", "accumulate=2", "gradient_checkpointing=true")),
+        ("lora", ("adapter.rank=4", "accumulate=2", "recompute=block")),
         ("lora", ("adapter.rank=4", "precision=bf16")),
         ("lora", ("adapter.rank=3", "adapter.rank_stabilized=true", "adapter.targets=all", "precision=bf16",
                   "adapter.rank_pattern={ffn: 5, blocks.1: 2}", "adapter.alpha_pattern={cross_attn: 0.1}")),
         ("dora", ("adapter.rank=4",)),
         ("dora", ("adapter.rank=3", "adapter.rank_stabilized=true", "adapter.targets=all", "precision=bf16",
-                  "gradient_checkpointing=true", "accumulate=2")),
+                  "recompute=block", "accumulate=2")),
         ("partial", ("adapter.layers=1", "adapter.tags=[attention,norm,head]", "optimizer=muon")),
-        ("partial", ("adapter.tags=[ffn,modulation,text_embedding]", "precision=bf16", "gradient_checkpointing=true")),
+        ("partial", ("adapter.tags=[ffn,modulation,text_embedding]", "precision=bf16", "recompute=block")),
     ],
 )  # fmt: skip
 def test_adapter_resume(adapter, more, tiny, pair, call, tmp_path):
@@ -332,10 +332,10 @@ def test_gradient_accumulation(tiny, call, tmp_path):
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
-def test_gradient_checkpointing(tiny, call, tmp_path):
-    """Gradient checkpointing changes no loss."""
-    for name, recompute in (("kept", "false"), ("recomputed", "true")):
-        call("train.py", *tiny.train, f"run={name}", "batch_size=2", f"gradient_checkpointing={recompute}", "steps=4")
+def test_recompute(tiny, call, tmp_path):
+    """Recomputation changes no loss."""
+    for name, recompute in (("kept", "none"), ("recomputed", "block")):
+        call("train.py", *tiny.train, f"run={name}", "batch_size=2", f"recompute={recompute}", "steps=4")
     assert losses(tmp_path / "runs" / "recomputed") == losses(tmp_path / "runs" / "kept")
 
 

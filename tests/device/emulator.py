@@ -5,7 +5,8 @@ tensors as CUDA's do, cannot be read by numpy, take no CPU generator, and `reads
 their values. Copies to the device are told apart by the host memory they come from, pinned or pageable.
 
 Built on torch's own hook for backends written in Python (PrivateUse1), so autograd, autocast, `.to`, factories and
-`torch.device` contexts are torch's. What it cannot show: kernels, streams, fragmentation, speed.
+`torch.device` contexts are torch's. Copies in a stream of their own come late (late.py). What it cannot show: kernels,
+fragmentation, speed.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import late
 import torch
 import torch.utils.backend_registration as backends
 from torch.utils._pytree import tree_leaves, tree_map
@@ -66,6 +68,9 @@ class Emulated(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
+    def data_ptr(self):
+        return self.held.data_ptr()
+
     def tolist(self):
         return self.cpu().tolist()
 
@@ -96,6 +101,7 @@ def run(func, args, kwargs):
     others = [tensor for tensor in tensors if not is_here(tensor)]
     if name.startswith("copy_"):
         return _copy(*args[:2])
+    late.compute(tensor.held for tensor in ours)
     if name.startswith(("_to_copy", "to.")):
         return _moved(func, args, kwargs)
     _refuse_mixing(func, name, args, ours, others)
@@ -148,9 +154,15 @@ def _refuse_generators(args, kwargs, ours):
 
 def _copy(target, source):
     if is_here(source) and not is_here(target):
-        count(reads, "read")
+        if late.current() is late.COMPUTE:
+            count(reads, "read")
     elif is_here(target) and not is_here(source):
         _count_upload(source)
+    if late.current() is not late.COMPUTE:
+        held = _unwrapped(target if is_here(target) else source)
+        late.current().add(_unwrapped(target), _unwrapped(source), held)
+        return target
+    late.compute(_unwrapped(tensor) for tensor in (target, source) if is_here(tensor))
     _unwrapped(target).copy_(_unwrapped(source))
     return target
 
@@ -214,7 +226,12 @@ class Module:
         pass
 
     def synchronize(self, device=None):
-        pass
+        late.synchronize()
+
+    Stream, stream = late.Stream, staticmethod(late.inside)
+
+    def current_stream(self, device=None):
+        return late.current()
 
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]

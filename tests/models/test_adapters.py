@@ -12,6 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wantrain.models import WanTransformer, adapters
+from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.models.formats.lora import merge_lora, read_lora, write_lora
 from wantrain.models.formats.lora_layers import row_lengths
 from wantrain.models.formats.weights import read_file
@@ -188,7 +189,7 @@ def test_init_by_seed():
 def test_bf16_dtypes(dora, recompute, inputs):
     """Under bf16 autocast weights and gradients are float32 and activations bf16, also in a recomputed forward."""
     model = adapted(dora=dora).to(torch.float32)
-    model.gradient_checkpointing = recompute
+    model.run_block = ActivationPolicy("block" if recompute else "none", blocks=len(model.blocks))
     seen = {}
     layer = model.blocks[0].self_attn.q
 

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wantrain import config
 from wantrain.models import WanTransformer, adapters, partial
+from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.models.flops import training_flops
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 16, "text_dim": 64, "ffn_dim": 256}
@@ -44,7 +45,7 @@ def test_flops_match_torch_counter(how, again, timesteps):
     torch.manual_seed(0)
     module = WanTransformer(**SIZE, num_layers=4)
     HOW[how](module)
-    module.gradient_checkpointing = again
+    module.run_block = ActivationPolicy("block" if again else "none", blocks=4)
     found = training_flops(module, tokens=TOKENS, text_rows=TEXT + 1, timesteps=timesteps)
     assert found.executed == pytest.approx(seen(module, timesteps), rel=0.01)
     assert (found.recompute > 0) == (again and how != "head")

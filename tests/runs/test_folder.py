@@ -54,7 +54,7 @@ def test_settings_free_on_resume():
     def settings(*given):
         return config.plain(config.compose("train", ["batch_size=8", *given]))
 
-    now = settings("accumulate=4", "device=cpu", "gradient_checkpointing=true", "model.train.micro_batch=2")
+    now = settings("accumulate=4", "device=cpu", "recompute=block", "model.train.micro_batch=2")
     assert differences(settings(), now) == []
     before = settings("accumulate=1")
     del before["device"], before["model"]["train"]

@@ -39,7 +39,7 @@ def refusal(command, words):
         ("train", [VAE, "noise.shift=2"], "loss=wantrain.losses.Reconstruction draws no noise level"),
         ("train", [VAE, "sample=5"], "expert=vae makes no previews"),
         ("train", [VAE, "validation.points=2"], "no noise levels"),
-        ("train", [VAE, "gradient_checkpointing=true"], "expert=vae trains no transformer"),
+        ("train", [VAE, "recompute=block"], "expert=vae trains no transformer"),
         ("train", ["init=scratch", "check_expert=stop"], "init=scratch loads no expert"),
         ("train", ["data.cache=here"], "no shards lie at a URL"),
         ("train", ["data.cache_gb=5"], "no shards lie at a URL"),

@@ -59,7 +59,7 @@ def test_published_model_defaults(model):
     """
     cfg = config.compose("train", [f"model={model}", "adapter=lora"])
     alone = config.batching(cfg, 1)
-    assert (alone.micro, cfg.gradient_checkpointing) == (1, True)
+    assert (alone.micro, cfg.recompute) == (1, "block")
     assert config.batching(cfg, 8).accumulate == 1, "on a node of eight each takes one"
     said = chosen(config.plain(cfg), alone)
     assert said == (
@@ -69,7 +69,7 @@ def test_published_model_defaults(model):
 
 def test_given_batching():
     """A value that the user gives is not reported as a default."""
-    for given in ("batch_size=4", "accumulate=1", "gradient_checkpointing=true"):
+    for given in ("batch_size=4", "accumulate=1", "recompute=block"):
         cfg = config.compose("train", [given])
         assert "defaults" not in chosen(config.plain(cfg), config.batching(cfg, 1)), given
     tiny = config.compose("train")

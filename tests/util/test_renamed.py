@@ -102,3 +102,15 @@ def test_old_set_key():
     """An old key of a set is refused with the new key."""
     with pytest.raises(ValueError, match=r"data\.sets\.cats\.told_by is now data\.sets\.cats\.conditioning"):
         check_sets({"cats": {"shards": "d", "told_by": "frames"}})
+
+
+def test_recompute():
+    """Gradient checkpointing is recompute=; a number of blocks that keep everything is not taken for a yes or no."""
+    with pytest.raises(ValueError, match=r"gradient_checkpointing=true is now recompute=block"):
+        refuse_old_keys(["gradient_checkpointing=true"])
+    assert upgraded_words(["gradient_checkpointing=false", "recompute=1"]) == ["recompute=none", "recompute=1"]
+    stored = {"gradient_checkpointing": True, "model": {"train": {"gradient_checkpointing": False}}}
+    assert upgraded_config(stored) == {"recompute": "block", "model": {"train": {"recompute": "none"}}}
+    assert upgraded_config({"recompute": 1}) == {"recompute": 1} and upgraded_config({"recompute": 0}) == {
+        "recompute": 0
+    }

@@ -9,6 +9,8 @@ zero_at_start    ends of names of parameters that a trained model may hold as ze
 adapter_targets  groups of linear layers that an adapter can be put beside: name -> pattern of module names
 tags             groups of parameters that can be trained by themselves (see Tags)
 sequence_plan    where the tokens may be split over processes (see SequencePlan)
+
+An instance calls its repeated blocks through its attribute `run_block` (see BlockRunner).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 #: End of the names of a quantised layer's scales (quantize.py), which are float32 in every network.
 SCALE = ".weight_scale"
@@ -67,6 +69,23 @@ class SequencePlan:
     split: tuple[Split, ...]
     gather: tuple[Split, ...]
     attend: tuple[str, ...]
+
+
+class BlockRunner:
+    """How a network's forward calls its repeated blocks; this one only calls them, so that all activations are kept.
+
+    Machinery that keeps less replaces it (activation_policy.py).
+    recomputed      how many blocks, from the first on, are computed again in the backward pass
+    keep_attention  of these, the output of self-attention is kept all the same
+    """
+
+    recomputed: int = 0
+    keep_attention: bool = False
+
+    def __call__(self, number: int, block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
+        """The result of block `number`; `x` is the result of the block before, `inputs` are common to all."""
+        result: Tensor = block(x, *inputs)
+        return result
 
 
 def blocks_of(module: nn.Module) -> nn.ModuleList:

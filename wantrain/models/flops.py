@@ -19,7 +19,7 @@ from wantrain.models.transformer import Attention, Block, WanTransformer
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one sample: forward, backward, and what gradient checkpointing computes again."""
+    """Operations of one sample: forward, backward, and what is computed again in the backward."""
 
     forward: int
     backward: int
@@ -65,8 +65,13 @@ class Count:
 
     def attention(self, queries: int, keys: int, dim: int, flows: bool) -> None:
         """Add softmax attention over all heads."""
-        self.forward += 4 * queries * keys * dim
-        self.backward += 8 * queries * keys * dim * flows
+        self.forward += attention_flops(queries, keys, dim)
+        self.backward += 2 * attention_flops(queries, keys, dim) * flows
+
+
+def attention_flops(queries: int, keys: int, dim: int) -> int:
+    """Operations of softmax attention over all heads, forward."""
+    return 4 * queries * keys * dim
 
 
 def training_flops(module: WanTransformer, *, tokens: int, text_rows: int, timesteps: int = 1) -> Flops:
@@ -85,12 +90,13 @@ def training_flops(module: WanTransformer, *, tokens: int, text_rows: int, times
     for layer in (*module.time_embedding, *module.time_projection):
         time = count.linear(layer, timesteps, time) if _is_linear(layer) else time
     recompute = 0
-    for block in blocks_of(module):
+    for number, block in enumerate(blocks_of(module)):
         assert isinstance(block, Block)
         before = count.forward
         x = _block(count, block, tokens, text_rows, x, time, text)
-        if module.gradient_checkpointing and x:
-            recompute += count.forward - before
+        if number < module.run_block.recomputed and x:
+            kept = attention_flops(tokens, tokens, module.dim) if module.run_block.keep_attention else 0
+            recompute += count.forward - before - kept
     flows = x or time or module.head.modulation.requires_grad
     count.linear(module.head.head, tokens, flows)
     return Flops(count.forward, count.backward, recompute)

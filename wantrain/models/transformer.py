@@ -21,11 +21,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from wantrain.geometry import PATCH
 from wantrain.models.attention import DEFAULT, Attend, attention_backend
-from wantrain.models.facts import SequencePlan, Split, Tags
+from wantrain.models.facts import BlockRunner, SequencePlan, Split, Tags
 from wantrain.models.positions import ROPE_LENGTH, rope_angles, rotate, sinusoid
 
 
@@ -211,7 +210,7 @@ class WanTransformer(nn.Module):
             raise ValueError(f"attention_head_dim={self.attention_head_dim} must be even: rotary pairs")
         attend = attention_backend(self.attention)
         self.dim = dim = self.num_attention_heads * self.attention_head_dim
-        self.gradient_checkpointing = False
+        self.run_block = BlockRunner()
 
         self.patch_embedding = nn.Conv3d(self.in_channels, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(
@@ -286,11 +285,8 @@ class WanTransformer(nn.Module):
         angles_TPK = rope_angles(grid, self.attention_head_dim, x.device).unflatten(0, (grid[0], -1))
         rope = (angles_TPK.cos().float(), angles_TPK.sin().float())
         # 6. blocks
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BTPD = checkpoint(block, x_BTPD, time_BT6D, context_BSD, rope, bias_S, use_reentrant=False)
-            else:
-                x_BTPD = block(x_BTPD, time_BT6D, context_BSD, rope, bias_S)
+        for number, block in enumerate(self.blocks):
+            x_BTPD = self.run_block(number, block, x_BTPD, time_BT6D, context_BSD, rope, bias_S)
         # 7. head, 8. patches back to a latent
         with torch.autocast(x.device.type, enabled=False):
             patches = self.head(x_BTPD, time_BTD)

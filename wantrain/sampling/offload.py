@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from wantrain.models.facts import blocks_of, outside_blocks
-from wantrain.models.offload import HostWeights, ModuleOffloader, OffloadPolicy, offload_blocks
-from wantrain.models.pinned_memory import move_to_arena
+from wantrain.models.facts import blocks_of
+from wantrain.models.offload import ModuleOffloader, OffloadPolicy
 
 #: Loads an expert by name onto a device.
 Load = Callable[[str, torch.device], nn.Module]
@@ -50,13 +49,10 @@ class ExpertOffloader(Mapping[str, nn.Module]):
         experts, blocks = self.policy.experts, self.policy.blocks
         first = torch.device("cpu") if blocks or experts == "cpu" else self.device
         module = self.load(name, first).requires_grad_(False)
-        if experts == "cpu":
-            self._offloader.add(module, blocks=blocks)
-        elif blocks:
-            if experts == "none":  # loaded once: worth the copy; with disk the mapped file is all there is
-                move_to_arena(blocks_of(module).parameters())
-            offload_blocks(module, self.device)
-            HostWeights(outside_blocks(module)).onload(self.device)
+        if blocks or experts == "cpu":
+            # With disk the mapped file is all there is: a copy of it would be made at each load.
+            swapped = blocks_of(module) if blocks else ()
+            self._offloader.add(module, whole=experts == "cpu", blocks=[*swapped], arena=experts != "disk")
         return module
 
     def offload(self) -> None:

@@ -157,7 +157,11 @@ _TRAIN = (
         lambda values, given: None in (values["validation"][key] for key in ("every", "clips", "points")),
         "validation.every, clips and points are all given",
     ),
-    Rule((r"check_expert", r"gradient_checkpointing"), _NOT_VAE, "expert=vae trains no transformer"),
+    Rule(
+        (r"check_expert", r"recompute", r"activations", r"activations_dtype", r"swap"),
+        _NOT_VAE,
+        "expert=vae trains no transformer",
+    ),
     Rule((r"check_expert",), _differs("init", "scratch"), "init=scratch loads no expert"),
     Rule(
         (r"adapter\.(rank|alpha|rank_stabilized|targets|rank_pattern|alpha_pattern)",),
@@ -188,7 +192,7 @@ _TRAIN = (
     Rule((r"model\.negative_prompt",), _differs("sample.every", 0), "sample.every=0 makes no previews"),
     Rule((r"model\.scratch",), _equals("init", "base"), "init={init} says what the expert starts from"),
     _replaced("model.train.batch_size", "batch_size"),
-    _replaced("model.train.gradient_checkpointing", "gradient_checkpointing"),
+    _replaced("model.train.recompute", "recompute"),
     _replaced("model.precision", "precision"),
     _replaced("model.weights", "weights"),
     *_GUIDANCE,

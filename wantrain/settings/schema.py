@@ -46,6 +46,9 @@ Strengths = Annotated[
     dict[Expert, float | list[float]], Says("one number per expert: {high_noise: 0.8, low_noise: [1, 0.5]}")
 ]
 
+#: What a block keeps, or how many blocks keep all.
+Recompute = Literal["none", "attention", "block"] | Natural
+
 #: A model's facts, conf/model/NAME.yaml. Every command has them.
 MODEL: Mapping[str, Any] = {
     "model.name": Text,
@@ -69,7 +72,7 @@ MODEL: Mapping[str, Any] = {
     "model.steps": Count,
     "model.train.batch_size": Count,
     "model.train.micro_batch": Count | None,
-    "model.train.gradient_checkpointing": bool,
+    "model.train.recompute": Recompute,
     "model.transformer": Object,
     "model.transformer.num_attention_heads": Count,
     "model.transformer.attention_head_dim": Count,
@@ -253,7 +256,10 @@ TRAIN: Mapping[str, Any] = {
     "accumulate": Count | None,
     "device": Literal["auto", "cpu", "cuda"],
     "precision": Precision,
-    "gradient_checkpointing": bool,
+    "recompute": Recompute,
+    "activations": Literal["gpu", "cpu"],
+    "activations_dtype": Literal["fp32", "bf16"],
+    "swap.blocks": Natural,
     "ema": Inside | None,
     "clip": Positive,
     "seed": Natural,

@@ -126,6 +126,8 @@ def build_expert(
     reference = _frozen_copy(trainable, expert)
     average = None if checkpoint is None else read_average(trainable, checkpoint / folder)
     options = StepOptions(setup.batching.accumulate, settings["clip"], settings["precision"])
+    if reference is not None:
+        placement.place(reference)
     stepper = placement.stepper(trainable.module, build_optimizer(expert.optimizer, trainable.module), options)
     expert.loss.attach(_networks(expert.loss, stepper, reference))
     return ExpertTrainer(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from wantrain.models import Base, WanVAE, adapters, partial
+from wantrain.models.activation_policy import DTYPES, ActivationPolicy
 from wantrain.models.adapters import AdapterSettings
+from wantrain.models.facts import blocks_of
 from wantrain.models.formats.base import stated_expert
 from wantrain.models.formats.lora import read_lora
 from wantrain.models.formats.lora_expert import check_lora_expert
@@ -39,6 +41,7 @@ class Initializer:
     device, dtype  what weights that stay frozen are loaded to; those that are trained are float32
     base_dtype  base.dtype=: fp32 or bf16 instead of `dtype`, or the format in which the blocks' frozen weights are
                 stored; None: `dtype`, or that of an fp8 file
+    activations    recompute, activations and activations_dtype: what is kept of a forward
     """
 
     make: Callable[[], nn.Module]
@@ -51,14 +54,17 @@ class Initializer:
     device: torch.device
     dtype: torch.dtype
     recipe: str | None = None
-    gradient_checkpointing: bool = False
+    activations: Mapping[str, Any] = field(default_factory=dict)
     base_dtype: str | None = None
 
     @classmethod
     def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Initializer:
         """A start by an expert's own settings, train.py's; `where` is base, device, dtype and recipe."""
-        parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed", "gradient_checkpointing")}
-        return cls(make, **parts, init=settings["init"], base_dtype=settings["base"]["dtype"], **where)
+        parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed")}
+        kept = {key: settings[key] for key in ("recompute", "activations", "activations_dtype")}
+        return cls(
+            make, **parts, init=settings["init"], activations=kept, base_dtype=settings["base"]["dtype"], **where
+        )
 
     def trainable(self) -> TrainableModule:
         """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
@@ -66,7 +72,7 @@ class Initializer:
         if isinstance(module, WanVAE):
             module = Autoencoder(module)
         else:
-            module.gradient_checkpointing = self.gradient_checkpointing  # type: ignore[assignment]
+            self.set_activations(module)
         settings = self.adapt(module)
         self.check_trained(module)
         if origin := self.adapter.get("init"):
@@ -76,6 +82,16 @@ class Initializer:
         about |= {"base": self.base.name, "recipe": self.recipe, "made_by": made_by(), **settings}
         metadata = {key: str(value) for key, value in about.items() if value is not None and value is not False}
         return TrainableModule(module, self.expert["part"], metadata)
+
+    def set_activations(self, module: nn.Module) -> None:
+        """Have a transformer keep of its forward what the settings say. ValueError if they do not go together."""
+        kept = self.activations
+        module.run_block = ActivationPolicy(  # type: ignore[assignment]
+            kept["recompute"],
+            blocks=len(blocks_of(module)),
+            activations=kept["activations"],
+            dtype=DTYPES[kept["activations_dtype"]],
+        )
 
     def module(self) -> nn.Module:
         """What the expert starts from: the base's own part, else random values; says which it was.

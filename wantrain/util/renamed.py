@@ -18,6 +18,8 @@ KEYS: Mapping[str, str] = {
     "tripwires": "safeguards",
     "validation.stop_after": "validation.early_stopping_patience",
     "patience": "heartbeat_timeout",
+    "gradient_checkpointing": "recompute",
+    "model.train.gradient_checkpointing": "model.train.recompute",
     "experts.idle": "experts.offload",
     "sample.idle": "sample.offload.experts",
     "idle": "offload.experts",
@@ -33,8 +35,12 @@ KEYS: Mapping[str, str] = {
 TARGETS: Mapping[str, str] = {"wantrain.training.optim": "wantrain.training.engine.optim"}
 #: Conditioning types: old -> new.
 _CONDITIONING: Mapping[Any, Any] = {"channels": "channel_concat", "frames": "clean_frames", None: "none"}
+#: Gradient checkpointing, by whether it was on.
+_RECOMPUTE: Mapping[Any, Any] = {True: "block", False: "none"}
 #: Values of config keys, by the new key: old -> new.
 VALUES: Mapping[str, Mapping[Any, Any]] = {
+    "recompute": _RECOMPUTE,
+    "model.train.recompute": _RECOMPUTE,
     "init": {"widen": "expand_input_channels"},
     "experts.offload": {"gpu": "none"},
     "sample.offload": {"none": {"blocks": False}, "blocks": {"blocks": True}},
@@ -111,7 +117,8 @@ def _values(key: str) -> Mapping[Any, Any]:
 
 def _typed_values(key: str) -> dict[str, Any]:
     """The same as typed on a command line."""
-    return {"null" if old is None else str(old): now for old, now in _values(key).items()}
+    words = {None: "null", True: "true", False: "false"}
+    return {words.get(old, str(old)): now for old, now in _values(key).items()}
 
 
 def new_target(target: str) -> str:
@@ -137,9 +144,9 @@ def _upgrade(prefix: str, config: Mapping[str, Any], into: dict[str, Any]) -> No
             continue
         if name == "_target_":
             value = new_target(value)
-        values = _values(key)
-        if not isinstance(value, list | Mapping) and value in values:
-            value = values[value]
+        if not isinstance(value, list | Mapping):
+            # Python takes 1 for True, and both may be values.
+            value = next((now for old, now in _values(key).items() if old == value and type(old) is type(value)), value)
         place = into
         *parents, last = key.split(".")
         for parent in parents:

@@ -19,6 +19,8 @@ IMPOSSIBLE = [
     ("fsdp2", ["adapter=lora", "base.dtype=nf4"], "a base in fp8, int8 or nf4 (base.dtype=, or an fp8 file) trains in"),
     ("zero3", ["adapter=dora", "base.dtype=int8"], "not under zero3; use launch/accelerate/ddp.yaml"),
     ("single", ["expert=both", "experts.offload=cpu"], "adapter=none trains them"),
+    ("fsdp2", ["adapter=lora", "swap.blocks=4"], "swap.blocks=4: fsdp2 places the weights itself"),
+    ("zero2", ["adapter=lora", "swap.blocks=4"], "swap.blocks=4: zero2 places the weights itself"),
 ]
 
 
@@ -38,7 +40,12 @@ class Alone:
 
 
 def test_offload_loads_on_the_host(monkeypatch):
-    for engine, given, offloads in (("ddp", [], False), ("single", ["adapter=lora", "experts.offload=cpu"], True)):
+    swap = ["adapter=lora", "swap.blocks=4"]
+    for engine, given, offloads in (
+        ("ddp", [], False),
+        ("single", ["adapter=lora", "experts.offload=cpu"], True),
+        ("single", swap, True),
+    ):
         monkeypatch.setattr(placement, "engine_of", lambda accelerator, engine=engine: engine)
         experts = config.experts(config.compose("train", ["expert=both", *given]))
         found = placement.find_placement(Alone(), {name: config.plain(own) for name, own in experts.items()})

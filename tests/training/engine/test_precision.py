@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wantrain.models import WanTransformer
+from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.training.engine.accelerator import autocast
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 48, "num_layers": 4}
@@ -18,7 +19,7 @@ def model_and_inputs():
     torch.manual_seed(0)
     model = WanTransformer(**SIZE)
     nn.init.normal_(model.head.head.weight, std=0.2)
-    model.gradient_checkpointing = True
+    model.run_block = ActivationPolicy("block", blocks=len(model.blocks))
     return model, (torch.randn(2, 16, 3, 4, 6), torch.tensor([900.0, 30.0]), torch.randn(2, 5, 8))
 
 
@@ -72,7 +73,7 @@ def test_autocast_without_cache(recompute):
     results = []
     for context in (with_cache(), autocast("bf16", CPU)):
         model, inputs = model_and_inputs()
-        model.gradient_checkpointing = recompute
+        model.run_block = ActivationPolicy("block" if recompute else "none", blocks=len(model.blocks))
         with context:
             answer = model(*inputs)
         answer.square().mean().backward()

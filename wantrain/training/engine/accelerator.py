@@ -165,7 +165,7 @@ _HYDRAS = {
     "ACCELERATE_MIXED_PRECISION": ("mixed_precision", {"no"}, "precision="),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", {"1", "auto"}, "accumulate="),
     "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", {"1.0", "auto", "none"}, "clip="),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", {"false"}, "gradient_checkpointing="),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", {"false"}, "recompute="),
     "ACCELERATE_DYNAMO_BACKEND": (
         "dynamo_backend",
         {"no"},

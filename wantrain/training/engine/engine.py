@@ -42,10 +42,20 @@ class StepOptions:
 
 
 class Stepper:
-    """A model under an engine: forward in its precision, backward, and one update per optimizer step."""
+    """A model under an engine: forward in its precision, backward, and one update per optimizer step.
+
+    waiting  names of parameters and buffers that wait on the host, where the others are on the device already; None:
+             the engine brings the whole module to the device
+    """
 
     def __init__(
-        self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        options: StepOptions,
+        *,
+        waiting: Iterable[str] | None = None,
     ) -> None:
         self._accelerator = accelerator
         self.engine = engine_of(accelerator)
@@ -58,7 +68,12 @@ class Stepper:
         if self.engine == "fsdp2":  # the launch file says that blocks are sharded, the model which those are
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = block_classes(module)
         trained = {name: parameter.numel() for name, parameter in named_trainable(module).items()}
-        self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
+        if waiting is None:
+            self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
+        else:
+            # DDP takes one device only, and would send what waits from the main process. All have read the same.
+            module._ddp_params_and_buffers_to_ignore = list(waiting)  # type: ignore[assignment]
+            self.wrapped, self.optimizer = accelerator.prepare(module, optimizer, device_placement=[False, False])
         share_timeout()
         self._check_trained(trained)
 

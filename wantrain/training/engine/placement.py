@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from wantrain.models.offload import ModuleOffloader
+from wantrain.models.offload import ModuleOffloader, blocks_to_swap
+from wantrain.models.pinned_memory import Node
 from wantrain.models.quantize import FORMATS, quantized_layers
 from wantrain.training.engine.accelerator import SHARDED, engine_of
 from wantrain.training.engine.engine import StepOptions, Stepper
+from wantrain.util import distributed
+from wantrain.util.console import say
 
 #: Optimizers whose update of an element depends on its whole matrix, or a block of it: class -> what users call it.
 WHOLE = {"MuonAdamW": "muon", "Muon": "torch.optim.Muon", "Adafactor": "adafactor", "adamw_8bit": "adamw_8bit"}
@@ -26,8 +30,10 @@ class Placement:
 
     engine          single, ddp, zero1, zero2, zero3 or fsdp2
     device          what this process computes on
-    weights_device  where weights are loaded to: the host, if the engine shards them or the experts are offloaded
-    offloader       keeps the frozen weights of the expert that is not training on the host; None: all stay
+    weights_device  where weights are loaded to: the host, if the engine shards them or some of them wait there
+    offloader       keeps frozen weights on the host while they are not needed; None: all stay on the device
+    whole           those of the expert that is not training wait
+    swapped         of so many blocks they wait except around the block's computation
     """
 
     accelerator: Accelerator
@@ -35,6 +41,8 @@ class Placement:
     device: torch.device
     weights_device: torch.device
     offloader: ModuleOffloader | None
+    whole: bool = False
+    swapped: int = 0
 
     @property
     def processes(self) -> int:
@@ -54,26 +62,54 @@ class Placement:
         return int(torch.cuda.get_device_properties(self.device).total_memory)
 
     def stepper(self, module: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions) -> Stepper:
-        """An expert's module under the engine."""
+        """An expert's module under the engine. What does not wait on the host is on the device before that: the engine
+        would bring everything.
+        """
         if any(quantized_layers(module)):
             _refuse_quantized(self.engine)
-        stepper = Stepper(self.accelerator, module, optimizer, options)
-        if self.offloader is not None:
-            self.offloader.add(module)
-        return stepper
+        return Stepper(self.accelerator, module, optimizer, options, waiting=self.place(module))
+
+    def place(self, module: nn.Module) -> set[str] | None:
+        """Bring a module that was loaded to the host to the device, except for what waits there: returns its names.
+        None where nothing waits.
+        """
+        if self.offloader is None:
+            return None
+        blocks = blocks_to_swap(module, self.swapped) if self.swapped else []
+        return self.offloader.add(module, whole=self.whole, blocks=blocks)
 
 
 def find_placement(accelerator: Accelerator, experts: Mapping[str, Mapping[str, Any]]) -> Placement:
     """The placement of a run's experts, by their settings. ValueError if the engine cannot train them so."""
     engine, device = engine_of(accelerator), accelerator.device
-    offloads = check_engine(engine, experts)
-    weights = torch.device("cpu") if offloads or engine in SHARDED else device
-    return Placement(accelerator, engine, device, weights, ModuleOffloader(device) if offloads else None)
+    whole, swapped = check_engine(engine, experts)
+    waits = whole or swapped > 0
+    weights = torch.device("cpu") if waits or engine in SHARDED else device
+    if waits and device.type == "cpu":
+        what = f"swap.blocks={swapped}" if swapped else "experts.offload=cpu"
+        say(f"{what} saves nothing here: the device is the CPU, whose memory is the host's")
+    offloader = ModuleOffloader(device, this_machine()) if waits else None
+    return Placement(accelerator, engine, device, weights, offloader, whole, swapped)
 
 
-def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:
-    """True if the expert that is not training waits on the host. ValueError if the engine cannot train the experts
-    with these settings.
+def this_machine() -> Node | None:
+    """The processes of this machine, which share what waits on the host; None where this is the only one."""
+    if distributed.local_world_size() == 1 or not dist.is_initialized():
+        return None
+
+    def exchange(word: str) -> str:
+        words: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(words, word)
+        first: str = words[dist.get_rank() - distributed.local_rank()]
+        return first
+
+    return Node(distributed.local_rank() == 0, exchange, dist.barrier)
+
+
+def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> tuple[bool, int]:
+    """Whether the expert that is not training waits on the host, and of how many blocks the weights wait there.
+
+    ValueError if the engine cannot train the experts with these settings.
     """
     pair = len(experts) > 1
     if pair and engine.startswith("zero"):
@@ -82,12 +118,12 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:
             f"per expert, with: bash launch/pair.sh launch/accelerate/{engine}.yaml data.shards=DIR (what follows is "
             "train.py's); or train both in one job with launch/accelerate/fsdp2.yaml or ddp.yaml"
         )
-    offloads = False
+    whole, swapped = False, 0
     for own in experts.values():
-        whole = WHOLE.get(own["optimizer"]["_target_"].rpartition(".")[2])
-        if whole is not None and engine not in {"single", "ddp"}:
+        needs_whole = WHOLE.get(own["optimizer"]["_target_"].rpartition(".")[2])
+        if needs_whole is not None and engine not in {"single", "ddp"}:
             raise ValueError(
-                f"optimizer={whole} needs whole matrices, but {engine} cuts them; use optimizer=adamw, or "
+                f"optimizer={needs_whole} needs whole matrices, but {engine} cuts them; use optimizer=adamw, or "
                 "launch/accelerate/ddp.yaml"
             )
         if own["base"]["dtype"] in FORMATS:
@@ -97,17 +133,22 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> bool:
                 f"ema={own['ema']} under ZeRO-3: DeepSpeed keeps the weights' parts where no average can follow; use "
                 "launch/accelerate/fsdp2.yaml or zero2.yaml, or ema=null"
             )
-        offloads = pair and own["experts"]["offload"] == "cpu"
-        if offloads and engine == "fsdp2":
+        whole, swapped = pair and own["experts"]["offload"] == "cpu", own["swap"]["blocks"]
+        if swapped and engine not in {"single", "ddp"}:
+            raise ValueError(
+                f"swap.blocks={swapped}: {engine} places the weights itself; give swap.blocks=0, or "
+                "launch/accelerate/ddp.yaml"
+            )
+        if whole and engine == "fsdp2":
             raise ValueError(
                 "experts.offload=cpu: fsdp2 shards the weights over the processes instead; give experts.offload=none"
             )
-        if offloads and own["adapter"]["name"] == "none":
+        if whole and own["adapter"]["name"] == "none":
             raise ValueError(
                 "experts.offload=cpu keeps frozen weights on the host, but adapter=none trains them; give "
                 "experts.offload=none, or adapter=lora"
             )
-    return offloads
+    return whole, swapped
 
 
 def _refuse_quantized(engine: str) -> None:

@@ -53,11 +53,27 @@ def share_of_steps(alternation: ExpertAlternation, losses: Mapping[str, LossFunc
 def chosen(settings: Mapping[str, Any], batching: Batching) -> str:
     """How a step is computed, and whether that was said or is the model's default: one line."""
     own = settings["model"]["train"]
-    keys = ("batch_size", "gradient_checkpointing")
+    keys = ("batch_size", "recompute")
     default = settings["accumulate"] is None and all(settings[key] == own[key] for key in keys)
-    blocks = "blocks recomputed" if settings["gradient_checkpointing"] else "nothing recomputed"
+    blocks = _kept(settings)
     whose = f" (defaults of model={settings['model']['name']})" if default else ""
     return f"batch {batching.batch_size} = {batching}, {blocks}{whose}"
+
+
+def _kept(settings: Mapping[str, Any]) -> str:
+    """What is kept of a forward and which weights visit, in words."""
+    recompute, dtype = settings["recompute"], "" if settings["activations_dtype"] == "fp32" else "in bfloat16"
+    words = {
+        "none": "nothing recomputed",
+        "block": "blocks recomputed",
+        "attention": "blocks recomputed except self-attention",
+    }
+    said = [words.get(recompute, f"blocks recomputed except the last {recompute}")]
+    if place := " ".join(filter(None, ("on the host" if settings["activations"] == "cpu" else "", dtype))):
+        said.append(f"their inputs kept {place}")
+    if swapped := settings["swap"]["blocks"]:
+        said.append(f"the frozen weights of {swapped} blocks on the host")
+    return ", ".join(said)
 
 
 def describe(

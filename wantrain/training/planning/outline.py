@@ -36,7 +36,8 @@ def outline(make: Callable[[], nn.Module], settings: Mapping[str, Any], dtype: t
         return None
     with torch.device("meta"):
         module = without_values(make)
-        module.gradient_checkpointing = start.gradient_checkpointing  # type: ignore[assignment]
+        if start.is_transformer:
+            start.set_activations(module)
         if stored := start.stored_format(is_fp8=False):  # of a file in fp8 nothing is known yet
             quantize.as_if_loaded(module, stored, start.frozen_dtype)
         start.adapt(module)
