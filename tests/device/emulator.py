@@ -5,8 +5,7 @@ tensors as CUDA's do, cannot be read by numpy, take no CPU generator, and `reads
 their values. Copies to the device are told apart by the host memory they come from, pinned or pageable.
 
 Built on torch's own hook for backends written in Python (PrivateUse1), so autograd, autocast, `.to`, factories and
-`torch.device` contexts are torch's. Copies in a stream of their own come late (late.py). What it cannot show: kernels,
-fragmentation, speed.
+`torch.device` contexts are torch's. What it cannot show: kernels, streams, fragmentation, speed.
 """
 
 import contextlib
@@ -16,7 +15,6 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-import late
 import torch
 import torch.utils.backend_registration as backends
 from torch.utils._pytree import tree_leaves, tree_map
@@ -101,7 +99,6 @@ def run(func, args, kwargs):
     others = [tensor for tensor in tensors if not is_here(tensor)]
     if name.startswith("copy_"):
         return _copy(*args[:2])
-    late.compute(tensor.held for tensor in ours)
     if name.startswith(("_to_copy", "to.")):
         return _moved(func, args, kwargs)
     _refuse_mixing(func, name, args, ours, others)
@@ -154,15 +151,9 @@ def _refuse_generators(args, kwargs, ours):
 
 def _copy(target, source):
     if is_here(source) and not is_here(target):
-        if late.current() is late.COMPUTE:
-            count(reads, "read")
+        count(reads, "read")
     elif is_here(target) and not is_here(source):
         _count_upload(source)
-    if late.current() is not late.COMPUTE:
-        held = _unwrapped(target if is_here(target) else source)
-        late.current().add(_unwrapped(target), _unwrapped(source), held)
-        return target
-    late.compute(_unwrapped(tensor) for tensor in (target, source) if is_here(tensor))
     _unwrapped(target).copy_(_unwrapped(source))
     return target
 
@@ -201,6 +192,22 @@ def _pin(tensor, device=None):
     return copy
 
 
+class Stream:
+    """A stream in which everything is done at once."""
+
+    def __init__(self, device=None):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def record_event(self):
+        return self
+
+
 class Module:
     """What torch looks for under `torch.emulated`."""
 
@@ -226,12 +233,15 @@ class Module:
         pass
 
     def synchronize(self, device=None):
-        late.synchronize()
+        pass
 
-    Stream, stream = late.Stream, staticmethod(late.inside)
+    Stream = Stream
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
 
     def current_stream(self, device=None):
-        return late.current()
+        return Stream()
 
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]
