@@ -1,4 +1,4 @@
-"""Weights that visit: frozen weights lie on the host and are on the device while they are needed.
+"""Weights on the host: frozen weights lie on the host and are on the device while they are needed.
 
 One mechanism serves the idle expert, the blocks of a sampler and block swap in training. Frozen weights do not change,
 so nothing is copied back. They come by a copy stream; of several groups the next one comes while one computes.
@@ -44,7 +44,7 @@ class OffloadPolicy:
 
 
 class WeightGroup:
-    """Tensors that visit the device together, with their values on the host, where they lie when this is made."""
+    """Tensors that come to the device together, with their values on the host, where they lie when this is made."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.values = [(tensor, tensor.data) for tensor in tensors]
@@ -77,9 +77,9 @@ class Slot:
 
 
 class WeightSwap:
-    """Groups of weights that visit the device one after the other, forwards and then backwards.
+    """Groups of weights that come to the device one after the other, forwards and then backwards.
 
-    Each visit sends the next group in the direction of travel on its way into the slot of the group before, whose
+    Each call sends the next group in the direction of travel on its way into the slot of the group before, whose
     computation has been queued by then. `slots` is how many groups have room at a time; with 1 nothing comes ahead.
     """
 
@@ -90,7 +90,7 @@ class WeightSwap:
         self._last: int | None = None
         self._stream = CopyStream(device)
 
-    def visit(self, number: int) -> None:
+    def onload(self, number: int) -> None:
         """Have a group on the device for what is computed next."""
         slot = self._find(number) or self._start(number, number)
         if not slot.used:
@@ -141,14 +141,14 @@ class WeightSwap:
 
 
 @dataclass
-class Visitor:
-    """A module whose weights are on the host: those outside the swapped blocks visit together, blocks one by one."""
+class OffloadedModule:
+    """A module whose weights are on the host: those outside the swapped blocks come together, blocks one by one."""
 
     rest: WeightSwap | None
     blocks: WeightSwap | None
 
     def leave(self) -> None:
-        """Free the device of all that visits."""
+        """Free the device of all that came."""
         for swap in (self.rest, self.blocks):
             if swap is not None:
                 swap.leave()
@@ -163,7 +163,7 @@ class ModuleOffloader:
 
     def __init__(self, device: torch.device, node: Node | None = None) -> None:
         self.device, self.node = device, node
-        self._current: Visitor | None = None
+        self._current: OffloadedModule | None = None
 
     def add(
         self, module: nn.Module, *, whole: bool = True, blocks: Sequence[nn.Module] = (), arena: bool = True
@@ -186,27 +186,27 @@ class ModuleOffloader:
         for tensor in _tensors(module).values():
             if id(tensor) not in ids:
                 tensor.data = tensor.data.to(self.device)
-        visitor = Visitor(
+        offloaded = OffloadedModule(
             WeightSwap([WeightGroup(rest)], self.device) if rest else None,
             WeightSwap([WeightGroup(tensors) for tensors in inside], self.device) if blocks else None,
         )
         # Hooks refer to weights and not to modules, which would keep themselves alive.
-        module.register_forward_pre_hook(lambda module, args: self._enter(visitor))
-        if visitor.blocks is not None:
+        module.register_forward_pre_hook(lambda module, args: self._enter(offloaded))
+        if offloaded.blocks is not None:
             for number, block in enumerate(blocks):
-                swap: WeightSwap = visitor.blocks
-                block.register_forward_pre_hook(lambda block, args, swap=swap, number=number: swap.visit(number))
+                swap: WeightSwap = offloaded.blocks
+                block.register_forward_pre_hook(lambda block, args, swap=swap, number=number: swap.onload(number))
         return {name for name, tensor in _tensors(module).items() if id(tensor) in ids}
 
-    def _enter(self, visitor: Visitor) -> None:
-        if visitor is not self._current:
+    def _enter(self, offloaded: OffloadedModule) -> None:
+        if offloaded is not self._current:
             self.offload()
-            self._current = visitor
-        if visitor.rest is not None:
-            visitor.rest.visit(0)
+            self._current = offloaded
+        if offloaded.rest is not None:
+            offloaded.rest.onload(0)
 
     def offload(self) -> None:
-        """Free the device of the weights that visit it."""
+        """Free the device of the weights that came."""
         if self._current is not None:
             self._current.leave()
             self._current = None
@@ -223,7 +223,7 @@ def _frozen(module: nn.Module) -> dict[str, Tensor]:
 
 
 def blocks_to_swap(module: nn.Module, count: int) -> list[nn.Module]:
-    """The blocks whose weights visit in training with `swap.blocks=count`: the last ones of those that are recomputed.
+    """The blocks whose weights wait on the host in training with `swap.blocks=count`: the last ones of those that are recomputed.
 
     A block that keeps its activations keeps its weights for the backward too. ValueError where there are too few, or
     where nothing in them is frozen.

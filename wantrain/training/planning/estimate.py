@@ -61,7 +61,7 @@ def chosen(settings: Mapping[str, Any], batching: Batching) -> str:
 
 
 def _kept(settings: Mapping[str, Any]) -> str:
-    """What is kept of a forward and which weights visit, in words."""
+    """What is kept of a forward and which weights wait on the host, in words."""
     recompute, dtype = settings["recompute"], "" if settings["activations_dtype"] == "fp32" else "in bfloat16"
     words = {
         "none": "nothing recomputed",
