@@ -223,7 +223,7 @@ def _frozen(module: nn.Module) -> dict[str, Tensor]:
 
 
 def blocks_to_swap(module: nn.Module, count: int) -> list[nn.Module]:
-    """The blocks whose weights wait on the host in training with `swap.blocks=count`: the last ones of those that are recomputed.
+    """The blocks whose weights wait on the host with `swap.blocks=count`: the last ones of those that are recomputed.
 
     A block that keeps its activations keeps its weights for the backward too. ValueError where there are too few, or
     where nothing in them is frozen.
