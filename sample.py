@@ -34,8 +34,8 @@ def main(cfg: DictConfig) -> None:
         return
     if (cfg.prompt is None) == (cfg.prompts is None):
         raise ValueError('give prompt="..." or prompts=FILE (one prompt per line)')
-    prompts = [cfg.prompt] if cfg.prompts is None else read_prompts(cfg.prompts)
     distributed.set_threads()
+    prompts = [cfg.prompt] if cfg.prompts is None else read_prompts(cfg.prompts)
     jobs, size = list_jobs(prompts, seed=cfg.seed, count=cfg.count), (cfg.height, cfg.width) if cfg.height else None
     pixels = read_pixels(files_from(cfg), config.plain(cfg.model), num_frames=cfg.num_frames, size=size)
     loras = LoraSettings.of(config.plain(cfg.lora), config.locate)
@@ -43,8 +43,7 @@ def main(cfg: DictConfig) -> None:
     check_writable(out, key="out")
     devices.announce(devices.choose(cfg.device))
     if cfg.compare is None:
-        found = find(cfg, cfg.run).with_loras(loras)
-        loras.check_used([found.loras])
+        loras.check_used([(found := find(cfg, cfg.run).with_loras(loras)).loras])
         sample(cfg, found, out, jobs, pixels)
         return
     several = find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
