@@ -8,6 +8,11 @@ does not forget them. Both experts are trained; the same prompts and seeds are s
 that uses image analysis alone measures what the samples show.
 """
 
+from wantrain.util import ctrl_c
+
+if __name__ == "__main__":
+    ctrl_c.ends_at_once()  # while the imports below load
+
 import json
 import subprocess
 import sys

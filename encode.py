@@ -4,6 +4,11 @@ python encode.py shards=DIR out=DIR model=tiny        python encode.py --help
 accelerate launch --num_processes 2 encode.py ...     python encode.py out=DIR check=true
 """
 
+from wantrain.util import ctrl_c
+
+if __name__ == "__main__":
+    ctrl_c.ends_at_once()  # while the imports below load
+
 import functools
 import hashlib
 from pathlib import Path

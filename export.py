@@ -3,6 +3,11 @@
 python export.py run=HIGH,LOW out=DIR        python export.py inspect=FILE        python export.py --help
 """
 
+from wantrain.util import ctrl_c
+
+if __name__ == "__main__":
+    ctrl_c.ends_at_once()  # while the imports below load
+
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

@@ -3,6 +3,11 @@
 python sample.py run=NAME prompt="..."        python sample.py compare=[RUN,OTHER,base] prompts=FILE
 """
 
+from wantrain.util import ctrl_c
+
+if __name__ == "__main__":
+    ctrl_c.ends_at_once()  # while the imports below load
+
 from functools import partial
 from pathlib import Path
 

@@ -3,6 +3,11 @@
 python shard.py source=DIR out=DIR model=tiny        python shard.py --help
 """
 
+from wantrain.util import ctrl_c
+
+if __name__ == "__main__":
+    ctrl_c.ends_at_once()  # while the imports below load
+
 import shutil
 from pathlib import Path
 

@@ -3,6 +3,11 @@
 accelerate launch train.py expert=low_noise data.shards=DIR        python train.py --help
 """
 
+from wantrain.util import ctrl_c
+
+if __name__ == "__main__":
+    ctrl_c.ends_at_once()  # while the imports below load
+
 from pathlib import Path
 
 from omegaconf import DictConfig

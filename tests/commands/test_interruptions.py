@@ -2,7 +2,11 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -10,6 +14,9 @@ import pytest
 from wantrain.models import WanVAE
 from wantrain.runs import folder
 from wantrain.training.expert import ExpertTrainer
+from wantrain.util import console, ctrl_c
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def debris(place):
@@ -62,3 +69,31 @@ def test_train_is_stopped_at_its_start(kind, words, code, message, tiny, call, t
         if owner is folder:
             assert (tmp_path / "runs" / "r" / "config.yaml").read_text() == config
     assert "step 1 of 2" in call(*command, "steps=2").stdout
+
+
+@pytest.mark.parametrize("name", ["train", "shard", "encode", "sample", "export", "demo"])
+def test_command_is_stopped_while_it_loads(name, tmp_path):
+    """Ctrl-C in a command's first seconds, while its libraries load, is one line too."""
+    for library in ("omegaconf", "torch", "numpy"):  # the first that is imported gets the signal in its imports
+        (tmp_path / f"{library}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, str(ROOT / f"{name}.py"), "--help"]
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", f"{ctrl_c.STOPPED}\n")
+
+
+def test_ctrl_c_raises_while_a_command_works():
+    """Between its imports and its end a command gets an exception, which cleans up; pytest's own handler comes back."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        ctrl_c.ends_at_once()
+        at_once = signal.getsignal(signal.SIGINT)
+        with console.errors_to_exit_code():
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            with console.errors_to_exit_code():  # a job of Hydra within its program
+                pass
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is at_once is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -6,11 +6,11 @@ import errno
 import io
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from wantrain.util import ctrl_c
 from wantrain.util.distributed import is_main
 
 #: Errors of disks and permissions, which a user can correct, by number: what to do. Other OSErrors are bugs.
@@ -33,8 +33,6 @@ FIXES = {
 }
 #: What every command promises when the disk stops it.
 KEPT = "What was finished before is as it was, and the same command goes on from it"
-#: Exit code after Ctrl-C, as shells have it.
-INTERRUPTED = 128 + signal.SIGINT
 
 
 def say(message: str) -> None:
@@ -51,18 +49,22 @@ def errors_to_exit_code() -> Iterator[None]:
     bugs and show their traceback. From here on a reader of stdout or stderr may go away: see `keep_streams`.
     """
     keep_streams()
+    outermost = ctrl_c.raises()
     try:
         yield
     except KeyboardInterrupt:
         if is_main():
-            print("stopped by Ctrl-C; the same command starts again from what is finished", file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED)
+            print(ctrl_c.STOPPED, file=sys.stderr, flush=True)
+        sys.exit(ctrl_c.INTERRUPTED)
     except Exception as error:
         message = str(error) if isinstance(error, ValueError) else disk_error(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        if outermost:
+            ctrl_c.ends_at_once()  # while the libraries end, which may wait for an upload
 
 
 def disk_error(error: BaseException) -> str | None:
@@ -92,7 +94,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) and error.code else 1
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
+        return ctrl_c.INTERRUPTED
     return 2 if isinstance(error, ValueError) or disk_error(error) is not None else 1
 
 
