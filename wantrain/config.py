@@ -65,6 +65,7 @@ def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             sys.argv[1:] = [words.quoted(word, sweep=sweep) for word in given]
             with errors_to_exit_code(), tempfile.TemporaryDirectory() as own_files:
                 refuse_old_keys(sys.argv[1:])
+                words.refuse_choices(sys.argv[1:], _choices(), sweep=sweep)
                 sys.argv[1:] = replay.arguments(sys.argv[1:], CONF)
                 if sweep:  # Hydra wants -m before or after all settings, and writes a file about the sweep
                     settings = [word for word in sys.argv[1:] if not words.is_sweep([word])]
@@ -159,16 +160,27 @@ def _readable(error: Exception, name: str) -> str:
     full = re.search(r"full_key: (\S+)", text)
     wrong = full[1] if full else override[1] if override else match[1]
     keys = _all_keys(compose(name))
+    if wrong in keys:  # a mapping
+        inner = ", ".join(key for key in keys if key.startswith(f"{wrong}."))
+        return f"{wrong}={{...}} sets a key that there is not; there are {inner}"
     nearest = difflib.get_close_matches(wrong, keys, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
     return f"{wrong} is not a key of {name}.py{hint} (python {name}.py --cfg job lists all)"
 
 
+def _choices() -> dict[str, list[str]]:
+    """The groups of options that ship with the project, and their options."""
+    groups = (path for path in CONF.iterdir() if path.is_dir())
+    return {group.name: sorted(option.stem for option in group.glob("*.yaml")) for group in groups}
+
+
 def compose(name: str, overrides: list[str] | None = None) -> DictConfig:
     """The config of a command without running it; overrides as on the command line."""
     GlobalHydra.instance().clear()
+    given = words.expanded(overrides or [])
+    words.refuse_choices(given, _choices())
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(name, [words.quoted(word) for word in words.expanded(overrides or [])])
+        return hydra.compose(name, [words.quoted(word) for word in given])
 
 
 def _all_keys(cfg: DictConfig, prefix: str = "") -> list[str]:

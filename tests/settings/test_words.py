@@ -2,15 +2,20 @@
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from wantrain import config
-from wantrain.settings.words import expanded, is_sweep, quoted, swept_name
+from wantrain.settings.words import expanded, is_sweep, quoted, refuse_choices, swept_name
 
 
 @pytest.mark.parametrize(
     ("word", "meaning"),
     [
         ("tracker=off", ["tracker=jsonl"]),
+        ("tracker=null", ["tracker=jsonl"]),
+        ("tracker=none", ["tracker=jsonl"]),
+        ("recipe=null", []),
+        ("validation=null", ["validation=null"]),
         ("sample=50", ["sample.every=50"]),
         ("sample=off", ["sample.every=0"]),
         ("checkpoint=100", ["checkpoint.every=100"]),
@@ -35,6 +40,44 @@ def test_shorthands_compose():
     cfg = config.compose("train", ["tracker=off", "sample=5", "checkpoint=7", "validation=off", "safeguards=off"])
     assert (cfg.tracker.name, cfg.sample.every, cfg.checkpoint.every, cfg.validation.every) == ("jsonl", 5, 7, 0)
     assert cfg.safeguards.spike is None and cfg.safeguards.hang is None and cfg.safeguards.max_skipped_steps == 3
+
+
+GROUPS = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize(
+    "value", ["5", "-1", "1.5", "null", "true", "", "[tiny]", "[wandb,jsonl]", "jsonl,wandb", "a b"]
+)
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_of_options_takes_one_option(group, value):
+    """A number, nothing or a list chooses no option: one line with the group, the value and the options."""
+    if expanded([f"{group}={value}"]) != [f"{group}={value}"]:
+        return  # a shorthand
+    with pytest.raises(ValueError, match=rf"^{group}=") as refused:
+        config.compose("train", [f"{group}={value}"])
+    error = str(refused.value)
+    assert error.startswith(f"{group}={value} must be one of ") and "\n" not in error
+    assert all(option.stem in error for option in (config.CONF / group).glob("*.yaml"))
+    assert ("-m runs one after the other" in error) == ("," in value)
+
+
+def test_options_in_a_sweep():
+    """With -m a group takes several options, and Hydra's own words for them."""
+    choices = {"adapter": ["lora", "none"]}
+    for value in ("lora", "lora,none", "lora, none", "choice(lora,none)", "glob(*)", "'lora',none"):
+        refuse_choices([f"adapter={value}"], choices, sweep=True)
+    for value in ("lora,5", "[lora,none]", "null"):
+        with pytest.raises(ValueError, match="must be one of lora, none"):
+            refuse_choices([f"adapter={value}"], choices, sweep=True)
+    refuse_choices(["adapter.rank=5", "adapter={rank: 5}", "adapter=from_elsewhere", "adapter='lora'"], choices)
+
+
+def test_unknown_key_in_a_mapping():
+    """The error for a mapping names the keys that there are, not the mapping's own name as unknown."""
+    with pytest.raises(HydraException) as refused:
+        config.compose("train", ["experts={foo: 4}"])
+    error = config._readable(refused.value, "train")
+    assert error.startswith("experts={...} sets a key that there is not; there are experts.share, ")
 
 
 def values(word):

@@ -11,12 +11,16 @@ from wantrain.settings.schema import PATH_KEYS, TEXT_KEYS
 #: What a group set to one word means, where that is obvious: group=off, and group=NUMBER for the interval.
 _OFF: Mapping[str, Sequence[str]] = {
     "tracker": ("tracker=jsonl",),
+    "recipe": (),
     "sample": ("sample.every=0",),
     "validation": ("validation.every=0",),
     "safeguards": ("safeguards.spike=null", "safeguards.refuse=null", "safeguards.hang=null"),
 }
+_NULLABLE = ("tracker", "recipe")  # of the others null is not off: it leaves something to be chosen
 _EVERY = ("sample", "validation", "checkpoint")
 _WORD = re.compile(r"(\+{0,2})([\w.@/]+)=(.*)", flags=re.DOTALL)
+_OPTION = re.compile(r"""(?!(?:null|true|false)\b)[A-Za-z_][\w./-]*|"[^"]*"|'[^']*'""", flags=re.IGNORECASE)
+_OPTIONS = re.compile(rf"(?:{_OPTION.pattern}|\w+\(.*\))(?:\s*,\s*(?:{_OPTION.pattern}))*", flags=re.IGNORECASE)
 #: Values that can be a part of a run's name.
 _NAMEABLE = re.compile(r"[A-Za-z0-9][\w.-]{0,23}")
 
@@ -33,11 +37,25 @@ def expanded(words: Iterable[str]) -> list[str]:
 
 def _meaning(word: str) -> Sequence[str]:
     group, _, value = word.partition("=")
-    if value in {"off", "false"} and group in _OFF:
+    if group in _OFF and (value in {"off", "false", "none"} or (value == "null" and group in _NULLABLE)):
         return _OFF[group]
     if group in _EVERY and re.fullmatch(r"[\d,]+", value):
         return (f"{group}.every={value}",)
     return (word,)
+
+
+def refuse_choices(words: Iterable[str], choices: Mapping[str, Sequence[str]], *, sweep: bool = False) -> None:
+    """Raise ValueError for a group of options that is set to what can be no option: a number, null, several at once.
+
+    choices  the shipped options of each group; whether a name is one of them is Hydra's to say, which may know more
+    """
+    for match in filter(None, map(_WORD.fullmatch, words)):
+        _, group, value = match.groups()
+        right = _OPTIONS if sweep else _OPTION
+        if group in choices and not value.startswith("{") and not right.fullmatch(value):
+            several = "; -m runs one after the other" if "," in value else ""
+            also = ", off" if group in _OFF else ""
+            raise ValueError(f"{group}={value} must be one of {', '.join(choices[group])}{also}{several}")
 
 
 def quoted(word: str, *, sweep: bool = False) -> str:
