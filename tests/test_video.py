@@ -1,6 +1,7 @@
 """Frames to files: what is written is what is seen, everywhere."""
 
 import errno
+import os
 import resource
 import signal
 
@@ -88,6 +89,19 @@ def test_contact_sheet_frames(tmp_path):
     assert [sheet[18 + 32, 130 * column + 64, 0] for column in range(5)] == [0, 40, 80, 120, 160]
     assert sheet[82 + 18 + 32, 64, 0] == 200 and (sheet[82 + 18 + 32, 200] == 255).all()
     assert (sheet[:18] < 128).any() and (sheet[82:100] < 128).any(), "titles"
+
+
+def test_disk_refuses_contact_sheet(tmp_path, monkeypatch):
+    """A full disk leaves the sheet of before, no partial file, and an error that names the sheet."""
+    sheet = tmp_path / "sheet.png"
+    contact_sheet(sheet, {"one": np.zeros((3, 16, 16, 3), np.uint8)})
+    before = sheet.read_bytes()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="No space left") as refused:
+        contact_sheet(sheet, {"two": np.full((3, 16, 16, 3), 200, np.uint8)})
+    assert refused.value.filename == str(sheet)
+    assert sheet.read_bytes() == before and list(tmp_path.iterdir()) == [sheet]
 
 
 @pytest.mark.parametrize("limit", [2_000, 20_000])

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from wantrain.util.files import write_atomically
+
 Frames = NDArray[np.uint8]
 
 
@@ -138,7 +140,9 @@ def contact_sheet(path: str | Path, clips: Mapping[str, Frames], *, columns: int
         top += strip.height + title
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
 
 
 def filmstrip(frames: Frames, *, columns: int = 8, cell: int = 128) -> Image.Image:

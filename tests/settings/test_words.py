@@ -139,3 +139,10 @@ def test_sweep(tiny, call, tmp_path):
     assert names == {"r_lr_0.0001", "r_lr_0.0002", "tiny_low_noise_none_seed_0", "tiny_low_noise_none_seed_1"}
     assert all((path / "checkpoints" / "step_000001").is_dir() for path in (tmp_path / "runs").iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}, "Hydra leaves no file of its own"
+
+
+@pytest.mark.parametrize("word", ["~optimizer", "~clip", "~optimizer.lr", "~expert=low_noise"])
+def test_deleted_key(word, call):
+    """A key that is taken away is one line at once, not a missing key wherever the command first needs it."""
+    ended = call("train.py", word, "data.shards=nowhere", check=False)
+    assert ended.error.startswith(f"{word} takes a key away") and ended.stderr.count("\n") == 1

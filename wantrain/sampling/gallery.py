@@ -25,7 +25,7 @@ from wantrain.sampling.generate import Sampler, Settings
 from wantrain.sampling.prompts import Job
 from wantrain.util import distributed
 from wantrain.util.console import say
-from wantrain.util.files import naming, write_atomically, write_json
+from wantrain.util.files import write_atomically, write_json
 from wantrain.video import Frames, contact_sheet, flicker, motion, read_mp4, write_mp4
 
 INDEX = "index.html"
@@ -146,8 +146,7 @@ def write_index(gallery: Gallery, jobs: Iterable[Job]) -> None:
     done = [job for job in jobs if gallery.is_done(job)][:SHOWN]
     clips = {f"{gallery.file(job).stem}: {job.prompt}": read_mp4(gallery.file(job)) for job in done}
     if clips:
-        with naming(gallery.folder / SHEET):
-            contact_sheet(gallery.folder / SHEET, clips)
+        contact_sheet(gallery.folder / SHEET, clips)
     say(f"{gallery.folder / INDEX} shows {sum(map(len, by_prompt.values()))} videos")
 
 

@@ -45,10 +45,16 @@ def _meaning(word: str) -> Sequence[str]:
 
 
 def refuse_choices(words: Iterable[str], choices: Mapping[str, Sequence[str]], *, sweep: bool = False) -> None:
-    """Raise ValueError for a group of options that is set to what can be no option: a number, null, several at once.
+    """Raise ValueError for a group of options that is set to what can be no option: a number, null, several at once;
+    and for ~key, with which Hydra takes a key away: the commands need all of theirs.
 
     choices  the shipped options of each group; whether a name is one of them is Hydra's to say, which may know more
     """
+    words = list(words)
+    if deleted := next((word for word in words if word.startswith("~")), None):
+        raise ValueError(
+            f"{deleted} takes a key away, and all are needed; key=null or key=off turns off what can be off"
+        )
     for match in filter(None, map(_WORD.fullmatch, words)):
         _, group, value = match.groups()
         right = _OPTIONS if sweep else _OPTION

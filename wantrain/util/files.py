@@ -58,21 +58,26 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file; a kill leaves the complete old file or the complete new one."""
+def write_atomically(path: Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Write a small file; a kill leaves the complete old file or the complete new one, and so does a full disk.
+
+    `sync=False` is for what can be made again: after a power cut the file may be empty.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming(path):
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with partial.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             partial.replace(path)
         except BaseException:  # a full disk gets its bytes back
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
-    sync_file(path.parent)
+    if sync:
+        sync_file(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

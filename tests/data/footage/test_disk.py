@@ -1,7 +1,9 @@
 """shard.py on disks that refuse: one line that names the folder, before the work where that can be seen; and Ctrl-C."""
 
 import errno
+import os
 import tempfile
+from pathlib import Path
 
 import pytest
 from shard_helpers import shard
@@ -47,3 +49,20 @@ def test_nothing_temporary_is_left(tmp_path, monkeypatch, capsys, fault):
     assert len([line for line in printed.splitlines() if line and not line.startswith("shard:")]) == 1  # and the bar
     assert list(temporary.iterdir()) == []
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_survey_on_a_full_disk(tmp_path, monkeypatch):
+    """A survey that the disk does not take is an error that names it, and leaves no partial file."""
+    surveys = survey.Surveys(tmp_path / ".surveys", split=False, decode=survey.DecodeOptions())
+    surveys.folder.mkdir()
+    stored = []
+
+    def refuse(partial, target):
+        stored.append(partial.read_bytes())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="No space left") as refused:
+        surveys._store("ab" * 32, b"a survey")
+    assert stored == [b"a survey"] and refused.value.filename == str(surveys._path("ab" * 32))
+    assert list(surveys.folder.iterdir()) == []

@@ -141,7 +141,7 @@ def test_neighbour_of_what_is_read(tmp_path):
 
 def test_lack_of_space(tmp_path, monkeypatch):
     """A disk that is too small is an error before any work."""
-    with pytest.raises(ValueError, match=r"GiB of free disk space, and 1073741824.0 GiB will be written"):
+    with pytest.raises(ValueError, match=r"MiB of free disk space, and 1,099,511,627,776 MiB will be written"):
         claim_export(tmp_path / "deep" / "er", LAYOUT, reads=[], size=2**60)
     assert list(tmp_path.iterdir()) == []
 

@@ -26,6 +26,7 @@ from wantrain.data.footage.probe import Footage, is_picture, is_stream, probe, r
 from wantrain.data.footage.reader import Reader, SeekPoint
 from wantrain.data.footage.scenes import SceneDetector
 from wantrain.util import distributed
+from wantrain.util.files import write_atomically
 from wantrain.video import Frames
 
 #: Version of the surveys; raise it when the same bytes would give another survey than before.
@@ -148,9 +149,7 @@ class Surveys:
         return self.folder / f"{digest[:32]}-{CODE}{'s' if self.split else ''}"
 
     def _store(self, digest: str, content: bytes) -> None:
-        partial = self._path(digest).with_suffix(".tmp")
-        partial.write_bytes(content)
-        partial.replace(self._path(digest))
+        write_atomically(self._path(digest), content, sync=False)
 
 
 def read_survey(request: dict[str, Any]) -> Iterator[Frames | None]:

@@ -44,8 +44,8 @@ def claim_export(out: Path, layout: str, *, reads: Iterable[Path], size: int = 0
     existing = next(place for place in (here, *here.parents) if place.exists())
     if (free := shutil.disk_usage(existing).free) < size:
         raise ValueError(
-            f"out={out} has {free / 2**30:.1f} GiB of free disk space, and {size / 2**30:.1f} GiB will be written; "
-            "free some, give a folder on a larger disk, or choose dtype=bf16"
+            f"out={out} has {free / 2**20:,.0f} MiB of free disk space, and {size / 2**20:,.0f} MiB will be written; "
+            "free some, or give a folder on a larger disk (dtype=bf16 takes half of fp32)"
         )
 
 
