@@ -35,6 +35,8 @@ KEYS: Mapping[str, str] = {
 TARGETS: Mapping[str, str] = {"wantrain.training.optim": "wantrain.training.engine.optim"}
 #: Conditioning types: old -> new.
 _CONDITIONING: Mapping[Any, Any] = {"channels": "channel_concat", "frames": "clean_frames", None: "none"}
+#: Settings that a stored config may lack, with what they were before they could be set.
+ADDED: Mapping[str, Any] = {"activations_dtype": "fp32"}
 #: Gradient checkpointing, by whether it was on.
 _RECOMPUTE: Mapping[Any, Any] = {True: "block", False: "none"}
 #: Values of config keys, by the new key: old -> new.
@@ -133,7 +135,7 @@ def upgraded_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A stored config of any age under today's names."""
     upgraded: dict[str, Any] = {}
     _upgrade("", config, upgraded)
-    return upgraded
+    return {**ADDED, **upgraded}
 
 
 def _upgrade(prefix: str, config: Mapping[str, Any], into: dict[str, Any]) -> None:

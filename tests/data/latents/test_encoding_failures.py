@@ -32,11 +32,10 @@ def damaged(videos, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"1 of 10 files are bad.*damaged\.mp4: cannot be decoded"):
         shard(footage, tmp_path / "videos", rejects_limit=0)
 
-    # Only the first frame is looked at.
-    monkeypatch.setattr(
-        "wantrain.data.footage.survey.read_whole",
-        lambda path, found: [np.zeros((8, 8, 3), np.uint8)] * len(found.times),
-    )
+    # A survey that sees no frame.
+    black = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr("wantrain.data.footage.survey.read_whole", lambda path, found: iter([black] * len(found.times)))
+    monkeypatch.setattr("wantrain.data.footage.survey.Inspection.frames", lambda self: iter([black] * len(frames)))
     shard(footage, tmp_path / "videos")
     return tmp_path / "videos"
 
