@@ -25,9 +25,9 @@ LAYER = "blocks.1.ffn.0"
 TRAINED = "blocks.1.self_attn.q.weight"
 
 
-def found(run=None):
+def found(run=None, **more):
     facts = {"model": "tiny", "boundary": 0.875, "runs": RUNS, "locate": config.locate}
-    return find_experts(PAIR, **facts, run=run, base=None if run else TINY)
+    return find_experts(PAIR, **facts, run=run, base=None if run else TINY, **more)
 
 
 @pytest.fixture
@@ -124,6 +124,15 @@ def test_wrong_files_before_any_work(tmp_path, files):
     files[1].write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"b.safetensors"):
         with_files(found(), high_noise=files[1:])
+
+
+def test_one_expert_alone():
+    """alone=true takes the one that a run trained; where none or both are chosen it is refused."""
+    assert found("lora").names == ("high_noise", "low_noise")
+    alone = found("lora", alone=True)
+    assert alone.names == ("low_noise",) and set(alone.loras) == {"low_noise"}
+    with pytest.raises(ValueError, match=r"alone=true takes one expert, and high_noise, low_noise are given .*run of"):
+        found(alone=True)
 
 
 def test_what_is_read(files):

@@ -206,8 +206,16 @@ def test_conversion_overwrites_nothing(tmp_path):
     assert read_lora(there).metadata["expert"] == "low_noise"
     same = lora_file(tmp_path / "x_low_noise.safetensors")
     (tmp_path / "x_low_noise_comfyui.safetensors").hardlink_to(same)
-    with pytest.raises(ValueError, match="would be replaced by what is made of it"):
+    with pytest.raises(ValueError, match="would be replaced by what is written"):
         convert_loras(settings(f"low_noise={same}"), tmp_path, "comfyui", overwrite=True)
+    two = lora_file(tmp_path / "two_low_noise.safetensors")
+    before = there.read_bytes()
+    for given in (f"low_noise=[{there},{two}]", f"low_noise=[{two},{there}]"):
+        with pytest.raises(
+            ValueError, match=r"two_low_noise_comfyui\.safetensors would be replaced by what is written"
+        ):
+            convert_loras(settings(given), tmp_path, "comfyui", overwrite=True)
+    assert there.read_bytes() == before
 
 
 @pytest.mark.parametrize(

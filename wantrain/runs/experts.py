@@ -179,7 +179,8 @@ def find_experts(
 ) -> ExpertSources:
     """The experts `names` of `model`: those that `run` trained, the others from `base` or else the runs' own base.
 
-    ValueError where one is missing (unless `alone` allows a single expert), or a run trained another model.
+    `alone` takes a single expert of a pair: the one that `run` trained, or the only one that `base` holds.
+    ValueError where one is missing without `alone`, where `alone` does not choose one, or a run trained another model.
     """
     if run is None and base is None:
         raise ValueError("nothing to load: give run=NAME (or run=NAME,NAME) or weights=FOLDER")
@@ -190,19 +191,24 @@ def find_experts(
                 f"run {run} trained model={expert.config['model']['name']}, not model={model}; add model= to match"
             )
     covered = {expert.name for expert in trained}
-    rest = [name for name in names if name not in covered]
+    rest = [name for name in names if name not in covered and not (alone and covered)]
     if base is None:
         base = base_of(trained[0].config, locate, [*rest, "vae", "text_encoder", "tokenizer"])
     elif trained:
         base = replace(base, like=trained[0].config["model"]["transformer"])
     if any(base.holds(name) for name in rest):
         base.check_boundary(boundary)
-    held = tuple(name for name in names if name in covered or base.holds(name))
+    held = tuple(name for name in names if name in covered or (name in rest and base.holds(name)))
     missing = [name for name in names if name not in held]
     if missing and not (alone and held):
         raise ValueError(
             f"{', '.join(missing)} is missing: neither run={run} nor {base} has it. Give both runs (run=ONE,OTHER), or "
             "weights= with a pipeline that holds it; sample.py alone=true uses one expert for every noise level"
+        )
+    if alone and not missing:
+        raise ValueError(
+            f"alone=true takes one expert, and {', '.join(held)} are given (run={run}, weights={base}); leave it out, "
+            "or give the run of one of them"
         )
     if missing:
         say(f"alone=true: {', '.join(held)} is used for every noise level, though trained for its own window only")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from wantrain.models.formats.export_folder import claim_export, staged
 from wantrain.models.formats.lora import LoRA, write_lora
 from wantrain.models.formats.lora_dialects import is_complete
 from wantrain.models.formats.lora_expert import noise_named
+from wantrain.models.formats.lora_peft import lora_file
 from wantrain.models.formats.weights import write_part
 from wantrain.models.vae import measure_latents
 from wantrain.runs.folder import TrainedExpert
@@ -34,19 +35,28 @@ def convert_loras(settings: LoraSettings, out: Path, dialect: str, *, overwrite:
     another expert, for one that exists already (unless `overwrite`), and for one that would replace its own source.
     """
     by_target: dict[Path, tuple[str, Lora, LoRA]] = {}
-    for name, loras in settings.over({}, list(settings.files)).items():
+    given = settings.over({}, list(settings.files))
+    sources = {name: [lora_file(lora.path) for lora in loras] for name, loras in given.items()}
+    for name, loras in given.items():
         for lora in loras:
-            target = _free_name(out, name, lora.path, dialect, taken=by_target)
-            if target.exists() and target.samefile(lora.path):
-                raise ValueError(f"lora.{name}={lora.path} would be replaced by what is made of it; give another out=")
-            if target.exists() and not overwrite:
-                raise ValueError(f"{target} is there already; give another out=, or overwrite=true")
-            by_target[target] = name, lora, lora.read(name)
-    settings.check_used([settings.over({}, list(settings.files))])
+            read, target = lora.read(name), _free_name(out, name, lora.path, dialect, taken=by_target)
+            if target.exists():
+                _check_replaced(target, sources, overwrite)
+            by_target[target] = name, lora, read
+    settings.check_used([given])
     check_writable(out, key="out")
     for target, (name, lora, read) in by_target.items():
         write_converted(target, read, lora.strength, dialect, {"expert": name})
         say(f"wrote {target} ({dialect}; sample.py lora.{name}=FILE)")
+
+
+def _check_replaced(target: Path, sources: Mapping[str, Sequence[Path]], overwrite: bool) -> None:
+    """ValueError unless a file may be replaced: it is none of those that are read, and `overwrite` is true."""
+    for name, files in sources.items():
+        if file := next((file for file in files if target.samefile(file)), None):
+            raise ValueError(f"lora.{name}={file} would be replaced by what is written; give another out=")
+    if not overwrite:
+        raise ValueError(f"{target} is there already; give another out=, or overwrite=true")
 
 
 def _free_name(out: Path, expert: str, source: Path, dialect: str, *, taken: Mapping[Path, object]) -> Path:

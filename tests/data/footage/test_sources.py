@@ -55,6 +55,15 @@ def test_missing_captions(tmp_path):
     assert captions(find_footage(tmp_path, caption_missing="empty")) == {"a.mp4": "", "b.mp4": "told", "c.mp4": ""}
 
 
+def test_missing_captions_elsewhere(tmp_path):
+    """Where captions are missing, files that may hold them and are not read are named."""
+    folder_with(tmp_path, a_mp4="", b_txt="told", more__metadata_csv="path,caption")
+    (tmp_path / "Metadata.CSV").write_text("path,caption\na.mp4,told\n")
+    words = r"1 captions without a clip \(first: b\.txt\), 1 tables of another name than metadata\.csv \(first: Meta"
+    with pytest.raises(ValueError, match=rf"no caption.*; not read: {words}.*1 tables that are not in the source"):
+        find_footage(tmp_path)
+
+
 def test_default_caption(tmp_path):
     """caption.default fills files without a caption; one that is blank is left to caption.missing."""
     folder_with(tmp_path, a_mp4="", b_mp4="", b_txt="told", c_mp4="", c_txt=" \n")

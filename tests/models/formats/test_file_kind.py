@@ -25,6 +25,8 @@ KINDS = {
     "cut in the header": (WHOLE[: LENGTH - 20], "it is cut short: its header alone takes"),
     "cut in a tensor": (WHOLE[:-100], rf"it is cut short: {len(WHOLE) - 100:,} of {len(WHOLE):,} bytes are there"),
     "cut by one byte": (WHOLE[:-1], "it is cut short"),
+    "cut in the first bytes": (WHOLE[:5], "its first bytes are not the header of such a file; .*download or export"),
+    "video": (b"\x00\x00\x00\x20ftypisom" + bytes(range(256)), "its first bytes are not the header of such a file"),
     "pickle": (b"\x80\x02}q\x00.", "it is a pickle; give it the suffix .pth"),
 }
 

@@ -104,8 +104,19 @@ def test_wrong_expert(tmp_path):
     assert "swap the two files, or give it as lora.high_noise=" in str(said.value)
     with pytest.raises(ValueError, match=rf"^adapter\.init=.*{words}") as said:
         check_lora_expert(file, {}, LOW, key="adapter.init")
-    assert "give expert=high_noise" in str(said.value)
+    assert "give expert=high_noise, or with expert=both experts.high_noise.init=" in str(said.value)
     with pytest.raises(ValueError, match="not for dense"):
         check_lora_expert(file, {}, "dense")
     check_lora_expert(tmp_path / "spirits_high.safetensors", {}, "dense")
     check_lora_expert(tmp_path / "high" / "spirits.safetensors", {}, "dense")
+
+
+def test_one_reason_or_several(tmp_path):
+    """Sources that agree are joined by "and"; between a pair and a single model nothing is swapped."""
+    file = tmp_path / "cat_high_noise.safetensors"
+    with pytest.raises(ValueError, match=r"\(its metadata says high_noise and its file name says high_noise; if"):
+        check_lora_expert(file, {"expert": HIGH}, LOW)
+    with pytest.raises(ValueError, match=r"not for dense; give it to a model of two experts \(model=\)"):
+        check_lora_expert(file, {}, "dense")
+    with pytest.raises(ValueError, match=r"not for low_noise; give it to a model of one transformer \(model=\)"):
+        check_lora_expert(tmp_path / "cat.safetensors", {"expert": "dense"}, LOW)

@@ -73,7 +73,7 @@ def find_footage(
                 f"source={source}: no sample holds a video or an image ({' '.join(sorted(VIDEOS | IMAGES))}); give "
                 f"tars that do{_instead(tally)}"
             )
-    footage, rejects = _select(found, caption_missing, caption_prefix, caption_default)
+    footage, rejects = _select(found, caption_missing, caption_prefix, caption_default, tally)
     return SourceContent(footage, rejects, tally)
 
 
@@ -82,8 +82,15 @@ def _instead(tally: Tally) -> str:
     return "".join(f"; {line}" for line in tally.lines())
 
 
+def _unread(tally: Tally) -> str:
+    """Files that may hold the captions that are missing, as the end of a message."""
+    kinds = [kind for kind in tally.ignored if kind.startswith(("captions", "tables"))]
+    names = [f"{tally.ignored[kind]} {kind} (first: {tally.first[kind]})" for kind in sorted(kinds)]
+    return f"; not read: {', '.join(names)}" if names else ""
+
+
 def _select(
-    found: list[Footage | Reject], missing: str, prefix: str, default: str
+    found: list[Footage | Reject], missing: str, prefix: str, default: str, tally: Tally
 ) -> tuple[list[Footage], list[Reject]]:
     """Split into footage with its final captions, and rejects."""
     footage, rejects, without = list[Footage](), list[Reject](), list[Footage]()
@@ -110,7 +117,7 @@ def _select(
         raise ValueError(
             f"{len(without)} of {len(found)} files have no caption (first: {name}{there}); write it into "
             f"{Path(name).with_suffix('.txt')} or metadata.jsonl, or {instead}"
-            f"{'give ' if fallback else ''}caption.missing=skip or caption.missing=empty"
+            f"{'give ' if fallback else ''}caption.missing=skip or caption.missing=empty{_unread(tally)}"
         )
     return footage, rejects
 

@@ -19,6 +19,7 @@ _PAGES = (b"<!doctype", b"<html", b"<?xml")
 #: The longest header that the safetensors library takes.
 _LONGEST_HEADER = 100_000_000
 _AGAIN = "download or export it again"
+_NO_HEADER = f"its first bytes are not the header of such a file; it is another format, or damaged: {_AGAIN}"
 
 
 def why_unreadable(path: Path) -> str | None:
@@ -38,7 +39,9 @@ def why_unreadable(path: Path) -> str | None:
             for magic, words in _STARTS:
                 if head.startswith(magic) and not (magic in _PICKLE_STARTS and path.suffix in _PICKLES):
                     return words
-            return _damage(size, head, file.read(max(0, min(int.from_bytes(head[:8], "little"), _LONGEST_HEADER))))
+            rest = file.read(max(0, min(int.from_bytes(head[:8], "little"), _LONGEST_HEADER)))
+        damage = _damage(size, head, rest)
+        return None if damage == _NO_HEADER and path.suffix in _PICKLES else damage
     except PermissionError:
         return "no permission to open it"
 
@@ -53,11 +56,11 @@ def _damage(size: int, head: bytes, rest: bytes) -> str | None:
             entries = json.loads((head + rest)[8 : 8 + length])
             end = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
         except (ValueError, KeyError, TypeError, IndexError):
-            return None
+            return _NO_HEADER
         whole = 8 + length + end
         return f"it is cut short: {size:,} of {whole:,} bytes are there; {_AGAIN}" if size < whole else None
     try:
         words = " ".join(head.decode().split())
     except UnicodeDecodeError:
-        return None
-    return f"it is text ({words[:60]!r}), not weights; {_AGAIN}" if words.isprintable() else None
+        return _NO_HEADER
+    return f"it is text ({words[:60]!r}), not weights; {_AGAIN}" if words.isprintable() else _NO_HEADER

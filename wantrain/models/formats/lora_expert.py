@@ -52,7 +52,8 @@ def stated_lora_expert(path: str | Path, metadata: Mapping[str, str]) -> str | N
     says = _statements(Path(path), metadata)
     if len(set(says.values())) > 1:
         raise ValueError(
-            f"{path}: {_in_words(says)}; rename what is wrong (or, where it is the metadata, export the file again)"
+            f"{path}: {_in_words(says, ', but ')}; rename what is wrong (or, where it is the metadata, export the file "
+            "again)"
         )
     return next(iter(says.values()), None)
 
@@ -72,11 +73,19 @@ def check_lora_expert(
     if expert == "dense" and stated not in _statements(Path(path), metadata, words=False).values():
         return
     key = key or f"lora.{expert}"
-    fix = f"swap the two files, or give it as lora.{stated}=" if key.startswith("lora.") else f"give expert={stated}"
     raise ValueError(
-        f"{key}={path} was trained for {stated}, not for {expert}; {fix} "
-        f"({_in_words(_statements(Path(path), metadata))}; if that is wrong, rename or export it again)"
+        f"{key}={path} was trained for {stated}, not for {expert}; {_fix(key, stated, expert)} "
+        f"({_in_words(_statements(Path(path), metadata), ' and ')}; if that is wrong, rename or export it again)"
     )
+
+
+def _fix(key: str, stated: str, expert: str) -> str:
+    """What to do about a file for `stated` that the setting `key` gives to `expert`."""
+    if "dense" in {stated, expert}:
+        return "give it to a model of " + ("one transformer" if stated == "dense" else "two experts") + " (model=)"
+    if key.startswith("lora."):
+        return f"swap the two files, or give it as lora.{stated}="
+    return f"give expert={stated}, or with expert=both experts.{stated}.init="
 
 
 def _statements(path: Path, metadata: Mapping[str, str], *, words: bool = True) -> dict[str, str]:
@@ -99,5 +108,5 @@ def _statements(path: Path, metadata: Mapping[str, str], *, words: bool = True) 
     return says
 
 
-def _in_words(says: Mapping[str, str]) -> str:
-    return ", but ".join(f"{source} says {expert}" for source, expert in says.items())
+def _in_words(says: Mapping[str, str], between: str) -> str:
+    return between.join(f"{source} says {expert}" for source, expert in says.items())
