@@ -8,7 +8,6 @@ the CUDA context): `HEADROOM` and `CONTEXT` estimate it.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from wantrain import geometry
 from wantrain.models.facts import blocks_of, outside_blocks
 from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.models.offload import EXPERTS, OffloadPolicy
 from wantrain.models.pinned_memory import layout
+from wantrain.util.live_bytes import LiveBytes
 
 GIB = float(2**30)
 #: Share of the sum added for fragmentation and workspaces, and bytes of a CUDA context with its libraries.
@@ -157,36 +155,10 @@ def trace_decoding(vae: Any, latents: Tensor, rows: int | None) -> int:
 
 def peak_bytes(work: Callable[[], Any]) -> int:
     """The most bytes that tensors made by `work` hold at any moment, without gradients."""
-    live = _Live()
+    live = LiveBytes()
     with torch.no_grad(), _LeanAttention(), live:
         work()
     return live.peak
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of every storage from the operation that allocates it until it is freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.counted: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
-            self.counted.add(tensor.untyped_storage())
-        result = func(*args, **kwargs)
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            if storage not in self.counted:
-                self.counted.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
 
 
 class _LeanAttention(TorchFunctionMode):
@@ -197,10 +169,6 @@ class _LeanAttention(TorchFunctionMode):
             query, value = args[0], args[2]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -1,0 +1,56 @@
+"""Counting the bytes of the tensors that are alive while something computes, on real tensors or on fake ones.
+
+Only what PyTorch's operations return is seen: workspaces inside a kernel and what an allocator rounds up are not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """While active, sums the bytes of every storage from the operation that allocates it until it is freed.
+
+    now   bytes alive; tensors that were there before are not counted
+    peak  the most that were alive at any moment; set it to `now` to begin a new peak
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.counted: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in tensors_in((args, kwargs)):
+            self.seen.add(tensor.untyped_storage())
+        result = func(*args, **kwargs)
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.counted[storage] = weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def forget(self, tensor: Tensor) -> None:
+        """Stop counting a tensor, which is counted elsewhere."""
+        storage = tensor.untyped_storage()
+        finalizer = self.counted.pop(storage, None)
+        if finalizer is not None and finalizer.detach():
+            self.now -= storage.nbytes()
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of a nested structure."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
