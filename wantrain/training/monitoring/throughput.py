@@ -7,7 +7,6 @@ measuring never waits for the device. Rates are of all processes together. MFU c
 
 from __future__ import annotations
 
-import re
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,19 +24,8 @@ from wantrain.models import WanTransformer
 from wantrain.models.flops import training_flops
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
+from wantrain.util.cards import CARDS, card_model
 
-#: Dense bfloat16 operations per second with float32 sums, by model of card (see `card_model`); from the makers' data
-#: sheets. A card that is not listed has no peak: a neighbour's number would make MFU wrong by a factor of 3.
-PEAKS = {
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H200 NVL": 835e12,
-    "H100": 989e12, "H100 NVL": 835e12, "H100 PCIE": 756e12,
-    "A100": 312e12, "A100 PCIE": 312e12, "A40": 149.7e12, "A10": 125e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-    "RTX 6000 ADA": 364e12, "RTX A6000": 155e12,
-    "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
-#: Words of a device's name that say nothing of its speed: maker, brand, memory and socket.
-NEUTRAL = re.compile(r"NVIDIA|TESLA|GEFORCE|GENERATION|SXM\d?|HBM\d\w?|\d+GB")
 #: Bins of an expert's window for which the log has a mean loss each.
 BINS = 8
 #: Elements of trained tensors whose update is measured, at most: a copy of them is made for one step in ten.
@@ -223,15 +211,8 @@ def _seconds(begin: Moment, end: Moment) -> float:
 
 
 def peak_of(device: torch.device) -> float | None:
-    """The peak of a device in operations per second; None where it is not listed."""
-    return PEAKS.get(card_model(torch.cuda.get_device_name(device))) if device.type == "cuda" else None
-
-
-def card_model(name: str) -> str:
-    """A device's name without the words that say nothing of its speed: "NVIDIA A100-SXM4-80GB" is an "A100".
-
-    What is left must be a key of PEAKS as a whole: an "L40" is no "L4", and a "RTX 4090 LAPTOP GPU" or a "MIG" slice of
-    a card is not the card.
+    """The peak of a device in operations per second; None where it is not listed: a neighbour's number would make MFU
+    wrong by a factor of 3.
     """
-    words = re.split(r"[\s-]+", name.upper())
-    return " ".join(word for word in words if not NEUTRAL.fullmatch(word))
+    card = CARDS.get(card_model(torch.cuda.get_device_name(device))) if device.type == "cuda" else None
+    return None if card is None else card.peak

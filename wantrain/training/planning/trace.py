@@ -1,0 +1,170 @@
+"""What a training step needs beside weights, gradients and optimizer state: traced on tensors without values.
+
+The network itself runs forward and backward on fake tensors of the real shapes, on a CPU device, where attention is one
+flash operation, as on a GPU. A network of 14B needs no memory and no weights for that. It is traced with two and with
+three of its blocks: the difference is a block's own, and what is left belongs to the layers outside them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wantrain.models import WanTransformer
+from wantrain.models.facts import blocks_of
+from wantrain.training.engine.accelerator import autocast
+from wantrain.training.engine.optim import named_trainable
+from wantrain.util.live_bytes import LiveBytes, tensors_in
+
+#: Operations whose time is that of their arithmetic, not of the bytes they move.
+ARITHMETIC = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "scaled_dot_product")
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Bytes of one micro-step. Weights, gradients and the batch itself are not among them.
+
+    kept               alive between forward and backward
+    forward, backward  the most alive at any moment of each
+    moved_forward, moved_backward  read and written by everything that is no matrix product and no attention
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    moved_forward: int
+    moved_backward: int
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """A step's bytes as a function of how many blocks there are.
+
+    block    what each block adds: `kept` and the bytes moved
+    outside  what the layers outside the blocks keep and move
+    forward, backward  working memory, the most above what is kept until then
+    """
+
+    kept_block: float
+    kept_outside: float
+    forward: float
+    backward: float
+    moved_forward_block: float
+    moved_backward_block: float
+    moved_outside: float
+
+    @classmethod
+    def of(cls, two: StepTrace, three: StepTrace) -> BlockCosts:
+        """From traces with two and with three blocks."""
+        block = {field.name: getattr(three, field.name) - getattr(two, field.name) for field in fields(StepTrace)}
+        outside = two.moved_forward + two.moved_backward - 2 * (block["moved_forward"] + block["moved_backward"])
+        return cls(
+            kept_block=block["kept"],
+            kept_outside=two.kept - 2 * block["kept"],
+            forward=three.forward - three.kept,
+            backward=three.backward - three.kept,
+            moved_forward_block=block["moved_forward"],
+            moved_backward_block=block["moved_backward"],
+            moved_outside=outside,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The shape of one micro-batch.
+
+    latents     (samples, latent frames, rows, columns)
+    per_frame   True: a timestep for each latent frame
+    precision   fp32 or bf16, of linear layers
+    """
+
+    latents: tuple[int, int, int, int]
+    per_frame: bool
+    precision: str
+
+
+def trace_blocks(module: WanTransformer, sample: Sample) -> BlockCosts:
+    """The costs of `module`, which has no values (on the meta device), as it recomputes its blocks."""
+    return BlockCosts.of(*(trace_step(with_blocks(module, count), sample) for count in (2, 3)))
+
+
+def with_blocks(module: nn.Module, count: int) -> nn.Module:
+    """A copy of a network without values that has only the first `count` of its repeated blocks."""
+    short = copy.copy(module)
+    short._modules = dict(module._modules)
+    left = count
+    for name in getattr(module, "repeated_blocks", ()):
+        blocks = list(module.get_submodule(name).children())[:left]
+        left -= len(blocks)
+        setattr(short, name, nn.ModuleList(blocks))
+    return copy.deepcopy(short)
+
+
+def trace_step(module: Any, sample: Sample) -> StepTrace:
+    """Run one micro-step of a network without values; its blocks are recomputed as the module is set."""
+    count, frames, *_ = sample.latents
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = module.to_empty(device="cpu").train()
+        latents = torch.empty(count, module.in_channels, *sample.latents[1:])
+        timestep = torch.empty(count, frames) if sample.per_frame else torch.empty(count)
+        text = torch.empty(count, module.text_length, module.text_dim)
+        live, moved = LiveBytes(), _MovedBytes()
+        for parameter in named_trainable(module).values():
+            parameter.register_post_accumulate_grad_hook(lambda own: live.forget(own.grad))  # counted with gradients
+        with _fused(), moved, live:
+            with autocast(sample.precision, torch.device("cpu")):
+                velocity = module(latents, timestep, text)
+            loss = velocity.float().square().mean()
+            del velocity
+            kept, forward, moved_forward = live.now, live.peak, moved.total
+            live.peak = live.now
+            loss.backward()
+    return StepTrace(kept, forward, live.peak, moved_forward, moved.total - moved_forward)
+
+
+class _MovedBytes(TorchDispatchMode):
+    """Sums what elementwise operations, norms and copies read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not getattr(func, "is_view", False) and not any(word in name for word in ARITHMETIC):
+            inputs, outputs = tensors_in((args, kwargs)), tensors_in(result)
+            own = {id(tensor.untyped_storage()) for tensor in inputs}
+            if any(id(tensor.untyped_storage()) not in own for tensor in outputs) or name.endswith("_"):
+                self.total += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+        return result
+
+
+class _FusedNorms(TorchFunctionMode):
+    """RMS norm as the one kernel that it is on a GPU; on a CPU it is written out and keeps more."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.rms_norm:
+            return _rms_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    return torch.ops.aten._fused_rms_norm(input, list(normalized_shape), weight, eps)[0]
+
+
+@contextmanager
+def _fused() -> Iterator[None]:
+    with _FusedNorms():
+        yield
