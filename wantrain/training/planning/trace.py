@@ -8,10 +8,9 @@ three of its blocks: the difference is a block's own, and what is left belongs t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wantrain.models import WanTransformer
-from wantrain.models.facts import blocks_of
 from wantrain.training.engine.accelerator import autocast
 from wantrain.training.engine.optim import named_trainable
 from wantrain.util.live_bytes import LiveBytes, tensors_in

@@ -1,0 +1,203 @@
+"""The memory plan of a run: the bytes that one process needs on its card and on the host, part by part.
+
+Weights, gradients, optimizer state and averages are counted, activations are traced (trace.py). No trace shows what
+CUDA's libraries, NCCL and the allocator take: the allowances below estimate it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from wantrain.models.facts import blocks_of, is_fp32
+from wantrain.training.engine.optim import named_trainable
+from wantrain.training.planning.trace import BlockCosts
+
+GB = 1e9
+#: Bytes of a CUDA context with its kernels, and of the workspaces of cuBLAS and cuDNN.
+CUDA = 0.9 * GB
+#: NCCL's buffers and channels, where several processes train together.
+NCCL = 1.0 * GB
+#: Share of activations and working memory that fragmentation adds.
+FRAGMENTATION = 0.05
+#: Elements that DeepSpeed gathers or reduces at once (its default bucket), float32.
+DEEPSPEED_BUCKET = 500_000_000
+#: Bytes of an element of a base weight, with its share of the scales.
+BASE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5625}
+#: Engines in the order in which they share more out.
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an expert holds, before any engine or memory setting.
+
+    base      elements of the frozen matrices inside the blocks, which base.dtype stores in fewer bytes and swap.blocks
+              moves to the host
+    plain     bytes of an element of those without base.dtype
+    largest   elements of the largest of them
+    frozen    bytes of all other frozen weights
+    trained   elements that training moves
+    weight    bytes of an element of those
+    blocks    how many blocks there are
+    state     bytes of the optimizer's state per trained element
+    average   True if an average of the trained weights is kept, in float32
+    """
+
+    base: int
+    plain: float
+    largest: int
+    frozen: int
+    trained: int
+    weight: float
+    blocks: int
+    state: float
+    average: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, *, state: float, average: bool) -> Sizes:
+        """The sizes of a module, which needs no values."""
+        trained = named_trainable(module)
+        inside = {id(parameter) for parameter in blocks_of(module).parameters()}
+        matrices: list[nn.Parameter] = []
+        frozen = 0
+        for name, parameter in module.named_parameters():
+            if name in trained:
+                continue
+            if id(parameter) in inside and parameter.ndim == 2 and not is_fp32(module, name):
+                matrices.append(parameter)
+            else:
+                frozen += parameter.nbytes
+        count = sum(parameter.numel() for parameter in trained.values())
+        return cls(
+            base=sum(parameter.numel() for parameter in matrices),
+            plain=float(matrices[0].element_size()) if matrices else 0.0,
+            largest=max((parameter.numel() for parameter in matrices), default=0),
+            frozen=frozen,
+            trained=count,
+            weight=sum(parameter.nbytes for parameter in trained.values()) / max(1, count),
+            blocks=len(blocks_of(module)),
+            state=state,
+            average=average,
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings that decide on memory and time.
+
+    engine, processes  how the run is spread
+    recompute    none, attention, block, or how many blocks keep everything while the others are recomputed
+    activations  gpu or cpu: where the inputs of recomputed blocks wait for the backward
+    base         dtype of the base weights of an adapter; None: as they are
+    swap         blocks whose frozen weights wait on the host
+    """
+
+    engine: str = "single"
+    processes: int = 1
+    recompute: str | int = "block"
+    activations: str = "gpu"
+    base: str | None = None
+    swap: int = 0
+
+    def policies(self, blocks: int) -> dict[str, int]:
+        """How many blocks have each policy of recomputation."""
+        if isinstance(self.recompute, str):
+            return {self.recompute: blocks}
+        whole = min(self.recompute, blocks)
+        return {name: count for name, count in (("none", whole), ("block", blocks - whole)) if count}
+
+    def base_bytes(self, sizes: Sizes) -> float:
+        """Bytes of an element of the frozen matrices inside the blocks."""
+        return sizes.plain if self.base is None else BASE_BYTES[self.base]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that one process needs: on its card by part, and of pinned memory on the host.
+
+    kept      activations between forward and backward
+    working   the most that forward or backward needs above those
+    exchange  what an engine gathers and sends, and blocks on their way from the host
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    kept: float
+    working: float
+    exchange: float
+    allowance: float
+    host: float = 0.0
+
+    @property
+    def device(self) -> float:
+        """Bytes on the card."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The parts that are on the card, by the name that a line shows."""
+        names = {"kept": "activations", "working": "working memory", "exchange": "buffers"}
+        return {names.get(key, key): value for key, value in vars(self).items() if key != "host"}
+
+    def __str__(self) -> str:
+        shown = [f"{name} {size / GB:.3g}" for name, size in self.parts.items() if size >= 0.5e6]
+        host = f"; {self.host / GB:.3g} GB pinned on the host" if self.host else ""
+        return f"{' + '.join(shown)} = {self.device / GB:.4g} GB{host}"
+
+
+def plan(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> MemoryPlan:
+    """The memory of one expert's step. `costs` are those of a micro-batch under each policy of recomputation."""
+    kept, working, waiting = _activations(sizes, costs, choice)
+    frozen, trained = sizes.base * choice.base_bytes(sizes), sizes.trained * sizes.weight
+    weights, gradients, state = frozen + sizes.frozen + trained, trained, sizes.trained * sizes.state
+    average, exchange, host = 4.0 * sizes.trained * sizes.average, 0.0, waiting
+    block = (frozen + trained) / max(1, sizes.blocks)
+    if choice.swap:
+        swapped = frozen * choice.swap / sizes.blocks
+        weights, host = weights - swapped, host + swapped
+        exchange += 2 * frozen / sizes.blocks  # the block that computes and the one on its way
+    if choice.base is not None:
+        working += 2.0 * sizes.largest  # one matrix as bf16 again
+    match choice.engine:
+        case "ddp":
+            exchange += gradients  # the reducer's buckets
+        case "zero1" | "zero2" | "zero3":
+            master = 4.0 * sizes.trained / choice.processes
+            state = state / choice.processes + master
+            exchange += 4.0 * min(DEEPSPEED_BUCKET, sizes.trained)
+            if choice.engine != "zero1":
+                gradients /= choice.processes
+            if choice.engine == "zero3":
+                weights /= choice.processes
+                exchange += 2 * block
+        case "fsdp2":
+            weights, gradients, state, average = (
+                part / choice.processes for part in (weights, gradients, state, average)
+            )
+            exchange += 2 * block + trained / max(1, sizes.blocks)  # two blocks gathered, one block's gradients
+    allowance = CUDA + FRAGMENTATION * (kept + working + exchange) + (NCCL if choice.processes > 1 else 0.0)
+    return MemoryPlan(weights, gradients, state, average, kept, working, exchange, allowance, host)
+
+
+def _activations(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> tuple[float, float, float]:
+    """(kept on the card, working memory, waiting on the host) of a step."""
+    policies = choice.policies(sizes.blocks)
+    kept = max(costs[name].kept_outside for name in policies)
+    waiting = 0.0
+    for name, count in policies.items():
+        own = costs[name].kept_block
+        if choice.activations == "cpu" and name != "none":
+            # A recomputed block keeps its input; the one that is needed next is on the card, and one is on its way.
+            inputs = costs["block"].kept_block
+            stay = min(count, 2)
+            waiting += inputs * (count - stay)
+            kept += (own - inputs) * count + inputs * stay
+        else:
+            kept += own * count
+    working = max(max(costs[name].forward, costs[name].backward) for name in policies)
+    return kept, working, waiting

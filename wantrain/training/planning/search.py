@@ -1,0 +1,109 @@
+"""Which memory settings a run needs on a card: of all that fit, the ones that cost the least time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from wantrain.training.planning.plan import Choice, MemoryPlan, Sizes, plan
+from wantrain.training.planning.roofline import Work, seconds
+from wantrain.training.planning.trace import BlockCosts
+from wantrain.util.cards import Card
+
+#: Share of a card's memory that a plan may fill: predictions are off by a few per cent.
+FILL = 0.97
+#: Times that differ by no more than this share are equal.
+SAME = 0.02
+#: How a setting is written on the command line.
+KEYS = {"recompute": "recompute", "activations": "activations", "base": "base.dtype", "swap": "swap.blocks"}
+#: The settings that the search changes. A quantised base rounds the weights; the others change no result.
+SEARCHED = ("recompute", "activations", "swap", "base")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One expert's step in one bucket, as far as memory and time depend on it.
+
+    costs  of a micro-batch, by policy of recomputation
+    """
+
+    sizes: Sizes
+    costs: Mapping[str, BlockCosts]
+    work: Work
+    micro_steps: int = 1
+
+    def plan(self, choice: Choice) -> MemoryPlan:
+        """Its memory under the settings."""
+        return plan(self.sizes, self.costs, choice)
+
+    def seconds(self, choice: Choice, card: Card) -> float:
+        """Seconds of an optimizer step; 0 where the card's speed is not known."""
+        if not card.peak:
+            return 0.0
+        return seconds(self.work, self.sizes, self.costs, choice, card, micro_steps=self.micro_steps)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Settings that fit, with their memory and time, and how they differ from what was asked for."""
+
+    choice: Choice
+    memory: MemoryPlan
+    seconds: float
+    overrides: tuple[str, ...]
+
+
+def fits(memory: MemoryPlan, card: Card) -> bool:
+    """True if the plan leaves the card a little room."""
+    return memory.device <= FILL * card.memory
+
+
+def cheapest(
+    cases: Sequence[Case], asked: Choice, card: Card, *, fixed: Iterable[str] = (), adapter: bool
+) -> Advice | None:
+    """The settings that fit `card` in every case at the least time, and among those that take equally long the ones
+    nearest to `asked`; None if none fit.
+
+    fixed    fields of Choice that the user has set, which stay
+    adapter  True if the base is frozen, so that it can be quantised and swapped
+    """
+    blocks = cases[0].sizes.blocks
+    options: dict[str, Sequence[Any]] = {
+        "recompute": ["none", *_wholes(blocks), *(name for name in ("attention", "block") if name in cases[0].costs)],
+        "activations": ["gpu", "cpu"],
+        "base": [None, "fp8", "nf4"] if adapter else [None],
+        "swap": [0, *_parts(blocks)] if adapter and asked.engine in {"single", "ddp"} else [0],
+    }
+    for name in fixed:
+        options[name] = [getattr(asked, name)]
+    fitting: list[Advice] = []
+    for values in itertools.product(*options.values()):
+        choice = replace(asked, **dict(zip(options, values, strict=True)))
+        memory = max((case.plan(choice) for case in cases), key=lambda each: each.device)
+        if fits(memory, card):
+            time = max(case.seconds(choice, card) for case in cases)
+            changed = [name for name in SEARCHED if getattr(choice, name) != getattr(asked, name)]
+            overrides = tuple(f"{KEYS[name]}={_typed(getattr(choice, name))}" for name in changed)
+            fitting.append(Advice(choice, memory, time, overrides))
+    if not fitting:
+        return None
+    fastest = min(advice.seconds for advice in fitting)
+    # Times within the estimate's error are equal; then exact results, few changes and little host memory count.
+    equal = [advice for advice in fitting if advice.seconds <= (1 + SAME) * fastest]
+    return min(equal, key=lambda each: (each.choice.base != asked.base, len(each.overrides), each.memory.host))
+
+
+def _wholes(blocks: int) -> list[int]:
+    """Numbers of blocks that keep everything, which the search tries."""
+    return sorted({round(blocks * share) for share in (0.75, 0.5, 0.25, 0.15, 0.1, 0.05)} - {0, blocks})
+
+
+def _parts(blocks: int) -> list[int]:
+    """Numbers of blocks on the host, which the search tries."""
+    return sorted({round(blocks * share) for share in (0.25, 0.5, 0.75, 1.0)})
+
+
+def _typed(value: Any) -> str:
+    return "null" if value is None else str(value)
