@@ -32,6 +32,7 @@ from wantrain.training.planning.forecast import Forecast
 from wantrain.training.planning.outline import find_clips
 from wantrain.training.validation.build import build_evaluations, preview_texts
 from wantrain.util import devices, distributed
+from wantrain.util.cards import planned_card
 from wantrain.util.console import say
 from wantrain.util.files import check_writable
 
@@ -52,9 +53,11 @@ def train(cfg: DictConfig) -> None:
     forecast = Forecast.of(settings, experts, alternation, batching, dtype)
     own = {name: expert.settings for name, expert in experts.items()}
     if cfg.dry_run:
-        check_engine(engine_asked_for(), own)
+        engine = engine_asked_for()
+        check_engine(engine, own)
         say(config.to_yaml(cfg))
-        say(forecast.describe(find_clips(config.shards(cfg), lambda: config.build(cfg.data), settings)))
+        clips = find_clips(config.shards(cfg), lambda: config.build(cfg.data), settings)
+        say(forecast.describe(clips, engine=engine, card=planned_card(cfg.gpu)))
         return
     if distributed.is_main():
         check_writable(Path(cfg.runs) / cfg.run, key="runs")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 #: Words of a device's name that say nothing of its speed: maker, brand, memory and socket.
 NEUTRAL = re.compile(r"NVIDIA|TESLA|GEFORCE|GENERATION|SXM\d?|HBM\d\w?|\d+GB")
@@ -72,6 +74,17 @@ def find_card(asked: str) -> Card:
         if spelling in names:
             return names[spelling]
     raise ValueError(f"gpu={asked} is not known; choose one of {', '.join(CARDS)}, or give its memory, e.g. gpu=24GB")
+
+
+def planned_card(asked: str | None) -> Card | None:
+    """The card to plan for: the one that gpu= names, else the one that is here; None where there is none."""
+    if asked is not None:
+        return find_card(asked)
+    if not torch.cuda.is_available():
+        return None
+    here = torch.cuda.get_device_properties(0)
+    known = CARDS.get(card_model(here.name), Card(here.name, 0.0, 0.0, 0.0, 0.0))
+    return replace(known, memory=float(here.total_memory))
 
 
 def _compact(name: str) -> str:

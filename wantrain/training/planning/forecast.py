@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from wantrain.models import WanTransformer
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.batching import Batching
 from wantrain.training.options import ExpertOptions
 from wantrain.training.planning import estimate, memory
 from wantrain.training.planning.outline import Clips, check_size, outline
+from wantrain.training.planning.planner import Planner
+from wantrain.util.cards import Card
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,18 @@ class Forecast:
         losses = {name: expert.loss for name, expert in self.experts.items()}
         return estimate.share_of_steps(self.alternation, losses, steps)
 
-    def describe(self, clips: Clips) -> str:
-        """Lines for `dry_run=true`: what the run will be, each figure as an equation."""
+    def describe(self, clips: Clips, *, engine: str, card: Card | None) -> str:
+        """Lines for `dry_run=true`: what the run will be, each figure as an equation; `card` is the one to plan for."""
         steps = estimate.foreseen_length(clips.plan, **self.length)
         lines = estimate.describe(clips, self.modules, self.batching, steps, self.kept)
-        return "\n".join(filter(None, (self.share_of_steps(steps), lines)))
+        planner = self.planner(engine)
+        plans = None if planner is None else planner.describe(clips, card, steps)
+        return "\n".join(filter(None, (self.share_of_steps(steps), lines, plans)))
+
+    def planner(self, engine: str) -> Planner | None:
+        """What plans memory and time under an engine; None for what is no transformer."""
+        modules = {name: module for name, module in self.modules.items() if isinstance(module, WanTransformer)}
+        if len(modules) < len(self.modules):
+            return None
+        optimizers = {name: expert.optimizer for name, expert in self.experts.items()}
+        return Planner(modules, optimizers, self.settings, self.batching, engine, self.batching.processes)

@@ -81,8 +81,10 @@ def find_clips(places: Sequence[str], open_data: Callable[[], TrainingData], set
     """The clips at `places`; where they are not there, or an address cannot be read, one of the model's own size, and
     that is said. Nothing is made. `settings` are train.py's.
 
-    ValueError for shards that are there and damaged.
+    ValueError for shards that are there and damaged, and for a bucket= that the model cannot take.
     """
+    if settings["bucket"] is not None:
+        return _clip_of_size(_bucket(settings["bucket"], settings["model"]["multiple"]), settings)
     remote = [place for place in places if "://" in place]
     why = [f"{place} is not there yet" for place in places if place not in remote and not _is_finished(place)]
     if not why:
@@ -113,6 +115,21 @@ def _clip_of_own_size(settings: Mapping[str, Any]) -> Clips:
     """One wide clip of the model's own length and area."""
     model = settings["model"]
     size = geometry.sizes(model["area"], model["multiple"], [WIDE])[0]
-    strides = geometry.Buckets.temporal_stride, model["multiple"] // geometry.PATCH[1]
+    return _clip_of_size(geometry.Bucket(model["num_frames"], *size), settings)
+
+
+def _clip_of_size(bucket: geometry.Bucket, settings: Mapping[str, Any]) -> Clips:
+    strides = geometry.Buckets.temporal_stride, settings["model"]["multiple"] // geometry.PATCH[1]
     pixels = settings["expert"]["name"] == "vae"
-    return Clips(Counter([str(geometry.Bucket(model["num_frames"], *size))]), None if pixels else strides, None)
+    return Clips(Counter([str(bucket)]), None if pixels else strides, None)
+
+
+def _bucket(text: str, multiple: int) -> geometry.Bucket:
+    """The bucket that `bucket=` names, frames x height x width in pixels."""
+    parts = str(text).lower().split("x")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"bucket={text} must be frames x height x width in pixels, e.g. 81x480x832")
+    bucket = geometry.Bucket(*map(int, parts))
+    geometry.check_num_frames(bucket.num_frames, key="bucket")
+    geometry.check_size(bucket.height, bucket.width, multiple, key="bucket")
+    return bucket

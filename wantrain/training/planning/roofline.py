@@ -54,8 +54,7 @@ def seconds(
     products = work.products_forward * (1 + again) + work.products_backward
     forward = work.attention * (1 + shares.get("block", 0.0))
     moved = max(costs[name].moved_outside for name in policies) + sum(
-        count * (costs[name].moved_forward_block + costs[name].moved_backward_block)
-        for name, count in policies.items()
+        count * (costs[name].moved_forward_block + costs[name].moved_backward_block) for name, count in policies.items()
     )
     if choice.base is not None:  # stored bytes are read and bf16 is written, at each use of a matrix
         moved += sizes.base * (choice.base_bytes(sizes) + 2.0) * (2 + again)

@@ -8,16 +8,12 @@ three of its blocks: the difference is a block's own, and what is left belongs t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wantrain.models import WanTransformer
@@ -120,7 +116,7 @@ def trace_step(module: Any, sample: Sample) -> StepTrace:
         live, moved = LiveBytes(), _MovedBytes()
         for parameter in named_trainable(module).values():
             parameter.register_post_accumulate_grad_hook(lambda own: live.forget(own.grad))  # counted with gradients
-        with _fused(), moved, live:
+        with moved, live:
             with autocast(sample.precision, torch.device("cpu")):
                 velocity = module(latents, timestep, text)
             loss = velocity.float().square().mean()
@@ -147,22 +143,3 @@ class _MovedBytes(TorchDispatchMode):
             if any(id(tensor.untyped_storage()) not in own for tensor in outputs) or name.endswith("_"):
                 self.total += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
         return result
-
-
-class _FusedNorms(TorchFunctionMode):
-    """RMS norm as the one kernel that it is on a GPU; on a CPU it is written out and keeps more."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.rms_norm:
-            return _rms_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    return torch.ops.aten._fused_rms_norm(input, list(normalized_shape), weight, eps)[0]
-
-
-@contextmanager
-def _fused() -> Iterator[None]:
-    with _FusedNorms():
-        yield

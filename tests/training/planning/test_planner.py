@@ -1,0 +1,134 @@
+"""The planner: traced memory equals what real tensors take, and advice fits the card it is given for."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from wantrain.training.initialize import without_values
+from wantrain.training.planning.plan import CUDA, GB, Choice, Sizes
+from wantrain.training.planning.roofline import Work
+from wantrain.training.planning.search import FILL, Case, cheapest, fits
+from wantrain.training.planning.trace import Sample, trace_blocks, trace_step, with_blocks
+from wantrain.util.cards import CARDS, Card, find_card
+
+BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "memory.py"
+spec = importlib.util.spec_from_file_location("memory_benchmark", BENCHMARK)
+memory = sys.modules["memory_benchmark"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(memory)
+
+SETTINGS = list(memory.settings())
+
+
+@pytest.mark.parametrize("setting", SETTINGS[::5], ids=lambda s: f"{s.adapter}-{s.recompute}-{s.precision}")
+def test_predicted_memory(setting):
+    """The planner's bytes lie within 10 % of what real tensors take in a real step."""
+    row = memory.compare(setting)
+    assert 0.9 < row["ratio"] < 1.1, row
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_extrapolation(recompute):
+    """What two and three blocks keep says what five keep, to the byte, and the peaks too."""
+    setting = memory.Setting("lora", recompute, "bf16", (1, 3, 16, 16))
+    module = without_values(lambda: memory.build(setting))
+    sample = Sample(setting.latents, False, setting.precision)
+    costs, five = trace_blocks(module, sample), trace_step(with_blocks(module, 5), sample)
+    kept = costs.kept_outside + 5 * costs.kept_block
+    assert (kept, kept + costs.backward) == (five.kept, five.backward)
+    moved = costs.moved_outside + 5 * (costs.moved_forward_block + costs.moved_backward_block)
+    assert moved == five.moved_forward + five.moved_backward
+
+
+def test_shapes_stay(setting=SETTINGS[0]):
+    """Tracing leaves the module as it was, without values and with all of its blocks."""
+    module = without_values(lambda: memory.build(setting))
+    trace_blocks(module, Sample((1, 1, 8, 8), False, "fp32"))
+    assert len(module.blocks) == memory.SIZES["num_layers"]
+    assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("h100", "H100"), ("H200", "H200"), ("a100-80", "A100"), ("a100-40", "A100 40GB"), ("4090", "RTX 4090"),
+        ("rtx4090", "RTX 4090"), ("rtx_3090", "RTX 3090"), ("l40s", "L40S"), ("L40", "L40"), ("h100-80gb", "H100"),
+        ("rtx6000ada", "RTX 6000 ADA"), ("24GB", "24 GB"), ("16", "16 GB"),
+    ],
+)  # fmt: skip
+def test_find_card(asked, name):
+    """Cards are found as people write them; a size stands for a card whose speed is unknown."""
+    card = find_card(asked)
+    assert card.name == name and card.memory > 10 * GB
+    assert (card.peak > 0) == (name in CARDS)
+
+
+def test_unknown_card():
+    """An unknown card is an error that lists the known ones."""
+    with pytest.raises(ValueError, match=r"gpu=voodoo is not known; choose one of B200, .*or give its memory"):
+        find_card("voodoo")
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A LoRA on a network large enough for its parts to matter."""
+    setting = memory.Setting("lora", "block", "bf16", (1, 5, 32, 32))
+    module, costs = without_values(lambda: memory.build(setting)), {}
+    for policy in ("none", "block"):
+        module.gradient_checkpointing = policy == "block"
+        costs[policy] = trace_blocks(module, Sample(setting.latents, False, "bf16"))
+    module.gradient_checkpointing = False
+    return Case(Sizes.of(module, state=8.0, average=False), costs, Work.of(module, tokens=1280, samples=1))
+
+
+def card(size):
+    return Card("test", size, 100e12, 1000e9, 25e9)
+
+
+def test_advice_fits(case):
+    """On ever smaller cards the advice fits and takes no less time, until nothing helps; then there is none."""
+    whole = case.plan(Choice(recompute="none")).device - CUDA
+    times, advice = [], None
+    for share in (1.05, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1):
+        small = card((CUDA + whole * share) / FILL)
+        advice = cheapest([case], Choice(recompute="none"), small, adapter=True)
+        if advice is None:
+            break
+        assert fits(advice.memory, small) and advice.memory.device == case.plan(advice.choice).device
+        times.append(advice.seconds)
+    assert len(times) > 2 and times == sorted(times)
+    assert cheapest([case], Choice(recompute="none"), card(0.9 * GB), adapter=True) is None
+
+
+def test_no_advice_needed(case):
+    """On a card that is large enough nothing is changed."""
+    advice = cheapest([case], Choice(recompute="none"), card(100 * GB), adapter=True)
+    assert advice.overrides == ()
+
+
+def test_given_settings_stay(case):
+    """The search leaves alone what the user has set, and never quantises or swaps weights that are trained."""
+    tight = card(case.plan(Choice(recompute="block")).device * 1.04)
+    advice = cheapest([case], Choice(recompute="none"), tight, adapter=True, fixed=["base", "swap"])
+    assert advice.choice.base is None and advice.choice.swap == 0
+    free = cheapest([case], Choice(recompute="none"), tight, adapter=False)
+    assert free.choice.base is None and free.choice.swap == 0
+
+
+def test_dry_run_plans(call):
+    """A dry run without weights or data says what a 14B LoRA takes on a card, and which settings make it fit."""
+    said = call("train.py", "model=t2v_a14b", "expert=low_noise", "adapter=lora", "dry_run=true", "gpu=rtx4090").stdout
+    assert "memory              81x480x832: weights 29.3" in said
+    assert "RTX 4090            81x480x832 takes" in said and "too much. The fastest settings that fit:" in said
+    assert "GB on each of 8 cards: single" in said and "s per step" in said
+
+
+@pytest.mark.parametrize(
+    ("bucket", "message"),
+    [("80x480x832", "4k"), ("81x480", "frames x height x width"), ("81x479x832", "multiples of 16")],
+)
+def test_bad_bucket(bucket, message, call):
+    """A bucket that the model cannot take is one error."""
+    given = ("model=t2v_a14b", "expert=low_noise", "adapter=lora", "dry_run=true", f"bucket={bucket}")
+    assert message in call("train.py", *given, check=False).error

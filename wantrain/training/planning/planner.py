@@ -1,0 +1,149 @@
+"""The planner: memory and time of every bucket and engine, and settings that fit a card, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from wantrain import geometry
+from wantrain.models import WanTransformer
+from wantrain.training.batching import Batching
+from wantrain.training.engine.optim import MakeOptimizer
+from wantrain.training.planning.memory import state_bytes
+from wantrain.training.planning.outline import Clips
+from wantrain.training.planning.plan import ENGINES, GB, Choice, Sizes
+from wantrain.training.planning.roofline import Work
+from wantrain.training.planning.search import Advice, Case, cheapest, fits
+from wantrain.training.planning.trace import BlockCosts, Sample, trace_blocks
+from wantrain.util.cards import Card
+
+#: Policies of recomputation that are traced.
+POLICIES = ("none", "block")
+#: Cards of a usual node: what several cards would hold is said for so many, if one process was started.
+NODE = 8
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans for the experts of a run, by what each trains.
+
+    modules   without values, as in the run
+    settings  the whole config as plain data
+    engine, processes  how the run is spread
+    """
+
+    modules: Mapping[str, WanTransformer]
+    optimizers: Mapping[str, MakeOptimizer]
+    settings: Mapping[str, Any]
+    batching: Batching
+    engine: str
+    processes: int
+
+    @cached_property
+    def asked(self) -> Choice:
+        """The settings as they are."""
+        return Choice(
+            engine=self.engine,
+            processes=self.processes,
+            recompute="block" if self.settings["gradient_checkpointing"] else "none",
+        )
+
+    @property
+    def adapter(self) -> bool:
+        """True if the base is frozen whole."""
+        return self.settings["adapter"]["name"] in {"lora", "dora"}
+
+    def cases(self, clips: Clips, bucket: str) -> dict[str, Case]:
+        """The step of each expert in one bucket. Experts that train alike are traced once."""
+        found: dict[str, Case] = {}
+        for name, module in self.modules.items():
+            twin = next((other for other in found if _alike(self.modules[other], module)), None)
+            found[name] = self._case(name, module, clips, bucket) if twin is None else found[twin]
+        return found
+
+    def _case(self, name: str, module: WanTransformer, clips: Clips, bucket: str) -> Case:
+        shape = clips.latent_shape(bucket)
+        samples = self.batching.micro
+        sample = Sample(
+            (samples, *shape),
+            self.settings["model"]["conditioning"] == "clean_frames",
+            self.settings["precision"],
+        )
+        costs: dict[str, BlockCosts] = {}
+        before = module.gradient_checkpointing
+        for policy in POLICIES:
+            module.gradient_checkpointing = policy == "block"
+            costs[policy] = trace_blocks(module, sample)
+        module.gradient_checkpointing = False
+        work = Work.of(module, tokens=geometry.num_tokens(shape), samples=samples)
+        module.gradient_checkpointing = before
+        sizes = Sizes.of(module, state=state_bytes(self.optimizers[name]), average=bool(self.settings["ema"]))
+        return Case(sizes, costs, work, self.batching.accumulate)
+
+    def describe(self, clips: Clips, card: Card | None, steps: int | None) -> str:
+        """Lines for `dry_run=true`: memory of each bucket, of each engine, time, and settings that fit `card`."""
+        largest = max(clips.counts, key=lambda bucket: geometry.num_tokens(clips.latent_shape(bucket)))
+        lines, worst = [], dict[str, Case]()
+        for bucket in sorted(clips.counts, key=lambda each: geometry.num_tokens(clips.latent_shape(each))):
+            cases = self.cases(clips, bucket)
+            for name, case in cases.items():
+                whose = f" ({name})" if len(cases) > 1 else ""
+                lines.append(f"memory              {bucket}{whose}: {case.plan(self.asked)}")
+            worst = cases if bucket == largest else worst
+        lines += self._engines(worst, largest)
+        if card is not None:
+            lines += self._on_card(worst, largest, card, steps)
+        return "\n".join(lines)
+
+    def _engines(self, worst: Mapping[str, Case], bucket: str) -> list[str]:
+        """The largest bucket's memory under every engine, on as many processes as were started, or eight."""
+        processes = self.processes if self.processes > 1 else NODE
+        sizes = []
+        for engine in ENGINES:
+            choice = replace(self.asked, engine=engine, processes=1 if engine == "single" else processes)
+            sizes.append(f"{engine} {max(case.plan(choice).device for case in worst.values()) / GB:.4g}")
+        return [f"engines             {bucket}, GB on each of {processes} cards: {', '.join(sizes)}"]
+
+    def _on_card(self, worst: Mapping[str, Case], bucket: str, card: Card, steps: int | None) -> list[str]:
+        """Whether the largest bucket fits the card and what a step takes; else settings that fit."""
+        cases = list(worst.values())
+        memory = max((case.plan(self.asked) for case in cases), key=lambda each: each.device)
+        room = f"{memory.device / GB:.4g} of {card.memory / GB:.4g} GB"
+        if fits(memory, card):
+            return [f"{card.name:<19} {bucket} takes {room}{self._time(cases, self.asked, card, steps)}"]
+        advice = self.advise(cases, card)
+        if advice is None:
+            return [f"{card.name:<19} {bucket} takes {room}: too much, and no setting helps; take smaller clips"]
+        return [
+            f"{card.name:<19} {bucket} takes {room}: too much. The fastest settings that fit: "
+            f"{' '.join(advice.overrides)}",
+            f"{'':<19} {advice.memory}{self._time(cases, advice.choice, card, steps)}",
+        ]
+
+    def advise(self, cases: Sequence[Case], card: Card, fixed: Iterable[str] = ()) -> Advice | None:
+        """The fastest settings that fit the card in all cases; None if none do."""
+        return cheapest(cases, self.asked, card, fixed=fixed, adapter=self.adapter)
+
+    def _time(self, cases: Sequence[Case], choice: Choice, card: Card, steps: int | None) -> str:
+        """Time of a step and of the run, in the largest bucket; empty where the card's speed is not known."""
+        step = sum(case.seconds(choice, card) for case in cases) / len(cases)
+        if not step:
+            return ""
+        if steps is None:
+            return f"; about {step:.3g} s per step (estimated)"
+        hours = step * steps / 3600
+        cost = f" = {hours * self.processes:.3g} GPU-hours" if self.processes > 1 else ""
+        return f"; about {step:.3g} s per step, {hours:.3g} h for {steps} steps{cost} (estimated)"
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """True if two modules have the same parameters, as far as memory and time go."""
+
+    def facts(module: nn.Module) -> list[tuple[Any, ...]]:
+        return [(tuple(p.shape), p.dtype, p.requires_grad) for p in module.parameters()]
+
+    return facts(one) == facts(other)
