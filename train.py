@@ -30,6 +30,7 @@ from wantrain.training.options import RunSetup
 from wantrain.training.planning import estimate
 from wantrain.training.planning.forecast import Forecast
 from wantrain.training.planning.outline import find_clips
+from wantrain.training.planning.trial_step import out_of_memory
 from wantrain.training.validation.build import build_evaluations, preview_texts
 from wantrain.util import devices, distributed
 from wantrain.util.cards import planned_card
@@ -90,7 +91,10 @@ def train(cfg: DictConfig) -> None:
             losses = {name: expert.loss for name, expert in experts.items()}
             noise_report.write(folder.path, losses, data.bucket_names, multiple=cfg.model.multiple)
             evaluations = build_evaluations(setup, trainers, texts, metrics.tracker)
-            ended_by = fit(build.build_run(setup, trainers, checkpoints, monitoring, evaluations), start)
+            with out_of_memory(placement.device, lambda: forecast.advice(data, placement.engine)):
+                if tried := forecast.try_largest(trainers, data, placement.engine):
+                    say(tried)
+                ended_by = fit(build.build_run(setup, trainers, checkpoints, monitoring, evaluations), start)
     finish(trainer.stepper for trainer in trainers.values())
     build.compare_replay(folder, settings)
     if ended_by is not None:

@@ -58,7 +58,8 @@ def build(setting: Setting) -> WanTransformer:
         own = adapters.AdapterSettings(rank=8, alpha=8, targets="attention+ffn", dora=setting.adapter == "dora")
         adapters.inject(module, own, seed=0)
     dtype = torch.bfloat16 if setting.precision == "bf16" and setting.adapter != "none" else torch.float32
-    return cast_as_loaded(module, dtype, trained=named_trainable(module))
+    cast_as_loaded(module, dtype, trained=named_trainable(module))
+    return module
 
 
 def make_optimizer(groups: Any) -> torch.optim.Optimizer:
@@ -69,6 +70,7 @@ def make_optimizer(groups: Any) -> torch.optim.Optimizer:
 def predict(setting: Setting) -> float:
     """The planner's bytes, without its allowance for CUDA."""
     module = without_values(lambda: build(setting))
+    assert isinstance(module, WanTransformer)
     sizes = Sizes.of(module, state=state_bytes(make_optimizer), average=False)
     costs = {setting.recompute: trace_blocks(module, Sample(setting.latents, False, setting.precision))}
     costs.setdefault("block", costs[setting.recompute])

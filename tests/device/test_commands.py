@@ -68,7 +68,8 @@ def train(device, tiny, pair):
 )
 def test_training(train, tmp_path, how):
     """Steps, validation, previews and checkpoints; nothing of it mixes host and device."""
-    train(*how)
+    said = train(*how).stdout
+    assert "largest bucket" in said and "was tried:" in said, "before the first step, without changing it"
     assert np.isfinite(losses(tmp_path / "runs" / "r")).all() and len(losses(tmp_path / "runs" / "r")) == 4
     assert len(list((tmp_path / "runs" / "r" / "samples").glob("*.mp4"))) == 3
     assert (tmp_path / "runs" / "r" / "checkpoints" / "step_000004" / "state.json").is_file()

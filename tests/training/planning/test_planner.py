@@ -3,14 +3,17 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from wantrain.training.initialize import without_values
 from wantrain.training.planning.plan import CUDA, GB, Choice, Sizes
 from wantrain.training.planning.roofline import Work
 from wantrain.training.planning.search import FILL, Case, cheapest, fits
 from wantrain.training.planning.trace import Sample, trace_blocks, trace_step, with_blocks
+from wantrain.training.planning.trial_step import largest, out_of_memory
 from wantrain.util.cards import CARDS, Card, find_card
 
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "memory.py"
@@ -132,3 +135,21 @@ def test_bad_bucket(bucket, message, call):
     """A bucket that the model cannot take is one error."""
     given = ("model=t2v_a14b", "expert=low_noise", "adapter=lora", "dry_run=true", f"bucket={bucket}")
     assert message in call("train.py", *given, check=False).error
+
+
+def test_out_of_memory():
+    """An out-of-memory error becomes one message with the advice; other errors pass."""
+    with (
+        pytest.raises(ValueError, match=r"cpu is out of memory after 0 GB were allocated\. swap\.blocks=20"),
+        out_of_memory(torch.device("cpu"), lambda: "swap.blocks=20"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(KeyError), out_of_memory(torch.device("cpu"), lambda: "swap.blocks=20"):
+        raise KeyError("other")
+
+
+def test_largest_bucket():
+    """The largest bucket is that of the most pixels, not of the last name; its clips are its own."""
+    names = ["9x64x64", "17x32x64", "9x96x64", "1x256x128", "9x96x64"]
+    name, clips = largest(SimpleNamespace(bucket_names=names))
+    assert name == "9x96x64" and clips.tolist() == [2, 4]

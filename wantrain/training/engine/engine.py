@@ -93,6 +93,11 @@ class Stepper:
         return self.engine.startswith("zero")
 
     @property
+    def updates_in_backward(self) -> bool:
+        """True if the last backward of a step also updates the weights."""
+        return self._zero
+
+    @property
     def processes(self) -> int:
         """How many processes train together."""
         return self._accelerator.num_processes

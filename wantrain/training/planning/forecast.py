@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from wantrain.data import TrainingData
 from wantrain.models import WanTransformer
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.batching import Batching
+from wantrain.training.expert import ExpertTrainer
 from wantrain.training.options import ExpertOptions
 from wantrain.training.planning import estimate, memory
-from wantrain.training.planning.outline import Clips, check_size, outline
+from wantrain.training.planning.outline import Clips, check_size, clips_of, outline
+from wantrain.training.planning.plan import GB
 from wantrain.training.planning.planner import Planner
-from wantrain.util.cards import Card
+from wantrain.training.planning.trial_step import try_largest
+from wantrain.util.cards import Card, planned_card
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,27 @@ class Forecast:
         planner = self.planner(engine)
         plans = None if planner is None else planner.describe(clips, card, steps)
         return "\n".join(filter(None, (self.share_of_steps(steps), lines, plans)))
+
+    def try_largest(self, trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], engine: str) -> str | None:
+        """Run the largest bucket's step first, without an update; returns a line with the measured and the planned
+        memory, or None where it is not tried (see `trial_step`).
+        """
+        bucket = try_largest(trainers, data, micro_batch=self.batching.micro)
+        if bucket is None or (planner := self.planner(engine)) is None:
+            return None
+        device = next(iter(trainers.values())).stepper.device
+        planned = max(planner.plan(clips_of(data, self.settings), bucket), key=lambda each: each.device)
+        plan = f"{planned.tensors / GB:.4g} GB planned (and {planned.allowance / GB:.2g} GB for CUDA and fragmentation)"
+        if device.type != "cuda":
+            return f"largest bucket {bucket} was tried: {plan}"
+        return f"largest bucket {bucket}: {torch.cuda.max_memory_allocated(device) / GB:.4g} GB at the peak, {plan}"
+
+    def advice(self, data: TrainingData[Any], engine: str) -> str:
+        """What a run that is out of memory should change."""
+        planner, card = self.planner(engine), planned_card(None)
+        if planner is None or card is None:
+            return "Take a smaller batch or smaller clips"
+        return planner.advice(clips_of(data, self.settings), card)
 
     def planner(self, engine: str) -> Planner | None:
         """What plans memory and time under an engine; None for what is no transformer."""

@@ -89,7 +89,7 @@ def find_clips(places: Sequence[str], open_data: Callable[[], TrainingData], set
     why = [f"{place} is not there yet" for place in places if place not in remote and not _is_finished(place)]
     if not why:
         try:
-            return _clips_of(open_data(), settings)
+            return clips_of(open_data(), settings)
         except ValueError as error:
             if not remote:
                 raise
@@ -103,7 +103,7 @@ def _is_finished(place: str) -> bool:
     return (Path(place).expanduser() / MANIFEST).is_file()
 
 
-def _clips_of(data: TrainingData, settings: Mapping[str, Any]) -> Clips:
+def clips_of(data: TrainingData, settings: Mapping[str, Any]) -> Clips:
     """The clips of a data set that is there."""
     encoded = "spatial_stride" in data.manifest
     strides = (data.manifest["temporal_stride"], data.manifest["spatial_stride"]) if encoded else None

@@ -139,6 +139,11 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     @property
+    def tensors(self) -> float:
+        """Bytes of tensors on the card: what torch counts as allocated."""
+        return self.device - self.allowance
+
+    @property
     def parts(self) -> dict[str, float]:
         """The parts that are on the card, by the name that a line shows."""
         names = {"kept": "activations", "working": "working memory", "exchange": "buffers"}

@@ -15,7 +15,7 @@ from wantrain.training.batching import Batching
 from wantrain.training.engine.optim import MakeOptimizer
 from wantrain.training.planning.memory import state_bytes
 from wantrain.training.planning.outline import Clips
-from wantrain.training.planning.plan import ENGINES, GB, Choice, Sizes
+from wantrain.training.planning.plan import ENGINES, GB, Choice, MemoryPlan, Sizes
 from wantrain.training.planning.roofline import Work
 from wantrain.training.planning.search import Advice, Case, cheapest, fits
 from wantrain.training.planning.trace import BlockCosts, Sample, trace_blocks
@@ -86,7 +86,7 @@ class Planner:
 
     def describe(self, clips: Clips, card: Card | None, steps: int | None) -> str:
         """Lines for `dry_run=true`: memory of each bucket, of each engine, time, and settings that fit `card`."""
-        largest = max(clips.counts, key=lambda bucket: geometry.num_tokens(clips.latent_shape(bucket)))
+        largest = self.largest(clips)
         lines, worst = [], dict[str, Case]()
         for bucket in sorted(clips.counts, key=lambda each: geometry.num_tokens(clips.latent_shape(each))):
             cases = self.cases(clips, bucket)
@@ -123,6 +123,22 @@ class Planner:
             f"{' '.join(advice.overrides)}",
             f"{'':<19} {advice.memory}{self._time(cases, advice.choice, card, steps)}",
         ]
+
+    def plan(self, clips: Clips, bucket: str) -> list[MemoryPlan]:
+        """The memory of each expert's step in a bucket, with the settings as they are."""
+        return [case.plan(self.asked) for case in self.cases(clips, bucket).values()]
+
+    def advice(self, clips: Clips, card: Card) -> str:
+        """What the largest bucket takes, and which settings fit the card: for a run that is out of memory."""
+        bucket = self.largest(clips)
+        return ". ".join(
+            " ".join(line.split()) for line in self._on_card(self.cases(clips, bucket), bucket, card, None)
+        )
+
+    @staticmethod
+    def largest(clips: Clips) -> str:
+        """The bucket of the most tokens."""
+        return max(clips.counts, key=lambda bucket: geometry.num_tokens(clips.latent_shape(bucket)))
 
     def advise(self, cases: Sequence[Case], card: Card, fixed: Iterable[str] = ()) -> Advice | None:
         """The fastest settings that fit the card in all cases; None if none do."""

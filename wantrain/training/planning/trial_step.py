@@ -1,0 +1,63 @@
+"""The largest bucket's step, before the first: a run that does not fit its card ends at once, with advice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from wantrain.data import TrainingData
+from wantrain.geometry import Bucket
+from wantrain.training.expert import ExpertTrainer
+from wantrain.training.planning.plan import GB
+from wantrain.util.progress import report_progress
+from wantrain.util.seeds import generator_at
+
+
+def try_largest(trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], *, micro_batch: int) -> str | None:
+    """Forward and backward of the largest bucket for each expert; nothing is updated, and the run's randomness is not
+    touched. Returns the bucket; None where it is not tried: on a CPU, and under ZeRO, whose backward updates.
+    """
+    steppers = [trainer.stepper for trainer in trainers.values()]
+    if any(stepper.device.type == "cpu" or stepper.updates_in_backward for stepper in steppers):
+        return None
+    bucket, clips = largest(data)
+    if steppers[0].device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(steppers[0].device)
+    samples = np.resize(clips, micro_batch)
+    for trainer in trainers.values():
+        report_progress(f"trying the largest bucket, {bucket}")
+        stepper = trainer.stepper
+        batch = data.load(samples, np.arange(micro_batch))
+        draws = trainer.loss.prepare(batch, [generator_at(0, "trial", place) for place in range(micro_batch)])
+        trainer.trainable.module.train()
+        with stepper.forward_context():
+            loss = trainer.loss(stepper.wrapped, batch.to(stepper.device), draws.to(stepper.device))
+        stepper.backward(loss.value, last=True)
+        stepper.step(update=False)
+    return bucket
+
+
+def largest(data: TrainingData[Any]) -> tuple[str, np.ndarray[Any, Any]]:
+    """The bucket of the most pixels that has clips, and the numbers of its clips."""
+    names = np.asarray(data.bucket_names)
+
+    def pixels(name: str) -> int:
+        bucket = Bucket(*map(int, name.split("x")))
+        return bucket.num_frames * bucket.height * bucket.width
+
+    name = max(np.unique(names).tolist(), key=pixels)
+    return name, np.flatnonzero(names == name)
+
+
+@contextmanager
+def out_of_memory(device: torch.device, advice: Callable[[], str]) -> Iterator[None]:
+    """Turn an out-of-memory error of the device into one message, with what `advice` says."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        peak = torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else 0.0
+        raise ValueError(f"{device} is out of memory after {peak:.4g} GB were allocated. {advice()}") from error
