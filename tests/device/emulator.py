@@ -258,7 +258,7 @@ def install() -> torch.device:
     torch.__future__.set_swap_module_params_on_conversion(
         True
     )  # module.to keeps its parameters, as between CPU and CUDA
-    torch.inference_mode = lambda mode=True: torch.no_grad()  # no inference tensors of backends in Python
+    torch.inference_mode = torch.no_grad  # torch has no inference tensors of backends in Python
     return torch.device(NAME, 0)
 
 

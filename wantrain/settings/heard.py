@@ -169,6 +169,7 @@ _TRAIN = (
         "adapter.init={adapter.init} has its own; leave out one of them",
     ),
     *(_new_adapter(name) for name in ("high_noise", "low_noise")),
+    Rule((r"gpu", r"bucket"), _equals("dry_run", True), "it is for dry_run=true, which plans for a card"),
     Rule(
         (r"base\.dtype",),
         _equals("adapter.name", "lora", "dora"),

@@ -287,6 +287,8 @@ TRAIN: Mapping[str, Any] = {
     "sample.offload.experts": Literal["none", "cpu", "disk"],
     "sample.offload.blocks": bool,
     "dry_run": bool,
+    "gpu": Text | None,
+    "bucket": Text | None,
 }
 
 LORA: Mapping[str, Any] = {

@@ -109,7 +109,7 @@ def trace_step(module: Any, sample: Sample) -> StepTrace:
     """Run one micro-step of a network without values; its blocks are recomputed as the module is set."""
     count, frames, *_ = sample.latents
     with FakeTensorMode(allow_non_fake_inputs=True):
-        module = module.to_empty(device="cpu").train()
+        _give_fake_parameters(module.train())
         latents = torch.empty(count, module.in_channels, *sample.latents[1:])
         timestep = torch.empty(count, frames) if sample.per_frame else torch.empty(count)
         text = torch.empty(count, module.text_length, module.text_dim)
@@ -125,6 +125,15 @@ def trace_step(module: Any, sample: Sample) -> StepTrace:
             live.peak = live.now
             loss.backward()
     return StepTrace(kept, forward, live.peak, moved_forward, moved.total - moved_forward)
+
+
+def _give_fake_parameters(module: nn.Module) -> None:
+    """Replace parameters on the meta device by fake ones on a CPU, inside FakeTensorMode."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                owner._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
 
 
 class _MovedBytes(TorchDispatchMode):
