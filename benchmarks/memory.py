@@ -20,6 +20,7 @@ import torch
 from wantrain.batch import Batch
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer, adapters
+from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.training.engine.accelerator import autocast
 from wantrain.training.engine.optim import build_optimizer, named_trainable
@@ -46,14 +47,14 @@ class Setting:
 def settings() -> Iterator[Setting]:
     """All combinations."""
     shapes = [(1, 3, 16, 16), (2, 5, 12, 20)]
-    for values in itertools.product(("none", "lora", "dora"), ("none", "block"), ("fp32", "bf16"), shapes):
+    for values in itertools.product(("none", "lora", "dora"), ("none", "attention", "block"), ("fp32", "bf16"), shapes):
         yield Setting(*values)
 
 
 def build(setting: Setting) -> WanTransformer:
     """The module as a run trains it: frozen weights in the run's precision beside an adapter, else float32."""
     module = WanTransformer(**SIZES)  # type: ignore[arg-type]
-    module.gradient_checkpointing = setting.recompute == "block"
+    module.run_block = ActivationPolicy(setting.recompute, blocks=SIZES["num_layers"])
     if setting.adapter != "none":
         own = adapters.AdapterSettings(rank=8, alpha=8, targets="attention+ffn", dora=setting.adapter == "dora")
         adapters.inject(module, own, seed=0)
@@ -72,8 +73,10 @@ def predict(setting: Setting) -> float:
     module = without_values(lambda: build(setting))
     assert isinstance(module, WanTransformer)
     sizes = Sizes.of(module, state=state_bytes(make_optimizer), average=False)
-    costs = {setting.recompute: trace_blocks(module, Sample(setting.latents, False, setting.precision))}
-    costs.setdefault("block", costs[setting.recompute])
+    costs = {
+        name: trace_blocks(module, Sample(setting.latents, False, setting.precision), name)
+        for name in dict.fromkeys((setting.recompute, "block"))
+    }
     planned = plan(sizes, costs, Choice(recompute=setting.recompute))
     return planned.device - planned.allowance
 

@@ -102,12 +102,6 @@ def training_flops(module: WanTransformer, *, tokens: int, text_rows: int, times
     return Flops(count.forward, count.backward, recompute)
 
 
-def attention_flops(module: WanTransformer, *, tokens: int, text_rows: int) -> int:
-    """Operations of all softmax attention in one sample's forward."""
-    rows = sum(tokens + text_rows for _ in blocks_of(module))
-    return 4 * tokens * rows * module.dim
-
-
 def _block(count: Count, block: Block, tokens: int, text_rows: int, x: bool, time: bool, text: bool) -> bool:
     """Add one block. Returns True if its output has a gradient."""
     moved = time or block.modulation.requires_grad

@@ -31,13 +31,14 @@ def test_predicted_memory(setting):
     assert 0.9 < row["ratio"] < 1.1, row
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "block"])
 def test_extrapolation(recompute):
     """What two and three blocks keep says what five keep, to the byte, and the peaks too."""
     setting = memory.Setting("lora", recompute, "bf16", (1, 3, 16, 16))
     module = without_values(lambda: memory.build(setting))
     sample = Sample(setting.latents, False, setting.precision)
-    costs, five = trace_blocks(module, sample), trace_step(with_blocks(module, 5), sample)
+    costs = trace_blocks(module, sample, recompute)
+    five = trace_step(with_blocks(module, 5, recompute), sample)
     kept = costs.kept_outside + 5 * costs.kept_block
     assert (kept, kept + costs.backward) == (five.kept, five.backward)
     moved = costs.moved_outside + 5 * (costs.moved_forward_block + costs.moved_backward_block)
@@ -47,7 +48,7 @@ def test_extrapolation(recompute):
 def test_shapes_stay(setting=SETTINGS[0]):
     """Tracing leaves the module as it was, without values and with all of its blocks."""
     module = without_values(lambda: memory.build(setting))
-    trace_blocks(module, Sample((1, 1, 8, 8), False, "fp32"))
+    trace_blocks(module, Sample((1, 1, 8, 8), False, "fp32"), "block")
     assert len(module.blocks) == memory.SIZES["num_layers"]
     assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
 
@@ -77,11 +78,9 @@ def test_unknown_card():
 def case():
     """A LoRA on a network large enough for its parts to matter."""
     setting = memory.Setting("lora", "block", "bf16", (1, 5, 32, 32))
-    module, costs = without_values(lambda: memory.build(setting)), {}
-    for policy in ("none", "block"):
-        module.gradient_checkpointing = policy == "block"
-        costs[policy] = trace_blocks(module, Sample(setting.latents, False, "bf16"))
-    module.gradient_checkpointing = False
+    module = without_values(lambda: memory.build(setting))
+    policies = ("none", "attention", "block")
+    costs = {policy: trace_blocks(module, Sample(setting.latents, False, "bf16"), policy) for policy in policies}
     return Case(Sizes.of(module, state=8.0, average=False), costs, Work.of(module, tokens=1280, samples=1))
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from wantrain.data import TrainingData
 from wantrain.models import WanTransformer
+from wantrain.models.quantize import FORMATS
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.batching import Batching
 from wantrain.training.expert import ExpertTrainer
@@ -108,8 +109,14 @@ class Forecast:
 
     def planner(self, engine: str) -> Planner | None:
         """What plans memory and time under an engine; None for what is no transformer."""
-        modules = {name: module for name, module in self.modules.items() if isinstance(module, WanTransformer)}
-        if len(modules) < len(self.modules):
-            return None
+        modules = {}
+        for name, module in self.modules.items():
+            if self.settings["base"]["dtype"] in FORMATS:  # planned from the sizes of its plain weights
+                expert = self.experts[name]
+                plain = {**expert.settings, "base": {"dtype": None}}
+                module = outline(expert.network, plain, torch.bfloat16)
+            if not isinstance(module, WanTransformer):
+                return None
+            modules[name] = module
         optimizers = {name: expert.optimizer for name, expert in self.experts.items()}
         return Planner(modules, optimizers, self.settings, self.batching, engine, self.batching.processes)

@@ -91,6 +91,7 @@ class Choice:
     engine, processes  how the run is spread
     recompute    none, attention, block, or how many blocks keep everything while the others are recomputed
     activations  gpu or cpu: where the inputs of recomputed blocks wait for the backward
+    inputs       fp32 or bf16: dtype of these inputs
     base         dtype of the base weights of an adapter; None: as they are
     swap         blocks whose frozen weights wait on the host
     """
@@ -99,6 +100,7 @@ class Choice:
     processes: int = 1
     recompute: str | int = "block"
     activations: str = "gpu"
+    inputs: str = "fp32"
     base: str | None = None
     swap: int = 0
 
@@ -195,14 +197,14 @@ def _activations(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) 
     kept = max(costs[name].kept_outside for name in policies)
     waiting = 0.0
     for name, count in policies.items():
-        own = costs[name].kept_block
-        if choice.activations == "cpu" and name != "none":
-            # A recomputed block keeps its input; the one that is needed next is on the card, and one is on its way.
-            inputs = costs["block"].kept_block
-            stay = min(count, 2)
-            waiting += inputs * (count - stay)
-            kept += (own - inputs) * count + inputs * stay
-        else:
-            kept += own * count
+        kept += costs[name].kept_block * count
+        if name == "none":
+            continue
+        # A recomputed block keeps its input, float32 as it is; of those on the host two at a time are on the card.
+        plain = costs["block"].kept_block
+        own = plain / 2 if choice.inputs == "bf16" else plain
+        here = min(count, 2) if choice.activations == "cpu" else count
+        waiting += own * (count - here)
+        kept += own * here - plain * count
     working = max(max(costs[name].forward, costs[name].backward) for name in policies)
     return kept, working, waiting

@@ -18,11 +18,11 @@ from wantrain.training.planning.outline import Clips
 from wantrain.training.planning.plan import ENGINES, GB, Choice, MemoryPlan, Sizes
 from wantrain.training.planning.roofline import Work
 from wantrain.training.planning.search import Advice, Case, cheapest, fits
-from wantrain.training.planning.trace import BlockCosts, Sample, trace_blocks
+from wantrain.training.planning.trace import Sample, trace_blocks
 from wantrain.util.cards import Card
 
 #: Policies of recomputation that are traced.
-POLICIES = ("none", "block")
+POLICIES = ("none", "attention", "block")
 #: Cards of a usual node: what several cards would hold is said for so many, if one process was started.
 NODE = 8
 
@@ -31,7 +31,7 @@ NODE = 8
 class Planner:
     """Plans for the experts of a run, by what each trains.
 
-    modules   without values, as in the run
+    modules   without values, as in the run, but with the base in its plain dtype
     settings  the whole config as plain data
     engine, processes  how the run is spread
     """
@@ -49,7 +49,11 @@ class Planner:
         return Choice(
             engine=self.engine,
             processes=self.processes,
-            recompute="block" if self.settings["gradient_checkpointing"] else "none",
+            recompute=self.settings["recompute"],
+            activations=self.settings["activations"],
+            inputs=self.settings["activations_dtype"],
+            base=self.settings["base"]["dtype"],
+            swap=self.settings["swap"]["blocks"],
         )
 
     @property
@@ -73,14 +77,8 @@ class Planner:
             self.settings["model"]["conditioning"] == "clean_frames",
             self.settings["precision"],
         )
-        costs: dict[str, BlockCosts] = {}
-        before = module.gradient_checkpointing
-        for policy in POLICIES:
-            module.gradient_checkpointing = policy == "block"
-            costs[policy] = trace_blocks(module, sample)
-        module.gradient_checkpointing = False
+        costs = {policy: trace_blocks(module, sample, policy) for policy in POLICIES}
         work = Work.of(module, tokens=geometry.num_tokens(shape), samples=samples)
-        module.gradient_checkpointing = before
         sizes = Sizes.of(module, state=state_bytes(self.optimizers[name]), average=bool(self.settings["ema"]))
         return Case(sizes, costs, work, self.batching.accumulate)
 

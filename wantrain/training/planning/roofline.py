@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wantrain.models import WanTransformer
+from wantrain.models.facts import blocks_of
 from wantrain.models.flops import attention_flops, training_flops
 from wantrain.training.planning.plan import Choice, Sizes
 from wantrain.training.planning.trace import BlockCosts
@@ -36,7 +37,8 @@ class Work:
     def of(cls, module: WanTransformer, *, tokens: int, samples: int) -> Work:
         """The work of `samples` samples of so many tokens, with texts as long as they may be."""
         each = training_flops(module, tokens=tokens, text_rows=module.text_length)
-        attention = attention_flops(module, tokens=tokens, text_rows=module.text_length)
+        each_block = attention_flops(tokens, tokens + module.text_length, module.dim)
+        attention = len(blocks_of(module)) * each_block
         return cls(
             samples * (each.forward - attention),
             samples * (each.backward - 2 * attention),

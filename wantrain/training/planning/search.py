@@ -81,6 +81,8 @@ def cheapest(
     fitting: list[Advice] = []
     for values in itertools.product(*options.values()):
         choice = replace(asked, **dict(zip(options, values, strict=True)))
+        if not possible(choice, blocks):
+            continue
         memory = max((case.plan(choice) for case in cases), key=lambda each: each.device)
         if fits(memory, card):
             time = max(case.seconds(choice, card) for case in cases)
@@ -93,6 +95,15 @@ def cheapest(
     # Times within the estimate's error are equal; then exact results, few changes and little host memory count.
     equal = [advice for advice in fitting if advice.seconds <= (1 + SAME) * fastest]
     return min(equal, key=lambda each: (each.choice.base != asked.base, len(each.overrides), each.memory.host))
+
+
+def possible(choice: Choice, blocks: int) -> bool:
+    """True if train.py takes the settings together: inputs wait, and blocks are swapped, only where blocks are
+    recomputed.
+    """
+    recomputed = blocks - choice.policies(blocks).get("none", 0)
+    waits = choice.activations == "cpu" or choice.inputs != "fp32"
+    return (recomputed > 0 or not waits) and (choice.swap == 0 or 3 <= choice.swap <= recomputed)
 
 
 def _wholes(blocks: int) -> list[int]:

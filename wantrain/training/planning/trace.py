@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wantrain.models import WanTransformer
+from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.training.engine.accelerator import autocast
 from wantrain.training.engine.optim import named_trainable
 from wantrain.util.live_bytes import LiveBytes, tensors_in
@@ -88,13 +89,17 @@ class Sample:
     precision: str
 
 
-def trace_blocks(module: WanTransformer, sample: Sample) -> BlockCosts:
-    """The costs of `module`, which has no values (on the meta device), as it recomputes its blocks."""
-    return BlockCosts.of(*(trace_step(with_blocks(module, count), sample) for count in (2, 3)))
+def trace_blocks(module: WanTransformer, sample: Sample, recompute: str) -> BlockCosts:
+    """The costs of `module`, which has no values (on the meta device), with all blocks under one policy of
+    recomputation: none, attention or block.
+    """
+    return BlockCosts.of(*(trace_step(with_blocks(module, count, recompute), sample) for count in (2, 3)))
 
 
-def with_blocks(module: nn.Module, count: int) -> nn.Module:
-    """A copy of a network without values that has only the first `count` of its repeated blocks."""
+def with_blocks(module: nn.Module, count: int, recompute: str) -> nn.Module:
+    """A copy of a network without values that has only the first `count` of its repeated blocks, all under one policy
+    of recomputation.
+    """
     short = copy.copy(module)
     short._modules = dict(module._modules)
     left = count
@@ -102,11 +107,12 @@ def with_blocks(module: nn.Module, count: int) -> nn.Module:
         blocks = list(module.get_submodule(name).children())[:left]
         left -= len(blocks)
         setattr(short, name, nn.ModuleList(blocks))
+    short.run_block = ActivationPolicy(recompute, blocks=count)  # type: ignore[assignment]
     return copy.deepcopy(short)
 
 
 def trace_step(module: Any, sample: Sample) -> StepTrace:
-    """Run one micro-step of a network without values; its blocks are recomputed as the module is set."""
+    """Run one micro-step of a network without values."""
     count, frames, *_ = sample.latents
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_fake_parameters(module.train())
