@@ -92,8 +92,7 @@ def train(cfg: DictConfig) -> None:
             noise_report.write(folder.path, losses, data.bucket_names, multiple=cfg.model.multiple)
             evaluations = build_evaluations(setup, trainers, texts, metrics.tracker)
             with out_of_memory(placement.device, lambda: forecast.advice(data, placement.engine)):
-                if tried := forecast.try_largest(trainers, data, placement.engine):
-                    say(tried)
+                forecast.try_largest(trainers, data, placement.engine)
                 ended_by = fit(build.build_run(setup, trainers, checkpoints, monitoring, evaluations), start)
     finish(trainer.stepper for trainer in trainers.values())
     build.compare_replay(folder, settings)

@@ -37,7 +37,8 @@ def train(device, tiny, pair):
     """train("adapter=lora", ...): four steps of a micro expert on the device."""
 
     def run(*more, weights=pair, check=True):
-        given = (*tiny.train, f"weights={weights}", *AROUND, "run=r", "check_expert=warn")
+        around = [word for word in AROUND if "sample.every=0" not in more or not word.startswith("sample.")]
+        given = (*tiny.train, f"weights={weights}", *around, "run=r", "check_expert=warn")
         return device("train.py", *given, *more, check=check)
 
     return run

@@ -110,6 +110,8 @@ def test_commands_compose(page):
         if command in COMMANDS:
             rest = words[words.index(programs[0]) + 1 :]
             settings = [word for word in rest if "=" in word and not word.startswith("-")]
+            if "-m" in rest:  # a sweep: the first value of each
+                settings = [re.sub(r",.*", "", word) for word in settings]
             config.compose(command, settings)
 
 

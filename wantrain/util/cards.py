@@ -83,8 +83,8 @@ def planned_card(asked: str | None) -> Card | None:
     if not torch.cuda.is_available():
         return None
     here = torch.cuda.get_device_properties(0)
-    known = CARDS.get(card_model(here.name), Card(here.name, 0.0, 0.0, 0.0, 0.0))
-    return replace(known, memory=float(here.total_memory))
+    listed = CARDS.get(card_model(here.name), Card(here.name, 0.0, 0.0, 0.0, 0.0))
+    return replace(listed, memory=float(here.total_memory))
 
 
 def _compact(name: str) -> str:

@@ -22,6 +22,7 @@ from wantrain.training.planning.plan import GB
 from wantrain.training.planning.planner import Planner
 from wantrain.training.planning.trial_step import try_largest
 from wantrain.util.cards import Card, planned_card
+from wantrain.util.console import say
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,18 @@ class Forecast:
         plans = None if planner is None else planner.describe(clips, card, steps)
         return "\n".join(filter(None, (self.share_of_steps(steps), lines, plans)))
 
-    def try_largest(self, trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], engine: str) -> str | None:
-        """Run the largest bucket's step first, without an update; returns a line with the measured and the planned
-        memory, or None where it is not tried (see `trial_step`).
+    def try_largest(self, trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], engine: str) -> None:
+        """Run the largest bucket's step first, without an update, where that is possible (see `trial_step`), and say
+        the measured and the planned memory.
         """
         bucket = try_largest(trainers, data, micro_batch=self.batching.micro)
         if bucket is None or (planner := self.planner(engine)) is None:
-            return None
+            return
         device = next(iter(trainers.values())).stepper.device
         planned = max(planner.plan(clips_of(data, self.settings), bucket), key=lambda each: each.device)
         plan = f"{planned.tensors / GB:.4g} GB planned (and {planned.allowance / GB:.2g} GB for CUDA and fragmentation)"
-        if device.type != "cuda":
-            return f"largest bucket {bucket} was tried: {plan}"
-        return f"largest bucket {bucket}: {torch.cuda.max_memory_allocated(device) / GB:.4g} GB at the peak, {plan}"
+        peak = torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else None
+        say(f"largest bucket {bucket} was tried: {'' if peak is None else f'{peak:.4g} GB at the peak, '}{plan}")
 
     def advice(self, data: TrainingData[Any], engine: str) -> str:
         """What a run that is out of memory should change."""

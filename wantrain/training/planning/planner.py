@@ -110,14 +110,14 @@ class Planner:
         """Whether the largest bucket fits the card and what a step takes; else settings that fit."""
         cases = list(worst.values())
         memory = max((case.plan(self.asked) for case in cases), key=lambda each: each.device)
-        room = f"{memory.device / GB:.4g} of {card.memory / GB:.4g} GB"
+        taken = f"{memory.device / GB:.4g} of {card.memory / GB:.4g} GB"
         if fits(memory, card):
-            return [f"{card.name:<19} {bucket} takes {room}{self._time(cases, self.asked, card, steps)}"]
+            return [f"{card.name:<19} {bucket} takes {taken}{self._time(cases, self.asked, card, steps)}"]
         advice = self.advise(cases, card)
         if advice is None:
-            return [f"{card.name:<19} {bucket} takes {room}: too much, and no setting helps; take smaller clips"]
+            return [f"{card.name:<19} {bucket} takes {taken}: too much, and no setting helps; take smaller clips"]
         return [
-            f"{card.name:<19} {bucket} takes {room}: too much. The fastest settings that fit: "
+            f"{card.name:<19} {bucket} takes {taken}: too much. The fastest settings that fit: "
             f"{' '.join(advice.overrides)}",
             f"{'':<19} {advice.memory}{self._time(cases, advice.choice, card, steps)}",
         ]
