@@ -43,7 +43,7 @@ RUNS = {
     ),
     "lora": (
         *("expert=low_noise", "adapter=lora", "adapter.rank=1", "adapter.alpha=2", "adapter.targets=attention"),
-        *("data.shards=latents", "optimizer=other", "optimizer.lr=1.0", "+optimizer.momentum=0.9", *MEASURE[:2]),
+        *("data.shards=latents", "optimizer=other", "optimizer.lr=1.0", "+optimizer.momentum=0.9", *MEASURE),
     ),
     "dora": (
         *("expert=high_noise", "adapter=dora", "adapter.rank=2", "adapter.rank_stabilized=true", *MICRO, PAIR[0]),

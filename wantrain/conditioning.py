@@ -29,6 +29,8 @@ from wantrain import geometry
 
 #: The conditioning types on known pixels. A model may have one of its own, whose tensors its data class makes.
 TYPES = ("channel_concat", "clean_frames", "none")
+#: Those under which each latent frame has a timestep of its own.
+PER_FRAME = ("clean_frames",)
 #: The keyword under which a transformer takes further input channels.
 CONCAT = "concat_BCTHW"
 #: Names of a record's tensors in a shard. Files hold them: they never change.

@@ -1,6 +1,7 @@
 """What stops a command in the middle: Ctrl-C and a disk that refuses. One line, and nothing half-made is left."""
 
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -78,7 +79,10 @@ def test_command_is_stopped_while_it_loads(name, tmp_path):
         (tmp_path / f"{library}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, str(ROOT / f"{name}.py"), "--help"]
-    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    ended = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, preexec_fn=heard
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", f"{ctrl_c.STOPPED}\n")
 
 

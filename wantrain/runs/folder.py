@@ -20,7 +20,7 @@ import yaml
 from wantrain.models.formats.weights import read_json
 from wantrain.runs.checkpoint import Checkpoints, read_state
 from wantrain.util.files import claim_folder, naming, write_atomically
-from wantrain.util.renamed import upgraded_config
+from wantrain.util.renamed import ADDED, upgraded_config
 
 CONFIG = "config.yaml"
 ADAPTER = "adapter.safetensors"
@@ -203,6 +203,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any], *, same_files: bool = False) -> list[str]:
     """`key: old -> new` of every setting that differs and may not; with `same_files`, paths in PLACES may."""
     before, after = _flat(old), _flat(new)
+    before = {key: value for key, value in ADDED.items() if key in after} | before
     pair = "both" in (before.get("expert.name"), after.get("expert.name"))  # without one, `experts` has no effect
     compared = [key for key in before.keys() | after.keys() if pair or not key.startswith("experts.")]
     keys = sorted(key for key in compared if not _is_free(key) and not (same_files and _is_place(key)))

@@ -135,7 +135,7 @@ def upgraded_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A stored config of any age under today's names."""
     upgraded: dict[str, Any] = {}
     _upgrade("", config, upgraded)
-    return {**ADDED, **upgraded}
+    return upgraded
 
 
 def _upgrade(prefix: str, config: Mapping[str, Any], into: dict[str, Any]) -> None:

@@ -118,5 +118,7 @@ def test_other_folders_refused(videos, latents, mine, footage, tmp_path):
         ValueError, match=r"latents of schema 1, this version writes 2; run the same command with another out="
     ):
         encode(videos, mine)
-    with pytest.raises(ValueError, match=r"has schema 1, this version reads 2; remove .*again: python encode\.py"):
+    with pytest.raises(
+        ValueError, match=r"has schema 1, this version reads 2; make it again in another folder: python encode\.py"
+    ):
         LatentData(shards=mine)

@@ -272,7 +272,7 @@ def test_non_tensor_state_refused():
          "optimizer._target_=torch.optim.Nothing is no class that can be imported"),
         (["optimizer=other", "optimizer._target_=wantrain.training.engine.optim.MuonAdamW"],
          "wantrain.training.engine.optim.MuonAdamW needs optimizer.muon_lr; give +optimizer.muon_lr=VALUE"),
-        (["schedule=wsd", "schedule.decay=2"], "schedule.decay=2 is a share"),
+        (["schedule=wsd", "schedule.decay=2"], "schedule.decay=2 must be at least 0 and at most 1"),
     ],
 )  # fmt: skip
 def test_bad_optimizer_config_refused(settings, words):

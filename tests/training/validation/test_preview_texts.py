@@ -104,7 +104,8 @@ def test_training_encodes_first(expert, tiny, pair, call, tmp_path, events):
     """A run encodes the texts of its previews before it loads an expert."""
     (tmp_path / "p.txt").write_text("a red ring\na cat\n")
     seen = ("sample.every=1", "sample.steps=1", "sample.prompts=p.txt", "sample.count=1", "model.num_frames=5")
-    command = (*tiny.train, f"weights={pair}", "batch_size=2", f"expert={expert}", "model.negative_prompt=blurred")
+    seen = (*seen, "model.negative_prompt=blurred")
+    command = (*tiny.train, f"weights={pair}", "batch_size=2", f"expert={expert}")
     call("train.py", *command, *seen, "steps=2", "run=r")
     assert events[:2] == ["a red ring", "blurred"] and set(events[2:]) == {"expert high_noise", "expert low_noise"}
     assert len(list((tmp_path / "runs" / "r" / "samples").glob("*.mp4"))) == 3

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from wantrain import geometry
+from wantrain.conditioning import PER_FRAME
 from wantrain.models import WanTransformer
 from wantrain.training.batching import Batching
 from wantrain.training.engine.optim import MakeOptimizer
@@ -74,7 +75,7 @@ class Planner:
         samples = self.batching.micro
         sample = Sample(
             (samples, *shape),
-            self.settings["model"]["conditioning"] == "clean_frames",
+            self.settings["model"]["conditioning"] in PER_FRAME,
             self.settings["precision"],
         )
         costs = {policy: trace_blocks(module, sample, policy) for policy in POLICIES}
