@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,3 +153,13 @@ def test_largest_bucket():
     names = ["9x64x64", "17x32x64", "9x96x64", "1x256x128", "9x96x64"]
     name, clips = largest(SimpleNamespace(bucket_names=names))
     assert name == "9x96x64" and clips.tolist() == [2, 4]
+
+
+def test_pair_holds_both(case):
+    """A pair's plan holds both experts; with the inactive one on the host it needs its trained part alone."""
+    alone = case.plan(Choice())
+    both, waits = (replace(case, others=(case.sizes,), waits=waits).plan(Choice()) for waits in (False, True))
+    assert both.weights == 2 * alone.weights and both.optimizer == waits.optimizer == 2 * alone.optimizer
+    trained = case.sizes.trained * case.sizes.weight
+    assert waits.weights == alone.weights + trained and waits.kept == both.kept == alone.kept
+    assert waits.host - alone.host == 2 * (alone.weights - trained)

@@ -165,7 +165,7 @@ def plan(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> Memor
     average, exchange, host = 4.0 * sizes.trained * sizes.average, 0.0, waiting
     block = (frozen + trained) / max(1, sizes.blocks)
     if choice.swap:
-        swapped = frozen * choice.swap / sizes.blocks
+        swapped = frozen_on_host(sizes, choice)
         weights, host = weights - swapped, host + swapped
         exchange += 2 * frozen / sizes.blocks  # the block that computes and the one on its way
     if choice.base is not None:
@@ -189,6 +189,12 @@ def plan(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> Memor
             exchange += 2 * block + trained / max(1, sizes.blocks)  # two blocks gathered, one block's gradients
     allowance = CUDA + FRAGMENTATION * (kept + working + exchange) + (NCCL if choice.processes > 1 else 0.0)
     return MemoryPlan(weights, gradients, state, average, kept, working, exchange, allowance, host)
+
+
+def frozen_on_host(sizes: Sizes, choice: Choice, *, whole: bool = False) -> float:
+    """Bytes of frozen weights that wait on the host: those of swapped blocks, or with `whole` all."""
+    frozen = sizes.base * choice.base_bytes(sizes)
+    return frozen + sizes.frozen if whole else frozen * choice.swap / max(1, sizes.blocks)
 
 
 def _activations(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> tuple[float, float, float]:

@@ -68,7 +68,11 @@ class Planner:
         for name, module in self.modules.items():
             twin = next((other for other in found if _alike(self.modules[other], module)), None)
             found[name] = self._case(name, module, clips, bucket) if twin is None else found[twin]
-        return found
+        waits = self.settings["experts"]["offload"] == "cpu"
+        return {
+            name: replace(case, waits=waits, others=tuple(found[other].sizes for other in found if other != name))
+            for name, case in found.items()
+        }
 
     def _case(self, name: str, module: WanTransformer, clips: Clips, bucket: str) -> Case:
         shape = clips.latent_shape(bucket)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wantrain.training.planning.plan import Choice, MemoryPlan, Sizes, plan
+from wantrain.training.planning.plan import Choice, MemoryPlan, Sizes, frozen_on_host, plan
 from wantrain.training.planning.roofline import Work, seconds
 from wantrain.training.planning.trace import BlockCosts
 from wantrain.util.cards import Card
@@ -26,17 +26,35 @@ SEARCHED = ("recompute", "activations", "swap", "base")
 class Case:
     """One expert's step in one bucket, as far as memory and time depend on it.
 
-    costs  of a micro-batch, by policy of recomputation
+    costs   of a micro-batch, by policy of recomputation
+    others  the other experts of the run, which hold weights and optimizer state meanwhile
+    waits   True if the frozen weights of the expert that is not training wait on the host
     """
 
     sizes: Sizes
     costs: Mapping[str, BlockCosts]
     work: Work
     micro_steps: int = 1
+    others: tuple[Sizes, ...] = ()
+    waits: bool = False
 
     def plan(self, choice: Choice) -> MemoryPlan:
-        """Its memory under the settings."""
-        return plan(self.sizes, self.costs, choice)
+        """The memory of its step under the settings, with what the other experts hold."""
+        memory = plan(self.sizes, self.costs, choice)
+        for other in self.others:
+            held = plan(other, self.costs, choice)
+            on_host = frozen_on_host(other, choice, whole=self.waits)
+            weights = other.trained * other.weight if self.waits else held.weights
+            if self.waits:  # both experts have their place on the host
+                on_host += frozen_on_host(self.sizes, choice, whole=True) - frozen_on_host(self.sizes, choice)
+            memory = replace(
+                memory,
+                weights=memory.weights + weights,
+                optimizer=memory.optimizer + held.optimizer,
+                average=memory.average + held.average,
+                host=memory.host + on_host,
+            )
+        return memory
 
     def seconds(self, choice: Choice, card: Card) -> float:
         """Seconds of an optimizer step; 0 where the card's speed is not known."""
