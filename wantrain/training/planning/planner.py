@@ -19,7 +19,7 @@ from wantrain.training.planning.outline import Clips
 from wantrain.training.planning.plan import ENGINES, GB, Choice, MemoryPlan, Sizes
 from wantrain.training.planning.roofline import Work
 from wantrain.training.planning.search import Advice, Case, cheapest, fits
-from wantrain.training.planning.trace import Sample, trace_blocks
+from wantrain.training.planning.trace import Sample, between, trace_blocks
 from wantrain.util.cards import Card
 
 #: Policies of recomputation that are traced.
@@ -74,6 +74,26 @@ class Planner:
             for name, case in found.items()
         }
 
+    def all_cases(self, clips: Clips) -> dict[str, dict[str, Case]]:
+        """The cases of every bucket, the smallest first. The smallest and the largest are traced, which takes seconds
+        each; those between are interpolated.
+        """
+        tokens = {bucket: geometry.num_tokens(clips.latent_shape(bucket)) for bucket in clips.counts}
+        order = sorted(tokens, key=lambda bucket: tokens[bucket])
+        ends = {bucket: self.cases(clips, bucket) for bucket in {order[0], order[-1]}}
+        small, large = ends[order[0]], ends[order[-1]]
+        for bucket in order[1:-1]:
+            share = (tokens[bucket] - tokens[order[0]]) / max(1, tokens[order[-1]] - tokens[order[0]])
+            ends[bucket] = {
+                name: replace(
+                    small[name],
+                    costs={each: between(small[name].costs[each], large[name].costs[each], share) for each in POLICIES},
+                    work=Work.of(self.modules[name], tokens=tokens[bucket], samples=self.batching.micro),
+                )
+                for name in self.modules
+            }
+        return {bucket: ends[bucket] for bucket in order}
+
     def _case(self, name: str, module: WanTransformer, clips: Clips, bucket: str) -> Case:
         shape = clips.latent_shape(bucket)
         samples = self.batching.micro
@@ -89,14 +109,13 @@ class Planner:
 
     def describe(self, clips: Clips, card: Card | None, steps: int | None) -> str:
         """Lines for `dry_run=true`: memory of each bucket, of each engine, time, and settings that fit `card`."""
-        largest = self.largest(clips)
-        lines, worst = [], dict[str, Case]()
-        for bucket in sorted(clips.counts, key=lambda each: geometry.num_tokens(clips.latent_shape(each))):
-            cases = self.cases(clips, bucket)
-            for name, case in cases.items():
-                whose = f" ({name})" if len(cases) > 1 else ""
-                lines.append(f"memory              {bucket}{whose}: {case.plan(self.asked)}")
-            worst = cases if bucket == largest else worst
+        largest, by_bucket = self.largest(clips), self.all_cases(clips)
+        lines = [
+            f"memory              {bucket}{f' ({name})' if len(cases) > 1 else ''}: {case.plan(self.asked)}"
+            for bucket, cases in by_bucket.items()
+            for name, case in cases.items()
+        ]
+        worst = by_bucket[largest]
         lines += self._engines(worst, largest)
         if card is not None:
             lines += self._on_card(worst, largest, card, steps)

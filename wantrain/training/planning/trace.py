@@ -8,7 +8,7 @@ three of its blocks: the difference is a block's own, and what is left belongs t
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -46,8 +46,8 @@ class StepTrace:
 class BlockCosts:
     """A step's bytes as a function of how many blocks there are.
 
-    block    what each block adds: `kept` and the bytes moved
-    outside  what the layers outside the blocks keep and move
+    *_block    what each block adds to what is kept and moved
+    *_outside  what the layers outside the blocks keep and move
     forward, backward  working memory, the most above what is kept until then
     """
 
@@ -73,6 +73,14 @@ class BlockCosts:
             moved_backward_block=block["moved_backward"],
             moved_outside=outside,
         )
+
+
+def between(small: BlockCosts, large: BlockCosts, share: float) -> BlockCosts:
+    """The costs at a size between two: each is a constant, for the text, and a part that grows with the tokens.
+
+    Working memory is the largest of several such sums, at different moments: of that it is an upper bound.
+    """
+    return BlockCosts(*(a + share * (b - a) for a, b in zip(astuple(small), astuple(large), strict=True)))
 
 
 @dataclass(frozen=True)
