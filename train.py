@@ -12,12 +12,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from wantrain import checks, config
+from wantrain import auto, checks, config
 from wantrain.data.loading.sampler import BatchSampler
 from wantrain.demo.shards import make_own_data
 from wantrain.runs.folder import RunFolder
 from wantrain.training import build, encoder_check
-from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.engine.accelerator import engine_asked_for, start_accelerator
 from wantrain.training.engine.engine import finish
 from wantrain.training.engine.main_process import main_first
@@ -28,7 +27,6 @@ from wantrain.training.monitoring.trackers import build_tracker
 from wantrain.training.monitoring.watchdog import Watchdog
 from wantrain.training.options import RunSetup
 from wantrain.training.planning import estimate
-from wantrain.training.planning.forecast import Forecast
 from wantrain.training.planning.outline import find_clips
 from wantrain.training.planning.trial_step import out_of_memory
 from wantrain.training.validation.build import build_evaluations, preview_texts
@@ -43,15 +41,13 @@ def main(cfg: DictConfig) -> None:
     """Train one expert or both, or continue the run of that name."""
     checks.check(cfg, given=config.given(cfg), processes=distributed.world_size())
     with Watchdog(cfg.safeguards.hang):
-        train(cfg)
+        train(auto.resolve(cfg, config.given(cfg, every=True)))
 
 
 def train(cfg: DictConfig) -> None:
     """From a checked config to the end of the run, or of a dry run."""
-    settings, experts = config.settings(cfg), config.expert_options(cfg)
-    batching, dtype = config.batching(cfg, distributed.world_size()), config.dtype(cfg.precision)
-    alternation = ExpertAlternation.of(list(experts), settings["experts"]["share"])
-    forecast = Forecast.of(settings, experts, alternation, batching, dtype)
+    forecast, dtype = config.forecast(cfg), config.dtype(cfg.precision)
+    settings, experts, batching = forecast.settings, forecast.experts, forecast.batching
     own = {name: expert.settings for name, expert in experts.items()}
     if cfg.dry_run:
         engine = engine_asked_for()
@@ -65,14 +61,14 @@ def train(cfg: DictConfig) -> None:
     placement = find_placement(start_accelerator(cfg.device, hang=cfg.safeguards.hang), own)
     devices.announce(placement.device)
     forecast.check_device(placement.device, asked=cfg.device)
-    say(forecast.start(placement.card_bytes))
     base = main_first(lambda: config.base(cfg, build.parts_needed(settings, experts)), "finding the base model")
     main_first(lambda: make_own_data(config.shards(cfg), root=config.ROOT), "making the project's own data")
     data, folder = config.build(cfg.data), RunFolder(Path(cfg.runs) / cfg.run)
+    say(forecast.start(data, placement.engine, placement.device))
     encoder_check.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)
     steps = estimate.run_length(BatchSampler.of(data, batch_size=cfg.batch_size, seed=cfg.seed), **forecast.length)
     texts = preview_texts(data, settings, placement, base, dtype)  # before experts leave the device no room
-    setup = RunSetup(settings, experts, alternation, batching, data, base, placement, folder, dtype, steps)
+    setup = RunSetup(settings, experts, forecast.alternation, batching, data, base, placement, folder, dtype, steps)
     initializers = build.build_initializers(setup)
     trainables = {name: initializer.trainable() for name, initializer in initializers.items()}
     if line := forecast.share_of_steps(steps):

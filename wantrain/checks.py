@@ -163,7 +163,7 @@ def _check_memory(cfg: DictConfig) -> None:
             f"swap.blocks={cfg.swap.blocks} keeps frozen weights on the host, but adapter=none trains them; give "
             "swap.blocks=0, or adapter=lora"
         )
-    if cfg.swap.blocks:
+    if cfg.swap.blocks not in (0, "auto"):
         check_swap(cfg.swap.blocks, policy.recomputed)
 
 

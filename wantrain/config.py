@@ -34,12 +34,14 @@ from wantrain.data import ConditioningInputs, check_sets
 from wantrain.models import Base, open_base
 from wantrain.runs import replay
 from wantrain.settings import words
+from wantrain.util import distributed
 from wantrain.util.console import errors_to_exit_code, say
 from wantrain.util.renamed import refuse_old_keys
 
 if TYPE_CHECKING:  # sample.py and export.py import nothing of training
     from wantrain.training.batching import Batching
     from wantrain.training.options import ExpertOptions
+    from wantrain.training.planning.forecast import Forecast
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -100,42 +102,46 @@ def _overrides(arguments: Iterable[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(settings)
 
 
-def given(cfg: DictConfig) -> frozenset[str]:
+def given(cfg: DictConfig, *, every: bool = False) -> frozenset[str]:
     """The keys that this start sets on the command line or in a recipe, and the groups whose option was chosen; but for
-    values that ask for nothing (null, false, off, none), and for what a replay takes from the run that it repeats.
+    what a replay takes from the run that it repeats, and unless `every` is asked for, for values that ask for nothing
+    (null, false, off, none).
     """
     task = list(HydraConfig.get().overrides.task)
     if cfg.get("replay") is not None:
         recorded = set(replay.read_starts(Path(cfg.replay))[0]["command"])
         task = [word for word in task if word not in recorded]
-    return keys_of(task) | _recipe_keys()
+    return keys_of(task, every=every) | _recipe_keys(every=every)
 
 
-def keys_of(arguments: Iterable[str]) -> frozenset[str]:
-    """The keys that words of a command line set to a value that asks for something."""
+def keys_of(arguments: Iterable[str], *, every: bool = False) -> frozenset[str]:
+    """The keys that words of a command line set; unless `every`, to a value that asks for something."""
     keys: set[str] = set()
     for each in _overrides(arguments):
         if not each.is_delete():
-            keys |= _set_keys(each.value(), each.key_or_group)
+            keys |= _set_keys(each.value(), each.key_or_group, every=every)
     return frozenset(keys)
 
 
-def _set_keys(value: Any, key: str) -> set[str]:
-    """The keys of a nested value that ask for something."""
+def _set_keys(value: Any, key: str, *, every: bool) -> set[str]:
+    """The keys of a nested value; unless `every`, those that ask for something."""
     if isinstance(value, Mapping) and "_target_" not in value:
-        return {found for name, inner in value.items() for found in _set_keys(inner, f"{key}.{name}")}
-    return set() if value is None or value is False or value in ("off", "none") else {key}
+        return {found for name, inner in value.items() for found in _set_keys(inner, f"{key}.{name}", every=every)}
+    return {key} if every or not (value is None or value is False or value in ("off", "none")) else set()
 
 
-def _recipe_keys() -> set[str]:
-    """The keys that the chosen recipe sets."""
-    for source in HydraConfig.get().runtime.config_sources if recipe() is not None else []:
-        file = Path(source.path) / "recipe" / f"{recipe()}.yaml"
-        if source.schema == "file" and file.is_file():
-            values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-            assert isinstance(values, dict)
-            return {key for name, value in values.items() if name != "defaults" for key in _set_keys(value, str(name))}
-    return set()
+def _recipe_keys(*, every: bool) -> set[str]:
+    """The keys that the chosen recipes set."""
+    keys: set[str] = set()
+    for source in HydraConfig.get().runtime.config_sources:
+        for name in recipes():
+            file = Path(source.path) / "recipe" / f"{name}.yaml"
+            if source.schema == "file" and file.is_file():
+                values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+                assert isinstance(values, dict)
+                own = {str(key): value for key, value in values.items() if key != "defaults"}
+                keys |= _set_keys(own, "", every=every)
+    return {key.removeprefix(".") for key in keys}
 
 
 def _readable(error: Exception, name: str) -> str:
@@ -147,6 +153,8 @@ def _readable(error: Exception, name: str) -> str:
     if option is not None:
         choices = ", ".join(option[3].split())
         return f"{option[1]}={option[2]} is not there; choose one of {choices}"
+    if missing := re.search(r"Could not load '(\w+)/([^']+)'", text):
+        return f"{missing[1]}={missing[2]} is not there; choose of {', '.join(_choices().get(missing[1], []))}"
     if bare := re.search(r"Error parsing override '([^'=]*)' missing EQUAL", text):
         return f"{bare[1]} is not a setting; write key=value"
     if merged := re.search(r"Cannot merge DictConfig with ListConfig.*full_key: (\S+)", text):
@@ -266,9 +274,19 @@ def expert_options(cfg: DictConfig) -> dict[str, ExpertOptions]:
     }
 
 
+def forecast(cfg: DictConfig) -> Forecast:
+    """What the run of this config will be, in as many processes as were launched."""
+    from wantrain.training.alternation import ExpertAlternation
+    from wantrain.training.planning.forecast import Forecast
+
+    values, options = settings(cfg), expert_options(cfg)
+    alternation = ExpertAlternation.of(list(options), values["experts"]["share"])
+    return Forecast.of(values, options, alternation, batching(cfg, distributed.world_size()), dtype(cfg.precision))
+
+
 def settings(cfg: DictConfig) -> dict[str, Any]:
     """The whole config as plain data, with the recipe that was chosen."""
-    return {**plain(cfg), "recipe": recipe()}
+    return {**plain(cfg), "recipe": ",".join(recipes()) or None}
 
 
 #: Settings that an expert of a pair may have for itself, and their places in the config.
@@ -332,9 +350,10 @@ def needed_path(cfg: DictConfig, key: str) -> Path:
     return Path(cfg[key])
 
 
-def recipe() -> str | None:
-    """The recipe that was chosen on the command line; None if there was none."""
-    return HydraConfig.get().runtime.choices.get("recipe")
+def recipes() -> list[str]:
+    """The recipes that were chosen on the command line: none, one, or with recipe=[ONE,OTHER] several."""
+    chosen = HydraConfig.get().runtime.choices.get("recipe")
+    return re.findall(r"[^\[\],\s]+", str(chosen)) if chosen is not None else []
 
 
 def command() -> list[str]:

@@ -117,7 +117,12 @@ def test_library_imports():
     """Each library is imported by its own modules only."""
     rooms = {
         "hydra": {"wantrain/config.py"},
-        "omegaconf": {"wantrain/config.py", "wantrain/checks.py", *(command.name for command in COMMANDS)},
+        "omegaconf": {
+            "wantrain/config.py",
+            "wantrain/checks.py",
+            "wantrain/auto.py",
+            *(command.name for command in COMMANDS),
+        },
         "accelerate": {f"wantrain/training/engine/{name}.py" for name in ("accelerator", "engine", "placement")},
         "deepspeed": {"wantrain/training/engine/engine.py"},
         "peft": {"wantrain/models/adapters.py"},
@@ -134,7 +139,7 @@ def test_library_imports():
         },
         "diffusers": set(),
         "scipy": set(),
-        "wantrain.config": {"wantrain/checks.py", *(command.name for command in COMMANDS)},
+        "wantrain.config": {"wantrain/checks.py", "wantrain/auto.py", *(command.name for command in COMMANDS)},
         "wantrain.checks": {command.name for command in COMMANDS},
     }
     for library, allowed in rooms.items():
@@ -146,7 +151,7 @@ def test_light_modules():
     standard = set(sys.stdlib_module_names) | {"__future__"}
     assert {name.split(".")[0] for name in imports(ROOT / "wantrain/geometry.py")} <= standard
     for file in PACKAGE:
-        assert file.name in {"config.py", "checks.py"} or "DictConfig" not in file.read_text(), name_of(file)
+        assert file.name in {"config.py", "checks.py", "auto.py"} or "DictConfig" not in file.read_text(), name_of(file)
 
 
 def test_import_contracts():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wantrain.models import WanTransformer, adapters, partial
+from wantrain.models import WanTransformer, activation_policy, adapters, offload, partial
 from wantrain.models.activation_policy import ActivationPolicy, OnHost
 from wantrain.models.offload import ModuleOffloader, blocks_to_swap
 
@@ -217,3 +217,78 @@ def test_last_blocks_swapped():
     assert max(len(blocks) for _, blocks in seen) == 2
     again = [number for number, _ in itertools.islice(seen, BLOCKS, None)]
     assert again == [4, 3, 2, 1, 0], "the backward visits them in turn"
+
+
+class LateCopies:
+    """A copy stream whose copies come as late as they may: with the wait for them, or for a later one. Until then the
+    target holds rubbish. The source is read only then, so one that was overwritten meanwhile shows as well.
+    """
+
+    def __init__(self, device):
+        self.pending = []
+
+    def copy(self, pairs):
+        pairs = list(pairs)
+        for target, _ in pairs:
+            target.detach().view(torch.uint8).fill_(0xFF)  # NaN in fp32 and bf16
+        self.pending.append(pairs)
+        return pairs
+
+    @torch.no_grad()
+    def wait(self, event):
+        while any(pairs is event for pairs in self.pending):
+            for target, source in self.pending.pop(0):
+                target.copy_(source)
+
+
+class NoWait(LateCopies):
+    """Copies that nobody waits for."""
+
+    def wait(self, event):
+        pass
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Has what waits on the host come by late copies."""
+    for module in (activation_policy, offload):
+        monkeypatch.setattr(module, "CopyStream", LateCopies)
+
+
+def trained(how, recompute, activations, swap):
+    module = policy(network(how), recompute, activations=activations)
+    if swap:
+        ModuleOffloader(torch.device("cpu")).add(module, whole=False, blocks=blocks_to_swap(module, swap))
+    return train(module, 3)
+
+
+@pytest.mark.parametrize("how", ["lora", "partial"])
+@pytest.mark.parametrize(("recompute", "activations", "swap"), [each for each in POLICIES if each[1:] != ("gpu", 0)])
+def test_late_copies(late, how, recompute, activations, swap):
+    """Nothing is used before it has arrived, and nothing that is being copied is overwritten."""
+    losses, gradients = trained(how, recompute, activations, swap)
+    wanted_losses, wanted = plain(how, 3)
+    assert losses == wanted_losses and gradients.keys() == wanted.keys()
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients.items())
+
+
+def test_late_experts(late):
+    """Two experts that take turns on the device give what they give alone."""
+    offloader, inputs = (
+        ModuleOffloader(torch.device("cpu")),
+        (torch.randn(1, 16, 2, 8, 8), torch.tensor([400.0]), torch.randn(1, 5, 8)),
+    )
+    names = ["lora", "partial"]
+    experts = [network(name) for name in names]
+    for expert in experts:
+        offloader.add(expert)
+    for expert, name in zip([*experts, *experts], [*names, *names], strict=True):
+        assert torch.equal(expert(*inputs), network(name)(*inputs))
+
+
+@pytest.mark.parametrize(("forgetful", "swap"), [(activation_policy, 0), (offload, BLOCKS)])
+def test_missing_wait_shows(late, monkeypatch, forgetful, swap):
+    """Where nobody waits for the copies, results differ: the tests above can fail."""
+    monkeypatch.setattr(forgetful, "CopyStream", NoWait)
+    losses, _ = trained("lora", "block", "cpu", swap)
+    assert losses != plain("lora", 3)[0]

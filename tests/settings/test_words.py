@@ -15,6 +15,8 @@ from wantrain.settings.words import expanded, is_sweep, quoted, refuse_choices, 
         ("tracker=null", ["tracker=jsonl"]),
         ("tracker=none", ["tracker=jsonl"]),
         ("recipe=null", []),
+        ("recipe=one,other", ["recipe=[one,other]"]),
+        ("recipe=[one,other]", ["recipe=[one,other]"]),
         ("validation=null", ["validation=null"]),
         ("sample=50", ["sample.every=50"]),
         ("sample=off", ["sample.every=0"]),
@@ -42,6 +44,12 @@ def test_shorthands_compose():
     assert cfg.safeguards.spike is None and cfg.safeguards.hang is None and cfg.safeguards.max_skipped_steps == 3
 
 
+def test_recipes_compose():
+    """Several recipes are composed, the later over the earlier."""
+    cfg = config.compose("train", ["recipe=wan_tiny_dense,wan_tiny_low_noise"])
+    assert (cfg.run, cfg.optimizer.lr, cfg.init) == ("wan_tiny_low_noise", 1.5e-3, "scratch")
+
+
 GROUPS = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
 
 
@@ -51,8 +59,8 @@ GROUPS = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_group_of_options_takes_one_option(group, value):
     """A number, nothing or a list chooses no option: one line with the group, the value and the options."""
-    if expanded([f"{group}={value}"]) != [f"{group}={value}"]:
-        return  # a shorthand
+    if expanded([f"{group}={value}"]) != [f"{group}={value}"] or (group == "recipe" and "," in value):
+        return  # a shorthand, or several recipes
     with pytest.raises(ValueError, match=rf"^{group}=") as refused:
         config.compose("train", [f"{group}={value}"])
     error = str(refused.value)

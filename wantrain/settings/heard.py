@@ -158,9 +158,14 @@ _TRAIN = (
         "validation.every, clips and points are all given",
     ),
     Rule(
-        (r"check_expert", r"recompute", r"activations", r"activations_dtype", r"swap"),
+        (r"check_expert", r"memory", r"recompute", r"activations", r"activations_dtype", r"swap"),
         _NOT_VAE,
         "expert=vae trains no transformer",
+    ),
+    Rule(
+        (r"memory",),
+        lambda values, given: not given >= {"recompute", "activations", "swap.blocks"},
+        "recompute, activations and swap.blocks are all given",
     ),
     Rule((r"check_expert",), _differs("init", "scratch"), "init=scratch loads no expert"),
     Rule(

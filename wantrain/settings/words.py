@@ -21,6 +21,8 @@ _EVERY = ("sample", "validation", "checkpoint")
 _WORD = re.compile(r"(\+{0,2})([\w.@/]+)=(.*)", flags=re.DOTALL)
 _OPTION = re.compile(r"""(?!(?:null|true|false)\b)[A-Za-z_][\w./-]*|"[^"]*"|'[^']*'""", flags=re.IGNORECASE)
 _OPTIONS = re.compile(rf"(?:{_OPTION.pattern}|\w+\(.*\))(?:\s*,\s*(?:{_OPTION.pattern}))*", flags=re.IGNORECASE)
+#: Recipes to be composed, the later over the earlier.
+_RECIPES = re.compile(r"recipe=\[?(\w+(?:,\w+)+)\]?")
 #: Values that can be a part of a run's name.
 _NAMEABLE = re.compile(r"[A-Za-z0-9][\w.-]{0,23}")
 
@@ -31,8 +33,12 @@ def is_sweep(words: Iterable[str]) -> bool:
 
 
 def expanded(words: Iterable[str]) -> list[str]:
-    """The words with every shorthand replaced by what it means: `sample=50` is `sample.every=50`."""
-    return [new for word in words for new in _meaning(word)]
+    """The words with every shorthand replaced by what it means: `sample=50` is `sample.every=50`, and without a sweep
+    `recipe=one,other` is both, the later over the earlier.
+    """
+    words = list(words)
+    several = None if is_sweep(words) else _RECIPES
+    return [new for word in words for new in _meaning(several.sub(r"recipe=[\1]", word) if several else word)]
 
 
 def _meaning(word: str) -> Sequence[str]:
@@ -55,10 +61,17 @@ def refuse_choices(words: Iterable[str], choices: Mapping[str, Sequence[str]], *
         raise ValueError(
             f"{deleted} takes a key away, and all are needed; key=null or key=off turns off what can be off"
         )
-    for match in filter(None, map(_WORD.fullmatch, words)):
+    for word in words:
+        if (match := _WORD.fullmatch(word)) is None:
+            continue
         _, group, value = match.groups()
         right = _OPTIONS if sweep else _OPTION
-        if group in choices and not value.startswith("{") and not right.fullmatch(value):
+        if (
+            group in choices
+            and not value.startswith("{")
+            and not right.fullmatch(value)
+            and not _RECIPES.fullmatch(word)
+        ):
             several = "; -m runs one after the other" if "," in value else ""
             also = ", off" if group in _OFF else ""
             raise ValueError(f"{group}={value} must be one of {', '.join(choices[group])}{also}{several}")

@@ -77,12 +77,13 @@ def find_card(asked: str) -> Card:
 
 
 def planned_card(asked: str | None) -> Card | None:
-    """The card to plan for: the one that gpu= names, else the one that is here; None where there is none."""
+    """The card to plan for: the one that gpu= names, else the smallest that is here; None where there is none."""
     if asked is not None:
         return find_card(asked)
     if not torch.cuda.is_available():
         return None
-    here = torch.cuda.get_device_properties(0)
+    cards = (torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count()))
+    here = min(cards, key=lambda each: each.total_memory)
     listed = CARDS.get(card_model(here.name), Card(here.name, 0.0, 0.0, 0.0, 0.0))
     return replace(listed, memory=float(here.total_memory))
 

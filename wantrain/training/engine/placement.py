@@ -54,13 +54,6 @@ class Placement:
         """True if a forward needs all processes, so that all of them make previews."""
         return self.engine in SHARDED
 
-    @property
-    def card_bytes(self) -> int | None:
-        """Memory of the GPU that holds the whole run; None on a CPU, or where it is sharded over processes."""
-        if self.engine not in {"single", "ddp"} or self.device.type != "cuda":
-            return None
-        return int(torch.cuda.get_device_properties(self.device).total_memory)
-
     def stepper(self, module: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions) -> Stepper:
         """An expert's module under the engine. What does not wait on the host is on the device before that: the engine
         would bring everything.

@@ -77,10 +77,16 @@ def _kept(settings: Mapping[str, Any]) -> str:
 
 
 def describe(
-    clips: Clips, modules: Mapping[str, nn.Module | None], batching: Batching, steps: int | None, kept: Standing
+    clips: Clips,
+    modules: Mapping[str, nn.Module | None],
+    batching: Batching,
+    steps: int | None,
+    kept: Standing,
+    checkpoints: Mapping[str, Any],
 ) -> str:
     """Lines for `dry_run=true`: tokens per sample, samples per step, steps, epochs, operations, trained parameters,
-    memory. `steps` is None where only data that are not there could tell; a module is None where only weights could.
+    memory, disk. `steps` is None where only data that are not there could tell; a module is None where only weights
+    could. `checkpoints` are the settings of that name.
     """
     lines = [_clips(clips, bucket, count) for bucket, count in clips.counts.most_common()]
     lines.append(f"samples per step    {batching} = {batching.batch_size}")
@@ -91,6 +97,7 @@ def describe(
             lines.append(_operations(module, clips, batching.batch_size) + whose)
         lines.append(_trained(module) + whose)
     lines.append(f"kept in memory      {kept}, before activations")
+    lines.append(_checkpoints(kept, steps, **checkpoints))
     if line := kept.warning():
         lines.append(line)
     return "\n".join(lines)
@@ -115,6 +122,20 @@ def _length(clips: Clips, batch_size: int, steps: int | None) -> list[str]:
         clip_count = clips.plan.samples_per_epoch
         lines.append(f"epochs              {samples} / {clip_count} clips = {samples / clip_count:.2f}")
     return lines
+
+
+def _checkpoints(
+    kept: Standing, steps: int | None, *, keep: int, keep_every: int | None, keep_best: bool, **_: object
+) -> str:
+    """What a checkpoint takes on disk, and all that are there at once: trained weights, optimizer state, average."""
+    parts = {"weights": kept.gradients, "optimizer": kept.optimizer, "average": kept.average}
+    each = sum(parts.values())
+    equation = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items() if size)
+    most = keep + 1 + keep_best + ((steps or 0) // keep_every if keep_every else 0)
+    return (
+        f"checkpoint          {equation} = {each / 1e9:.3g} GB on disk; at most {most} at once, the one being written "
+        f"among them = {most * each / 1e9:.3g} GB"
+    )
 
 
 def _trained(module: nn.Module | None) -> str:

@@ -69,10 +69,15 @@ class Forecast:
         """ValueError if a large transformer would be trained on a CPU that nobody asked for; `asked` is device=."""
         check_size(self.modules, device, asked)
 
-    def start(self, card: int | None) -> str:
-        """How a step is computed, and what stays in memory if that is too much for one card of `card` bytes."""
-        warning = None if card is None else self.kept.warning(card)
-        return "\n".join(filter(None, (estimate.chosen(self.settings, self.batching), warning)))
+    def start(self, data: TrainingData[Any], engine: str, device: torch.device) -> str:
+        """How a step is computed, and on a GPU what the largest bucket takes of it; with settings that fit, if that is
+        too much.
+        """
+        lines = [estimate.chosen(self.settings, self.batching)]
+        card = None if device.type != "cuda" else planned_card(None)
+        if card is not None and (planner := self.planner(engine)) is not None:
+            lines.append(planner.advice(clips_of(data, self.settings), card))
+        return "\n".join(lines)
 
     def share_of_steps(self, steps: int | None) -> str:
         """For a pair: each expert's steps; empty for one expert, or an unknown length."""
@@ -82,7 +87,7 @@ class Forecast:
     def describe(self, clips: Clips, *, engine: str, card: Card | None) -> str:
         """Lines for `dry_run=true`: what the run will be, each figure as an equation; `card` is the one to plan for."""
         steps = estimate.foreseen_length(clips.plan, **self.length)
-        lines = estimate.describe(clips, self.modules, self.batching, steps, self.kept)
+        lines = estimate.describe(clips, self.modules, self.batching, steps, self.kept, self.settings["checkpoint"])
         planner = self.planner(engine)
         plans = None if planner is None else planner.describe(clips, card, steps)
         return "\n".join(filter(None, (self.share_of_steps(steps), lines, plans)))

@@ -18,12 +18,10 @@ from wantrain.training.planning.memory import state_bytes
 from wantrain.training.planning.outline import Clips
 from wantrain.training.planning.plan import ENGINES, GB, Choice, MemoryPlan, Sizes
 from wantrain.training.planning.roofline import Work
-from wantrain.training.planning.search import Advice, Case, cheapest, fits
-from wantrain.training.planning.trace import Sample, between, trace_blocks
+from wantrain.training.planning.search import SEARCHED, Advice, Case, cheapest, fits, smallest
+from wantrain.training.planning.trace import POLICIES, Sample, TracedCosts, between
 from wantrain.util.cards import Card
 
-#: Policies of recomputation that are traced.
-POLICIES = ("none", "attention", "block")
 #: Cards of a usual node: what several cards would hold is said for so many, if one process was started.
 NODE = 8
 
@@ -102,10 +100,9 @@ class Planner:
             self.settings["model"]["conditioning"] in PER_FRAME,
             self.settings["precision"],
         )
-        costs = {policy: trace_blocks(module, sample, policy) for policy in POLICIES}
         work = Work.of(module, tokens=geometry.num_tokens(shape), samples=samples)
         sizes = Sizes.of(module, state=state_bytes(self.optimizers[name]), average=bool(self.settings["ema"]))
-        return Case(sizes, costs, work, self.batching.accumulate)
+        return Case(sizes, TracedCosts(module, sample), work, self.batching.accumulate)
 
     def describe(self, clips: Clips, card: Card | None, steps: int | None) -> str:
         """Lines for `dry_run=true`: memory of each bucket, of each engine, time, and settings that fit `card`."""
@@ -118,7 +115,7 @@ class Planner:
         worst = by_bucket[largest]
         lines += self._engines(worst, largest)
         if card is not None:
-            lines += self._on_card(worst, largest, card, steps)
+            lines += self.on_card(worst, largest, card, steps)
         return "\n".join(lines)
 
     def _engines(self, worst: Mapping[str, Case], bucket: str) -> list[str]:
@@ -130,7 +127,7 @@ class Planner:
             sizes.append(f"{engine} {max(case.plan(choice).device for case in worst.values()) / GB:.4g}")
         return [f"engines             {bucket}, GB on each of {processes} cards: {', '.join(sizes)}"]
 
-    def _on_card(self, worst: Mapping[str, Case], bucket: str, card: Card, steps: int | None) -> list[str]:
+    def on_card(self, worst: Mapping[str, Case], bucket: str, card: Card, steps: int | None) -> list[str]:
         """Whether the largest bucket fits the card and what a step takes; else settings that fit."""
         cases = list(worst.values())
         memory = max((case.plan(self.asked) for case in cases), key=lambda each: each.device)
@@ -139,12 +136,24 @@ class Planner:
             return [f"{card.name:<19} {bucket} takes {taken}{self._time(cases, self.asked, card, steps)}"]
         advice = self.advise(cases, card)
         if advice is None:
-            return [f"{card.name:<19} {bucket} takes {taken}: too much, and no setting helps; take smaller clips"]
+            least = smallest(cases, self.asked, card, adapter=self.adapter)
+            return [
+                f"{card.name:<19} {bucket} takes {taken}: too much. The least is {least.memory.device / GB:.4g} GB, "
+                f"with {' '.join(least.overrides) or 'these settings'}: take smaller clips, or more cards"
+            ]
         return [
             f"{card.name:<19} {bucket} takes {taken}: too much. The fastest settings that fit: "
             f"{' '.join(advice.overrides)}",
             f"{'':<19} {advice.memory}{self._time(cases, advice.choice, card, steps)}",
         ]
+
+    def choose(self, clips: Clips, card: Card, free: Iterable[str]) -> Choice | None:
+        """The fastest settings with which the largest bucket fits the card, of which only those named in `free` (fields
+        of Choice) may differ from what they are; None if none fit.
+        """
+        cases = list(self.cases(clips, self.largest(clips)).values())
+        advice = self.advise(cases, card, fixed=set(SEARCHED) - set(free))
+        return None if advice is None else advice.choice
 
     def plan(self, clips: Clips, bucket: str) -> list[MemoryPlan]:
         """The memory of each expert's step in a bucket, with the settings as they are."""
@@ -153,9 +162,7 @@ class Planner:
     def advice(self, clips: Clips, card: Card) -> str:
         """What the largest bucket takes, and which settings fit the card: for a run that is out of memory."""
         bucket = self.largest(clips)
-        return ". ".join(
-            " ".join(line.split()) for line in self._on_card(self.cases(clips, bucket), bucket, card, None)
-        )
+        return ". ".join(" ".join(line.split()) for line in self.on_card(self.cases(clips, bucket), bucket, card, None))
 
     @staticmethod
     def largest(clips: Clips) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +87,22 @@ def cheapest(
     fixed    fields of Choice that the user has set, which stay
     adapter  True if the base is frozen, so that it can be quantised and swapped
     """
+    fitting = [each for each in _all(cases, asked, card, fixed, adapter=adapter) if fits(each.memory, card)]
+    if not fitting:
+        return None
+    fastest = min(advice.seconds for advice in fitting)
+    # Times within the estimate's error are equal; then exact results, few changes and little host memory count.
+    equal = [advice for advice in fitting if advice.seconds <= (1 + SAME) * fastest]
+    return min(equal, key=lambda each: (each.choice.base != asked.base, len(each.overrides), each.memory.host))
+
+
+def smallest(cases: Sequence[Case], asked: Choice, card: Card, *, adapter: bool) -> Advice:
+    """The settings that take the least of a card; of those the fastest."""
+    return min(_all(cases, asked, card, (), adapter=adapter), key=lambda each: (each.memory.device, each.seconds))
+
+
+def _all(cases: Sequence[Case], asked: Choice, card: Card, fixed: Iterable[str], *, adapter: bool) -> Iterator[Advice]:
+    """Every combination of settings that train.py takes, with its memory and time."""
     blocks = cases[0].sizes.blocks
     options: dict[str, Sequence[Any]] = {
         "recompute": ["none", *_wholes(blocks), *(name for name in ("attention", "block") if name in cases[0].costs)],
@@ -96,23 +112,15 @@ def cheapest(
     }
     for name in fixed:
         options[name] = [getattr(asked, name)]
-    fitting: list[Advice] = []
     for values in itertools.product(*options.values()):
         choice = replace(asked, **dict(zip(options, values, strict=True)))
-        if not possible(choice, blocks):
-            continue
-        memory = max((case.plan(choice) for case in cases), key=lambda each: each.device)
-        if fits(memory, card):
+        if possible(choice, blocks):
+            memory = max((case.plan(choice) for case in cases), key=lambda each: each.device)
             time = max(case.seconds(choice, card) for case in cases)
             changed = [name for name in SEARCHED if getattr(choice, name) != getattr(asked, name)]
-            overrides = tuple(f"{KEYS[name]}={_typed(getattr(choice, name))}" for name in changed)
-            fitting.append(Advice(choice, memory, time, overrides))
-    if not fitting:
-        return None
-    fastest = min(advice.seconds for advice in fitting)
-    # Times within the estimate's error are equal; then exact results, few changes and little host memory count.
-    equal = [advice for advice in fitting if advice.seconds <= (1 + SAME) * fastest]
-    return min(equal, key=lambda each: (each.choice.base != asked.base, len(each.overrides), each.memory.host))
+            yield Advice(
+                choice, memory, time, tuple(f"{KEYS[name]}={_typed(getattr(choice, name))}" for name in changed)
+            )
 
 
 def possible(choice: Choice, blocks: int) -> bool:
@@ -131,7 +139,7 @@ def _wholes(blocks: int) -> list[int]:
 
 def _parts(blocks: int) -> list[int]:
     """Numbers of blocks on the host, which the search tries."""
-    return sorted({round(blocks * share) for share in (0.25, 0.5, 0.75, 1.0)})
+    return sorted({max(3, round(blocks * tenths / 10)) for tenths in range(1, 11)} & set(range(3, blocks + 1)))
 
 
 def _typed(value: Any) -> str:

@@ -8,6 +8,7 @@ three of its blocks: the difference is a block's own, and what is left belongs t
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
@@ -22,6 +23,8 @@ from wantrain.training.engine.accelerator import autocast
 from wantrain.training.engine.optim import named_trainable
 from wantrain.util.live_bytes import LiveBytes, tensors_in
 
+#: Policies of recomputation that are traced.
+POLICIES = ("none", "attention", "block")
 #: Operations whose time is that of their arithmetic, not of the bytes they move.
 ARITHMETIC = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "scaled_dot_product")
 
@@ -95,6 +98,27 @@ class Sample:
     latents: tuple[int, int, int, int]
     per_frame: bool
     precision: str
+
+
+class TracedCosts(Mapping[str, BlockCosts]):
+    """The costs of a module by policy of recomputation, each traced when it is asked for."""
+
+    def __init__(self, module: WanTransformer, sample: Sample) -> None:
+        self.module, self.sample = module, sample
+        self.found: dict[str, BlockCosts] = {}
+
+    def __getitem__(self, policy: str) -> BlockCosts:
+        if policy not in self.found:
+            if policy not in POLICIES:
+                raise KeyError(policy)
+            self.found[policy] = trace_blocks(self.module, self.sample, policy)
+        return self.found[policy]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(POLICIES)
+
+    def __len__(self) -> int:
+        return len(POLICIES)
 
 
 def trace_blocks(module: WanTransformer, sample: Sample, recompute: str) -> BlockCosts:
