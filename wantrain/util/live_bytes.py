@@ -5,12 +5,13 @@ Only what PyTorch's operations return is seen: workspaces inside a kernel and wh
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -28,10 +29,13 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in tensors_in((args, kwargs)):
+        inputs = tensors_in(args, kwargs.values())
+        for tensor in inputs:
             self.seen.add(tensor.untyped_storage())
         result = func(*args, **kwargs)
-        for tensor in tensors_in(result):
+        outputs = tensors_in((result,))
+        self.observe(func, inputs, outputs)
+        for tensor in outputs:
             storage = tensor.untyped_storage()
             if storage not in self.seen:
                 self.seen.add(storage)
@@ -39,6 +43,9 @@ class LiveBytes(TorchDispatchMode):
                 self.counted[storage] = weakref.finalize(storage, self._freed, storage.nbytes())
         self.peak = max(self.peak, self.now)
         return result
+
+    def observe(self, func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Called after each operation, for what else is to be counted."""
 
     def forget(self, tensor: Tensor) -> None:
         """Stop counting a tensor, which is counted elsewhere."""
@@ -51,6 +58,12 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors of a nested structure."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def tensors_in(*values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments or results, and in the lists among them."""
+    found: list[Tensor] = []
+    for value in itertools.chain(*values):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(value)
+    return found

@@ -8,20 +8,19 @@ three of its blocks: the difference is a block's own, and what is left belongs t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from wantrain.models import WanTransformer
 from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.training.engine.accelerator import autocast
 from wantrain.training.engine.optim import named_trainable
-from wantrain.util.live_bytes import LiveBytes, tensors_in
+from wantrain.util.live_bytes import LiveBytes
 
 #: Policies of recomputation that are traced.
 POLICIES = ("none", "attention", "block")
@@ -151,18 +150,18 @@ def trace_step(module: Any, sample: Sample) -> StepTrace:
         latents = torch.empty(count, module.in_channels, *sample.latents[1:])
         timestep = torch.empty(count, frames) if sample.per_frame else torch.empty(count)
         text = torch.empty(count, module.text_length, module.text_dim)
-        live, moved = LiveBytes(), _MovedBytes()
+        live = _StepBytes()
         for parameter in named_trainable(module).values():
             parameter.register_post_accumulate_grad_hook(lambda own: live.forget(own.grad))  # counted with gradients
-        with moved, live:
+        with live:
             with autocast(sample.precision, torch.device("cpu")):
                 velocity = module(latents, timestep, text)
             loss = velocity.float().square().mean()
             del velocity
-            kept, forward, moved_forward = live.now, live.peak, moved.total
+            kept, forward, moved_forward = live.now, live.peak, live.moved
             live.peak = live.now
             loss.backward()
-    return StepTrace(kept, forward, live.peak, moved_forward, moved.total - moved_forward)
+    return StepTrace(kept, forward, live.peak, moved_forward, live.moved - moved_forward)
 
 
 def _give_fake_parameters(module: nn.Module) -> None:
@@ -174,19 +173,17 @@ def _give_fake_parameters(module: nn.Module) -> None:
                 owner._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
 
 
-class _MovedBytes(TorchDispatchMode):
-    """Sums what elementwise operations, norms and copies read and write."""
+class _StepBytes(LiveBytes):
+    """Sums what elementwise operations, norms and copies read and write too, in `moved`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.moved = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def observe(self, func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         name = func.overloadpacket.__name__
-        if not getattr(func, "is_view", False) and not any(word in name for word in ARITHMETIC):
-            inputs, outputs = tensors_in((args, kwargs)), tensors_in(result)
-            own = {id(tensor.untyped_storage()) for tensor in inputs}
-            if any(id(tensor.untyped_storage()) not in own for tensor in outputs) or name.endswith("_"):
-                self.total += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
-        return result
+        if getattr(func, "is_view", False) or any(word in name for word in ARITHMETIC):
+            return
+        own = {id(tensor.untyped_storage()) for tensor in inputs}
+        if name.endswith("_") or any(id(tensor.untyped_storage()) not in own for tensor in outputs):
+            self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
