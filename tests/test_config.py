@@ -271,3 +271,11 @@ def test_constructor_errors():
     with pytest.raises(ValueError) as caught:
         config.build(cfg.schedule)
     assert str(caught.value) == "schedule.shape='wsd' is unknown; choose one of constant, linear, cosine, sqrt"
+
+
+def test_shift_per_expert():
+    """With expert=both an expert may have a shift of its own; its sampler and its forecast follow it."""
+    experts = config.expert_options(config.compose("train", ["expert=both", "experts.low_noise.shift=1"]))
+    high, low = (experts[name].loss for name in ("high_noise", "low_noise"))
+    assert (high.shift_for(), low.shift_for()) == (3.0, 1.0)
+    assert low.mass == pytest.approx(0.875)  # of uniform noise, the part below the boundary

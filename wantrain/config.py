@@ -297,6 +297,7 @@ _OWN = {
     "alpha": "adapter.alpha",
     "init": "adapter.init",
     "ema": "ema",
+    "shift": "noise.shift",
 }
 
 

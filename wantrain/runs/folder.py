@@ -50,8 +50,9 @@ FREE = (
     "data.cache_gb",
     "loss.batch_size",  # equals batch_size, which is compared
     "model.train",  # defaults of settings that are compared themselves
-    "model.transformer.attention",  # changes rounding at most, as do the next four and the number of processes
+    "model.transformer.attention",  # changes rounding at most, as do the next five and the number of processes
     "accumulate",
+    "memory",
     "recompute",
     "activations",
     "swap",

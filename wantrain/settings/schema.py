@@ -163,6 +163,7 @@ _OF_AN_EXPERT: Mapping[str, Any] = {
     "alpha": Positive | None,
     "init": File | None,
     "ema": Inside | None,
+    "shift": Positive | None,
 }
 _WINDOW: Mapping[str, Any] = {"part": Text, "low": Share | None, "high": Share | None}
 
