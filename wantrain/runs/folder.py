@@ -50,11 +50,12 @@ FREE = (
     "data.cache_gb",
     "loss.batch_size",  # equals batch_size, which is compared
     "model.train",  # defaults of settings that are compared themselves
-    "model.transformer.attention",  # changes rounding at most, as do the next four and the number of processes
+    "model.transformer.attention",  # changes rounding at most, as do the next five and the number of processes
     "accumulate",
     "recompute",
     "activations",
     "swap",
+    "update_in_backward",
 )
 #: Settings that say where files lie. They may differ between two starts if the files are the same (`sources` of open).
 PLACES = ("weights", "revision", "parts", "model.weights", "adapter.init", "experts.high_noise.init",
