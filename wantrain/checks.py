@@ -135,6 +135,7 @@ def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], Non
     judge(lambda: _check_length(cfg))
     judge(lambda: check_name(cfg.run))
     judge(lambda: _check_adapter(cfg))
+    judge(lambda: _check_updates(cfg, processes))
     if cfg.expert.name != "vae":
         judge(lambda: _check_memory(cfg))
     judge(lambda: config.shards(cfg))
@@ -260,6 +261,32 @@ def _check_adapter(cfg: DictConfig) -> None:
         for part, value in (settings.get(key) or {}).items():
             if not fits(value, kind):
                 raise ValueError(f"adapter.{key}: {part}: {shown(value)} must be {described(kind)}")
+
+
+def _check_updates(cfg: DictConfig, processes: int) -> None:
+    """What bf16 weights and updates in the backward pass do not go together with."""
+    if cfg.trained.dtype == "bf16" and cfg.precision == "fp32":
+        raise ValueError("trained.dtype=bf16: precision=fp32 computes with float32 weights; give precision=bf16 too")
+    one_by_one = "update_in_backward=true" if cfg.update_in_backward else "trained.dtype=bf16"
+    target = cfg.optimizer._target_
+    known = target.startswith(("torch.optim.", "wantrain.")) and target != "torch.optim.LBFGS"
+    if (cfg.update_in_backward or cfg.trained.dtype == "bf16") and not known:
+        raise ValueError(
+            f"{one_by_one} updates one parameter at a time, and whether {target} can do so is not known; use an "
+            "optimizer of torch.optim or of this project"
+        )
+    if not cfg.update_in_backward:
+        return
+    if (batching := config.batching(cfg, processes)).accumulate > 1:
+        raise ValueError(
+            f"update_in_backward=true: each of the {batching.accumulate} backward passes of a step would update; give "
+            f"batch_size={batching.micro * processes}, or accumulate=1 if that many samples fit at once"
+        )
+    if cfg.clip is not None and cfg.clip_by == "whole":
+        raise ValueError(
+            f"update_in_backward=true: the norm of the whole gradient, which clip={cfg.clip:g} limits, is not known "
+            "before the first update; give clip_by=parameter, or clip=null"
+        )
 
 
 def _check_length(cfg: DictConfig) -> None:

@@ -136,7 +136,7 @@ def one_step(context: Context, module: WanTransformer, bucket: Bucket) -> Callab
     draws = loss.prepare(batch, [generator_at(0, "noise", 0)]).to(context.device)
 
     def step() -> None:
-        stepper.begin(1.0)
+        stepper.begin(1.0, 0)
         with stepper.forward_context():
             record = loss(stepper.wrapped, batch, draws)
         stepper.backward(record.value, last=True)

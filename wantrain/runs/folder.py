@@ -56,6 +56,7 @@ FREE = (
     "recompute",
     "activations",
     "swap",
+    "update_in_backward",
 )
 #: Settings that say where files lie. They may differ between two starts if the files are the same (`sources` of open).
 PLACES = ("weights", "revision", "parts", "model.weights", "adapter.init", "experts.high_noise.init",

@@ -21,6 +21,7 @@ from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.training.engine.main_process import on_main
 from wantrain.training.engine.optim import build_optimizer
 from wantrain.training.engine.placement import device_name
+from wantrain.training.engine.updates import UpdateOptions
 from wantrain.training.expert import ExpertTrainer, read_average
 from wantrain.training.initialize import Initializer
 from wantrain.training.loop import Run
@@ -33,6 +34,7 @@ from wantrain.training.validation import expert_check
 from wantrain.training.validation.build import Evaluations
 from wantrain.util import distributed
 from wantrain.util.console import say
+from wantrain.util.seeds import seed_at
 
 
 def parts_needed(settings: Mapping[str, Any], experts: Iterable[str]) -> list[str]:
@@ -125,10 +127,19 @@ def build_expert(
     folder = expert.name if len(setup.experts) > 1 else ""
     reference = _frozen_copy(trainable, expert)
     average = None if checkpoint is None else read_average(trainable, checkpoint / folder)
-    options = StepOptions(setup.batching.accumulate, settings["clip"], settings["precision"])
+    updates = UpdateOptions.of(settings)
+    optimizer = build_optimizer(expert.optimizer, trainable.module)
+    optimizer = updates.applied(optimizer, trainable.module, seed=seed_at(settings["seed"], "updates", expert.name))
+    options = StepOptions(
+        setup.batching.accumulate,
+        settings["clip"],
+        settings["precision"],
+        clip_by=settings["clip_by"],
+        in_backward=updates.in_backward,
+    )
     if reference is not None:
         placement.place(reference)
-    stepper = placement.stepper(trainable.module, build_optimizer(expert.optimizer, trainable.module), options)
+    stepper = placement.stepper(trainable.module, optimizer, options)
     expert.loss.attach(_networks(expert.loss, stepper, reference))
     return ExpertTrainer(
         name=expert.name,

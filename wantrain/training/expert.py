@@ -100,9 +100,6 @@ def read_average(trainable: TrainableModule, checkpoint: Path) -> dict[str, Tens
 
     Leaves the module with the checkpoint's weights, which are read after them.
     """
-    average = None
-    if (checkpoint / EMA).is_dir():
-        trainable.read(checkpoint / EMA)
-        average = trainable.trained()
+    average = trainable.stored(checkpoint / EMA) if (checkpoint / EMA).is_dir() else None
     trainable.read(checkpoint)
     return average

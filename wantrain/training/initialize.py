@@ -14,6 +14,7 @@ from wantrain.models.activation_policy import DTYPES, ActivationPolicy
 from wantrain.models.adapters import AdapterSettings
 from wantrain.models.facts import blocks_of
 from wantrain.models.formats.base import stated_expert
+from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.models.formats.lora import read_lora
 from wantrain.models.formats.lora_expert import check_lora_expert
 from wantrain.models.quantize import FORMATS
@@ -21,6 +22,9 @@ from wantrain.training.trainable import Autoencoder, TrainableModule
 from wantrain.util.console import say
 from wantrain.util.files import made_by
 from wantrain.util.seeds import seed_at
+
+#: The dtypes of weights that are stored in full.
+PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def without_values(make: Callable[[], nn.Module]) -> nn.Module:
@@ -38,7 +42,8 @@ class Initializer:
     init     base: the base's weights; expand_input_channels: those, with zeros for the input channels that it lacks;
              scratch: random values
     recipe   the recipe's name, for the files that are written
-    device, dtype  what weights that stay frozen are loaded to; those that are trained are float32
+    device, dtype  what weights that stay frozen are loaded to
+    trained        dtype of those that are trained, but for what the model keeps in float32
     base_dtype  base.dtype=: fp32 or bf16 instead of `dtype`, or the format in which the blocks' frozen weights are
                 stored; None: `dtype`, or that of an fp8 file
     activations    recompute, activations and activations_dtype: what is kept of a forward
@@ -56,15 +61,15 @@ class Initializer:
     recipe: str | None = None
     activations: Mapping[str, Any] = field(default_factory=dict)
     base_dtype: str | None = None
+    trained: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Initializer:
         """A start by an expert's own settings, train.py's; `where` is base, device, dtype and recipe."""
         parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed")}
         kept = {key: settings[key] for key in ("recompute", "activations", "activations_dtype")}
-        return cls(
-            make, **parts, init=settings["init"], activations=kept, base_dtype=settings["base"]["dtype"], **where
-        )
+        dtypes = {"base_dtype": settings["base"]["dtype"], "trained": PLAIN[settings["trained"]["dtype"]]}
+        return cls(make, **parts, init=settings["init"], activations=kept, **dtypes, **where)
 
     def trainable(self) -> TrainableModule:
         """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
@@ -119,25 +124,26 @@ class Initializer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_at(self.seed, "weights", name))
             module = self.make()
+        cast_as_loaded(module, self.trained)
         say(f"{name} starts from random values")
         return module
 
     def _open_transformer(self, name: str) -> nn.Module:
         kind, fp32 = self.adapter["name"], []
-        if kind == "partial":
+        if kind == "partial" and self.trained == torch.float32:
             names = [name for name, _ in without_values(self.make).named_parameters()]
             fp32 = partial.choose(names, layers=self.adapter["layers"], tags=self.adapter["tags"])
         stored = self.stored_format(self.base.is_fp8(name))
         if stored is not None:
             say(f"{name}: the frozen weights of the blocks are stored in {stored}")
-        dtype = torch.float32 if kind == "none" else self.frozen_dtype
+        dtype = self.trained if kind == "none" else self.frozen_dtype
         how: dict[str, Any] = {"device": self.device, "dtype": dtype, "fp32": fp32, "stored": stored}
         return self.base.transformer(name, expand_inputs=self.init == "expand_input_channels", **how)
 
     @property
     def frozen_dtype(self) -> torch.dtype:
         """The dtype of frozen weights that are not stored in fewer bytes."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(str(self.base_dtype), self.dtype)
+        return PLAIN.get(str(self.base_dtype), self.dtype)
 
     def stored_format(self, is_fp8: bool) -> str | None:
         """The format in which the blocks' frozen weights are stored, one of quantize.FORMATS; None: in full.

@@ -139,7 +139,7 @@ def take_step(
     """
     stepper, losses = trainer.stepper, []
     scale = trainer.schedule(own, trainer.steps)
-    stepper.begin(scale)
+    stepper.begin(scale, own)
     watch = step % LOG_EVERY == 0
     with run.safeguards.step(trainer, step) as guard, run.throughput.step(trainer, watch=watch) as span:
         for last in stepper.micro_steps():

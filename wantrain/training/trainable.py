@@ -68,9 +68,18 @@ class TrainableModule:
             report_progress(f"reading {folder}: {name}")
             tensor.copy_(stored[name])
 
-    def trained(self) -> dict[str, Tensor]:
-        """Copies of the parameters that training moves, by name."""
-        return {name: parameter.detach().clone() for name, parameter in named_trainable(self.module).items()}
+    @torch.no_grad()
+    def stored(self, folder: Path) -> dict[str, Tensor]:
+        """What a snapshot in `folder` holds of the parameters that training moves, by name, in float32.
+
+        Where there is an adapter, the module has those weights afterwards.
+        """
+        trained = named_trainable(self.module)
+        if has_adapter(self.module):
+            self.read(folder)
+            return {name: parameter.detach().float().clone() for name, parameter in trained.items()}
+        stored, names = read_tensors(folder / self.part), {id(own): name for name, own in self._layout()[1].items()}
+        return {name: stored[names[id(own)]].to(own.device, torch.float32) for name, own in trained.items()}
 
     def _layout(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """config.json and the parameters themselves, under the names the diffusers layout gives them."""

@@ -36,7 +36,12 @@ TARGETS: Mapping[str, str] = {"wantrain.training.optim": "wantrain.training.engi
 #: Conditioning types: old -> new.
 _CONDITIONING: Mapping[Any, Any] = {"channels": "channel_concat", "frames": "clean_frames", None: "none"}
 #: Settings that a stored config may lack, with what they were before they could be set.
-ADDED: Mapping[str, Any] = {"activations_dtype": "fp32"}
+ADDED: Mapping[str, Any] = {
+    "activations_dtype": "fp32",
+    "trained.dtype": "fp32",
+    "trained.rounding": "stochastic",
+    "clip_by": "whole",
+}
 #: Gradient checkpointing, by whether it was on.
 _RECOMPUTE: Mapping[Any, Any] = {True: "block", False: "none"}
 #: Values of config keys, by the new key: old -> new.

@@ -309,7 +309,7 @@ def test_stepper_update():
     make = functools.partial(torch.optim.SGD, lr=0.5, weight_decay=0.1)
     accelerator = Accelerator(cpu=True)
     stepper = Stepper(accelerator, module, build_optimizer(make, module), StepOptions(2, 1.0, "fp32"))
-    stepper.begin(0.2)
+    stepper.begin(0.2, 0)
     for micro_step in range(2):  # each gives gradient 3 to all of 2 x 3 weights and (through zeros) none to the biases
         stepper.backward((module.weight * 3).sum() + 0 * module.bias.sum(), last=micro_step == 1)
     norm = stepper.clip_gradients()

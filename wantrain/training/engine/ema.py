@@ -19,6 +19,7 @@ class Ema:
     """The average of the weights that a Stepper trains, after each step moved by 1 - decay towards them.
 
     In a young run it moves faster, by YOUNG / (YOUNG + 1 + steps): it would else remember the random start for long.
+    It is float32, whatever the weights are: a bfloat16 one would not move by small steps.
     `moved` is False while it is bit for bit the weights that the run began with.
     `start` is the average to go on from, whole tensors by name. Not under ZeRO-3.
     """
@@ -37,11 +38,11 @@ class Ema:
         self.moved = True
         weight = max(1 - self.decay, YOUNG / (YOUNG + 1 + steps))
         for name, parameter in named_trainable(self.stepper.module).items():
-            self.average[name].lerp_(local_part(parameter), weight)
+            self.average[name].lerp_(local_part(parameter).float(), weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """While active, the model has the averaged weights."""
+        """While active, the model has the averaged weights, in float32 also where those in training are bfloat16."""
         self._exchange()
         try:
             yield
@@ -52,6 +53,9 @@ class Ema:
     def _exchange(self) -> None:
         for name, parameter in named_trainable(self.stepper.module).items():
             weights = local_part(parameter)
+            if weights.dtype != self.average[name].dtype:  # a copy would round the average
+                parameter.data, self.average[name] = self.average[name], parameter.data
+                continue
             kept = weights.clone()
             weights.copy_(self.average[name])
             self.average[name].copy_(kept)

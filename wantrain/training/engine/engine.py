@@ -1,9 +1,8 @@
 """The Stepper: one model under an engine. It hides how the engine steps, and where it keeps weights and state.
 
 DeepSpeed divides by the accumulation, clips and steps inside its backward; FSDP2 and ZeRO-3 give a process only parts
-of the weights. Outside this file a step is begin, backward for each micro-step, clip_gradients, step; weights and
-optimizer state come out whole, under the names that they have in one process, and go in again under any engine and
-number of processes.
+of the weights. Outside this file a step is begin, backward for each micro-step, clip_gradients, step; weights and state
+come out whole, under the names that they have in one process, and go in again under any engine and number of processes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 from wantrain.models.facts import block_classes
 from wantrain.runs.checkpoint import Copier
 from wantrain.training.engine.accelerator import SHARDED, autocast, engine_of, share_timeout
-from wantrain.training.engine.optim import fill_quantised, make_state, named_trainable, plain_tensors
+from wantrain.training.engine.optim import fill_state, make_state, named_trainable, plain_tensors
+from wantrain.training.engine.parameterwise import ParameterwiseOptimizer
+from wantrain.training.engine.updates import BackwardUpdates, clip_gradients
 from wantrain.util import distributed
 from wantrain.util.libraries import is_dtensor
 from wantrain.util.progress import report_progress
@@ -31,14 +32,18 @@ from wantrain.util.progress import report_progress
 class StepOptions:
     """How an optimizer step is computed.
 
-    accumulate  micro-steps of a step
-    clip        largest norm of the whole gradient
-    precision   fp32 or bf16: what linear layers compute in
+    accumulate   micro-steps of a step
+    clip         largest norm of the gradient; None: any
+    precision    fp32 or bf16: what linear layers compute in
+    clip_by      whole: the norm is that of the whole gradient; parameter: each parameter's gradient has its own
+    in_backward  parameters are updated in the backward pass, one at a time
     """
 
     accumulate: int
-    clip: float
+    clip: float | None
     precision: str
+    clip_by: str = "whole"
+    in_backward: bool = False
 
 
 class Stepper:
@@ -60,7 +65,8 @@ class Stepper:
         self._accelerator = accelerator
         self.engine = engine_of(accelerator)
         self.module = module
-        self.accumulate, self.clip, self.precision = options.accumulate, options.clip, options.precision
+        self.accumulate, self.precision = options.accumulate, options.precision
+        self.clip, self.clip_by = options.clip, options.clip_by
         self.device = accelerator.device
         self.copier = Copier()
         if self._zero:
@@ -76,6 +82,11 @@ class Stepper:
             self.wrapped, self.optimizer = accelerator.prepare(module, optimizer, device_placement=[False, False])
         share_timeout()
         self._check_trained(trained)
+        self._parameterwise = optimizer if isinstance(optimizer, ParameterwiseOptimizer) else None
+        self._in_backward: BackwardUpdates | None = None
+        if options.in_backward:
+            assert self._parameterwise is not None and self.accumulate == 1
+            self._in_backward = BackwardUpdates(self._parameterwise, named_trainable(module).values(), self.clip)
 
     def _check_trained(self, wanted: Mapping[str, int]) -> None:
         """ValueError unless the engine's optimizer moves just the parameters that training was to move."""
@@ -94,8 +105,8 @@ class Stepper:
 
     @property
     def updates_in_backward(self) -> bool:
-        """True if the last backward of a step also updates the weights."""
-        return self._zero
+        """True if each parameter is updated in the backward, before the gradients of others are known."""
+        return self._in_backward is not None
 
     @property
     def processes(self) -> int:
@@ -126,7 +137,7 @@ class Stepper:
         config = self._accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = 1  # a name for its logs: the data come split by rank
         config["gradient_accumulation_steps"] = self.accumulate
-        config["gradient_clipping"] = self.clip
+        config["gradient_clipping"] = self.clip or 0.0
         self._accelerator.gradient_accumulation_steps = self.accumulate
         # DeepSpeed switches autocast off inside its forward unless its config says so. No module is named as safe for
         # bf16: that list is not about computing, it is about which gradients are rounded before they are summed.
@@ -137,16 +148,21 @@ class Stepper:
         """How every forward of this run computes: also previews and validation enter it."""
         return autocast(self.precision, self.device)
 
-    def begin(self, learning_rate_scale: float) -> None:
-        """Set the learning rate of the step that begins: some engines step inside the last backward."""
+    def begin(self, learning_rate_scale: float, number: int) -> None:
+        """Set learning rate and number of the step that begins: some engines step inside the last backward."""
+        if self._parameterwise is not None:
+            self._parameterwise.number = number
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_scale
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add one micro-step's share of the gradient; DDP synchronises ranks only in the last one of a step.
 
-        A loss that is no number becomes a gradient that is none, on every rank, whatever the slope there.
+        A loss that is no number becomes a gradient that is none, on every rank, whatever the slope there. Where the
+        backward updates parameters one by one, the host looks at the loss first, and does without a backward.
         """
+        if self._in_backward is not None and not self._in_backward.paused and not loss.detach().isfinite():
+            return
         loss = loss * (1 + 0 * loss.detach())
         if self._zero:
             self._accelerator.gradient_state._set_sync_gradients(last)
@@ -156,18 +172,29 @@ class Stepper:
         with self._accelerator.no_sync(self.wrapped) if alone else nullcontext():
             self._accelerator.backward(loss / self.accumulate)
 
+    def rehearse(self, loss: Tensor) -> None:
+        """A backward whose gradients are thrown away. Not under ZeRO, whose backward updates."""
+        assert not self._zero
+        if self._in_backward is not None:
+            self._in_backward.paused = True
+        self.backward(loss, last=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._in_backward is not None:
+            self._in_backward.paused = False
+
     def clip_gradients(self) -> Tensor:
         """The gradient's norm before it is clipped, a scalar on the device, the same on every rank."""
         if self._zero:  # its last backward has clipped, and stepped if this is a number
             return torch.as_tensor(self.wrapped.get_global_grad_norm(), device=self.device)
-        norm = nn.utils.clip_grad_norm_(list(named_trainable(self.module).values()), self.clip)
-        return norm.full_tensor() if is_dtensor(norm) else norm
+        if self._in_backward is not None:
+            return self._in_backward.norm(self.device)
+        return clip_gradients(named_trainable(self.module).values(), self.clip, self.clip_by)
 
     def step(self, *, update: bool) -> None:
         """Move the weights, if they are to be updated, and clear the gradients; else weights and optimizer stay as they
-        were. All ranks say the same; DeepSpeed has done as the norm says.
+        were. All ranks say the same; DeepSpeed has done as the norm says, and updates in the backward are made already.
         """
-        if self._zero:
+        if self._zero or self.updates_in_backward:
             return
         if update:
             self.optimizer.step()
@@ -288,13 +315,15 @@ class Stepper:
         parameters = named_trainable(self.module)
         if not by_name and not self._keeps_state():
             return
-        if by_name.keys() != parameters.keys():
+        quantised = any("." in part for own in by_name.values() for part in own)
+        filled = quantised or self._parameterwise is not None  # then each parameter's state is compared there
+        if by_name.keys() - parameters.keys() or (by_name.keys() != parameters.keys() and not filled):
             raise ValueError(f"{where} holds the state of other parameters; it belongs to another run")
         if self._zero:
             self._fill_zero_state(by_name)
             return
-        if any("." in part for own in by_name.values() for part in own):
-            fill_quantised(self.optimizer.optimizer, {parameters[name]: by_name[name] for name in parameters})
+        if filled:
+            fill_state(self.optimizer.optimizer, {p: by_name.get(name, {}) for name, p in parameters.items()}, where)
             return
         # The order of the groups is that of their parameters' numbers in a state dict.
         names = {parameter: name for name, parameter in parameters.items()}

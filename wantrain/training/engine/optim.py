@@ -169,28 +169,39 @@ def plain_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill_quantised(optimizer: torch.optim.Optimizer, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-    """Give an optimizer with quantised tensors the state that `plain_tensors` gave.
+def fill_state(
+    optimizer: torch.optim.Optimizer, state: Mapping[nn.Parameter, Mapping[str, Tensor]], where: object
+) -> None:
+    """Give an optimizer the state that `plain_tensors` gave, each tensor in its own dtype.
 
-    torch's load_state_dict would cast the parts to the parameters' dtype. So the optimizer makes its own state, and the
-    parts are copied into it.
+    torch's load_state_dict would cast it to the parameters' dtype. So the optimizer makes its own state, and the values
+    are copied into that. ValueError, naming `where` they come from, if they are those of another optimizer.
     """
     make_state(optimizer, state)
     for parameter, saved in state.items():
-        for key, tensor in plain_tensors(optimizer.state[parameter]).items():
+        own = plain_tensors(optimizer.state.get(parameter, {}))
+        if own.keys() != saved.keys():
+            raise ValueError(
+                f"{where} holds {', '.join(sorted(saved))} of a parameter where this optimizer keeps "
+                f"{', '.join(sorted(own))}; it belongs to another run"
+            )
+        for key, tensor in own.items():
             tensor.copy_(saved[key])
 
 
 @torch.no_grad()
 def make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Have an optimizer make its state, by an update that moves nothing: gradients and learning rates are zero."""
+    """Have an optimizer make its state, by updates that move nothing: gradients and learning rates are zero.
+
+    One parameter at a time, so that no more than one gradient takes memory.
+    """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * 0
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        parameter.grad = None
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 

@@ -121,6 +121,7 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> tuple
             )
         if own["base"]["dtype"] in FORMATS:
             _refuse_quantized(engine)
+        _check_updates(engine, own)
         if own["ema"] is not None and engine == "zero3":
             raise ValueError(
                 f"ema={own['ema']} under ZeRO-3: DeepSpeed keeps the weights' parts where no average can follow; use "
@@ -142,6 +143,25 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> tuple
                 "experts.offload=none, or adapter=lora"
             )
     return whole, swapped
+
+
+def _check_updates(engine: str, own: Mapping[str, Any]) -> None:
+    """Raise ValueError if an engine cannot update an expert's weights as its settings say."""
+    if own["trained"]["dtype"] != "fp32" and engine not in {"single", "ddp"}:
+        raise ValueError(
+            f"trained.dtype={own['trained']['dtype']}: {engine} shares float32 weights out over the processes; give "
+            "trained.dtype=fp32, or launch/accelerate/ddp.yaml"
+        )
+    if own["update_in_backward"] and engine != "single":
+        raise ValueError(
+            f"update_in_backward=true: under {engine} a gradient must be summed over the processes first; give "
+            "update_in_backward=false, or start one process"
+        )
+    if own["clip_by"] == "parameter" and engine not in {"single", "ddp"}:
+        raise ValueError(
+            f"clip_by=parameter: {engine} has only parts of a parameter's gradient; give clip_by=whole, or "
+            "launch/accelerate/ddp.yaml"
+        )
 
 
 def _refuse_quantized(engine: str) -> None:

@@ -241,6 +241,8 @@ class StepGuard:
         else:
             self._record("gradient", grad_norm=norm)
             why, bad = f"the gradient's norm is {norm}", [x for x in self.samples if not math.isfinite(x["loss"])]
+            if self.stepper.updates_in_backward and not bad:
+                why += "; parameters whose gradient is finite were updated, the others as by a gradient of zero"
         which = f"; first such sample: {bad[0]['id']}" if bad else ""
         message = f"step {self.step} skipped: {why}{which}; see {limits.path}"
         if limits.skipped >= limits.max_skipped_steps:

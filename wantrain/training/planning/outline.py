@@ -41,7 +41,9 @@ def outline(make: Callable[[], nn.Module], settings: Mapping[str, Any], dtype: t
         if stored := start.stored_format(is_fp8=False):  # of a file in fp8 nothing is known yet
             quantize.as_if_loaded(module, stored, start.frozen_dtype)
         start.adapt(module)
-    return cast_as_loaded(module, start.frozen_dtype, trained=named_trainable(module))
+    trained = named_trainable(module)
+    cast_as_loaded(module, start.frozen_dtype, trained=trained)
+    return cast_as_loaded(module, start.trained, trained=dict(module.named_parameters()).keys() - trained.keys())
 
 
 def check_size(outlines: Mapping[str, nn.Module | None], device: torch.device, asked: str) -> None:

@@ -22,7 +22,7 @@ def try_largest(trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], 
     touched. Returns the bucket; None where it is not tried: on a CPU, and under ZeRO, whose backward updates.
     """
     steppers = [trainer.stepper for trainer in trainers.values()]
-    if any(stepper.device.type == "cpu" or stepper.updates_in_backward for stepper in steppers):
+    if any(stepper.device.type == "cpu" or stepper.engine.startswith("zero") for stepper in steppers):
         return None
     bucket, clips = largest(data)
     if steppers[0].device.type == "cuda":
@@ -36,8 +36,7 @@ def try_largest(trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], 
         trainer.trainable.module.train()
         with stepper.forward_context():
             loss = trainer.loss(stepper.wrapped, batch.to(stepper.device), draws.to(stepper.device))
-        stepper.backward(loss.value, last=True)
-        stepper.step(update=False)
+        stepper.rehearse(loss.value)
     return bucket
 
 
