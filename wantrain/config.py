@@ -34,6 +34,7 @@ from wantrain.data import ConditioningInputs, check_sets
 from wantrain.models import Base, open_base
 from wantrain.runs import replay
 from wantrain.settings import words
+from wantrain.settings.schema import OF_AN_EXPERT
 from wantrain.util import distributed
 from wantrain.util.console import errors_to_exit_code, say
 from wantrain.util.renamed import refuse_old_keys
@@ -111,7 +112,10 @@ def given(cfg: DictConfig, *, every: bool = False) -> frozenset[str]:
     if cfg.get("replay") is not None:
         recorded = set(replay.read_starts(Path(cfg.replay))[0]["command"])
         task = [word for word in task if word not in recorded]
-    return keys_of(task, every=every) | _recipe_keys(every=every)
+    recipe = _recipe_keys(every=every)
+    if cfg.get("expert") and cfg.expert.name != "both":  # a pair's recipe serves one of its experts too
+        recipe = {key for key in recipe if not key.startswith("experts.") or key.split(".")[1] == cfg.expert.name}
+    return keys_of(task, every=every) | recipe
 
 
 def keys_of(arguments: Iterable[str], *, every: bool = False) -> frozenset[str]:
@@ -131,17 +135,18 @@ def _set_keys(value: Any, key: str, *, every: bool) -> set[str]:
 
 
 def _recipe_keys(*, every: bool) -> set[str]:
-    """The keys that the chosen recipes set."""
+    """The keys that the chosen recipes set, and those that they are built on."""
     keys: set[str] = set()
-    for source in HydraConfig.get().runtime.config_sources:
-        for name in recipes():
-            file = Path(source.path) / "recipe" / f"{name}.yaml"
-            if source.schema == "file" and file.is_file():
-                values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-                assert isinstance(values, dict)
-                own = {str(key): value for key, value in values.items() if key != "defaults"}
-                keys |= _set_keys(own, "", every=every)
-    return {key.removeprefix(".") for key in keys}
+    folders = [Path(each.path) for each in HydraConfig.get().runtime.config_sources if each.schema == "file"]
+    names = recipes()
+    for name in names:
+        for file in filter(Path.is_file, (folder / "recipe" / f"{name}.yaml" for folder in folders)):
+            values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            assert isinstance(values, dict)
+            names += [base for base in values.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+            for key, value in values.items():
+                keys |= _set_keys(value, str(key), every=every)
+    return keys
 
 
 def _readable(error: Exception, name: str) -> str:
@@ -239,16 +244,16 @@ def experts(cfg: DictConfig) -> dict[str, DictConfig]:
     """The config of each expert in training, as if it were trained alone: one, or with expert=both two, each with what
     `experts.NAME` says differs for it. ValueError for a setting that the chosen optimizer or adapter has not.
     """
-    if cfg.expert.name != "both" or len(cfg.model.experts) == 1:
-        return {cfg.expert.name: cfg}
+    pair = cfg.expert.name == "both" and len(cfg.model.experts) > 1
     found = {}
-    for name in cfg.model.experts:
+    for name in cfg.model.experts if pair else [cfg.expert.name]:
         own = cfg.copy()
-        own.expert = cfg.expert[name]
-        for key, value in cfg.experts[name].items():
+        if pair:
+            own.expert = cfg.expert[name]
+        for key, value in cfg.experts.get(name, {}).items():
             if value is None:
                 continue
-            place = _OWN[key]
+            place = OF_AN_EXPERT[key]
             group, _, setting = place.rpartition(".")
             if setting not in (OmegaConf.select(own, group) if group else own):
                 raise ValueError(f"experts.{name}.{key}={value}: there is no {place} to differ from")
@@ -287,18 +292,6 @@ def forecast(cfg: DictConfig) -> Forecast:
 def settings(cfg: DictConfig) -> dict[str, Any]:
     """The whole config as plain data, with the recipe that was chosen."""
     return {**plain(cfg), "recipe": ",".join(recipes()) or None}
-
-
-#: Settings that an expert of a pair may have for itself, and their places in the config.
-_OWN = {
-    "lr": "optimizer.lr",
-    "muon_lr": "optimizer.muon_lr",
-    "rank": "adapter.rank",
-    "alpha": "adapter.alpha",
-    "init": "adapter.init",
-    "ema": "ema",
-    "shift": "noise.shift",
-}
 
 
 def buckets(cfg: DictConfig, temporal_stride: int = 4) -> geometry.Buckets:

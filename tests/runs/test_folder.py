@@ -63,9 +63,11 @@ def test_settings_free_on_resume():
 
 
 def test_settings_without_effect():
-    """A run that once was given an expert's own rate, though it trains one expert, resumes without it."""
-    alone, pair = (config.plain(config.compose("train", [f"expert={name}"])) for name in ("low_noise", "both"))
-    assert differences(with_rate(alone), alone) == []
+    """What is said of an expert that a run does not train may differ; of one that it trains, it may not."""
+    names = ("high_noise", "low_noise", "both")
+    other, own, pair = (config.plain(config.compose("train", [f"expert={name}"])) for name in names)
+    assert differences(with_rate(other), other) == []
+    assert differences(with_rate(own), own) == ["experts.low_noise.lr: 0.1 -> None"]
     assert differences(with_rate(pair), pair) == ["experts.low_noise.lr: 0.1 -> None"]
 
 

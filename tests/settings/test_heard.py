@@ -22,9 +22,11 @@ def refusal(command, words):
 @pytest.mark.parametrize(
     ("command", "words", "because"),
     [
-        ("train", ["experts.low_noise.lr=1e-3"], "expert=low_noise trains one expert"),
-        ("train", ["experts.low_noise.rank=8", "adapter=lora"], "expert=low_noise trains one expert"),
-        ("train", ["experts={low_noise: {ema: 0.9}}"], "expert=low_noise trains one expert"),
+        ("train", ["experts.high_noise.lr=1e-3"], "expert=low_noise trains that one alone"),
+        ("train", ["experts.high_noise.rank=8", "adapter=lora"], "expert=low_noise trains that one alone"),
+        ("train", ["experts={high_noise: {ema: 0.9}}"], "expert=low_noise trains that one alone"),
+        ("train", ["experts.low_noise.lr=1e-3", "optimizer.lr=1e-4"], "experts.NAME.lr stands in its place"),
+        ("train", ["expert=both", "experts={low_noise: {ema: 0.9}, high_noise: {ema: 0.8}}", "ema=0.7"], "NAME.ema"),
         ("train", ["experts.share.high_noise=0.4"], "expert=low_noise trains one expert"),
         ("train", ["experts.offload=cpu"], "expert=low_noise trains one expert"),
         ("train", ["sample.prompts=p.txt"], "sample.every=0 makes no previews"),
@@ -105,6 +107,8 @@ def test_unheard_otherwise(command, words, told):
     ("command", "words"),
     [
         ("train", ["expert=both", "experts.low_noise.lr=1e-3", "experts.offload=cpu"]),
+        ("train", ["expert=both", "experts.low_noise.lr=1e-3", "optimizer.lr=1e-4"]),
+        ("train", ["experts.low_noise.lr=1e-3", "experts.low_noise.shift=2"]),
         ("train", ["sample=5", "sample.prompts=p.txt", "sample.offload.experts=cpu"]),
         ("train", ["sample.prompts=null", "experts.low_noise.lr=null"]),
         ("train", ["data.shards=s3://bucket/shards", "data.cache=here"]),

@@ -206,8 +206,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], *, same_files: bool = 
     """`key: old -> new` of every setting that differs and may not; with `same_files`, paths in PLACES may."""
     before, after = _flat(old), _flat(new)
     before = {key: value for key, value in ADDED.items() if key in after} | before
-    pair = "both" in (before.get("expert.name"), after.get("expert.name"))  # without one, `experts` has no effect
-    compared = [key for key in before.keys() | after.keys() if pair or not key.startswith("experts.")]
+    name = after.get("expert.name")  # what `experts` says of others than this one has no effect without a pair
+    pair = "both" in (before.get("expert.name"), name)
+    heard = "experts." if pair else f"experts.{name}."
+    compared = [key for key in before.keys() | after.keys() if not key.startswith("experts.") or key.startswith(heard)]
     keys = sorted(key for key in compared if not _is_free(key) and not (same_files and _is_place(key)))
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 

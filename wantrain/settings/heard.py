@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wantrain.settings.kinds import shown
+from wantrain.settings.schema import OF_AN_EXPERT
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,17 @@ def _own_expert(group: str, name: str) -> Rule:
     )
 
 
+def _replaced_per_expert(key: str, place: str) -> Rule:
+    """A setting in whose place every expert that is trained has one of its own."""
+
+    def when(values: Mapping[str, Any], given: frozenset[str]) -> bool:
+        name = values["expert"]["name"]
+        trained = values["model"]["experts"] if name == "both" else [name]
+        return any((values["experts"].get(each) or {}).get(key) is None for each in trained)
+
+    return Rule((re.escape(place),), when, f"experts.NAME.{key} stands in its place for every expert that is trained")
+
+
 def _new_adapter(name: str) -> Rule:
     """What describes a new adapter of one expert of a pair."""
     files = ("adapter.init", f"experts.{name}.init")
@@ -123,11 +135,16 @@ _GUIDANCE = tuple(_own_expert("model.guidance", name) for name in _EXPERTS)
 _NOT_VAE = _differs("expert.name", "vae")
 
 _TRAIN = (
-    Rule(
-        (r"experts",),
-        _equals("expert.name", "both"),
-        "expert={expert.name} trains one expert; its settings are optimizer.lr=, adapter.rank=, ema=, ...",
+    Rule((r"experts\.(share|offload)",), _equals("expert.name", "both"), "expert={expert.name} trains one expert"),
+    *(
+        Rule(
+            (rf"experts\.{name}",),
+            _equals("expert.name", "both", name),
+            "expert={expert.name} trains that one alone; its settings are optimizer.lr=, adapter.rank=, ema=, ...",
+        )
+        for name in ("high_noise", "low_noise")
     ),
+    *(_replaced_per_expert(key, place) for key, place in OF_AN_EXPERT.items()),
     Rule((r"noise",), lambda values, given: "density" in values["loss"], "loss={loss._target_} draws no noise level"),
     Rule(
         (r"sample\.every",),

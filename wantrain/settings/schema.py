@@ -156,7 +156,17 @@ ENCODE: Mapping[str, Any] = {
 }
 
 #: Settings that an expert of a pair may have for itself: their names under experts.NAME, and their kinds.
-_OF_AN_EXPERT: Mapping[str, Any] = {
+#: Settings that an expert of a pair may have for itself, and their places in the config.
+OF_AN_EXPERT: Mapping[str, str] = {
+    "lr": "optimizer.lr",
+    "muon_lr": "optimizer.muon_lr",
+    "rank": "adapter.rank",
+    "alpha": "adapter.alpha",
+    "init": "adapter.init",
+    "ema": "ema",
+    "shift": "noise.shift",
+}
+_KINDS_OF_AN_EXPERT: Mapping[str, Any] = {
     "lr": Positive | None,
     "muon_lr": Positive | None,
     "rank": Count | None,
@@ -248,7 +258,11 @@ TRAIN: Mapping[str, Any] = {
     "experts.share.high_noise": Inside,
     "experts.share.low_noise": Inside,
     "experts.offload": Literal["none", "cpu"],
-    **{f"experts.{name}.{key}": kind for name in ("high_noise", "low_noise") for key, kind in _OF_AN_EXPERT.items()},
+    **{
+        f"experts.{name}.{key}": kind
+        for key, kind in _KINDS_OF_AN_EXPERT.items()
+        for name in ("high_noise", "low_noise")
+    },
     "steps": Count | None,
     "epochs": Positive | None,
     "stop_after": Count | None,
