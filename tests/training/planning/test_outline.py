@@ -1,9 +1,11 @@
 """A dry run: what a run will be, said without weights, data or a network; and the same as the run itself."""
 
 import math
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from wantrain.training.initialize import Initializer
 from wantrain.training.planning import memory
 from wantrain.training.planning.outline import find_clips, outline
 
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 ADAPTERS = {
     "none": ("adapter=none",),
     "lora": ("adapter=lora", "adapter.rank=4"),
@@ -57,6 +60,23 @@ def test_optimizer_state_bytes(optimizer, state):
     """The bytes per parameter follow the optimizers' papers: two moments, one, none, a row and a column of means."""
     make = config.build(config.compose("train", [f"optimizer={optimizer}"]).optimizer, _partial_=True)
     assert memory.state_bytes(make) == pytest.approx(state)
+
+
+def test_documented_bytes():
+    """The table of docs/memory.md has the planner's bytes per weight."""
+    pytest.importorskip("torchao", reason="the extra 8bit is not installed")
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = [row.strip("| ").split("|") for row in page.splitlines() if re.match(r"\| `[^|]+` \| [24] \|", row)]
+    assert len(rows) == 7
+    for settings, *figures in rows:
+        found = []
+        for within in ("false", "true"):
+            cfg = config.compose("train", [*settings.strip(" `").split(), f"update_in_backward={within}"])
+            make = config.build(cfg.optimizer, _partial_=True)
+            found.append(memory.UpdateBytes.of(make, UpdateOptions.of(config.plain(cfg))))
+        after, within = found
+        said = [after.weight, after.gradient, after.state, after.total, within.total]
+        assert [float(figure) for figure in figures] == pytest.approx(said, abs=0.006), settings
 
 
 def outline_of(*given):
