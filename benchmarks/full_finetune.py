@@ -58,7 +58,7 @@ def main() -> None:
     distributed.set_threads()
     result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"rows": {}}
     result |= {"steps": STEPS, "seeds": list(SEEDS), "margin": MARGIN, "torch": torch.__version__}
-    with tempfile.TemporaryDirectory() as scratch, torch.compiler.set_stance("force_eager"):  # compiling takes minutes
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for scenes, amount in FOOTAGE.items():
             make_footage(folder / "footage" / scenes, scenes=scenes, **amount)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,18 @@ from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.training.engine.accelerator import autocast
 from wantrain.training.engine.optim import build_optimizer, named_trainable
+from wantrain.training.engine.parameterwise import ParameterwiseOptimizer
+from wantrain.training.engine.updates import BackwardUpdates, UpdateOptions
 from wantrain.training.initialize import without_values
-from wantrain.training.planning.memory import state_bytes
+from wantrain.training.planning.memory import UpdateBytes
 from wantrain.training.planning.plan import Choice, Sizes, plan
 from wantrain.training.planning.trace import Sample, trace_blocks
 from wantrain.util.files import write_json
 from wantrain.util.live_bytes import LiveBytes
 
 SIZES = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 688, "num_layers": 6, "text_dim": 128}
+#: float32 weights, updated after the backward.
+PLAIN = UpdateOptions()
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Setting:
     recompute: str
     precision: str
     latents: tuple[int, int, int, int]
+    updates: UpdateOptions = PLAIN
 
 
 def settings() -> Iterator[Setting]:
@@ -49,6 +54,10 @@ def settings() -> Iterator[Setting]:
     shapes = [(1, 3, 16, 16), (2, 5, 12, 20)]
     for values in itertools.product(("none", "lora", "dora"), ("none", "attention", "block"), ("fp32", "bf16"), shapes):
         yield Setting(*values)
+    within = UpdateOptions(in_backward=True)
+    smaller = UpdateOptions("bf16"), UpdateOptions("bf16", "kahan"), within, replace(within, dtype="bf16")
+    for recompute, updates in itertools.product(("none", "block"), smaller):
+        yield Setting("none", recompute, "bf16", shapes[0], updates)
 
 
 def build(setting: Setting) -> WanTransformer:
@@ -60,6 +69,8 @@ def build(setting: Setting) -> WanTransformer:
         adapters.inject(module, own, seed=0)
     dtype = torch.bfloat16 if setting.precision == "bf16" and setting.adapter != "none" else torch.float32
     cast_as_loaded(module, dtype, trained=named_trainable(module))
+    if setting.updates.dtype == "bf16":
+        cast_as_loaded(module, torch.bfloat16)
     return module
 
 
@@ -72,7 +83,7 @@ def predict(setting: Setting) -> float:
     """The planner's bytes, without its allowance for CUDA."""
     module = without_values(lambda: build(setting))
     assert isinstance(module, WanTransformer)
-    sizes = Sizes.of(module, state=state_bytes(make_optimizer), average=False)
+    sizes = Sizes.of(module, update=UpdateBytes.of(make_optimizer, setting.updates), average=False)
     costs = {
         name: trace_blocks(module, Sample(setting.latents, False, setting.precision), name)
         for name in dict.fromkeys((setting.recompute, "block"))
@@ -82,7 +93,7 @@ def predict(setting: Setting) -> float:
 
 
 def measure(setting: Setting) -> float:
-    """The most bytes alive in two steps of two micro-steps."""
+    """The most bytes alive in two steps of two micro-steps, or of one where the backward updates."""
     count, frames, rows, columns = setting.latents
     generators = [torch.Generator().manual_seed(number) for number in range(count)]
     loss = FlowMatching(shift=3.0)
@@ -90,9 +101,12 @@ def measure(setting: Setting) -> float:
         module = build(setting).train()
         # The adapter's build has passing copies; a run's peak is that of its steps.
         live.peak = live.now
-        optimizer = build_optimizer(make_optimizer, module)
+        optimizer = setting.updates.applied(build_optimizer(make_optimizer, module), module, seed=0)
+        if within := setting.updates.in_backward:
+            assert isinstance(optimizer, ParameterwiseOptimizer)
+            BackwardUpdates(optimizer, named_trainable(module).values(), clip=None)
         for _ in range(2):
-            for _ in range(2):
+            for _ in range(1 if within else 2):
                 batch = Batch(
                     latents_BCTHW=torch.randn(count, 16, frames, rows, columns),
                     text_BLD=torch.randn(count, module.text_length, SIZES["text_dim"]),
@@ -103,7 +117,7 @@ def measure(setting: Setting) -> float:
                     value = loss(module, batch, loss.prepare(batch, generators)).value
                 value.backward()
                 del value
-            optimizer.step()
+            optimizer.step()  # where the backward updates there are no gradients left
             optimizer.zero_grad(set_to_none=True)
     return live.peak
 

@@ -51,6 +51,18 @@ def train(device, tiny, pair):
         pytest.param(("adapter=lora", "precision=bf16", "recompute=block"), marks=pytest.mark.slow),
         ("adapter=dora", "ema=0.9"),
         ("adapter=none", "ema=0.9", "optimizer=muon"),
+        pytest.param(
+            (
+                "adapter=none",
+                "ema=0.9",
+                "precision=bf16",
+                "trained.dtype=bf16",
+                "update_in_backward=true",
+                "clip_by=parameter",
+                "accumulate=1",
+            ),
+            marks=pytest.mark.slow,
+        ),
         ("adapter=partial", "adapter.layers=1", "adapter.tags=[ffn,head]"),
         ("expert=both", "adapter=lora", "experts.offload=cpu"),
         pytest.param(("expert=both", "adapter=none"), marks=pytest.mark.slow),

@@ -1,12 +1,14 @@
 """Weights in bfloat16 that lose no update, and updates inside the backward pass."""
 
 import functools
+import re
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from wantrain import checks, config
 from wantrain.models import WanTransformer
 from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.models.facts import is_fp32
@@ -252,3 +254,31 @@ def test_average(options):
     assert all(torch.equal(ema.average[name], value) for name, value in wanted.items())
     assert all(torch.equal(parameter, live[name]) for name, parameter in stepper.module.named_parameters())
     assert {p.dtype for p in live.values()} == {p.dtype for p in stepper.module.parameters()}
+
+
+WITHIN = ("update_in_backward=true", "clip=null")
+REFUSED = [
+    (("trained.dtype=bf16", "precision=fp32"), "trained.dtype=bf16: precision=fp32 computes with float32 weights"),
+    (("update_in_backward=true",), "update_in_backward=true: the norm of the whole gradient, which clip=1 limits"),
+    ((*WITHIN, "batch_size=16", "accumulate=4"), "each of the 4 backward passes of a step would update; give batch_size=4,"),
+    ((*WITHIN, "optimizer=other", "optimizer._target_=torch.optim.LBFGS"), "whether torch.optim.LBFGS can do so"),
+    (("trained.dtype=bf16", "adapter=lora"), "trained.dtype has no effect: adapter=lora trains the adapter alone"),
+    (("trained.rounding=kahan",), "trained.rounding has no effect: trained.dtype=fp32 rounds no weights"),
+    (("clip=null", "clip_by=parameter"), "clip_by has no effect: clip=null clips nothing"),
+    (("recipe=wan_tiny_vae", "trained.dtype=bf16"), "trained.dtype has no effect: expert=vae trains in float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSED, ids=lambda value: value if isinstance(value, str) else None)
+def test_refused(given, words):
+    """What would silence a setting, or go wrong with it, is refused with the fix."""
+    keys = {word.partition("=")[0] for word in given}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        checks.check(config.compose("train", [*given, "data.shards=nowhere"]), given=keys)
+
+
+def test_allowed():
+    """The settings of a full fine-tune on one card go together."""
+    given = ["precision=bf16", "trained.dtype=bf16", "update_in_backward=true", "clip_by=parameter"]
+    for more in (["optimizer=adamw_8bit"], ["optimizer=adafactor", "ema=0.999"], ["expert=both", "batch_size=1"]):
+        checks.check(config.compose("train", [*given, *more]))

@@ -20,6 +20,11 @@ IMPOSSIBLE = [
     ("zero3", ["adapter=dora", "base.dtype=int8"], "not under zero3; use launch/accelerate/ddp.yaml"),
     ("single", ["expert=both", "experts.offload=cpu"], "adapter=none trains them"),
     ("fsdp2", ["adapter=lora", "swap.blocks=4"], "swap.blocks=4: fsdp2 places the weights itself"),
+    ("fsdp2", ["trained.dtype=bf16"], "trained.dtype=bf16: fsdp2 shares float32 weights out over the processes"),
+    ("zero1", ["trained.dtype=bf16"], "trained.dtype=bf16: zero1 shares float32 weights out over the processes"),
+    ("ddp", ["update_in_backward=true"], "update_in_backward=true: under ddp a gradient must be summed"),
+    ("zero3", ["update_in_backward=true"], "update_in_backward=true: under zero3 a gradient must be summed"),
+    ("fsdp2", ["clip_by=parameter"], "clip_by=parameter: fsdp2 has only parts of a parameter's gradient"),
     ("zero2", ["adapter=lora", "swap.blocks=4"], "swap.blocks=4: zero2 places the weights itself"),
 ]
 

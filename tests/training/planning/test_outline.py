@@ -1,9 +1,11 @@
 """A dry run: what a run will be, said without weights, data or a network; and the same as the run itself."""
 
 import math
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from safetensors.torch import load_file
 from wantrain import config
 from wantrain.models.formats import base as bases
 from wantrain.models.formats import loading
+from wantrain.training.engine.updates import UpdateOptions
 from wantrain.training.initialize import Initializer
 from wantrain.training.planning import memory
 from wantrain.training.planning.outline import find_clips, outline
 
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 ADAPTERS = {
     "none": ("adapter=none",),
     "lora": ("adapter=lora", "adapter.rank=4"),
@@ -24,6 +28,8 @@ ADAPTERS = {
     "int8": ("adapter=dora", "base.dtype=int8", "precision=bf16"),
     "fp32": ("adapter=lora", "base.dtype=fp32", "precision=bf16"),
     "partial": ("adapter=partial", "adapter.tags=[ffn]", "precision=bf16"),
+    "bf16": ("adapter=none", "trained.dtype=bf16", "precision=bf16"),
+    "bf16 partial": ("adapter=partial", "adapter.tags=[ffn, norm]", "trained.dtype=bf16", "precision=bf16"),
 }
 
 
@@ -56,6 +62,28 @@ def test_optimizer_state_bytes(optimizer, state):
     assert memory.state_bytes(make) == pytest.approx(state)
 
 
+def test_documented_bytes():
+    """The table of docs/memory.md has the planner's bytes per weight."""
+    pytest.importorskip("torchao", reason="the extra 8bit is not installed")
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = [row.strip("| ").split("|") for row in page.splitlines() if re.match(r"\| `[^|]+` \| [24] \|", row)]
+    assert len(rows) == 7
+    for settings, *figures in rows:
+        found = []
+        for within in ("false", "true"):
+            cfg = config.compose("train", [*settings.strip(" `").split(), f"update_in_backward={within}"])
+            make = config.build(cfg.optimizer, _partial_=True)
+            found.append(memory.UpdateBytes.of(make, UpdateOptions.of(config.plain(cfg))))
+        after, within = found
+        said = [after.weight, after.gradient, after.state, after.total, within.total]
+        assert [float(figure) for figure in figures] == pytest.approx(said, abs=0.006), settings
+
+
+def outline_of(*given):
+    cfg = config.compose("train", given)
+    return outline(config.network(cfg), config.plain(cfg), config.dtype(cfg.precision))
+
+
 def kept(*given):
     cfg = config.compose("train", given)
     experts = config.experts(cfg)
@@ -63,8 +91,10 @@ def kept(*given):
         name: outline(config.network(own), config.plain(own), config.dtype(cfg.precision))
         for name, own in experts.items()
     }
+    options = UpdateOptions.of(config.plain(cfg))
     makers = {name: config.build(own.optimizer, _partial_=True) for name, own in experts.items()}
-    return memory.standing(outlines, makers, offload=cfg.experts.offload)
+    updates = {name: memory.UpdateBytes.of(make, options) for name, make in makers.items()}
+    return memory.standing(outlines, updates, offload=cfg.experts.offload)
 
 
 def test_memory_of_14b():
@@ -80,6 +110,22 @@ def test_memory_of_14b():
     waiting = kept("model=t2v_a14b", "expert=both", "adapter=lora", "experts.offload=cpu")
     assert pair.total == 2 * lora.total
     assert pair.total - waiting.total == lora.weights - lora.gradients, "the frozen weights of one are on the host"
+
+
+def test_memory_of_small_updates():
+    """A 14B expert's bytes under each way of updating, as arithmetic says: float32 parts 0.19 GB of elements."""
+    count, fp32 = 14_288_491_584, 0
+    given = ("model=t2v_a14b", "expert=low_noise", "precision=bf16", "trained.dtype=bf16")
+    module = outline_of(*given)
+    fp32 = sum(parameter.numel() for parameter in module.parameters() if parameter.dtype == torch.float32)
+    assert 0.01 < fp32 / count < 0.02
+    bf16 = kept(*given)
+    assert bf16.weights == bf16.gradients == 2 * count + 2 * fp32
+    assert bf16.optimizer == 8 * count, "moments in float32"
+    assert kept(*given, "trained.rounding=kahan").optimizer == 10 * count
+    assert kept(*given, "update_in_backward=true").gradients == 0
+    small = kept(*given, "update_in_backward=true", "optimizer=adafactor")
+    assert small.total < 1.05 * bf16.weights
 
 
 #: Every kind of run of a published model, and a recipe whose data and weights are not there.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from wantrain.training.initialize import without_values
+from wantrain.training.planning.memory import UpdateBytes
 from wantrain.training.planning.plan import CUDA, GB, Choice, Sizes
 from wantrain.training.planning.roofline import Work
 from wantrain.training.planning.search import FILL, Case, cheapest, fits
@@ -82,7 +83,11 @@ def case():
     module = without_values(lambda: memory.build(setting))
     policies = ("none", "attention", "block")
     costs = {policy: trace_blocks(module, Sample(setting.latents, False, "bf16"), policy) for policy in policies}
-    return Case(Sizes.of(module, state=8.0, average=False), costs, Work.of(module, tokens=1280, samples=1))
+    return Case(
+        Sizes.of(module, update=UpdateBytes(4.0, 4.0, 8.0), average=False),
+        costs,
+        Work.of(module, tokens=1280, samples=1),
+    )
 
 
 def card(size):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from wantrain.training.engine.optim import MakeOptimizer, build_optimizer, named_trainable, plain_tensors
+from wantrain.training.engine.updates import UpdateOptions
 
 #: Bytes of a card of 80 GB, as CUDA counts them.
 CARD = 85_500_000_000
@@ -44,19 +45,19 @@ class Standing:
             return None
         return (
             f"{self} are kept from step to step, before activations: too much for one card of {card / 2**30:.0f} GiB "
-            f"({card / 1e9:.4g} GB). Give adapter=lora, optimizer=adamw_8bit, or several GPUs that share it "
-            "(launch/README.md)"
+            f"({card / 1e9:.4g} GB). Give adapter=lora, trained.dtype=bf16 with optimizer=adamw_8bit, or several GPUs "
+            "that share it (launch/README.md)"
         )
 
 
 def standing(
     modules: Mapping[str, nn.Module | None],
-    optimizers: Mapping[str, MakeOptimizer],
+    updates: Mapping[str, UpdateBytes],
     *,
     averaged: Container[str] = (),
     offload: str = "none",
 ) -> Standing:
-    """What these experts keep, each under its own optimizer. Their parameters need no values; None counts nothing.
+    """What these experts keep, by the bytes of each one's update. Their parameters need no values; None counts nothing.
 
     `averaged` are those with an average of their weights, in float32. With `offload="cpu"` the frozen weights of only
     one expert are on the device.
@@ -67,9 +68,9 @@ def standing(
             trained = named_trainable(module).values()
             own = sum(parameter.nbytes for parameter in trained)
             frozen.append(sum(parameter.nbytes for parameter in module.parameters()) - own)
-            gradients += own
+            gradients += own if updates[name].gradient else 0
             average += 4 * sum(parameter.numel() for parameter in trained) * (name in averaged)
-            state += round(sum(parameter.numel() for parameter in trained) * state_bytes(optimizers[name]))
+            state += round(sum(parameter.numel() for parameter in trained) * updates[name].state)
     return Standing(gradients + (max(frozen) if offload == "cpu" else sum(frozen)), gradients, state, average)
 
 
@@ -81,6 +82,41 @@ class OneMatrix(nn.Module):
     def __init__(self, matrix: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.ModuleList([matrix])])
+
+
+@dataclass(frozen=True)
+class UpdateBytes:
+    """Bytes of one element of a trained matrix: the one place that knows them, for planner, search and docs.
+
+    weight    of the weight
+    gradient  of its gradient between backward and update; 0 where updates happen in the backward
+    state     what the optimizer keeps: moments, and Kahan's compensation
+    passing   more while its own parameter is updated: float32 copies of weight and gradient, and in the backward the
+              gradient; what the library's kernels need on top is not counted
+    """
+
+    weight: float
+    gradient: float
+    state: float
+    passing: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """What stays from step to step, with the gradient."""
+        return self.weight + self.gradient + self.state
+
+    @classmethod
+    def of(cls, make: MakeOptimizer, options: UpdateOptions) -> UpdateBytes:
+        """Those of an optimizer with these options."""
+        rounded = options.dtype == "bf16"
+        weight = 2.0 if rounded else 4.0
+        compensation = 2.0 if rounded and options.rounding == "kahan" else 0.0
+        return cls(
+            weight=weight,
+            gradient=0.0 if options.in_backward else weight,
+            state=state_bytes(make) + compensation,
+            passing=(8.0 if rounded else 0.0) + (weight if options.in_backward else 0.0),
+        )
 
 
 def state_bytes(make: MakeOptimizer) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 
 from wantrain.models.facts import blocks_of, is_fp32
 from wantrain.training.engine.optim import named_trainable
+from wantrain.training.planning.memory import UpdateBytes
 from wantrain.training.planning.trace import BlockCosts
 
 GB = 1e9
@@ -40,9 +41,10 @@ class Sizes:
     largest   elements of the largest of them
     frozen    bytes of all other frozen weights
     trained   elements that training moves
-    weight    bytes of an element of those
+    fp32      elements of those that are float32 whatever trained.dtype says
+    biggest   elements of the largest parameter of those
     blocks    how many blocks there are
-    state     bytes of the optimizer's state per trained element
+    update    bytes of one element of the others, with its gradient and the optimizer's state
     average   True if an average of the trained weights is kept, in float32
     """
 
@@ -51,13 +53,24 @@ class Sizes:
     largest: int
     frozen: int
     trained: int
-    weight: float
+    fp32: int
+    biggest: int
     blocks: int
-    state: float
+    update: UpdateBytes
     average: bool
 
+    @property
+    def weight(self) -> float:
+        """Bytes of a trained element, on average."""
+        return (4.0 * self.fp32 + self.update.weight * (self.trained - self.fp32)) / max(1, self.trained)
+
+    @property
+    def state(self) -> float:
+        """Bytes of the optimizer's state per trained element."""
+        return self.update.state
+
     @classmethod
-    def of(cls, module: nn.Module, *, state: float, average: bool) -> Sizes:
+    def of(cls, module: nn.Module, *, update: UpdateBytes, average: bool) -> Sizes:
         """The sizes of a module, which needs no values."""
         trained = named_trainable(module)
         inside = {id(parameter) for parameter in blocks_of(module).parameters()}
@@ -70,16 +83,16 @@ class Sizes:
                 matrices.append(parameter)
             else:
                 frozen += parameter.nbytes
-        count = sum(parameter.numel() for parameter in trained.values())
         return cls(
             base=sum(parameter.numel() for parameter in matrices),
             plain=float(matrices[0].element_size()) if matrices else 0.0,
             largest=max((parameter.numel() for parameter in matrices), default=0),
             frozen=frozen,
-            trained=count,
-            weight=sum(parameter.nbytes for parameter in trained.values()) / max(1, count),
+            trained=sum(parameter.numel() for parameter in trained.values()),
+            fp32=sum(parameter.numel() for name, parameter in trained.items() if is_fp32(module, name)),
+            biggest=max((parameter.numel() for parameter in trained.values()), default=0),
             blocks=len(blocks_of(module)),
-            state=state,
+            update=update,
             average=average,
         )
 
@@ -162,6 +175,11 @@ def plan(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> Memor
     kept, working, waiting = _activations(sizes, costs, choice)
     frozen, trained = sizes.base * choice.base_bytes(sizes), sizes.trained * sizes.weight
     weights, gradients, state = frozen + sizes.frozen + trained, trained, sizes.trained * sizes.state
+    passing = sizes.update.passing * sizes.biggest
+    if sizes.update.gradient:  # activations are gone when the first parameter is updated
+        working = max(working, passing - kept)
+    else:
+        gradients, working = 0.0, working + passing
     average, exchange, host = 4.0 * sizes.trained * sizes.average, 0.0, waiting
     block = (frozen + trained) / max(1, sizes.blocks)
     if choice.swap:

@@ -14,7 +14,8 @@ from wantrain.conditioning import PER_FRAME
 from wantrain.models import WanTransformer
 from wantrain.training.batching import Batching
 from wantrain.training.engine.optim import MakeOptimizer
-from wantrain.training.planning.memory import state_bytes
+from wantrain.training.engine.updates import UpdateOptions
+from wantrain.training.planning.memory import UpdateBytes
 from wantrain.training.planning.outline import Clips
 from wantrain.training.planning.plan import ENGINES, GB, Choice, MemoryPlan, Sizes
 from wantrain.training.planning.roofline import Work
@@ -101,7 +102,8 @@ class Planner:
             self.settings["precision"],
         )
         work = Work.of(module, tokens=geometry.num_tokens(shape), samples=samples)
-        sizes = Sizes.of(module, state=state_bytes(self.optimizers[name]), average=bool(self.settings["ema"]))
+        update = UpdateBytes.of(self.optimizers[name], UpdateOptions.of(self.settings))
+        sizes = Sizes.of(module, update=update, average=bool(self.settings["ema"]))
         return Case(sizes, TracedCosts(module, sample), work, self.batching.accumulate)
 
     def describe(self, clips: Clips, card: Card | None, steps: int | None) -> str:

@@ -21,8 +21,6 @@ from wantrain.util.cards import Card
 PRODUCTS, ATTENTION, ATTENTION_BACKWARD, BANDWIDTH = 0.70, 0.62, 0.54, 0.85
 #: A flash kernel's backward executes two and a half times the operations of its forward; the convention counts two.
 FLASH_BACKWARD = 2.5
-#: Bytes that an optimizer reads and writes per trained element, beside its state twice: gradient, and weight twice.
-UPDATE = 12
 
 
 @dataclass(frozen=True)
@@ -70,5 +68,6 @@ def seconds(
     inputs = costs["block"].kept_block * (sizes.blocks - policies.get("none", 0))
     waiting = 2.0 * inputs if choice.activations == "cpu" else 0.0
     copies = (visits + waiting) / card.link if card.link else 0.0
-    update = sizes.trained * (UPDATE + 2 * sizes.state) / (BANDWIDTH * card.bandwidth)
+    # An update reads gradient, weight and state, and writes the last two.
+    update = sizes.trained * (3 * sizes.weight + 2 * sizes.state) / (BANDWIDTH * card.bandwidth)
     return micro_steps * max(compute, copies) + update
