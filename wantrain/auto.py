@@ -10,11 +10,9 @@ from wantrain import config
 from wantrain.training.engine.accelerator import engine_asked_for
 from wantrain.training.planning.outline import find_clips
 from wantrain.training.planning.plan import GB
+from wantrain.training.planning.search import EXACT
 from wantrain.util.cards import planned_card
 from wantrain.util.console import say
-
-#: What memory=auto chooses, by the name it has in a plan: these settings change no result.
-KEYS = {"recompute": "recompute", "activations": "activations", "swap": "swap.blocks"}
 
 
 def resolve(cfg: DictConfig, given: Iterable[str]) -> DictConfig:
@@ -43,7 +41,7 @@ def resolve(cfg: DictConfig, given: Iterable[str]) -> DictConfig:
         if not cfg.dry_run:
             raise ValueError(f"{asked}: nothing fits that leaves results as they are. {planner.advice(clips, card)}")
         return cfg
-    chosen = {KEYS[name]: getattr(choice, name) for name in free}
+    chosen = {EXACT[name]: getattr(choice, name) for name in free}
     for key, value in chosen.items():
         OmegaConf.update(cfg, key, value)
     words = " ".join(f"{key}={value}" for key, value in chosen.items())
@@ -55,5 +53,5 @@ def _open(cfg: DictConfig, given: Iterable[str]) -> list[str]:
     """The settings that are to be chosen, by their names in a plan."""
     if cfg.memory == "auto":
         taken = set(given) - ({"swap.blocks"} if cfg.swap.blocks == "auto" else set())
-        return [name for name, key in KEYS.items() if key not in taken]
+        return [name for name, key in EXACT.items() if key not in taken]
     return ["swap"] if cfg.swap.blocks == "auto" else []

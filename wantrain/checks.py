@@ -269,8 +269,8 @@ def _check_updates(cfg: DictConfig, processes: int) -> None:
         raise ValueError("trained.dtype=bf16: precision=fp32 computes with float32 weights; give precision=bf16 too")
     one_by_one = "update_in_backward=true" if cfg.update_in_backward else "trained.dtype=bf16"
     target = cfg.optimizer._target_
-    known = target.startswith(("torch.optim.", "wantrain.")) and target != "torch.optim.LBFGS"
-    if (cfg.update_in_backward or cfg.trained.dtype == "bf16") and not known:
+    one_at_a_time = target.startswith(("torch.optim.", "wantrain.")) and target != "torch.optim.LBFGS"
+    if (cfg.update_in_backward or cfg.trained.dtype == "bf16") and not one_at_a_time:
         raise ValueError(
             f"{one_by_one} updates one parameter at a time, and whether {target} can do so is not known; use an "
             "optimizer of torch.optim or of this project"

@@ -126,7 +126,9 @@ def test_model_facts():
         if file.parent.name in {"model", "noise"}:  # a noise distribution may bring another trainer's own shift
             continue
         for key, value in nodes(raw(file)):
-            own = key.endswith("offload.experts") or key.startswith("experts.")  # a recipe's shift per expert is a choice
+            own = key.endswith("offload.experts") or key.startswith(
+                "experts."
+            )  # a recipe's shift per expert is a choice
             if key.split(".")[-1] in FACTS and not isinstance(value, dict) and not own:
                 assert value is None or str(value).startswith("${"), f"{file}: {key}={value} repeats a model's fact"
 

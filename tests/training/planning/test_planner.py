@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from wantrain import config
 from wantrain.training.initialize import without_values
 from wantrain.training.planning.memory import UpdateBytes
+from wantrain.training.planning.outline import find_clips
 from wantrain.training.planning.plan import CUDA, GB, Choice, Sizes
 from wantrain.training.planning.roofline import Work
 from wantrain.training.planning.search import FILL, Case, cheapest, fits
@@ -119,9 +121,25 @@ def test_given_settings_stay(case):
     """The search leaves alone what the user has set, and never quantises or swaps weights that are trained."""
     tight = card(case.plan(Choice(recompute="block")).device * 1.04)
     advice = cheapest([case], Choice(recompute="none"), tight, adapter=True, fixed=["base", "swap"])
-    assert advice.choice.base is None and advice.choice.swap == 0
+    assert advice.choice.base is None and advice.choice.swap == 0 and advice.choice.update is None
     free = cheapest([case], Choice(recompute="none"), tight, adapter=False)
     assert free.choice.base is None and free.choice.swap == 0
+
+
+def test_updates_are_searched(monkeypatch):
+    """A full fine-tune of 14B fits one card of 141 GB with bf16 weights and 8-bit moments: the advice says both."""
+    monkeypatch.setattr(config, "recipes", list)
+    words = ["model=t2v_a14b", "expert=low_noise", "bucket=81x480x832", "batch_size=1"]
+    cfg, card = config.compose("train", words), find_card("h200")
+    planner = config.forecast(cfg).planner("single")
+    clips = find_clips(config.shards(cfg), lambda: None, config.settings(cfg))
+    cases = [*planner.cases(clips, "81x480x832").values()]
+    advice = planner.advise(cases, card)
+    assert {"trained.dtype=bf16", "optimizer=adamw_8bit"} <= set(advice.overrides)
+    assert fits(advice.memory, card) and not fits(cases[0].plan(planner.asked), card)
+    words = {word for update in planner.updates for word in update.overrides}
+    assert words == {"trained.dtype=bf16", "optimizer=adamw_8bit", "update_in_backward=true", "clip_by=parameter"}
+    assert planner.advise(cases, card, fixed=["update"]) is None
 
 
 def test_dry_run_plans(call):

@@ -4,19 +4,25 @@ anything is loaded. Activations come on top; they depend on the clip's size and 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from wantrain.training.engine.optim import MakeOptimizer, build_optimizer, named_trainable, plain_tensors
+from wantrain.training.engine.optim import MakeOptimizer, adamw_8bit, build_optimizer, named_trainable, plain_tensors
 from wantrain.training.engine.updates import UpdateOptions
 
 #: Bytes of a card of 80 GB, as CUDA counts them.
 CARD = 85_500_000_000
 #: Share of a card that may be kept from step to step: activations need the rest.
 ROOM = 0.9
+#: Optimizers of small state that the planner proposes, where their library is there.
+EIGHT_BIT: Mapping[str, MakeOptimizer] = (
+    {"adamw_8bit": functools.partial(adamw_8bit, lr=1e-4)} if importlib.util.find_spec("torchao") else {}
+)
 #: Sides of the matrix on which an optimizer shows how large its state is.
 SIDE = 256
 

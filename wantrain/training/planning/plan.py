@@ -7,7 +7,7 @@ CUDA's libraries, NCCL and the allocator take: the allowances below estimate it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -98,6 +98,14 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Update:
+    """Another way to update the trained weights than the run's own: its settings as overrides, and its bytes."""
+
+    overrides: tuple[str, ...]
+    element: UpdateBytes
+
+
+@dataclass(frozen=True)
 class Choice:
     """The settings that decide on memory and time.
 
@@ -107,6 +115,7 @@ class Choice:
     inputs       fp32 or bf16: dtype of these inputs
     base         dtype of the base weights of an adapter; None: as they are
     swap         blocks whose frozen weights wait on the host
+    update       how trained weights are kept and updated; None: as the run's settings say
     """
 
     engine: str = "single"
@@ -116,6 +125,11 @@ class Choice:
     inputs: str = "fp32"
     base: str | None = None
     swap: int = 0
+    update: Update | None = None
+
+    def applied(self, sizes: Sizes) -> Sizes:
+        """The sizes with the weights updated in this choice's way."""
+        return sizes if self.update is None else replace(sizes, update=self.update.element)
 
     def policies(self, blocks: int) -> dict[str, int]:
         """How many blocks have each policy of recomputation."""
@@ -172,6 +186,7 @@ class MemoryPlan:
 
 def plan(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> MemoryPlan:
     """The memory of one expert's step. `costs` are those of a micro-batch under each policy of recomputation."""
+    sizes = choice.applied(sizes)
     kept, working, waiting = _activations(sizes, costs, choice)
     frozen, trained = sizes.base * choice.base_bytes(sizes), sizes.trained * sizes.weight
     weights, gradients, state = frozen + sizes.frozen + trained, trained, sizes.trained * sizes.state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,11 +16,11 @@ from wantrain.models import WanTransformer
 from wantrain.training.batching import Batching
 from wantrain.training.engine.optim import MakeOptimizer
 from wantrain.training.engine.updates import UpdateOptions
-from wantrain.training.planning.memory import UpdateBytes
+from wantrain.training.planning.memory import EIGHT_BIT, UpdateBytes, state_bytes
 from wantrain.training.planning.outline import Clips
-from wantrain.training.planning.plan import ENGINES, GB, Choice, MemoryPlan, Sizes
+from wantrain.training.planning.plan import ENGINES, GB, Choice, MemoryPlan, Sizes, Update
 from wantrain.training.planning.roofline import Work
-from wantrain.training.planning.search import SEARCHED, Advice, Case, cheapest, fits, smallest
+from wantrain.training.planning.search import EXACT, SEARCHED, Advice, Case, changes_results, cheapest, fits, smallest
 from wantrain.training.planning.trace import POLICIES, Sample, TracedCosts, between
 from wantrain.util.cards import Card
 
@@ -138,16 +139,23 @@ class Planner:
             return [f"{card.name:<19} {bucket} takes {taken}{self._time(cases, self.asked, card, steps)}"]
         advice = self.advise(cases, card)
         if advice is None:
-            least = smallest(cases, self.asked, card, adapter=self.adapter)
+            least = smallest(cases, self.asked, card, adapter=self.adapter, updates=self.updates)
             return [
                 f"{card.name:<19} {bucket} takes {taken}: too much. The least is {least.memory.device / GB:.4g} GB, "
                 f"with {' '.join(least.overrides) or 'these settings'}: take smaller clips, or more cards"
             ]
-        return [
-            f"{card.name:<19} {bucket} takes {taken}: too much. The fastest settings that fit: "
-            f"{' '.join(advice.overrides)}",
-            f"{'':<19} {advice.memory}{self._time(cases, advice.choice, card, steps)}",
-        ]
+        lines = [f"{card.name:<19} {bucket} takes {taken}: too much. The fastest settings that fit:"]
+        found = [advice]
+        if changes_results(advice.choice, self.asked):
+            exact = self.advise(cases, card, fixed=set(SEARCHED) - set(EXACT))
+            found += [] if exact is None else [exact]
+        for each in found:
+            same = "" if changes_results(each.choice, self.asked) else " (leaves results as they are)"
+            lines += [
+                f"{'':<19} {' '.join(each.overrides)}{same}",
+                f"{'':<21} {each.memory}{self._time(cases, each.choice, card, steps)}",
+            ]
+        return lines
 
     def choose(self, clips: Clips, card: Card, free: Iterable[str]) -> Choice | None:
         """The fastest settings with which the largest bucket fits the card, of which only those named in `free` (fields
@@ -164,7 +172,8 @@ class Planner:
     def advice(self, clips: Clips, card: Card) -> str:
         """What the largest bucket takes, and which settings fit the card: for a run that is out of memory."""
         bucket = self.largest(clips)
-        return ". ".join(" ".join(line.split()) for line in self.on_card(self.cases(clips, bucket), bucket, card, None))
+        first, *found = (" ".join(line.split()) for line in self.on_card(self.cases(clips, bucket), bucket, card, None))
+        return " ".join([first, "; or ".join(found[::2])]).strip()
 
     @staticmethod
     def largest(clips: Clips) -> str:
@@ -173,7 +182,29 @@ class Planner:
 
     def advise(self, cases: Sequence[Case], card: Card, fixed: Iterable[str] = ()) -> Advice | None:
         """The fastest settings that fit the card in all cases; None if none do."""
-        return cheapest(cases, self.asked, card, fixed=fixed, adapter=self.adapter)
+        return cheapest(cases, self.asked, card, fixed=fixed, adapter=self.adapter, updates=self.updates)
+
+    @cached_property
+    def updates(self) -> list[Update]:
+        """Ways to update all weights, or parts of the model, that take less memory than the run's own."""
+        own = UpdateOptions.of(self.settings)
+        if self.settings["adapter"]["name"] not in {"none", "partial"} or self.engine not in {"single", "ddp"}:
+            return []
+        make = next(iter(self.optimizers.values()))
+        dtypes = {own.dtype, "bf16"} if self.settings["precision"] == "bf16" else {own.dtype}
+        at_once = {own.in_backward, self.engine == "single" and self.batching.accumulate == 1}
+        found = []
+        for dtype, in_backward, (name, other) in itertools.product(
+            dtypes, at_once, [("", make), *EIGHT_BIT.items()] if state_bytes(make) > 4 else [("", make)]
+        ):
+            options = replace(own, dtype=dtype, in_backward=in_backward)
+            words = [f"trained.dtype={dtype}"] if dtype != own.dtype else []
+            words += [f"optimizer={name}"] if name else []
+            if in_backward and not own.in_backward:
+                words += ["update_in_backward=true", "clip_by=parameter"]
+            if words:
+                found.append(Update(tuple(words), UpdateBytes.of(other, options)))
+        return found
 
     def _time(self, cases: Sequence[Case], choice: Choice, card: Card, steps: int | None) -> str:
         """Time of a step and of the run, in the largest bucket; empty where the card's speed is not known."""

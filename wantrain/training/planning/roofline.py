@@ -48,6 +48,7 @@ def seconds(
     work: Work, sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice, card: Card, *, micro_steps: int = 1
 ) -> float:
     """Seconds of one optimizer step of `micro_steps` micro-batches on `card`."""
+    sizes = choice.applied(sizes)
     policies = choice.policies(sizes.blocks)
     shares = {name: count / max(1, sizes.blocks) for name, count in policies.items()}
     again = shares.get("block", 0.0) + shares.get("attention", 0.0)

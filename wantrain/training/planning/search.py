@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wantrain.training.planning.plan import Choice, MemoryPlan, Sizes, frozen_on_host, plan
+from wantrain.training.planning.plan import Choice, MemoryPlan, Sizes, Update, frozen_on_host, plan
 from wantrain.training.planning.roofline import Work, seconds
 from wantrain.training.planning.trace import BlockCosts
 from wantrain.util.cards import Card
@@ -16,10 +16,10 @@ from wantrain.util.cards import Card
 FILL = 0.97
 #: Times that differ by no more than this share are equal.
 SAME = 0.02
-#: How a setting is written on the command line.
-KEYS = {"recompute": "recompute", "activations": "activations", "base": "base.dtype", "swap": "swap.blocks"}
-#: The settings that the search changes. A quantised base rounds the weights; the others change no result.
-SEARCHED = ("recompute", "activations", "swap", "base")
+#: The settings that the search changes and that change no result, with their keys.
+EXACT = {"recompute": "recompute", "activations": "activations", "swap": "swap.blocks"}
+#: All settings that the search changes; a base in fewer bits and another update change results.
+SEARCHED = (*EXACT, "base", "update")
 
 
 @dataclass(frozen=True)
@@ -79,36 +79,61 @@ def fits(memory: MemoryPlan, card: Card) -> bool:
 
 
 def cheapest(
-    cases: Sequence[Case], asked: Choice, card: Card, *, fixed: Iterable[str] = (), adapter: bool
+    cases: Sequence[Case],
+    asked: Choice,
+    card: Card,
+    *,
+    fixed: Iterable[str] = (),
+    adapter: bool,
+    updates: Sequence[Update] = (),
 ) -> Advice | None:
     """The settings that fit `card` in every case at the least time, and among those that take equally long the ones
     nearest to `asked`; None if none fit.
 
     fixed    fields of Choice that the user has set, which stay
     adapter  True if the base is frozen, so that it can be quantised and swapped
+    updates  other ways to update the trained weights
     """
-    fitting = [each for each in _all(cases, asked, card, fixed, adapter=adapter) if fits(each.memory, card)]
+    every = _all(cases, asked, card, fixed, adapter=adapter, updates=updates)
+    fitting = [each for each in every if fits(each.memory, card)]
     if not fitting:
         return None
     fastest = min(advice.seconds for advice in fitting)
     # Times within the estimate's error are equal; then exact results, few changes and little host memory count.
     equal = [advice for advice in fitting if advice.seconds <= (1 + SAME) * fastest]
-    return min(equal, key=lambda each: (each.choice.base != asked.base, len(each.overrides), each.memory.host))
+    return min(equal, key=lambda each: (changes_results(each.choice, asked), len(each.overrides), each.memory.host))
 
 
-def smallest(cases: Sequence[Case], asked: Choice, card: Card, *, adapter: bool) -> Advice:
+def smallest(
+    cases: Sequence[Case], asked: Choice, card: Card, *, adapter: bool, updates: Sequence[Update] = ()
+) -> Advice:
     """The settings that take the least of a card; of those the fastest."""
-    return min(_all(cases, asked, card, (), adapter=adapter), key=lambda each: (each.memory.device, each.seconds))
+    every = _all(cases, asked, card, (), adapter=adapter, updates=updates)
+    return min(every, key=lambda each: (each.memory.device, each.seconds))
 
 
-def _all(cases: Sequence[Case], asked: Choice, card: Card, fixed: Iterable[str], *, adapter: bool) -> Iterator[Advice]:
+def changes_results(choice: Choice, asked: Choice) -> bool:
+    """True if a run under `choice` gives other losses than under `asked`, beyond rounding of single sums."""
+    return (choice.base, choice.update) != (asked.base, asked.update)
+
+
+def _all(
+    cases: Sequence[Case],
+    asked: Choice,
+    card: Card,
+    fixed: Iterable[str],
+    *,
+    adapter: bool,
+    updates: Sequence[Update],
+) -> Iterator[Advice]:
     """Every combination of settings that train.py takes, with its memory and time."""
     blocks = cases[0].sizes.blocks
     options: dict[str, Sequence[Any]] = {
         "recompute": ["none", *_wholes(blocks), *(name for name in ("attention", "block") if name in cases[0].costs)],
         "activations": ["gpu", "cpu"],
-        "base": [None, "fp8", "nf4"] if adapter else [None],
         "swap": [0, *_parts(blocks)] if adapter and asked.engine in {"single", "ddp"} else [0],
+        "base": [None, "fp8", "nf4"] if adapter else [None],
+        "update": [None, *updates],
     }
     for name in fixed:
         options[name] = [getattr(asked, name)]
@@ -117,10 +142,15 @@ def _all(cases: Sequence[Case], asked: Choice, card: Card, fixed: Iterable[str],
         if possible(choice, blocks):
             memory = max((case.plan(choice) for case in cases), key=lambda each: each.device)
             time = max(case.seconds(choice, card) for case in cases)
-            changed = [name for name in SEARCHED if getattr(choice, name) != getattr(asked, name)]
-            yield Advice(
-                choice, memory, time, tuple(f"{KEYS[name]}={_typed(getattr(choice, name))}" for name in changed)
-            )
+            yield Advice(choice, memory, time, _overrides(choice, asked))
+
+
+def _overrides(choice: Choice, asked: Choice) -> tuple[str, ...]:
+    """What differs, as words of a command line."""
+    keys = {**EXACT, "base": "base.dtype"}
+    changed = [name for name in keys if getattr(choice, name) != getattr(asked, name)]
+    words = [f"{keys[name]}={_typed(getattr(choice, name))}" for name in changed]
+    return (*words, *(choice.update.overrides if choice.update is not None else ()))
 
 
 def possible(choice: Choice, blocks: int) -> bool:
