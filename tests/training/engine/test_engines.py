@@ -384,3 +384,15 @@ def test_launch_file_name(words, tmp_path, monkeypatch):
             assert accelerator.launched_with(launcher.pid) == f"the launch file {stored} (accelerate's default)"
     finally:
         launcher.communicate(b"\n")
+
+
+@pytest.mark.slow
+def test_bf16_weights_under_ddp(tiny, pair, launch, call, tmp_path):
+    """Two processes round bf16 weights alike, or the first step would end the run; losses are those of one process
+    within what averaging gradients in bf16 changes."""
+    given = (*tiny.train, f"weights={pair}", "batch_size=8", "steps=10", "precision=bf16", "trained.dtype=bf16")
+    call("train.py", *given, "run=one")
+    launch("ddp", *given, "run=two")
+    one, two = (measured(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) >= 10
+    assert max(abs(two[key] - value) / value for key, value in one.items()) < 0.01
