@@ -105,6 +105,7 @@ def summarise(seconds: float) -> None:
         f"\nDone in {seconds / 60:.1f} minutes. Samples that show a wug when asked for one: "
         f"{judged['before']['wug']:.0%} before, {judged['after']['wug']:.0%} after; what the model knew is right in "
         f"{judged['before']['others']:.0%} before, {judged['after']['others']:.0%} after.\n"
+        f"Open {RUN / 'index.html'} (the two runs) and {RUN / 'after' / 'index.html'} (the samples) in a browser. "
         f"Look at {RUN / 'before_after.png'}, {RUN / 'loss.png'}, {RUN / 'summary.json'}, {RUN / 'after'}; the LoRA "
         f"files are in {RUN / 'pipeline' / 'lora'}.\nOn your own footage (videos with a NAME.txt caption each):\n"
         "  python shard.py source=YOUR_FOLDER out=data/mine/videos model=tiny\n"

@@ -78,6 +78,12 @@ class NoCheckpoints(nullcontext[None]):
     def save(self, *_: Any, **__: Any) -> None: ...
 
 
+class NoPage(nullcontext[None]):
+    """A page that is not written."""
+
+    def refresh(self, *, now: bool = False) -> None: ...
+
+
 def model() -> WanTransformer:
     torch.manual_seed(0)
     built = WanTransformer(**WS)
@@ -139,6 +145,7 @@ class Ours:
             metrics=Metrics(folder / "metrics.jsonl", steps=steps),
             throughput=Throughput(16),
             safeguards=Safeguards(folder / "safeguards.jsonl"),
+            page=NoPage(),  # type: ignore[arg-type]
             steps=steps,
             until=0,
             hooks=[],

@@ -10,8 +10,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from wantrain import video
 from wantrain.video import contact_sheet, is_whole_mp4, to_frames, to_pixels, write_mp4
 
 
@@ -89,6 +90,29 @@ def test_contact_sheet_frames(tmp_path):
     assert [sheet[18 + 32, 130 * column + 64, 0] for column in range(5)] == [0, 40, 80, 120, 160]
     assert sheet[82 + 18 + 32, 64, 0] == 200 and (sheet[82 + 18 + 32, 200] == 255).all()
     assert (sheet[:18] < 128).any() and (sheet[82:100] < 128).any(), "titles"
+
+
+@pytest.mark.parametrize("text", ["一只橘色的猫", "青いリング", "빨간 고리", "перо ñ λ", "繁體中文貓"])
+def test_titles_in_any_script(text):
+    """A title's characters are drawn as themselves: each differs from the box of one that the font lacks."""
+
+    def drawn(character):
+        image = Image.new("L", (24, 24))
+        ImageDraw.Draw(image).text((2, 0), character, fill=255, font=video._font())
+        return image.tobytes()
+
+    box = drawn("\U0001f3ac")
+    assert all(drawn(character) != box for character in text if character != " ")
+    assert video.fitted(text, 1000) == text
+
+
+def test_title_width():
+    """A long title ends in an ellipsis within its sheet, and none has escapes or more than one line."""
+    for text in ("word " * 50, "镜头缓慢推进" * 30, "a\nb\t🎬" * 40):
+        cut = video.fitted(text, 300)
+        assert video._font().getlength(cut) <= 300 and cut.endswith("…") and "\n" not in cut and "\\" not in cut
+        assert video._font().getlength(cut) > 270
+    assert video.fitted("long", 1) == "…"
 
 
 def test_disk_refuses_contact_sheet(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ Frames are uint8 (F, H, W, 3), RGB.
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
 import shutil
@@ -23,6 +24,9 @@ from torch import Tensor
 from wantrain.util.files import write_atomically
 
 Frames = NDArray[np.uint8]
+
+#: The font of contact sheets; its licence lies beside it.
+FONT = Path(__file__).parent / "font" / "NotoSansCJKsc-subset.otf"
 
 
 def to_pixels(frames: Tensor) -> Tensor:
@@ -126,16 +130,13 @@ def _brightness(frames: Frames) -> NDArray[np.float32]:
 
 def contact_sheet(path: str | Path, clips: Mapping[str, Frames], *, columns: int = 8, cell: int = 128) -> None:
     """Write a PNG with a titled strip per clip: up to `columns` frames, evenly spaced, including first and last."""
-    font = ImageFont.load_default(size=13)
     title = 18
     rows = [(name, filmstrip(frames, columns=columns, cell=cell)) for name, frames in clips.items()]
     width = max(strip.width for _, strip in rows)
     sheet = Image.new("RGB", (width, sum(strip.height + title for _, strip in rows)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for name, strip in rows:
-        # The default font has Latin glyphs only; other characters are shown as escapes, not as boxes.
-        label = name.encode("latin-1", "backslashreplace").decode("latin-1")
-        draw.text((3, top + 1), label[: width // 6], fill="black", font=font)
+        draw.text((3, top - 2), fitted(name, width - 6), fill="black", font=_font())
         sheet.paste(strip, (0, top + title))
         top += strip.height + title
     path = Path(path)
@@ -143,6 +144,21 @@ def contact_sheet(path: str | Path, clips: Mapping[str, Frames], *, columns: int
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
+
+
+def fitted(text: str, width: int) -> str:
+    """A text, cut with an ellipsis where it is wider than `width` pixels in the font of contact sheets."""
+    line = " ".join(text.split())
+    if _font().getlength(line) <= width:
+        return line
+    fits = (cut for cut in range(len(line), 0, -1) if _font().getlength(f"{line[:cut].rstrip()}…") <= width)
+    return f"{line[: next(fits, 0)].rstrip()}…"
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    """The font of contact sheets: Latin, Greek, Cyrillic, Chinese, Japanese, Korean; others are boxes."""
+    return ImageFont.truetype(FONT, 13)
 
 
 def filmstrip(frames: Frames, *, columns: int = 8, cell: int = 128) -> Image.Image:

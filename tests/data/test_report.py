@@ -16,6 +16,13 @@ from wantrain.data.report import REPORT, write_report
 from wantrain.models import load_vae
 
 
+def counts(document, title):
+    """The rows of the bar chart with this title: name -> count."""
+    chart = re.search(rf"<h3>{re.escape(title)}</h3>(.*?)</table>", document, re.DOTALL)[1]
+    rows = re.findall(r'<th scope="row">(.*?)</th>.*?<td class="number">([\d,]+)</td>', chart, re.DOTALL)
+    return {re.sub(r"<[^>]*>", "", name): int(count.replace(",", "")) for name, count in rows}
+
+
 def pictures(document):
     found = re.findall(r"data:image/jpeg;base64,([^\"]+)", document)
     return [Image.open(io.BytesIO(base64.b64decode(each))) for each in found]
@@ -39,9 +46,10 @@ def test_video_report(folders):
     assert len(strips) == manifest["clips"]
     assert {strip.height for strip in strips} == {report.CELL}
     assert sum(np.asarray(strip.convert("L")).std() > 5 for strip in strips) == len(strips), "frames, not grey boxes"
-    assert ">9 frames</text>" in document and ">1 frames</text>" in document and "Clips by size" in document
-    counted = re.findall(r">(\d+) frames</text>.*?<text[^>]*>(\d+)</text>", document)
-    assert sum(int(count) for _, count in counted) == manifest["clips"]
+    lengths = counts(document, "Clips by length")
+    assert set(lengths) == {"1 frame", "9 frames"} and sum(lengths.values()) == manifest["clips"]
+    assert sum(counts(document, "Clips by size (height x width)").values()) == manifest["clips"]
+    assert document.index("<h2>Rejects</h2>") < document.index("<h2>Clips</h2>")
 
 
 def test_latent_report(folders, tiny):
@@ -77,10 +85,12 @@ def test_large_set(folders, monkeypatch):
     videos = folders / "videos"
     everything = write_report(videos, "video").stat().st_size
     monkeypatch.setattr(report, "SHOWN", 3)
+    monkeypatch.setattr(report, "LISTED", 5)
     (videos / REPORT).unlink()
     document = write_report(videos, "video").read_text(encoding="utf-8")
     clips = json.loads((videos / "manifest.json").read_text())["clips"]
-    assert len(pictures(document)) == 3 and f"3 of {clips} clips, chosen by hash" in document
+    assert len(pictures(document)) == 3 and document.count("<tr data-bucket=") == 5
+    assert f"5 of {clips} clips, chosen by hash. The first 3 have a filmstrip." in document
     assert len(document) < everything
 
 
@@ -91,8 +101,7 @@ def test_rejects(folders):
     (videos / "rejects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     document = write_report(videos, "video").read_text(encoding="utf-8")
     assert "<b>0" not in document and "&lt;b&gt;0&lt;/b&gt;.mp4" in document
-    assert '<td class="number">333</td><td dir="auto">no caption</td>' in document
-    assert '<td class="number">167</td><td dir="auto">the file is &lt;empty&gt;</td>' in document
+    assert counts(document, "500 by reason") == {"no caption": 333, "the file is &lt;empty&gt;": 167}
     assert "the first 200 of 500 by name" in document
 
 

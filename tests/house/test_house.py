@@ -127,6 +127,7 @@ def test_library_imports():
         "deepspeed": {"wantrain/training/engine/engine.py"},
         "peft": {"wantrain/models/adapters.py"},
         "bitsandbytes": {"wantrain/models/quantize.py"},
+        "jinja2": {"wantrain/page/__init__.py"},
         "wandb": {"wantrain/training/monitoring/trackers.py"},
         "decord": {"wantrain/data/footage/reader.py"},
         "av": {"wantrain/data/footage/forward.py", "wantrain/data/footage/inspection.py"},

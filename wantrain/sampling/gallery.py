@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from wantrain import page
 from wantrain.geometry import Bucket
-from wantrain.page import Row, Shown
 from wantrain.sampling.conditioning import ConditioningPixels
 from wantrain.sampling.generate import Sampler, Settings
 from wantrain.sampling.prompts import Job
@@ -32,6 +31,24 @@ INDEX = "index.html"
 SHEET = "contact_sheet.png"
 #: Videos on the contact sheet, at most.
 SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One video of a page: its path relative to the page, a label above and notes below."""
+
+    video: str
+    label: str
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Videos side by side, with a heading (such as a prompt) and a note."""
+
+    heading: str
+    note: str
+    shown: Sequence[Shown]
 
 
 @dataclass(frozen=True)
@@ -165,11 +182,10 @@ def write_comparison(path: Path, galleries: Mapping[str, Gallery], jobs: Sequenc
     say(f"{path} shows {' beside '.join(galleries)}: {len(jobs)} videos each")
 
 
-def write_page(path: Path, title: str, rows: Iterable[Row]) -> None:
+def write_page(path: Path, title: str, rows: Sequence[Row]) -> None:
     """Rows of videos as a page."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    note = "Motion is the mean change of brightness per frame, flicker what the next frame takes back (grey levels)."
-    write_atomically(path, page.page(title, page.paragraph(note, quiet=True), page.comparison(rows)))
+    write_atomically(path, page.render("gallery", title, rows=rows))
 
 
 def in_words(about: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from wantrain.models.formats.fingerprints import identity, identity_of
 from wantrain.runs import replay
 from wantrain.runs.checkpoint import Checkpoints, read_state
 from wantrain.runs.folder import RunFolder
+from wantrain.runs.pages.live import RunPage
 from wantrain.training.engine.ema import Ema
 from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.training.engine.main_process import on_main
@@ -253,6 +254,7 @@ def build_run(
         metrics=metrics,
         throughput=throughput,
         safeguards=safeguards,
+        page=RunPage(setup.folder, setup.steps, setup.data.view),
         hooks=evaluations.hooks,
         should_stop=evaluations.should_stop,
         steps=setup.steps,

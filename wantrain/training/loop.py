@@ -23,6 +23,7 @@ import torch
 from wantrain.batch import AnyBatch
 from wantrain.losses import Draws
 from wantrain.runs.checkpoint import Checkpoints
+from wantrain.runs.pages.live import RunPage
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.engine.main_process import on_main
 from wantrain.training.engine.signals import Signals
@@ -55,6 +56,7 @@ class Run:
     metrics: Metrics
     throughput: Throughput
     safeguards: Safeguards
+    page: RunPage
     hooks: Sequence[Hook]
     should_stop: Callable[[int], bool]
     steps: int
@@ -105,10 +107,11 @@ def fit(run: Run, start: int) -> int | None:
     step, signal = start, None
     if step == 0:
         run.evaluate(step)
+        run.page.refresh(now=True)
     for trainer in run.trainers.values():
         trainer.trainable.module.train()
     batches = micro_batches(run.data, run.trainers, run.alternation, start=start, until=run.until, seed=run.seed)
-    with Signals() as signals, run.checkpoints:
+    with Signals() as signals, run.page, run.checkpoints:
         done = step >= run.until or run.should_stop(step)
         while not done:
             name, own = run.alternation.at(step)
@@ -124,6 +127,7 @@ def fit(run: Run, start: int) -> int | None:
             if done or step % LOG_EVERY == 0:
                 run.metrics.annotate(step, run.throughput.report(run.trainers.values()))
                 run.metrics.flush()
+                run.page.refresh()
             if done or step % run.checkpoint_every == 0:
                 run.save(step, validation_loss(results))
         on_main(run.checkpoints.finish, "writing the last checkpoint")
@@ -164,7 +168,7 @@ def take_step(
             for key in losses[0].parts:
                 means[key] = stepper.mean(torch.stack([loss.parts[key] for loss in losses]).mean())
     rate = max(group["lr"] for group in stepper.optimizer.param_groups)
-    return {**means, "lr": rate, "lr_scale": scale, "grad_norm": norm, **span.values}, verdict.signal
+    return {**means, "lr": rate, "lr_scale": scale, "grad_norm": norm, **guard.values, **span.values}, verdict.signal
 
 
 def validation_loss(results: Mapping[str, Any]) -> float | None:

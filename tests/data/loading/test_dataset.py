@@ -20,6 +20,7 @@ from wantrain.data import (
 from wantrain.data.footage.video_shards import read_video_shards
 from wantrain.data.latents.index import Index
 from wantrain.data.loading.holdout import split_groups
+from wantrain.data.loading.views import view_of
 from wantrain.data.shards import describe_file
 from wantrain.demo.footage import draw_shot, make_footage
 from wantrain.video import to_pixels, write_mp4
@@ -195,6 +196,16 @@ def test_heldout_clips(latents):
     captions = data.captions()
     assert len(set(captions)) == len(captions)
     assert set(captions) >= {said(text) for batch in batches for text in batch.text_BLD}
+
+
+def test_view_is_the_clip(latents):
+    """A clip looked at by its name is the one that was trained on, with its caption and bucket."""
+    data = LatentData(shards=latents, holdout=0, caption_dropout=0)
+    for sample in range(len(data.train)):
+        batch = data.load([sample], [sample])
+        view = data.view(batch.ids[0])
+        assert view == view_of(batch.latents_BCTHW[0], said(batch.text_BLD[0]), data.bucket_names[sample])
+    assert data.view("no-such-clip") is None and data.view("x" * 99) is None
 
 
 def test_sampler_epoch(latents):

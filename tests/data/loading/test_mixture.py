@@ -47,6 +47,7 @@ def test_mixture_samples(tiny, other, capsys):
             alone, ours = part.load([sample], [place]), data.load([first + sample], [place])
             assert data.sets[first + sample] == number
             assert ours.ids == (f"{name}/{alone.ids[0]}",)
+            assert data.view(ours.ids[0]) == part.view(alone.ids[0])
             assert ours.positions == alone.positions
             assert (ours.latents_BCTHW == alone.latents_BCTHW).all()
             assert (ours.text_BLD == alone.text_BLD).all()

@@ -78,6 +78,9 @@ def test_non_finite_loss(value, more, tiny, call, tmp_path, monkeypatch):
     assert "step 3 skipped: the gradient's norm is" in ended.stdout
     logged = {row["step"]: row for row in rows_of(tmp_path, "metrics.jsonl") if "samples" in row}
     assert logged[3]["loss"] is None and all(logged[step]["loss"] for step in (1, 2, 4, 5, 6))
+    clips = [[sample["id"], pytest.approx(sample["sigma"], rel=1e-5)] for sample in row["samples"]]
+    assert [clip[:2] for clip in logged[3]["clips"]] == clips, "the log names the clips of each step"
+    assert sum(loss for *_, loss in logged[1]["clips"]) / 4 == pytest.approx(logged[1]["loss"], rel=1e-4)
 
 
 def test_non_finite_gradient(tiny, call, tmp_path, monkeypatch):

@@ -72,6 +72,18 @@ class Index:
         (number,) = np.flatnonzero((self.text_identity == pack_identities([identity])).all(1)).tolist()
         return int(number)
 
+    def window(self, name: str) -> int | None:
+        """The number of the window with this name, which `name` gave; None if there is none."""
+        packed = np.frombuffer(name.encode().ljust(ID_LENGTH, b"\0"), dtype=np.uint8)
+        if len(packed) != ID_LENGTH:
+            return None
+        found = np.flatnonzero((self.ids == packed).all(1)).tolist()
+        return found[0] if found else None
+
+    def clip_of(self, window: int) -> int:
+        """The number of the clip that a window belongs to."""
+        return int(np.searchsorted(self.windows, window, side="right")) - 1
+
     def windows_of(self, clip: int) -> range:
         """The numbers of a clip's windows."""
         return range(int(self.windows[clip]), int(self.windows[clip + 1]))

@@ -24,8 +24,9 @@ from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.index import Index
 from wantrain.data.loading.holdout import one_per_group, split_groups
 from wantrain.data.loading.sampler import Indices
+from wantrain.data.loading.views import ClipView, view_of
 from wantrain.data.mmap import tensors_in
-from wantrain.data.remote import CACHE, open_shards
+from wantrain.data.remote import CACHE, LocalShards, open_shards
 from wantrain.data.shards import MANIFEST, file_hash, read_manifest
 from wantrain.util.seeds import generator_at
 
@@ -106,6 +107,19 @@ class LatentData:
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
         """The tags of each clip (`Batch.clips`), if its footage came with any."""
         return [tuple(self.manifest["tags"][tag] for tag in self.index.tags_of(clip)) for clip in clips]
+
+    def view(self, name: str) -> ClipView | None:
+        """A clip of a batch (`Batch.ids`) to look at; None if there is none of that name, or if it lies elsewhere: a
+        page is no reason to fetch a shard.
+        """
+        if not isinstance(self.files, LocalShards):
+            return None
+        window = self.index.window(name)
+        if window is None:
+            return None
+        clip = self.index.clip_of(window)
+        caption = self._caption(self.index.texts_of(clip)[0])
+        return view_of(self._tensors_of(clip, window)["latents"].float(), caption, str(self._bucket(clip)))
 
     def _bucketed(self, chosen: Indices) -> list[Batch]:
         batches = []

@@ -23,6 +23,7 @@ from wantrain.batch import Batch, pad_texts
 from wantrain.conditioning import ModelInputs
 from wantrain.data.loading.dataset import LatentData
 from wantrain.data.loading.sampler import Indices
+from wantrain.data.loading.views import ClipView
 from wantrain.data.remote import CACHE
 from wantrain.geometry import Bucket
 from wantrain.util.console import say
@@ -140,6 +141,11 @@ class MixedData:
         """Distinct captions, one of each set in turn: prompts for previews."""
         turns = itertools.zip_longest(*(part.captions() for part in self.parts.values()))
         return list(dict.fromkeys(caption for turn in turns for caption in turn if caption is not None))
+
+    def view(self, name: str) -> ClipView | None:
+        """A clip of a batch (`Batch.ids`) to look at; None if there is none of that name."""
+        set_name, _, own = name.partition("/")
+        return self.parts[set_name].view(own) if set_name in self.parts else None
 
     def _of_each(self, count: int, batches: Callable[[LatentData, int], list[Batch]]) -> list[Batch]:
         """Batches of every set, `count` clips in all."""

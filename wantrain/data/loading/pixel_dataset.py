@@ -121,6 +121,9 @@ class PixelData:
         """The first `count` training clips, from their first frame on, one batch per bucket."""
         return self._bucketed(self.train[:count].tolist())
 
+    def view(self, name: str) -> None:
+        """None: clips of pixels are not shown."""
+
     def _bucketed(self, chosen: list[int]) -> list[PixelBatch]:
         buckets = dict.fromkeys(self._lengths[sample] for sample in chosen)
         groups = [[sample for sample in chosen if self._lengths[sample] == bucket] for bucket in buckets]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from wantrain.batch import AnyBatch
 from wantrain.conditioning import ModelInputs
 from wantrain.data.loading.sampler import Indices
+from wantrain.data.loading.views import ClipView
 from wantrain.geometry import Bucket
 
 AnyBatch_co = TypeVar("AnyBatch_co", bound=AnyBatch, covariant=True)
@@ -76,3 +77,6 @@ class TrainingData(Protocol[AnyBatch_co]):
 
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
         """The tags of each clip."""
+
+    def view(self, name: str) -> ClipView | None:
+        """A clip of a batch, by its id, to look at; None if it cannot be shown."""

@@ -142,6 +142,7 @@ class StepGuard:
         self.losses: list[Tensor] = []  # of this rank, on the device
         self.everyone: Tensor | None = None  # noise levels and losses of all ranks, (samples, 2)
         self.excess: Tensor | None = None  # how many times the usual this step's losses are, over all ranks
+        self.times_usual = 1.0
         self.updated = False
         self.first = trainer.name not in safeguards.proved
         self.before = digests(self.stepper) if self.first else {}
@@ -184,6 +185,7 @@ class StepGuard:
         losses = torch.cat(self.losses)
         excess = losses.new_ones(()) if self.excess is None else self.excess
         (size,), (received,), (times,), own_losses = self.stepper.read(norm, signal, excess, losses)
+        self.times_usual = times
         if self.first and self.stepper.processes > 1:
             self._check_ranks()
         for row, loss in zip(self.samples, own_losses, strict=True):
@@ -196,6 +198,14 @@ class StepGuard:
         else:
             self._skip(size, times)
         return Verdict(self.updated, int(received) or None)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the log says of the step's losses, after the `verdict`: how many times the usual they are for their
+        noise, and the clips of this process as [id, sigma, loss].
+        """
+        clips = [[row["id"], _number_or_none(row.get("sigma")), _number_or_none(row["loss"])] for row in self.samples]
+        return ({} if self.excess is None else {"times_usual": self.times_usual}) | {"clips": clips}
 
     def check_update(self) -> None:
         """After the step: ValueError if it was the first one and moved nothing, or if ranks moved differently."""
@@ -320,6 +330,11 @@ def _check_equal(stepper: Stepper, mine: Mapping[str, int], what: str) -> None:
             f"ranks (first: {names[0]}): each would train a model of its own. This is a fault of the program or of the "
             "communication between GPUs; please report it"
         )
+
+
+def _number_or_none(value: float | None) -> float | None:
+    """What JSON has as a number, with six significant digits; None for anything else."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 
 def _plain(value: Any) -> Any:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wantrain import page
 from wantrain.conditioning import ModelInputs
 from wantrain.geometry import Bucket
-from wantrain.page import Html, Row, Shown
+from wantrain.runs.pages.content import PREVIEWS
+from wantrain.runs.pages.live import INDEX
 from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.generate import Velocity
 from wantrain.training.engine.engine import Stepper
@@ -24,11 +24,7 @@ from wantrain.training.monitoring.trackers import PreviewClip, Tracker
 from wantrain.training.protocols import due
 from wantrain.util.console import say
 from wantrain.util.files import write_atomically
-from wantrain.video import Frames, contact_sheet, filmstrip, flicker, jpeg, motion, read_mp4, write_mp4
-
-INDEX = "index.html"
-#: What has been previewed so far, one object per video: what the page is made from.
-HISTORY = "previews.jsonl"
+from wantrain.video import Frames, contact_sheet, flicker, motion, write_mp4
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,8 @@ class PreviewRequest:
 
 @dataclass
 class Preview:
-    """Hook: every `every` steps, step 0 included, one mp4 of each request and a contact sheet; index.html shows the
-    first preview beside the newest, and the tracker gets the mp4s.
+    """Hook: every `every` steps, step 0 included, one mp4 of each request and a contact sheet; the run's page
+    (runs/pages) shows them, and the tracker gets the mp4s.
 
     The main process samples and the others wait, so ranks stay together; where each holds only a part of the weights,
     all sample the same. `open_sampler` makes what a preview needs and takes it away again: between previews nothing of
@@ -109,9 +105,7 @@ class Preview:
             )
         titled = {f"step {step}: {prompt}": frames for prompt, frames in zip(prompts, clips, strict=True)}
         contact_sheet(self.folder / f"step_{step:06d}.png", titled)
-        history = write_history(self.folder / HISTORY, step, previews)
-        title = f"{self.folder.parent.name}: step {step} of {self.steps}"
-        write_atomically(self.folder.parent / INDEX, make_page(title, history, self.folder))
+        write_history(self.folder / PREVIEWS, step, previews)
         say(f"step {step}: {len(previews)} previews, shown by {self.folder.parent / INDEX}")
         return previews
 
@@ -129,46 +123,10 @@ def as_trained(stepper: Stepper) -> Velocity:
     return velocity
 
 
-def write_history(path: Path, step: int, previews: Sequence[PreviewClip]) -> list[tuple[int, PreviewClip]]:
-    """All previews up to `step`; later ones, of a run that has resumed from a checkpoint before, are dropped."""
+def write_history(path: Path, step: int, previews: Sequence[PreviewClip]) -> None:
+    """Record all previews up to `step`; later ones, of a run that has resumed from a checkpoint before, are dropped."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
     kept = [row for row in rows if row["step"] < step]
     kept += [{"step": step, **asdict(replace(each, file=Path(each.file.name)))} for each in previews]
     lines = [json.dumps({**row, "file": str(row["file"])}, ensure_ascii=False) for row in kept]
     write_atomically(path, "".join(f"{line}\n" for line in lines))
-    return [(row.pop("step"), PreviewClip(**{**row, "file": path.parent / row["file"]})) for row in kept]
-
-
-def make_page(title: str, history: Sequence[tuple[int, PreviewClip]], folder: Path) -> str:
-    """A row for each prompt and seed: its first preview beside its newest, and those between, smaller."""
-    by_prompt: dict[tuple[str, int], list[tuple[int, PreviewClip]]] = {}
-    for step, preview in history:
-        by_prompt.setdefault((preview.prompt, preview.seed), []).append((step, preview))
-    rows = []
-    for (prompt, seed), previews in sorted(by_prompt.items(), key=lambda item: -item[1][-1][0]):
-        first, *between, last = previews if len(previews) > 1 else [*previews, previews[0]]
-        shown = [first] if first == last else [first, last]
-        strips = Html("".join(page.figure(_strip(preview), f"step {step}") for step, preview in shown))
-        rows.append(
-            Row(
-                prompt,
-                f"seed {seed}",
-                [_shown(step, preview, folder) for step, preview in shown],
-                [_shown(step, preview, folder) for step, preview in between],
-                f"{len(between)} between",
-                strips,
-            )
-        )
-    note = "Motion is the mean change of brightness per frame, flicker what the next frame takes back (grey levels)."
-    return page.page(title, page.paragraph(note, quiet=True), page.comparison(rows))
-
-
-def _shown(step: int, preview: PreviewClip, folder: Path) -> Shown:
-    label = "step 0: before training" if step == 0 else f"step {step}"
-    return Shown(
-        f"{folder.name}/{preview.file.name}", label, f"motion {preview.motion:.2f}, flicker {preview.flicker:.2f}"
-    )
-
-
-def _strip(preview: PreviewClip) -> Html:
-    return page.picture(jpeg(filmstrip(read_mp4(preview.file), cell=96)), preview.prompt)
