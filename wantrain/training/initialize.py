@@ -12,6 +12,7 @@ from torch import nn
 from wantrain.models import Base, WanVAE, adapters, partial
 from wantrain.models.activation_policy import DTYPES, ActivationPolicy
 from wantrain.models.adapters import AdapterSettings
+from wantrain.models.attention import DEFAULT, Kernel, set_kernel
 from wantrain.models.facts import blocks_of
 from wantrain.models.formats.base import stated_expert
 from wantrain.models.formats.loading import cast_as_loaded
@@ -47,6 +48,7 @@ class Initializer:
     base_dtype  base.dtype=: fp32 or bf16 instead of `dtype`, or the format in which the blocks' frozen weights are
                 stored; None: `dtype`, or that of an fp8 file
     activations    recompute, activations and activations_dtype: what is kept of a forward
+    kernel         what a transformer attends with
     """
 
     make: Callable[[], nn.Module]
@@ -62,10 +64,11 @@ class Initializer:
     activations: Mapping[str, Any] = field(default_factory=dict)
     base_dtype: str | None = None
     trained: torch.dtype = torch.float32
+    kernel: Kernel = DEFAULT
 
     @classmethod
     def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Initializer:
-        """A start by an expert's own settings, train.py's; `where` is base, device, dtype and recipe."""
+        """A start by an expert's own settings, train.py's; `where` is base, device, dtype, recipe and kernel."""
         parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed")}
         kept = {key: settings[key] for key in ("recompute", "activations", "activations_dtype")}
         dtypes = {"base_dtype": settings["base"]["dtype"], "trained": PLAIN[settings["trained"]["dtype"]]}
@@ -78,6 +81,7 @@ class Initializer:
             module = Autoencoder(module)
         else:
             self.set_activations(module)
+            set_kernel(module, self.kernel)
         settings = self.adapt(module)
         self.check_trained(module)
         if origin := self.adapter.get("init"):
