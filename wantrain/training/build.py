@@ -112,6 +112,7 @@ def build_initializers(setup: RunSetup) -> dict[str, Initializer]:
             dtype=setup.dtype,
             recipe=setup.settings["recipe"],
             kernel=kernel or DEFAULT,
+            compiler=setup.compiler,
         )
         for name, expert in setup.experts.items()
     }
@@ -192,7 +193,7 @@ def build_monitoring(setup: RunSetup) -> tuple[Metrics, Throughput, Safeguards]:
     limits = {key: value for key, value in settings["safeguards"].items() if key != "hang"}
     return (
         Metrics(setup.folder.metrics, steps=setup.steps, peak=peak_of(setup.placement.device)),
-        Throughput(settings["model"]["fps"]),
+        Throughput(settings["model"]["fps"], compiler=setup.compiler),
         Safeguards(setup.folder.safeguards, **limits),
     )
 

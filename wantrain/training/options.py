@@ -14,6 +14,7 @@ from wantrain.data import TrainingData
 from wantrain.losses import LossFunction
 from wantrain.models import Base, attention
 from wantrain.models.attention import Kernel
+from wantrain.models.compiling import BlockCompiler, check_compiler
 from wantrain.runs.folder import RunFolder
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.batching import Batching
@@ -65,3 +66,11 @@ class RunSetup:
             return None
         width = self.settings["model"]["transformer"]["attention_head_dim"]
         return attention.choose(self.settings["attention"], self.placement.device, self.dtype, width=width)
+
+    @cached_property
+    def compiler(self) -> BlockCompiler | None:
+        """What compiles the transformers' blocks; None with compile=none. ValueError if it cannot on this machine."""
+        if self.settings["compile"] == "none":
+            return None
+        check_compiler(self.placement.device)
+        return BlockCompiler()
