@@ -75,8 +75,9 @@ def compiled(module, backend="eager"):
     return compiler
 
 
-def assert_equal_steps(module, reference, *given, bound=0.0, **how):
-    """The same loss and gradients, up to `bound` of each tensor's norm."""
+def assert_equal_steps(module, reference, *given, precision="fp32"):
+    """The same loss and gradients, up to the rounding of the precision, by each tensor's norm."""
+    bound, how = {"fp32": 1e-5, "bf16": 3e-2}[precision], {"precision": precision}
     (loss, gradients), (wanted_loss, wanted) = step(module, *given, **how), step(reference, *given, **how)
     assert gradients.keys() == wanted.keys()
     assert (loss - wanted_loss).abs() <= bound * wanted_loss
@@ -88,7 +89,7 @@ def assert_equal_steps(module, reference, *given, bound=0.0, **how):
 
 @pytest.mark.parametrize("recompute", ["none", "block", "attention", 2])
 def test_graphs_of_buckets(recompute):
-    """Five buckets take two graphs, one for videos and one for images, without a break, and change no bit."""
+    """Five buckets take two graphs, one for videos and one for images, without a break."""
     module, reference = network("lora", recompute), network("lora", recompute)
     compiler = compiled(module)
     for bucket in BUCKETS:
@@ -108,7 +109,7 @@ def test_graphs_of_blocks(how):
 @pytest.mark.parametrize("activations", ["gpu", "cpu"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_swapped_blocks(activations, precision):
-    """Weights that visit, inputs that wait, and autocast go together with compiled blocks, bit for bit."""
+    """Weights that visit, inputs that wait, and autocast go together with compiled blocks."""
     module, reference = (network("lora", "attention", activations=each) for each in (activations, "gpu"))
     ModuleOffloader(torch.device("cpu")).add(module, whole=False, blocks=blocks_to_swap(module, 3))
     compiler = compiled(module)
@@ -239,7 +240,7 @@ def test_generated_code(recompute, again):
     module, reference = network("lora", recompute), network("lora", recompute)
     compiled(module, "inductor")
     for bucket in BUCKETS[:2]:
-        assert_equal_steps(module, reference, *inputs(bucket), bound=1e-5)
+        assert_equal_steps(module, reference, *inputs(bucket))
     loss = module(*inputs(BUCKETS[0])).square().mean()
     with Attentions() as counter:
         loss.backward()
@@ -252,4 +253,4 @@ def test_generated_code_bf16():
     module, reference = network("lora", "attention", activations="cpu"), network("lora")
     ModuleOffloader(torch.device("cpu")).add(module, whole=False, blocks=blocks_to_swap(module, 3))
     compiled(module, "inductor")
-    assert_equal_steps(module, reference, *inputs(BUCKETS[0]), bound=3e-2, precision="bf16")
+    assert_equal_steps(module, reference, *inputs(BUCKETS[0]), precision="bf16")
