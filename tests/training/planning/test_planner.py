@@ -11,6 +11,7 @@ import torch
 
 from wantrain.training.initialize import without_values
 from wantrain.training.planning.plan import CUDA, GB, Choice, Sizes
+from wantrain.training.planning.planner import Planner
 from wantrain.training.planning.roofline import Work
 from wantrain.training.planning.search import FILL, Case, cheapest, fits
 from wantrain.training.planning.trace import Sample, between, trace_blocks, trace_step, with_blocks
@@ -117,6 +118,17 @@ def test_given_settings_stay(case):
     assert advice.choice.base is None and advice.choice.swap == 0
     free = cheapest([case], Choice(recompute="none"), tight, adapter=False)
     assert free.choice.base is None and free.choice.swap == 0
+
+
+@pytest.mark.parametrize(("kernel", "kept"), [("auto", True), ("cudnn", True), ("flex", False), ("math", False)])
+def test_kernel_not_kept(case, kernel, kept):
+    """Where the output of attention cannot be kept, keeping it is not advised."""
+    policies = Planner._policies.fget(SimpleNamespace(settings={"attention": kernel}))
+    assert ("attention" in policies) == kept and {"none", "block"} <= set(policies)
+    own = replace(case, costs={policy: case.costs[policy] for policy in policies})
+    sizes = [each / 40 * GB for each in range(20, 120)]
+    found = {cheapest([own], Choice(recompute="none"), card(size), adapter=True) for size in sizes}
+    assert ("attention" in {advice.choice.recompute for advice in found if advice is not None}) == kept
 
 
 def test_dry_run_plans(call):
