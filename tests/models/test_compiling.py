@@ -21,8 +21,7 @@ BLOCKS = 4
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": BLOCKS}
 #: Latent frames, rows and columns of five buckets, one of them of images.
 BUCKETS = [(2, 8, 8), (3, 8, 8), (5, 6, 10), (4, 12, 8), (1, 8, 12)]
-#: Ways to train: what trains, and over what.
-HOWS = ["full", "lora", "dora", "partial"]
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +86,7 @@ def assert_equal_steps(module, reference, *given, precision="fp32"):
         assert error <= bound, (name, error)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "attention", 2])
+@pytest.mark.parametrize("recompute", ["attention", *(pytest.param(each, marks=SLOW) for each in ("none", "block", 2))])
 def test_graphs_of_buckets(recompute):
     """Five buckets take two graphs, one for videos and one for images, without a break."""
     module, reference = network("lora", recompute), network("lora", recompute)
@@ -97,7 +96,7 @@ def test_graphs_of_buckets(recompute):
     assert compiler.graphs == 2
 
 
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("how", ["full", pytest.param("dora", marks=SLOW), "partial"])
 def test_graphs_of_blocks(how):
     """All blocks share a graph; frozen blocks before those that train have one of their own."""
     module, reference = network(how, "block"), network(how, "block")
@@ -106,8 +105,7 @@ def test_graphs_of_blocks(how):
     assert compiler.graphs == (2 if how == "partial" else 1)
 
 
-@pytest.mark.parametrize("activations", ["gpu", "cpu"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("activations", "precision"), [("cpu", "bf16"), pytest.param("gpu", "fp32", marks=SLOW)])
 def test_swapped_blocks(activations, precision):
     """Weights that visit, inputs that wait, and autocast go together with compiled blocks."""
     module, reference = (network("lora", "attention", activations=each) for each in (activations, "gpu"))
@@ -117,7 +115,9 @@ def test_swapped_blocks(activations, precision):
     assert compiler.graphs == 1
 
 
-@pytest.mark.parametrize("kernel", [Kernel("math", math), Kernel("flash2", fused(SDPBackend.FLASH_ATTENTION))], ids=str)
+@pytest.mark.parametrize(
+    "kernel", [Kernel("math", math), Kernel("flash2", fused(SDPBackend.FLASH_ATTENTION))], ids=lambda own: own.name
+)
 def test_kernels(kernel):
     """A kernel that is named is compiled without a graph break."""
     module, reference = network("lora"), network("lora")
@@ -127,7 +127,7 @@ def test_kernels(kernel):
     assert_equal_steps(module, reference, *inputs(BUCKETS[0]))
 
 
-@pytest.mark.parametrize("stored", ["fp8", "int8", "nf4"])
+@pytest.mark.parametrize("stored", ["fp8", *(pytest.param(each, marks=SLOW) for each in ("int8", "nf4"))])
 def test_quantised_base(stored):
     """A base in 8 or 4 bits is compiled without a graph break."""
     if stored == "nf4":
@@ -169,10 +169,17 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("how", ["none", "blocks"])
-@pytest.mark.parametrize("recompute", ["none", "attention"])
-@pytest.mark.parametrize("kernel", [DEFAULT, Kernel("math", math)], ids=str)
-def test_no_host_reads(how, recompute, kernel):
+@pytest.mark.parametrize(
+    ("how", "kernel", "recompute"),
+    [
+        ("none", DEFAULT, "attention"),
+        ("none", Kernel("math", math), "block"),
+        ("blocks", DEFAULT, "attention"),
+        pytest.param("blocks", Kernel("math", math), "block", marks=SLOW),
+    ],
+    ids=str,
+)
+def test_no_host_reads(how, kernel, recompute):
     """Forward and backward of a model give the host no value, compiled or not."""
     module = network("lora", recompute)
     set_kernel(module, kernel)
@@ -233,7 +240,7 @@ class Attentions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(("recompute", "again"), [("none", 0), ("block", 2 * BLOCKS), ("attention", BLOCKS)])
 def test_generated_code(recompute, again):
     """Code generated for the CPU: gradients within 1e-5, and attention is computed again as often as the policy says."""
@@ -247,7 +254,7 @@ def test_generated_code(recompute, again):
     assert counter.count == again
 
 
-@pytest.mark.slow
+@SLOW
 def test_generated_code_bf16():
     """The same under autocast to bfloat16, with swapped blocks and inputs that wait on the host."""
     module, reference = network("lora", "attention", activations="cpu"), network("lora")
