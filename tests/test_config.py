@@ -144,6 +144,14 @@ def test_shell_paths_and_captions(tiny, environment, tmp_path):
             ["steps=10", "epochs=2", "batch_size=6", "accumulate=4", "model.num_frames=10"],
             ("steps=10 and epochs=2", "batch_size=6", "model.num_frames=10"),
         ),
+        (
+            ["attention=sage", "run=a/b", "clip=1", "batch_size=6", "accumulate=4"],
+            ("attention=sage quantises", "a/b", "batch_size=6"),
+        ),
+        (
+            ["attention=flex", "recompute=attention", "run=a/b", "batch_size=6", "accumulate=4"],
+            ("attention=flex has none that can be kept", "a/b", "batch_size=6"),
+        ),
     ],
 )
 def test_check_collects_problems(bad, problems):

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wantrain import config, geometry
 from wantrain.data import ConditioningInputs
-from wantrain.models import partial
+from wantrain.models import attention, partial
 from wantrain.models.activation_policy import DTYPES, ActivationPolicy
 from wantrain.models.offload import check_swap
 from wantrain.runs.folder import check_name
@@ -154,10 +154,11 @@ def _check_memory(cfg: DictConfig) -> None:
     """What is kept of a forward, and which weights wait on the host."""
     blocks, dtype = cfg.model.transformer.num_layers, DTYPES[cfg.activations_dtype]
     policy = ActivationPolicy(cfg.recompute, blocks=blocks, activations=cfg.activations, dtype=dtype)
-    if policy.keep_attention and cfg.model.transformer.get("attention", "sdpa") != "sdpa":
+    attention.check_name(cfg.attention)
+    if policy.keep_attention and cfg.attention in attention.NOT_KEPT:
         raise ValueError(
-            f"recompute=attention keeps what torch's kernels give, and model.transformer.attention="
-            f"{cfg.model.transformer.attention} uses none; give recompute=block"
+            f"recompute=attention keeps the output of a fused kernel, and attention={cfg.attention} has none that can "
+            "be kept; give recompute=block, or another kernel"
         )
     if cfg.swap.blocks and cfg.adapter.name == "none":
         raise ValueError(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -17,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from gpu_stages import sizes
 from gpu_stages.context import Context, measure, summary, synchronize
 from wantrain.geometry import num_tokens
-from wantrain.models.attention import sdpa
+from wantrain.models.attention import Attend, Kernel, Machine, choose, sdpa
 
 LIBRARIES = ("torch", "triton", "accelerate", "peft", "transformers", "diffusers", "deepspeed", "torchao")
 
@@ -88,8 +89,8 @@ def copy_speeds(device: torch.device, size: int) -> dict[str, float]:
 
 
 def attention(context: Context) -> dict[str, Any]:
-    """Which kernel takes self- and cross-attention at an A14B expert's shapes, forward and backward, and what each
-    backend that can takes for it.
+    """Which kernel `attention=auto` takes for self- and cross-attention at an A14B expert's shapes; and every kernel's
+    time, forward and backward, beside SDPA's called raw with each of its backends.
     """
     heads = sizes.transformer(context.small, 1)
     shape = {"N": heads["num_attention_heads"], "K": heads["attention_head_dim"]}
@@ -97,15 +98,25 @@ def attention(context: Context) -> dict[str, Any]:
     bias = torch.zeros(sizes.TEXT_ROWS + 1, device=context.device)
     bias[-1] = math.log(512 - sizes.TEXT_ROWS)
     cases = {"self-attention": (tokens, tokens, None), "text, with bias": (tokens, sizes.TEXT_ROWS + 1, bias)}
+    kernels = _kernels(context.device, shape["K"])
     for name, (queries, keys, added) in cases.items():
-        run = _attention(context.device, queries, keys, added, **shape)
-        backend, kernels = taken(context.device, run)
-        trials = {kind.name: _trial(context, kind, run) for kind in BACKENDS}
-        context.note(**{name: {"backend": backend, "kernels": kernels, "seconds": trials, "tokens": [queries, keys]}})
+        case = (context.device, queries, keys, added)
+        run = _attention(*case, **shape, attend=kernels["auto"].attend)
+        backend, used = taken(context.device, run)
+        parts = {f"attention={each}": _attention(*case, **shape, attend=own.attend) for each, own in kernels.items()}
+        raw = {f"raw {kind.name}": _raw(kind, *case, **shape) for kind in BACKENDS}
+        refused = {each: reason for each, work in {**parts, **raw}.items() if (reason := _refusal(work)) is not None}
+        works = {each: work for each, work in {**parts, **raw}.items() if each not in refused}
+        seconds = {each: summary(took) for each, took in measure(context.device, works, repeats=3).items()}
+        found = {"kernel": kernels["auto"].name, "backend": backend, "kernels": used, "tokens": [queries, keys]}
+        context.note(**{name: {**found, "seconds": seconds, "refused": refused}})
         why = "the math backend keeps tokens x tokens values: 81 frames would not fit"
         context.require(f"{name}: a fused kernel", "math" not in backend and backend != "", why)
-    found = {name: context.measured[name]["backend"] for name in cases}
-    return {"in_words": "; ".join(f"{name}: {backend}" for name, backend in found.items())}
+        if context.device.type == "cuda" and added is None:
+            best = min(seconds[each]["median"] for each in raw if each in seconds)
+            why = "what surrounds a kernel costs time, or auto has not taken the fastest"
+            context.check(f"{name}: over the best raw", seconds["attention=auto"]["median"] / best, 1.05, why)
+    return {"in_words": "; ".join(f"{name}: {context.measured[name]['backend']}" for name in cases)}
 
 
 BACKENDS = (
@@ -116,19 +127,54 @@ BACKENDS = (
 )
 
 
+def _kernels(device: torch.device, width: int) -> dict[str, Kernel]:
+    """What `auto` takes, and the other kernels that are here, but for the formula. FlashAttention-3 takes the place of
+    FlashAttention-2.
+    """
+    found = {"auto": choose("auto", device, torch.bfloat16, width=width)}
+    flash = {"flash3", "flash2"} if found["auto"].name == "flash3" else {"flash3"}
+    names = set(Machine.of(device, torch.bfloat16).available()) - flash - {"math"}
+    return found | {name: choose(name, device, torch.bfloat16, width=width) for name in sorted(names)}
+
+
+def _leaves(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """bf16 tensors of these shapes that have gradients."""
+    return [torch.randn(*shape, device=device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+
+
 def _attention(
-    device: torch.device, queries: int, keys: int, bias: Tensor | None, N: int, K: int
+    device: torch.device, queries: int, keys: int, bias: Tensor | None, N: int, K: int, *, attend: Attend = sdpa
 ) -> Callable[[], None]:
-    """Forward and backward of sdpa() on bf16 tensors of these sizes."""
-    rows = {"q": queries, "k": keys, "v": keys}
-    q, k, v = (
-        torch.randn(1, count, N, K, device=device, dtype=torch.bfloat16, requires_grad=True) for count in rows.values()
-    )
+    """Forward and backward of a kernel as the model calls it."""
+    q, k, v = _leaves(device, *((1, rows, N, K) for rows in (queries, keys, keys)))
 
     def run() -> None:
-        sdpa(q, k, v, bias).float().sum().backward()
+        attend(q, k, v, bias).float().sum().backward()
 
     return run
+
+
+def _raw(
+    backend: SDPBackend, device: torch.device, queries: int, keys: int, bias: Tensor | None, N: int, K: int
+) -> Callable[[], None]:
+    """Forward and backward of SDPA with one backend, on contiguous tensors in its own layout."""
+    q, k, v = _leaves(device, *((1, N, rows, K) for rows in (queries, keys, keys)))
+    mask = None if bias is None else bias.to(q.dtype).expand(1, 1, queries, -1)
+
+    def run() -> None:
+        with sdpa_kernel(backend):
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).float().sum().backward()
+
+    return run
+
+
+def _refusal(run: Callable[[], None]) -> str | None:
+    """Why a kernel cannot; None if it can."""
+    try:
+        run()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def taken(device: torch.device, run: Callable[[], None]) -> tuple[str, list[str]]:
@@ -147,12 +193,3 @@ def taken(device: torch.device, run: Callable[[], None]) -> tuple[str, list[str]
 
 def _is_attention(operator: str) -> bool:
     return operator.startswith("aten::_scaled_dot_product") and "backward" not in operator
-
-
-def _trial(context: Context, backend: SDPBackend, run: Callable[[], None]) -> dict[str, float] | str:
-    """Seconds with one backend alone; the reason where it cannot."""
-    try:
-        with sdpa_kernel(backend):
-            return summary(measure(context.device, {"both": run}, repeats=3)["both"])
-    except RuntimeError as error:
-        return str(error).splitlines()[0]

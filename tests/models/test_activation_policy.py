@@ -5,10 +5,12 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wantrain.models import WanTransformer, activation_policy, adapters, offload, partial
 from wantrain.models.activation_policy import ActivationPolicy, OnHost
+from wantrain.models.attention import Kernel, fused, set_kernel
 from wantrain.models.offload import ModuleOffloader, blocks_to_swap
 
 BLOCKS = 6
@@ -292,3 +294,17 @@ def test_missing_wait_shows(late, monkeypatch, forgetful, swap):
     monkeypatch.setattr(forgetful, "CopyStream", NoWait)
     losses, _ = trained("lora", "block", "cpu", swap)
     assert losses != plain("lora", 3)[0]
+
+
+def test_fused_kernel_kept():
+    """A kernel that is named is kept like the one that torch chooses: bit-equal, and attention to the text alone is
+    computed again."""
+    module, unkept = policy(network("lora"), "attention"), network("lora")
+    for each in (module, unkept):
+        set_kernel(each, Kernel("flash2", fused(SDPBackend.FLASH_ATTENTION)))
+    losses, gradients = train(module, 3)
+    assert (losses, gradients.keys()) == (train(unkept, 3)[0], plain("lora", 3)[1].keys())
+    loss = module(torch.randn(1, 16, 2, 8, 8), torch.tensor([400.0]), torch.randn(1, 5, 8)).square().mean()
+    with Attentions() as counter:
+        loss.backward()
+    assert counter.count == BLOCKS

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from wantrain.models import WanTransformer, WanVAE, adapters
-from wantrain.models.attention import BACKENDS, sdpa
+from wantrain.models.attention import sdpa
 from wantrain.models.facts import block_classes, blocks_of, is_fp32, outside_blocks, place_in_blocks
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": 3}
@@ -127,15 +127,3 @@ def test_sequence_plan(parts):
         for handle in handles:
             handle.remove()
     torch.testing.assert_close(result, whole, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_attention_backends_agree(name):
-    model, reference = scrambled(attention=name), scrambled()
-    torch.testing.assert_close(model(*inputs()), reference(*inputs()), rtol=1e-4, atol=1e-5)
-    assert {block.self_attn.attend for block in model.blocks} == {BACKENDS[name]}
-
-
-def test_unknown_attention_backend():
-    with pytest.raises(ValueError, match="attention=fast is unknown; choose one of sdpa, plain"):
-        WanTransformer(**SIZE, attention="fast")

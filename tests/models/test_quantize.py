@@ -244,6 +244,7 @@ def test_damaged_weights_refused(pair, kind, tmp_path):
 def test_library_missing(pair, monkeypatch):
     """nf4 without its library says how to install it; the other formats need none."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(quantize, "_functional", None)
     with pytest.raises(ValueError, match=r"base.dtype=nf4 needs bitsandbytes: pip install 'wantrain\[quant\]'"):
         Base(pair).transformer("low_noise", stored="nf4")
     for kind in ("fp8", "int8"):

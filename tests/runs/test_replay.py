@@ -34,7 +34,9 @@ def test_replay_is_bit_exact(first, call, tmp_path):
     told = json.loads(first.read_text())
     assert len(told["starts"]) == 2 and told["config"]["optimizer"]["lr"] == 1e-3
     assert {"command", "made_by", "versions", "engine", "processes", "device", "data", "at"} <= told["starts"][0].keys()
+    assert told["starts"][0]["attention"] == "efficient"
     ended = call("train.py", "replay=runs/first/run.json", "steps=5")
+    assert "\nattention: efficient\n" in ended.stdout
     assert "everything that its bits depend on is the same" in ended.stdout
     assert "replay: the losses of 5 steps are the same, bit for bit" in ended.stdout
     again = losses(tmp_path, "first_replay")

@@ -42,6 +42,8 @@ def refusal(command, words):
         ("train", [VAE, "sample=5"], "expert=vae makes no previews"),
         ("train", [VAE, "validation.points=2"], "no noise levels"),
         ("train", [VAE, "recompute=block"], "expert=vae trains no transformer"),
+        ("train", [VAE, "compile=blocks"], "expert=vae trains no transformer"),
+        ("train", [VAE, "attention=math"], "expert=vae trains no transformer"),
         ("train", ["init=scratch", "check_expert=stop"], "init=scratch loads no expert"),
         ("train", ["data.cache=here"], "no shards lie at a URL"),
         ("train", ["data.cache_gb=5"], "no shards lie at a URL"),

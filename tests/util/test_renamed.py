@@ -46,6 +46,8 @@ def test_offload_config(order):
         ("model.conditioning=null", "model.conditioning=null is now model.conditioning=none"),
         ("data.condition={image: 1}", "data.condition is now data.mask_types: data.mask_types={image: 1}"),
         ("+data.condition.image=1", "data.condition.image is now data.mask_types.image: data.mask_types.image=1"),
+        ("model.transformer.attention=plain", "model.transformer.attention=plain is now attention=math"),
+        ("attention=sdpa", "attention=sdpa is now attention=auto"),
         ("condition={image: 1}", "condition is now mask_types: mask_types={image: 1}"),
         (
             "data.sets.cats.told_by=frames",

@@ -175,13 +175,20 @@ def check_library(kind: str) -> None:
         _bitsandbytes()
 
 
+#: bitsandbytes' functions, once they are imported: compiled code cannot import.
+_functional: Any = None
+
+
 def _bitsandbytes() -> Any:
     """bitsandbytes' functions; imported where nf4 is used, as it takes two seconds."""
-    try:
-        with libraries.importing():
-            from bitsandbytes import functional
-    except ImportError as error:
-        raise ValueError(
-            "base.dtype=nf4 needs bitsandbytes: pip install 'wantrain[quant]'; fp8 and int8 need no further library"
-        ) from error
-    return functional
+    global _functional
+    if _functional is None:
+        try:
+            with libraries.importing():
+                from bitsandbytes import functional
+        except ImportError as error:
+            raise ValueError(
+                "base.dtype=nf4 needs bitsandbytes: pip install 'wantrain[quant]'; fp8 and int8 need no further library"
+            ) from error
+        _functional = functional
+    return _functional

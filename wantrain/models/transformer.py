@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wantrain.geometry import PATCH
-from wantrain.models.attention import DEFAULT, Attend, attention_backend
+from wantrain.models.attention import DEFAULT, Attend
 from wantrain.models.facts import BlockRunner, SequencePlan, Split, Tags
 from wantrain.models.positions import ROPE_LENGTH, rope_angles, rotate, sinusoid
 
@@ -146,8 +146,7 @@ class WanTransformer(nn.Module):
     """Predicts the velocity noise - data of video latents, given a timestep and a text.
 
     Keywords are the names and units of the published config.json (diffusers layout): `in_channels` counts latent,
-    mask and image channels together (16 for text-to-video). `attention` is one of attention.py's BACKENDS. ValueError
-    for an option that no Wan2.2 model uses.
+    mask and image channels together (16 for text-to-video). ValueError for an option that no Wan2.2 model uses.
     """
 
     num_attention_heads: int = 40
@@ -160,7 +159,6 @@ class WanTransformer(nn.Module):
     ffn_dim: int = 13824
     num_layers: int = 40
     eps: float = 1e-6
-    attention: str = DEFAULT
 
     repeated_blocks: ClassVar[tuple[str, ...]] = ("blocks",)
     fp32_parts: ClassVar[tuple[str, ...]] = (
@@ -208,7 +206,6 @@ class WanTransformer(nn.Module):
         super().__init__()
         if self.attention_head_dim % 2:
             raise ValueError(f"attention_head_dim={self.attention_head_dim} must be even: rotary pairs")
-        attend = attention_backend(self.attention)
         self.dim = dim = self.num_attention_heads * self.attention_head_dim
         self.run_block = BlockRunner()
 
@@ -219,7 +216,7 @@ class WanTransformer(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(self.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
-            Block(dim, self.ffn_dim, self.num_attention_heads, self.eps, attend) for _ in range(self.num_layers)
+            Block(dim, self.ffn_dim, self.num_attention_heads, self.eps, DEFAULT.attend) for _ in range(self.num_layers)
         )
         self.head = Head(dim, math.prod(PATCH) * self.out_channels, self.eps)
         if self.patch_embedding.weight.device.type != "meta":  # about to be loaded: a second saved per load

@@ -50,7 +50,8 @@ FREE = (
     "data.cache_gb",
     "loss.batch_size",  # equals batch_size, which is compared
     "model.train",  # defaults of settings that are compared themselves
-    "model.transformer.attention",  # changes rounding at most, as do the next five and the number of processes
+    "attention",  # changes rounding at most, as do the next six and the number of processes
+    "compile",
     "accumulate",
     "memory",
     "recompute",

@@ -24,12 +24,20 @@ BOUND = 1e-4
 
 
 def described(
-    command: Iterable[str], *, data: str, sources: Mapping[str, str], engine: str, processes: int, device: str
+    command: Iterable[str],
+    *,
+    data: str,
+    sources: Mapping[str, str],
+    engine: str,
+    processes: int,
+    device: str,
+    attention: str | None,
 ) -> dict[str, Any]:
     """One start of a run, for run.json: its command line, and everything else that its numbers depend on.
 
     data     the hash of the shards' manifest
     sources  identities of the files that it starts from
+    attention  the kernel of attention; None where nothing attends
     """
     return {
         "command": list(command),
@@ -39,6 +47,7 @@ def described(
         "engine": engine,
         "processes": processes,
         "device": device,
+        "attention": attention,
         "data": data,
         "sources": dict(sources),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -111,8 +120,8 @@ def compare_starts(path: Path, now: Mapping[str, Any]) -> None:
             f"{path}: the run started from other files than weights=, parts= and init= name now, so nothing can be "
             "compared; give those it started from, wherever they lie"
         )
-    keys = ("made_by", "versions", "engine", "processes", "device")
-    differing = [f"{key}: {before.get(key)} -> {now[key]}" for key in keys if before.get(key) != now[key]]
+    keys = ("made_by", "versions", "engine", "processes", "device", "attention")
+    differing = [f"{key}: {before.get(key)} -> {now[key]}" for key in keys if before.get(key, now[key]) != now[key]]
     say(f"replay of {path.parent}: {'; '.join(differing) or 'everything that its bits depend on is the same'}")
 
 

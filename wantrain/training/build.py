@@ -12,6 +12,7 @@ import torch
 from wantrain.data.loading.sampler import BatchSampler
 from wantrain.losses import LossFunction, Model
 from wantrain.models import Base, adapters
+from wantrain.models.attention import DEFAULT
 from wantrain.models.formats.fingerprints import identity, identity_of
 from wantrain.runs import replay
 from wantrain.runs.checkpoint import Checkpoints, read_state
@@ -66,6 +67,7 @@ def open_run(setup: RunSetup, command: Iterable[str]) -> tuple[Checkpoints, Path
             engine=placement.engine,
             processes=placement.processes,
             device=device_name(placement.device),
+            attention=None if setup.kernel is None else setup.kernel.name,
         )
         if settings["replay"]:
             replay.compare_starts(Path(settings["replay"]), start)
@@ -98,8 +100,10 @@ def compare_replay(folder: RunFolder, settings: Mapping[str, Any]) -> None:
 
 
 def build_initializers(setup: RunSetup) -> dict[str, Initializer]:
-    """What each expert starts from."""
-    placement = setup.placement
+    """What each expert starts from; says which kernel its attention takes."""
+    placement, kernel = setup.placement, setup.kernel
+    if kernel is not None:
+        say(f"attention: {kernel.name}")
     return {
         name: Initializer.of(
             expert.network,
@@ -108,6 +112,8 @@ def build_initializers(setup: RunSetup) -> dict[str, Initializer]:
             device=placement.weights_device,
             dtype=setup.dtype,
             recipe=setup.settings["recipe"],
+            kernel=kernel or DEFAULT,
+            compiler=setup.compiler,
         )
         for name, expert in setup.experts.items()
     }
@@ -188,7 +194,7 @@ def build_monitoring(setup: RunSetup) -> tuple[Metrics, Throughput, Safeguards]:
     limits = {key: value for key, value in settings["safeguards"].items() if key != "hang"}
     return (
         Metrics(setup.folder.metrics, steps=setup.steps, peak=peak_of(setup.placement.device)),
-        Throughput(settings["model"]["fps"]),
+        Throughput(settings["model"]["fps"], compiler=setup.compiler),
         Safeguards(setup.folder.safeguards, **limits),
     )
 

@@ -12,6 +12,8 @@ from torch import nn
 from wantrain.models import Base, WanVAE, adapters, partial
 from wantrain.models.activation_policy import DTYPES, ActivationPolicy
 from wantrain.models.adapters import AdapterSettings
+from wantrain.models.attention import DEFAULT, Kernel, set_kernel
+from wantrain.models.compiling import BlockCompiler
 from wantrain.models.facts import blocks_of
 from wantrain.models.formats.base import stated_expert
 from wantrain.models.formats.loading import cast_as_loaded
@@ -47,6 +49,8 @@ class Initializer:
     base_dtype  base.dtype=: fp32 or bf16 instead of `dtype`, or the format in which the blocks' frozen weights are
                 stored; None: `dtype`, or that of an fp8 file
     activations    recompute, activations and activations_dtype: what is kept of a forward
+    kernel         what a transformer attends with
+    compiler       compiles its blocks; None: they stay as they are
     """
 
     make: Callable[[], nn.Module]
@@ -62,14 +66,18 @@ class Initializer:
     activations: Mapping[str, Any] = field(default_factory=dict)
     base_dtype: str | None = None
     trained: torch.dtype = torch.float32
+    kernel: Kernel = DEFAULT
+    compiler: BlockCompiler | None = None
 
     @classmethod
-    def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **where: Any) -> Initializer:
-        """A start by an expert's own settings, train.py's; `where` is base, device, dtype and recipe."""
+    def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **more: Any) -> Initializer:
+        """A start by an expert's own settings, train.py's; `more` is the rest: base, device, dtype, recipe, kernel,
+        compiler.
+        """
         parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed")}
         kept = {key: settings[key] for key in ("recompute", "activations", "activations_dtype")}
         dtypes = {"base_dtype": settings["base"]["dtype"], "trained": PLAIN[settings["trained"]["dtype"]]}
-        return cls(make, **parts, init=settings["init"], activations=kept, **dtypes, **where)
+        return cls(make, **parts, init=settings["init"], activations=kept, **dtypes, **more)
 
     def trainable(self) -> TrainableModule:
         """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
@@ -78,8 +86,11 @@ class Initializer:
             module = Autoencoder(module)
         else:
             self.set_activations(module)
+            set_kernel(module, self.kernel)
         settings = self.adapt(module)
         self.check_trained(module)
+        if self.compiler is not None:
+            self.compiler.compile(module)
         if origin := self.adapter.get("init"):
             layers = f"{len(adapters.adapter_layers(module))} layers"
             say(f"the adapter goes on from {origin}: {layers}, rank {settings['rank']}, alpha {settings['alpha']:g}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 
 from wantrain.data import TrainingData
 from wantrain.losses import LossFunction
-from wantrain.models import Base
+from wantrain.models import Base, attention
+from wantrain.models.attention import Kernel
+from wantrain.models.compiling import BlockCompiler, check_compiler
 from wantrain.runs.folder import RunFolder
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.batching import Batching
@@ -55,3 +58,19 @@ class RunSetup:
     folder: RunFolder
     dtype: torch.dtype
     steps: int
+
+    @cached_property
+    def kernel(self) -> Kernel | None:
+        """What transformers attend with; None for a VAE. ValueError if this machine has no such kernel."""
+        if "vae" in self.experts:
+            return None
+        width = self.settings["model"]["transformer"]["attention_head_dim"]
+        return attention.choose(self.settings["attention"], self.placement.device, self.dtype, width=width)
+
+    @cached_property
+    def compiler(self) -> BlockCompiler | None:
+        """What compiles the transformers' blocks; None with compile=none. ValueError if it cannot on this machine."""
+        if self.settings["compile"] == "none":
+            return None
+        check_compiler(self.placement.device)
+        return BlockCompiler()

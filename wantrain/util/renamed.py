@@ -30,6 +30,7 @@ KEYS: Mapping[str, str] = {
     "data.sets.*.told_by": "data.sets.*.conditioning",
     "data.sets.*.condition": "data.sets.*.mask_types",
     "condition": "mask_types",
+    "model.transformer.attention": "attention",
 }
 #: Modules that `_target_` names: old -> new.
 TARGETS: Mapping[str, str] = {"wantrain.training.optim": "wantrain.training.engine.optim"}
@@ -48,6 +49,7 @@ _RECOMPUTE: Mapping[Any, Any] = {True: "block", False: "none"}
 VALUES: Mapping[str, Mapping[Any, Any]] = {
     "recompute": _RECOMPUTE,
     "model.train.recompute": _RECOMPUTE,
+    "attention": {"sdpa": "auto", "plain": "math"},
     "init": {"widen": "expand_input_channels"},
     "experts.offload": {"gpu": "none"},
     "sample.offload": {"none": {"blocks": False}, "blocks": {"blocks": True}},

@@ -19,6 +19,7 @@ IMPOSSIBLE = [
     ("fsdp2", ["adapter=lora", "base.dtype=nf4"], "a base in fp8, int8 or nf4 (base.dtype=, or an fp8 file) trains in"),
     ("zero3", ["adapter=dora", "base.dtype=int8"], "not under zero3; use launch/accelerate/ddp.yaml"),
     ("single", ["expert=both", "experts.offload=cpu"], "adapter=none trains them"),
+    ("zero3", ["compile=blocks"], "compile=blocks under ZeRO-3: DeepSpeed fetches weights inside a block"),
     ("fsdp2", ["adapter=lora", "swap.blocks=4"], "swap.blocks=4: fsdp2 places the weights itself"),
     ("fsdp2", ["trained.dtype=bf16"], "trained.dtype=bf16: fsdp2 shares float32 weights out over the processes"),
     ("zero1", ["trained.dtype=bf16"], "trained.dtype=bf16: zero1 shares float32 weights out over the processes"),

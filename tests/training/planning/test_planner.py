@@ -14,6 +14,7 @@ from wantrain.training.initialize import without_values
 from wantrain.training.planning.memory import UpdateBytes
 from wantrain.training.planning.outline import find_clips
 from wantrain.training.planning.plan import CUDA, GB, Choice, Sizes
+from wantrain.training.planning.planner import Planner
 from wantrain.training.planning.roofline import Work
 from wantrain.training.planning.search import FILL, Case, cheapest, fits
 from wantrain.training.planning.trace import Sample, between, trace_blocks, trace_step, with_blocks
@@ -140,6 +141,17 @@ def test_updates_are_searched(monkeypatch):
     words = {word for update in planner.updates for word in update.overrides}
     assert words == {"trained.dtype=bf16", "optimizer=adamw_8bit", "update_in_backward=true", "clip_by=parameter"}
     assert planner.advise(cases, card, fixed=["update"]) is None
+
+
+@pytest.mark.parametrize(("kernel", "kept"), [("auto", True), ("cudnn", True), ("flex", False), ("math", False)])
+def test_kernel_not_kept(case, kernel, kept):
+    """Where the output of attention cannot be kept, keeping it is not advised."""
+    policies = Planner._policies.fget(SimpleNamespace(settings={"attention": kernel}))
+    assert ("attention" in policies) == kept and {"none", "block"} <= set(policies)
+    own = replace(case, costs={policy: case.costs[policy] for policy in policies})
+    sizes = [each / 40 * GB for each in range(20, 120)]
+    found = {cheapest([own], Choice(recompute="none"), card(size), adapter=True) for size in sizes}
+    assert ("attention" in {advice.choice.recompute for advice in found if advice is not None}) == kept
 
 
 def test_dry_run_plans(call):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wantrain.models.attention import DEFAULT as DEFAULT_ATTENTION
 from wantrain.models.facts import is_fp32
 from wantrain.models.formats import fp8, names
 from wantrain.models.formats.storing import Source
@@ -77,7 +76,7 @@ def load_transformer(
     """A transformer from a single file, a part's folder, or a pipeline folder in the diffusers layout.
 
     part    of a pipeline folder: "transformer" (high noise, or the only one) or "transformer_2" (low noise)
-    like    the keywords of the expected transformer; a file of another shape is refused. Its `attention` is used
+    like    the keywords of the expected transformer; a file of another shape is refused
     fp32    names of parameters that are float32 whatever `dtype` says, besides those that the model declares
     stored  one of quantize.FORMATS: the linear layers of the blocks are frozen and stored so, quantised one at a time.
             Of an fp8 file "fp8" keeps the bytes, and None gives the values in `dtype`
@@ -93,7 +92,7 @@ def load_transformer(
     if like is not None:
         check_like(sizes, like, where)
     with torch.device("meta"):
-        model = WanTransformer(**sizes, attention=(like or {}).get("attention", DEFAULT_ATTENTION))
+        model = WanTransformer(**sizes)
     official = {names.to_diffusers(key): key for key in model.state_dict()}
     tensors = {official.get(key, key): tensor for key, tensor in tensors.items()}
     check_keys(model, tensors, where)

@@ -169,7 +169,7 @@ _HYDRAS = {
     "ACCELERATE_DYNAMO_BACKEND": (
         "dynamo_backend",
         {"no"},
-        "nothing here: compiling is not supported, so leave it at no",
+        "compile=",
     ),
 }
 

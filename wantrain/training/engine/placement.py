@@ -133,6 +133,11 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> tuple
                 f"swap.blocks={swapped}: {engine} places the weights itself; give swap.blocks=0, or "
                 "launch/accelerate/ddp.yaml"
             )
+        if own["compile"] != "none" and engine == "zero3":
+            raise ValueError(
+                "compile=blocks under ZeRO-3: DeepSpeed fetches weights inside a block, where nothing can be compiled; "
+                "give compile=none, or launch/accelerate/fsdp2.yaml"
+            )
         if whole and engine == "fsdp2":
             raise ValueError(
                 "experts.offload=cpu: fsdp2 shards the weights over the processes instead; give experts.offload=none"

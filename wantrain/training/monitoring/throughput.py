@@ -21,6 +21,7 @@ from wantrain import flow
 from wantrain.batch import AnyBatch
 from wantrain.losses import Loss
 from wantrain.models import WanTransformer
+from wantrain.models.compiling import BlockCompiler
 from wantrain.models.flops import training_flops
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
@@ -63,10 +64,12 @@ class Throughput:
     """What a run's log says of speed and of losses by noise level: `step` around each step, `report` at its lines.
 
     fps  frames per second of the videos; the stride is the VAE's
+    compiler  counts compiled graphs, with compile=blocks
     """
 
     fps: float
     temporal_stride: int = 4
+    compiler: BlockCompiler | None = None
     losses: dict[str, LossByNoise] = field(default_factory=dict)
     flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
@@ -79,7 +82,7 @@ class Throughput:
         meter.end()
 
     def report(self, trainers: Iterable[ExpertTrainer]) -> dict[str, Any]:
-        """At a line of the log: losses by noise level since the last one, and the peak of memory."""
+        """At a line of the log: losses by noise level since the last one, the peak of memory, and graphs compiled."""
         several = len(self.losses) > 1
         values: dict[str, Any] = {}
         for trainer in trainers:
@@ -89,6 +92,8 @@ class Throughput:
         values["host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         if self.device.type == "cuda":
             values["device_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        if self.compiler is not None:
+            values |= {"compiled_graphs": self.compiler.graphs, "compile_seconds": self.compiler.seconds}
         return values
 
     def add_losses(self, trainer: ExpertTrainer, loss: Loss) -> None:

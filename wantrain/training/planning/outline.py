@@ -14,7 +14,7 @@ from torch import nn
 from wantrain import geometry
 from wantrain.data import BatchSampler, TrainingData
 from wantrain.data.shards import MANIFEST
-from wantrain.models import Base, quantize
+from wantrain.models import Base, attention, quantize
 from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.training.engine.optim import named_trainable
 from wantrain.training.initialize import Initializer, without_values
@@ -38,6 +38,8 @@ def outline(make: Callable[[], nn.Module], settings: Mapping[str, Any], dtype: t
         module = without_values(make)
         if start.is_transformer:
             start.set_activations(module)
+            if settings["attention"] == "math":  # all others keep as little
+                attention.set_kernel(module, attention.Kernel("math", attention.math))
         if stored := start.stored_format(is_fp8=False):  # of a file in fp8 nothing is known yet
             quantize.as_if_loaded(module, stored, start.frozen_dtype)
         start.adapt(module)

@@ -13,6 +13,7 @@ from torch import nn
 from wantrain import geometry
 from wantrain.conditioning import PER_FRAME
 from wantrain.models import WanTransformer
+from wantrain.models.attention import NOT_KEPT
 from wantrain.training.batching import Batching
 from wantrain.training.engine.optim import MakeOptimizer
 from wantrain.training.engine.updates import UpdateOptions
@@ -87,12 +88,21 @@ class Planner:
             ends[bucket] = {
                 name: replace(
                     small[name],
-                    costs={each: between(small[name].costs[each], large[name].costs[each], share) for each in POLICIES},
+                    costs={
+                        each: between(small[name].costs[each], large[name].costs[each], share)
+                        for each in self._policies
+                    },
                     work=Work.of(self.modules[name], tokens=tokens[bucket], samples=self.batching.micro),
                 )
                 for name in self.modules
             }
         return {bucket: ends[bucket] for bucket in order}
+
+    @property
+    def _policies(self) -> list[str]:
+        """The policies of recomputation that the kernel of attention allows."""
+        kept = self.settings["attention"] not in NOT_KEPT
+        return [policy for policy in POLICIES if policy != "attention" or kept]
 
     def _case(self, name: str, module: WanTransformer, clips: Clips, bucket: str) -> Case:
         shape = clips.latent_shape(bucket)
@@ -105,7 +115,7 @@ class Planner:
         work = Work.of(module, tokens=geometry.num_tokens(shape), samples=samples)
         update = UpdateBytes.of(self.optimizers[name], UpdateOptions.of(self.settings))
         sizes = Sizes.of(module, update=update, average=bool(self.settings["ema"]))
-        return Case(sizes, TracedCosts(module, sample), work, self.batching.accumulate)
+        return Case(sizes, TracedCosts(module, sample, self._policies), work, self.batching.accumulate)
 
     def describe(self, clips: Clips, card: Card | None, steps: int | None) -> str:
         """Lines for `dry_run=true`: memory of each bucket, of each engine, time, and settings that fit `card`."""

@@ -100,24 +100,24 @@ class Sample:
 
 
 class TracedCosts(Mapping[str, BlockCosts]):
-    """The costs of a module by policy of recomputation, each traced when it is asked for."""
+    """The costs of a module by policy of recomputation, each of `policies`, traced when it is asked for."""
 
-    def __init__(self, module: WanTransformer, sample: Sample) -> None:
-        self.module, self.sample = module, sample
+    def __init__(self, module: WanTransformer, sample: Sample, policies: Sequence[str] = POLICIES) -> None:
+        self.module, self.sample, self.policies = module, sample, policies
         self.found: dict[str, BlockCosts] = {}
 
     def __getitem__(self, policy: str) -> BlockCosts:
         if policy not in self.found:
-            if policy not in POLICIES:
+            if policy not in self.policies:
                 raise KeyError(policy)
             self.found[policy] = trace_blocks(self.module, self.sample, policy)
         return self.found[policy]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(POLICIES)
+        return iter(self.policies)
 
     def __len__(self) -> int:
-        return len(POLICIES)
+        return len(self.policies)
 
 
 def trace_blocks(module: WanTransformer, sample: Sample, recompute: str) -> BlockCosts:
