@@ -94,6 +94,12 @@ class FlowMatching(LossFunction):
         """Share of the unrestricted distribution that falls into the window."""
         return flow.window_mass(self.window, density=self.density, shift=self.shift_for())
 
+    def share_below(self, sigma: float) -> float:
+        """Share of the draws at or below a sigma; where the shift goes by tokens, at the size it was made for."""
+        level = torch.tensor(sigma, dtype=torch.float64)
+        own = {"density": self.density, "shift": self.shift_for(), "window": self.window}
+        return flow.sigma_cdf(level, **own).item()  # type: ignore[arg-type]
+
     def quadrature(self, num_points: int) -> Tensor:
         """Sigmas at the midpoints of `num_points` equal slices of the distribution: a fixed stand-in for drawing.
 

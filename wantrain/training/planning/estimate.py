@@ -9,13 +9,17 @@ from torch import nn
 
 from wantrain import geometry
 from wantrain.data import BatchSampler
-from wantrain.losses import LossFunction
+from wantrain.losses import FlowMatching, LossFunction
 from wantrain.models import WanTransformer, quantize
 from wantrain.models.flops import training_flops
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.batching import Batching
+from wantrain.training.engine.optim import named_trainable
 from wantrain.training.planning.memory import Standing
 from wantrain.training.planning.outline import Clips
+
+#: Sigma below which a step decides on texture and identity more than on layout; recipes state their share of it.
+TEXTURE = 0.3
 
 
 def run_length(plan: BatchSampler, *, steps: int | None, epochs: float | None, default: int) -> int:
@@ -48,6 +52,19 @@ def share_of_steps(alternation: ExpertAlternation, losses: Mapping[str, LossFunc
         alone = "" if loss.mass is None else f" (the noise distribution alone would give {loss.mass:.1%})"
         parts.append(f"{name} {own} of {steps} = {own / steps:.1%}{alone}")
     return f"optimizer steps     {'; '.join(parts)}"
+
+
+def noise_levels(losses: Mapping[str, LossFunction]) -> str:
+    """Which noise levels each expert trains on, a line each; empty for losses that draw none."""
+    lines = []
+    for name, loss in losses.items():
+        if isinstance(loss, FlowMatching):
+            low, *_, high = loss.quadrature(10).tolist()  # the middles of ten equal parts
+            lines.append(
+                f"noise               {name}: nine draws of ten at sigma {low:.2f} to {high:.2f}, half below "
+                f"{loss.quadrature(1).item():.2f}, {loss.share_below(TEXTURE):.1%} below {TEXTURE}, where texture is"
+            )
+    return "\n".join(lines)
 
 
 def chosen(settings: Mapping[str, Any], batching: Batching) -> str:
@@ -97,7 +114,10 @@ def describe(
             lines.append(_operations(module, clips, batching.batch_size) + whose)
         lines.append(_trained(module) + whose)
     lines.append(f"kept in memory      {kept}, before activations")
-    lines.append(_checkpoints(kept, steps, **checkpoints))
+    there = [module for module in modules.values() if module is not None]
+    if there:
+        trained = sum(p.nbytes for module in there for p in named_trainable(module).values())
+        lines.append(_checkpoints(trained, kept, steps, **checkpoints))
     if line := kept.warning():
         lines.append(line)
     return "\n".join(lines)
@@ -125,10 +145,10 @@ def _length(clips: Clips, batch_size: int, steps: int | None) -> list[str]:
 
 
 def _checkpoints(
-    kept: Standing, steps: int | None, *, keep: int, keep_every: int | None, keep_best: bool, **_: object
+    trained: int, kept: Standing, steps: int | None, *, keep: int, keep_every: int | None, keep_best: bool, **_: object
 ) -> str:
     """What a checkpoint takes on disk, and all that are there at once: trained weights, optimizer state, average."""
-    parts = {"weights": kept.gradients, "optimizer": kept.optimizer, "average": kept.average}
+    parts = {"weights": trained, "optimizer": kept.optimizer, "average": kept.average}
     each = sum(parts.values())
     equation = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items() if size)
     most = keep + 1 + keep_best + ((steps or 0) // keep_every if keep_every else 0)

@@ -92,7 +92,8 @@ class Forecast:
         lines = estimate.describe(clips, self.modules, self.batching, steps, self.kept, self.settings["checkpoint"])
         planner = self.planner(engine)
         plans = None if planner is None else planner.describe(clips, card, steps)
-        return "\n".join(filter(None, (self.share_of_steps(steps), lines, plans)))
+        noise = estimate.noise_levels({name: expert.loss for name, expert in self.experts.items()})
+        return "\n".join(filter(None, (self.share_of_steps(steps), lines, noise, plans)))
 
     def try_largest(self, trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], engine: str) -> None:
         """Run the largest bucket's step first, without an update, where that is possible (see `trial_step`), and say
