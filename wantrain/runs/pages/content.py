@@ -183,7 +183,8 @@ def facts(config: Mapping[str, Any], folder: RunFolder) -> list[tuple[str, str]]
     ]
     if started := starts(folder):
         last = started[-1]
-        found.append(("runs on", f"{last['device']}, {last['engine']}, {last['processes']} process(es)"))
+        processes = "1 process" if last["processes"] == 1 else f"{last['processes']} processes"
+        found.append(("runs on", f"{last['device']}, {last['engine']}, {processes}"))
     return [(key, str(value)) for key, value in found if value not in (None, "")]
 
 
