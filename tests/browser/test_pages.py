@@ -106,7 +106,12 @@ def test_heat_map_cells(show, runs):
     assert int(chart.get_attribute("data-cells")) == len(LEVELS) * 6
     chart.scroll_into_view_if_needed()
     chart.locator(".u-over").hover()
-    assert "sigma" in tab.locator("#chart-heat-low_noise .scale .at").inner_text()
+    at = tab.locator("#chart-heat-low_noise .scale .at")
+    assert "sigma" in at.inner_text() and "%" in at.inner_text()
+    picture = "document.querySelector('#chart-heat-low_noise canvas').toDataURL()"
+    before = tab.evaluate(picture)
+    tab.locator("#heat").select_option("loss")
+    wait(tab, f"{picture} !== {json.dumps(before)}")
 
 
 def test_spike_shows_its_clips(show, runs):
@@ -144,6 +149,7 @@ def test_page_follows_run(show, tmp_path):
     assert tab.evaluate("[window.mark, window.scrollY]") == [1, 500], "the tab was not loaded anew"
     assert tab.locator("#sample-step").inner_text() == "Step 30"
     assert tab.locator("iframe").count() == 0
+    assert int(tab.locator("#chart-heat-low_noise .uplot").get_attribute("data-cells")) == len(LEVELS) * 10
 
 
 @pytest.mark.parametrize("width", [390, 1280])

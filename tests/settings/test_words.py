@@ -143,9 +143,10 @@ def test_sweep(tiny, call, tmp_path):
     said = call(*command, "run=r", "optimizer.lr=1e-4,2e-4").stdout
     assert "sweep, number 0: optimizer.lr=0.0001" in said and "sweep, number 1: optimizer.lr=0.0002" in said
     call(*command, "seed=0,1")
-    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    runs = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
+    names = {path.name for path in runs}
     assert names == {"r_lr_0.0001", "r_lr_0.0002", "tiny_low_noise_none_seed_0", "tiny_low_noise_none_seed_1"}
-    assert all((path / "checkpoints" / "step_000001").is_dir() for path in (tmp_path / "runs").iterdir())
+    assert all((path / "checkpoints" / "step_000001").is_dir() for path in runs)
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}, "Hydra leaves no file of its own"
 
 

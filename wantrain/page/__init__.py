@@ -76,7 +76,7 @@ _SCRIPTS: Mapping[str, Sequence[str]] = {
     ],
     "runs": ["uplot/uPlot.iife.min.js", "format.js", "charts.js", "runs.js"],
 }
-_STYLES = ("uplot/uPlot.min.css", "page.css")
+_STYLES = ("uplot/uPlot.min.css", "page.css", "charts.css", "videos.css", "tables.css", "narrow.css")
 
 
 def content_key_of(document: str) -> str:

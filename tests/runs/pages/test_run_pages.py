@@ -138,6 +138,20 @@ def test_states(tmp_path, monkeypatch):
     assert len(said) == 1 and "ZeroDivisionError" in said[0]
 
 
+def test_full_disk(tmp_path, monkeypatch):
+    """A page that the disk refuses is said once and written when there is room again."""
+    run, said = make_run(tmp_path / "r"), []
+    monkeypatch.setattr(live, "say", said.append)
+    with monkeypatch.context() as full, RunPage(RunFolder(run), 60) as run_page:
+        full.setattr(live, "write_atomically", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+        run_page.refresh(now=True)
+        run_page.refresh(now=True)
+        assert len(said) == 1 and "No space left" in said[0] and not (run / "index.html").exists()
+        full.undo()
+        run_page.refresh(now=True)
+        assert (run / "index.html").is_file()
+
+
 def test_seldom_written(tmp_path):
     """Writing a page takes at most a hundredth of the time: the next one waits a hundred times as long as it took."""
     now = [0.0]

@@ -148,8 +148,9 @@ const Charts = (() => {
           },
         ],
         ready: [(u) => listen(chart, u)],
-        draw: spec.draw ? [(u) => spec.draw(u, theme)] : [],
-        setCursor: spec.hover ? [(u) => spec.hover(u)] : [],
+        // Of the chart as it is now: its values change while the plot stays.
+        draw: [(u) => chart.spec.draw?.(u, theme)],
+        setCursor: [(u) => chart.spec.hover?.(u)],
       },
     };
   }
@@ -203,6 +204,7 @@ const Charts = (() => {
     }
     chart.spec = spec;
     chart.note.textContent = spec.note || "";
+    chart.figure.classList.toggle("wide", spec.wide === true);
     if (!spec.x.length || (!spec.draw && !spec.series.some((series) => series.values.some((value) => value != null)))) {
       chart.plot?.destroy();
       chart.plot = null;

@@ -73,7 +73,9 @@ const HeatMap = (() => {
         u.root.dataset.cells = cells;
       },
       hover: (u) => {
-        const found = !u.over.matches(":hover") ? null : cell(u, u.posToVal(u.cursor.left, "x"), u.posToVal(u.cursor.top, "y"));
+        const found = !u.over.matches(":hover")
+          ? null
+          : cell(u, u.posToVal(u.cursor.left, "x"), u.posToVal(u.cursor.top, "y"));
         if (!chart) return;
         const loss = found && heat.loss[found[1]][found[0]];
         chart.at.textContent =

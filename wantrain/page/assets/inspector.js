@@ -53,10 +53,9 @@ const Inspector = (() => {
     const pick = data.picks[found],
       record = data.records.find((each) => each.step === found);
     byId("inspected").textContent = `Step ${Format.count(found)}`;
+    const why = { gradient: "the gradient was not finite", spike: "the loss was too far above the usual" };
     const note = record
-      ? record.safeguard === "gradient"
-        ? "Skipped: the gradient was not finite."
-        : "Reported by the spike safeguard."
+      ? `${record.skipped ? "Skipped" : "Recorded"}: ${why[record.safeguard]}.`
       : data.width > 1
         ? `The most unusual of ${data.width} steps here.`
         : "";

@@ -43,6 +43,7 @@ function runPage(first) {
     setting.smoothing = Number(byId("smoothing").value);
     setting.clip = byId("clip-outliers").checked;
     setting.log = byId("log-loss").checked;
+    setting.heat = byId("heat").value;
     const samples = byId("x-axis").value === "samples";
     if (samples !== setting.samples) Charts.forgetZoom();
     setting.samples = samples;
@@ -102,7 +103,7 @@ function runPage(first) {
     if (!document.hidden && View.data.state === "running") reload();
   });
 
-  ["smoothing", "clip-outliers", "log-loss", "x-axis"].forEach((id) => keepControl(id, charts));
+  ["smoothing", "clip-outliers", "log-loss", "heat", "x-axis"].forEach((id) => keepControl(id, charts));
   Inspector.start(View.data);
   show();
   Samples.start(View.data.previews);

@@ -1,7 +1,7 @@
 "use strict";
 // Is it learning? Training loss, validation, and the loss by noise level.
 const Learning = (() => {
-  const { title, colour, many, last, along, label, overSteps, table } = View;
+  const { setting, title, colour, many, last, along, label, overSteps, table } = View;
   function learning() {
     const parent = byId("charts-learning");
     const raw = View.data.experts.flatMap((expert) => [
@@ -28,6 +28,7 @@ const Learning = (() => {
     ]);
     overSteps("loss", parent, {
       title: "Training loss",
+      wide: many(),
       note: View.data.width > 1 ? `a point for ${View.data.width} steps` : "",
       series: raw,
       clip: View.setting.clip,
@@ -44,7 +45,7 @@ const Learning = (() => {
         expert,
         heat,
         `Loss by noise level${title(expert)}`,
-        "change",
+        setting.heat,
         heat.x,
         along(heat.x),
         (step) => Inspector.open(step),

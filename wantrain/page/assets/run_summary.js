@@ -116,7 +116,7 @@ const Summary = (() => {
         ? card("Memory of the device", Format.gigabytes(device), `host ${Format.gigabytes(host)}`)
         : card("Memory of the host", Format.gigabytes(host), "at most so far"),
     );
-    const skipped = View.data.records.filter((record) => record.safeguard === "gradient" || record.skipped).length;
+    const skipped = View.data.records.filter((record) => record.skipped).length;
     cards.push(
       card(
         "Safeguards",

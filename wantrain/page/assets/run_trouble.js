@@ -93,7 +93,7 @@ const Trouble = (() => {
       "span",
       {},
       View.data.clips[clip]?.caption?.slice(0, 90) || clip,
-      record ? element("span", { class: "bad" }, record.safeguard === "gradient" ? "  skipped" : "  spike") : "",
+      record ? element("span", { class: "bad" }, record.skipped ? "  skipped" : "  spike") : "",
     );
   }
 

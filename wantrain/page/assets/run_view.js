@@ -1,7 +1,7 @@
 "use strict";
 // What the parts of a run's page share: its data, the chosen settings, and charts over its steps.
 const View = (() => {
-  const setting = { smoothing: 0.9, clip: true, log: false, samples: false };
+  const setting = { smoothing: 0.9, clip: true, log: false, heat: "change", samples: false };
   const title = (expert) => (View.data.experts.length > 1 ? `, ${Format.name(expert)}` : "");
   const colour = (expert) => colourOf(expert, View.data.experts.indexOf(expert));
   const many = () => View.data.experts.length > 1;

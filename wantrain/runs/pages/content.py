@@ -54,7 +54,7 @@ def content(folder: RunFolder, log: RunLog, progress: Progress, pictures: Pictur
     bins = log.steps.sorted()
     experts = list(dict.fromkeys(key.split("/")[0] for each in bins for key in each.tallies if key.endswith("/loss")))
     picks = {found.step: found for each in bins for found in each.worst.values()} | log.picked
-    records = safeguard_records(folder)
+    records = safeguard_records(folder, (config.get("safeguards") or {}).get("refuse"))
     unusual = sorted(log.unusual, reverse=True)[:UNUSUAL]
     hard = hard_clips(log)
     wanted = [clip for _, step, _ in unusual for clip, _, _ in picks[step].clips[:4]]
@@ -139,12 +139,18 @@ def hard_clips(log: RunLog) -> list[tuple[str, float, int]]:
     return [(clip, round(seen[clip].ratio, 2), seen[clip].count) for clip in most]
 
 
-def safeguard_records(folder: RunFolder) -> list[dict[str, Any]]:
-    """What safeguards recorded: the records of all processes at one step together, the newest steps."""
+def safeguard_records(folder: RunFolder, refuse: float | None) -> list[dict[str, Any]]:
+    """What safeguards recorded: the records of all processes at one step together, the newest steps.
+
+    A step was `skipped` for its gradient, or because its loss was more than `refuse` times the usual one.
+    """
     by_step: dict[int, dict[str, Any]] = {}
     for row in read_rows(folder.safeguards):
         kept = by_step.setdefault(row["step"], {**row, "samples": []})
         kept["samples"] += row["samples"]
+        usual = row.get("times_usual", 0.0)
+        refused = refuse is not None and isinstance(usual, int | float) and usual > refuse
+        kept["skipped"] = row["safeguard"] == "gradient" or refused
     return [by_step[step] for step in sorted(by_step)[-UNUSUAL:]]
 
 
@@ -177,7 +183,8 @@ def facts(config: Mapping[str, Any], folder: RunFolder) -> list[tuple[str, str]]
     ]
     if started := starts(folder):
         last = started[-1]
-        found.append(("runs on", f"{last['device']}, {last['engine']}, {last['processes']} process(es)"))
+        processes = "1 process" if last["processes"] == 1 else f"{last['processes']} processes"
+        found.append(("runs on", f"{last['device']}, {last['engine']}, {processes}"))
     return [(key, str(value)) for key, value in found if value not in (None, "")]
 
 

@@ -38,6 +38,7 @@ class RunPage:
     find_clip: FindClip | None = None
     clock: Callable[[], float] = time.monotonic
     failed: bool = False
+    refused: bool = False
     next_write: float = 0.0
     interval: float = SOONEST
     log: RunLog | None = None
@@ -71,8 +72,11 @@ class RunPage:
             if overview or state != "running":
                 write_overview(self.folder.path.parent)
         except OSError as error:
-            say(f"warning: {self.folder.path / INDEX} cannot be written ({error}); the run goes on without its page")
-            self.failed = True
+            if not self.refused:
+                say(
+                    f"warning: {self.folder.path / INDEX} cannot be written ({error}); the run goes on. Free disk space"
+                )
+            self.refused = True  # a disk may have room later
         except Exception as error:  # a fault of the page must not cost a training of days
             lines = "".join(traceback.format_exception(error))
             say(f"warning: the run goes on without its page, which failed. Please report it:\n{lines}")
