@@ -98,10 +98,12 @@ def test_graphs_of_buckets(recompute):
 
 @pytest.mark.parametrize("how", ["full", pytest.param("dora", marks=SLOW), "partial"])
 def test_graphs_of_blocks(how):
-    """All blocks share a graph; frozen blocks before those that train have one of their own."""
+    """All blocks share a graph, also those of a second network; frozen blocks before those that train have their own."""
     module, reference = network(how, "block"), network(how, "block")
     compiler = compiled(module)
     assert_equal_steps(module, reference, *inputs(BUCKETS[0]))
+    compiler.compile(reference)
+    assert_equal_steps(reference, network(how, "block"), *inputs(BUCKETS[1]))
     assert compiler.graphs == (2 if how == "partial" else 1)
 
 
