@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from wantrain.models.facts import block_classes
 from wantrain.runs.checkpoint import Copier
+from wantrain.training.engine import fsdp
 from wantrain.training.engine.accelerator import SHARDED, autocast, engine_of, share_timeout
 from wantrain.training.engine.optim import fill_state, make_state, named_trainable, plain_tensors
 from wantrain.training.engine.parameterwise import ParameterwiseOptimizer
@@ -51,6 +51,7 @@ class Stepper:
 
     waiting  names of parameters and buffers that wait on the host, where the others are on the device already; None:
              the engine brings the whole module to the device
+    frozen   the dtype of frozen weights, where they are in mapped files still
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Stepper:
         options: StepOptions,
         *,
         waiting: Iterable[str] | None = None,
+        frozen: torch.dtype | None = None,
     ) -> None:
         self._accelerator = accelerator
         self.engine = engine_of(accelerator)
@@ -71,10 +73,14 @@ class Stepper:
         self.copier = Copier()
         if self._zero:
             self._configure_deepspeed()
-        if self.engine == "fsdp2":  # the launch file says that blocks are sharded, the model which those are
-            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = block_classes(module)
         trained = {name: parameter.numel() for name, parameter in named_trainable(module).items()}
-        if waiting is None:
+        if self.engine == "fsdp2":
+            # By torch's own call: accelerate's needs the whole model in memory, and knows one dtype per block.
+            plugin = accelerator.state.fsdp_plugin
+            fsdp.shard(module, optimizer, self.device, plugin=plugin, precision=self.precision, frozen=frozen)
+            wrapped: Any = module
+            self.wrapped, self.optimizer = wrapped, accelerator.prepare_optimizer(optimizer, device_placement=False)
+        elif waiting is None:
             self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
         else:
             # DDP takes one device only, and would send what waits from the main process. All have read the same.
@@ -117,6 +123,11 @@ class Stepper:
     def sharded(self) -> bool:
         """True if every forward needs all processes, for each holds only a part of the weights."""
         return self.engine in SHARDED
+
+    @property
+    def keeps_parts(self) -> bool:
+        """True if the processes hold the run's state in parts, which they can write together (slices.py)."""
+        return (self._zero or self.engine == "fsdp2") and self.processes > 1
 
     @property
     def replicated_gradients(self) -> bool:
@@ -264,7 +275,7 @@ class Stepper:
 
         ValueError if the optimizer keeps anything but tensors and a count of steps.
         """
-        self._link_zero_state()
+        self.link_zero_state()
         state = {}
         for name, parameter in named_trainable(self.module).items():
             own = self._zero_state(parameter) if self._zero else plain_tensors(self.optimizer.state[parameter])
@@ -275,15 +286,20 @@ class Stepper:
     def _zero_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        keys, step = self.zero_state_keys()
+        state = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+        return state if step is None else {**state, "step": step}
+
+    def zero_state_keys(self) -> tuple[list[str], Tensor | None]:
+        """Under DeepSpeed: names of the tensors that its optimizer keeps of each parameter, and its count of steps, a
+        scalar, if it counts.
+        """
         flat = self._flat_partitions()[0]
         inner = self._inner_state()[flat]
         keys = [key for key, value in inner.items() if isinstance(value, Tensor) and value.shape == flat.shape]
-        state = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
-        if "step" in inner:
-            state["step"] = torch.as_tensor(inner["step"], dtype=torch.float32)
-        return state
+        return keys, torch.as_tensor(inner["step"], dtype=torch.float32) if "step" in inner else None
 
-    def _link_zero_state(self) -> None:
+    def link_zero_state(self) -> None:
         """ZeRO-1 and 2 find a parameter's state by links, which DeepSpeed makes after the first group's first step,
         when other groups have no state yet: so they are made again.
         """
@@ -355,7 +371,7 @@ class Stepper:
         for flat in self._flat_partitions():
             moments: dict[str, Any] = {key: torch.zeros_like(flat) for key in keys}
             self._inner_state()[flat] = {**moments, "step": step if counts_in_python else torch.tensor(float(step))}
-        self._link_zero_state()
+        self.link_zero_state()
         for name, parameter in named_trainable(self.module).items():
             report_progress(f"giving DeepSpeed the state of {name}")
             for key in keys:
