@@ -47,7 +47,8 @@ def shard(
     names = {parameter: name for name, parameter in module.named_parameters()}
     _leave_shapes(module, frozen)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    narrow = precision == "bf16" and not has_adapter(module)
+    # Only a network that says what stays float32 can have the rest in bf16. An adapter's base is in bf16 by itself.
+    narrow = precision == "bf16" and hasattr(module, "fp32_parts") and not has_adapter(module)
     policy = partial(MixedPrecisionPolicy, reduce_dtype=torch.float32, cast_forward_inputs=False)
     how: dict[str, Any] = {
         "mesh": mesh,
