@@ -18,6 +18,7 @@ from wantrain.models.formats.joint_file import Slice
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.engine.fsdp import rows_of
 from wantrain.training.engine.optim import named_trainable, plain_tensors
+from wantrain.training.engine.zero import ZeroState
 from wantrain.util.libraries import is_dtensor
 from wantrain.util.progress import report_progress
 
@@ -41,10 +42,12 @@ class Slicer:
         """Slices of the optimizer's tensors, by `parameter name/state key`. ValueError as `Stepper.optimizer_state`."""
         slices: dict[str, Slice] = {}
         stepper = self.stepper
-        own = self._zero_state if stepper.engine.startswith("zero") else self._state
-        stepper.link_zero_state()
+        zero = stepper.zero_state
+        if zero is not None:
+            zero.link()
         for name, parameter in named_trainable(stepper.module).items():
-            slices |= {f"{name}/{key}": each for key, each in own(parameter).items()}
+            own = self._state(parameter) if zero is None else self._zero_state(parameter, zero)
+            slices |= {f"{name}/{key}": each for key, each in own.items()}
         return slices
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Slice]:
@@ -58,7 +61,9 @@ class Slicer:
             values = tensor.to_local() if instead is None else instead
             return Slice(tensor.shape, tensor.dtype, first * size, rows * size, lambda: values)
         if self.stepper.engine == "zero3" and hasattr(tensor, "ds_tensor"):
-            start, count = self._zero3_part(tensor)
+            zero = self.stepper.zero_state
+            assert zero is not None
+            start, count = zero.weight_part(tensor)
             return Slice(tensor.ds_shape, tensor.ds_tensor.dtype, start, count, lambda: tensor.ds_tensor[:count])
         whole = tensor if instead is None else instead
         return self._part_of(whole.detach())
@@ -68,35 +73,12 @@ class Slicer:
         start, end = (whole.numel() * rank // self.stepper.processes for rank in (self.rank, self.rank + 1))
         return Slice(whole.shape, whole.dtype, start, end - start, lambda: whole.reshape(-1)[start:end])
 
-    def _zero3_part(self, parameter: Any) -> tuple[int, int]:
-        """ZeRO-3 fills up a parameter that does not divide by the processes."""
-        size, whole = parameter.ds_tensor.numel(), parameter.ds_numel
-        start = min(self.rank * size, whole)
-        return start, min(size, whole - start)
-
-    def _zero_state(self, parameter: Any) -> dict[str, Slice]:
-        from deepspeed.utils import safe_get_local_optimizer_state
-
-        keys, step = self.stepper.zero_state_keys()
-        slices = {} if step is None else {"step": self._part_of(step)}
-        if self.stepper.engine == "zero3":
-            start, count = self._zero3_part(parameter)
-
-            def local(key: str) -> Callable[[], Tensor]:  # one at a time: of an offloaded state it makes a copy
-                return lambda: safe_get_local_optimizer_state(parameter, key)[:count]
-
-            shape = parameter.ds_shape
-        else:
-            mapping = parameter._hp_mapping  # None where another process has all of it
-            start = mapping.lp_fragment_address.start if mapping else 0
-            count = mapping.lp_fragment_address.numel if mapping else 0
-
-            def local(key: str) -> Callable[[], Tensor]:
-                return lambda: mapping.get_optim_state_fragment(key)
-
-            shape = parameter.shape
-        slices |= {key: Slice(shape, torch.float32, start, count, local(key)) for key in keys}
-        return slices
+    def _zero_state(self, parameter: Any, zero: ZeroState) -> dict[str, Slice]:
+        keys, step = zero.keys()
+        start, count, values = zero.state_part(parameter)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        state = {key: Slice(shape, torch.float32, start, count, partial(values, key)) for key in keys}
+        return state if step is None else {**state, "step": self._part_of(step)}
 
 
 def _same(tensor: Tensor) -> Tensor:
