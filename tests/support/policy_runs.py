@@ -96,7 +96,9 @@ def runs_of(engine, precision):
             if precision == "bf16":
                 chosen = kind == "full" and name in {"none", "block", "gathered in float32"}
             else:
-                chosen = name != "gathered in float32" and not (swapped and (kind == "full" or engine != "ddp"))
+                few = {"none", "block", "attention", "host"}
+                chosen = name != "gathered in float32" and (name in few or engine == "ddp")
+                chosen = chosen and not (swapped and kind == "full")
             if chosen:
                 yield kind, name
 

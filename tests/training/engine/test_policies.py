@@ -22,7 +22,7 @@ def runs(tmp_path_factory, environment, launch_command):
             folder = done[engine, precision] = tmp_path_factory.mktemp(f"{engine}_{precision}")
             command = launch_command(engine, precision, steps, script=SCRIPT)
             ended = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
             )
             assert ended.returncode == 0, ended.stdout + ended.stderr
         return done[engine, precision]
@@ -41,7 +41,7 @@ def results(folder, engine):
 def test_policies_bit_equal(engine, runs):
     """Fifty steps with recompute, activations on the host or swapped blocks equal those without, bit for bit."""
     found = results(runs(engine, "fp32", 50), engine)
-    wanted = {"none", "block", "attention", "two kept", "host", "attention, host"}
+    wanted = {"none", "block", "attention", "host", *(("two kept", "attention, host") if engine == "ddp" else ())}
     names = {f"{kind} {name}" for kind in ("lora", "full") for name in wanted}
     assert found.keys() == names | ({"lora swap", "lora swap, host"} if engine == "ddp" else set())
     for name, (run, weights) in found.items():
