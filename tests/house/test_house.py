@@ -124,7 +124,7 @@ def test_library_imports():
             *(command.name for command in COMMANDS),
         },
         "accelerate": {f"wantrain/training/engine/{name}.py" for name in ("accelerator", "engine", "placement")},
-        "deepspeed": {"wantrain/training/engine/engine.py"},
+        "deepspeed": {"wantrain/training/engine/zero.py"},
         "peft": {"wantrain/models/adapters.py"},
         "bitsandbytes": {"wantrain/models/quantize.py"},
         "jinja2": {"wantrain/page/__init__.py"},

@@ -48,21 +48,32 @@ class Node:
     wait: Callable[[], None]
 
 
-def move_to_arena(tensors: Iterable[Tensor], node: Node | None = None) -> None:
+def move_to_arena(
+    tensors: Iterable[Tensor],
+    node: Node | None = None,
+    *,
+    dtypes: Iterable[torch.dtype] | None = None,
+    lock: bool = True,
+) -> None:
     """Move parameters or buffers into an arena of their own, which stays allocated and locked as long as any of them.
 
     One at a time: its old memory is freed as soon as it is copied, so that the host holds all of them once and the
     largest twice. With `node` one arena serves all its processes, which call this with equal tensors. ValueError if
     CUDA cannot lock that much.
+
+    dtypes  what each becomes there; None: they keep their own
+    lock    False leaves pages unlocked, for an arena that is freed soon
     """
     tensors = list(tensors)
-    begins, size = layout(tensor.nbytes for tensor in tensors)
+    shapes = [torch.empty_like(tensor, device="meta", dtype=dtype) for tensor, dtype in
+              zip(tensors, dtypes or (tensor.dtype for tensor in tensors), strict=True)]  # fmt: skip
+    begins, size = layout(shape.nbytes for shape in shapes)
     if size == 0:
         return
     memory = np.frombuffer(_anonymous(size) if node is None else _shared(size, node), dtype=np.uint8)
     arena = torch.from_numpy(memory)
-    for tensor, begin in zip(tensors, begins, strict=True):
-        place = view_of(arena, begin, tensor)
+    for tensor, begin, shape in zip(tensors, begins, shapes, strict=True):
+        place = view_of(arena, begin, shape)
         if node is None or node.first:
             make_pages(place)
             report_progress("moving offloaded weights into pinned memory")
@@ -70,8 +81,9 @@ def move_to_arena(tensors: Iterable[Tensor], node: Node | None = None) -> None:
         tensor.data = place
     if node is not None:
         node.wait()
-    _lock(memory, "offloaded weights", "offload otherwise: in sample.py offload.experts=disk, in train.py "
-          "experts.offload=none or fewer swap.blocks, for previews sample.offload.experts=disk")  # fmt: skip
+    if lock:
+        _lock(memory, "offloaded weights", "offload otherwise: in sample.py offload.experts=disk, in train.py "
+              "experts.offload=none or fewer swap.blocks, for previews sample.offload.experts=disk")  # fmt: skip
 
 
 def allocate(size: int, what: str, otherwise: str) -> Tensor:

@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -111,6 +111,7 @@ class Checkpoints:
         *,
         size: int = 0,
         score: float | None = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         """Write checkpoint `step`, after waiting for the one being written, whose error is raised here.
 
@@ -119,13 +120,15 @@ class Checkpoints:
         state  whatever else a resume needs, as json
         size   bytes the checkpoint will take; without that much free disk nothing is written
         score  a validation loss, the lower the better; NaN and None are never best
+        ended  called when the save is over, whether it is complete or has failed
         """
         self.wait()
-        with self._failures(step, size):
+        with self._failures(step, size), ExitStack() as ending:
+            ending.callback(ended)
             self._require(size)
             if self.background:
-                snapshot = copy.deepcopy(dict(state))
-                self._under_way = self._writer.submit(self._write_behind, step, write, snapshot, size, score)
+                snapshot, later = copy.deepcopy(dict(state)), ending.pop_all()
+                self._under_way = self._writer.submit(self._write_behind, step, write, snapshot, size, score, later)
             else:
                 self._write(step, write, state, score)
 
@@ -193,10 +196,12 @@ class Checkpoints:
                 raise ValueError(self.failure) from error
             say(f"warning: {self.failure}; training goes on, and the next save tries again")
 
-    def _write_behind(self, step: int, write: Write, state: Mapping[str, Any], size: int, score: float | None) -> None:
+    def _write_behind(
+        self, step: int, write: Write, state: Mapping[str, Any], size: int, score: float | None, ending: ExitStack
+    ) -> None:
         """Write in the thread. An error is reported at once: training raises it only at its next save, hours later."""
         try:
-            with self._failures(step, size):
+            with self._failures(step, size), ending:
                 self._write(step, write, state, score)
         except BaseException as error:
             say(f"warning: {str(error) or repr(error)}")

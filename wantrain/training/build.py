@@ -14,12 +14,15 @@ from wantrain.losses import LossFunction, Model
 from wantrain.models import Base, adapters
 from wantrain.models.attention import DEFAULT
 from wantrain.models.formats.fingerprints import identity, identity_of
+from wantrain.models.formats.loading import settled_dtype
 from wantrain.runs import replay
 from wantrain.runs.checkpoint import Checkpoints, read_state
 from wantrain.runs.folder import RunFolder
 from wantrain.runs.pages.live import RunPage
+from wantrain.training.engine.accelerator import first_store
 from wantrain.training.engine.ema import Ema
 from wantrain.training.engine.engine import StepOptions, Stepper
+from wantrain.training.engine.joint_save import Crew, JointSaver
 from wantrain.training.engine.main_process import on_main
 from wantrain.training.engine.optim import build_optimizer
 from wantrain.training.engine.placement import device_name
@@ -111,6 +114,7 @@ def build_initializers(setup: RunSetup) -> dict[str, Initializer]:
             base=setup.base,
             device=placement.weights_device,
             dtype=setup.dtype,
+            mapped=placement.maps_weights,
             recipe=setup.settings["recipe"],
             kernel=kernel or DEFAULT,
             compiler=setup.compiler,
@@ -146,7 +150,7 @@ def build_expert(
     )
     if reference is not None:
         placement.place(reference)
-    stepper = placement.stepper(trainable.module, optimizer, options)
+    stepper = placement.stepper(trainable.module, optimizer, options, frozen=trainable.frozen)
     expert.loss.attach(_networks(expert.loss, stepper, reference))
     return ExpertTrainer(
         name=expert.name,
@@ -172,7 +176,12 @@ def _frozen_copy(trainable: TrainableModule, expert: ExpertOptions) -> torch.nn.
     starts_as_base = adapters.has_adapter(trainable.module) and expert.settings["adapter"]["init"] is None
     if not loss.networks or starts_as_base:
         return None
-    return copy.deepcopy(trainable.module).requires_grad_(False).eval()
+    frozen = copy.deepcopy(trainable.module).requires_grad_(False).eval()
+    trained = dict(trainable.module.named_parameters())
+    for name, parameter in frozen.named_parameters():
+        dtype = settled_dtype(trainable.module, name, trained[name], trainable.frozen)
+        parameter.data = parameter.data.to(dtype)
+    return frozen
 
 
 def _networks(loss: LossFunction, stepper: Stepper, reference: torch.nn.Module | None) -> dict[str, Model]:
@@ -252,6 +261,10 @@ def build_run(
 ) -> Run:
     """The run as the loop takes it."""
     settings, (metrics, throughput, safeguards) = setup.settings, monitoring
+    saver = None
+    if all(trainer.saves_jointly for trainer in trainers.values()):
+        crew = Crew(distributed.rank(), setup.placement.processes, first_store())
+        saver = JointSaver(crew, background=checkpoints.background)
     return Run(
         trainers=trainers,
         alternation=setup.alternation,
@@ -268,4 +281,5 @@ def build_run(
         seed=settings["seed"],
         checkpoint_every=settings["checkpoint"]["every"],
         facts={"data": setup.data.fingerprint, "engine": setup.placement.engine, "config": settings},
+        saver=saver,
     )

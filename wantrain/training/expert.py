@@ -13,15 +13,20 @@ from torch import Tensor
 from wantrain.batch import Batch
 from wantrain.data import BatchSampler
 from wantrain.losses import LossFunction
-from wantrain.models.formats.weights import read_file, write_file
+from wantrain.models.adapters import has_adapter
+from wantrain.models.formats.weights import PART, read_files, write_files
 from wantrain.runs.folder import EMA
 from wantrain.training.engine.ema import Ema
 from wantrain.training.engine.engine import Stepper
-from wantrain.training.engine.optim import Schedule
+from wantrain.training.engine.joint_save import Tensors
+from wantrain.training.engine.optim import Schedule, named_trainable
+from wantrain.training.engine.slices import Slicer
 from wantrain.training.protocols import Samples
 from wantrain.training.trainable import TrainableModule
+from wantrain.util import distributed
 
-OPTIMIZER = "optimizer.safetensors"
+#: Name of the file with the optimizer's state, or of its files.
+OPTIMIZER = "optimizer"
 
 
 @dataclass
@@ -85,20 +90,46 @@ class ExpertTrainer:
             for kept, place in zip(weights, (own, own / EMA), strict=False):
                 place.mkdir(parents=True, exist_ok=True)
                 hashes |= kept.write(place)
-            return {**hashes, own / OPTIMIZER: write_file(own / OPTIMIZER, optimizer)}
+            return {**hashes, **write_files(own, OPTIMIZER, optimizer)}
 
         return sum(kept.size for kept in weights) + sum(tensor.nbytes for tensor in optimizer.values()), write
 
+    @property
+    def saves_jointly(self) -> bool:
+        """True if its checkpoints are written by all processes. An adapter is small and is gathered."""
+        return self.stepper.keeps_parts and not has_adapter(self.trainable.module)
+
+    def parts(self, *, copy: bool) -> list[Tensors]:
+        """The whole state of this moment as this process holds it, for a joint save. Without `copy` nothing may change
+        until it is written. All processes take part.
+        """
+        slicer, place = Slicer(self.stepper, distributed.rank()), Path(self.folder)
+        config, tensors = self.trainable.layout()
+        how = {"config": config, "metadata": self.trainable.metadata}
+        found = [Tensors(str(place / self.trainable.part), PART, slicer.weights(tensors), **how)]
+        if self.ema is not None:
+            average = {
+                id(parameter): self.ema.average[name]
+                for name, parameter in named_trainable(self.trainable.module).items()
+            }
+            averaged = slicer.weights(tensors, average)
+            found.append(Tensors(str(place / EMA / self.trainable.part), PART, averaged, **how))
+        found.append(Tensors(self.folder, OPTIMIZER, slicer.optimizer()))
+        if not copy:
+            return found
+        self.stepper.copier.begin()
+        return [each.copied(self.stepper.copier) for each in found]
+
     def restore_optimizer(self, checkpoint: Path) -> None:
         """Give the optimizer the state that a checkpoint holds, written under any engine and number of processes."""
-        path = checkpoint / self.folder / OPTIMIZER
-        self.stepper.restore_optimizer_state(read_file(path)[0], path)
+        folder = checkpoint / self.folder
+        self.stepper.restore_optimizer_state(read_files(folder, OPTIMIZER), folder / f"{OPTIMIZER}.safetensors")
 
 
 def read_average(trainable: TrainableModule, checkpoint: Path) -> dict[str, Tensor] | None:
     """The averaged weights in a checkpoint (a trainer's own folder), by parameter name; None if there are none.
 
-    Leaves the module with the checkpoint's weights, which are read after them.
+    Leaves the module with the checkpoint's weights.
     """
     average = trainable.stored(checkpoint / EMA) if (checkpoint / EMA).is_dir() else None
     trainable.read(checkpoint)

@@ -51,6 +51,7 @@ class Initializer:
     activations    recompute, activations and activations_dtype: what is kept of a forward
     kernel         what a transformer attends with
     compiler       compiles its blocks; None: they stay as they are
+    mapped   a transformer's weights stay in mapped files, in their dtypes, until an engine takes its part of them
     """
 
     make: Callable[[], nn.Module]
@@ -68,11 +69,12 @@ class Initializer:
     trained: torch.dtype = torch.float32
     kernel: Kernel = DEFAULT
     compiler: BlockCompiler | None = None
+    mapped: bool = False
 
     @classmethod
     def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **more: Any) -> Initializer:
         """A start by an expert's own settings, train.py's; `more` is the rest: base, device, dtype, recipe, kernel,
-        compiler.
+        compiler, mapped.
         """
         parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed")}
         kept = {key: settings[key] for key in ("recompute", "activations", "activations_dtype")}
@@ -97,7 +99,8 @@ class Initializer:
         about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
         about |= {"base": self.base.name, "recipe": self.recipe, "made_by": made_by(), **settings}
         metadata = {key: str(value) for key, value in about.items() if value is not None and value is not False}
-        return TrainableModule(module, self.expert["part"], metadata)
+        frozen = self.frozen_dtype if self.mapped and self.is_transformer else None
+        return TrainableModule(module, self.expert["part"], metadata, frozen)
 
     def set_activations(self, module: nn.Module) -> None:
         """Have a transformer keep of its forward what the settings say. ValueError if they do not go together."""
@@ -149,6 +152,8 @@ class Initializer:
             say(f"{name}: the frozen weights of the blocks are stored in {stored}")
         dtype = self.trained if kind == "none" else self.frozen_dtype
         how: dict[str, Any] = {"device": self.device, "dtype": dtype, "fp32": fp32, "stored": stored}
+        # A DoRA's magnitudes are computed from the frozen weights as training has them.
+        how["mapped"] = self.mapped and stored is None and kind != "dora"
         return self.base.transformer(name, expand_inputs=self.init == "expand_input_channels", **how)
 
     @property

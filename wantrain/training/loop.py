@@ -22,9 +22,10 @@ import torch
 
 from wantrain.batch import AnyBatch
 from wantrain.losses import Draws
-from wantrain.runs.checkpoint import Checkpoints
+from wantrain.runs.checkpoint import Checkpoints, Write
 from wantrain.runs.pages.live import RunPage
 from wantrain.training.alternation import ExpertAlternation
+from wantrain.training.engine.joint_save import JointSaver
 from wantrain.training.engine.main_process import on_main
 from wantrain.training.engine.signals import Signals
 from wantrain.training.expert import ExpertTrainer
@@ -47,6 +48,7 @@ class Run:
     should_stop  (step) -> whether validation asks the run to end there
     steps        of the whole run; `until` is where this start of it ends: there, or earlier
     facts        what a checkpoint records besides its tensors
+    saver        writes checkpoints of which each process holds a part; None: the main process has the whole
     """
 
     trainers: Mapping[str, ExpertTrainer]
@@ -64,6 +66,7 @@ class Run:
     seed: int
     checkpoint_every: int
     facts: Mapping[str, Any]
+    saver: JointSaver | None = None
 
     def save(self, step: int, score: float | None) -> None:
         """Begin a checkpoint; the log is flushed before, so that it never misses a committed step.
@@ -74,17 +77,27 @@ class Run:
         began = time.perf_counter()
         self.metrics.flush(speak=False)
         on_main(self.checkpoints.wait, "writing the checkpoint before")
-        snapshots = [trainer.snapshot() for trainer in self.trainers.values()]
+        write, size, ended = self._state()
         steps = {name: self.alternation.count(name, step) for name in self.trainers}
         samples = sum(own * self.trainers[name].plan.batch_size for name, own in steps.items())
         state = {**self.facts, "samples": samples, "experts": steps, "loss_baselines": self.safeguards.state()}
+        save = partial(self.checkpoints.save, step, write, state, size=size, score=score, ended=ended)
+        on_main(save, f"saving step {step}")
+        self.metrics.note("save_seconds", time.perf_counter() - began)
+
+    def _state(self) -> tuple[Write, int, Callable[[], None]]:
+        """Of the state of this moment: what writes its tensors, their bytes, and what to call when that is over."""
+        if self.saver is not None:
+            self.saver.wait()
+            copy = self.checkpoints.background
+            save = self.saver.begin([part for trainer in self.trainers.values() for part in trainer.parts(copy=copy)])
+            return save.write, save.size, save.ended
+        snapshots = [trainer.snapshot() for trainer in self.trainers.values()]
 
         def write(folder: Path) -> dict[Path, str]:
             return {path: digest for _, write_expert in snapshots for path, digest in write_expert(folder).items()}
 
-        size = sum(size for size, _ in snapshots)
-        on_main(partial(self.checkpoints.save, step, write, state, size=size, score=score), f"saving step {step}")
-        self.metrics.note("save_seconds", time.perf_counter() - began)
+        return write, sum(size for size, _ in snapshots), lambda: None
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """The results of the hooks that are due at `step`, which are logged; empty if none is."""
@@ -131,6 +144,8 @@ def fit(run: Run, start: int) -> int | None:
             if done or step % run.checkpoint_every == 0:
                 run.save(step, validation_loss(results))
         on_main(run.checkpoints.finish, "writing the last checkpoint")
+        if run.saver is not None:
+            run.saver.wait()
     return signal
 
 

@@ -35,11 +35,13 @@ class TrainableModule:
 
     part      folder of the diffusers layout: transformer, transformer_2 or vae
     metadata  what its files say about themselves: expert, model, boundary, base, recipe, commit
+    frozen    if weights stay in mapped files until an engine takes its part: the dtype that frozen ones then have
     """
 
     module: nn.Module
     part: str
     metadata: Mapping[str, str | float] = field(default_factory=dict)
+    frozen: torch.dtype | None = None
 
     def snapshot(self, copy: Callable[[Tensor], Tensor]) -> Snapshot:
         """The weights of this moment: the adapter alone, or the whole part in the diffusers layout.
@@ -52,7 +54,7 @@ class TrainableModule:
             return Snapshot(
                 size, lambda folder: {folder / ADAPTER: write_lora(folder / ADAPTER, layers, metadata=self.metadata)}
             )
-        config, tensors = self._layout()
+        config, tensors = self.layout()
         copies = {name: copy(tensor) for name, tensor in tensors.items()}
         size = sum(tensor.nbytes for tensor in copies.values())
         return Snapshot(size, lambda folder: write_part(folder / self.part, config, copies, metadata=self.metadata))
@@ -64,9 +66,12 @@ class TrainableModule:
             restore_adapter(folder / ADAPTER, self.module)
             return
         stored = read_tensors(folder / self.part)
-        for name, tensor in self._layout()[1].items():
+        for name, tensor in self.layout()[1].items():
             report_progress(f"reading {folder}: {name}")
-            tensor.copy_(stored[name])
+            if self.frozen is None:
+                tensor.copy_(stored[name])
+            else:
+                tensor.data = stored[name]
 
     @torch.no_grad()
     def stored(self, folder: Path) -> dict[str, Tensor]:
@@ -78,10 +83,10 @@ class TrainableModule:
         if has_adapter(self.module):
             self.read(folder)
             return {name: parameter.detach().float().clone() for name, parameter in trained.items()}
-        stored, names = read_tensors(folder / self.part), {id(own): name for name, own in self._layout()[1].items()}
+        stored, names = read_tensors(folder / self.part), {id(own): name for name, own in self.layout()[1].items()}
         return {name: stored[names[id(own)]].to(own.device, torch.float32) for name, own in trained.items()}
 
-    def _layout(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def layout(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """config.json and the parameters themselves, under the names the diffusers layout gives them."""
         if isinstance(self.module, WanTransformer):
             return self.module.config(), renamed_to_diffusers(self.module.state_dict(keep_vars=True))

@@ -138,6 +138,37 @@ def test_resume_across_engines(stations, tiny, pair, launch, call, tmp_path):
         assert torch.allclose(state[0][key], value, rtol=1e-3, atol=1e-9), key
 
 
+@pytest.mark.slow
+def test_resume_between_sharding_engines(tiny, pair, launch, call, tmp_path):
+    """What two processes of ZeRO-3 or FSDP2 wrote together, four of another engine read, and one process does.
+
+    The checkpoint is the one that a single process writes: the same files with the same names, shapes and dtypes.
+    """
+    command = (*tiny.train, f"weights={pair}", "batch_size=8", "checkpoint.keep=9", *STEADY)
+    stations = (("zero3", 2, False), ("fsdp2", 4, True), ("zero3", 2, True), ("zero1", 2, True))
+    for count, (engine, processes, background) in enumerate(stations, 1):
+        how = (f"steps={2 * count}", "checkpoint.every=1", f"checkpoint.background={background}")
+        launch(engine, *command, *how, "run=moved", processes=processes)
+    call("train.py", *command, "run=moved", "steps=10")
+    call("train.py", *command, "run=still", "steps=10", "checkpoint.every=1")
+    loss, moved = difference(tmp_path / "runs" / "moved", tmp_path / "runs" / "still")
+    assert loss <= BOUND and moved <= BOUND
+    for step in range(2, 9):  # nine are kept
+        folders = [tmp_path / "runs" / name / "checkpoints" / f"step_{step:06d}" for name in ("moved", "still")]
+        described = [
+            {
+                (path.relative_to(folder).as_posix(), key): (value.shape, value.dtype)
+                for path in folder.rglob("*.safetensors")
+                for key, value in read_file(path)[0].items()
+            }
+            for folder in folders
+        ]
+        assert described[0] == described[1]
+        state = [optimizer_state(tmp_path / "runs" / name, step) for name in ("moved", "still")]
+        for key, value in state[1].items():
+            assert torch.allclose(state[0][key], value, rtol=1e-3, atol=1e-9), (step, key)
+
+
 CONSUMED = """
 import json, os, runpy, sys
 from pathlib import Path

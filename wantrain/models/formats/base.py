@@ -113,17 +113,18 @@ class Base:
         dtype: torch.dtype = torch.float32,
         fp32: Iterable[str] = (),
         stored: str | None = None,
+        mapped: bool = False,
     ) -> WanTransformer:
         """The expert `name`; ValueError if its file is stated to be another one. Parameters named in `fp32` are float32
         whatever `dtype` says; `stored` is the format of the blocks' frozen weights (quantize.py). `expand_inputs` loads
         a text-to-video transformer, with as many channels in as out, and adds the further input channels that `like`
-        has.
+        has. `mapped` leaves weights in mapped files (load_transformer).
         """
         path, like = self.need(name), dict(self.like or {})
         if expand_inputs:
             like["in_channels"] = like["out_channels"]
         check_stated(path, name)
-        how: dict[str, Any] = {"device": device, "dtype": dtype, "fp32": fp32, "stored": stored}
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "fp32": fp32, "stored": stored, "mapped": mapped}
         module = load_transformer(path, part=PARTS[name], like=like or None, **how)
         if expand_inputs and self.like is not None:
             module.expand_input_channels(self.like["in_channels"])

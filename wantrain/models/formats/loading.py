@@ -72,6 +72,7 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     fp32: Iterable[str] = (),
     stored: str | None = None,
+    mapped: bool = False,
 ) -> WanTransformer:
     """A transformer from a single file, a part's folder, or a pipeline folder in the diffusers layout.
 
@@ -80,6 +81,7 @@ def load_transformer(
     fp32    names of parameters that are float32 whatever `dtype` says, besides those that the model declares
     stored  one of quantize.FORMATS: the linear layers of the blocks are frozen and stored so, quantised one at a time.
             Of an fp8 file "fp8" keeps the bytes, and None gives the values in `dtype`
+    mapped  other weights stay where they are, in mapped files and in their dtypes; `device` and `dtype` have no effect
 
     ValueError names what is absent, does not fit, or is not supported.
     """
@@ -100,7 +102,7 @@ def load_transformer(
     source = Source(where, tensors, {official.get(key, key): scale for key, scale in own.items()}, device, dtype)
     source.store(model, stored)
     source.dequantize(model, set(fp32))
-    load_strict(model, tensors, where, device=device, dtype=dtype, fp32=fp32)
+    load_strict(model, tensors, where, device=device, dtype=dtype, fp32=fp32, mapped=mapped)
     return model.eval()
 
 
@@ -113,6 +115,15 @@ def cast_as_loaded(module: nn.Module, dtype: torch.dtype, *, trained: Container[
         if name not in trained and parameter.is_floating_point() and not is_fp32(module, name):
             parameter.data = parameter.data.to(dtype)
     return module
+
+
+def settled_dtype(module: nn.Module, name: str, parameter: Tensor, frozen: torch.dtype | None) -> torch.dtype:
+    """The dtype that a parameter has in training: float32 if it is trained or the module declares it so, else `frozen`
+    (None: its own). For weights that were loaded in their file's dtype.
+    """
+    if frozen is None or not parameter.is_floating_point():
+        return parameter.dtype
+    return torch.float32 if parameter.requires_grad or is_fp32(module, name) else frozen
 
 
 def _part(path: str | Path, name: str) -> Path:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,19 @@ DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _PLACES = {dtype: place for place, dtype in enumerate(DTYPES)}
 
 
+class Described(Protocol):
+    """What a header says of a tensor: a tensor itself, or what stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str], *, aligned: bool) -> str:
     """Write a file and return its sha256, in hex. Tensors are copied to the CPU one at a time.
 
@@ -53,7 +66,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     return hasher.digest.hexdigest()
 
 
-def in_order(tensors: Mapping[str, Tensor], path: Path) -> list[str]:
+def in_order(tensors: Mapping[str, Described], path: Path) -> list[str]:
     """Names in the order of the tensors in a file: by dtype, those of many bytes first, then by name."""
     unknown = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in DTYPES})
     if unknown:
@@ -61,7 +74,7 @@ def in_order(tensors: Mapping[str, Tensor], path: Path) -> list[str]:
     return sorted(tensors, key=lambda name: (_PLACES[tensors[name].dtype], name))
 
 
-def header(tensors: Mapping[str, Tensor], names: Sequence[str], about: Mapping[str, str], *, aligned: bool) -> bytes:
+def header(tensors: Mapping[str, Described], names: Sequence[str], about: Mapping[str, str], *, aligned: bool) -> bytes:
     """The bytes before the first tensor."""
     entries, end = dict[str, Any](), 0
     for name in names:

@@ -13,7 +13,7 @@ import json
 import math
 import mmap
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,13 @@ from wantrain.util import distributed
 from wantrain.util.files import write_json
 from wantrain.util.progress import report_progress
 
+#: Name of the file with a part's tensors, or of its files: diffusers' name.
+PART = "diffusion_pytorch_model"
 PICKLES = frozenset((".pth", ".pt", ".bin"))
+#: End of the name of the file that says which tensor is in which of several files.
+INDEX = ".safetensors.index.json"
+#: Writes tensors with metadata into one file, and gives its sha256.
+WriteFile = Callable[[Path, Mapping[str, Any], Mapping[str, object] | None], str]
 #: Largest file of a part: diffusers' default, which hubs and file systems take.
 SHARD_BYTES = 5 << 30
 #: Tensors of at least so many bytes are filled in threads.
@@ -78,18 +84,23 @@ def tensor_files(path: str | Path) -> list[Path]:
     path = Path(path).expanduser()
     if path.is_file():
         return [path]
-    indexes = sorted(path.glob("*.safetensors.index.json"))
+    indexes = sorted(path.glob(f"*{INDEX}"))
     if indexes:
-        names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
-        absent = [name for name in names if not (path / name).is_file()]
-        if absent:
-            raise ValueError(f"{path}: its index names {', '.join(absent)}, not there; finish the download")
-        return [path / name for name in names]
+        return _indexed(indexes[0])
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         what = "holds no .safetensors file" if not files else f"holds {len(files)} .safetensors files and no index"
         raise ValueError(f"{path} {what}; expected one file, or shards with an index")
     return files
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names."""
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise ValueError(f"{index.parent}: its index names {', '.join(absent)}, not there; finish the download")
+    return [index.parent / name for name in names]
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -157,11 +168,13 @@ def load_strict(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     fp32: Iterable[str] = (),
+    mapped: bool = False,
 ) -> None:
     """Give `tensors` to a module that may be on the meta device: every parameter once, none left over.
 
     `dtype` is what floating tensors become (None keeps them); parameters named in `fp32`, and those that the module
-    declares as float32, are float32 whatever `dtype` says. All missing, unexpected and mis-shaped keys are one
+    declares as float32, are float32 whatever `dtype` says. With `mapped` nothing is copied: the module gets the tensors
+    themselves, in mapped files and in their own dtypes. All missing, unexpected and mis-shaped keys are one
     ValueError; another names tensors that hold NaN or infinity, or only zeros where a trained model has none (the
     module's `zero_at_start` lists the ends of names that may be zero).
     """
@@ -170,7 +183,7 @@ def load_strict(
     names_fp32 = set(fp32)
     wanted = {key: torch.float32 if key in names_fp32 or is_fp32(module, key) else dtype for key in tensors}
     # All are allocated before any is filled: an allocation waits while another thread has the kernel make pages.
-    places = {key: _place_for(tensor, device, wanted[key]) for key, tensor in tensors.items()}
+    places = dict(tensors) if mapped else {key: _place_for(each, device, wanted[key]) for key, each in tensors.items()}
 
     def fill(key: str) -> Tensor:
         report_progress(f"loading {where}: {key}")
@@ -271,27 +284,47 @@ def write_part(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     *,
-    name: str = "diffusion_pytorch_model",
+    name: str = PART,
     metadata: Mapping[str, object] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[Path, str]:
-    """Write one part into `folder`: config.json, and one safetensors file or, beyond `shard_bytes`, several with an
-    index, each with `metadata`. Returns the sha256 of each file of tensors.
-    """
+    """Write one part into `folder`: config.json, and its tensors as `write_files` does."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    hashes = write_files(folder, name, tensors, metadata, shard_bytes=shard_bytes)
+    write_json(folder / "config.json", dict(sorted(config.items())))
+    return hashes
+
+
+def write_files(
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, object] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    write: WriteFile = lambda path, tensors, metadata: write_file(path, tensors, metadata, aligned=True),
+) -> dict[Path, str]:
+    """Write tensors into `folder` as one safetensors file called `name` or, beyond `shard_bytes`, several with an
+    index, each with `metadata`. Returns what `write` gives for each file: its sha256.
+    """
     shards = _shards(tensors, shard_bytes)
     where, hashes = dict[str, str](), dict[Path, str]()
     for number, keys in enumerate(shards, 1):
         file = f"{name}.safetensors" if len(shards) == 1 else f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        some = {key: tensors[key] for key in keys}
-        hashes[folder / file] = write_file(folder / file, some, metadata, aligned=True)
+        hashes[folder / file] = write(folder / file, {key: tensors[key] for key in keys}, metadata)
         where.update(dict.fromkeys(keys, file))
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(folder / f"{name}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    write_json(folder / "config.json", dict(sorted(config.items())))
+        write_json(folder / f"{name}{INDEX}", {"metadata": {"total_size": total}, "weight_map": where})
     return hashes
+
+
+def read_files(folder: Path, name: str) -> dict[str, Tensor]:
+    """All tensors that `write_files` wrote into `folder` under `name`. ValueError names what is absent or damaged."""
+    index = folder / f"{name}{INDEX}"
+    files = _indexed(index) if index.is_file() else [folder / f"{name}.safetensors"]
+    return {key: tensor for file in files for key, tensor in read_file(file)[0].items()}
 
 
 def write_file(
@@ -302,7 +335,7 @@ def write_file(
     return write_tensors(path, tensors, about, aligned=aligned)
 
 
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+def _shards(tensors: Mapping[str, Any], limit: int) -> list[list[str]]:
     """Names in order, cut so that no shard exceeds `limit` bytes (unless one tensor does by itself)."""
     shards: list[list[str]] = [[]]
     size = 0

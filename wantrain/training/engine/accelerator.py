@@ -77,13 +77,6 @@ def start_accelerator(device: str = "auto", *, hang: float | None) -> Accelerato
             f"{launched_with()} asks for {wanted}, but accelerate made {engine_of(accelerator)}; launch with one of "
             "the files in launch/accelerate (launch/README.md)"
         )
-    if wanted == "fsdp2":
-        from torch.distributed.fsdp import MixedPrecisionPolicy  # a second to import, and only FSDP2 needs it
-
-        # Parameters and activations keep the dtypes that the model gives them; gradients are summed in float32.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
     return accelerator
 
 

@@ -17,12 +17,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from wantrain.models.facts import block_classes
 from wantrain.runs.checkpoint import Copier
+from wantrain.training.engine import fsdp, zero
 from wantrain.training.engine.accelerator import SHARDED, autocast, engine_of, share_timeout
 from wantrain.training.engine.optim import fill_state, make_state, named_trainable, plain_tensors
 from wantrain.training.engine.parameterwise import ParameterwiseOptimizer
 from wantrain.training.engine.updates import BackwardUpdates, clip_gradients
+from wantrain.training.engine.zero import ZeroState
 from wantrain.util import distributed
 from wantrain.util.libraries import is_dtensor
 from wantrain.util.progress import report_progress
@@ -51,6 +52,7 @@ class Stepper:
 
     waiting  names of parameters and buffers that wait on the host, where the others are on the device already; None:
              the engine brings the whole module to the device
+    frozen   the dtype of frozen weights, where they are in mapped files still
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Stepper:
         options: StepOptions,
         *,
         waiting: Iterable[str] | None = None,
+        frozen: torch.dtype | None = None,
     ) -> None:
         self._accelerator = accelerator
         self.engine = engine_of(accelerator)
@@ -71,10 +74,14 @@ class Stepper:
         self.copier = Copier()
         if self._zero:
             self._configure_deepspeed()
-        if self.engine == "fsdp2":  # the launch file says that blocks are sharded, the model which those are
-            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = block_classes(module)
         trained = {name: parameter.numel() for name, parameter in named_trainable(module).items()}
-        if waiting is None:
+        if self.engine == "fsdp2":
+            # By torch's own call: accelerate's needs the whole model in memory, and knows one dtype per block.
+            plugin = accelerator.state.fsdp_plugin
+            fsdp.shard(module, optimizer, self.device, plugin=plugin, precision=self.precision, frozen=frozen)
+            wrapped: Any = module
+            self.wrapped, self.optimizer = wrapped, accelerator.prepare_optimizer(optimizer, device_placement=False)
+        elif waiting is None:
             self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
         else:
             # DDP takes one device only, and would send what waits from the main process. All have read the same.
@@ -104,6 +111,12 @@ class Stepper:
         return self.engine.startswith("zero")
 
     @property
+    def zero_state(self) -> ZeroState | None:
+        """The optimizer's state under DeepSpeed; None under other engines."""
+        rank = self._accelerator.process_index
+        return ZeroState(self.wrapped, self.engine, rank, self.processes) if self._zero else None
+
+    @property
     def updates_in_backward(self) -> bool:
         """True if each parameter is updated in the backward, before the gradients of others are known."""
         return self._in_backward is not None
@@ -117,6 +130,11 @@ class Stepper:
     def sharded(self) -> bool:
         """True if every forward needs all processes, for each holds only a part of the weights."""
         return self.engine in SHARDED
+
+    @property
+    def keeps_parts(self) -> bool:
+        """True if the processes hold the run's state in parts, which they can write together (slices.py)."""
+        return (self._zero or self.engine == "fsdp2") and self.processes > 1
 
     @property
     def replicated_gradients(self) -> bool:
@@ -250,9 +268,7 @@ class Stepper:
         if is_dtensor(tensor):
             tensor = tensor.full_tensor()
         elif self.engine == "zero3" and isinstance(tensor, nn.Parameter):
-            from deepspeed.runtime.zero import GatheredParameters  # slow to import, and only ZeRO-3 needs it
-
-            with GatheredParameters([tensor]):
+            with zero.gathered(tensor):
                 return self._copied(tensor)
         return self._copied(tensor)
 
@@ -264,43 +280,14 @@ class Stepper:
 
         ValueError if the optimizer keeps anything but tensors and a count of steps.
         """
-        self._link_zero_state()
+        deepspeed = self.zero_state
+        if deepspeed is not None:
+            deepspeed.link()
         state = {}
         for name, parameter in named_trainable(self.module).items():
-            own = self._zero_state(parameter) if self._zero else plain_tensors(self.optimizer.state[parameter])
+            own = deepspeed.whole(parameter) if deepspeed else plain_tensors(self.optimizer.state[parameter])
             for key, value in own.items():
                 state[f"{name}/{key}"] = self.whole(value)
-        return state
-
-    def _zero_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        flat = self._flat_partitions()[0]
-        inner = self._inner_state()[flat]
-        keys = [key for key, value in inner.items() if isinstance(value, Tensor) and value.shape == flat.shape]
-        state = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
-        if "step" in inner:
-            state["step"] = torch.as_tensor(inner["step"], dtype=torch.float32)
-        return state
-
-    def _link_zero_state(self) -> None:
-        """ZeRO-1 and 2 find a parameter's state by links, which DeepSpeed makes after the first group's first step,
-        when other groups have no state yet: so they are made again.
-        """
-        if self.engine in {"zero1", "zero2"}:
-            self.wrapped.optimizer._hp_optimizer_states_linked = False
-            self.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _flat_partitions(self) -> list[Tensor]:
-        """What DeepSpeed's inner optimizer really steps on: this process's part of each group, flat and float32."""
-        zero = self.wrapped.optimizer
-        flat: list[Tensor] = (
-            zero.fp32_partitioned_groups_flat if self.engine == "zero3" else zero.single_partition_of_fp32_groups
-        )
-        return flat
-
-    def _inner_state(self) -> dict[Tensor, dict[str, Any]]:
-        state: dict[Tensor, dict[str, Any]] = self.wrapped.optimizer.optimizer.state
         return state
 
     def restore_optimizer_state(self, tensors: Mapping[str, Tensor], where: object) -> None:
@@ -319,8 +306,8 @@ class Stepper:
         filled = quantised or self._parameterwise is not None  # then each parameter's state is compared there
         if by_name.keys() - parameters.keys() or (by_name.keys() != parameters.keys() and not filled):
             raise ValueError(f"{where} holds the state of other parameters; it belongs to another run")
-        if self._zero:
-            self._fill_zero_state(by_name)
+        if self.zero_state is not None:
+            self.zero_state.fill(by_name, parameters, self.device)
             return
         if filled:
             fill_state(self.optimizer.optimizer, {p: by_name.get(name, {}) for name, p in parameters.items()}, where)
@@ -336,40 +323,10 @@ class Stepper:
 
     def _keeps_state(self) -> bool:
         """False for an optimizer without state, such as plain SGD: found by an update that moves nothing."""
-        if self._zero:  # steps by itself; of torch's optimizers plain SGD alone keeps nothing
-            inner = self.wrapped.optimizer.optimizer
-            return not (
-                isinstance(inner, torch.optim.SGD) and not any(group["momentum"] for group in inner.param_groups)
-            )
+        if self.zero_state is not None:
+            return self.zero_state.keeps_any()
         make_state(self.optimizer.optimizer, named_trainable(self.module).values())
         return any(self.optimizer.state.values())
-
-    def _fill_zero_state(self, by_name: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """DeepSpeed's inner optimizer gets empty state, as its first step would make it; then each part is filled."""
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        first = next(iter(by_name.values()))
-        keys = [key for key in first if key != "step"]
-        counts_in_python = type(self.wrapped.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
-        step = int(first["step"].item())
-        for flat in self._flat_partitions():
-            moments: dict[str, Any] = {key: torch.zeros_like(flat) for key in keys}
-            self._inner_state()[flat] = {**moments, "step": step if counts_in_python else torch.tensor(float(step))}
-        self._link_zero_state()
-        for name, parameter in named_trainable(self.module).items():
-            report_progress(f"giving DeepSpeed the state of {name}")
-            for key in keys:
-                value = by_name[name][key].to(self.device)
-                if self.engine != "zero3":
-                    safe_set_full_optimizer_state(parameter, value, key)
-                    continue
-                # ZeRO-3 fills up a parameter that does not divide by the processes; its setter for whole values
-                # forgets that, so each process cuts out its own part.
-                size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-                filled = value.new_zeros(size * self._accelerator.num_processes)
-                filled[: value.numel()] = value.flatten()
-                mine = filled.narrow(0, size * self._accelerator.process_index, size)
-                safe_set_local_optimizer_state(parameter, mine, key)
 
 
 def finish(steppers: Iterable[Stepper]) -> None:

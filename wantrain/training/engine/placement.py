@@ -12,8 +12,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
+from wantrain.models.formats.loading import settled_dtype
 from wantrain.models.offload import ModuleOffloader, blocks_to_swap
-from wantrain.models.pinned_memory import Node
+from wantrain.models.pinned_memory import Node, move_to_arena
 from wantrain.models.quantize import FORMATS, quantized_layers
 from wantrain.training.engine.accelerator import SHARDED, engine_of
 from wantrain.training.engine.engine import StepOptions, Stepper
@@ -54,13 +55,27 @@ class Placement:
         """True if a forward needs all processes, so that all of them make previews."""
         return self.engine in SHARDED
 
-    def stepper(self, module: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions) -> Stepper:
+    @property
+    def maps_weights(self) -> bool:
+        """True if the engine gives each process its part of the weights straight from the mapped files."""
+        return self.engine in SHARDED
+
+    def stepper(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        options: StepOptions,
+        *,
+        frozen: torch.dtype | None = None,
+    ) -> Stepper:
         """An expert's module under the engine. What does not wait on the host is on the device before that: the engine
-        would bring everything.
+        would bring everything. `frozen` is the dtype of frozen weights, where those are in mapped files still.
         """
         if any(quantized_layers(module)):
             _refuse_quantized(self.engine)
-        return Stepper(self.accelerator, module, optimizer, options, waiting=self.place(module))
+        if frozen is not None and self.engine == "zero3":
+            settle_in_arena(module, frozen, this_machine())
+        return Stepper(self.accelerator, module, optimizer, options, waiting=self.place(module), frozen=frozen)
 
     def place(self, module: nn.Module) -> set[str] | None:
         """Bring a module that was loaded to the host to the device, except for what waits there: returns its names.
@@ -83,6 +98,15 @@ def find_placement(accelerator: Accelerator, experts: Mapping[str, Mapping[str, 
         say(f"{what} saves nothing here: the device is the CPU, whose memory is the host's")
     offloader = ModuleOffloader(device, this_machine()) if waits else None
     return Placement(accelerator, engine, device, weights, offloader, whole, swapped)
+
+
+def settle_in_arena(module: nn.Module, frozen: torch.dtype, node: Node | None) -> None:
+    """Give parameters in mapped files the dtypes of training, in memory that the processes of a machine share, so that
+    the host holds them once: DeepSpeed takes each process's part from there.
+    """
+    parameters = dict(module.named_parameters())
+    dtypes = [settled_dtype(module, name, parameter, frozen) for name, parameter in parameters.items()]
+    move_to_arena(parameters.values(), node, dtypes=dtypes, lock=False)
 
 
 def this_machine() -> Node | None:
