@@ -268,13 +268,17 @@ def answer_and_gradients(model, inputs, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("alpha", [3, 6, 1.5])
-def test_power_of_two_scales(alpha, precision, inputs):
-    """At scales that are powers of two the outputs and gradients equal peft's bit for bit."""
+@pytest.mark.parametrize("alpha", [3, 6, 1.5, 2.1])
+def test_equals_peft(alpha, precision, inputs):
+    """Outputs and gradients are those of peft's own forward, up to rounding."""
     model = adapted(rank=3, alpha=alpha, targets="all")
-    mine, theirs = (answer_and_gradients(each, inputs, precision) for each in (model, as_peft_computes(model)))
+    peft = as_peft_computes(model)
+    exact = answer_and_gradients(copy.deepcopy(peft), inputs, "fp32")
+    mine, theirs = (answer_and_gradients(each, inputs, precision) for each in (model, peft))
     assert mine.keys() == theirs.keys() and len(mine) == 1 + 2 * 26
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for name, wanted in exact.items():
+        off, their_off = ((each[name] - wanted).norm() / wanted.norm() for each in (mine, theirs))
+        assert off < (1e-5 if precision == "fp32" else max(1.5 * their_off, 0.02)), (name, off, their_off)
 
 
 class Products(TorchDispatchMode):

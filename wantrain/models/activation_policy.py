@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from wantrain.models.facts import BlockRunner
+from wantrain.models.linear import computed_again
 from wantrain.models.pinned_memory import allocate, view_of
 from wantrain.util.copy_stream import CopyStream
 
@@ -84,7 +85,14 @@ class ActivationPolicy(BlockRunner):
         if self._inputs is not None:  # checkpoint saves the block's inputs under these hooks, the block under its own
             kept = saved_tensors_hooks(self._inputs.packer(x, first=number == 0), self._inputs.unpack)
         with kept:
-            result: Tensor = checkpoint(block, x, *inputs, use_reentrant=False, **how)
+            result: Tensor = checkpoint(_computed_again, block, x, *inputs, use_reentrant=False, **how)
+        return result
+
+
+def _computed_again(block: nn.Module, *inputs: Any) -> Tensor:
+    """The result of a block of which the backward computes more than it kept."""
+    with computed_again():
+        result: Tensor = block(*inputs)
         return result
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wantrain.models.formats.lora import LoRA, check_fits, read_lora
 from wantrain.models.formats.lora_layers import Layer, row_lengths
+from wantrain.models.linear import LowRank
 from wantrain.util import libraries
 
 
@@ -131,6 +132,12 @@ class NarrowScale:
     forward and as much backward in one A14B block at 32,760 tokens. Between A and B activations are as narrow as the
     rank, and a scale of 1 is skipped. For powers of two results and gradients equal peft's, bit for bit.
     """
+
+    @staticmethod
+    def low_rank(module: Any) -> LowRank:
+        """What linear.py computes with, where it computes in the place of `module`."""
+        down, up = (part["default"].weight for part in (module.lora_A, module.lora_B))
+        return LowRank(down, up, module.scaling["default"])
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:

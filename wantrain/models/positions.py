@@ -1,6 +1,5 @@
 """Embeddings of positions: sinusoids of the timestep, rotary angles of the tokens.
 
-Tensor suffixes: B batch, L tokens, N heads, K head width (rotary tables: K/2).
 Sources: Wan report (arXiv 2503.20314) section 4.2; Wan2.2's released constants.
 """
 
@@ -40,11 +39,3 @@ def rope_angles(grid: tuple[int, int, int], head_dim: int, device: torch.device)
         shape[axis] = length
         parts.append(angle.view(shape).expand(*grid, dim // 2))
     return torch.cat(parts, dim=-1).flatten(0, 2)
-
-
-def rotate(x_BLNK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
-    """Rotate neighbouring pairs (2j, 2j+1) by their token's angles, in float32; back in x's dtype."""
-    even, odd = x_BLNK.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_LK[:, None, :], sin_LK[:, None, :]
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).to(x_BLNK.dtype)

@@ -107,7 +107,11 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight (out, in), dequantised by each access."""
-        return self.stored.dequantized(self.dtype)
+        return self.dequantized(self.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) in a dtype."""
+        return self.stored.dequantized(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type

@@ -25,29 +25,35 @@ from torch import Tensor, nn
 from wantrain.geometry import PATCH
 from wantrain.models.attention import DEFAULT, Attend
 from wantrain.models.facts import BlockRunner, SequencePlan, Split, Tags
-from wantrain.models.positions import ROPE_LENGTH, rope_angles, rotate, sinusoid
+from wantrain.models.fused import gated_residual, modulated_norm, norm_rotate
+from wantrain.models.linear import FeedForward, gated_feed_forward, linears
+from wantrain.models.positions import ROPE_LENGTH, rope_angles, sinusoid
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32; back in x's dtype."""
+    """x / rms(x) * weight over all heads together, then rotary embedding, in float32; heads, in x's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+    def forward(self, x_BLD: Tensor, heads: int, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        return norm_rotate(x_BLD, self.weight.float(), self.eps, heads, rope)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm computed and returned in float32, whatever autocast says."""
+class LayerNorm(nn.Module):
+    """Layer norm of the residual stream with a weight and a bias, computed in float32."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.float()
-        bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x_BTPD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `modulated_norm`."""
+        weight, bias = (row.float().expand(1, 1, -1) for row in (self.weight, self.bias))
+        return modulated_norm(x_BTPD, weight, bias, self.eps, dtype)
 
 
 class Attention(nn.Module):
@@ -70,13 +76,13 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         bias_S: Tensor | None = None,
     ) -> Tensor:
-        heads = (self.num_heads, -1)
-        q = self.norm_q(self.q(x_BLD)).unflatten(-1, heads)
-        k = self.norm_k(self.k(context_BSD)).unflatten(-1, heads)
-        v = self.v(context_BSD).unflatten(-1, heads)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        return self.o(self.attend(q, k, v, bias_S).flatten(-2))
+        if x_BLD is context_BSD:
+            q, k, v = linears((self.q, self.k, self.v), x_BLD)
+        else:
+            (q,), (k, v) = linears((self.q,), x_BLD), linears((self.k, self.v), context_BSD)
+        q, k = self.norm_q(q, self.num_heads, rope), self.norm_k(k, self.num_heads, rope)
+        result = self.attend(q, k, v.unflatten(-1, (self.num_heads, -1)), bias_S)
+        return linears((self.o,), result.flatten(-2))[0]
 
 
 def modulation_table(rows: int, dim: int) -> nn.Parameter:
@@ -95,13 +101,12 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, attend: Attend) -> None:
         super().__init__()
+        self.eps = eps
         self.modulation = modulation_table(6, dim)
-        self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
         self.self_attn = Attention(dim, num_heads, eps, attend)
         self.norm3 = LayerNorm(dim, eps)
         self.cross_attn = Attention(dim, num_heads, eps, attend)
-        self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = FeedForward(dim, ffn_dim)
 
     def forward(
         self,
@@ -114,16 +119,15 @@ class Block(nn.Module):
         """`rope` are the cosines and sines of the tokens' angles, (T, P, K) each."""
         dtype = context_BSD.dtype
         cos_LK, sin_LK = (table_TPK.flatten(0, 1) for table_TPK in rope)
-        # (1, 6, D) + (B, T, 6, D), then each (B, T, 1, D): one value for all tokens of a frame.
-        table = (self.modulation.float() + time_BT6D).unsqueeze(2)
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(3)
+        # (1, 6, D) + (B, T, 6, D), then each (B, T, D): one row for all tokens of a frame.
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time_BT6D).unbind(2)
 
-        y = (self.norm1(x_BTPD) * (1 + scale1) + shift1).to(dtype).flatten(1, 2)
-        x = x_BTPD + self.self_attn(y, y, (cos_LK, sin_LK)).view_as(x_BTPD) * gate1
-        y = self.norm3(x).to(dtype).flatten(1, 2)
+        x, y = modulated_norm(x_BTPD, 1 + scale1, shift1, self.eps, dtype)
+        x = gated_residual(x, self.self_attn(y, y, (cos_LK, sin_LK)), gate1)
+        x, y = self.norm3(x, dtype)
         x = x + self.cross_attn(y, context_BSD, bias_S=bias_S).view_as(x)
-        y = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
-        return x + self.ffn(y) * gate2
+        x, y = modulated_norm(x, 1 + scale2, shift2, self.eps, dtype)
+        return gated_feed_forward(self.ffn, x, y, gate2)
 
 
 class Head(nn.Module):
@@ -132,13 +136,12 @@ class Head(nn.Module):
     def __init__(self, dim: int, patch_dim: int, eps: float) -> None:
         super().__init__()
         self.modulation = modulation_table(2, dim)
-        self.norm = LayerNorm(dim, eps, elementwise_affine=False)
+        self.eps = eps
         self.head = nn.Linear(dim, patch_dim)
 
     def forward(self, x_BTPD: Tensor, time_BTD: Tensor) -> Tensor:
-        table = (self.modulation.float() + time_BTD[:, :, None]).unsqueeze(2)
-        shift, scale = table.unbind(3)
-        return self.head(self.norm(x_BTPD) * (1 + scale) + shift)
+        shift, scale = (self.modulation.float() + time_BTD[:, :, None]).unbind(2)
+        return self.head(modulated_norm(x_BTPD, 1 + scale, shift, self.eps, torch.float32)[1].view_as(x_BTPD))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -29,13 +29,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = tensors_in(args, kwargs.values())
-        for tensor in inputs:
+        for tensor in tensors_in(args, kwargs.values()):
             self.seen.add(tensor.untyped_storage())
         result = func(*args, **kwargs)
-        outputs = tensors_in((result,))
-        self.observe(func, inputs, outputs)
-        for tensor in outputs:
+        self.observe(func, args, kwargs, result)
+        for tensor in tensors_in((result,)):
             storage = tensor.untyped_storage()
             if storage not in self.seen:
                 self.seen.add(storage)
@@ -44,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return result
 
-    def observe(self, func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Called after each operation, for what else is to be counted."""
 
     def forget(self, tensor: Tensor) -> None:

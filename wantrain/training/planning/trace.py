@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wantrain.models import WanTransformer
@@ -21,11 +21,10 @@ from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.training.engine.accelerator import autocast
 from wantrain.training.engine.optim import named_trainable
 from wantrain.util.live_bytes import LiveBytes
+from wantrain.util.moved_bytes import moved_by
 
 #: Policies of recomputation that are traced.
 POLICIES = ("none", "attention", "block")
-#: Operations whose time is that of their arithmetic, not of the bytes they move.
-ARITHMETIC = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "scaled_dot_product")
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def trace_step(module: Any, sample: Sample) -> StepTrace:
     """Run one micro-step of a network without values."""
     count, frames, *_ = sample.latents
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _give_fake_parameters(module.train())
+        give_fake_parameters(module.train())
         latents = torch.empty(count, module.in_channels, *sample.latents[1:])
         timestep = torch.empty(count, frames) if sample.per_frame else torch.empty(count)
         text = torch.empty(count, module.text_length, module.text_dim)
@@ -164,7 +163,7 @@ def trace_step(module: Any, sample: Sample) -> StepTrace:
     return StepTrace(kept, forward, live.peak, moved_forward, live.moved - moved_forward)
 
 
-def _give_fake_parameters(module: nn.Module) -> None:
+def give_fake_parameters(module: nn.Module) -> None:
     """Replace parameters on the meta device by fake ones on a CPU, inside FakeTensorMode."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
@@ -180,10 +179,5 @@ class _StepBytes(LiveBytes):
         super().__init__()
         self.moved = 0
 
-    def observe(self, func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        name = func.overloadpacket.__name__
-        if getattr(func, "is_view", False) or any(word in name for word in ARITHMETIC):
-            return
-        own = {id(tensor.untyped_storage()) for tensor in inputs}
-        if name.endswith("_") or any(id(tensor.untyped_storage()) not in own for tensor in outputs):
-            self.moved += sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+    def observe(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        self.moved += moved_by(func, args, kwargs, result)

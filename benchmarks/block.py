@@ -1,0 +1,167 @@
+"""Bytes of one block, beside diffusers': python benchmarks/block.py
+
+On tensors that have shapes and no values, one block of A14B at 81x480x832 (32,760 tokens, 512 rows of text), trained as
+a whole and by a LoRA of rank 32 beside all its linear layers, and one of TI2V-5B at 121x704x1280 whose first frame has
+a timestep of its own. One script counts both sides:
+
+  forward, backward  bytes that all operations read and write, except matrix products and attention
+  saved              bytes kept for the backward, without weights, when all activations are kept
+
+Both have bf16 weights; ours also as full fine-tuning trains it, float32 under autocast, where the casts of weights
+count. Writes block.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from wantrain.models import WanTransformer, adapters
+from wantrain.models.formats.loading import cast_as_loaded
+from wantrain.models.positions import rope_angles
+from wantrain.training.engine.accelerator import autocast
+from wantrain.training.engine.optim import named_trainable
+from wantrain.training.initialize import without_values
+from wantrain.training.planning.trace import give_fake_parameters
+from wantrain.util.files import write_json
+from wantrain.util.moved_bytes import MovedBytes
+
+GB = 1e9
+TEXT_ROWS, RANK = 512, 32
+A14B = {"num_attention_heads": 40, "ffn_dim": 13824}
+TI2V_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+#: Sizes of the network, the grid of tokens, and whether each frame has a timestep, in words.
+CASES = {
+    "A14B full": (A14B, (21, 30, 52), False),
+    "A14B LoRA": (A14B, (21, 30, 52), False),
+    "TI2V-5B full": (TI2V_5B, (31, 22, 40), True),
+}
+GOALS = {"forward": 0.45, "backward": 0.45, "saved": 0.55}
+
+
+def count(
+    block: nn.Module, inputs: Callable[[], tuple[Any, ...]], context: AbstractContextManager[Any]
+) -> dict[str, float]:
+    """GB of one forward and backward of a block on the meta device, all activations kept."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        give_fake_parameters(block)
+        return _count(block, inputs(), context)
+
+
+def _count(block: nn.Module, inputs: tuple[Any, ...], context: AbstractContextManager[Any]) -> dict[str, float]:
+    weights = {id(tensor.untyped_storage()) for tensor in block.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if id(tensor.untyped_storage()) not in weights:
+            kept[id(tensor.untyped_storage())] = tensor
+        return tensor
+
+    with MovedBytes() as moved, context, saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = block(*inputs)
+    forward = moved.total
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    grad = torch.empty_like(result)
+    with moved:
+        result.backward(grad)
+    largest = sorted(moved.by_name.items(), key=lambda item: -item[1])[:8]
+    return {
+        "forward": forward / GB,
+        "backward": (moved.total - forward) / GB,
+        "saved": saved / GB,
+        "largest": {name: size / GB for name, size in largest},
+    }
+
+
+def ours(case: str, precision: str) -> dict[str, float]:
+    """This project's block; its input is the float32 residual stream."""
+    sizes, grid, per_frame = CASES[case]
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+
+    def build() -> WanTransformer:
+        module = WanTransformer(**sizes, num_layers=1)  # type: ignore[arg-type]
+        if "LoRA" in case:
+            own = adapters.AdapterSettings(rank=RANK, alpha=RANK, targets="attention+ffn")
+            adapters.inject(module, own, seed=0)
+        cast_as_loaded(module, dtype, trained=named_trainable(module) if "LoRA" in case else {})
+        return module
+
+    module = without_values(build)
+    assert isinstance(module, WanTransformer)
+    dim, trains = module.dim, "LoRA" not in case
+
+    def inputs() -> tuple[Any, ...]:
+        frames, tokens = grid[0], grid[1] * grid[2]
+        angles = rope_angles(grid, 128, torch.device("cpu")).unflatten(0, (frames, tokens))
+        return (
+            torch.empty(1, frames, tokens, dim, requires_grad=True),
+            torch.empty(1, frames if per_frame else 1, 6, dim, requires_grad=trains),
+            torch.empty(1, TEXT_ROWS, dim, dtype=torch.bfloat16, requires_grad=trains),
+            (angles.cos().float(), angles.sin().float()),
+            None,
+        )
+
+    mixed = precision == "fp32" or "LoRA" in case
+    return count(module.blocks[0], inputs, autocast("bf16", torch.device("cpu")) if mixed else nullcontext())
+
+
+def theirs(case: str) -> dict[str, float]:
+    """diffusers' block in bf16; a LoRA is peft's, in bf16 too."""
+    sizes, grid, per_frame = CASES[case]
+    dim = 128 * sizes["num_attention_heads"]
+    trains = "LoRA" not in case
+    with torch.device("meta"):
+        block: nn.Module = WanTransformerBlock(
+            dim, sizes["ffn_dim"], sizes["num_attention_heads"], cross_attn_norm=True
+        )
+        if not trains:
+            names = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+            block = inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names), block)
+        block.to(torch.bfloat16)
+
+    def inputs() -> tuple[Any, ...]:
+        tokens = grid[0] * grid[1] * grid[2]
+        rotary = WanRotaryPosEmbed(128, (1, 2, 2), 1024)(torch.empty(1, 16, grid[0], 2 * grid[1], 2 * grid[2]))
+        half = {"dtype": torch.bfloat16}
+        return (
+            torch.empty(1, tokens, dim, requires_grad=True, **half),  # type: ignore[call-overload]
+            torch.empty(1, TEXT_ROWS, dim, requires_grad=trains, **half),  # type: ignore[call-overload]
+            torch.empty(1, *((tokens,) if per_frame else ()), 6, dim, requires_grad=trains, **half),  # type: ignore[call-overload]
+            rotary,
+        )
+
+    return count(block, inputs, nullcontext())
+
+
+def rows() -> dict[str, Any]:
+    """Both sides of each case, with the ratios."""
+    found = {}
+    for case in CASES:
+        mine, other = ours(case, "bf16"), theirs(case)
+        found[case] = {"ours": mine, "diffusers": other, "ratio": {key: mine[key] / other[key] for key in GOALS}}
+        if "full" in case:
+            found[case]["ours, float32 weights"] = ours(case, "fp32")
+    return found
+
+
+def main() -> None:
+    """Count, compare with the goals, and write the file."""
+    found = rows()
+    for case, row in found.items():
+        for key, ratio in row["ratio"].items():
+            both = f"{row['ours'][key]:.2f} / {row['diffusers'][key]:.2f} GB"
+            print(f"{case}, {key}: {both} = {ratio:.3f}, goal {GOALS[key]}{'' if ratio <= GOALS[key] else ': MISSED'}")
+    write_json(Path(__file__).with_suffix(".json"), {"torch": torch.__version__, "goals": GOALS, "cases": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Norms, gates and rotary embedding of a block as functions with backwards of their own.
+
+Autograd keeps the operands of every operation, mostly in float32. These keep, in the dtype of the computation, only
+what cannot be had again cheaply, and work piece by piece, so that float32 copies never have a whole clip's size.
+Products that are only summed are rounded to that dtype, and summed in float32. Each is a pair: the function, and the
+same in plain operations (`plain_*`), which is what a compiler is given and what tests compare with.
+
+Tensor suffixes: R rows of modulation, P tokens that share one, D width; B batch, T latent frames, L = T*P tokens, N
+heads, K head width (rotary tables: K/2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: Elements of a piece: 128 MiB in float32, enough for a GPU to be busy with.
+PIECE = 1 << 25
+
+
+class Affine(NamedTuple):
+    """A normalised tensor in the parts it is made of: hat * gain + shift, with `hat` in the dtype of the result.
+
+    Linear layers beside which an adapter trains keep these parts instead of the tensor (linear.py): `hat` is kept for
+    the norm's backward anyway.
+    """
+
+    hat_RPD: Tensor
+    gain_RD: Tensor
+    shift_RD: Tensor
+
+
+def affine_of(x: Tensor) -> Affine | None:
+    """The parts of what `modulated_norm` returned; None for another tensor."""
+    return getattr(x, "affine", None)
+
+
+def modulated_norm(
+    x_BTPD: Tensor, gain_BTD: Tensor, shift_BTD: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`x` as it is, and its layer norm times gain plus shift, computed in x's dtype and rounded to `dtype`.
+
+    gain, shift  (B or 1, T or 1, D): one row for all tokens of a frame, or of a clip
+    returns      x, and y (B, T*P, D). Go on with this x: so the norm adds to its gradient in place of autograd
+    """
+    if torch.compiler.is_compiling():
+        return x_BTPD, plain_modulated_norm(x_BTPD, gain_BTD, shift_BTD, eps, dtype).flatten(1, 2)
+    rows = (gain_BTD, shift_BTD)
+    keep = torch.is_grad_enabled() and any(each.requires_grad for each in (x_BTPD, *rows))
+    gain_RD, shift_RD = (by_rows(x_BTPD, each) for each in rows)
+    x, y, hat = _ModulatedNorm.apply(_split(x_BTPD, gain_RD), gain_RD, shift_RD, eps, dtype, keep)
+    x, y = x.view_as(x_BTPD), y.view_as(x_BTPD).flatten(1, 2)
+    if hat is not None:
+        y.affine = Affine(hat, gain_RD.detach(), shift_RD.detach())
+    return x, y
+
+
+def plain_modulated_norm(x_BTPD: Tensor, gain_BTD: Tensor, shift_BTD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The second result of `modulated_norm`, in plain operations."""
+    normed = F.layer_norm(x_BTPD, x_BTPD.shape[-1:], eps=eps)
+    return (normed * gain_BTD.unsqueeze(2) + shift_BTD.unsqueeze(2)).to(dtype)
+
+
+def gated_residual(x_BTPD: Tensor, y_BLD: Tensor, gate_BTD: Tensor) -> Tensor:
+    """x + y * gate in x's dtype; `gate` as in `modulated_norm`. Keeps `y` only where the gate has a gradient."""
+    if torch.compiler.is_compiling():
+        return plain_gated_residual(x_BTPD, y_BLD, gate_BTD)
+    gate_RD = by_rows(x_BTPD, gate_BTD)
+    result: Tensor = _GatedResidual.apply(_split(x_BTPD, gate_RD), _split(y_BLD, gate_RD), gate_RD)
+    return result.view_as(x_BTPD)
+
+
+def plain_gated_residual(x_BTPD: Tensor, y_BLD: Tensor, gate_BTD: Tensor) -> Tensor:
+    """The same in plain operations."""
+    return x_BTPD + y_BLD.view_as(x_BTPD) * gate_BTD.unsqueeze(2)
+
+
+def norm_rotate(x_BLD: Tensor, weight_D: Tensor, eps: float, heads: int, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """RMS norm of x times weight, split into heads and rotated: (B, L, N, K) in x's dtype, computed in the weight's.
+
+    Neighbouring pairs (2j, 2j+1) of each head turn by their token's angles; `rope` are cosines and sines (L, K/2).
+    Keeps `x` itself, and one number per token.
+    """
+    if torch.compiler.is_compiling():
+        return plain_norm_rotate(x_BLD, weight_D, eps, heads, rope)
+    result: Tensor = _NormRotate.apply(x_BLD, weight_D, eps, heads, *(rope or (None, None)))
+    return result
+
+
+def plain_norm_rotate(
+    x_BLD: Tensor, weight_D: Tensor, eps: float, heads: int, rope: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """The same in plain operations."""
+    normed = F.rms_norm(x_BLD.to(weight_D.dtype), weight_D.shape, weight_D, eps).unflatten(-1, (heads, -1))
+    if rope is not None:
+        even, odd = normed.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = (table_LK[:, None, :] for table_LK in rope)
+        normed = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    return normed.to(x_BLD.dtype)
+
+
+# ------------------------------------------------------------------------------------------- what autograd calls
+
+
+class Exact(torch.autograd.Function):
+    """A function that autocast does not reach, forward or backward: its casts are its own. `_forward` and `_backward`
+    are what Function calls forward and backward.
+    """
+
+    _forward: ClassVar[Any]
+    _backward: ClassVar[Any]
+
+    @classmethod
+    def forward(cls, ctx: Any, *args: Any) -> Any:
+        ctx.device_type = args[0].device.type
+        with torch.autocast(ctx.device_type, enabled=False):
+            return cls._forward(ctx, *args)
+
+    @classmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(cls, ctx: Any, *grads: Any) -> Any:
+        with torch.autocast(ctx.device_type, enabled=False):
+            return cls._backward(ctx, *grads)
+
+
+class _ModulatedNorm(Exact):
+    @staticmethod
+    def _forward(
+        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        width, places = x.shape[-1:], list(_pieces(x))
+        y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        hat, rstd = torch.empty_like(y) if keep and len(places) > 1 else None, x.new_empty(*x.shape[:-1], 1)
+        for row, part in places:
+            normed, _, rstd[row, part] = torch.native_layer_norm(x[row, part], width, None, None, eps)
+            torch.addcmul(shift[row], normed, gain[row], out=y[row, part])
+            if hat is not None:
+                hat[row, part] = normed
+            elif keep:
+                hat = normed.to(dtype)[None]
+        ctx.save_for_backward(hat, rstd, gain)
+        if hat is not None:
+            ctx.mark_non_differentiable(hat)
+        return x, y, hat
+
+    @staticmethod
+    def _backward(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_y is None:
+            return grad_x, None, None, None, None, None
+        hat, rstd, gain = ctx.saved_tensors
+        of_x, of_gain, of_shift = ctx.needs_input_grad[:3]
+        result = torch.empty_like(hat, dtype=gain.dtype) if of_x else None
+        sums = [torch.zeros_like(gain) if wanted else None for wanted in (of_gain, of_shift)]
+        for row, part in _pieces(hat):
+            ones = torch.ones_like(rstd[row, part])
+            normed, *rows = torch.ops.aten.native_layer_norm_backward(
+                grad_y[row, part].to(gain.dtype),
+                hat[row, part].to(gain.dtype),
+                hat.shape[-1:],
+                torch.zeros_like(ones),
+                ones,
+                gain[row],
+                gain[row],
+                [of_x, of_gain, of_shift],
+            )
+            if result is not None and grad_x is not None:
+                torch.addcmul(grad_x[row, part], normed, rstd[row, part], out=result[row, part])
+            elif result is not None:
+                torch.mul(normed, rstd[row, part], out=result[row, part])
+            for total, own in zip(sums, rows, strict=True):
+                if total is not None:
+                    total[row] += own
+        return result, *sums, None, None, None
+
+
+class _GatedResidual(Exact):
+    @staticmethod
+    def _forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        ctx.dtype = y.dtype
+        ctx.save_for_backward(y if gate.requires_grad else None, gate)
+        return torch.addcmul(x, y, gate.unsqueeze(1))
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, gate = ctx.saved_tensors
+        of_x, of_y, of_gate = ctx.needs_input_grad
+        grad_y = torch.empty_like(grad, dtype=ctx.dtype) if of_y else None
+        grad_gate = torch.zeros_like(gate) if of_gate else None
+        for row, part in _pieces(grad):
+            if grad_y is not None:
+                torch.mul(grad[row, part], gate[row], out=grad_y[row, part])
+            if grad_gate is not None:
+                product = torch.mul(grad[row, part], y[row, part], out=torch.empty_like(y[row, part]))
+                grad_gate[row] += product.sum(0, dtype=gate.dtype)
+        return grad if of_x else None, grad_y, grad_gate
+
+
+class _NormRotate(Exact):
+    @staticmethod
+    def _forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, heads: int, cos: Any, sin: Any) -> Tensor:
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
+        rstd = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        for row, part in _pieces(x):
+            scaled = x[row, part] * weight
+            if cos is None:
+                torch.mul(scaled, rstd[row, part], out=result[row, part])
+            else:
+                turns = torch.complex(cos[part], sin[part]).mul_(rstd[row, part])
+                _pairs(scaled, heads).mul_(turns.unsqueeze(1))
+                result[row, part] = scaled
+        ctx.heads = heads
+        ctx.save_for_backward(x, weight, rstd, cos, sin)
+        return result.unflatten(-1, (heads, -1))
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd, cos, sin = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
+        grad_weight = torch.zeros_like(weight) if of_weight else None
+        grad = grad.flatten(-2)
+        for row, part in _pieces(x):
+            # With u = rstd * (grad turned back), dx = u * w - x * rstd^2 * mean(u * w * x) and dw = sum of u * x.
+            if cos is None:
+                u = grad[row, part] * rstd[row, part]
+            else:
+                u = grad[row, part].to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
+                turns = torch.complex(cos[part], -sin[part]).mul_(rstd[row, part])
+                _pairs(u, ctx.heads).mul_(turns.unsqueeze(1))
+            product = torch.mul(u, x[row, part], out=torch.empty_like(x[row, part]))
+            if grad_weight is not None:
+                grad_weight += product.sum(0, dtype=weight.dtype)
+            if grad_x is not None:
+                mean = (product @ weight.to(x.dtype)).unsqueeze(-1).to(weight.dtype).div_(-x.shape[-1])
+                torch.addcmul(u.mul_(weight), x[row, part], mean * rstd[row, part].square(), out=grad_x[row, part])
+        return grad_x, grad_weight, None, None, None, None
+
+
+def by_rows(x_BTPD: Tensor, given_BTD: Tensor) -> Tensor:
+    """Modulation (R, D) in x's dtype: a row for each clip, or where clips' frames differ, for each frame."""
+    return given_BTD.expand(len(x_BTPD), -1, -1).flatten(0, 1).to(x_BTPD.dtype)
+
+
+def _split(x_BTPD: Tensor, rows_RD: Tensor) -> Tensor:
+    """(R, P, D): the tokens of each row."""
+    return x_BTPD.reshape(len(rows_RD), -1, x_BTPD.shape[-1])
+
+
+def _pieces(x: Tensor) -> Iterator[tuple[int, slice]]:
+    """(row, tokens) of pieces of at most PIECE elements."""
+    step = max(1, PIECE // x.shape[-1])
+    for row in range(len(x)):
+        for first in range(0, x.shape[1], step):
+            yield row, slice(first, first + step)
+
+
+def _pairs(x: Tensor, heads: int) -> Tensor:
+    """x (L, D) as complex numbers (L, N, K/2)."""
+    return torch.view_as_complex(x.unflatten(-1, (heads, -1, 2)))
