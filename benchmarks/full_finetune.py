@@ -65,9 +65,11 @@ def main() -> None:
         command(folder, "shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}")
         command(folder, "encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", WEIGHTS)
         for name in names:
-            result["rows"][name] = [train(folder, name, seed) for seed in SEEDS]
-            compare(result["rows"])
-            write_json(out, result)
+            result["rows"][name] = []
+            for seed in SEEDS:
+                result["rows"][name].append(train(folder, name, seed))
+                compare(result["rows"])
+                write_json(out, result)
     print("\n| choice | before | after, by seed | against float32 AdamW, by seed | mean |\n" + "|---" * 5 + "|")
     for name, rows in result["rows"].items():
         after, beside = (", ".join(row[key] for row in shown(rows)) for key in ("end", "against"))
