@@ -59,8 +59,8 @@ def run(accelerator, kind, policy, precision, steps):
     optimizer = build_optimizer(lambda groups: torch.optim.AdamW(groups, lr=1e-2), module)
     stepper = placement.stepper(module, optimizer, StepOptions(1, 1.0, precision))
     stream, losses = torch.Generator().manual_seed(100 + accelerator.process_index), []
-    for _ in range(steps):
-        stepper.begin(1.0)
+    for number in range(steps):
+        stepper.begin(1.0, number)
         for last in stepper.micro_steps():
             draw = [torch.randn(1, 16, 2, 4, 4, generator=stream) for _ in range(2)]
             text = torch.randn(1, 4, 8, generator=stream)

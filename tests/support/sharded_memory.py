@@ -64,7 +64,7 @@ def main():
         optimizer = build_optimizer(lambda groups: torch.optim.AdamW(groups, lr=1e-3), module)
         placement = Placement(accelerator, engine, device, torch.device("cpu"), None)
         stepper = placement.stepper(module, optimizer, StepOptions(1, 1.0, "fp32"), frozen=torch.float32)
-    stepper.begin(1.0)
+    stepper.begin(1.0, 0)
     stepper.backward(stepper.wrapped(torch.ones(1, 16, 1, 2, 2), torch.ones(1), torch.ones(1, 4, 8)).sum(), last=True)
     stepper.clip_gradients()
     stepper.step(update=True)
