@@ -28,7 +28,7 @@ def eager(tiny, pair, inside, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "what"), [("single", "lora"), ("ddp", "lora"), ("ddp", "full"), ("fsdp2", "lora"), ("fsdp2", "full"), ("zero2", "full")]
+    ("engine", "what"), [("single", "lora"), ("ddp", "lora"), ("ddp", "full"), ("fsdp2", "lora"), ("fsdp2", "full")]
 )  # fmt: skip
 def test_compiled_run(engine, what, eager, tiny, pair, call, launch, tmp_path):
     """Losses and norms of gradients are within 1e-5 of the run without compile, through six updates; the log says how
