@@ -23,12 +23,6 @@ def planned(*overrides, card):
     return max(plan.device for plan in planner.plan(clips, "81x480x832")) / find_card(card).memory
 
 
-@pytest.fixture(autouse=True)
-def without_hydra(monkeypatch):
-    """The recipe is Hydra's to say, which is not running here."""
-    monkeypatch.setattr(config, "recipes", list)
-
-
 def test_fits(capsys):
     """The chosen settings fit, and are said."""
     recompute, activations, swap = resolved("memory=auto", "gpu=rtx4090")

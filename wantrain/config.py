@@ -346,7 +346,7 @@ def needed_path(cfg: DictConfig, key: str) -> Path:
 
 def recipes() -> list[str]:
     """The recipes that were chosen on the command line: none, one, or with recipe=[ONE,OTHER] several."""
-    chosen = HydraConfig.get().runtime.choices.get("recipe")
+    chosen = HydraConfig.get().runtime.choices.get("recipe") if HydraConfig.initialized() else None
     return re.findall(r"[^\[\],\s]+", str(chosen)) if chosen is not None else []
 
 

@@ -127,9 +127,8 @@ def test_given_settings_stay(case):
     assert free.choice.base is None and free.choice.swap == 0
 
 
-def test_updates_are_searched(monkeypatch):
+def test_updates_are_searched():
     """A full fine-tune of 14B fits one card of 141 GB with bf16 weights and 8-bit moments: the advice says both."""
-    monkeypatch.setattr(config, "recipes", list)
     words = ["model=t2v_a14b", "expert=low_noise", "bucket=81x480x832", "batch_size=1"]
     cfg, card = config.compose("train", words), find_card("h200")
     planner = config.forecast(cfg).planner("single")

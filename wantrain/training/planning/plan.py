@@ -110,6 +110,7 @@ class Choice:
     """The settings that decide on memory and time.
 
     engine, processes  how the run is spread
+    precision    fp32 or bf16, of linear layers: in which FSDP2 gathers trained weights
     recompute    none, attention, block, or how many blocks keep everything while the others are recomputed
     activations  gpu or cpu: where the inputs of recomputed blocks wait for the backward
     inputs       fp32 or bf16: dtype of these inputs
@@ -120,6 +121,7 @@ class Choice:
 
     engine: str = "single"
     processes: int = 1
+    precision: str = "fp32"
     recompute: str | int = "block"
     activations: str = "gpu"
     inputs: str = "fp32"
@@ -219,7 +221,10 @@ def plan(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> Memor
             weights, gradients, state, average = (
                 part / choice.processes for part in (weights, gradients, state, average)
             )
-            exchange += 2 * block + trained / max(1, sizes.blocks)  # two blocks gathered, one block's gradients
+            # Two blocks gathered, and one block's gradients, which are summed in float32.
+            each = 2.0 if choice.precision == "bf16" else 4.0
+            reduced = 4.0 if each == 4.0 else each + 4.0
+            exchange += (2 * (frozen + each * sizes.trained) + reduced * sizes.trained) / max(1, sizes.blocks)
     allowance = CUDA + FRAGMENTATION * (kept + working + exchange) + (NCCL if choice.processes > 1 else 0.0)
     return MemoryPlan(weights, gradients, state, average, kept, working, exchange, allowance, host)
 

@@ -51,6 +51,7 @@ class Planner:
         return Choice(
             engine=self.engine,
             processes=self.processes,
+            precision=self.settings["precision"],
             recompute=self.settings["recompute"],
             activations=self.settings["activations"],
             inputs=self.settings["activations_dtype"],

@@ -18,8 +18,10 @@ FILL = 0.97
 SAME = 0.02
 #: The settings that the search changes and that change no result, with their keys.
 EXACT = {"recompute": "recompute", "activations": "activations", "swap": "swap.blocks"}
-#: All settings that the search changes; a base in fewer bits and another update change results.
-SEARCHED = (*EXACT, "base", "update")
+#: Those that round something.
+ROUNDING = {"inputs": "activations_dtype", "base": "base.dtype"}
+#: All settings that the search changes; another update of the weights changes results too.
+SEARCHED = (*EXACT, *ROUNDING, "update")
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def smallest(
 
 def changes_results(choice: Choice, asked: Choice) -> bool:
     """True if a run under `choice` gives other losses than under `asked`, beyond rounding of single sums."""
-    return (choice.base, choice.update) != (asked.base, asked.update)
+    return any(getattr(choice, name) != getattr(asked, name) for name in (*ROUNDING, "update"))
 
 
 def _all(
@@ -132,6 +134,7 @@ def _all(
         "recompute": ["none", *_wholes(blocks), *(name for name in ("attention", "block") if name in cases[0].costs)],
         "activations": ["gpu", "cpu"],
         "swap": [0, *_parts(blocks)] if adapter and asked.engine in {"single", "ddp"} else [0],
+        "inputs": ["fp32", "bf16"],
         "base": [None, "fp8", "nf4"] if adapter else [None],
         "update": [None, *updates],
     }
@@ -147,7 +150,7 @@ def _all(
 
 def _overrides(choice: Choice, asked: Choice) -> tuple[str, ...]:
     """What differs, as words of a command line."""
-    keys = {**EXACT, "base": "base.dtype"}
+    keys = {**EXACT, **ROUNDING}
     changed = [name for name in keys if getattr(choice, name) != getattr(asked, name)]
     words = [f"{keys[name]}={_typed(getattr(choice, name))}" for name in changed]
     return (*words, *(choice.update.overrides if choice.update is not None else ()))
