@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from wantrain.models.facts import blocks_of
+from wantrain.models.linear import frozen_layers
 from wantrain.models.transformer import Attention, Block, WanTransformer
 
 
@@ -47,7 +48,7 @@ class Count:
 
         Returns True if its output has one.
         """
-        base: nn.Module = getattr(layer, "base_layer", layer)
+        base = _base(layer)
         products = 2 * rows * _size(base)
         # Among the parameters: a quantised layer has no weight to train, and its attribute would make the values.
         trains = any(name == "weight" and p.requires_grad for name, p in base.named_parameters(recurse=False))
@@ -96,7 +97,10 @@ def training_flops(module: WanTransformer, *, tokens: int, text_rows: int, times
         x = _block(count, block, tokens, text_rows, x, time, text)
         if number < module.run_block.recomputed and x:
             kept = attention_flops(tokens, tokens, module.dim) if module.run_block.keep_attention else 0
-            recompute += count.forward - before - kept
+            # The last layer of a frozen feed-forward network is not (linear.py); its weight is nearly all of its work.
+            moved = time or block.modulation.requires_grad
+            left_out = 0 if moved or not frozen_layers(block.ffn) else 2 * tokens * _size(_base(block.ffn[2]))
+            recompute += count.forward - before - kept - left_out
     flows = x or time or module.head.modulation.requires_grad
     count.linear(module.head.head, tokens, flows)
     return Flops(count.forward, count.backward, recompute)
@@ -122,7 +126,13 @@ def _attention(count: Count, layer: Attention, queries: int, keys: int, x: bool,
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(getattr(layer, "base_layer", layer), nn.Linear)
+    return isinstance(_base(layer), nn.Linear)
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    """The layer beside which an adapter stands, or itself."""
+    base: nn.Module = getattr(layer, "base_layer", layer)
+    return base
 
 
 def _size(layer: nn.Module) -> int:

@@ -53,7 +53,7 @@ def modulated_norm(
     rows = (gain_BTD, shift_BTD)
     keep = torch.is_grad_enabled() and any(each.requires_grad for each in (x_BTPD, *rows))
     gain_RD, shift_RD = (by_rows(x_BTPD, each) for each in rows)
-    x, y, hat = _ModulatedNorm.apply(_split(x_BTPD, gain_RD), gain_RD, shift_RD, eps, dtype, keep)
+    x, y, hat = _ModulatedNorm.apply(split(x_BTPD, gain_RD), gain_RD, shift_RD, eps, dtype, keep)
     x, y = x.view_as(x_BTPD), y.view_as(x_BTPD).flatten(1, 2)
     if hat is not None:
         y.affine = Affine(hat, gain_RD.detach(), shift_RD.detach())
@@ -70,9 +70,8 @@ def gated_residual(x_BTPD: Tensor, y_BLD: Tensor, gate_BTD: Tensor) -> Tensor:
     """x + y * gate in x's dtype; `gate` as in `modulated_norm`. Keeps `y` only where the gate has a gradient."""
     if torch.compiler.is_compiling():
         return plain_gated_residual(x_BTPD, y_BLD, gate_BTD)
-    gate_RD = by_rows(x_BTPD, gate_BTD)
-    result: Tensor = _GatedResidual.apply(_split(x_BTPD, gate_RD), _split(y_BLD, gate_RD), gate_RD)
-    return result.view_as(x_BTPD)
+    result: Tensor = _GatedResidual.apply(x_BTPD, y_BLD, by_rows(x_BTPD, gate_BTD))
+    return result
 
 
 def plain_gated_residual(x_BTPD: Tensor, y_BLD: Tensor, gate_BTD: Tensor) -> Tensor:
@@ -182,23 +181,26 @@ class _ModulatedNorm(Exact):
 class _GatedResidual(Exact):
     @staticmethod
     def _forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        ctx.dtype = y.dtype
+        ctx.shape, ctx.dtype = y.shape, y.dtype
         ctx.save_for_backward(y if gate.requires_grad else None, gate)
-        return torch.addcmul(x, y, gate.unsqueeze(1))
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)  # no view: FSDP2 warns of blocks' views
+        torch.addcmul(split(x, gate), split(y, gate), gate.unsqueeze(1), out=split(result, gate))
+        return result
 
     @staticmethod
     def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, gate = ctx.saved_tensors
         of_x, of_y, of_gate = ctx.needs_input_grad
-        grad_y = torch.empty_like(grad, dtype=ctx.dtype) if of_y else None
+        rows, y = split(grad, gate), None if y is None else split(y, gate)
+        grad_y = torch.empty(rows.shape, dtype=ctx.dtype, device=rows.device) if of_y else None
         grad_gate = torch.zeros_like(gate) if of_gate else None
-        for row, part in _pieces(grad):
+        for row, part in _pieces(rows):
             if grad_y is not None:
-                torch.mul(grad[row, part], gate[row], out=grad_y[row, part])
-            if grad_gate is not None:
-                product = torch.mul(grad[row, part], y[row, part], out=torch.empty_like(y[row, part]))
+                torch.mul(rows[row, part], gate[row], out=grad_y[row, part])
+            if grad_gate is not None and y is not None:
+                product = torch.mul(rows[row, part], y[row, part], out=torch.empty_like(y[row, part]))
                 grad_gate[row] += product.sum(0, dtype=gate.dtype)
-        return grad if of_x else None, grad_y, grad_gate
+        return grad if of_x else None, None if grad_y is None else grad_y.view(ctx.shape), grad_gate
 
 
 class _NormRotate(Exact):
@@ -248,8 +250,8 @@ def by_rows(x_BTPD: Tensor, given_BTD: Tensor) -> Tensor:
     return given_BTD.expand(len(x_BTPD), -1, -1).flatten(0, 1).to(x_BTPD.dtype)
 
 
-def _split(x_BTPD: Tensor, rows_RD: Tensor) -> Tensor:
-    """(R, P, D): the tokens of each row."""
+def split(x_BTPD: Tensor, rows_RD: Tensor) -> Tensor:
+    """The tokens of each row of modulation, (R, P, D)."""
     return x_BTPD.reshape(len(rows_RD), -1, x_BTPD.shape[-1])
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wantrain.models.fused import Exact, affine_of, by_rows, gated_residual
+from wantrain.models.fused import Exact, affine_of, by_rows, gated_residual, split
 
 #: Tokens for which the inside of a feed-forward network exists at a time: enough for a GPU to be busy with.
 PART = 2048
@@ -152,16 +152,21 @@ def gated_feed_forward(ffn: FeedForward, x_BTPD: Tensor, y_BLD: Tensor, gate_BTD
     Where a block is computed again, and the gate and the network's own weights are frozen, the computation stops before
     this: its backward needs y alone, and computes the first layer again, for some tokens at a time.
     """
-    layers = [] if torch.compiler.is_compiling() or _hooked(ffn) else [Layer.of(ffn[0]), Layer.of(ffn[2])]
-    found = [layer for layer in layers if layer is not None]
-    frozen = not gate_BTD.requires_grad and not any(each is not None for layer in found for each in layer.trained[:2])
-    if len(found) < 2 or not (frozen and _AGAIN.get() and torch.is_grad_enabled() and y_BLD.requires_grad):
+    layers = [] if torch.compiler.is_compiling() or gate_BTD.requires_grad else frozen_layers(ffn)
+    if not (layers and _AGAIN.get() and torch.is_grad_enabled() and y_BLD.requires_grad):
         return gated_residual(x_BTPD, ffn(y_BLD), gate_BTD)
-    y, hat, gain, shift, _, dtype, _, *trained = _arguments(y_BLD, found)
+    y, hat, gain, shift, _, dtype, _, *trained = _arguments(y_BLD, layers)
     gate_RD, kept = by_rows(x_BTPD, gate_BTD), list[Any]()
     y = _Keep.apply(kept, y, y.to(dtype), hat, gain, shift, gate_RD)
-    result: Tensor = _Tail.apply(x_BTPD, y, gate_RD, kept, found, dtype, *trained)
+    result: Tensor = _Tail.apply(x_BTPD, y, gate_RD, kept, layers, dtype, *trained)
     return result
+
+
+def frozen_layers(ffn: FeedForward) -> list[Layer]:
+    """The layers of a network whose own weights are frozen; none where they train, or cannot be looked into."""
+    layers = [] if _hooked(ffn) else [Layer.of(ffn[0]), Layer.of(ffn[2])]
+    found = [each for each in layers if each is not None and all(own is None for own in each.trained[:2])]
+    return found if len(found) == 2 else []
 
 
 def _arguments(x: Tensor, layers: list[Layer]) -> tuple[Any, ...]:
@@ -268,24 +273,25 @@ class _Tail(Exact):
     def _forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, kept: Any, layers: Any, dtype: Any, *_: Any) -> Tensor:
         first, second = layers
         weights = first.weight(dtype), second.weight(dtype)
-        rows, tokens = x.reshape(len(gate), -1, x.shape[-1]), y.to(dtype).reshape(len(gate), -1, y.shape[-1])
-        result = torch.empty_like(rows)
+        rows, tokens = split(x, gate), split(y.to(dtype), gate)
+        whole = torch.empty_like(x, memory_format=torch.contiguous_format)
+        result = split(whole, gate)
         for row in range(len(gate)):
             for part in _parts(rows.shape[1]):
                 inner, _ = first.product(tokens[row, part], weights[0])
                 own, _ = second.product(F.gelu(inner, approximate="tanh"), weights[1])
                 torch.addcmul(rows[row, part], own, gate[row], out=result[row, part])
         ctx.layers, ctx.kept, ctx.shape, ctx.dtype, ctx.wide = layers, kept, y.shape, dtype, y.dtype
-        return result.view_as(x)
+        return whole
 
     @staticmethod
     def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         y, hat, gain, shift, gate = ctx.kept[0].saved_tensors
         of_x, of_y, _, _, _, _, *wanted = ctx.needs_input_grad
-        rows = grad.reshape(len(gate), -1, grad.shape[-1])
+        rows = split(grad, gate)
         sums = _Gradients(ctx.layers, ctx.dtype, wanted)
         grad_y = rows.new_empty(rows.shape, dtype=ctx.dtype) if of_y else None
-        tokens = y.reshape(rows.shape)
+        tokens = split(y, gate)
         for row in range(len(gate)):
             for part in _parts(rows.shape[1]):
                 own = torch.mul(rows[row, part], gate[row], out=torch.empty_like(tokens[row, part]))
