@@ -130,6 +130,29 @@ SHARD: Mapping[str, Any] = {
     "report": Literal["page", "none"],
 }
 
+CAPTION: Mapping[str, Any] = {
+    **MODEL,
+    **BASE,
+    "source": File,
+    "captioner": File,
+    "captioner_revision": Text | None,
+    "template": File,
+    "trigger": FreeText,
+    "words": Count,
+    "recaption": Literal["none", "own", "all"],
+    "frames.fps": Positive,
+    "frames.most": Count,
+    "frames.pixels": Count,
+    "max_tokens": Count,
+    "batch_size": Count,
+    "review": bool,
+    "apply": File | None,
+    "device": Literal["auto", "cpu", "cuda"],
+    "precision": Precision,
+    "decode.workers": Count | None,
+    "decode.timeout": Positive,
+}
+
 ENCODE: Mapping[str, Any] = {
     **MODEL,
     **BASE,
@@ -375,6 +398,7 @@ EXPORT: Mapping[str, Any] = {
 }
 
 COMMANDS: Mapping[str, Mapping[str, Any]] = {
+    "caption": CAPTION,
     "shard": SHARD,
     "encode": ENCODE,
     "train": TRAIN,
