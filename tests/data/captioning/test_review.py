@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -128,6 +129,11 @@ def test_page(source):
     _, path = write_review(source, lambda caption: 513, DecodeOptions(1))
     text = path.read_text(encoding="utf-8")
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; 猫" in text
-    assert text.count("data:image/jpeg;base64,") == 4 and "http" not in text.replace("http-equiv", "")
-    assert "cannot be read as an image" in text and "4 captions have more than 512 tokens" in text
-    assert "1 by caption.py, 2 by a person, 1 in metadata.csv, 1 without a caption" in text
+    assert text.count("data:image/jpeg;base64,") == 4 and "http://" not in text and "https://" not in text
+    assert "cannot be read as an image" in text and text.count('class="number bad"') == 4
+    facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text)
+    assert dict(facts) == {
+        "files": "5", "by caption.py": "1", "by a person": "2", "in metadata.csv": "1", "without a caption": "1",
+        "more than 512 tokens": "4",
+    }  # fmt: skip
+    assert text.count("<textarea") == 4, "a caption in a table is edited there"

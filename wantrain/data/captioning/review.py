@@ -10,20 +10,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wantrain import page
-from wantrain.data.captioning.frames import FrameOptions, shown_frames
+from wantrain.data.captioning.frames import FrameOptions, Shown, shown_frames
 from wantrain.data.captioning.records import Record, Records
 from wantrain.data.captioning.sidecars import Captioned, Origin, read_captions, table_of
 from wantrain.data.captioning.writing import TEXT_LENGTH
 from wantrain.data.footage.captions import read_text
 from wantrain.data.footage.decode_workers import DecodeOptions
 from wantrain.data.footage.tree import REVIEW_PAGE, REVIEW_TABLE
-from wantrain.page import Html
 from wantrain.util.console import say
 from wantrain.util.files import write_atomically
 from wantrain.video import filmstrip, jpeg
 
 #: Columns of the table. `seen` is a hash of the caption when the table was written: whoever changed it since is told.
 COLUMNS = ("path", "caption", "tokens", "by", "seen")
+#: Who wrote a caption, in words.
+AUTHORS: dict[Origin, str] = {
+    "caption.py": "by caption.py",
+    "person": "by a person",
+    "table": "in a table",
+    "tar": "in tars",
+    "none": "without a caption",
+}
 #: Frames of a filmstrip, their height in pixels, and the frames a second from which they are taken.
 STRIP, CELL, STRIP_FPS = 6, 96, 1.0
 
@@ -127,38 +134,41 @@ def _seen(caption: str) -> str:
 
 
 def _page(source: Path, captioned: Sequence[Captioned], tokens: Sequence[int], decode: DecodeOptions) -> str:
-    """The page: a row for each file, with a filmstrip, the caption and its tokens."""
+    """The page: a row for each file, with a filmstrip, the caption to be edited, and its tokens."""
     files = [each.file for each in captioned if each.file.member is None]
     options = FrameOptions(fps=STRIP_FPS, most=STRIP, pixels=CELL * CELL * 4)
-    strips: dict[str, Html] = {}
-    for file, shown in shown_frames(files, options, decode):
-        if isinstance(shown, str):
-            strips[file.name] = page.paragraph(shown, quiet=True)
-        else:
-            strips[file.name] = page.picture(jpeg(filmstrip(shown.frames, columns=STRIP, cell=CELL)), file.name)
-    counts = Counter(each.origin for each in captioned)
-    over = sum(count > TEXT_LENGTH for count in tokens)
-    words: dict[Origin, str] = {
-        "caption.py": "by caption.py",
-        "person": "by a person",
-        "table": f"in {table_of(source)}",
-        "tar": "in tars",
-        "none": "without a caption",
-    }
-    note = ", ".join(f"{counts[key]} {name}" for key, name in words.items() if counts[key])
-    note += (
-        f". {over} captions have more than {TEXT_LENGTH} tokens: training does not read what follows." if over else "."
-    )
-    none = page.element("p", "(no caption)", class_="quiet")
+    strips = {file.name: _strip(shown) for file, shown in shown_frames(files, options, decode)}
+    authors = {**AUTHORS, "table": f"in {table_of(source)}"}
     rows = [
-        (strips.get(each.file.name, Html("")), each.file.name, each.caption or none, count, words[each.origin])
+        {
+            "path": each.file.name,
+            "caption": each.caption,
+            "tokens": count,
+            "by": each.origin,
+            "author": authors[each.origin],
+            "seen": _seen(each.caption),
+            "editable": each.origin not in ("table", "tar"),
+            **strips.get(each.file.name, {"strip": "", "problem": ""}),
+        }
         for each, count in zip(captioned, tokens, strict=True)
     ]
-    apply = f"python caption.py source={source} apply={source / REVIEW_TABLE}"
-    how = f"To change captions edit {REVIEW_TABLE} and run: {apply}"
-    return page.page(
+    counts = Counter(each.origin for each in captioned)
+    totals: list[tuple[str, int]] = [("files", len(captioned))]
+    totals += [(words, counts[origin]) for origin, words in authors.items() if counts[origin]]
+    totals += [(f"more than {TEXT_LENGTH} tokens", sum(count > TEXT_LENGTH for count in tokens))]
+    return page.render(
+        "captions",
         f"Captions of {source.name}",
-        page.paragraph(note),
-        page.paragraph(how, quiet=True),
-        page.table(("", "file", "caption", "tokens", ""), rows),
+        totals=totals,
+        table=REVIEW_TABLE,
+        command=f"python caption.py source={source} apply={source / REVIEW_TABLE}",
+        most=TEXT_LENGTH,
+        rows=rows,
     )
+
+
+def _strip(shown: Shown | str) -> dict[str, str]:
+    """A filmstrip as an address, or the reason why there is none."""
+    if isinstance(shown, str):
+        return {"strip": "", "problem": shown}
+    return {"strip": page.data_uri(jpeg(filmstrip(shown.frames, columns=STRIP, cell=CELL))), "problem": ""}
