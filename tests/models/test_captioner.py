@@ -1,11 +1,12 @@
 """Captioning with tiny random models in the published layouts; a model that takes videos needs torchvision."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from tiny_vlm import CHAT, has_torchvision, write_llava, write_qwen, write_tokenizer
+from tiny_vlm import CHAT, has_torchvision, write_llava, write_qwen2, write_qwen3, write_tokenizer
 
 from wantrain.models.captioner import Captioner, load_captioner
 
@@ -27,12 +28,11 @@ VIDEOS = clips((5, 56, 84), (4, 60, 60), (8, 112, 56), rate=2.0)
 PICTURES = clips((1, 56, 84), (1, 60, 60), rate=0.0)
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
+@pytest.fixture(scope="module", params=[write_llava, write_qwen2, write_qwen3])
 def captioner(request, tmp_path_factory):
-    if request.param == "qwen" and not has_torchvision():
+    if request.param != write_llava and not has_torchvision():
         pytest.skip("torchvision is not installed")
-    folder = tmp_path_factory.mktemp(request.param)
-    return load((write_llava if request.param == "llava" else write_qwen)(folder))
+    return load(request.param(tmp_path_factory.mktemp(request.param.__name__)))
 
 
 @pytest.mark.parametrize("batch", [VIDEOS, PICTURES], ids=["videos", "pictures"])
@@ -61,8 +61,25 @@ def test_times_of_frames(captioner):
         pytest.skip("it takes pictures only")
     for rate in (1.0, 8.0):
         inputs = captioner._inputs([(VIDEOS[0][0], rate)], ["say"])
-        assert list(inputs["second_per_grid_ts"]) == [2 / rate]  # two frames to a step
-        assert inputs["video_grid_thw"][0, 0] == 3, "five frames"
+        assert inputs["video_grid_thw"][0, 0] == 3, "five frames, two to a step"
+        if "second_per_grid_ts" in inputs:
+            assert list(inputs["second_per_grid_ts"]) == [2 / rate]
+        else:
+            seconds = re.findall(r"<([\d.]+) seconds>", captioner.tokenizer.decode(inputs["input_ids"][0]))
+            assert [float(each) for each in seconds] == pytest.approx([0.5 / rate, 2.5 / rate, 4 / rate], abs=0.06)
+
+
+def test_memory_too_small(captioner, monkeypatch):
+    """What is too large for the device's memory is one line with the keys that help."""
+
+    def full(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(captioner.model, "generate", full)
+    with pytest.raises(
+        ValueError, match=r"memory of cpu is too small for 3 clips of up to 8x112x56 .*; give batch_size=1"
+    ):
+        captioner.describe(VIDEOS, ["say"] * 3)
 
 
 def test_answer():

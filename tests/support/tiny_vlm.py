@@ -1,7 +1,7 @@
 """Tiny vision-language models with random weights, in the layouts of published ones: nothing is downloaded.
 
-`write_qwen` is a Qwen2.5-VL, which takes videos and whose processor needs torchvision; `write_llava` is a LLaVA, which
-takes pictures only and needs none.
+`write_qwen2` is a Qwen2.5-VL and `write_qwen3` a Qwen3-VL, which take videos and whose processors need torchvision;
+`write_llava` is a LLaVA, which takes pictures only and needs none.
 """
 
 import importlib.util
@@ -62,7 +62,7 @@ def has_torchvision():
     return True
 
 
-def write_qwen(folder: Path) -> Path:
+def write_qwen2(folder: Path) -> Path:
     """A Qwen2.5-VL of 40 thousand parameters."""
     from transformers import (
         Qwen2_5_VLConfig,
@@ -94,6 +94,41 @@ def write_qwen(folder: Path) -> Path:
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
     )  # fmt: skip
     return write_model(Qwen2_5_VLForConditionalGeneration, config, folder)
+
+
+def write_qwen3(folder: Path) -> Path:
+    """A Qwen3-VL, whose prompts name the seconds of the frames."""
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    chat = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    tokenizer, ids = write_tokenizer(folder, chat)
+    sizes, patch = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 16}, {"patch_size": 16}
+    Qwen3VLProcessor(
+        Qwen2VLImageProcessor(size=sizes, **patch), tokenizer, Qwen3VLVideoProcessor(size=sizes), chat_template=chat
+    ).save_pretrained(folder)
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(ids), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
+            "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+        },
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+    return write_model(Qwen3VLForConditionalGeneration, config, folder)
 
 
 def write_llava(folder: Path) -> Path:

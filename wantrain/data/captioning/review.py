@@ -32,7 +32,7 @@ AUTHORS: dict[Origin, str] = {
     "none": "without a caption",
 }
 #: Frames of a filmstrip, their height in pixels, and the frames a second from which they are taken.
-STRIP, CELL, STRIP_FPS = 6, 96, 1.0
+STRIP, CELL, STRIP_FPS = 6, 96, 8.0
 
 
 def write_review(

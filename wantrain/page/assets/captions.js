@@ -43,7 +43,10 @@
   }
   function edited() {
     const count = rows.filter(isEdited).length;
-    rows.forEach((row) => row.toggleAttribute("data-edited", isEdited(row)));
+    rows.forEach((row) => {
+      row.toggleAttribute("data-edited", isEdited(row));
+      row.querySelector("td.number").textContent = isEdited(row) ? "–" : Format.count(values.tokens(row));
+    });
     save.disabled = count === 0;
     save.textContent = count ? `Save the table (${Format.count(count)} edited)` : "Save the table";
   }
