@@ -235,7 +235,13 @@ _TRAIN = (
 _CAPTION = (
     Rule((r"(?!(source|apply)$).+",), _equals("apply", None), "apply={apply} only writes that table's edited captions"),
     Rule(
-        (r"captioner(_revision)?|template|trigger|words|recaption|frames|max_tokens|batch_size|device|precision",),
+        (
+            r"captioner(_revision)?",
+            r"template|trigger|words|recaption",
+            r"frames",
+            r"max_tokens|batch_size",
+            r"device|precision",
+        ),
         _equals("review", False),
         "review=true only writes the table and the page of the captions that are there",
     ),

@@ -140,7 +140,7 @@ CAPTION: Mapping[str, Any] = {
     "trigger": FreeText,
     "words": Count,
     "recaption": Literal["none", "own", "all"],
-    "frames.fps": Positive,
+    "frames.per_second": Positive,
     "frames.most": Count,
     "frames.pixels": Count,
     "max_tokens": Count,

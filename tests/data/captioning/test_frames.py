@@ -11,7 +11,7 @@ from wantrain.data.footage.decode_workers import DecodeOptions
 from wantrain.data.footage.probe import Footage, probe, read_whole
 from wantrain.video import write_mp4
 
-OPTIONS = FrameOptions(fps=2, most=16, pixels=10_000)
+OPTIONS = FrameOptions(per_second=2, most=16, pixels=10_000)
 
 
 def info_of(count, fps=16.0, start=0.0):

@@ -25,12 +25,12 @@ from wantrain.video import Frames
 class FrameOptions:
     """Which frames of a file are shown.
 
-    fps     frames a second
-    most    most frames of a file: of a longer one fewer a second
-    pixels  most pixels of one frame: larger ones are reduced
+    per_second  frames a second
+    most        most frames of a file: of a longer one fewer a second
+    pixels      most pixels of one frame: larger ones are reduced
     """
 
-    fps: float
+    per_second: float
     most: int
     pixels: int
 
@@ -50,7 +50,7 @@ def shown_numbers(info: VideoInfo, options: FrameOptions) -> tuple[list[int], fl
     """
     if info.is_image or info.seconds <= 0:
         return [0], 0.0
-    count = min(max(2, math.ceil(info.seconds * options.fps - 1e-6)), max(2, options.most), len(info.times))
+    count = min(max(2, math.ceil(info.seconds * options.per_second - 1e-6)), max(2, options.most), len(info.times))
     moments = info.start + (np.arange(count) + 0.5) * info.seconds / count
     places = np.searchsorted(info.times, moments, side="right") - 1
     numbers = sorted(set(np.clip(places, 0, len(info.times) - 1).tolist()))

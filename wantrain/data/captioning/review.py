@@ -21,7 +21,7 @@ from wantrain.util.console import say
 from wantrain.util.files import write_atomically
 from wantrain.video import filmstrip, jpeg
 
-#: Columns of the table. `seen` is a hash of the caption when the table was written: whoever changed it since is told.
+#: Columns of the table. `seen` is a hash of the caption when the table was written.
 COLUMNS = ("path", "caption", "tokens", "by", "seen")
 #: Who wrote a caption, in words.
 AUTHORS: dict[Origin, str] = {
@@ -136,7 +136,7 @@ def _seen(caption: str) -> str:
 def _page(source: Path, captioned: Sequence[Captioned], tokens: Sequence[int], decode: DecodeOptions) -> str:
     """The page: a row for each file, with a filmstrip, the caption to be edited, and its tokens."""
     files = [each.file for each in captioned if each.file.member is None]
-    options = FrameOptions(fps=STRIP_FPS, most=STRIP, pixels=CELL * CELL * 4)
+    options = FrameOptions(per_second=STRIP_FPS, most=STRIP, pixels=CELL * CELL * 4)
     strips = {file.name: _strip(shown) for file, shown in shown_frames(files, options, decode)}
     authors = {**AUTHORS, "table": f"in {table_of(source)}"}
     rows = [

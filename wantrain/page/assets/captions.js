@@ -50,8 +50,9 @@
     save.disabled = count === 0;
     save.textContent = count ? `Save the table (${Format.count(count)} edited)` : "Save the table";
   }
-  // As tall as its text, where the browser does not do it by itself.
+  // As tall as its text, where the browser does not do it by itself (field-sizing in the style).
   function fit(area) {
+    if (CSS.supports("field-sizing", "content")) return;
     area.style.height = "auto";
     area.style.height = `${area.scrollHeight + 2}px`;
   }
