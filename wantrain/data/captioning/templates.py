@@ -43,9 +43,9 @@ class Template:
         except ValueError as error:
             raise ValueError(f"template={self.name}: {error}; write {{{{ and }}}} for braces that are text") from error
         if wrong := sorted(fields - set(FIELDS)):
-            fields_there = ", ".join(f"{{{field}}}" for field in FIELDS)
+            listed = ", ".join(f"{{{field}}}" for field in FIELDS)
             raise ValueError(
-                f"template={self.name}: {{{wrong[0]}}} is no field of a template; there are {fields_there}, and {{{{ stands "
+                f"template={self.name}: {{{wrong[0]}}} is no field of a template; there are {listed}, and {{{{ stands "
                 "for a brace that is text"
             )
         if "trigger" in fields and not self.trigger:
