@@ -15,6 +15,8 @@ from safetensors.numpy import load
 from wantrain.data.captioning import frames as frames_module
 from wantrain.data.captioning import writing
 from wantrain.data.captioning.frames import FrameOptions, Shown
+from wantrain.data.captioning.records import Records
+from wantrain.data.captioning.sidecars import read_captions
 from wantrain.data.captioning.templates import Template
 from wantrain.data.captioning.writing import CaptionOptions, caption_footage
 from wantrain.data.footage.sources import find_footage
@@ -206,6 +208,7 @@ def test_killed_anywhere(recaption, source, tmp_path, monkeypatch):
         assert before.items() <= wanted.items()
         run(broken, recaption=recaption)
         assert texts(broken) == wanted
+        assert {each.origin for each in read_captions(broken, Records(broken))[0]} == {"caption.py"}
         shutil.rmtree(broken)
         if finished:
             break
