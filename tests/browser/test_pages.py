@@ -5,9 +5,11 @@ import shutil
 import time
 
 import pytest
+from PIL import Image
 from run_pages import CULPRIT, LEVELS, PROMPTS, SPIKE, find_clip, make_run, write_log
 
 from wantrain import page
+from wantrain.data import DecodeOptions, apply_table, write_review
 from wantrain.runs.folder import RunFolder
 from wantrain.runs.pages.live import RunPage
 from wantrain.runs.pages.overview import write_overview
@@ -221,6 +223,29 @@ def test_report_table(show, tmp_path):
     assert tab.evaluate(shown) == ["f3.mp4"] and tab.locator("#count").inner_text() == "1 of 10 clips"
     tab.locator("#find").fill("clip 4")
     assert tab.locator("#none").is_visible()
+
+
+def test_captions_edited(show, tmp_path):
+    """Captions are edited in the page, and the table that it saves is what caption.py writes back."""
+    footage = tmp_path / "footage"
+    footage.mkdir()
+    for name, caption in (("a", 'one, "quoted"'), ("b", "two 猫"), ("c", "")):
+        Image.new("RGB", (32, 24), "green").save(footage / f"{name}.png")
+        (footage / f"{name}.txt").write_text(caption, encoding="utf-8")
+    write_review(footage, lambda caption: len(caption.split()), DecodeOptions(1))
+    tab = show(footage / "captions.html")
+    assert tab.locator("#save").is_disabled() and tab.locator("#count").inner_text() == "3 files"
+    tab.locator("textarea").nth(1).fill('edited, "here"\nin two lines')
+    tab.locator("th", has_text="File").click()
+    tab.locator("th", has_text="File").click()
+    tab.locator("#filter-by").select_option("edited")
+    assert tab.locator("#count").inner_text() == "1 of 3 files"
+    with tab.expect_download() as download:
+        tab.locator("#save").click()
+    download.value.save_as(tmp_path / "saved.csv")
+    assert apply_table(footage, tmp_path / "saved.csv") == ["b.png"]
+    assert (footage / "b.txt").read_text(encoding="utf-8") == 'edited, "here" in two lines\n'
+    assert (footage / "a.txt").read_text(encoding="utf-8") == 'one, "quoted"'
 
 
 def test_data_is_whole(runs):

@@ -46,10 +46,11 @@ def test_error_exit_code(command, tmp_path):
     assert not (tmp_path / "videos").exists()
 
 
-@pytest.mark.parametrize("name", ["shard", "encode", "train", "sample", "export"])
+@pytest.mark.parametrize("name", ["caption", "shard", "encode", "train", "sample", "export"])
 def test_misspelt_key(name, call, tmp_path):
     """The error for a misspelt key names the nearest key."""
     wrong, right = {
+        "caption": ("trigr=x", "trigger"),
         "shard": ("caption.prefx=x", "caption.prefix"),
         "encode": ("precison=bf16", "precision"),
         "train": ("optimizer.learning_rate=1", "optimizer.lr"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMANDS = sorted(ROOT / f"{name}.py" for name in ("shard", "encode", "train", "sample", "export"))
+COMMANDS = sorted(ROOT / f"{name}.py" for name in ("caption", "shard", "encode", "train", "sample", "export"))
 PACKAGE = sorted((ROOT / "wantrain").rglob("*.py"))
 PRODUCT = [*COMMANDS, ROOT / "demo.py", *sorted((ROOT / "assets").glob("*.py")), *PACKAGE]
 
@@ -134,6 +134,7 @@ def test_library_imports():
         "fsspec": {"wantrain/data/remote.py", "wantrain/data/footage/sources.py"},
         "webdataset": {"wantrain/data/footage/video_shards.py"},
         "transformers": {
+            "wantrain/models/captioner.py",
             "wantrain/models/text.py",
             "wantrain/models/formats/loading.py",
             "assets/make_tiny_text_encoder.py",

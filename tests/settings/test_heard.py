@@ -5,7 +5,7 @@ import pytest
 from wantrain import checks, config
 from wantrain.settings.words import expanded
 
-REQUIRED = {"shard": ["source=x", "out=y"], "encode": ["shards=x", "out=y"]}
+REQUIRED = {"caption": ["source=x"], "shard": ["source=x", "out=y"], "encode": ["shards=x", "out=y"]}
 VAE = "recipe=wan_tiny_vae"
 
 
@@ -62,6 +62,11 @@ def refusal(command, words):
         ("train", ["parts.dense=x"], "model=tiny has the experts"),
         ("train", ["model=tiny_dense", "expert=dense", "model.boundary=0.5"], "one transformer"),
         ("train", ["weights=null", "parts.vae=a", "parts.text_encoder=b", "init=scratch", "revision=main"], "weights=null"),
+        ("caption", ["apply=t.csv", "trigger=wug"], "apply=t.csv only writes"),
+        ("caption", ["review=true", "template=motion"], "review=true only writes"),
+        ("caption", ["review=true", "frames.per_second=3"], "review=true only writes"),
+        ("caption", ["parts.vae=x"], "reads the tokenizer alone"),
+        ("caption", ["model.fps=8"], "caption.py reads no such fact"),
         ("shard", ["seed=1"], "clips=all draws nothing"),
         ("shard", ["model.shift=2"], "shard.py reads no such fact"),
         ("shard", ["model.num_frames=5", "num_frames=9"], "num_frames=9 stands in its place"),
@@ -118,6 +123,12 @@ def test_unheard_otherwise(command, words, told):
         ("train", [VAE, "sample=off"]),
         ("train", ["init=scratch", "check_expert=off"]),
         ("train", ["model.num_frames=9", "sample=5"]),
+        (
+            "caption",
+            ["template=character", "trigger=a wug, mine", "recaption=own", "frames.per_second=1", "model=t2v_a14b"],
+        ),
+        ("caption", ["review=true", "decode.workers=1", "parts.tokenizer=x"]),
+        ("caption", ["apply=t.csv", "review=false"]),
         ("shard", ["clips=random", "seed=1"]),
         ("shard", ["fps=resample", "model.fps=8"]),
         ("sample", ["guidance.high_noise=3", "prompt=x"]),

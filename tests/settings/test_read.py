@@ -1,11 +1,13 @@
 """Whole commands with a config that notes which keys are read: what nobody reads is refused when it is given."""
 
 import re
+import shutil
 import sys
 
 import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from tiny_vlm import write_llava
 
 from wantrain import checks, config
 from wantrain.settings import heard
@@ -174,9 +176,14 @@ def test_train_reads(words, tiny, pair, call, reads):
 
 
 @pytest.mark.slow
-def test_other_commands_read(tiny, pair, call, reads):
-    """Shards, latents, a sample and an export."""
+def test_other_commands_read(tiny, pair, call, reads, tmp_path):
+    """Captions, shards, latents, a sample and an export."""
     model = [word for word in tiny.train if word.startswith("model.")]
+    shutil.copytree(tiny.footage, tmp_path / "footage")
+    write_llava(tmp_path / "captioner")
+    call("caption.py", "source=footage", "captioner=captioner", "recaption=all", "max_tokens=2", "precision=fp32")
+    assert " ".join(unread("caption", reads)) == ""
+    reads["seen"].clear()
     call("shard.py", f"source={tiny.footage}", "out=videos", "num_frames=9")
     assert " ".join(unread("shard", reads)) == ""
     reads["seen"].clear()

@@ -13,6 +13,7 @@ from wantrain.settings import words
 VALUES = ("word", "-1", "0", "null", "1.5", "[1,two]", "true", "{a: 1}")
 #: Compositions that together have every option's keys; of a later one only the keys that no earlier one has.
 COMPOSED = {
+    "caption": ((),),
     "shard": ((),),
     "encode": ((),),
     "sample": ((), ("model=tiny_dense",), ("model=ti2v_5b",)),
@@ -28,7 +29,7 @@ COMPOSED = {
         ("recipe=wan_tiny_vae_images",),
     ),
 }  # fmt: skip
-REQUIRED = {"shard": ("source=x", "out=y"), "encode": ("shards=x", "out=y")}
+REQUIRED = {"caption": ("source=x",), "shard": ("source=x", "out=y"), "encode": ("shards=x", "out=y")}
 
 
 @functools.cache

@@ -1,6 +1,10 @@
 """Data: footage -> video shards -> latent shards -> batches in a fixed order."""
 
 from wantrain.batch import Batch, PixelBatch
+from wantrain.data.captioning.frames import FrameOptions
+from wantrain.data.captioning.review import apply_table, write_review
+from wantrain.data.captioning.templates import read_template
+from wantrain.data.captioning.writing import CaptionOptions, Describe, caption_footage
 from wantrain.data.footage.clips import ClipOptions
 from wantrain.data.footage.decode_workers import DecodeOptions
 from wantrain.data.footage.sharding import ShardOptions, write_video_shards
@@ -22,22 +26,29 @@ DATA_SETS = (LatentData, MixedData, PixelData)
 
 __all__ = [
     "BatchSampler",
+    "CaptionOptions",
     "ClipOptions",
     "ConditioningInputs",
     "DecodeOptions",
+    "Describe",
     "EncodeOptions",
     "Encoders",
+    "FrameOptions",
     "LatentData",
     "MixedData",
     "PixelData",
     "ShardOptions",
     "TrainingData",
+    "apply_table",
+    "caption_footage",
     "check_folder",
     "check_sets",
     "encode_shards",
     "find_footage",
     "read_manifest",
+    "read_template",
     "share",
     "write_report",
+    "write_review",
     "write_video_shards",
 ]

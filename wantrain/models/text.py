@@ -11,6 +11,7 @@ Source: Wan2.2's use of umT5-xxl (prompt cleaning, 512 tokens, attention mask, z
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,17 @@ class TextEncoder(nn.Module):
     def count(self, prompt: str) -> int:
         """Tokens of the cleaned prompt before truncation, including `</s>`."""
         return len(self.tokenizer.encode(clean_prompt(prompt)).ids)
+
+
+def token_counter(folder: Path) -> Callable[[str], int]:
+    """What counts the tokens of a prompt as `TextEncoder.count` does, with the tokenizer in `folder` and no encoder.
+
+    ValueError as `read_tokenizer`.
+    """
+    tokenizer = read_tokenizer(folder)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda prompt: len(tokenizer.encode(clean_prompt(prompt)).ids)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

@@ -57,6 +57,7 @@ def render(
 
 #: Files of assets/ that a template's scripts are, in their order, and the style of every page.
 _SCRIPTS: Mapping[str, Sequence[str]] = {
+    "captions": ["format.js", "captions.js"],
     "gallery": ["videos.js"],
     "report": ["format.js", "report.js"],
     "run": [
@@ -76,7 +77,7 @@ _SCRIPTS: Mapping[str, Sequence[str]] = {
     ],
     "runs": ["uplot/uPlot.iife.min.js", "format.js", "charts.js", "runs.js"],
 }
-_STYLES = ("uplot/uPlot.min.css", "page.css", "charts.css", "videos.css", "tables.css", "narrow.css")
+_STYLES = ("uplot/uPlot.min.css", "page.css", "charts.css", "videos.css", "tables.css", "captions.css", "narrow.css")
 
 
 def content_key_of(document: str) -> str:

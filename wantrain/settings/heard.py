@@ -232,6 +232,29 @@ _TRAIN = (
     _REVISION,
 )
 
+_CAPTION = (
+    Rule((r"(?!(source|apply)$).+",), _equals("apply", None), "apply={apply} only writes that table's edited captions"),
+    Rule(
+        (
+            r"captioner(_revision)?",
+            r"template|trigger|words|recaption",
+            r"frames",
+            r"max_tokens|batch_size",
+            r"device|precision",
+        ),
+        _equals("review", False),
+        "review=true only writes the table and the page of the captions that are there",
+    ),
+    Rule(
+        (r"parts\.(high_noise|low_noise|dense|vae|text_encoder)",),
+        lambda values, given: False,
+        "caption.py reads the tokenizer alone",
+    ),
+    _replaced("model.weights", "weights"),
+    _facts_unread("caption", "weights"),
+    _REVISION,
+)
+
 _SHARD = (
     Rule((r"seed",), _equals("clips", "random"), "clips={clips} draws nothing; it is for clips=random"),
     Rule((r"lengths", r"stretch"), _differs("num_frames", 1), "num_frames=1 cuts clips of one frame"),
@@ -305,6 +328,7 @@ _EXPORT = (
 )
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
+    "caption": _CAPTION,
     "shard": _SHARD,
     "encode": _ENCODE,
     "train": _TRAIN,

@@ -156,6 +156,19 @@ def read_whole(path: Path, info: VideoInfo) -> Iterator[Frames]:
             yield reader.frame(number)
 
 
+def read_numbered(
+    path: Path, info: VideoInfo, numbers: Sequence[int], size: tuple[int, int] | None = None
+) -> Iterator[Frames]:
+    """The displayed frames (H, W, 3) with these ascending numbers, one by one, brought to `size` if one is given.
+
+    ValueError with the reason if decoding fails.
+    """
+    with _decoding(path):
+        reader = _reader(path, info)
+        for number in numbers:
+            yield fit_frame(reader.frame(number), size)
+
+
 def read_windows(
     path: Path,
     info: VideoInfo,

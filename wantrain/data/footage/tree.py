@@ -17,6 +17,8 @@ from wantrain.data.rejects import FOOTAGE
 ARCHIVES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 #: Tables that are read only under the names in TABLES.
 OTHER_TABLES = frozenset((".jsonl", ".csv", ".parquet"))
+#: What caption.py writes into a source folder: its record of captions, and the table and the page of review=true.
+RECORDS, REVIEW_TABLE, REVIEW_PAGE = "captions.jsonl", "captions.csv", "captions.html"
 
 
 @dataclass
@@ -131,6 +133,8 @@ def _ignored_kind(source: Path, path: Path, extension: str) -> str | None:
         return None
     if path.name in TABLES:
         return "tables that are not in the source folder itself"
+    if path.name in {RECORDS, REVIEW_TABLE, REVIEW_PAGE}:
+        return "files of caption.py"
     if extension in ARCHIVES:
         return f"archives ({extension})"
     if extension in OTHER_TABLES:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from wantrain.models.formats import hub
 from wantrain.models.formats.fp8 import is_fp8
 from wantrain.models.formats.loading import load_text_encoder, load_transformer, load_vae
 from wantrain.models.formats.weights import PICKLES, read_json, read_metadata, read_tensors
 from wantrain.models.text import TextEncoder
 from wantrain.models.transformer import WanTransformer
 from wantrain.models.vae import WanVAE
-from wantrain.util.progress import report_progress
 
 #: Folders of the diffusers layout: the high-noise expert (or the only model) is `transformer`.
 PARTS = {"high_noise": "transformer", "low_noise": "transformer_2", "dense": "transformer"}
@@ -180,7 +180,7 @@ def open_base(
     if weights is None:
         return Base(None, given, like)
     folder, repository = locate(weights), None
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(weights)):
+    if not folder.exists() and hub.is_repository(str(weights)):
         repository = str(weights)
         folder = _fetch(repository, revision, [name for name in wanted if name not in given])
     if not folder.is_dir():
@@ -206,31 +206,8 @@ def _part_at(name: str, path: Path) -> Path:
 
 def _fetch(repository: str, revision: str | None, wanted: Iterable[str]) -> Path:
     """A snapshot of the parts `wanted` of a hub repository, on this machine."""
-    import huggingface_hub
-
-    report_progress(f"downloading {repository}")
     patterns = [*_ALWAYS, *(pattern for name in wanted for pattern in _FILES[name])]
-    how: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "tqdm_class": _progress_bar(repository)}
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, **how))
-    except Exception as error:  # offline, no such repository, no permission: many classes, one meaning here
-        at = "" if revision is None else f" at revision={revision}"
-        raise ValueError(
-            f"weights={repository} is neither a folder here nor a repository that could be fetched from the hub{at}: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
-
-
-def _progress_bar(repository: str) -> type:
-    """The hub's progress bar, which also reports progress to the watchdog, even where no bar is shown."""
-    from huggingface_hub.utils import tqdm
-
-    class Bar(tqdm):
-        def update(self, n: float | None = 1) -> bool | None:
-            report_progress(f"downloading {repository}")
-            return super().update(n)
-
-    return Bar
+    return hub.fetch(repository, revision, patterns, key="weights", revision_key="revision")
 
 
 def has_two_experts(folder: Path | None) -> bool | None:
