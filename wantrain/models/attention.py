@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class Kernel:
     """A kernel by its name, one of NAMES but for auto."""
 
     name: str
-    attend: Attend
+    attend: Attend = field(repr=False)
 
 
 #: What a model attends with until it is given another: SDPA's own choice at each call.

@@ -38,7 +38,7 @@ def test_predicted_memory(setting):
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "block"])
 def test_extrapolation(recompute):
-    """What two and three blocks keep says what five keep, to the byte, and the peaks too."""
+    """What one and two blocks keep says what five keep, to the byte, and the peaks too."""
     setting = memory.Setting("lora", recompute, "bf16", (1, 3, 16, 16))
     module = without_values(lambda: memory.build(setting))
     sample = Sample(setting.latents, False, setting.precision)

@@ -1,8 +1,8 @@
 """What a training step needs beside weights, gradients and optimizer state: traced on tensors without values.
 
 The network itself runs forward and backward on fake tensors of the real shapes, on a CPU device, where attention is one
-flash operation, as on a GPU. A network of 14B needs no memory and no weights for that. It is traced with two and with
-three of its blocks: the difference is a block's own, and what is left belongs to the layers outside them.
+flash operation, as on a GPU. A network of 14B needs no memory and no weights for that. It is traced with one and with
+two of its blocks: the difference is a block's own, and what is left belongs to the layers outside them.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ class BlockCosts:
     moved_outside: float
 
     @classmethod
-    def of(cls, two: StepTrace, three: StepTrace) -> BlockCosts:
-        """From traces with two and with three blocks."""
-        block = {field.name: getattr(three, field.name) - getattr(two, field.name) for field in fields(StepTrace)}
-        outside = two.moved_forward + two.moved_backward - 2 * (block["moved_forward"] + block["moved_backward"])
+    def of(cls, one: StepTrace, two: StepTrace) -> BlockCosts:
+        """From traces with one and with two blocks."""
+        block = {field.name: getattr(two, field.name) - getattr(one, field.name) for field in fields(StepTrace)}
+        outside = one.moved_forward + one.moved_backward - block["moved_forward"] - block["moved_backward"]
         return cls(
             kept_block=block["kept"],
-            kept_outside=two.kept - 2 * block["kept"],
-            forward=three.forward - three.kept,
-            backward=three.backward - three.kept,
+            kept_outside=one.kept - block["kept"],
+            forward=two.forward - two.kept,
+            backward=two.backward - two.kept,
             moved_forward_block=block["moved_forward"],
             moved_backward_block=block["moved_backward"],
             moved_outside=outside,
@@ -123,7 +123,7 @@ def trace_blocks(module: WanTransformer, sample: Sample, recompute: str) -> Bloc
     """The costs of `module`, which has no values (on the meta device), with all blocks under one policy of
     recomputation: none, attention or block.
     """
-    return BlockCosts.of(*(trace_step(with_blocks(module, count, recompute), sample) for count in (2, 3)))
+    return BlockCosts.of(*(trace_step(with_blocks(module, count, recompute), sample) for count in (1, 2)))
 
 
 def with_blocks(module: nn.Module, count: int, recompute: str) -> nn.Module:
