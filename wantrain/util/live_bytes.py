@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +30,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # fake tensors are asked for theirs all the time
+            return func(*args, **kwargs)
         for tensor in tensors_in(args, kwargs.values()):
             self.seen.add(tensor.untyped_storage())
         result = func(*args, **kwargs)
