@@ -10,7 +10,6 @@ if __name__ == "__main__":
     ctrl_c.ends_at_once()  # while the imports below load
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,7 @@ def main(cfg: DictConfig) -> None:
         return {"vae_fingerprint": fingerprint(vae()), **strides}
 
     def facts_of_text() -> dict[str, Any]:
-        tokenizer = hashlib.sha256(text().tokenizer.to_str().encode()).hexdigest()[:16]
-        return {"text_fingerprint": fingerprint(text()), "tokenizer_fingerprint": tokenizer}
+        return {"text_fingerprint": fingerprint(text()), "tokenizer_fingerprint": text().tokenizer_fingerprint()}
 
     @torch.inference_mode()
     def encode_pixels(pixels_BCTHW: torch.Tensor) -> torch.Tensor:
@@ -73,6 +71,7 @@ def main(cfg: DictConfig) -> None:
     encoders = Encoders(
         encode_pixels=encode_pixels,
         encode_texts=lambda captions: text().encode_unpadded(captions),
+        count_tokens=lambda caption: text().count(caption),
         device=device,
         **of_vae,
         vae_precision=cfg.vae_precision,
@@ -84,7 +83,7 @@ def main(cfg: DictConfig) -> None:
     prints.write()
     if cfg.report != "none" and distributed.is_main():
         decode = decode_latents if cfg.report == "decode" else None
-        write_report(Path(cfg.out), "latent", decode=decode, count_tokens=lambda caption: text().count(caption))
+        write_report(Path(cfg.out), "latent", decode=decode, count_tokens=encoders.count_tokens)
 
 
 def _options(cfg: DictConfig) -> EncodeOptions:
@@ -95,6 +94,7 @@ def _options(cfg: DictConfig) -> EncodeOptions:
         rejects_limit=cfg.rejects.limit,
         shard_bytes=cfg.shard_mb << 20,
         shard_clips=cfg.shard_clips,
+        batch_pixels=cfg.batch_pixels,
         retry=cfg.decode.retry,
         heartbeat_timeout=cfg.heartbeat_timeout,
         decode=DecodeOptions(workers=cfg.decode.workers, timeout=cfg.decode.timeout),

@@ -10,6 +10,7 @@ Source: Wan2.2's use of umT5-xxl (prompt cleaning, 512 tokens, attention mask, z
 
 from __future__ import annotations
 
+import hashlib
 import html
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,10 @@ class TextEncoder(nn.Module):
             say(f"a prompt of {len(ids)} tokens is cut to {self.text_length} ({spare} lost): {prompt[:60]!r}...")
             ids = [*ids[: self.text_length - 1], self.end]
         return ids
+
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer."""
+        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:16]
 
     def count(self, prompt: str) -> int:
         """Tokens of the cleaned prompt before truncation, including `</s>`."""

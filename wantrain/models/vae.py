@@ -18,25 +18,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wantrain import geometry
-from wantrain.models.vae_layers import (
-    CausalConv3d,
-    ChannelNorm,
-    Downsample,
-    MiddleBlock,
-    ResidualBlock,
-    ResidualDownBlock,
-    ResidualUpBlock,
-    Stream,
-    UpBlock,
-    Upsample,
-    patchify,
-    residual_blocks,
-    unpatchify,
-)
+from wantrain.models.vae_layers import Downsample, ResidualBlock, Stream, Upsample, patchify, unpatchify
+from wantrain.models.vae_networks import Decoder, Encoder, Levels
 
 #: Published mean and standard deviation of each latent channel, by z_dim (16: Wan-VAE 2.1, 48: 2.2). The transformer's
 #: latents are normalised by them.
@@ -73,81 +59,6 @@ LATENTS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 #: Log variance that a posterior starts with: noise of a twentieth, so that the decoder gets a usable signal.
 NARROW = -6.0
-
-
-@dataclass(frozen=True)
-class Levels:
-    """What encoder and decoder are built from.
-
-    channels        of what the network sees as one pixel
-    widths          channels of each level, at full resolution first
-    base            channels before the encoder's first level
-    num_res_blocks  per encoder level; a decoder level has one more
-    temporal        whether the step from a level to the next, lower one also halves the frames
-    dropout         in the residual blocks, in training
-    residual        2.2: shortcuts past each level's resampling
-    """
-
-    channels: int
-    widths: tuple[int, ...]
-    base: int
-    num_res_blocks: int
-    temporal: tuple[bool, ...]
-    dropout: float
-    residual: bool
-
-
-class Encoder(nn.Module):
-    """Pixels to 2z channels; each level but the last halves the size, and by `levels.temporal` the frames."""
-
-    def __init__(self, levels: Levels, z_dim: int) -> None:
-        super().__init__()
-        widths, count, dropout = levels.widths, levels.num_res_blocks, levels.dropout
-        self.conv_in = CausalConv3d(levels.channels, levels.base)
-        self.down_blocks = nn.ModuleList()
-        for before, width, down in zip((levels.base, *widths), widths, (*levels.temporal, None), strict=False):
-            if levels.residual:
-                self.down_blocks.append(ResidualDownBlock(before, width, count, down, dropout))
-                continue
-            # 2.1 numbers the layers of all levels consecutively.
-            self.down_blocks.extend(residual_blocks(before, width, count, dropout))
-            if down is not None:
-                self.down_blocks.append(Downsample(width, temporal=down))
-        self.mid_block = MiddleBlock(widths[-1], dropout)
-        self.norm_out = ChannelNorm(widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], 2 * z_dim)
-
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = self.conv_in(x, stream)
-        for block in self.down_blocks:
-            x = block(x, stream)
-        x = self.mid_block(x, stream)
-        return self.conv_out(F.silu(self.norm_out(x)), stream)
-
-
-class Decoder(nn.Module):
-    """z channels back to pixels; each level but the last doubles the size, and by `levels.temporal` the frames."""
-
-    def __init__(self, levels: Levels, z_dim: int) -> None:
-        super().__init__()
-        widths, dropout = levels.widths[::-1], levels.dropout
-        self.conv_in = CausalConv3d(z_dim, widths[0])
-        self.mid_block = MiddleBlock(widths[0], dropout)
-        # An upsampling of 2.1 halves the channels, so every level but the first starts from half the one before.
-        befores = widths[:-1] if levels.residual else tuple(width // 2 for width in widths[:-1])
-        block_class = ResidualUpBlock if levels.residual else UpBlock
-        self.up_blocks = nn.ModuleList(
-            block_class(before, width, levels.num_res_blocks + 1, up, dropout)
-            for before, width, up in zip((widths[0], *befores), widths, (*levels.temporal[::-1], None), strict=True)
-        )
-        self.norm_out = ChannelNorm(widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], levels.channels)
-
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = self.mid_block(self.conv_in(x, stream), stream)
-        for block in self.up_blocks:
-            x = block(x, stream)
-        return self.conv_out(F.silu(self.norm_out(x)), stream)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -273,7 +184,7 @@ class WanVAE(nn.Module):
     def decode(self, latents_BCTHW: Tensor, *, chunk: int | None = 1) -> Tensor:
         """Normalised latents -> pixels in the network's dtype, clamped to [-1, 1]; `chunk` as in `encode`."""
         mean, std = self._statistics(latents_BCTHW)
-        return self.reconstruct(latents_BCTHW * std + mean, chunk=chunk).clamp(-1, 1)
+        return self.reconstruct(latents_BCTHW * std + mean, chunk=chunk).clamp_(-1, 1)
 
     def moments(self, pixels_BCTHW: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance (clamped to [-30, 20]) of the posterior over latents, not normalised.
@@ -284,9 +195,9 @@ class WanVAE(nn.Module):
         geometry.check_size(pixels_BCTHW.shape[3], pixels_BCTHW.shape[4], self.spatial_stride, key="pixels")
         _check_chunk(chunk)
         stream = Stream()
-        x = pixels_BCTHW.to(self.quant_conv.weight.dtype)
-        length = None if chunk is None else chunk * self.temporal_stride
-        x = torch.cat([self.encoder(patchify(part, self._side), stream) for part in stream.chunks(x, length)], dim=2)
+        dtype, length = self.quant_conv.weight.dtype, None if chunk is None else chunk * self.temporal_stride
+        parts = stream.chunks(pixels_BCTHW, length)
+        x = torch.cat([self.encoder(patchify(part.to(dtype), self._side), stream) for part in parts], dim=2)
         mu, logvar = self.quant_conv(x).chunk(2, dim=1)
         return mu, logvar.clamp(-30, 20)
 
@@ -295,9 +206,19 @@ class WanVAE(nn.Module):
         _check_chunk(chunk)
         stream = Stream()
         x = self.post_quant_conv(latents_BCTHW.to(self.post_quant_conv.weight.dtype))
-        return torch.cat(
-            [unpatchify(self.decoder(part, stream), self._side) for part in stream.chunks(x, chunk)], dim=2
-        )
+        parts = (unpatchify(self.decoder(part, stream), self._side) for part in stream.chunks(x, chunk))
+        if torch.is_grad_enabled():
+            return torch.cat(list(parts), dim=2)
+        # Each chunk goes to its place at once: a list of them would hold the whole video twice.
+        at, pixels = 0, None
+        for part in parts:
+            if pixels is None:
+                frames = (x.shape[2] - 1) * self.temporal_stride + 1
+                pixels = part.new_empty((*part.shape[:2], frames, *part.shape[3:]))
+            pixels[:, :, at : at + part.shape[2]] = part
+            at += part.shape[2]
+        assert pixels is not None
+        return pixels
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """latents_mean and latents_std as (C, 1, 1, 1), in float32 at least: bfloat16 would round them."""

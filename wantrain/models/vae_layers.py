@@ -10,11 +10,14 @@ Sources: Wan report (arXiv 2503.20314) section 4.1; the released weights' shapes
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wantrain.models import vae_convolutions as convolutions
 
 
 class Stream:
@@ -35,6 +38,16 @@ class Stream:
             self.first, self.last = start == 0, stop == frames
             yield x_BCTHW[:, :, start:stop]
 
+    def pairs(self, x_BCTHW: Tensor) -> Iterator[Tensor]:
+        """The current chunk, two frames at a time where that saves memory and the layers' time is the same."""
+        if self.first or not convolutions.fits(x_BCTHW):
+            yield x_BCTHW
+            return
+        last, parts = self.last, x_BCTHW.split(2, dim=2)
+        for number, part in enumerate(parts, start=1):
+            self.last = last and number == len(parts)
+            yield part
+
     def with_history(self, layer: nn.Module, x: Tensor, length: int) -> Tensor:
         """`x` after the `length` frames that `layer` saw before it, zeros before the clip."""
         before = self._kept.pop(layer, None)
@@ -48,6 +61,25 @@ class Stream:
             # A copy: a view would keep the whole chunk in memory.
             self._kept[layer] = x[:, :, -length:].clone()
 
+    @contextmanager
+    def frames(self, layer: nn.Module, x: Tensor, length: int) -> Iterator[list[Tensor]]:
+        """The frames (B, C, H, W) of `with_history`, without copying `x`; not for the backward pass.
+
+        What is kept stays where it is in memory: moved about, it would leave holes that nothing fits into.
+        """
+        before = self._kept.get(layer)
+        past = [torch.zeros_like(x[:, :, 0])] * length if before is None else list(before.unbind(2))
+        frames = [*past, *x.unbind(2)]
+        yield frames
+        if self.last:
+            self._kept.pop(layer, None)
+        elif before is None:
+            kept = torch.stack(frames[-length:], dim=2)
+            self._kept[layer] = kept.contiguous(memory_format=torch.channels_last_3d)
+        else:
+            for place, frame in zip(past, frames[-length:], strict=True):
+                place.copy_(frame)
+
 
 class CausalConv3d(nn.Conv3d):
     """3x3x3 convolution that sees two frames back and none ahead; before the clip there are zeros."""
@@ -56,18 +88,27 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, 3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:  # type: ignore[override]
-        if stream.first and x.shape[2] == 1:
-            # A first frame alone: the other two frames of the kernel are zeros before the clip, so a 2D convolution
-            # with the newest tap is enough, in half of the time.
+        alone = stream.first and x.shape[2] == 1
+        if convolutions.fits(x):
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+            with stream.frames(self, x, 2) as frames:
+                return self._newest(x) if alone else convolutions.causal(frames, self.weight, self.bias)
+        if alone:
             if not stream.last:
                 stream.keep(self, F.pad(x, (0, 0, 0, 0, 1, 0)), 2)
-            frame = x[:, :, 0].contiguous(memory_format=torch.channels_last)
-            return F.conv2d(frame, self.weight[:, :, 2], self.bias, padding=1).unsqueeze(2)
+            return self._newest(x)
         x = stream.with_history(self, x, 2)
         if x.device.type == "cpu":
             # Channels last in memory: convolutions of 8 to 24 channels take a quarter to two fifths less time.
             x = x.contiguous(memory_format=torch.channels_last_3d)
         return super().forward(x)
+
+    def _newest(self, x: Tensor) -> Tensor:
+        """A first frame alone: the kernel's other two frames are zeros, so a 2D convolution with the newest tap is
+        enough, in half of the time.
+        """
+        frame = x[:, :, 0].contiguous(memory_format=torch.channels_last)
+        return F.conv2d(frame, self.weight[:, :, 2], self.bias, padding=1).unsqueeze(2)
 
 
 class ChannelNorm(nn.Module):
@@ -78,10 +119,26 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * dims))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._scaled(x).to(x.dtype)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # Written out: torch's vector norm over this axis takes a fifth of a training step on a CPU.
         scale = wide.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt() * x.shape[1] ** 0.5
         return (wide * scale * self.gamma).to(x.dtype)
+
+    def activated(self, x: Tensor, *, spent: bool = False) -> Tensor:
+        """SiLU of the norm. `spent`: nobody needs `x` any more, and without gradients it may be overwritten."""
+        if torch.is_grad_enabled():
+            return F.silu(self(x))
+        return F.silu(self._scaled(x, spent=spent), inplace=True).to(x.dtype)
+
+    def _scaled(self, x: Tensor, *, spent: bool = False) -> Tensor:
+        """The norm before its result is rounded, without gradients: one new tensor, or none if `x` is `spent`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        scale = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
+        scale = scale.clamp_min_(1e-12).reciprocal_().mul_(x.shape[1] ** 0.5)
+        y = x.mul_(scale) if spent and x.dtype == dtype else x * scale
+        return y.mul_(self.gamma)
 
 
 class ResidualBlock(nn.Module):
@@ -98,9 +155,9 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), stream)
-        y = self.conv2(self.dropout(F.silu(self.norm2(y))), stream)
-        return y + self.conv_shortcut(x)
+        y = self.conv1(self.norm1.activated(x), stream)
+        y = self.conv2(self.dropout(self.norm2.activated(y, spent=True)), stream)
+        return y.add_(self.conv_shortcut(x))
 
 
 class FrameAttention(nn.Module):
@@ -164,8 +221,12 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.temporal:
             x = self._double_frames(x, stream)
-        frames = F.interpolate(frames_apart(x), scale_factor=2.0, mode="nearest-exact")
-        return frames_together(self.resample(frames), x.shape[0])
+        frames, convolution = frames_apart(x), self.resample[1]
+        assert isinstance(convolution, nn.Conv2d)
+        if convolutions.fits(x):
+            return frames_together(convolutions.doubled(frames, convolution.weight, convolution.bias), x.shape[0])
+        frames = F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")
+        return frames_together(convolution(frames), x.shape[0])
 
     def _double_frames(self, x: Tensor, stream: Stream) -> Tensor:
         """The clip's first frame stays one and skips the convolution; each other becomes two."""

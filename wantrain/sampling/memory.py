@@ -23,6 +23,7 @@ from wantrain.models.facts import blocks_of, outside_blocks
 from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.models.offload import EXPERTS, OffloadPolicy
 from wantrain.models.pinned_memory import layout
+from wantrain.models.vae_convolutions import plain_forms
 from wantrain.util.live_bytes import LiveBytes
 
 GIB = float(2**30)
@@ -150,7 +151,8 @@ def trace_step(expert: Any, latents: Tensor) -> int:
 def trace_decoding(vae: Any, latents: Tensor, rows: int | None) -> int:
     """Peak bytes of decoding on the device: of all latents, or of one tile of `rows` latent rows and columns."""
     part = latents if rows is None or max(latents.shape[3:]) <= rows else latents[..., :rows, :rows]
-    return peak_bytes(lambda: vae.decode(part))
+    with plain_forms():
+        return peak_bytes(lambda: vae.decode(part))
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:

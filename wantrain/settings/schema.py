@@ -102,6 +102,7 @@ ENCODE: Mapping[str, Any] = {
     "rejects.limit": Share,
     "shard_mb": Count,
     "shard_clips": Count,
+    "batch_pixels": Count,
     "decode.workers": Count | None,
     "decode.timeout": Positive,
     "decode.retry": bool,

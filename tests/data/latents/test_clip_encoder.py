@@ -16,7 +16,7 @@ from wantrain import conditioning, geometry
 from wantrain.data import ConditioningInputs, read_manifest
 from wantrain.data.footage.pixels import read_clips
 from wantrain.data.footage.video_shards import VideoEntry, read_video_shards
-from wantrain.data.latents import clip_encoder, portions
+from wantrain.data.latents import clip_encoder
 from wantrain.data.latents.conditioning import _label
 from wantrain.data.latents.transfer import Transfer
 from wantrain.data.latents.work_units import clip_rows
@@ -100,13 +100,13 @@ def requests(shards):
     return seen
 
 
-def test_bitwise_reference(videos, vae, tmp_path, monkeypatch):
+def test_bitwise_reference(videos, vae, tmp_path):
     """Latents and conditioning inputs equal those of the CPU reference bit for bit.
 
     What encode.py did until pixels were made on the device, written out here: CPU pixels, one clip after another.
     """
-    monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)  # a convolution's bits may depend on the batch
-    encode(videos, tmp_path / "out", encode_pixels=vae.encode, inputs=ConditioningInputs(SPEC, "channel_concat"))
+    inputs = ConditioningInputs(SPEC, "channel_concat")
+    encode(videos, tmp_path / "out", encode_pixels=vae.encode, inputs=inputs, batch_pixels=1)
     found, mix, shape = stored(tmp_path / "out"), MaskMix.read(SPEC), (FRAMES, SIZE, SIZE)
     assert len(found) == 4
     for key, request in requests(videos).items():
@@ -191,9 +191,8 @@ def test_transfers_without_masks(videos, tmp_path, monkeypatch):
     assert made[-1].came == [(torch.uint8, (4, FRAMES, SIZE, SIZE, 3))]
 
 
-def test_encoder_failure(videos, tmp_path, monkeypatch):
+def test_encoder_failure(videos, tmp_path):
     """An encoder that fails leaves the finished units, and the same command encodes only the rest."""
-    monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)
     asked = []
 
     def failing(pixels):
@@ -203,19 +202,18 @@ def test_encoder_failure(videos, tmp_path, monkeypatch):
         return pixels[:, :, ::4, ::8, ::8]
 
     with pytest.raises(ValueError, match=r"^out of memory$"):
-        encode(videos, tmp_path / "out", encode_pixels=failing)
+        encode(videos, tmp_path / "out", encode_pixels=failing, batch_pixels=1)
     assert len(list((tmp_path / "out").glob("latent-*.tar"))) == 3
     assert not list((tmp_path / "out").glob(".*.tmp"))
-    encode(videos, tmp_path / "out", encode_pixels=failing)
+    encode(videos, tmp_path / "out", encode_pixels=failing, batch_pixels=1)
     assert sum(asked) == 5
     encode(videos, tmp_path / "fresh")
     for path in (tmp_path / "fresh").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
-def test_encoder_failure_hung_decoder(videos, tmp_path, monkeypatch):
+def test_encoder_failure_hung_decoder(videos, tmp_path):
     """An encoder that fails does not wait for a decoder that hangs."""
-    monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)
     keys = [sample.key for sample in read_video_shards(videos, read_manifest(videos, "video"))]
 
     def hangs(request):
@@ -228,21 +226,20 @@ def test_encoder_failure_hung_decoder(videos, tmp_path, monkeypatch):
 
     began = time.monotonic()
     with pytest.raises(ValueError, match=r"^out of memory$"):
-        encode(videos, tmp_path / "out", encode_pixels=failing, read=hangs, timeout=90.0)
+        encode(videos, tmp_path / "out", encode_pixels=failing, read=hangs, timeout=90.0, batch_pixels=1)
     assert time.monotonic() - began < 60
     assert not {thread.name for thread in threading.enumerate()} & {"prefetch", "storing", "decoders"}
 
 
 def test_full_disk(videos, tmp_path, monkeypatch):
     """A full disk ends the command with an error that names the file, though another thread writes."""
-    monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)
 
     def full(*_):
         raise ValueError("latent-0: no space left on the device")
 
     monkeypatch.setattr("wantrain.data.latents.store.UnitWriter.write", full)
     with pytest.raises(ValueError, match="no space left on the device"):
-        encode(videos, tmp_path / "out", encode_texts=lambda texts: [torch.ones(1, 3) for _ in texts])
+        encode(videos, tmp_path / "out", batch_pixels=1)
     assert not list((tmp_path / "out").glob("*.tar"))
 
 

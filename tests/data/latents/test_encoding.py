@@ -17,7 +17,7 @@ from shard_helpers import SIZES, contents, encode, encode_pixels, encode_texts, 
 from wantrain.data import read_manifest
 from wantrain.data.footage.pixels import prepare_pixels, read_sample
 from wantrain.data.footage.video_shards import read_video_shards
-from wantrain.data.latents import encoding, portions
+from wantrain.data.latents import encoding
 from wantrain.data.shards import describe_file
 
 
@@ -68,7 +68,7 @@ def test_content(videos, latents):
     assert set(said) == captions | {""} and len(texts) == 2 * len(said)
 
 
-def test_batches_by_bucket(videos, tmp_path, monkeypatch):
+def test_batches_by_bucket(videos, tmp_path):
     shapes = []
 
     def watched(pixels):
@@ -78,9 +78,8 @@ def test_batches_by_bucket(videos, tmp_path, monkeypatch):
     clips = read_manifest(videos, "video")["clips"]
     encode(videos, tmp_path / "together", encode_pixels=watched, shard_clips=64)
     assert any(shape[0] > 1 for shape in shapes) and sum(shape[0] for shape in shapes) == clips
-    monkeypatch.setattr(portions, "PIXELS_TOGETHER", 1)
     shapes.clear()
-    encode(videos, tmp_path / "alone", encode_pixels=watched, shard_clips=64)
+    encode(videos, tmp_path / "alone", encode_pixels=watched, shard_clips=64, batch_pixels=1)
     assert all(shape[0] == 1 for shape in shapes)
     assert contents(tmp_path / "alone") == contents(tmp_path / "together")
 
@@ -156,6 +155,22 @@ def test_captions_encoded_once(videos, tmp_path):
     captions = {sample.about["caption"] for sample in read_video_shards(videos, read_manifest(videos, "video"))}
     assert sorted(text for texts in calls for text in texts) == sorted({*captions, ""})
     assert len(calls) == -(-(len(captions) + 1) // encoding.TEXTS_TOGETHER)
+
+
+def test_captions_of_similar_lengths_together(videos, tmp_path):
+    """Batches go by the tokens that captions have, not by their letters."""
+    calls = []
+
+    def counting(texts):
+        calls.append(texts)
+        return encode_texts(texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "TEXTS_TOGETHER", 2)
+        encode(videos, tmp_path / "out", encode_texts=counting, count_tokens=lambda text: -len(text), shard_clips=64)
+    lengths = [len(text) for texts in calls for text in texts]
+    assert len(set(lengths)) > 2 and lengths == sorted(lengths, reverse=True)
+    assert all(len(texts) <= 2 for texts in calls)
 
 
 def test_several_captions_and_windows(videos, tmp_path):

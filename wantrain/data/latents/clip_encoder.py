@@ -34,7 +34,8 @@ Moving = tuple[Portion, list[Arriving]]
 class ClipEncoder:
     """Encodes clips with `encode_pixels`, pixels in [-1, 1] -> latents on `device`, and writes them into `folder`.
 
-    on_clip  is called after each clip that was not there before, with its number of frames (0: it was rejected)
+    together  clips of one bucket are encoded together up to this many pixels
+    on_clip   is called after each clip that was not there before, with its number of frames (0: it was rejected)
 
     ValueError for latents that no VAE may give.
     """
@@ -45,10 +46,11 @@ class ClipEncoder:
         encode_pixels: EncodePixels,
         inputs: ConditioningInputs,
         device: torch.device,
+        together: int,
         on_clip: Callable[[int], None],
     ) -> None:
         self.folder, self.encode_pixels, self.inputs = folder, encode_pixels, inputs
-        self.device, self.on_clip = device, on_clip
+        self.device, self.together, self.on_clip = device, together, on_clip
 
     def pipeline(
         self,
@@ -72,8 +74,8 @@ class ClipEncoder:
         """For each portion of the work units, in order, the function that prepares it."""
         for unit, rows in units:
             missing = {row.identity for row in rows}
-            for part, last in parts(unit, entries(unit, missing, decoded, self.folder.rejected)):
-                yield partial(stage, unit, part, last, self.inputs, self.transfer)
+            for part, last in parts(unit, entries(unit, missing, decoded, self.folder.rejected), self.together):
+                yield partial(stage, unit, part, last, self.together, self.inputs, self.transfer)
 
     def _upload(self, portion: Portion) -> Moving:
         """Start to copy a portion to the device."""

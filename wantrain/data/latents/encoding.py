@@ -37,7 +37,7 @@ from wantrain.masks import PAINTED
 from wantrain.util import distributed
 from wantrain.util.console import say
 
-#: Captions per batch of the text encoder. Captions of similar length share a batch: each is padded to the longest.
+#: Captions per batch of the text encoder. Captions of similar lengths share a batch: each is padded to the longest.
 TEXTS_TOGETHER = 16
 #: Default number of decoder processes: one less than the cores, up to this many.
 MOST_WORKERS = 8
@@ -83,7 +83,7 @@ def encode_shards(
     work = plan_work(shards, video, sizes, inputs, settings)
     folder.check_same_footage(work.sources)
     with Heartbeat(out, work.name, timeout=options.heartbeat_timeout) as heartbeat:
-        encoder = _Encoder(folder, encoders, inputs, heartbeat)
+        encoder = _Encoder(folder, encoders, inputs, options.batch_pixels, heartbeat)
         encoder.check_sources(shards, video)
         jobs = _DecodeJobs(shards, read, options.decode, masks=PAINTED in inputs.identity())
         encoder.make(work.share(distributed.rank(), distributed.world_size()), jobs, options.retry)
@@ -231,10 +231,10 @@ class _Encoder:
     """Makes one rank's share of the work units, and reports progress."""
 
     def __init__(
-        self, folder: LatentFolder, encoders: Encoders, inputs: ConditioningInputs, heartbeat: Heartbeat
+        self, folder: LatentFolder, encoders: Encoders, inputs: ConditioningInputs, together: int, heartbeat: Heartbeat
     ) -> None:
-        self.folder, self.encode_texts, self.heartbeat = folder, encoders.encode_texts, heartbeat
-        self.clips = ClipEncoder(folder, encoders.encode_pixels, inputs, encoders.device, self._step)
+        self.folder, self.encoders, self.heartbeat = folder, encoders, heartbeat
+        self.clips = ClipEncoder(folder, encoders.encode_pixels, inputs, encoders.device, together, self._step)
         self.bar = tqdm(desc="encode", unit="clip", disable=True)
         self.began, self.frames = time.monotonic(), 0
 
@@ -276,11 +276,11 @@ class _Encoder:
     def _make_texts(self, unit: WorkUnit, rows: list[TextRow]) -> None:
         """Make a work unit of texts: encode the missing ones in batches of similar length, copy the others."""
         made: dict[str, bytes] = {}
-        ordered = sorted(rows, key=lambda row: (len(row.caption), row.identity))
+        ordered = sorted(rows, key=lambda row: (self.encoders.count_tokens(row.caption), row.identity))
         with self.folder.writer(unit) as writer:
             for start in range(0, len(ordered), TEXTS_TOGETHER):
                 batch = ordered[start : start + TEXTS_TOGETHER]
-                for row, text in zip(batch, self.encode_texts([row.caption for row in batch]), strict=True):
+                for row, text in zip(batch, self.encoders.encode_texts([row.caption for row in batch]), strict=True):
                     if not torch.isfinite(text).all():
                         raise ValueError(
                             f"the text encoder gave NaN or infinity for {row.caption!r}; try precision=fp32"

@@ -23,6 +23,7 @@ class Encoders:
     vae_fingerprint        hash of the VAE's weights
     text_fingerprint       hash of the text encoder's weights
     tokenizer_fingerprint  hash of the tokenizer
+    count_tokens           tokens of a caption: those of similar lengths are encoded together
     vae_precision          "fp32" or "bf16", which `encode_pixels` computes in
     device                 where `encode_pixels` computes
     files                  identities of the encoders' files, by part (models/formats/fingerprints.py); train.py uses
@@ -35,6 +36,7 @@ class Encoders:
     vae_fingerprint: str
     text_fingerprint: str
     tokenizer_fingerprint: str = ""
+    count_tokens: Callable[[str], int] = len
     vae_precision: str = "fp32"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     files: Mapping[str, str] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class EncodeOptions:
     rejects_limit      largest share of bad clips
     shard_bytes        size at which a tar is full, in bytes
     shard_clips        number of clips at which a tar is full
+    batch_pixels       clips of one size are encoded together up to this many pixels of all their frames
     retry              try again the clips that an earlier run rejected
     heartbeat_timeout  seconds that rank 0 waits for a heartbeat of another rank
     decode             decoder processes
@@ -71,6 +74,7 @@ class EncodeOptions:
     rejects_limit: float = 0.1
     shard_bytes: int = 512 << 20
     shard_clips: int = 64
+    batch_pixels: int = 1 << 20
     retry: bool = False
     heartbeat_timeout: float = 1800.0
     decode: DecodeOptions = field(default_factory=DecodeOptions)

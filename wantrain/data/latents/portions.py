@@ -18,10 +18,6 @@ from wantrain.data.latents.transfer import Transfer
 from wantrain.data.latents.work_units import ClipRow, Row, WorkUnit
 from wantrain.video import Frames
 
-#: Clips are encoded together up to this many pixels: large clips one by one, small ones in batches, because a
-#: convolution over one small clip is six times slower per clip on a CPU.
-PIXELS_TOGETHER = 1 << 20
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -80,25 +76,32 @@ def entries(
         yield Entry(row, frames, reason, new=True)
 
 
-def parts(unit: WorkUnit, entries: Iterable[Entry]) -> Iterator[tuple[list[Entry], bool]]:
-    """Split a work unit's entries where the pixels to encode reach `PIXELS_TOGETHER`: (entries, last part or not)."""
+def parts(unit: WorkUnit, entries: Iterable[Entry], together: int) -> Iterator[tuple[list[Entry], bool]]:
+    """Split a work unit's entries where the pixels to encode reach `together`: (entries, last part or not)."""
     part, pixels = list[Entry](), 0
     for count, entry in enumerate(entries, start=1):
         part.append(entry)
         pixels += 0 if entry.frames is None else _pixels(entry.row)
         last = count == len(unit.rows)
-        if last or pixels >= PIXELS_TOGETHER:
+        if last or pixels >= together:
             yield part, last
             part, pixels = [], 0
 
 
-def stage(unit: WorkUnit, part: list[Entry], last: bool, inputs: ConditioningInputs, transfer: Transfer) -> Portion:
-    """Prepare a part for the device: stack the clips of each bucket, and draw their masks."""
+def stage(
+    unit: WorkUnit,
+    part: list[Entry],
+    last: bool,
+    together: int,
+    inputs: ConditioningInputs,
+    transfer: Transfer,
+) -> Portion:
+    """Prepare a part for the device: stack the clips of each bucket, up to `together` pixels, and draw their masks."""
     groups, given = list[Group](), [entry for entry in part if entry.frames is not None]
     for bucket in dict.fromkeys(entry.row.bucket for entry in given):
         members = [entry for entry in given if entry.row.bucket == bucket]
-        together = max(1, PIXELS_TOGETHER // _pixels(members[0].row))
-        for some in (members[at : at + together] for at in range(0, len(members), together)):
+        count = max(1, together // _pixels(members[0].row))
+        for some in (members[at : at + count] for at in range(0, len(members), count)):
             groups.append(_group(some, inputs, transfer))
     return Portion(unit, [Entry(entry.row, None, entry.reason, entry.new) for entry in part], groups, last)
 
