@@ -46,7 +46,9 @@ def composed():
 def test_options_compose(option):
     """Every option composes, and every reference in it resolves."""
     group, name = option.split("/")
-    cfg = compose("train", [f"{group}={name}"])
+    by_card = group == "recipe" and name.startswith(("lora_", "full_"))  # for the models of 5B and 14B
+    model = ["model=ti2v_5b", "expert=dense"] if "_5b_" in name else ["model=t2v_a14b"]
+    cfg = compose("train", [f"{group}={name}", *(model if by_card else [])])
     values = config.plain(cfg)
     if group == "recipe":
         checks.check(cfg)
