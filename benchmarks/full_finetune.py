@@ -21,10 +21,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from quantize import FOOTAGE, WEIGHTS, command
+from quantize import WEIGHTS, command, make_latents
 from torch import Tensor
 
-from wantrain.demo.footage import make_footage
 from wantrain.training.engine import parameterwise
 from wantrain.util import distributed
 from wantrain.util.files import write_json
@@ -60,10 +59,7 @@ def main() -> None:
     result |= {"steps": STEPS, "seeds": list(SEEDS), "margin": MARGIN, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for scenes, amount in FOOTAGE.items():
-            make_footage(folder / "footage" / scenes, scenes=scenes, **amount)  # type: ignore[arg-type]
-        command(folder, "shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}")
-        command(folder, "encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", WEIGHTS)
+        make_latents(folder)
         for name in names:
             result["rows"][name] = []
             for seed in SEEDS:

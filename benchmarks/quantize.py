@@ -130,16 +130,21 @@ def recorded(model: WanTransformer) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (x, grad) for name, (x, grad) in calls.items()}
 
 
+def make_latents(folder: Path) -> None:
+    """Draw the footage of a study in `folder`, and encode it to `folder`/latents."""
+    for scenes, amount in FOOTAGE.items():
+        make_footage(folder / "footage" / scenes, scenes=scenes, **amount)  # type: ignore[arg-type]
+    command(folder, "shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}")
+    command(folder, "encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", WEIGHTS)
+
+
 def study() -> dict[str, Any]:
     """Validation losses of a LoRA after STEPS steps over each base, and each beside the bf16 base's with its seed."""
     losses: dict[str, list[float]] = defaultdict(list)
     started: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for scenes, amount in FOOTAGE.items():
-            make_footage(folder / "footage" / scenes, scenes=scenes, **amount)  # type: ignore[arg-type]
-        command(folder, "shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}")
-        command(folder, "encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", WEIGHTS)
+        make_latents(folder)
         for seed in SEEDS:
             for form in ("bf16", *FORMATS):
                 train(folder, form, seed)

@@ -52,3 +52,10 @@ def test_nothing_fits(monkeypatch):
     monkeypatch.setattr(auto, "planned_card", lambda asked: find_card("4GB"))
     with pytest.raises(ValueError, match=r"nothing fits that leaves results as they are\. 4 GB .* The least is"):
         resolved("memory=auto", "dry_run=false")
+
+
+def test_nothing_left_to_choose():
+    """memory=auto beside all three settings is refused, also where one asks for nothing."""
+    given = {"recompute", "activations", "swap.blocks"}
+    with pytest.raises(ValueError, match="memory has no effect"):
+        resolved("memory=auto", "recompute=none", "activations=gpu", "swap.blocks=0", given=given)

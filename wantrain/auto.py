@@ -21,7 +21,8 @@ def resolve(cfg: DictConfig, given: Iterable[str]) -> DictConfig:
 
     given   keys that the command line or a recipe sets, which stay
 
-    ValueError if no values fit; a dry run keeps the defaults then, and says what else would help.
+    ValueError if no values fit, or all are given; a dry run keeps the defaults where none fit, and says what else would
+    help.
     """
     free = _open(cfg, given)
     if not free:
@@ -31,7 +32,7 @@ def resolve(cfg: DictConfig, given: Iterable[str]) -> DictConfig:
         cfg.swap.blocks = 0
     asked = "memory=auto" if cfg.memory == "auto" else "swap.blocks=auto"
     card = None if cfg.device == "cpu" and not cfg.gpu else planned_card(cfg.gpu)
-    planner = config.forecast(cfg).planner(engine_asked_for())
+    planner = None if card is None else config.forecast(cfg).planner(engine_asked_for())
     if card is None or planner is None:
         say(f"{asked}: there is no card to plan for; the defaults stay")
         return cfg
@@ -53,5 +54,7 @@ def _open(cfg: DictConfig, given: Iterable[str]) -> list[str]:
     """The settings that are to be chosen, by their names in a plan."""
     if cfg.memory == "auto":
         taken = set(given) - ({"swap.blocks"} if cfg.swap.blocks == "auto" else set())
-        return [name for name, key in EXACT.items() if key not in taken]
+        if free := [name for name, key in EXACT.items() if key not in taken]:
+            return free
+        raise ValueError("memory has no effect: recompute, activations and swap.blocks are all given")
     return ["swap"] if cfg.swap.blocks == "auto" else []

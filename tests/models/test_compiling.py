@@ -167,8 +167,11 @@ class HostReads(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.name().removeprefix("aten::").startswith(("_local_scalar_dense", "nonzero", "equal"))
+        self.count += self.counts(func.name().removeprefix("aten::"))
         return func(*args, **(kwargs or {}))
+
+    def counts(self, name):
+        return name.startswith(("_local_scalar_dense", "nonzero", "equal"))
 
 
 @pytest.mark.parametrize(
@@ -226,20 +229,11 @@ def test_no_compiler(device, programs, words, monkeypatch):
         check_compiler(torch.device(device))
 
 
-class Attentions(TorchDispatchMode):
+class Attentions(HostReads):
     """Counts attention's forward kernels, also inside compiled code."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    @classmethod
-    def ignore_compile_internals(cls):
-        return True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "scaled_dot_product" in func.name() and "backward" not in func.name()
-        return func(*args, **(kwargs or {}))
+    def counts(self, name):
+        return "scaled_dot_product" in name and "backward" not in name
 
 
 @SLOW

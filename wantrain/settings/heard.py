@@ -179,11 +179,6 @@ _TRAIN = (
         _NOT_VAE,
         "expert=vae trains no transformer",
     ),
-    Rule(
-        (r"memory",),
-        lambda values, given: not given >= {"recompute", "activations", "swap.blocks"},
-        "recompute, activations and swap.blocks are all given",
-    ),
     Rule((r"check_expert",), _differs("init", "scratch"), "init=scratch loads no expert"),
     Rule(
         (r"adapter\.(rank|alpha|rank_stabilized|targets|rank_pattern|alpha_pattern)",),

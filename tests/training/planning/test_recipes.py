@@ -65,6 +65,9 @@ def test_fits(row):
     text = (config.CONF / "recipe" / f"{row[0]}.yaml").read_text(encoding="utf-8")
     figures = [float(each) for each in re.findall(r"([\d.]+) GB (?:on|of pinned)", text.split("Planned")[1])]
     assert figures == [round(memory.device / GB, 1), *([round(memory.host / GB, 1)] if memory.host else [])]
+    page = (config.ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    cells = re.search(rf"^\| `{row[0]}` \|[^|]*\|(.*)$", page, flags=re.M)
+    assert cells is not None and [float(each) for each in re.findall(r"[\d.]+", cells[1])] == figures
 
 
 @names
