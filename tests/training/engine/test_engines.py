@@ -398,15 +398,13 @@ def test_launch_file_clash_refused(engine, stands, instead, message, tiny, launc
 def test_launch_file_name(words, tmp_path, monkeypatch):
     """The launch file is found in the launcher's command line, or in accelerate's stored default."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    command = [sys.executable, "-c", "input()", "accelerate", "launch", *words, "train.py"]
-    launcher = subprocess.Popen(command, stdin=subprocess.PIPE)
+    command = [sys.executable, "-c", "print(flush=True); input()", "accelerate", "launch", *words, "train.py"]
+    launcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        launcher.stdout.readline()  # from here on its command line is the one it was started with
         wanted = (
             "the launch file a file.yaml" if words else "the launcher (flags or environment, without a launch file)"
         )
-        give_up = time.monotonic() + 10
-        while accelerator.launched_with(launcher.pid) != wanted and time.monotonic() < give_up:
-            time.sleep(0.01)  # until the process is what it was started as
         assert accelerator.launched_with(launcher.pid) == wanted
         if not words:
             (tmp_path / "accelerate").mkdir()
