@@ -44,6 +44,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "adamw_8bit": (EIGHT,),
     "adamw_8bit bf16 stochastic": (EIGHT, *BF16),
     "adamw_8bit bf16 stochastic in backward": (EIGHT, *BF16, "update_in_backward=true", "clip_by=parameter"),
+    "adamw_8bit bf16 stochastic in backward clip=null": (
+        EIGHT,
+        *BF16,
+        "update_in_backward=true",
+        "clip=null",
+    ),
     "adafactor": ("optimizer=adafactor",),
     "adafactor bf16 stochastic": ("optimizer=adafactor", *BF16),
 }

@@ -139,38 +139,72 @@ def make_latents(folder: Path) -> None:
 
 
 def study() -> dict[str, Any]:
-    """Validation losses of a LoRA after STEPS steps over each base, and each beside the bf16 base's with its seed."""
+    """Validation losses of a LoRA after STEPS steps over each base, beside the bf16 base's with its seed; and of the
+    same LoRA over a base of bf16, as it is used afterwards.
+    """
     losses: dict[str, list[float]] = defaultdict(list)
     started: dict[str, list[float]] = defaultdict(list)
+    used: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_latents(folder)
         for seed in SEEDS:
             for form in ("bf16", *FORMATS):
-                train(folder, form, seed)
-                lines = (folder / "runs" / f"{form}_{seed}" / "validation.jsonl").read_text(encoding="utf-8")
-                records = [record for line in lines.splitlines() if (record := json.loads(line))["weights"] == "live"]
-                assert (records[0]["step"], records[-1]["step"]) == (0, STEPS)
-                losses[form].append(torch.tensor(records[-1]["heldout"]).mean().item())
-                started[form].append(torch.tensor(records[0]["heldout"]).mean().item())
-                print(f"{form} seed {seed}: {started[form][-1]:.5f} -> {losses[form][-1]:.5f}", flush=True)
-    against = {
-        form: [ours / theirs - 1 for ours, theirs in zip(losses[form], losses["bf16"], strict=True)] for form in FORMATS
-    }
-    print("\n| base | validation loss at the start | after training, by seed | against bf16 |\n" + "|---" * 4 + "|")
+                run = f"{form}_{seed}"
+                train(folder, run, seed, f"base.dtype={form}", f"adapter.rank={RANK}", f"adapter.alpha={RANK}")
+                start, end = validated(folder, run, STEPS)
+                started[form].append(start)
+                losses[form].append(end)
+                (kept,) = (folder / "runs" / run / "checkpoints" / f"step_{STEPS:06}").rglob("adapter.safetensors")
+                train(folder, f"{run}_used", seed, f"adapter.init={kept}", "steps=1", "validation.every=1")
+                used[form].append(validated(folder, f"{run}_used", 1)[0])
+                said = f"{form} seed {seed}: {started[form][-1]:.5f} -> {losses[form][-1]:.5f}"
+                print(f"{said}, over bf16 {used[form][-1]:.5f}", flush=True)
+    beside = {name: against(found) for name, found in (("end", losses), ("used", used))}
+    print(
+        "\n| base | at the start | after training, by seed | against bf16 | the LoRA over a bf16 base, against bf16 |"
+    )
+    print("|---" * 5 + "|")
     for form, values in losses.items():
-        beside = ", ".join(f"{share:+.2%}" for share in against.get(form, []))
-        print(f"| {form} | {mean(started[form]):.5f} | {', '.join(f'{v:.5f}' for v in values)} | {beside} |")
+        shares = (", ".join(f"{share:+.2%}" for share in beside[name][form]) for name in ("end", "used"))
+        print(
+            f"| {form} | {mean(started[form]):.5f} | {', '.join(f'{v:.5f}' for v in values)} | {' | '.join(shares)} |"
+        )
     about = {"steps": STEPS, "rank": RANK, "seeds": list(SEEDS)}
-    return {**about, "start": dict(started), "end": dict(losses), "against_bf16": against}
+    losses_of = {"start": dict(started), "end": dict(losses), "used": dict(used)}
+    return {**about, **losses_of, "against_bf16": beside["end"], "used_against_bf16": beside["used"]}
 
 
-def train(folder: Path, form: str, seed: int) -> None:
-    """One LoRA."""
-    given = [f"data.shards={folder / 'latents'}", f"run={form}_{seed}", f"base.dtype={form}", f"seed={seed}"]
-    given += ["adapter=lora", f"adapter.rank={RANK}", f"adapter.alpha={RANK}", "precision=bf16", f"steps={STEPS}"]
-    given += ["batch_size=4", "tracker=jsonl", "optimizer.lr=1e-3", f"validation.every={STEPS}", "validation.clips=8"]
-    command(folder, "train.py", *given, WEIGHTS, "validation.points=4", f"checkpoint.every={STEPS}", "check_expert=off")
+def against(losses: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Each loss over that of the bf16 base with the same seed, less one."""
+    return {
+        form: [ours / theirs - 1 for ours, theirs in zip(values, losses["bf16"], strict=True)]
+        for form, values in losses.items()
+    }
+
+
+def validated(folder: Path, run: str, last: int) -> tuple[float, float]:
+    """Mean held-out loss of a run at step 0 and at step `last`."""
+    lines = (folder / "runs" / run / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for line in lines if (record := json.loads(line))["weights"] == "live"]
+    assert (records[0]["step"], records[-1]["step"]) == (0, last)
+    return tuple(torch.tensor(record["heldout"]).mean().item() for record in (records[0], records[-1]))  # type: ignore[return-value]
+
+
+def train(folder: Path, run: str, seed: int, *given: str) -> None:
+    """One LoRA; what is given wins over the study's settings."""
+    settings = [f"data.shards={folder / 'latents'}", f"run={run}", f"seed={seed}"]
+    settings += ["adapter=lora", "precision=bf16", f"steps={STEPS}"]
+    settings += [
+        "batch_size=4",
+        "tracker=jsonl",
+        "optimizer.lr=1e-3",
+        f"validation.every={STEPS}",
+        "validation.clips=8",
+    ]
+    settings += [WEIGHTS, "validation.points=4", f"checkpoint.every={STEPS}", "check_expert=off"]
+    named = {words.partition("=")[0] for words in given}
+    command(folder, "train.py", *(words for words in settings if words.partition("=")[0] not in named), *given)
 
 
 def command(folder: Path, name: str, *given: str) -> None:

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from wantrain.util.parts import Place, parts
+
 #: Elements of a piece: 128 MiB in float32, enough for a GPU to be busy with.
 PIECE = 1 << 25
 
@@ -133,10 +135,10 @@ class _ModulatedNorm(Exact):
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        width, places = x.shape[-1:], list(_pieces(x))
+        width, whole = x.shape[-1:], len(x) == 1 and x.numel() <= PIECE
         y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        hat, rstd = torch.empty_like(y) if keep and len(places) > 1 else None, x.new_empty(*x.shape[:-1], 1)
-        for row, part in places:
+        hat, rstd = torch.empty_like(y) if keep and not whole else None, x.new_empty(*x.shape[:-1], 1)
+        for row, part in _pieces(x):
             normed, _, rstd[row, part] = torch.native_layer_norm(x[row, part], width, None, None, eps)
             torch.addcmul(shift[row], normed, gain[row], out=y[row, part])
             if hat is not None:
@@ -255,12 +257,9 @@ def split(x_BTPD: Tensor, rows_RD: Tensor) -> Tensor:
     return x_BTPD.reshape(len(rows_RD), -1, x_BTPD.shape[-1])
 
 
-def _pieces(x: Tensor) -> Iterator[tuple[int, slice]]:
-    """(row, tokens) of pieces of at most PIECE elements."""
-    step = max(1, PIECE // x.shape[-1])
-    for row in range(len(x)):
-        for first in range(0, x.shape[1], step):
-            yield row, slice(first, first + step)
+def _pieces(x: Tensor) -> Iterator[Place]:
+    """Pieces of at most PIECE elements of x (R, P, D)."""
+    return parts(len(x), x.shape[1], max(1, PIECE // x.shape[-1]))
 
 
 def _pairs(x: Tensor, heads: int) -> Tensor:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wantrain.models.fused import Exact, affine_of, by_rows, gated_residual, split
+from wantrain.util.parts import parts
 
 #: Tokens for which the inside of a feed-forward network exists at a time: enough for a GPU to be busy with.
 PART = 2048
@@ -227,7 +228,7 @@ class _FeedForward(Exact):
         weights = first.weight(dtype), second.weight(dtype)
         result = flat.new_empty(len(flat), len(weights[1]))
         inner, narrow = first.product(flat, weights[0]) if keep else (None, None)
-        for part in _parts(len(flat)):
+        for _, part in parts(1, len(flat), PART):
             of_part = first.product(flat[part], weights[0])[0] if inner is None else inner[part]
             second.product(F.gelu(of_part, approximate="tanh"), weights[1], out=result[part])
         ctx.layers, ctx.shape, ctx.dtype = layers, x.shape, x.dtype
@@ -240,13 +241,13 @@ class _FeedForward(Exact):
         flat, hat, gain, shift, inner, narrow = ctx.saved_tensors
         of_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[_FIXED:]
         grad = grad.reshape(-1, grad.shape[-1])
-        sums = _Gradients(ctx.layers, grad.dtype, wanted)
+        sums = _Gradients(ctx.layers, grad.dtype, wanted, len(grad))
         grad_x = grad.new_empty(len(grad), sums.weights[0].shape[1]) if of_x else None
         # The products of a trained weight's gradient are not split: their parts would have to be summed in float32.
         whole = wanted[0] or wanted[4]
-        for part in [slice(None)] if whole else _parts(len(grad)):
+        for _, part in parts(1, len(grad), len(grad) if whole else PART):
             into = None if grad_x is None else grad_x[part]
-            sums.add(grad[part], inner[part], None if narrow is None else narrow[part], flat, into)
+            sums.add(part, grad[part], inner[part], None if narrow is None else narrow[part], flat, into)
         grad_x = None if grad_x is None else grad_x.view(ctx.shape).to(ctx.dtype)
         return grad_x, *(None,) * (_FIXED - 1), *sums.all(flat, hat, gain, shift)
 
@@ -276,11 +277,10 @@ class _Tail(Exact):
         rows, tokens = split(x, gate), split(y.to(dtype), gate)
         whole = torch.empty_like(x, memory_format=torch.contiguous_format)
         result = split(whole, gate)
-        for row in range(len(gate)):
-            for part in _parts(rows.shape[1]):
-                inner, _ = first.product(tokens[row, part], weights[0])
-                own, _ = second.product(F.gelu(inner, approximate="tanh"), weights[1])
-                torch.addcmul(rows[row, part], own, gate[row], out=result[row, part])
+        for row, part in parts(*rows.shape[:2], PART):
+            inner, _ = first.product(tokens[row, part], weights[0])
+            own, _ = second.product(F.gelu(inner, approximate="tanh"), weights[1])
+            torch.addcmul(rows[row, part], own, gate[row], out=result[row, part])
         ctx.layers, ctx.kept, ctx.shape, ctx.dtype, ctx.wide = layers, kept, y.shape, dtype, y.dtype
         return whole
 
@@ -289,14 +289,14 @@ class _Tail(Exact):
         y, hat, gain, shift, gate = ctx.kept[0].saved_tensors
         of_x, of_y, _, _, _, _, *wanted = ctx.needs_input_grad
         rows = split(grad, gate)
-        sums = _Gradients(ctx.layers, ctx.dtype, wanted)
+        sums = _Gradients(ctx.layers, ctx.dtype, wanted, rows.shape[:2].numel())
         grad_y = rows.new_empty(rows.shape, dtype=ctx.dtype) if of_y else None
         tokens = split(y, gate)
-        for row in range(len(gate)):
-            for part in _parts(rows.shape[1]):
-                own = torch.mul(rows[row, part], gate[row], out=torch.empty_like(tokens[row, part]))
-                inner, narrow = ctx.layers[0].product(tokens[row, part], sums.weights[0])
-                sums.add(own, inner, narrow, None, None if grad_y is None else grad_y[row, part])
+        for row, part in parts(*rows.shape[:2], PART):
+            own = torch.mul(rows[row, part], gate[row], out=torch.empty_like(tokens[row, part]))
+            inner, narrow = ctx.layers[0].product(tokens[row, part], sums.weights[0])
+            place = slice(row * rows.shape[1] + part.start, row * rows.shape[1] + part.stop)
+            sums.add(place, own, inner, narrow, None, None if grad_y is None else grad_y[row, part])
         grad_y = None if grad_y is None else grad_y.view(ctx.shape).to(ctx.wide)
         flat = y.flatten(0, 1) if hat is None else None
         return grad if of_x else None, grad_y, None, None, None, None, *sums.all(flat, hat, gain, shift)
@@ -305,15 +305,15 @@ class _Tail(Exact):
 class _Gradients:
     """The gradients of a feed-forward network's layers, part by part of the tokens."""
 
-    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype, wanted: Sequence[bool]) -> None:
-        self.layers, self.wanted = layers, wanted
+    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype, wanted: Sequence[bool], tokens: int) -> None:
+        self.layers, self.wanted, self.tokens = layers, wanted, tokens
         self.weights = layers[0].weight(dtype), layers[1].weight(dtype)
         self._sums: dict[int, Tensor] = {}
-        self._narrow: list[Tensor] = []
+        self._narrow: Tensor | None = None
 
-    def add(self, grad: Tensor, inner: Tensor, narrow: Any, x: Any, into: Tensor | None) -> None:
-        """Another part: the gradient of the second layer's output, what the first one gave, and its input where its
-        weight is trained. The gradient of that input is written `into` its place.
+    def add(self, place: slice, grad: Tensor, inner: Tensor, narrow: Any, x: Any, into: Tensor | None) -> None:
+        """The part at `place` among the tokens: the gradient of the second layer's output, what the first one gave, and
+        its input where its weight is trained. The gradient of that input is written `into` its place.
         """
         (first, second), wanted = self.layers, self.wanted
         up = second.narrow_gradient(grad)
@@ -332,8 +332,10 @@ class _Gradients:
         self._sum(0, middle.t(), x)
         self._sum(1, middle)
         self._sum(3, middle.t(), narrow)
-        if down is not None:
-            self._narrow.append(down)
+        if down is not None and self.wanted[2]:
+            if self._narrow is None:
+                self._narrow = down.new_empty(self.tokens, down.shape[1])
+            self._narrow[place] = down
         if into is not None:
             first.input_gradient(middle, down, self.weights[0], out=into)
 
@@ -350,8 +352,8 @@ class _Gradients:
 
     def all(self, flat: Any, hat: Any, gain: Any, shift: Any) -> list[Tensor | None]:
         """All of them, in the dtypes of what they belong to; from the network's input, or its parts."""
-        if self.wanted[2]:
-            self._sums[2] = _down_gradient(torch.cat(self._narrow), flat, hat, gain, shift)
+        if self._narrow is not None:
+            self._sums[2] = _down_gradient(self._narrow, flat, hat, gain, shift)
         return _as_trained([self._sums.get(number) for number in range(8)], self.layers)
 
 
@@ -379,11 +381,6 @@ def _as_trained(found: Sequence[Tensor | None], layers: Sequence[Layer]) -> list
     return [
         None if grad is None or own is None else grad.to(own.dtype) for grad, own in zip(found, trained, strict=True)
     ]
-
-
-def _parts(tokens: int) -> list[slice]:
-    """Parts of at most PART tokens."""
-    return [slice(first, first + PART) for first in range(0, tokens, PART)]
 
 
 def _own(base: nn.Linear) -> tuple[Tensor | None, Tensor | None]:

@@ -16,6 +16,7 @@ Only these are suppressed, and only during such an import. All other messages of
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import sys
@@ -53,13 +54,20 @@ SUPPRESSED: dict[str, Judge] = {
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around an import that may import torchao or bitsandbytes: the messages in SUPPRESSED are not logged."""
+    """Around an import that may import torchao or bitsandbytes: the messages in SUPPRESSED are not logged. The garbage
+    collector rests meanwhile, which takes a third off such an import, and passes over what it made later.
+    """
+    collects = gc.isenabled()
+    gc.disable()
     filters = {name: lambda record, judge=judge: not judge(record) for name, judge in SUPPRESSED.items()}
     for name, keeps in filters.items():
         logging.getLogger(name).addFilter(keeps)
     try:
         yield
     finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
         for name, keeps in filters.items():
             logging.getLogger(name).removeFilter(keeps)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from wantrain import config
+from wantrain.models import fused, linear
 from wantrain.training.initialize import without_values
+from wantrain.training.planning import trace
 from wantrain.training.planning.memory import UpdateBytes
 from wantrain.training.planning.outline import find_clips
 from wantrain.training.planning.plan import CUDA, GB, Choice, Sizes
@@ -19,6 +22,7 @@ from wantrain.training.planning.roofline import Work
 from wantrain.training.planning.search import FILL, Case, cheapest, fits
 from wantrain.training.planning.trace import Sample, between, trace_blocks, trace_step, with_blocks
 from wantrain.training.planning.trial_step import largest, out_of_memory
+from wantrain.util import parts
 from wantrain.util.cards import CARDS, Card, find_card
 
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "memory.py"
@@ -48,6 +52,22 @@ def test_extrapolation(recompute):
     assert (kept, kept + costs.backward) == (five.kept, five.backward)
     moved = costs.moved_outside + 5 * (costs.moved_forward_block + costs.moved_backward_block)
     assert moved == five.moved_forward + five.moved_backward
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_parts_left_out(adapter, monkeypatch):
+    """A trace that leaves out parts of loops gives the memory of the whole loops, and what they move within 1 %."""
+    setting = memory.Setting(adapter, "block", "bf16", (1, 5, 16, 16))
+    module = without_values(lambda: memory.build(setting))
+    monkeypatch.setattr(linear, "PART", 50)  # of 320 tokens: six parts, and one of 20
+    monkeypatch.setattr(fused, "PIECE", 60 * 256)
+    traced = []
+    for shorten in (parts.shortened, lambda counts: nullcontext()):
+        monkeypatch.setattr(trace, "shortened", shorten)
+        traced.append(trace_step(with_blocks(module, 2, "block"), Sample(setting.latents, False, "bf16")))
+    short, whole = traced
+    assert short.moved_backward == pytest.approx(whole.moved_backward, rel=0.01)
+    assert replace(short, moved_backward=0) == replace(whole, moved_backward=0)
 
 
 def test_shapes_stay(setting=SETTINGS[0]):
