@@ -277,7 +277,7 @@ class _Tail(Exact):
         rows, tokens = split(x, gate), split(y.to(dtype), gate)
         whole = torch.empty_like(x, memory_format=torch.contiguous_format)
         result = split(whole, gate)
-        for row, part in parts(*rows.shape[:2], PART):
+        for row, part in parts(len(rows), rows.shape[1], PART):
             inner, _ = first.product(tokens[row, part], weights[0])
             own, _ = second.product(F.gelu(inner, approximate="tanh"), weights[1])
             torch.addcmul(rows[row, part], own, gate[row], out=result[row, part])
@@ -292,7 +292,7 @@ class _Tail(Exact):
         sums = _Gradients(ctx.layers, ctx.dtype, wanted, rows.shape[:2].numel())
         grad_y = rows.new_empty(rows.shape, dtype=ctx.dtype) if of_y else None
         tokens = split(y, gate)
-        for row, part in parts(*rows.shape[:2], PART):
+        for row, part in parts(len(rows), rows.shape[1], PART):
             own = torch.mul(rows[row, part], gate[row], out=torch.empty_like(tokens[row, part]))
             inner, narrow = ctx.layers[0].product(tokens[row, part], sums.weights[0])
             place = slice(row * rows.shape[1] + part.start, row * rows.shape[1] + part.stop)
