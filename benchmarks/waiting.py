@@ -1,0 +1,97 @@
+"""How threads should wait for each other: python benchmarks/waiting.py
+
+wan-tiny's VAE encodes a clip of 17x64x64 over and over, in fresh processes: with one thread, and with one per core, of
+which those that wait sleep (OMP_WAIT_POLICY=PASSIVE, which wantrain sets) or spin (the default of OpenMP). Each runs
+alone and beside another process that uses all cores, turn by turn. Prints frames per second and writes
+waiting.json beside this file. "Alone" is true only on a machine where nothing else runs; its load is written too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+from wantrain.util.distributed import cores
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS, ROUNDS, FRAMES = 6.0, 3, 17
+#: Ways of computing: name -> threads (None: one per core), what the environment says of waiting.
+WAYS: dict[str, tuple[int | None, str]] = {
+    "one thread": (1, "PASSIVE"),
+    "threads that sleep": (None, "PASSIVE"),
+    "threads that spin": (None, ""),
+}
+PLACES = ("alone", "beside another")
+
+
+def main() -> None:
+    """Measure all ways in both places, or with --encode be one of the processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--encode", type=int, metavar="THREADS", help="encode until SECONDS are over, and print frames/s"
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    if options.encode is not None:
+        print(encode(options.encode))
+        return
+    load = os.getloadavg()[0]
+    found: dict[str, list[float]] = defaultdict(list)
+    for _ in range(options.rounds):
+        for place in PLACES:
+            for way, (threads, policy) in WAYS.items():
+                found[f"{way}, {place}"].append(measured(threads, policy, beside=place != "alone"))
+    for name, rates in found.items():
+        print(f"{name}: {median(rates):.0f} frames/s ({', '.join(f'{rate:.0f}' for rate in rates)})")
+    result = {"frames_per_second": dict(found), "cores": cores(), "load_before": load}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def measured(threads: int | None, policy: str, *, beside: bool) -> float:
+    """Frames per second of one process, with another that spins on all cores or without."""
+    other = started(cores(), "") if beside else None
+    try:
+        answer, _ = started(threads or cores(), policy).communicate()
+        return float(answer)
+    finally:
+        if other is not None:
+            other.kill()
+            other.wait()
+
+
+def started(threads: int, policy: str) -> subprocess.Popen[str]:
+    """A process of this file that encodes."""
+    environment = {key: value for key, value in os.environ.items() if key not in {"OMP_WAIT_POLICY", "OMP_NUM_THREADS"}}
+    # Without a policy wantrain would set its own: a spin count in its place is OpenMP's default.
+    environment |= {"OMP_WAIT_POLICY": policy} if policy else {"GOMP_SPINCOUNT": "300000"}
+    words = [sys.executable, __file__, "--encode", str(threads)]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def encode(threads: int) -> float:
+    """Frames per second of wan-tiny's VAE."""
+    import torch  # not before OMP_WAIT_POLICY is read
+
+    from wantrain.models import Base
+
+    torch.set_num_threads(threads)
+    vae = Base(ROOT / "assets" / "wan-tiny").vae()
+    pixels = torch.rand(1, 3, FRAMES, 64, 64) * 2 - 1
+    with torch.no_grad():
+        vae.encode(pixels)
+        begin, clips = time.perf_counter(), 0
+        while (seconds := time.perf_counter() - begin) < SECONDS:
+            vae.encode(pixels)
+            clips += 1
+    return clips * FRAMES / seconds
+
+
+if __name__ == "__main__":
+    main()
