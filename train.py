@@ -13,7 +13,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from wantrain import auto, checks, config
-from wantrain.data.loading.sampler import BatchSampler
 from wantrain.demo.shards import make_own_data
 from wantrain.runs.folder import RunFolder
 from wantrain.training import build, encoder_check
@@ -66,7 +65,7 @@ def train(cfg: DictConfig) -> None:
     data, folder = config.build(cfg.data), RunFolder(Path(cfg.runs) / cfg.run)
     say(forecast.start(data, placement.engine, placement.device))
     encoder_check.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)
-    steps = estimate.run_length(BatchSampler.of(data, batch_size=cfg.batch_size, seed=cfg.seed), **forecast.length)
+    steps = estimate.run_length(batching.order(data, cfg.seed), **forecast.length)
     texts = preview_texts(data, settings, placement, base, dtype)  # before experts leave the device no room
     setup = RunSetup(settings, experts, forecast.alternation, batching, data, base, placement, folder, dtype, steps)
     initializers = build.build_initializers(setup)

@@ -1,4 +1,4 @@
-"""The records that travel from the data to the loss: Batch for transformers, PixelBatch for VAEs."""
+"""The records that travel from the data to the loss: Batch and PackedBatch for transformers, PixelBatch for VAEs."""
 
 from __future__ import annotations
 
@@ -62,6 +62,11 @@ class Batch(BaseBatch):
         return len(self.ids)
 
     @property
+    def parts(self) -> tuple[Batch, ...]:
+        """The batches of one shape each that it consists of: itself."""
+        return (self,)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the whole batch, as the transformer counts them."""
         return len(self) * geometry.num_tokens(self.latents_BCTHW.shape[2:])
@@ -74,6 +79,33 @@ class Batch(BaseBatch):
     def num_frames(self, temporal_stride: int) -> int:
         """Pixel frames of one sample."""
         return geometry.pixel_frames(self.latents_BCTHW.shape[2], temporal_stride)
+
+
+@dataclass(frozen=True)
+class PackedBatch(BaseBatch):
+    """Samples of several buckets, which the transformer computes as one sequence: a batch for each bucket.
+
+    weight  what the mean over its samples counts in the mean over the step's passes: all samples of the step count
+            alike, although passes differ in how many they have
+    most    the most samples that a process has in this step
+    """
+
+    parts: tuple[Batch, ...]
+    weight: float
+    most: int
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """One name per sample, as in the manifest."""
+        return tuple(name for part in self.parts for name in part.ids)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Place of each sample in the order of the whole run."""
+        return tuple(position for part in self.parts for position in part.positions)
 
 
 @dataclass(frozen=True)
@@ -93,6 +125,11 @@ class PixelBatch(BaseBatch):
         return len(self.ids)
 
     @property
+    def parts(self) -> tuple[PixelBatch, ...]:
+        """As `Batch.parts`."""
+        return (self,)
+
+    @property
     def num_tokens(self) -> int:
         """0: a VAE has no tokens."""
         return 0
@@ -108,17 +145,23 @@ class PixelBatch(BaseBatch):
 
 
 #: What the loop passes from the data to the loss: they agree on which it is.
-AnyBatch = Batch | PixelBatch
+AnyBatch = Batch | PackedBatch | PixelBatch
 
 
 def map_tensors(record: object, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """`change` of every tensor among a record's fields, in mappings of tensors too, by the field's name."""
+    """`change` of every tensor among a record's fields, by the field's name: in mappings and tuples of tensors, and in
+    tuples of batches, too.
+    """
     changed: dict[str, Any] = {}
     for name, value in vars(record).items():
         if isinstance(value, Tensor):
             changed[name] = change(value)
         elif isinstance(value, Mapping):
             changed[name] = {key: change(tensor) for key, tensor in value.items()}
+        elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+            changed[name] = tuple(map(change, value))
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseBatch):
+            changed[name] = tuple(replace(each, **map_tensors(each, change)) for each in value)
     return changed
 
 

@@ -132,6 +132,7 @@ def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], Non
 
     judge(lambda: _check_experts(cfg))
     judge(lambda: config.batching(cfg, processes))
+    judge(lambda: _check_packs(cfg))
     judge(lambda: _check_length(cfg))
     judge(lambda: check_name(cfg.run))
     judge(lambda: _check_adapter(cfg))
@@ -167,6 +168,21 @@ def _check_memory(cfg: DictConfig) -> None:
         )
     if cfg.swap.blocks not in (0, "auto"):
         check_swap(cfg.swap.blocks, policy.recomputed)
+
+
+def _check_packs(cfg: DictConfig) -> None:
+    """What clips of several sizes in one batch do not go together with."""
+    if cfg.batch_tokens is None or cfg.expert.name == "vae":
+        return
+    packs = f"batch_tokens={cfg.batch_tokens} computes clips of several sizes at once"
+    if cfg.compile != "none":
+        raise ValueError(f"{packs}, for which a compiled block is not made; give compile=none, or batch_size=")
+    if cfg.loss.get("stratified"):
+        raise ValueError(f"{packs}, and as many as fit; loss.stratified=true needs batch_size=")
+    if not getattr(config.named(cfg.loss._target_), "packs", False):
+        raise ValueError(f"{packs}, which {cfg.loss._target_} cannot; give batch_size=")
+    if not getattr(config.named(cfg.model.transformer._target_), "packs", False):
+        raise ValueError(f"{packs}, which {cfg.model.transformer._target_} cannot; give batch_size=")
 
 
 def _check_previews(cfg: DictConfig) -> None:
@@ -279,6 +295,8 @@ def _check_updates(cfg: DictConfig, processes: int) -> None:
     if not cfg.update_in_backward:
         return
     if (batching := config.batching(cfg, processes)).accumulate > 1:
+        if batching.tokens:
+            raise ValueError("update_in_backward=true: each backward pass of a step would update; give accumulate=1")
         raise ValueError(
             f"update_in_backward=true: each of the {batching.accumulate} backward passes of a step would update; give "
             f"batch_size={batching.micro * processes}, or accumulate=1 if that many samples fit at once"

@@ -328,8 +328,7 @@ def batching(cfg: DictConfig, processes: int) -> Batching:
     """How a step's samples are shared out over backward passes and `processes`; ValueError if they cannot be."""
     from wantrain.training.batching import Batching
 
-    micro = cfg.model.train.micro_batch
-    return Batching.of(cfg.batch_size, accumulate=cfg.accumulate, micro_batch=micro, processes=processes)
+    return Batching.of_settings(cfg, processes)
 
 
 def has_base(cfg: DictConfig) -> bool:

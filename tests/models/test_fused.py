@@ -92,7 +92,7 @@ def test_modulated_norm_frozen(trained):
 def test_affine():
     """What the norm returns is its affine parts' value, to the rounding of what is kept."""
     _, y = modulated_norm(drawn(2, 3, 5, WIDTH), drawn(2, 3, WIDTH), drawn(2, 3, WIDTH), 1e-6, torch.float32)
-    hat, gain, shift = fused.affine_of(y)
+    hat, gain, shift, _ = fused.affine_of(y)
     torch.testing.assert_close((hat * gain[:, None] + shift[:, None]).view_as(y), y)
     assert not hat.requires_grad and fused.affine_of(y + 1) is None
     with torch.no_grad():

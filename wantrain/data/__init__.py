@@ -14,6 +14,7 @@ from wantrain.data.latents.encoding import encode_shards
 from wantrain.data.latents.options import EncodeOptions, Encoders
 from wantrain.data.loading.dataset import LatentData
 from wantrain.data.loading.mixture import MixedData, check_sets
+from wantrain.data.loading.packs import Pack, PackSampler
 from wantrain.data.loading.pixel_dataset import PixelData
 from wantrain.data.loading.protocol import TrainingData
 from wantrain.data.loading.sampler import BatchSampler, share
@@ -36,6 +37,8 @@ __all__ = [
     "FrameOptions",
     "LatentData",
     "MixedData",
+    "Pack",
+    "PackSampler",
     "PixelData",
     "ShardOptions",
     "TrainingData",

@@ -6,13 +6,14 @@ It knows no expert and no task: an expert is a noise window, a task is the condi
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from wantrain import flow
-from wantrain.batch import Batch
+from wantrain.batch import Batch, PackedBatch
 from wantrain.geometry import num_tokens
 from wantrain.losses.record import Draws, Loss, LossFunction, Model, NoiseLevelValidation
 from wantrain.losses.shifts import ShiftByTokens
@@ -29,8 +30,10 @@ class FlowMatching(LossFunction):
     weighting   weight per sample by its sigma: "none" (Wan), another name of losses.weighting, or a callable
     huber       null: squared error; else the error of an element above which it counts linearly (see `distance`)
     stratified  share the distribution out over a step: each sample of the global batch draws from its own equal part
-    batch_size, seed  the run's, by which samples find their parts
+    batch_size, seed  the run's, by which samples find their parts; a run of batch_tokens has no batch size
     """
+
+    packs = True
 
     def __init__(
         self,
@@ -42,39 +45,48 @@ class FlowMatching(LossFunction):
         weighting: str | Weighting = "none",
         huber: float | None = None,
         stratified: bool = False,
-        batch_size: int = 1,
+        batch_size: int | None = 1,
         seed: int = 0,
     ) -> None:
         if huber is not None and not huber > 0:
             raise ValueError(f"loss.huber={huber} must be above 0; null is the squared error")
+        if stratified and batch_size is None:
+            raise ValueError("loss.stratified=true shares a step out over its samples, and batch_size=null; give it")
         self.density, self.shift, self.weighting, self.huber = density, shift, weighting, huber
         self.stratified, self.batch_size, self.seed = stratified, batch_size, seed
         self.window: flow.NoiseWindow = flow.NoiseWindow(low, high)
         self.weight = weighting_named(weighting)
         self.quadrature(1)  # refuses a bad density or shift, or a window without mass, at once
 
-    def prepare(self, batch: Batch, generators: Sequence[torch.Generator]) -> Draws:
+    def prepare(self, batch: Batch | PackedBatch, generators: Sequence[torch.Generator]) -> Draws:
         """Sample i draws its sigma, then its noise, from generators[i]; on the host."""
-        return Draws(generators, self.draw(batch, generators), draw_noise(batch.latents_BCTHW, generators))
+        left = iter(generators)
+        each = [(part, [*itertools.islice(left, len(part))]) for part in batch.parts]
+        sigma = torch.cat([self.draw(*own) for own in each])
+        noise = tuple(draw_noise(part.latents_BCTHW, own) for part, own in each)
+        return Draws(generators, sigma, noise if isinstance(batch, PackedBatch) else noise[0])
 
-    def __call__(self, model: Model, batch: Batch, draws: Draws) -> Loss:
+    def __call__(self, model: Model, batch: Batch | PackedBatch, draws: Draws) -> Loss:
         """Loss of one batch, on the device that batch and draws are on."""
         sigma, noise = draws.sigma, draws.noise_BCTHW
         assert sigma is not None and noise is not None, "made by `prepare`"
         error = velocity_error(model, batch, sigma, noise, huber=self.huber)
         weighted = error * self.weight(sigma)
-        return Loss(weighted.mean(), error.detach(), sigma)
+        mean = weighted.mean() * batch.weight if isinstance(batch, PackedBatch) else weighted.mean()
+        return Loss(mean, error.detach(), sigma)
 
     def draw(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
         """The sigma of each sample, (B,), from the expert's distribution."""
         p = torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
         if self.stratified:
+            assert self.batch_size is not None
             p = (self._strata(batch.positions) + p) / self.batch_size
         shift = self.shift_for(num_tokens(batch.latents_BCTHW.shape[2:]))
         return flow.sigma_quantiles(p, density=self.density, shift=shift, window=self.window)
 
     def _strata(self, positions: Sequence[int]) -> Tensor:
         """Which of `batch_size` equal parts of the distribution each position draws from: a permutation per step."""
+        assert self.batch_size is not None
         steps = [divmod(position, self.batch_size) for position in positions]
         return torch.tensor([_permutation(self.seed, step, self.batch_size)[place] for step, place in steps])
 
@@ -131,15 +143,43 @@ def distance(difference: Tensor, huber: float | None) -> Tensor:
 
 
 def velocity_error(
-    model: Model, batch: Batch, sigma: Tensor, noise_BCTHW: Tensor, *, huber: float | None = None
+    model: Model,
+    batch: Batch | PackedBatch,
+    sigma: Tensor,
+    noise_BCTHW: Tensor | tuple[Tensor, ...],
+    *,
+    huber: float | None = None,
 ) -> Tensor:
     """Velocity error (squared, or Huber's) of each sample, (B,) float32, over its noised frames."""
-    x0 = batch.latents_BCTHW
-    level = flow.noised(sigma.to(x0.device), batch.noised_BT)
-    noisy = flow.path(x0, noise_BCTHW, level)
-    timestep = flow.TIMESTEPS * level
-    predicted = model(noisy, timestep, batch.text_BLD, **batch.conditioning)
-    error_BT = distance(predicted.float() - flow.velocity(x0, noise_BCTHW), huber).mean(dim=(1, 3, 4))
+    if isinstance(batch, PackedBatch):
+        return _packed_error(model, batch.parts, sigma, tuple(noise_BCTHW), huber)
+    assert isinstance(noise_BCTHW, Tensor)
+    predicted = model(*_noised(batch, sigma, noise_BCTHW), batch.text_BLD, **batch.conditioning)
+    return _error(predicted, batch, noise_BCTHW, huber)
+
+
+def _packed_error(
+    model: Model, parts: Sequence[Batch], sigma: Tensor, noises: Sequence[Tensor], huber: float | None
+) -> Tensor:
+    """`velocity_error` of batches of different shapes, which the model takes as tuples."""
+    sigmas = sigma.split([len(part) for part in parts])
+    noisy, timesteps = zip(*map(_noised, parts, sigmas, noises), strict=True)
+    conditioning = {name: tuple(part.conditioning[name] for part in parts) for name in parts[0].conditioning}
+    predicted = model(noisy, timesteps, tuple(part.text_BLD for part in parts), **conditioning)
+    each = zip(predicted, parts, noises, strict=True)
+    return torch.cat([_error(own, part, noise, huber) for own, part, noise in each])
+
+
+def _noised(batch: Batch, sigma: Tensor, noise_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy latents, and their timesteps: (B,), or (B, T) where frames are given clean."""
+    level = flow.noised(sigma.to(batch.latents_BCTHW.device), batch.noised_BT)
+    return flow.path(batch.latents_BCTHW, noise_BCTHW, level), flow.TIMESTEPS * level
+
+
+def _error(predicted: Tensor, batch: Batch, noise_BCTHW: Tensor, huber: float | None) -> Tensor:
+    """The error of each sample's prediction, (B,)."""
+    difference = predicted.float() - flow.velocity(batch.latents_BCTHW, noise_BCTHW)
+    error_BT = distance(difference, huber).mean(dim=(1, 3, 4))
     if batch.noised_BT is None:
         return error_BT.mean(dim=1)
     return (error_BT * batch.noised_BT).sum(dim=1) / batch.noised_BT.sum(dim=1)

@@ -22,12 +22,12 @@ class Draws:
 
     generators   one per sample, whose next numbers are for what can only be drawn after the forward pass
     sigma        (B,) noise levels; None for a loss without any
-    noise_BCTHW  standard normal noise of the latents' shape; None likewise
+    noise_BCTHW  standard normal noise of the latents' shape; None likewise. Of a PackedBatch one tensor for each part
     """
 
     generators: Sequence[torch.Generator]
     sigma: Tensor | None = None
-    noise_BCTHW: Tensor | None = None
+    noise_BCTHW: Tensor | tuple[Tensor, ...] | None = None
 
     def to(self, device: torch.device | str) -> Draws:
         """The same on another device; generators stay on the host, so that every device sees the same numbers."""
@@ -79,17 +79,20 @@ class ClipValidation:
 class LossFunction:
     """A loss: `prepare` draws what is random, on the host; a call computes, on the device. A new loss subclasses it.
 
-    Its batches are those of the data it goes with: `Batch`, or `PixelBatch` for a VAE.
+    Its batches are those of the data it goes with: `Batch`, or `PixelBatch` for a VAE; where it `packs`, `PackedBatch`
+    too.
 
     window    the noise levels that its draws lie in; None for a loss without noise levels
     networks  frozen networks that it needs besides the one in training; the run gives them by `attach`:
               "reference", the network as the run started from it
     mass      share of all noise that falls into the window; None where that has no meaning
+    packs     True if it takes clips of several sizes as one batch: batch_tokens=
     """
 
     window: flow.NoiseWindow | None = None
     networks: tuple[str, ...] = ()
     mass: float | None = None
+    packs: bool = False
 
     def attach(self, networks: Mapping[str, Model]) -> None:
         """Take the frozen networks that `networks` names, before the first step."""

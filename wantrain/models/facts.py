@@ -8,6 +8,7 @@ fp32_parts       parts of names of parameters that stay float32 whatever dtype t
 zero_at_start    ends of names of parameters that a trained model may hold as zeros
 adapter_targets  groups of linear layers that an adapter can be put beside: name -> pattern of module names
 tags             groups of parameters that can be trained by themselves (see Tags)
+packs            True if forward takes tuples of tensors too, clips of several sizes as one sequence
 sequence_plan    where the tokens may be split over processes (see SequencePlan)
 
 An instance calls its repeated blocks through its attribute `run_block` (see BlockRunner).

@@ -5,6 +5,9 @@ what cannot be had again cheaply, and work piece by piece, so that float32 copie
 Products that are only summed are rounded to that dtype, and summed in float32. Each is a pair: the function, and the
 same in plain operations (`plain_*`), which is what a compiler is given and what tests compare with.
 
+In a sequence of clips of different sizes (packing.py) the tokens of a row of modulation are not equally many: there x
+is (1, 1, L, D), modulation (1, R, D), and `lengths` are the tokens of each row.
+
 Tensor suffixes: R rows of modulation, P tokens that share one, D width; B batch, T latent frames, L = T*P tokens, N
 heads, K head width (rotary tables: K/2).
 """
@@ -19,22 +22,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from wantrain.util.parts import Place, parts
+from wantrain.util.parts import Place, parts, parts_of
 
 #: Elements of a piece: 128 MiB in float32, enough for a GPU to be busy with.
 PIECE = 1 << 25
+#: Tokens of each row of modulation, where they are not equally many.
+Lengths = tuple[int, ...]
 
 
 class Affine(NamedTuple):
     """A normalised tensor in the parts it is made of: hat * gain + shift, with `hat` in the dtype of the result.
 
     Linear layers beside which an adapter trains keep these parts instead of the tensor (linear.py): `hat` is kept for
-    the norm's backward anyway.
+    the norm's backward anyway. With `lengths`, hat is (1, L, D).
     """
 
     hat_RPD: Tensor
     gain_RD: Tensor
     shift_RD: Tensor
+    lengths: Lengths | None
 
 
 def affine_of(x: Tensor) -> Affine | None:
@@ -43,7 +49,12 @@ def affine_of(x: Tensor) -> Affine | None:
 
 
 def modulated_norm(
-    x_BTPD: Tensor, gain_BTD: Tensor, shift_BTD: Tensor, eps: float, dtype: torch.dtype
+    x_BTPD: Tensor,
+    gain_BTD: Tensor,
+    shift_BTD: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    lengths: Lengths | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`x` as it is, and its layer norm times gain plus shift, computed in x's dtype and rounded to `dtype`.
 
@@ -51,34 +62,42 @@ def modulated_norm(
     returns      x, and y (B, T*P, D). Go on with this x: so the norm adds to its gradient in place of autograd
     """
     if torch.compiler.is_compiling():
-        return x_BTPD, plain_modulated_norm(x_BTPD, gain_BTD, shift_BTD, eps, dtype).flatten(1, 2)
+        return x_BTPD, plain_modulated_norm(x_BTPD, gain_BTD, shift_BTD, eps, dtype, lengths).flatten(1, 2)
     rows = (gain_BTD, shift_BTD)
     keep = torch.is_grad_enabled() and any(each.requires_grad for each in (x_BTPD, *rows))
     gain_RD, shift_RD = (by_rows(x_BTPD, each) for each in rows)
-    x, y, hat = _ModulatedNorm.apply(split(x_BTPD, gain_RD), gain_RD, shift_RD, eps, dtype, keep)
+    x, y, hat = _ModulatedNorm.apply(split(x_BTPD, gain_RD, lengths), gain_RD, shift_RD, eps, dtype, lengths, keep)
     x, y = x.view_as(x_BTPD), y.view_as(x_BTPD).flatten(1, 2)
     if hat is not None:
-        y.affine = Affine(hat, gain_RD.detach(), shift_RD.detach())
+        y.affine = Affine(hat, gain_RD.detach(), shift_RD.detach(), lengths)
     return x, y
 
 
-def plain_modulated_norm(x_BTPD: Tensor, gain_BTD: Tensor, shift_BTD: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def plain_modulated_norm(
+    x_BTPD: Tensor,
+    gain_BTD: Tensor,
+    shift_BTD: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    lengths: Lengths | None = None,
+) -> Tensor:
     """The second result of `modulated_norm`, in plain operations."""
     normed = F.layer_norm(x_BTPD, x_BTPD.shape[-1:], eps=eps)
-    return (normed * gain_BTD.unsqueeze(2) + shift_BTD.unsqueeze(2)).to(dtype)
+    gain, shift = (_per_token(row, lengths) for row in (gain_BTD, shift_BTD))
+    return (normed * gain + shift).to(dtype)
 
 
-def gated_residual(x_BTPD: Tensor, y_BLD: Tensor, gate_BTD: Tensor) -> Tensor:
+def gated_residual(x_BTPD: Tensor, y_BLD: Tensor, gate_BTD: Tensor, lengths: Lengths | None = None) -> Tensor:
     """x + y * gate in x's dtype; `gate` as in `modulated_norm`. Keeps `y` only where the gate has a gradient."""
     if torch.compiler.is_compiling():
-        return plain_gated_residual(x_BTPD, y_BLD, gate_BTD)
-    result: Tensor = _GatedResidual.apply(x_BTPD, y_BLD, by_rows(x_BTPD, gate_BTD))
+        return plain_gated_residual(x_BTPD, y_BLD, gate_BTD, lengths)
+    result: Tensor = _GatedResidual.apply(x_BTPD, y_BLD, by_rows(x_BTPD, gate_BTD), lengths)
     return result
 
 
-def plain_gated_residual(x_BTPD: Tensor, y_BLD: Tensor, gate_BTD: Tensor) -> Tensor:
+def plain_gated_residual(x_BTPD: Tensor, y_BLD: Tensor, gate_BTD: Tensor, lengths: Lengths | None = None) -> Tensor:
     """The same in plain operations."""
-    return x_BTPD + y_BLD.view_as(x_BTPD) * gate_BTD.unsqueeze(2)
+    return x_BTPD + y_BLD.view_as(x_BTPD) * _per_token(gate_BTD, lengths)
 
 
 def norm_rotate(x_BLD: Tensor, weight_D: Tensor, eps: float, heads: int, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -132,17 +151,18 @@ class Exact(torch.autograd.Function):
 class _ModulatedNorm(Exact):
     @staticmethod
     def _forward(
-        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, keep: bool
+        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, lengths: Any, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        width, whole = x.shape[-1:], len(x) == 1 and x.numel() <= PIECE
+        ctx.lengths = lengths
+        width, whole = x.shape[-1:], len(gain) == 1 and x.numel() <= PIECE
         y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         hat, rstd = torch.empty_like(y) if keep and not whole else None, x.new_empty(*x.shape[:-1], 1)
-        for row, part in _pieces(x):
-            normed, _, rstd[row, part] = torch.native_layer_norm(x[row, part], width, None, None, eps)
-            torch.addcmul(shift[row], normed, gain[row], out=y[row, part])
+        for place, row in pieces(x, lengths):
+            normed, _, rstd[place] = torch.native_layer_norm(x[place], width, None, None, eps)
+            torch.addcmul(shift[row], normed, gain[row], out=y[place])
             if hat is not None:
-                hat[row, part] = normed
+                hat[place] = normed
             elif keep:
                 hat = normed.to(dtype)[None]
         ctx.save_for_backward(hat, rstd, gain)
@@ -153,16 +173,16 @@ class _ModulatedNorm(Exact):
     @staticmethod
     def _backward(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
-            return grad_x, None, None, None, None, None
+            return grad_x, None, None, None, None, None, None
         hat, rstd, gain = ctx.saved_tensors
         of_x, of_gain, of_shift = ctx.needs_input_grad[:3]
         result = torch.empty_like(hat, dtype=gain.dtype) if of_x else None
         sums = [torch.zeros_like(gain) if wanted else None for wanted in (of_gain, of_shift)]
-        for row, part in _pieces(hat):
-            ones = torch.ones_like(rstd[row, part])
+        for place, row in pieces(hat, ctx.lengths):
+            ones = torch.ones_like(rstd[place])
             normed, *rows = torch.ops.aten.native_layer_norm_backward(
-                grad_y[row, part].to(gain.dtype),
-                hat[row, part].to(gain.dtype),
+                grad_y[place].to(gain.dtype),
+                hat[place].to(gain.dtype),
                 hat.shape[-1:],
                 torch.zeros_like(ones),
                 ones,
@@ -171,38 +191,43 @@ class _ModulatedNorm(Exact):
                 [of_x, of_gain, of_shift],
             )
             if result is not None and grad_x is not None:
-                torch.addcmul(grad_x[row, part], normed, rstd[row, part], out=result[row, part])
+                torch.addcmul(grad_x[place], normed, rstd[place], out=result[place])
             elif result is not None:
-                torch.mul(normed, rstd[row, part], out=result[row, part])
+                torch.mul(normed, rstd[place], out=result[place])
             for total, own in zip(sums, rows, strict=True):
                 if total is not None:
                     total[row] += own
-        return result, *sums, None, None, None
+        return result, *sums, None, None, None, None
 
 
 class _GatedResidual(Exact):
     @staticmethod
-    def _forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = y.shape, y.dtype
+    def _forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, lengths: Any) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.lengths = y.shape, y.dtype, lengths
         ctx.save_for_backward(y if gate.requires_grad else None, gate)
         result = torch.empty_like(x, memory_format=torch.contiguous_format)  # no view: FSDP2 warns of blocks' views
-        torch.addcmul(split(x, gate), split(y, gate), gate.unsqueeze(1), out=split(result, gate))
+        rows, tokens, into = (split(each, gate, lengths) for each in (x, y, result))
+        if lengths is None:
+            torch.addcmul(rows, tokens, gate.unsqueeze(1), out=into)
+            return result
+        for place, row in pieces(rows, lengths):
+            torch.addcmul(rows[place], tokens[place], gate[row], out=into[place])
         return result
 
     @staticmethod
     def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, gate = ctx.saved_tensors
-        of_x, of_y, of_gate = ctx.needs_input_grad
-        rows, y = split(grad, gate), None if y is None else split(y, gate)
+        of_x, of_y, of_gate, _ = ctx.needs_input_grad
+        rows, y = split(grad, gate, ctx.lengths), None if y is None else split(y, gate, ctx.lengths)
         grad_y = torch.empty(rows.shape, dtype=ctx.dtype, device=rows.device) if of_y else None
         grad_gate = torch.zeros_like(gate) if of_gate else None
-        for row, part in _pieces(rows):
+        for place, row in pieces(rows, ctx.lengths):
             if grad_y is not None:
-                torch.mul(rows[row, part], gate[row], out=grad_y[row, part])
+                torch.mul(rows[place], gate[row], out=grad_y[place])
             if grad_gate is not None and y is not None:
-                product = torch.mul(rows[row, part], y[row, part], out=torch.empty_like(y[row, part]))
+                product = torch.mul(rows[place], y[place], out=torch.empty_like(y[place]))
                 grad_gate[row] += product.sum(0, dtype=gate.dtype)
-        return grad if of_x else None, None if grad_y is None else grad_y.view(ctx.shape), grad_gate
+        return grad if of_x else None, None if grad_y is None else grad_y.view(ctx.shape), grad_gate, None
 
 
 class _NormRotate(Exact):
@@ -211,14 +236,14 @@ class _NormRotate(Exact):
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
         rstd = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        for row, part in _pieces(x):
-            scaled = x[row, part] * weight
+        for place, _ in pieces(x):
+            scaled = x[place] * weight
             if cos is None:
-                torch.mul(scaled, rstd[row, part], out=result[row, part])
+                torch.mul(scaled, rstd[place], out=result[place])
             else:
-                turns = torch.complex(cos[part], sin[part]).mul_(rstd[row, part])
+                turns = torch.complex(cos[place[1]], sin[place[1]]).mul_(rstd[place])
                 _pairs(scaled, heads).mul_(turns.unsqueeze(1))
-                result[row, part] = scaled
+                result[place] = scaled
         ctx.heads = heads
         ctx.save_for_backward(x, weight, rstd, cos, sin)
         return result.unflatten(-1, (heads, -1))
@@ -230,20 +255,20 @@ class _NormRotate(Exact):
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
         grad_weight = torch.zeros_like(weight) if of_weight else None
         grad = grad.flatten(-2)
-        for row, part in _pieces(x):
+        for place, _ in pieces(x):
             # With u = rstd * (grad turned back), dx = u * w - x * rstd^2 * mean(u * w * x) and dw = sum of u * x.
             if cos is None:
-                u = grad[row, part] * rstd[row, part]
+                u = grad[place] * rstd[place]
             else:
-                u = grad[row, part].to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
-                turns = torch.complex(cos[part], -sin[part]).mul_(rstd[row, part])
+                u = grad[place].to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
+                turns = torch.complex(cos[place[1]], -sin[place[1]]).mul_(rstd[place])
                 _pairs(u, ctx.heads).mul_(turns.unsqueeze(1))
-            product = torch.mul(u, x[row, part], out=torch.empty_like(x[row, part]))
+            product = torch.mul(u, x[place], out=torch.empty_like(x[place]))
             if grad_weight is not None:
                 grad_weight += product.sum(0, dtype=weight.dtype)
             if grad_x is not None:
                 mean = (product @ weight.to(x.dtype)).unsqueeze(-1).to(weight.dtype).div_(-x.shape[-1])
-                torch.addcmul(u.mul_(weight), x[row, part], mean * rstd[row, part].square(), out=grad_x[row, part])
+                torch.addcmul(u.mul_(weight), x[place], mean * rstd[place].square(), out=grad_x[place])
         return grad_x, grad_weight, None, None, None, None
 
 
@@ -252,14 +277,26 @@ def by_rows(x_BTPD: Tensor, given_BTD: Tensor) -> Tensor:
     return given_BTD.expand(len(x_BTPD), -1, -1).flatten(0, 1).to(x_BTPD.dtype)
 
 
-def split(x_BTPD: Tensor, rows_RD: Tensor) -> Tensor:
-    """The tokens of each row of modulation, (R, P, D)."""
-    return x_BTPD.reshape(len(rows_RD), -1, x_BTPD.shape[-1])
+def split(x_BTPD: Tensor, rows_RD: Tensor, lengths: Lengths | None = None) -> Tensor:
+    """The tokens of each row of modulation, (R, P, D); with `lengths` all in one, (1, L, D)."""
+    return x_BTPD.reshape(len(rows_RD) if lengths is None else 1, -1, x_BTPD.shape[-1])
 
 
-def _pieces(x: Tensor) -> Iterator[Place]:
-    """Pieces of at most PIECE elements of x (R, P, D)."""
-    return parts(len(x), x.shape[1], max(1, PIECE // x.shape[-1]))
+def pieces(x_RPD: Tensor, lengths: Lengths | None = None, most: int | None = None) -> Iterator[tuple[Place, int]]:
+    """Of what `split` returned, the places of pieces of at most `most` tokens (None: PIECE elements), each with its row
+    of modulation.
+    """
+    most = most or max(1, PIECE // x_RPD.shape[-1])
+    if lengths is None:
+        return ((place, place[0]) for place in parts(len(x_RPD), x_RPD.shape[1], most))
+    return (((0, part), row) for row, part in parts_of(lengths, most))
+
+
+def _per_token(given_BTD: Tensor, lengths: Lengths | None) -> Tensor:
+    """Modulation as it is broadcast to x (B, T, P, D)."""
+    if lengths is None:
+        return given_BTD.unsqueeze(2)
+    return given_BTD.repeat_interleave(torch.tensor(lengths, device=given_BTD.device), dim=1).unsqueeze(1)
 
 
 def _pairs(x: Tensor, heads: int) -> Tensor:

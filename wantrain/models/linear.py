@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wantrain.models.fused import Exact, affine_of, by_rows, gated_residual, split
+from wantrain.models.fused import Exact, affine_of, by_rows, gated_residual, pieces, split
 from wantrain.util.parts import parts
 
 #: Tokens for which the inside of a feed-forward network exists at a time: enough for a GPU to be busy with.
@@ -147,19 +147,21 @@ def computed_again() -> Iterator[None]:
         _AGAIN.reset(token)
 
 
-def gated_feed_forward(ffn: FeedForward, x_BTPD: Tensor, y_BLD: Tensor, gate_BTD: Tensor) -> Tensor:
-    """x + ffn(y) * gate: the end of a block.
+def gated_feed_forward(
+    ffn: FeedForward, x_BTPD: Tensor, y_BLD: Tensor, gate_BTD: Tensor, lengths: Any = None
+) -> Tensor:
+    """x + ffn(y) * gate: the end of a block with `lengths` as in fused.py.
 
-    Where a block is computed again, and the gate and the network's own weights are frozen, the computation stops before
+    Where a block is computed again, and gate and the network's own weights are frozen, the computation stops before
     this: its backward needs y alone, and computes the first layer again, for some tokens at a time.
     """
     layers = [] if torch.compiler.is_compiling() or gate_BTD.requires_grad else frozen_layers(ffn)
     if not (layers and _AGAIN.get() and torch.is_grad_enabled() and y_BLD.requires_grad):
-        return gated_residual(x_BTPD, ffn(y_BLD), gate_BTD)
-    y, hat, gain, shift, _, dtype, _, *trained = _arguments(y_BLD, layers)
+        return gated_residual(x_BTPD, ffn(y_BLD), gate_BTD, lengths)
+    y, hat, gain, shift, _, _, dtype, _, *trained = _arguments(y_BLD, layers)
     gate_RD, kept = by_rows(x_BTPD, gate_BTD), list[Any]()
     y = _Keep.apply(kept, y, y.to(dtype), hat, gain, shift, gate_RD)
-    result: Tensor = _Tail.apply(x_BTPD, y, gate_RD, kept, layers, dtype, *trained)
+    result: Tensor = _Tail.apply(x_BTPD, y, gate_RD, kept, layers, dtype, lengths, *trained)
     return result
 
 
@@ -179,21 +181,21 @@ def _arguments(x: Tensor, layers: list[Layer]) -> tuple[Any, ...]:
     trained = [each for layer in layers for each in layer.trained]
     keep = torch.is_grad_enabled() and (x.requires_grad or any(each is not None for each in trained))
     affine = affine_of(x) if layers[0].trained[0] is None else None
-    return x, *(affine or (None, None, None)), layers, dtype, keep, *trained
+    return x, *(affine or (None, None, None, None)), layers, dtype, keep, *trained
 
 
 _AGAIN: ContextVar[bool] = ContextVar("computed again", default=False)
 #: How many of `_arguments` come before those that may have a gradient.
-_FIXED = 7
+_FIXED = 8
 
 
 class _Linears(Exact):
     @staticmethod
-    def _forward(ctx: Any, x: Tensor, hat: Any, gain: Any, shift: Any, layers: list[Layer], *rest: Any) -> Any:
-        dtype, keep, *trained = rest
+    def _forward(ctx: Any, x: Tensor, hat: Any, gain: Any, shift: Any, lengths: Any, *rest: Any) -> Any:
+        layers, dtype, keep, *trained = rest
         flat = x.to(dtype).reshape(-1, x.shape[-1])
         outs, narrows = zip(*(layer.product(flat, layer.weight(dtype)) for layer in layers), strict=True)
-        ctx.layers, ctx.shape, ctx.dtype = layers, x.shape, x.dtype
+        ctx.layers, ctx.shape, ctx.dtype, ctx.lengths = layers, x.shape, x.dtype, lengths
         if keep:
             ctx.save_for_backward(*_source(flat, hat, gain, shift, trained), *narrows)
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
@@ -210,7 +212,7 @@ class _Linears(Exact):
             found += [
                 grad.t() @ flat if of_weight else None,
                 grad.sum(0, dtype=layer.base.bias.dtype) if of_bias else None,
-                _down_gradient(inner, flat, hat, gain, shift) if of_down else None,
+                _down_gradient(inner, flat, hat, gain, shift, ctx.lengths) if of_down else None,
                 grad.t() @ narrow if of_up else None,
             ]
             if of_x:
@@ -221,9 +223,8 @@ class _Linears(Exact):
 
 class _FeedForward(Exact):
     @staticmethod
-    def _forward(ctx: Any, x: Tensor, hat: Any, gain: Any, shift: Any, layers: list[Layer], *rest: Any) -> Tensor:
-        dtype, keep, *trained = rest
-        first, second = layers
+    def _forward(ctx: Any, x: Tensor, hat: Any, gain: Any, shift: Any, lengths: Any, *rest: Any) -> Tensor:
+        (first, second), dtype, keep, *trained = rest
         flat = x.to(dtype).reshape(-1, x.shape[-1])
         weights = first.weight(dtype), second.weight(dtype)
         result = flat.new_empty(len(flat), len(weights[1]))
@@ -231,7 +232,7 @@ class _FeedForward(Exact):
         for _, part in parts(1, len(flat), PART):
             of_part = first.product(flat[part], weights[0])[0] if inner is None else inner[part]
             second.product(F.gelu(of_part, approximate="tanh"), weights[1], out=result[part])
-        ctx.layers, ctx.shape, ctx.dtype = layers, x.shape, x.dtype
+        ctx.layers, ctx.shape, ctx.dtype, ctx.lengths = rest[0], x.shape, x.dtype, lengths
         if keep:
             ctx.save_for_backward(*_source(flat, hat, gain, shift, trained[:4]), inner, narrow)
         return result.view(*x.shape[:-1], -1)
@@ -249,7 +250,7 @@ class _FeedForward(Exact):
             into = None if grad_x is None else grad_x[part]
             sums.add(part, grad[part], inner[part], None if narrow is None else narrow[part], flat, into)
         grad_x = None if grad_x is None else grad_x.view(ctx.shape).to(ctx.dtype)
-        return grad_x, *(None,) * (_FIXED - 1), *sums.all(flat, hat, gain, shift)
+        return grad_x, *(None,) * (_FIXED - 1), *sums.all(flat, hat, gain, shift, ctx.lengths)
 
 
 class _Keep(torch.autograd.Function):
@@ -271,35 +272,34 @@ class _Keep(torch.autograd.Function):
 
 class _Tail(Exact):
     @staticmethod
-    def _forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, kept: Any, layers: Any, dtype: Any, *_: Any) -> Tensor:
-        first, second = layers
+    def _forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, kept: Any, layers: Any, *rest: Any) -> Tensor:
+        (first, second), (dtype, lengths, *_) = layers, rest
         weights = first.weight(dtype), second.weight(dtype)
-        rows, tokens = split(x, gate), split(y.to(dtype), gate)
         whole = torch.empty_like(x, memory_format=torch.contiguous_format)
-        result = split(whole, gate)
-        for row, part in parts(len(rows), rows.shape[1], PART):
-            inner, _ = first.product(tokens[row, part], weights[0])
-            own, _ = second.product(F.gelu(inner, approximate="tanh"), weights[1])
-            torch.addcmul(rows[row, part], own, gate[row], out=result[row, part])
-        ctx.layers, ctx.kept, ctx.shape, ctx.dtype, ctx.wide = layers, kept, y.shape, dtype, y.dtype
+        rows, tokens, result = (split(each, gate, lengths) for each in (x, y.to(dtype), whole))
+        for place, row in pieces(rows, lengths, PART):
+            inner = F.gelu(first.product(tokens[place], weights[0])[0], approximate="tanh")
+            torch.addcmul(rows[place], second.product(inner, weights[1])[0], gate[row], out=result[place])
+        ctx.layers, ctx.kept, ctx.lengths = layers, kept, lengths
+        ctx.shape, ctx.dtype, ctx.wide = y.shape, dtype, y.dtype
         return whole
 
     @staticmethod
     def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         y, hat, gain, shift, gate = ctx.kept[0].saved_tensors
-        of_x, of_y, _, _, _, _, *wanted = ctx.needs_input_grad
-        rows = split(grad, gate)
+        of_x, of_y, _, _, _, _, _, *wanted = ctx.needs_input_grad
+        rows, tokens = split(grad, gate, ctx.lengths), split(y, gate, ctx.lengths)
         sums = _Gradients(ctx.layers, ctx.dtype, wanted, rows.shape[:2].numel())
         grad_y = rows.new_empty(rows.shape, dtype=ctx.dtype) if of_y else None
-        tokens = split(y, gate)
-        for row, part in parts(len(rows), rows.shape[1], PART):
-            own = torch.mul(rows[row, part], gate[row], out=torch.empty_like(tokens[row, part]))
-            inner, narrow = ctx.layers[0].product(tokens[row, part], sums.weights[0])
-            place = slice(row * rows.shape[1] + part.start, row * rows.shape[1] + part.stop)
-            sums.add(place, own, inner, narrow, None, None if grad_y is None else grad_y[row, part])
+        for place, row in pieces(rows, ctx.lengths, PART):
+            own = torch.mul(rows[place], gate[row], out=torch.empty_like(tokens[place]))
+            inner, narrow = ctx.layers[0].product(tokens[place], sums.weights[0])
+            first, part = place[0] * rows.shape[1], place[1]
+            into = None if grad_y is None else grad_y[place]
+            sums.add(slice(first + part.start, first + part.stop), own, inner, narrow, None, into)
         grad_y = None if grad_y is None else grad_y.view(ctx.shape).to(ctx.wide)
-        flat = y.flatten(0, 1) if hat is None else None
-        return grad if of_x else None, grad_y, None, None, None, None, *sums.all(flat, hat, gain, shift)
+        source = y.flatten(0, 1) if hat is None else None, hat, gain, shift, ctx.lengths
+        return grad if of_x else None, grad_y, *(None,) * 5, *sums.all(*source)
 
 
 class _Gradients:
@@ -350,10 +350,10 @@ class _Gradients:
         before = self._sums[number]
         self._sums[number] = before.to(torch.promote_types(before.dtype, torch.float32)).add_(part)
 
-    def all(self, flat: Any, hat: Any, gain: Any, shift: Any) -> list[Tensor | None]:
+    def all(self, *source: Any) -> list[Tensor | None]:
         """All of them, in the dtypes of what they belong to; from the network's input, or its parts."""
         if self._narrow is not None:
-            self._sums[2] = _down_gradient(self._narrow, flat, hat, gain, shift)
+            self._sums[2] = _down_gradient(self._narrow, *source)
         return _as_trained([self._sums.get(number) for number in range(8)], self.layers)
 
 
@@ -364,14 +364,18 @@ def _source(flat: Tensor, hat: Any, gain: Any, shift: Any, trained: list[Any]) -
     return [flat, None, None, None] if hat is None else [None, hat, gain, shift]
 
 
-def _down_gradient(narrow_Lr: Tensor, flat: Any, hat: Any, gain: Any, shift: Any) -> Tensor:
+def _down_gradient(narrow_Lr: Tensor, flat: Any, hat: Any, gain: Any, shift: Any, lengths: Any) -> Tensor:
     """The gradient of `down` (r, D), from that of its result; by rows of modulation where the input is in parts."""
     if flat is not None:
         whole: Tensor = narrow_Lr.t() @ flat
         return whole
-    narrow_RPr = narrow_Lr.view(*hat.shape[:2], -1)
-    products = narrow_RPr.transpose(1, 2) @ hat  # (R, r, D)
-    sums = narrow_RPr.sum(1, dtype=gain.dtype)
+    if lengths is None:
+        rows = narrow_Lr.view(*hat.shape[:2], -1)
+        products, sums = rows.transpose(1, 2) @ hat, rows.sum(1, dtype=gain.dtype)  # (R, r, D), (R, r)
+    else:
+        both = zip(narrow_Lr.split(lengths), hat[0].split(lengths), strict=True)
+        each = [(narrow.t() @ own, narrow.sum(0, dtype=gain.dtype)) for narrow, own in both]
+        products, sums = (torch.stack(rows) for rows in zip(*each, strict=True))
     return (products * gain.unsqueeze(1)).sum(0) + sums.t() @ shift
 
 

@@ -26,8 +26,15 @@ from wantrain.geometry import PATCH
 from wantrain.models.attention import DEFAULT, Attend
 from wantrain.models.facts import BlockRunner, SequencePlan, Split, Tags
 from wantrain.models.fused import gated_residual, modulated_norm, norm_rotate
+from wantrain.models.inputs import patches_of, stacked_texts, text_rows, unpatched
 from wantrain.models.linear import FeedForward, gated_feed_forward, linears
+from wantrain.models.packing import Packing
 from wantrain.models.positions import ROPE_LENGTH, rope_angles, sinusoid
+
+#: A tensor for each group of clips of one size.
+Groups = tuple[Tensor, ...]
+#: A tensor, or Groups: mypy cannot say that all inputs and the output are alike in this.
+Input = Any
 
 
 class RMSNorm(nn.Module):
@@ -75,13 +82,15 @@ class Attention(nn.Module):
         context_BSD: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
         bias_S: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         if x_BLD is context_BSD:
             q, k, v = linears((self.q, self.k, self.v), x_BLD)
         else:
             (q,), (k, v) = linears((self.q,), x_BLD), linears((self.k, self.v), context_BSD)
         q, k = self.norm_q(q, self.num_heads, rope), self.norm_k(k, self.num_heads, rope)
-        result = self.attend(q, k, v.unflatten(-1, (self.num_heads, -1)), bias_S)
+        v = v.unflatten(-1, (self.num_heads, -1))
+        result = self.attend(q, k, v, bias_S) if packing is None else packing.attend(self.attend, q, k, v, bias_S)
         return linears((self.o,), result.flatten(-2))[0]
 
 
@@ -96,7 +105,8 @@ def modulation_table(rows: int, dim: int) -> nn.Parameter:
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; the first and last shifted, scaled and gated by time.
 
-    The residual stream is float32 (B, T, P, D); modulation is one row per latent frame, never per token.
+    The residual stream is float32 (B, T, P, D); modulation is one row per latent frame, never per token. Clips of
+    different sizes are one sequence (1, 1, L, D), with (1, R, 6, D) rows of modulation: `packing` says whose they are.
     """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, attend: Attend) -> None:
@@ -115,19 +125,20 @@ class Block(nn.Module):
         context_BSD: Tensor,
         rope: tuple[Tensor, Tensor],
         bias_S: Tensor | None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """`rope` are the cosines and sines of the tokens' angles, (T, P, K) each."""
-        dtype = context_BSD.dtype
+        dtype, rows = context_BSD.dtype, None if packing is None else packing.rows
         cos_LK, sin_LK = (table_TPK.flatten(0, 1) for table_TPK in rope)
         # (1, 6, D) + (B, T, 6, D), then each (B, T, D): one row for all tokens of a frame.
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time_BT6D).unbind(2)
 
-        x, y = modulated_norm(x_BTPD, 1 + scale1, shift1, self.eps, dtype)
-        x = gated_residual(x, self.self_attn(y, y, (cos_LK, sin_LK)), gate1)
+        x, y = modulated_norm(x_BTPD, 1 + scale1, shift1, self.eps, dtype, rows)
+        x = gated_residual(x, self.self_attn(y, y, (cos_LK, sin_LK), packing=packing), gate1, rows)
         x, y = self.norm3(x, dtype)
-        x = x + self.cross_attn(y, context_BSD, bias_S=bias_S).view_as(x)
-        x, y = modulated_norm(x, 1 + scale2, shift2, self.eps, dtype)
-        return gated_feed_forward(self.ffn, x, y, gate2)
+        x = x + self.cross_attn(y, context_BSD, bias_S=bias_S, packing=packing).view_as(x)
+        x, y = modulated_norm(x, 1 + scale2, shift2, self.eps, dtype, rows)
+        return gated_feed_forward(self.ffn, x, y, gate2, rows)
 
 
 class Head(nn.Module):
@@ -139,9 +150,10 @@ class Head(nn.Module):
         self.eps = eps
         self.head = nn.Linear(dim, patch_dim)
 
-    def forward(self, x_BTPD: Tensor, time_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTPD: Tensor, time_BTD: Tensor, packing: Packing | None = None) -> Tensor:
         shift, scale = (self.modulation.float() + time_BTD[:, :, None]).unbind(2)
-        return self.head(modulated_norm(x_BTPD, 1 + scale, shift, self.eps, torch.float32)[1].view_as(x_BTPD))
+        rows = None if packing is None else packing.rows
+        return self.head(modulated_norm(x_BTPD, 1 + scale, shift, self.eps, torch.float32, rows)[1].view_as(x_BTPD))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -163,6 +175,7 @@ class WanTransformer(nn.Module):
     num_layers: int = 40
     eps: float = 1e-6
 
+    packs: ClassVar[bool] = True
     repeated_blocks: ClassVar[tuple[str, ...]] = ("blocks",)
     fp32_parts: ClassVar[tuple[str, ...]] = (
         "time_embedding",
@@ -173,7 +186,7 @@ class WanTransformer(nn.Module):
         "head.",
     )
     zero_at_start: ClassVar[tuple[str, ...]] = ("bias", "head.head.weight")
-    # "all" are those that forward calls as modules; the patch embedding is none of them (`_patches` multiplies by the
+    # "all" are those that forward calls as modules; the patch embedding is none of them (`_embedded` multiplies by the
     # convolution's weight), so an adapter beside it would have no effect.
     adapter_targets: ClassVar[dict[str, str]] = {
         "attention": r".*(self_attn|cross_attn)\.(q|k|v|o)",
@@ -257,40 +270,74 @@ class WanTransformer(nn.Module):
 
     def forward(
         self,
-        latents_BCTHW: Tensor,
-        timestep: Tensor,
-        text_BLD: Tensor,
+        latents_BCTHW: Input,
+        timestep: Input,
+        text_BLD: Input,
         *,
-        concat_BCTHW: Tensor | None = None,
-    ) -> Tensor:
+        concat_BCTHW: Input | None = None,
+    ) -> Input:
         """Velocity (B, out_channels, T, H, W), float32.
 
         latents_BCTHW    noisy latents; H and W even
         timestep         (B,), or (B, T) with one level per latent frame; 1000*sigma, float, never rounded
         text_BLD         text embeddings, padded inside to `text_length` rows with zeros; longer is a ValueError
         concat_BCTHW     further input channels, after the latents'
+
+        Each may be a tuple with a tensor for each group of clips of one size: all are computed as one sequence, and the
+        velocity is such a tuple. Groups give what they would give alone.
         """
+        if isinstance(latents_BCTHW, tuple):
+            return self._packed(latents_BCTHW, timestep, text_BLD, concat_BCTHW)
         # 1. conditioning: further channels
         x = latents_BCTHW if concat_BCTHW is None else torch.cat([latents_BCTHW, concat_BCTHW], dim=1)
-        self._check(x, timestep)
-        grid = (x.shape[2], x.shape[3] // PATCH[1], x.shape[4] // PATCH[2])
+        grid = self._grid(x, timestep)
         # 2. patches
-        x_BTPD = self._patches(x)
+        x_BTPD = self._embedded(patches_of(x))
         # 3. time, once per latent frame (one for all frames where they agree)
-        time_BTD, time_BT6D = self._time(timestep)
-        # 4. text: its rows, and the zero rows after it, which become bias vectors that are attended to
-        text_BSD, bias_S = self._text_rows(text_BLD)
-        context_BSD = self.text_embedding(text_BSD.to(self._compute_dtype()))
-        # 5. rotary tables
+        time = self._time(timestep[:, None] if timestep.ndim == 1 else timestep)
+        # 4. rotary angles
         angles_TPK = rope_angles(grid, self.attention_head_dim, x.device).unflatten(0, (grid[0], -1))
+        # 5. text, 6. blocks, 7. head
+        patches = self._computed(x_BTPD, time, text_BLD, angles_TPK)
+        # 8. patches back to a latent
+        return unpatched(patches, grid, self.out_channels)
+
+    def _packed(self, latents: Groups, timesteps: Groups, texts: Groups, concats: Groups | None) -> Groups:
+        """`forward` of groups: the same steps, each group's own before and after the blocks."""
+        if concats is not None:
+            latents = tuple(torch.cat(both, dim=1) for both in zip(latents, concats, strict=True))
+        grids = [self._grid(x, timestep) for x, timestep in zip(latents, timesteps, strict=True)]
+        packing = Packing.of(grids, timesteps)
+        x_11LD = self._embedded(torch.cat([patches_of(x).flatten(0, 2) for x in latents])[None, None])
+        time = self._time(torch.cat([timestep.flatten() for timestep in timesteps])[None])
+        angles = [
+            rope_angles(grid, self.attention_head_dim, x_11LD.device).repeat(clips, 1)
+            for grid, (clips, _) in zip(grids, packing.groups, strict=True)
+        ]
+        patches = self._computed(x_11LD, time, stacked_texts(texts), torch.cat(angles)[None], packing)
+        parts = zip(packing.split(patches[0, 0]), grids, strict=True)
+        return tuple(unpatched(part.unflatten(1, (grid[0], -1)), grid, self.out_channels) for part, grid in parts)
+
+    def _computed(
+        self,
+        x_BTPD: Tensor,
+        time: tuple[Tensor, Tensor],
+        text_BLD: Tensor,
+        angles_TPK: Tensor,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """The head's patches (B, T, P, 2*2*C), from embedded patches, `_time`, texts and rotary angles."""
+        time_BTD, time_BT6D = time
+        # Text: its rows, and the zero rows after it, which become bias vectors that are attended to.
+        text_BSD, bias_S = text_rows(text_BLD, self.text_length)
+        context_BSD = self.text_embedding(text_BSD.to(self._compute_dtype()))
         rope = (angles_TPK.cos().float(), angles_TPK.sin().float())
-        # 6. blocks
+        packed = () if packing is None else (packing,)
         for number, block in enumerate(self.blocks):
-            x_BTPD = self.run_block(number, block, x_BTPD, time_BT6D, context_BSD, rope, bias_S)
-        # 7. head, 8. patches back to a latent
-        with torch.autocast(x.device.type, enabled=False):
-            patches = self.head(x_BTPD, time_BTD)
-        return self._unpatched(patches, grid)
+            x_BTPD = self.run_block(number, block, x_BTPD, time_BT6D, context_BSD, rope, bias_S, *packed)
+        with torch.autocast(x_BTPD.device.type, enabled=False):
+            patches: Tensor = self.head(x_BTPD, time_BTD, *packed)
+        return patches
 
     def _compute_dtype(self) -> torch.dtype:
         """The dtype linear layers run in: autocast's, or the weights' own."""
@@ -299,42 +346,19 @@ class WanTransformer(nn.Module):
             return torch.get_autocast_dtype(weight.device.type)
         return weight.dtype
 
-    def _patches(self, x_BCTHW: Tensor) -> Tensor:
-        """(B, T, P, D) float32: each 1x2x2 patch through one linear map (the convolution's own weights)."""
-        patches = x_BCTHW.unflatten(4, (-1, PATCH[2])).unflatten(3, (-1, PATCH[1]))
-        # (B, C, T, h, 2, w, 2) -> (B, T, h*w, C*2*2): the order in which the kernel flattens.
-        patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)
+    def _embedded(self, patches_BTPC: Tensor) -> Tensor:
+        """(B, T, P, D) float32: each patch through one linear map (the convolution's own weights)."""
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
-        return F.linear(patches.to(self._compute_dtype()), weight, bias).float()
+        return F.linear(patches_BTPC.to(self._compute_dtype()), weight, bias).float()
 
-    def _time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Time embedding (B, T or 1, D) and its six modulations (B, T or 1, 6, D), float32."""
-        per_frame = timestep[:, None] if timestep.ndim == 1 else timestep
-        with torch.autocast(timestep.device.type, enabled=False):
-            embedding = self.time_embedding(sinusoid(per_frame, self.freq_dim))
+    def _time(self, timestep_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding (B, T, D) and its six modulations (B, T, 6, D), float32."""
+        with torch.autocast(timestep_BT.device.type, enabled=False):
+            embedding = self.time_embedding(sinusoid(timestep_BT, self.freq_dim))
             return embedding, self.time_projection(embedding).unflatten(-1, (6, -1))
 
-    def _text_rows(self, text_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The text padded to `text_length` rows of zeros, with all rows that are only padding folded into one.
-
-        Those rows are equal for every sample, so softmax over n of them is softmax over one whose logit is raised by
-        ln n: the same result and gradient for a fraction of the work. Returns the rows and that bias per row.
-        """
-        rows, spare = text_BLD.shape[1], self.text_length - text_BLD.shape[1]
-        if spare < 0:
-            raise ValueError(f"a text has {rows} tokens, more than the model's {self.text_length}; encode it truncated")
-        if spare == 0:
-            return text_BLD, None
-        bias = torch.zeros(rows + 1, device=text_BLD.device)
-        bias[rows] = math.log(spare)
-        return F.pad(text_BLD, (0, 0, 0, 1)), bias
-
-    def _unpatched(self, patches_BTPD: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """(B, T, P, 2*2*C), channel fastest -> (B, C, T, H, W)."""
-        x = patches_BTPD.unflatten(2, grid[1:]).unflatten(4, (PATCH[1], PATCH[2], self.out_channels))
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-
-    def _check(self, x_BCTHW: Tensor, timestep: Tensor) -> None:
+    def _grid(self, x_BCTHW: Tensor, timestep: Tensor) -> tuple[int, int, int]:
+        """Frames, rows and columns of patches; ValueError for what the model cannot take."""
         batch, channels, frames, height, width = x_BCTHW.shape
         if channels != self.in_channels:
             raise ValueError(f"the transformer takes {self.in_channels} input channels, got {channels}")
@@ -346,6 +370,7 @@ class WanTransformer(nn.Module):
             raise ValueError(f"timestep has shape {tuple(timestep.shape)}, expected ({batch},) or ({batch}, {frames})")
         if timestep.is_floating_point() and timestep.dtype in {torch.float16, torch.bfloat16}:
             raise ValueError(f"timestep is {timestep.dtype}, which rounds 998.7 to 1000; keep it float32")
+        return frames, height // PATCH[1], width // PATCH[2]
 
     def config(self) -> dict[str, Any]:
         """What config.json holds in the diffusers layout."""

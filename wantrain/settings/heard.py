@@ -192,6 +192,12 @@ _TRAIN = (
         _equals("adapter.name", "lora", "dora"),
         "adapter={adapter.name} has no frozen base; it is for adapter=lora or dora",
     ),
+    Rule((r"batch_tokens",), _NOT_VAE, "expert=vae trains on pixels, which have no tokens; give batch_size="),
+    Rule(
+        (r"batch_size", r"model\.train\.(batch_size|micro_batch)"),
+        _equals("batch_tokens", None),
+        "batch_tokens={batch_tokens} says how large a step is; leave it out, or give null in place of a recipe's",
+    ),
     Rule((r"trained",), _NOT_VAE, "expert=vae trains in float32"),
     Rule(
         (r"trained",),

@@ -1,17 +1,25 @@
-"""How the samples of an optimizer step are shared out over backward passes and processes."""
+"""How the samples of an optimizer step are shared out over backward passes and processes, and their order."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from wantrain.data import BatchSampler, PackSampler, TrainingData
 
 
 @dataclass(frozen=True)
 class Batching:
-    """`micro` samples per backward pass, `accumulate` backward passes per step, in each of `processes`."""
+    """`micro` samples per backward pass, `accumulate` backward passes per step, in each of `processes`.
+
+    tokens  the most tokens of a backward pass, where as many samples go into one as that allows; `micro` is 0 then
+    """
 
     micro: int
     accumulate: int
     processes: int
+    tokens: int | None = None
 
     @classmethod
     def of(cls, batch_size: int, *, accumulate: int | None, micro_batch: int | None, processes: int) -> Batching:
@@ -37,11 +45,30 @@ class Batching:
             )
         return cls(batch_size // parts, parts // processes, processes)
 
+    @classmethod
+    def of_settings(cls, settings: Mapping[Any, Any], processes: int) -> Batching:
+        """The batching of train.py's settings; ValueError if they give none."""
+        size, tokens, accumulate = (settings[key] for key in ("batch_size", "batch_tokens", "accumulate"))
+        if tokens is not None:
+            return cls(0, accumulate or 1, processes, tokens)
+        if size is None:
+            raise ValueError("batch_size=null and batch_tokens=null: a step has no size; give one of them")
+        micro = settings["model"]["train"]["micro_batch"]
+        return cls.of(size, accumulate=accumulate, micro_batch=micro, processes=processes)
+
     @property
     def batch_size(self) -> int:
-        """Samples per optimizer step."""
+        """Samples per optimizer step, where that is the same in each."""
+        assert self.tokens is None, "packs have different numbers of samples"
         return self.micro * self.accumulate * self.processes
+
+    def order(self, data: TrainingData[Any], seed: int) -> BatchSampler | PackSampler:
+        """The order of a run on these data; ValueError if they cannot be trained on so."""
+        if self.tokens is None:
+            return BatchSampler.of(data, batch_size=self.batch_size, seed=seed)
+        return PackSampler.of(data, budget=self.tokens, passes=self.accumulate * self.processes, seed=seed)
 
     def __str__(self) -> str:
         several = "" if self.processes == 1 else "es"
-        return f"{self.micro} per backward x {self.accumulate} accumulation x {self.processes} process{several}"
+        each = f"{self.micro}" if self.tokens is None else f"packs of up to {self.tokens} tokens, 1"
+        return f"{each} per backward x {self.accumulate} accumulation x {self.processes} process{several}"

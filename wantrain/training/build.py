@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from wantrain.data.loading.sampler import BatchSampler
 from wantrain.losses import LossFunction, Model
 from wantrain.models import Base, adapters
 from wantrain.models.attention import DEFAULT
@@ -29,7 +28,7 @@ from wantrain.training.engine.placement import device_name
 from wantrain.training.engine.updates import UpdateOptions
 from wantrain.training.expert import ExpertTrainer, read_average
 from wantrain.training.initialize import Initializer
-from wantrain.training.loop import Run
+from wantrain.training.loop import Run, samples_used
 from wantrain.training.monitoring.metrics import Metrics
 from wantrain.training.monitoring.safeguards import Safeguards
 from wantrain.training.monitoring.throughput import Throughput, peak_of
@@ -158,7 +157,7 @@ def build_expert(
         stepper=stepper,
         loss=expert.loss,
         schedule=expert.schedule,
-        plan=BatchSampler.of(setup.data, batch_size=setup.batching.batch_size, seed=setup.settings["seed"]),
+        plan=setup.batching.order(setup.data, setup.settings["seed"]),
         steps=setup.alternation.count(expert.name, setup.steps),
         ema=None if settings["ema"] is None else Ema(stepper, settings["ema"], average),
         folder=folder,
@@ -228,6 +227,12 @@ def resume(
         raise ValueError(
             f"{checkpoint} was trained on other shards than data.shards holds now (another manifest); "
             "give those it was trained on, or a new run=NAME"
+        )
+    used = samples_used(trainers, state["experts"]) if "experts" in state else state["samples"]
+    if state["samples"] != used:  # batch_tokens= with another number of packs in a step: batch_size= was compared
+        raise ValueError(
+            f"{checkpoint} has used {state['samples']} samples, and with as many packs in a step as now it would be "
+            f"{used}; give accumulate= so that accumulate x processes is what it was, or a new run=NAME"
         )
     for trainer in trainers.values():
         trainer.restore_optimizer(checkpoint)

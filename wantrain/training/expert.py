@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from wantrain.batch import Batch
-from wantrain.data import BatchSampler
+from wantrain.data import BatchSampler, PackSampler
 from wantrain.losses import LossFunction
 from wantrain.models.adapters import has_adapter
 from wantrain.models.formats.weights import PART, read_files, write_files
@@ -43,7 +43,7 @@ class ExpertTrainer:
     stepper: Stepper
     loss: LossFunction
     schedule: Schedule
-    plan: BatchSampler
+    plan: BatchSampler | PackSampler
     steps: int
     ema: Ema | None = None
     folder: str = ""
@@ -67,7 +67,7 @@ class ExpertTrainer:
 
     def first_batch(self, data: Samples, count: int = 4) -> Batch:
         """Its first samples, at most `count`: something to measure on."""
-        samples = self.plan.batch(0)[:count]
+        samples = self.plan.first(count)
         batch = data.load(samples, np.arange(len(samples)))
         assert isinstance(batch, Batch), "an expert is measured on latents"
         return batch

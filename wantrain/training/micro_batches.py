@@ -10,10 +10,9 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from wantrain.batch import AnyBatch, pinned
-from wantrain.data import share
+from wantrain.data import PackSampler, share
 from wantrain.data.prefetch import prefetch
 from wantrain.losses import Draws
 from wantrain.training.alternation import ExpertAlternation
@@ -39,20 +38,23 @@ def micro_batches(
         for step in range(start, until):
             name, own = alternation.at(step)
             plan, accumulate = trainers[name].plan, trainers[name].stepper.accumulate
+            if isinstance(plan, PackSampler):
+                for micro_step in range(accumulate):
+                    pack = plan.pack(own, micro_step, rank, processes)
+                    yield partial(_ready, partial(pack.load, data), trainers[name], seed)
+                continue
             samples = plan.batch(own)
             places = np.arange(own * plan.batch_size, (own + 1) * plan.batch_size)
             for micro_step in range(accumulate):
                 mine, positions = (share(each, micro_step, accumulate, rank, processes) for each in (samples, places))
-                yield partial(_ready, data, trainers[name], mine, positions, seed)
+                yield partial(_ready, partial(data.load, mine, positions), trainers[name], seed)
 
     return prefetch(requests())
 
 
-def _ready(
-    data: Samples, trainer: ExpertTrainer, samples: NDArray[np.int64], positions: NDArray[np.int64], seed: int
-) -> tuple[AnyBatch, Draws]:
+def _ready(load: Callable[[], AnyBatch], trainer: ExpertTrainer, seed: int) -> tuple[AnyBatch, Draws]:
     """A micro-batch and what its loss draws, by the samples' positions in the run."""
-    batch = data.load(samples, positions)
+    batch = load()
     draws = trainer.loss.prepare(batch, [generator_at(seed, "noise", position) for position in batch.positions])
     if trainer.stepper.device.type == "cpu":
         return batch, draws

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -14,7 +15,18 @@ _counts: ContextVar[Callable[[int], None] | None] = ContextVar("counts", default
 
 def parts(rows: int, tokens: int, most: int) -> Iterator[Place]:
     """Every row's tokens in parts of at most `most`. Inside `shortened`, two parts of each size."""
-    places = [(row, slice(at, min(at + most, tokens))) for row in range(rows) for at in range(0, tokens, most)]
+    return _run([(row, slice(at, min(at + most, tokens))) for row in range(rows) for at in range(0, tokens, most)])
+
+
+def parts_of(lengths: Sequence[int], most: int) -> Iterator[Place]:
+    """As `parts` of rows of different lengths that lie one after another: a row, and tokens of the whole."""
+    ends = enumerate(zip(lengths, itertools.accumulate(lengths), strict=True))
+    return _run(
+        [(row, slice(at, min(at + most, end))) for row, (own, end) in ends for at in range(end - own, end, most)]
+    )
+
+
+def _run(places: Sequence[Place]) -> Iterator[Place]:
     counts = _counts.get()
     if counts is None:
         yield from places

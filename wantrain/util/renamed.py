@@ -42,6 +42,7 @@ ADDED: Mapping[str, Any] = {
     "trained.dtype": "fp32",
     "trained.rounding": "stochastic",
     "clip_by": "whole",
+    "batch_tokens": None,
 }
 #: Gradient checkpointing, by whether it was on.
 _RECOMPUTE: Mapping[Any, Any] = {True: "block", False: "none"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wantrain.data import BatchSampler, share
-from wantrain.data.loading.sampler import TABLE
+from wantrain.data.loading.streams import TABLE
 from wantrain.data.prefetch import prefetch
 
 GOLDEN = [[9, 5], [3, 7], [6, 0], [4, 8], [2, 5], [1, 1]]

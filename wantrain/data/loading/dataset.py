@@ -23,7 +23,7 @@ from wantrain.conditioning import ConditioningInput, ModelInputs
 from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.index import Index
 from wantrain.data.loading.holdout import one_per_group, split_groups
-from wantrain.data.loading.sampler import Indices
+from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView, view_of
 from wantrain.data.mmap import tensors_in
 from wantrain.data.remote import CACHE, LocalShards, open_shards

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from wantrain.data.loading.sampler import Indices
+from wantrain.data.loading.streams import Indices
 from wantrain.util.seeds import seed_at
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from wantrain.batch import Batch, pad_texts
 from wantrain.conditioning import ModelInputs
 from wantrain.data.loading.dataset import LatentData
-from wantrain.data.loading.sampler import Indices
+from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView
 from wantrain.data.remote import CACHE
 from wantrain.geometry import Bucket

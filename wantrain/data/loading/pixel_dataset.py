@@ -16,7 +16,7 @@ from wantrain.data.footage.duplicates import group_of
 from wantrain.data.footage.pixels import read_sample
 from wantrain.data.footage.video_shards import VideoSample, read_video_shards
 from wantrain.data.loading.holdout import split_groups
-from wantrain.data.loading.sampler import Indices
+from wantrain.data.loading.streams import Indices
 from wantrain.data.shards import MANIFEST, file_hash, read_manifest
 from wantrain.util.seeds import generator_at
 from wantrain.video import Frames, to_pixels

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from wantrain.batch import AnyBatch
 from wantrain.conditioning import ModelInputs
-from wantrain.data.loading.sampler import Indices
+from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView
 from wantrain.geometry import Bucket
 

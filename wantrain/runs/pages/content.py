@@ -177,7 +177,7 @@ def facts(config: Mapping[str, Any], folder: RunFolder) -> list[tuple[str, str]]
         ("expert", str(config.get("expert", {}).get("name", "")).replace("_", " ")),
         ("trains", "all weights" if name == "none" else f"{name}{rank}"),
         ("learning rate", number(config.get("optimizer", {}).get("lr"))),
-        ("batch", config.get("batch_size")),
+        ("batch", f"{tokens} tokens" if (tokens := config.get("batch_tokens")) else config.get("batch_size")),
         ("precision", config.get("precision")),
         ("data", config.get("data", {}).get("shards") or ", ".join(config.get("data", {}).get("sets") or ())),
     ]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from wantrain import flow
-from wantrain.batch import AnyBatch
+from wantrain.batch import AnyBatch, PackedBatch
 from wantrain.losses import Draws, Loss
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
@@ -140,6 +140,7 @@ class StepGuard:
         self.noises: list[int] = []
         self.sigmas: list[Tensor] = []
         self.losses: list[Tensor] = []  # of this rank, on the device
+        self.most = 0  # samples of any rank in this step, where ranks have different numbers of them
         self.everyone: Tensor | None = None  # noise levels and losses of all ranks, (samples, 2)
         self.excess: Tensor | None = None  # how many times the usual this step's losses are, over all ranks
         self.times_usual = 1.0
@@ -162,6 +163,8 @@ class StepGuard:
             self.sigmas.append(loss.sigma.detach())
         self.losses.append(loss.per_sample.detach())
         self.samples += rows
+        if isinstance(batch, PackedBatch):
+            self.most = batch.most
         if self.first:
             self.noises += [_number(generator.get_state().numpy().tobytes()) for generator in draws.generators]
 
@@ -171,6 +174,8 @@ class StepGuard:
         if not self.sigmas or (limits.spike is None and limits.refuse is None):
             return value
         mine = torch.stack([torch.cat(self.sigmas).double(), torch.cat(self.losses).double()], dim=1)
+        if (missing := self.most - len(mine)) > 0:  # ranks gather equally many rows; a loss of NaN counts nowhere
+            mine = torch.cat([mine, torch.stack([mine[0, 0], mine.new_tensor(math.nan)]).expand(missing, 2)])
         self.everyone = self.stepper.gather(mine)
         self.excess = limits.baseline(self.trainer).excess(*self.everyone.unbind(1))
         if limits.refuse is None:
@@ -231,7 +236,8 @@ class StepGuard:
         """ValueError if two samples of the batch are the same, or gradients differ between ranks (DDP)."""
         numbers = [[row["position"] for row in self.samples], self.noises]
         for what, mine in zip(("samples", "noise"), numbers, strict=True):
-            everyone = _gathered(self.stepper, torch.tensor(mine)).flatten().tolist()
+            padded = torch.tensor(mine + [-1] * (self.most - len(mine)))
+            everyone = [each for each in _gathered(self.stepper, padded).flatten().tolist() if each >= 0]
             if len(set(everyone)) < len(everyone):
                 raise ValueError(
                     f"ranks share their {what}: {len(everyone)} drawn for one batch, {len(set(everyone))} different "

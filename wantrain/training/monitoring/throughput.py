@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wantrain import flow
-from wantrain.batch import AnyBatch
+from wantrain.batch import AnyBatch, PackedBatch
 from wantrain.losses import Loss
 from wantrain.models import WanTransformer
 from wantrain.models.compiling import BlockCompiler
@@ -124,6 +124,7 @@ class StepMeter:
     def __init__(self, throughput: Throughput, trainer: ExpertTrainer, before: Mapping[str, Tensor]) -> None:
         self.throughput, self.trainer, self.before = throughput, trainer, before
         self.amounts = dict.fromkeys(("tokens", "video_seconds", "flops"), 0.0)
+        self.packed = False
         self.spans: list[tuple[str, Moment, Moment]] = []
         self.begin = self._now()
 
@@ -136,11 +137,13 @@ class StepMeter:
 
     def count(self, batch: AnyBatch, loss: Loss) -> None:
         """Count one micro-step's samples."""
-        frames = batch.num_frames(self.throughput.temporal_stride)
-        self.amounts["tokens"] += batch.num_tokens
-        self.amounts["video_seconds"] += len(batch) * frames / self.throughput.fps
-        flops = self.throughput.flops_of(self.trainer, batch.num_tokens // len(batch), batch.text_rows)
-        self.amounts["flops"] += len(batch) * flops
+        self.packed = isinstance(batch, PackedBatch)
+        for part in batch.parts:
+            frames = part.num_frames(self.throughput.temporal_stride)
+            self.amounts["tokens"] += part.num_tokens
+            self.amounts["video_seconds"] += len(part) * frames / self.throughput.fps
+            flops = self.throughput.flops_of(self.trainer, part.num_tokens // len(part), part.text_rows)
+            self.amounts["flops"] += len(part) * flops
         self.throughput.add_losses(self.trainer, loss)
 
     def end(self) -> None:
@@ -151,8 +154,11 @@ class StepMeter:
     @property
     def values(self) -> dict[str, Any]:
         """Amounts over all processes, the times (read when they are written), and the size of a watched update."""
-        processes = self.trainer.stepper.processes
-        amounts = {key: value * processes for key, value in self.amounts.items()}
+        stepper = self.trainer.stepper
+        amounts: dict[str, Any] = {key: value * stepper.processes for key, value in self.amounts.items()}
+        if self.packed and stepper.processes > 1:  # the packs of processes differ
+            mine = torch.tensor([*self.amounts.values()], dtype=torch.float64, device=stepper.device)
+            amounts = dict(zip(amounts, stepper.sum(mine).unbind(), strict=True))
         return {**amounts, "times": self.times, **self.moved}
 
     def _now(self) -> Moment:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from wantrain import geometry
-from wantrain.data import BatchSampler
+from wantrain.data import BatchSampler, PackSampler
 from wantrain.losses import FlowMatching, LossFunction
 from wantrain.models import WanTransformer, quantize
 from wantrain.models.flops import training_flops
@@ -22,14 +22,16 @@ from wantrain.training.planning.outline import Clips
 TEXTURE = 0.3
 
 
-def run_length(plan: BatchSampler, *, steps: int | None, epochs: float | None, default: int) -> int:
+def run_length(plan: BatchSampler | PackSampler, *, steps: int | None, epochs: float | None, default: int) -> int:
     """Optimizer steps of a run: as given, or as many as `epochs` full passes take, or the model's default."""
     if epochs is not None:
         return plan.steps_for_epochs(epochs)
     return default if steps is None else steps
 
 
-def foreseen_length(plan: BatchSampler | None, *, steps: int | None, epochs: float | None, default: int) -> int | None:
+def foreseen_length(
+    plan: BatchSampler | PackSampler | None, *, steps: int | None, epochs: float | None, default: int
+) -> int | None:
     """`run_length`; without a plan, for the data are not there yet, None where epochs were asked for."""
     if plan is not None:
         return run_length(plan, steps=steps, epochs=epochs, default=default)
@@ -71,10 +73,11 @@ def chosen(settings: Mapping[str, Any], batching: Batching) -> str:
     """How a step is computed, and whether that was said or is the model's default: one line."""
     own = settings["model"]["train"]
     keys = ("batch_size", "recompute")
-    default = settings["accumulate"] is None and all(settings[key] == own[key] for key in keys)
+    default = settings["accumulate"] is None and all(settings[key] == own[key] for key in keys) and batching.micro
     blocks = _kept(settings)
     whose = f" (defaults of model={settings['model']['name']})" if default else ""
-    return f"batch {batching.batch_size} = {batching}, {blocks}{whose}"
+    size = "" if batching.tokens else f" {batching.batch_size} ="
+    return f"batch{size} {batching}, {blocks}{whose}"
 
 
 def _kept(settings: Mapping[str, Any]) -> str:
@@ -106,12 +109,11 @@ def describe(
     could. `checkpoints` are the settings of that name.
     """
     lines = [_clips(clips, bucket, count) for bucket, count in clips.counts.most_common()]
-    lines.append(f"samples per step    {batching} = {batching.batch_size}")
-    lines += _length(clips, batching.batch_size, steps)
+    lines += _samples(clips, batching) + _length(clips, batching, steps)
     for name, module in modules.items():
         whose = f"   ({name})" if len(modules) > 1 else ""
         if isinstance(module, WanTransformer) and clips.strides is not None:
-            lines.append(_operations(module, clips, batching.batch_size) + whose)
+            lines.append(_operations(module, clips, batching) + whose)
         lines.append(_trained(module) + whose)
     lines.append(f"kept in memory      {kept}, before activations")
     there = [module for module in modules.values() if module is not None]
@@ -133,11 +135,29 @@ def _clips(clips: Clips, bucket: str, count: int) -> str:
     return f"tokens per sample   {bucket}: {tokens}   {there}"
 
 
-def _length(clips: Clips, batch_size: int, steps: int | None) -> list[str]:
+def _samples(clips: Clips, batching: Batching) -> list[str]:
+    """How many samples a step has."""
+    if batching.tokens is None:
+        return [f"samples per step    {batching} = {batching.batch_size}"]
+    if not isinstance(clips.plan, PackSampler):
+        return [f"samples per step    {batching}"]
+    plan = clips.plan
+    return [
+        f"samples per step    {batching} = {plan.samples_per_step:.4g} in the mean",
+        f"packs               {plan.samples_per_epoch} clips = {plan.packs_per_epoch} packs an epoch, "
+        f"{plan.fill:.1%} of their tokens used",
+    ]
+
+
+def _length(clips: Clips, batching: Batching, steps: int | None) -> list[str]:
     if steps is None:
         return ["steps               as many as epochs= takes of data that are not there yet"]
-    samples = steps * batch_size
-    lines = [f"steps               {steps}: {steps} x {batch_size} = {samples} samples"]
+    if batching.tokens is None:
+        samples = steps * batching.batch_size
+        lines = [f"steps               {steps}: {steps} x {batching.batch_size} = {samples} samples"]
+    else:
+        samples = 0 if clips.plan is None else clips.plan.samples_before(steps)
+        lines = [f"steps               {steps}" + (f": {samples} samples" if samples else "")]
     if clips.plan is not None:
         clip_count = clips.plan.samples_per_epoch
         lines.append(f"epochs              {samples} / {clip_count} clips = {samples / clip_count:.2f}")
@@ -166,10 +186,20 @@ def _trained(module: nn.Module | None) -> str:
     return f"trained parameters  {trained:,} of {total:,} ({100 * trained / total:.1f} %)"
 
 
-def _operations(module: WanTransformer, clips: Clips, batch_size: int) -> str:
-    """The operations of a step in the commonest bucket, with texts as long as they may be."""
-    tokens = geometry.num_tokens(clips.latent_shape(clips.commonest))
-    each = training_flops(module, tokens=tokens, text_rows=module.text_length)
+def _operations(module: WanTransformer, clips: Clips, batching: Batching) -> str:
+    """The operations of a step in the commonest bucket, with texts as long as they may be; of packs, in the mean."""
+    tokens = {bucket: geometry.num_tokens(clips.latent_shape(bucket)) for bucket in clips.counts}
+    if batching.tokens is not None:
+        flops = {
+            bucket: training_flops(module, tokens=own, text_rows=module.text_length) for bucket, own in tokens.items()
+        }
+        samples = clips.plan.samples_per_step if clips.plan else batching.tokens // tokens[clips.commonest]
+        mean = sum(flops[bucket].executed * count for bucket, count in clips.counts.items()) / clips.counts.total()
+        return (
+            f"TFLOP per step      {mean / 1e12:.3g} in the mean x {samples:.4g} samples = {mean * samples / 1e12:.4g}"
+        )
+    batch_size = batching.batch_size
+    each = training_flops(module, tokens=tokens[clips.commonest], text_rows=module.text_length)
     again = f" + {each.recompute / 1e12:.3g} computed again" if each.recompute else ""
     return (
         f"TFLOP per step      {clips.commonest}: ({each.forward / 1e12:.3g} forward + {each.backward / 1e12:.3g} "

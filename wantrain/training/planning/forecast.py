@@ -99,14 +99,15 @@ class Forecast:
         """Run the largest bucket's step first, without an update, where that is possible (see `trial_step`), and say
         the measured and the planned memory.
         """
-        bucket = try_largest(trainers, data, micro_batch=self.batching.micro)
+        bucket = try_largest(trainers, data, self.batching)
         if bucket is None or (planner := self.planner(engine)) is None:
             return
         device = next(iter(trainers.values())).stepper.device
         planned = max(planner.plan(clips_of(data, self.settings), bucket), key=lambda each: each.device)
         plan = f"{planned.tensors / GB:.4g} GB planned (and {planned.allowance / GB:.2g} GB for CUDA and fragmentation)"
         peak = torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else None
-        say(f"largest bucket {bucket} was tried: {'' if peak is None else f'{peak:.4g} GB at the peak, '}{plan}")
+        what = "the fullest pack" if self.batching.tokens else f"largest bucket {bucket}"
+        say(f"{what} was tried: {'' if peak is None else f'{peak:.4g} GB at the peak, '}{plan}")
 
     def advice(self, data: TrainingData[Any], engine: str) -> str:
         """What a run that is out of memory should change."""

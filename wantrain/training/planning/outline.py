@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from wantrain import geometry
-from wantrain.data import BatchSampler, TrainingData
+from wantrain.data import BatchSampler, PackSampler, TrainingData
 from wantrain.data.shards import MANIFEST
 from wantrain.models import Base, attention, quantize
 from wantrain.models.formats.loading import cast_as_loaded
+from wantrain.training.batching import Batching
 from wantrain.training.engine.optim import named_trainable
 from wantrain.training.initialize import Initializer, without_values
-from wantrain.util import devices
+from wantrain.util import devices, distributed
 from wantrain.util.console import say
 
 #: Width / height of the clip that stands for footage that is not there yet.
@@ -68,7 +69,7 @@ class Clips:
 
     counts: Counter[str]
     strides: tuple[int, int] | None
-    plan: BatchSampler | None
+    plan: BatchSampler | PackSampler | None
 
     @property
     def commonest(self) -> str:
@@ -111,7 +112,7 @@ def clips_of(data: TrainingData, settings: Mapping[str, Any]) -> Clips:
     """The clips of a data set that is there."""
     encoded = "spatial_stride" in data.manifest
     strides = (data.manifest["temporal_stride"], data.manifest["spatial_stride"]) if encoded else None
-    plan = BatchSampler.of(data, batch_size=settings["batch_size"], seed=settings["seed"])
+    plan = Batching.of_settings(settings, distributed.world_size()).order(data, settings["seed"])
     return Clips(Counter(data.bucket_names), strides, plan)
 
 

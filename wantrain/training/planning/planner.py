@@ -22,7 +22,7 @@ from wantrain.training.planning.outline import Clips
 from wantrain.training.planning.plan import ENGINES, GB, Choice, MemoryPlan, Sizes, Update
 from wantrain.training.planning.roofline import Work
 from wantrain.training.planning.search import EXACT, SEARCHED, Advice, Case, changes_results, cheapest, fits, smallest
-from wantrain.training.planning.trace import POLICIES, Sample, TracedCosts, between
+from wantrain.training.planning.trace import POLICIES, Sample, Shape, TracedCosts, between
 from wantrain.util.cards import Card
 
 #: Cards of a usual node: what several cards would hold is said for so many, if one process was started.
@@ -78,8 +78,10 @@ class Planner:
 
     def all_cases(self, clips: Clips) -> dict[str, dict[str, Case]]:
         """The cases of every bucket, the smallest first. The smallest and the largest are traced, which takes seconds
-        each; those between are interpolated.
+        each; those between are interpolated. Of packs there is one: all are of about the same number of tokens.
         """
+        if self.batching.tokens is not None:
+            return {bucket: self.cases(clips, bucket) for bucket in (self.largest(clips),)}
         tokens = {bucket: geometry.num_tokens(clips.latent_shape(bucket)) for bucket in clips.counts}
         order = sorted(tokens, key=lambda bucket: tokens[bucket])
         ends = {bucket: self.cases(clips, bucket) for bucket in {order[0], order[-1]}}
@@ -106,23 +108,37 @@ class Planner:
         return [policy for policy in POLICIES if policy != "attention" or kept]
 
     def _case(self, name: str, module: WanTransformer, clips: Clips, bucket: str) -> Case:
-        shape = clips.latent_shape(bucket)
-        samples = self.batching.micro
+        shapes = self._shapes(clips, bucket)
         sample = Sample(
-            (samples, *shape),
+            shapes if self.batching.tokens else shapes[0],
             self.settings["model"]["conditioning"] in PER_FRAME,
             self.settings["precision"],
         )
-        work = Work.of(module, tokens=geometry.num_tokens(shape), samples=samples)
+        work = Work.of_groups(module, [(samples, geometry.num_tokens(shape)) for samples, *shape in shapes])
         update = UpdateBytes.of(self.optimizers[name], UpdateOptions.of(self.settings))
         sizes = Sizes.of(module, update=update, average=bool(self.settings["ema"]))
         return Case(sizes, TracedCosts(module, sample, self._policies), work, self.batching.accumulate)
+
+    def _shapes(self, clips: Clips, bucket: str) -> tuple[Shape, ...]:
+        """What a backward pass computes, (samples, latent frames, rows, columns): of one bucket, or a full pack of as
+        many of its clips as fit and an image of the tokens that are left.
+        """
+        shape, budget = clips.latent_shape(bucket), self.batching.tokens
+        if budget is None:
+            return ((self.batching.micro, *shape),)
+        fitting, left = divmod(budget, geometry.num_tokens(shape))
+        image = (1, 1, geometry.PATCH[1], geometry.PATCH[2] * left)
+        return (*([(fitting, *shape)] if fitting else []), *([image] if left else []))
+
+    def label(self, bucket: str) -> str:
+        """What a step of the largest bucket is called: its size, or that of a pack."""
+        return bucket if self.batching.tokens is None else f"pack of {self.batching.tokens} tokens"
 
     def describe(self, clips: Clips, card: Card | None, steps: int | None) -> str:
         """Lines for `dry_run=true`: memory of each bucket, of each engine, time, and settings that fit `card`."""
         largest, by_bucket = self.largest(clips), self.all_cases(clips)
         lines = [
-            f"memory              {bucket}{f' ({name})' if len(cases) > 1 else ''}: {case.plan(self.asked)}"
+            f"memory              {self.label(bucket)}{f' ({name})' if len(cases) > 1 else ''}: {case.plan(self.asked)}"
             for bucket, cases in by_bucket.items()
             for name, case in cases.items()
         ]
@@ -139,7 +155,7 @@ class Planner:
         for engine in ENGINES:
             choice = replace(self.asked, engine=engine, processes=1 if engine == "single" else processes)
             sizes.append(f"{engine} {max(case.plan(choice).device for case in worst.values()) / GB:.4g}")
-        return [f"engines             {bucket}, GB on each of {processes} cards: {', '.join(sizes)}"]
+        return [f"engines             {self.label(bucket)}, GB on each of {processes} cards: {', '.join(sizes)}"]
 
     def on_card(self, worst: Mapping[str, Case], bucket: str, card: Card, steps: int | None) -> list[str]:
         """Whether the largest bucket fits the card and what a step takes; else settings that fit."""
@@ -147,15 +163,16 @@ class Planner:
         memory = max((case.plan(self.asked) for case in cases), key=lambda each: each.device)
         taken = f"{memory.device / GB:.4g} of {card.memory / GB:.4g} GB"
         if fits(memory, card):
-            return [f"{card.name:<19} {bucket} takes {taken}{self._time(cases, self.asked, card, steps)}"]
+            return [f"{card.name:<19} {self.label(bucket)} takes {taken}{self._time(cases, self.asked, card, steps)}"]
         advice = self.advise(cases, card)
         if advice is None:
             least = smallest(cases, self.asked, card, adapter=self.adapter, updates=self.updates)
             return [
-                f"{card.name:<19} {bucket} takes {taken}: too much. The least is {least.memory.device / GB:.4g} GB, "
-                f"with {' '.join(least.overrides) or 'these settings'}: take smaller clips, or more cards"
+                f"{card.name:<19} {self.label(bucket)} takes {taken}: too much. The least is "
+                f"{least.memory.device / GB:.4g} GB, with {' '.join(least.overrides) or 'these settings'}: take "
+                "smaller clips, or more cards"
             ]
-        lines = [f"{card.name:<19} {bucket} takes {taken}: too much. The fastest settings that fit:"]
+        lines = [f"{card.name:<19} {self.label(bucket)} takes {taken}: too much. The fastest settings that fit:"]
         found = [advice]
         if changes_results(advice.choice, self.asked):
             exact = self.advise(cases, card, fixed=set(SEARCHED) - set(EXACT))

@@ -7,8 +7,8 @@ exchange between cards is not included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 from wantrain.models import WanTransformer
 from wantrain.models.facts import blocks_of
@@ -30,6 +30,12 @@ class Work:
     products_forward: float
     products_backward: float
     attention: float
+
+    @classmethod
+    def of_groups(cls, module: WanTransformer, groups: Sequence[tuple[int, int]]) -> Work:
+        """The work of several groups together, (samples, tokens of each)."""
+        each = [astuple(cls.of(module, tokens=tokens, samples=samples)) for samples, tokens in groups]
+        return cls(*map(sum, zip(*each, strict=True)))
 
     @classmethod
     def of(cls, module: WanTransformer, *, tokens: int, samples: int) -> Work:

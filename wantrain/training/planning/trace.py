@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -86,16 +86,20 @@ def between(small: BlockCosts, large: BlockCosts, share: float) -> BlockCosts:
     return BlockCosts(*(a + share * (b - a) for a, b in zip(astuple(small), astuple(large), strict=True)))
 
 
+#: Samples, latent frames, rows, columns.
+Shape = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
 class Sample:
     """The shape of one micro-batch.
 
-    latents     (samples, latent frames, rows, columns)
+    latents     (samples, latent frames, rows, columns); of a pack those of each group of clips of one size
     per_frame   True: a timestep for each latent frame
     precision   fp32 or bf16, of linear layers
     """
 
-    latents: tuple[int, int, int, int]
+    latents: Shape | tuple[Shape, ...]
     per_frame: bool
     precision: str
 
@@ -145,24 +149,33 @@ def with_blocks(module: nn.Module, count: int, recompute: str) -> nn.Module:
 
 def trace_step(module: Any, sample: Sample) -> StepTrace:
     """Run one micro-step of a network without values."""
-    count, frames, *_ = sample.latents
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_fake_parameters(module.train())
-        latents = torch.empty(count, module.in_channels, *sample.latents[1:])
-        timestep = torch.empty(count, frames) if sample.per_frame else torch.empty(count)
-        text = torch.empty(count, module.text_length, module.text_dim)
+        inputs = _inputs(module, sample)
         live = _StepBytes()
         for parameter in named_trainable(module).values():
             parameter.register_post_accumulate_grad_hook(lambda own: live.forget(own.grad))  # counted with gradients
         with live, shortened(live.count):
             with autocast(sample.precision, torch.device("cpu")):
-                velocity = module(latents, timestep, text)
-            loss = velocity.float().square().mean()
-            del velocity
+                velocity = module(*inputs)
+            parts = velocity if isinstance(velocity, tuple) else (velocity,)
+            loss = torch.stack([part.float().square().mean() for part in parts]).sum()
+            del velocity, parts
             kept, forward, moved_forward = live.now, live.peak, live.moved
             live.peak = live.now
             loss.backward()
     return StepTrace(kept, forward, live.peak, moved_forward, live.moved - moved_forward)
+
+
+def _inputs(module: Any, sample: Sample) -> tuple[Any, ...]:
+    """Latents, timesteps and texts: tensors, or of a pack a tuple of them each."""
+    if isinstance(sample.latents[0], tuple):
+        groups = [_inputs(module, replace(sample, latents=group)) for group in sample.latents]
+        return tuple(zip(*groups, strict=True))
+    count, frames, *_ = sample.latents
+    latents = torch.empty(count, module.in_channels, *sample.latents[1:])
+    timestep = torch.empty(count, frames) if sample.per_frame else torch.empty(count)
+    return latents, timestep, torch.empty(count, module.text_length, module.text_dim)
 
 
 def give_fake_parameters(module: nn.Module) -> None:

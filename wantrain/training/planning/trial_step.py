@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from wantrain.data import TrainingData
+from wantrain.data import PackSampler, TrainingData
 from wantrain.geometry import Bucket
+from wantrain.training.batching import Batching
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.planning.plan import GB
 from wantrain.util.progress import report_progress
 from wantrain.util.seeds import generator_at
 
 
-def try_largest(trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], *, micro_batch: int) -> str | None:
-    """Forward and backward of the largest bucket for each expert; nothing is updated, and the run's randomness is not
-    touched. Returns the bucket; None where it is not tried: on a CPU, and under ZeRO, whose backward updates.
+def try_largest(trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], batching: Batching) -> str | None:
+    """Forward and backward of the largest bucket, or of the fullest pack, for each expert; nothing is updated, and the
+    run's randomness is not touched. Returns the largest bucket; None where it is not tried: on a CPU, and under ZeRO,
+    whose backward updates.
     """
     steppers = [trainer.stepper for trainer in trainers.values()]
     if any(stepper.device.type == "cpu" or stepper.engine.startswith("zero") for stepper in steppers):
@@ -27,12 +29,14 @@ def try_largest(trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], 
     bucket, clips = largest(data)
     if steppers[0].device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(steppers[0].device)
-    samples = np.resize(clips, micro_batch)
     for trainer in trainers.values():
         report_progress(f"trying the largest bucket, {bucket}")
         stepper = trainer.stepper
-        batch = data.load(samples, np.arange(micro_batch))
-        draws = trainer.loss.prepare(batch, [generator_at(0, "trial", place) for place in range(micro_batch)])
+        if isinstance(trainer.plan, PackSampler):
+            batch = trainer.plan.fullest().load(data)
+        else:
+            batch = data.load(np.resize(clips, batching.micro), np.arange(batching.micro))
+        draws = trainer.loss.prepare(batch, [generator_at(0, "trial", place) for place in range(len(batch))])
         trainer.trainable.module.train()
         with stepper.forward_context():
             loss = trainer.loss(stepper.wrapped, batch.to(stepper.device), draws.to(stepper.device))

@@ -113,7 +113,7 @@ def choose_extent(
     first, clip = next(iter(trainers.values())), typical([*heldout.batches, *train.batches])
     budget = Budget(
         share=chosen.share,
-        samples=first.plan.batch_size / distributed.world_size(),
+        samples=first.plan.samples_per_step / distributed.world_size(),
         per_sample=forwards_per_sample(first.trainable.module, clip),
         passes=sum(1 if trainer.ema is None else 2 for trainer in trainers.values()),
         processes=distributed.world_size(),
