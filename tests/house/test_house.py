@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = sorted(ROOT / f"{name}.py" for name in ("caption", "shard", "encode", "train", "sample", "export"))
 PACKAGE = sorted((ROOT / "wantrain").rglob("*.py"))
-PRODUCT = [*COMMANDS, ROOT / "demo.py", *sorted((ROOT / "assets").glob("*.py")), *PACKAGE]
+PRODUCT = [*COMMANDS, ROOT / "demo.py", ROOT / "setup.py", *sorted((ROOT / "assets").glob("*.py")), *PACKAGE]
 
 
 def tree(file):
