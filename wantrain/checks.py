@@ -129,6 +129,7 @@ def _check_model(cfg: DictConfig) -> None:
 def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], None], processes: int) -> None:
     """What the settings of a training mean together."""
     from wantrain.training.alternation import ExpertAlternation  # sample.py and export.py import nothing of training
+    from wantrain.training.monitoring.trackers import check_tracker
 
     judge(lambda: _check_experts(cfg))
     judge(lambda: config.batching(cfg, processes))
@@ -143,6 +144,7 @@ def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], Non
     if cfg.expert.name == "both":
         judge(lambda: ExpertAlternation.of(list(cfg.model.experts), config.plain(cfg.experts.share)))
     judge(lambda: _check_previews(cfg))
+    judge(lambda: check_tracker(cfg.tracker.name))
     if "mask_types" in cfg.data:
         types, conditioning = config.plain(cfg.data.mask_types), cfg.data.conditioning
         judge(lambda: ConditioningInputs(types, conditioning, key="data.mask_types"))

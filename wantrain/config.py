@@ -38,13 +38,13 @@ from wantrain.settings.schema import OF_AN_EXPERT
 from wantrain.util import distributed
 from wantrain.util.console import errors_to_exit_code, say
 from wantrain.util.renamed import refuse_old_keys
+from wantrain.util.shipped import ROOT
 
 if TYPE_CHECKING:  # sample.py and export.py import nothing of training
     from wantrain.training.batching import Batching
     from wantrain.training.options import ExpertOptions
     from wantrain.training.planning.forecast import Forecast
 
-ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 
 

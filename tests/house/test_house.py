@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = sorted(ROOT / f"{name}.py" for name in ("caption", "shard", "encode", "train", "sample", "export"))
 PACKAGE = sorted((ROOT / "wantrain").rglob("*.py"))
-PRODUCT = [*COMMANDS, ROOT / "demo.py", *sorted((ROOT / "assets").glob("*.py")), *PACKAGE]
+PRODUCT = [*COMMANDS, ROOT / "demo.py", ROOT / "setup.py", *sorted((ROOT / "assets").glob("*.py")), *PACKAGE]
 
 
 def tree(file):
@@ -123,7 +123,10 @@ def test_library_imports():
             "wantrain/auto.py",
             *(command.name for command in COMMANDS),
         },
-        "accelerate": {f"wantrain/training/engine/{name}.py" for name in ("accelerator", "engine", "placement")},
+        "accelerate": {
+            *(f"wantrain/training/engine/{name}.py" for name in ("accelerator", "engine", "placement")),
+            "wantrain/training/monitoring/trackers.py",  # its classes for Trackio and MLflow
+        },
         "deepspeed": {"wantrain/training/engine/zero.py"},
         "peft": {"wantrain/models/adapters.py"},
         "bitsandbytes": {"wantrain/models/quantize.py"},

@@ -87,11 +87,22 @@ def commands(page):
     text = page.read_text(encoding="utf-8")
     lines = [line for block in fences(page) for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(
-        r"(?<!`)`((?:python|accelerate|make) [^`]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        r"(?<!`)`((?:(?:python|accelerate|make) |wantrain-)[^`]+)`(?!`)",
+        re.sub(r"^```.*?^```", "", text, flags=re.M | re.S),
     )
     for line in lines:
-        if line.strip().startswith(("python ", "accelerate ", "make ", "torchrun ")):
-            yield shlex.split(line, comments=True)
+        if line.strip().startswith(("python ", "accelerate ", "make ", "torchrun ", "wantrain-")):
+            yield from_checkout(shlex.split(line, comments=True))
+
+
+def from_checkout(words):
+    """A command of an install (`wantrain-train`, `python -m wantrain train`) as it is typed in a checkout."""
+    if words[0].startswith("wantrain-"):
+        return ["python", f"{words[0].removeprefix('wantrain-')}.py", *words[1:]]
+    for place in range(len(words) - 2):
+        if words[place : place + 2] == ["-m", "wantrain"]:
+            return [*words[:place], f"{words[place + 2]}.py", *words[place + 3 :]]
+    return words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

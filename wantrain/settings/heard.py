@@ -209,7 +209,11 @@ _TRAIN = (
     Rule((r"data\.(cache|cache_gb)",), _is_remote, "no shards lie at a URL; those of a folder are read where they are"),
     Rule((r"loss\.(batch_size|seed)",), _equals("loss.stratified", True), "loss.stratified=false takes no parts"),
     Rule((r"schedule\.(decay|floor)",), _differs("schedule.shape", "constant"), "schedule.shape=constant never falls"),
-    Rule((r"tracker\.project",), _equals("tracker.name", "wandb"), "tracker={tracker.name} has no projects"),
+    Rule(
+        (r"tracker\.project",),
+        _equals("tracker.name", "wandb", "trackio", "mlflow"),
+        "tracker={tracker.name} has no projects",
+    ),
     Rule((r"model\.train\.micro_batch",), _equals("accumulate", None), "accumulate={accumulate} says how many"),
     Rule(
         (r"model\.steps",),

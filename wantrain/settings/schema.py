@@ -197,7 +197,7 @@ _OPTIONS: Mapping[str, Any] = {
     "schedule.warmup": Natural,
     "schedule.decay": Share,
     "schedule.floor": Share,
-    "tracker.name": Literal["wandb", "tensorboard", "jsonl"],
+    "tracker.name": Literal["wandb", "tensorboard", "trackio", "mlflow", "jsonl"],
     "tracker.project": FreeText | None,
 }
 

@@ -5,11 +5,14 @@ import importlib.util
 import json
 import signal
 import subprocess
+import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.monitoring import trackers
@@ -170,14 +173,92 @@ def test_tensorboard_scalars(tiny, call, tmp_path):
     assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(wanted)
 
 
-def test_bad_tracker_refused(tmp_path, monkeypatch):
-    """A tracker with an unknown name or a missing package is one clear error."""
+def test_bad_tracker_refused(tmp_path, monkeypatch, call):
+    """A tracker with an unknown name or a missing package is one clear error, before any work."""
     how = {"project": None, "run": "r", "folder": tmp_path, "config": {}}
-    with pytest.raises(ValueError, match="choose wandb, tensorboard or jsonl"):
+    with pytest.raises(ValueError, match="choose one of wandb, tensorboard, trackio, mlflow, jsonl"):
         build_tracker("wands", **how)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "wantrain\[tensorboard\]"'):
-        build_tracker("tensorboard", **how)
+    whole = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in trackers.TRACKERS else whole(name))
+    for name in ("tensorboard", "trackio", "mlflow"):
+        with pytest.raises(ValueError, match=rf'tracker={name} needs .* pip install "wantrain\[{name}\]"; or'):
+            build_tracker(name, **how)
+    ended = call("train.py", "tracker=trackio", "data.shards=nowhere", check=False)
+    assert ended.error.startswith("tracker=trackio needs its package") and not list(tmp_path.iterdir())
+
+
+class Library:
+    """Trackio's or MLflow's module, with what accelerate calls of it."""
+
+    def __init__(self):
+        self.said, self.config = [], {}
+        self.utils = types.SimpleNamespace(
+            validation=types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)
+        )
+
+    def init(self, **how):
+        self.said.append(("init", how))
+        return self
+
+    start_run, log_params = init, lambda self, values: self.config.update(values)
+
+    def search_experiments(self, **_):
+        return []
+
+    def create_experiment(self, name, **_):
+        return name
+
+    def log(self, values, step):
+        self.said.append((step, values))
+
+    def log_metrics(self, metrics, step):
+        self.log(metrics, step)
+
+    def finish(self):
+        self.said.append("closed")
+
+    end_run = finish
+
+
+@pytest.mark.parametrize("name", ["trackio", "mlflow"])
+def test_trackers_of_accelerate(name, tmp_path, monkeypatch):
+    """Trackio and MLflow get the project, the run's name, its settings under dotted keys, and every step."""
+    PartialState(cpu=True)  # as train.py has begun it by then
+    library = Library()
+    monkeypatch.setitem(sys.modules, name, library)
+    monkeypatch.setattr(trackers, "check_tracker", lambda name: None)
+    config = {"optimizer": {"lr": 0.1, "betas": [0.9, 0.95]}, "run": "r"}
+    tracker = build_tracker(name, project="p", run="r", folder=tmp_path, config=config)
+    tracker.scalars(1, {"loss": 0.5})
+    tracker.previews(1, [])
+    tracker.close()
+    (_, how), *logged_steps = library.said
+    assert {"trackio": how.get("project"), "mlflow": how.get("experiment_id")}[name] == "p"
+    assert {"trackio": how.get("name"), "mlflow": how.get("run_name")}[name] == "r"
+    flat = {"optimizer.lr": 0.1, "optimizer.betas": [0.9, 0.95], "run": "r"}
+    assert {key: library.config[key] for key in flat} == flat
+    assert logged_steps == [(1, {"loss": 0.5}), "closed"]
+
+
+@pytest.mark.parametrize("name", ["trackio", "mlflow"])
+def test_installed_tracker(name, tiny, call, tmp_path, monkeypatch):
+    """Where the package is installed, it holds the logged losses."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when the package is imported
+    library = pytest.importorskip(name, reason=f"tracker={name} is an optional extra")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    call("train.py", *tiny.train, "init=scratch", "batch_size=4", "steps=4", "run=r", f"tracker={name}")
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()]
+    wanted = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    if name == "mlflow":
+        (run,) = library.search_runs(experiment_names=["wantrain"], output_format="list")
+        history = library.MlflowClient().get_metric_history(run.info.run_id, "loss")
+        found = {metric.step: metric.value for metric in history}
+        assert run.data.params["optimizer.lr"] == "0.0001"
+    else:
+        from trackio.sqlite_storage import SQLiteStorage
+
+        found = {row["step"]: row["loss"] for row in SQLiteStorage.get_logs("wantrain", "r") if "loss" in row}
+    assert found == pytest.approx(wanted)
 
 
 def test_dead_service_at_exit(tmp_path, monkeypatch):

@@ -23,6 +23,8 @@ from wantrain.util import distributed
 from wantrain.util.console import say
 from wantrain.util.seeds import seed_at
 
+#: What tracker= takes.
+TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "jsonl")
 #: Calls that may wait for a slow tracker; what comes on top is dropped.
 WAITING = 1000
 #: Seconds that the end of a run waits for its tracker, at most.
@@ -145,6 +147,39 @@ class TensorBoardTracker:
         self.writer.close()
 
 
+class AccelerateTracker:
+    """Trackio or MLflow, by accelerate's classes for them. Videos stay beside the run as mp4.
+
+    Each start of a run is a run of its own in MLflow, which takes no second value of a setting.
+    """
+
+    def __init__(self, name: str, project: str, run: str, config: Mapping[str, Any]) -> None:
+        from accelerate import tracking  # asks for the package of every tracker that it knows
+
+        if name == "trackio":
+            self.tracker = tracking.TrackioTracker(project, name=run, resume="allow")
+        else:
+            self.tracker = tracking.MLflowTracker(project, run_name=run)
+        self.tracker.start()
+        self.tracker.store_init_configuration(_flat(config))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.tracker.log(dict(values), step=step)
+
+    def previews(self, step: int, clips: Sequence[PreviewClip]) -> None: ...
+
+    def close(self, *, failed: bool = False) -> None:
+        self.tracker.finish()
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 class AsyncTracker:
     """A tracker that `make` makes, worked by a thread that the run never waits for, but at its end."""
 
@@ -219,14 +254,23 @@ def children(name: str) -> list[int]:
     return found
 
 
+def check_tracker(name: str) -> None:
+    """ValueError for a tracker that there is not, or whose package is missing."""
+    if name not in TRACKERS:
+        raise ValueError(f"tracker={name} is unknown; choose one of {', '.join(TRACKERS)}")
+    if name != "jsonl" and importlib.util.find_spec(name) is None:
+        extra = "wandb" if name == "wandb" else f'"wantrain[{name}]"'
+        raise ValueError(f"tracker={name} needs its package: pip install {extra}; or give tracker=jsonl")
+
+
 def build_tracker(name: str, *, project: str | None, run: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """The tracker called `name`, on the main process; others get none. ValueError for one that there is not."""
-    if name not in {"wandb", "tensorboard", "jsonl"}:
-        raise ValueError(f"tracker={name!r} is unknown; choose wandb, tensorboard or jsonl")
+    """The tracker called `name`, on the main process; others get none. ValueError as `check_tracker`."""
+    check_tracker(name)
     if name == "jsonl" or not distributed.is_main():
         return NoTracker()
+    project = project or "wantrain"
+    if name == "wandb":
+        return AsyncTracker(partial(WandbTracker, project, run, folder, config))
     if name == "tensorboard":
-        if importlib.util.find_spec("tensorboard") is None:
-            raise ValueError('tracker=tensorboard needs its package: pip install "wantrain[tensorboard]"')
         return AsyncTracker(partial(TensorBoardTracker, folder))
-    return AsyncTracker(partial(WandbTracker, project or "wantrain", run, folder, config))
+    return AsyncTracker(partial(AccelerateTracker, name, project, run, config))
