@@ -28,10 +28,17 @@ def lora(module, targets):
     adapters.inject(module, adapters.AdapterSettings(rank=4, alpha=4.0, targets=targets), seed=0)
 
 
+def lokr(module, rank):
+    shape = adapters.KroneckerSettings(factor=4, decompose_both=False)
+    adapters.inject(module, adapters.AdapterSettings(rank=rank, alpha=rank, targets="all", lokr=shape), seed=0)
+
+
 HOW = {
     "full": lambda module: None,
     "lora": lambda module: lora(module, "attention"),
     "lora of all": lambda module: lora(module, "all"),
+    "lokr": lambda module: lokr(module, 4),
+    "lokr, whole": lambda module: lokr(module, 400),
     "upper blocks": lambda module: partial.train_only(module, layers="2-3", tags=None),
     "head": lambda module: partial.train_only(module, layers=None, tags=["head"]),
 }

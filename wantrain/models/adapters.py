@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft, LoRA and DoRA: inject, snapshot, restore. formats/lora.py reads and writes the files.
+"""Low-rank adapters through peft (LoRA, DoRA, LoKr): inject, snapshot, restore. formats/lora.py reads and writes files.
 
 Adapter weights are float32; activations keep the dtype of the forward. Which layers can be adapted is declared by the
 model (`adapter_targets`, see facts.py).
@@ -16,15 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wantrain.models import kronecker
 from wantrain.models.formats.lora import LoRA, check_fits, read_lora
-from wantrain.models.formats.lora_layers import Layer, row_lengths
+from wantrain.models.formats.lora_layers import Kronecker, Layer, Trainable, kind_of, row_lengths
 from wantrain.models.linear import LowRank
 from wantrain.util import libraries
+
+#: adapter= of what trains beside frozen weights.
+ADAPTERS = ("lora", "dora", "lokr")
+#: Tensors that are zero when training begins, so that the adapter adds nothing then.
+_ZERO_AT_START = ("lora_B", *kronecker.ZERO_AT_START)
+#: Other tensors of a LoRA or LoKr. A DoRA's magnitudes are neither: never zero, they add something by themselves.
+_OTHERS = ("lora_A", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a")
+
+
+@dataclass(frozen=True)
+class KroneckerSettings:
+    """The sizes of a LoKr's matrices, whose Kronecker product the change is.
+
+    factor          rows and columns of the first matrix: the layer's divide by it, else the largest number below by
+                    which they do; None: near the square root, so that both matrices are about equally large
+    decompose_both  the first matrix is a product of two of the rank's width too, if that is smaller. The second always
+    """
+
+    factor: int | None = None
+    decompose_both: bool = False
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """A LoRA (or, with `dora`, a DoRA).
+    """A LoRA (or, with `dora`, a DoRA; with `lokr`, a LoKr).
 
     targets  a group of the model's `adapter_targets`
     scale of the change: alpha / rank, or alpha / sqrt(rank) if `rank_stabilized` (arXiv 2312.03732)
@@ -36,6 +57,7 @@ class AdapterSettings:
     alpha: float
     targets: str
     dora: bool = False
+    lokr: KroneckerSettings | None = None
     rank_stabilized: bool = False
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
@@ -63,7 +85,14 @@ def inject(module: nn.Module, settings: AdapterSettings, *, seed: int) -> None:
         # float32 that files hold, so that a resumed run finds in its checkpoint the same scale.
         alpha = alphas[name] * (ranks[name] ** 0.5 if settings.rank_stabilized else 1.0)
         sizes[name] = (int(ranks[name]), torch.tensor(alpha, dtype=torch.float32, device="cpu").item())
-    _add_layers(module, sizes, seed, settings.dora)
+    _add_layers(module, sizes, seed, dora=settings.dora, lokr=settings.lokr)
+    layers = adapter_layers(module).values()
+    if settings.lokr is not None and settings.alpha != settings.rank and all(layer.rank is None for layer in layers):
+        raise ValueError(
+            f"adapter.alpha={settings.alpha:g} has no effect: with adapter.rank={settings.rank} both matrices of every "
+            "layer are whole, and readers of the file scale only products; leave out adapter.alpha, or give a lower "
+            "adapter.rank"
+        )
 
 
 def _by_pattern(what: str, names: list[str], default: float, pattern: Mapping[str, float]) -> dict[str, float]:
@@ -84,28 +113,45 @@ def inject_lora(module: nn.Module, lora: LoRA, *, seed: int, where: str | Path =
     """Freeze `module` and add the adapter `lora`, with its layers, ranks, alphas and values, in float32.
 
     ValueError (naming the file, `where`) if a layer or a shape does not fit the module, or if it is of a kind that is
-    merged but not trained on (LoHa, LoKr, whole differences).
+    merged but not trained on (LoHa, whole differences).
     """
     stored = lora.trainable(where)
     check_fits(lora, module, where)
-    sizes = {name: (layer.rank, layer.alpha) for name, layer in stored.items()}
-    _add_layers(module, sizes, seed, lora.is_dora)
+    sizes = {name: (layer.rank or 1, layer.alpha or 1.0) for name, layer in stored.items()}
+    _add_layers(module, sizes, seed, dora=lora.is_dora, lokr=KroneckerSettings() if lora.kind == "lokr" else None)
+    for name, module_layer in _layers(module).items():
+        if isinstance(layer := stored[name], Kronecker):  # its shapes may be any that multiply to the layer's
+            kronecker.set_parts(module_layer, "lokr_w1", tuple(part.float() for part in layer.first))
+            kronecker.set_parts(module_layer, "lokr_w2", tuple(part.float() for part in layer.second))
+            module_layer.scaling["default"] = layer.scale
     for name, layer in adapter_layers(module).items():
         _copy(stored[name], layer)
 
 
-def _add_layers(module: nn.Module, sizes: Mapping[str, tuple[int, float]], seed: int, dora: bool) -> None:
+def _add_layers(
+    module: nn.Module,
+    sizes: Mapping[str, tuple[int, float]],
+    seed: int,
+    *,
+    dora: bool,
+    lokr: KroneckerSettings | None = None,
+) -> None:
     """Freeze everything and put trainable float32 tensors beside the layers named in `sizes`: (rank, alpha) each."""
     with libraries.importing():  # takes seconds, so only where an adapter is used
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoKrConfig, LoraConfig, inject_adapter_in_model
 
     patterns = {name: f"^{re.escape(name)}$" for name in sizes}
-    config = LoraConfig(
-        target_modules="|".join(re.escape(name) for name in sizes),
-        rank_pattern={patterns[name]: rank for name, (rank, _) in sizes.items()},
-        alpha_pattern={patterns[name]: alpha for name, (_, alpha) in sizes.items()},  # type: ignore[misc]
-        use_dora=dora,
-    )
+    common: dict[str, Any] = {
+        "target_modules": "|".join(re.escape(name) for name in sizes),
+        "rank_pattern": {patterns[name]: rank for name, (rank, _) in sizes.items()},
+        "alpha_pattern": {patterns[name]: alpha for name, (_, alpha) in sizes.items()},
+    }
+    config: LoraConfig | LoKrConfig
+    if lokr is None:
+        config = LoraConfig(**common, use_dora=dora)
+    else:
+        shape: dict[str, Any] = {"decompose_factor": lokr.factor or -1, "decompose_both": lokr.decompose_both}
+        config = LoKrConfig(**common, **shape, init_weights="lycoris")
     module.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -115,12 +161,16 @@ def _add_layers(module: nn.Module, sizes: Mapping[str, tuple[int, float]], seed:
         # Else peft casts bf16 inputs to the adapter's float32 (4 TB of traffic in a 14B step). Set for good, not around
         # the forward: a recomputed forward runs inside the backward.
         layer.cast_input_dtype_enabled = False
-        if dora:
+        if lokr is not None:
+            kronecker.compute_narrow(layer)
+            if len(kronecker.parts_of(layer, "lokr_w1")) == len(kronecker.parts_of(layer, "lokr_w2")) == 1:
+                layer.scaling["default"] = 1.0  # readers of the file scale only products
+        elif dora:
             layer.lora_magnitude_vector["default"] = Magnitude(layer.get_base_layer().weight)
         else:
             layer.lora_variant["default"] = NarrowScale()
     for name, parameter in module.named_parameters():
-        if "lora_" in name:
+        if is_of_adapter(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
@@ -190,8 +240,23 @@ def _layers(module: nn.Module) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)
+        if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) or kronecker.is_kronecker(layer)
     }
+
+
+def is_of_adapter(name: str) -> bool:
+    """True for the name of an adapter's parameter."""
+    return ".lora_" in f".{name}" or ".lokr_" in f".{name}"
+
+
+def is_zero_at_start(name: str) -> bool:
+    """True for a LoRA's B and what corresponds to it in a LoKr: zero when training begins, moved by its first step."""
+    return any(f".{kind}." in name for kind in _ZERO_AT_START)
+
+
+def adds_by_itself(name: str) -> bool:
+    """False for an adapter's parameters that add nothing to the base while those that are zero at start are zero."""
+    return not any(f".{kind}." in name for kind in _OTHERS)
 
 
 def has_adapter(module: nn.Module) -> bool:
@@ -212,17 +277,23 @@ def switched_off(module: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def adapter_layers(module: nn.Module, copy: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Layer]:
+def adapter_layers(module: nn.Module, copy: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Trainable]:
     """The adapter's layers by official module name, with `copy` applied to each tensor."""
-    return {
-        name: Layer(
-            copy(layer.lora_A["default"].weight),
-            copy(layer.lora_B["default"].weight),
-            float(layer.lora_alpha["default"]),
-            copy(layer.lora_magnitude_vector["default"].weight) if layer.use_dora["default"] else None,
+    return {name: _layer(layer, copy) for name, layer in _layers(module).items()}
+
+
+def _layer(layer: Any, copy: Callable[[Tensor], Tensor]) -> Trainable:
+    if kronecker.is_kronecker(layer):
+        first, second = (
+            tuple(copy(part) for part in kronecker.parts_of(layer, name)) for name in ("lokr_w1", "lokr_w2")
         )
-        for name, layer in _layers(module).items()
-    }
+        return Kronecker(first, second, float(layer.scaling["default"]))
+    return Layer(
+        copy(layer.lora_A["default"].weight),
+        copy(layer.lora_B["default"].weight),
+        float(layer.lora_alpha["default"]),
+        copy(layer.lora_magnitude_vector["default"].weight) if layer.use_dora["default"] else None,
+    )
 
 
 def restore_adapter(path: Path, module: nn.Module) -> None:
@@ -232,27 +303,33 @@ def restore_adapter(path: Path, module: nn.Module) -> None:
         raise ValueError(f"{path} holds an adapter of other layers; it belongs to another run")
     for name, layer in current.items():
         saved = stored[name]
-        types = ["LoRA" if part.magnitude is None else "DoRA" for part in (saved, layer)]
+        types = [kind_of(part) for part in (saved, layer)]
         if types[0] != types[1]:
             raise ValueError(f"{path} holds a {types[0]}, this run trains a {types[1]}; it belongs to another run")
         if (saved.rank, saved.alpha) != (layer.rank, layer.alpha):
             raise ValueError(
-                f"{path}: {name} has rank {saved.rank} and alpha {saved.alpha:g}, in this run it has {layer.rank} and "
-                f"{layer.alpha:g}"
+                f"{path}: {name} has rank {saved.rank} and alpha {_number(saved.alpha)}, in this run it has "
+                f"{layer.rank} and {_number(layer.alpha)}"
             )
-        theirs, ours = ((part.up.shape[0], part.down.shape[1]) for part in (saved, layer))
-        if theirs != ours:
-            raise ValueError(
-                f"{path}: {name} is {theirs[0]} x {theirs[1]}, in this run it is {ours[0]} x {ours[1]}; the adapter "
-                "belongs to another run"
-            )
+        for theirs, ours in ((saved.shape, layer.shape), *zip(_shapes(saved), _shapes(layer), strict=False)):
+            if theirs != ours:
+                raise ValueError(
+                    f"{path}: {name} is {' x '.join(map(str, theirs))}, in this run it is "
+                    f"{' x '.join(map(str, ours))}; the adapter belongs to another run"
+                )
         _copy(saved, layer)
 
 
+def _shapes(layer: Trainable) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in layer.tensors()]
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
+
+
 @torch.no_grad()
-def _copy(stored: Layer, current: Layer) -> None:
+def _copy(stored: Trainable, current: Trainable) -> None:
     """Copy the values of a stored layer into a layer of the module."""
-    current.down.copy_(stored.down)
-    current.up.copy_(stored.up)
-    if current.magnitude is not None and stored.magnitude is not None:
-        current.magnitude.copy_(stored.magnitude)
+    for tensor, values in zip(current.tensors(), stored.tensors(), strict=True):
+        tensor.copy_(values)

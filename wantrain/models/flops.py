@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from wantrain.models import kronecker
 from wantrain.models.facts import blocks_of
 from wantrain.models.linear import frozen_layers
 from wantrain.models.transformer import Attention, Block, WanTransformer
@@ -44,7 +45,7 @@ class Count:
         self.forward = self.backward = 0
 
     def linear(self, layer: nn.Module, rows: int, flows: bool) -> bool:
-        """Add a linear layer (with its LoRA, if it has one) applied to `rows` rows; `flows`: its input has a gradient.
+        """Add a linear layer, with any adapter beside it, applied to `rows` rows. `flows`: its input has a gradient.
 
         Returns True if its output has one.
         """
@@ -62,6 +63,11 @@ class Count:
                 self.forward += own
                 self.backward += own * (1 + (flows or name == "lora_B"))
                 trains = True
+        # Each factor of a LoKr trains, so each needs the gradient of its own output, and all but the first give one on.
+        for number, size in enumerate(kronecker.products(layer) if kronecker.is_kronecker(layer) else ()):
+            self.forward += 2 * rows * size
+            self.backward += 2 * rows * size * (1 + (flows or number > 0))
+            trains = True
         return flows or trains
 
     def attention(self, queries: int, keys: int, dim: int, flows: bool) -> None:

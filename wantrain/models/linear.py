@@ -5,8 +5,8 @@ matrix products, and a LoRA adds to the frozen layer's output in place. Kept for
 comes from a norm and its weights are frozen, the norm's parts; of a frozen layer without an adapter, nothing. Weights
 are read again in the backward: autocast's copies of them are not kept.
 
-A layer that this module cannot look into (DoRA, or one with hooks, as ZeRO-3 puts them on every layer) is called as it
-is, and so are all inside a compiled block.
+A layer that this module cannot look into (DoRA, LoKr, or one with hooks, as ZeRO-3 puts them on every layer) is called
+as it is, and so are all inside a compiled block.
 
 Tensor suffixes: L tokens of all samples, D width in, E width out, r rank.
 """
@@ -55,7 +55,8 @@ class Layer:
             return cls(base)
         if getattr(module, "disable_adapters", False):
             return cls(base)
-        read = getattr(module.lora_variant.get("default"), "low_rank", None)  # type: ignore[operator, union-attr]
+        variants: Any = getattr(module, "lora_variant", {})  # a LoKr has none
+        read = getattr(variants.get("default"), "low_rank", None)
         return None if read is None or module.merged else cls(base, read(module))
 
     @property

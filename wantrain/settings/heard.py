@@ -181,7 +181,7 @@ _TRAIN = (
     ),
     Rule((r"check_expert",), _differs("init", "scratch"), "init=scratch loads no expert"),
     Rule(
-        (r"adapter\.(rank|alpha|rank_stabilized|targets|rank_pattern|alpha_pattern)",),
+        (r"adapter\.(rank|alpha|rank_stabilized|targets|rank_pattern|alpha_pattern|factor|decompose_both)",),
         lambda values, given: value_at(values, "adapter.init") is None,
         "adapter.init={adapter.init} has its own; leave out one of them",
     ),
@@ -189,8 +189,8 @@ _TRAIN = (
     Rule((r"gpu", r"bucket"), _equals("dry_run", True), "it is for dry_run=true, which plans for a card"),
     Rule(
         (r"base\.dtype",),
-        _equals("adapter.name", "lora", "dora"),
-        "adapter={adapter.name} has no frozen base; it is for adapter=lora or dora",
+        _equals("adapter.name", "lora", "dora", "lokr"),
+        "adapter={adapter.name} has no frozen base; it is for adapter=lora, dora or lokr",
     ),
     Rule((r"batch_tokens",), _NOT_VAE, "expert=vae trains on pixels, which have no tokens; give batch_size="),
     Rule(

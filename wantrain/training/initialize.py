@@ -11,7 +11,7 @@ from torch import nn
 
 from wantrain.models import Base, WanVAE, adapters, partial
 from wantrain.models.activation_policy import DTYPES, ActivationPolicy
-from wantrain.models.adapters import AdapterSettings
+from wantrain.models.adapters import AdapterSettings, KroneckerSettings
 from wantrain.models.attention import DEFAULT, Kernel, set_kernel
 from wantrain.models.compiling import BlockCompiler
 from wantrain.models.facts import blocks_of
@@ -95,7 +95,8 @@ class Initializer:
             self.compiler.compile(module)
         if origin := self.adapter.get("init"):
             layers = f"{len(adapters.adapter_layers(module))} layers"
-            say(f"the adapter goes on from {origin}: {layers}, rank {settings['rank']}, alpha {settings['alpha']:g}")
+            sizes = "" if settings["rank"] is None else f", rank {settings['rank']}, alpha {settings['alpha']:g}"
+            say(f"the adapter goes on from {origin}: {layers}{sizes}")
         about = {"expert": self.expert["name"], "model": self.model["name"], "boundary": self.model["boundary"]}
         about |= {"base": self.base.name, "recipe": self.recipe, "made_by": made_by(), **settings}
         metadata = {key: str(value) for key, value in about.items() if value is not None and value is not False}
@@ -168,10 +169,10 @@ class Initializer:
         ValueError if base.dtype= is another one, or if weights in float8 would be trained.
         """
         asked, kind = self.base_dtype, self.adapter["name"]
-        if is_fp8 and kind not in {"lora", "dora"}:
+        if is_fp8 and kind not in adapters.ADAPTERS:
             raise ValueError(
-                f"{self.base} is stored in fp8, and adapter={kind} would train its rounded weights; give adapter=lora "
-                "or dora, or the fp16 or bf16 file of the same model"
+                f"{self.base} is stored in fp8, and adapter={kind} would train its rounded weights; give adapter=lora, "
+                "dora or lokr, or the fp16 or bf16 file of the same model"
             )
         if is_fp8 and asked not in {None, "fp8"}:
             raise ValueError(
@@ -198,13 +199,17 @@ class Initializer:
             return settings
         seed, given = seed_at(self.seed, "adapter"), self.adapter["init"]
         if given is None:
-            adapters.inject(module, AdapterSettings(**settings, dora=kind == "dora"), seed=seed)
+            own = dict(settings)
+            if kind == "lokr":
+                own["lokr"] = KroneckerSettings(own.pop("factor"), own.pop("decompose_both"))
+            adapters.inject(module, AdapterSettings(**own, dora=kind == "dora"), seed=seed)
             return settings
         lora = read_lora(given, expert=self.expert["name"])
         check_lora_expert(given, lora.metadata, self.expert["name"], key="adapter.init")
-        own = "dora" if lora.is_dora else "lora"
-        if own != kind:
-            raise ValueError(f"adapter.init={given} was trained with adapter={own}; give that, not adapter={kind}")
+        if lora.kind != kind:
+            raise ValueError(
+                f"adapter.init={given} was trained with adapter={lora.kind}; give that, not adapter={kind}"
+            )
         model = lora.metadata.get("model", self.model["name"])
         if model != self.model["name"]:
             raise ValueError(f"adapter.init={given} was trained for model={model}, not for model={self.model['name']}")
@@ -216,8 +221,8 @@ class Initializer:
         """ValueError unless what is trained is what the adapter says: its own weights and no other, or every weight."""
         trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
         kind = self.adapter["name"]
-        if kind in {"lora", "dora"}:
-            wrong = [name for name, moves in trained.items() if moves != (".lora_" in name)]
+        if kind in adapters.ADAPTERS:
+            wrong = [name for name, moves in trained.items() if moves != adapters.is_of_adapter(name)]
         else:
             wrong = [name for name, moves in trained.items() if not moves and kind == "none" and self.is_transformer]
         if wrong:

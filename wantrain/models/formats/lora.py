@@ -31,7 +31,16 @@ from wantrain.models.formats.lora_keys import (
     widened,
     without_clip,
 )
-from wantrain.models.formats.lora_layers import KINDS, Change, Difference, Hadamard, Kronecker, Layer
+from wantrain.models.formats.lora_layers import (
+    KINDS,
+    Change,
+    Difference,
+    Hadamard,
+    Kronecker,
+    Layer,
+    Trainable,
+    kind_of,
+)
 from wantrain.models.formats.lora_peft import CONFIG, PEFT, PeftConfig, lora_file, peft_config, peft_header
 from wantrain.models.formats.weights import read_file, write_file
 from wantrain.models.quantize import quantized_layers
@@ -55,15 +64,30 @@ class LoRA:
         """True if its layers have magnitudes: all of them, or none."""
         return any(isinstance(layer, Layer) and layer.magnitude is not None for layer in self.layers.values())
 
-    def trainable(self, where: str | Path) -> dict[str, Layer]:
-        """Its layers, to train on from. ValueError (naming the file, `where`) for a kind that is only merged."""
+    @property
+    def kind(self) -> str:
+        """What adapter= is called that trains such layers: dora, lokr, else lora."""
+        kronecker = any(isinstance(layer, Kronecker) for layer in self.layers.values())
+        return "dora" if self.is_dora else "lokr" if kronecker else "lora"
+
+    def trainable(self, where: str | Path) -> dict[str, Trainable]:
+        """Its layers, to train on from. ValueError (naming the file, `where`) for two kinds, or one only merged."""
+        found: dict[str, Trainable] = {}
         for name, layer in self.layers.items():
-            if not isinstance(layer, Layer):
+            if not isinstance(layer, Trainable):
                 raise ValueError(
                     f"{where} changes {name} by a {KINDS[type(layer)]}, which is merged but not trained on; merge the "
                     "file into weights (export.py weights= lora.EXPERT=) and train a new LoRA on those"
                 )
-        return {name: layer for name, layer in self.layers.items() if isinstance(layer, Layer)}
+            found[name] = layer.as_stored() if isinstance(layer, Kronecker) else layer
+        kinds = {kind_of(layer): name for name, layer in found.items()}
+        if len(kinds) > 1:
+            both = " and ".join(f"{name} by a {kind}" for kind, name in kinds.items())
+            raise ValueError(
+                f"{where} changes {both}: one kind of adapter is trained at a time; merge the file into weights "
+                "(export.py weights= lora.EXPERT=) and train a new one on those"
+            )
+        return found
 
 
 def read_lora(path: str | Path, *, alpha: float | None = None, expert: str | None = None) -> LoRA:
@@ -235,10 +259,9 @@ def _tensors_by_end(layer: Change, dialect: str, *, is_bias: bool) -> dict[str, 
         ends = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         return {**dict(zip(ends, layer.tensors(), strict=True)), "alpha": torch.tensor(float(layer.alpha))}
     if isinstance(layer, Kronecker):
-        # Readers scale by alpha / rank only what has a rank.
-        first = layer.first if layer.alpha is not None else (layer.first[0] * layer.scale,)
+        layer = layer.as_stored()
         found = {} if layer.alpha is None else {"alpha": torch.tensor(layer.alpha)}
-        for name, factor in (("lokr_w1", first), ("lokr_w2", layer.second)):
+        for name, factor in (("lokr_w1", layer.first), ("lokr_w2", layer.second)):
             parts = (name,) if len(factor) == 1 else (f"{name}_a", f"{name}_b")
             found |= dict(zip(parts, factor, strict=True))
         return found

@@ -1,7 +1,7 @@
 """What an adapter file changes in one place of a model: a LoRA's or DoRA's layer, a LoHa's, a LoKr's, or a difference.
 
-Each kind holds the tensors of a file and says what they add to a weight. Only a LoRA's or DoRA's layer can be trained
-on. How files name tensors is in lora_keys.py.
+Each kind holds the tensors of a file and says what they add to a weight. A LoRA's, DoRA's or LoKr's layer can be
+trained on, a LoHa's or a difference cannot. How files name tensors is in lora_keys.py.
 """
 
 from __future__ import annotations
@@ -177,6 +177,10 @@ class Kronecker(Change):
         """With the first tensor multiplied."""
         return replace(self, first=(_times(self.first[0], factor), *self.first[1:]))
 
+    def as_stored(self) -> Kronecker:
+        """As files hold it: readers scale by alpha / rank only what has a rank, so else the scale is multiplied in."""
+        return self if self.rank is not None or self.scale == 1 else replace(self.scaled(self.scale), scale=1.0)
+
     def change(self) -> Tensor:
         """kron(first, second) * scale."""
         first, second = (
@@ -212,6 +216,14 @@ class Difference(Change):
 
 #: What a file that holds such a change is called.
 KINDS: dict[type[Change], str] = {Hadamard: "LoHa", Kronecker: "LoKr", Difference: "whole difference"}
+#: The changes that can be trained on.
+Trainable = Layer | Kronecker
+
+
+def kind_of(change: Change) -> str:
+    """What an adapter with such a change is called: LoRA, DoRA, LoKr, LoHa or whole difference."""
+    plain = "DoRA" if isinstance(change, Layer) and change.magnitude is not None else "LoRA"
+    return KINDS.get(type(change), plain)
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:

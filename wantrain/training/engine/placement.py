@@ -146,6 +146,11 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> tuple
         if own["base"]["dtype"] in FORMATS:
             _refuse_quantized(engine)
         _check_updates(engine, own)
+        if own["adapter"]["name"] == "lokr" and engine == "zero3":
+            raise ValueError(
+                "adapter=lokr under ZeRO-3: DeepSpeed gathers weights for the layer that computes with them, and a "
+                "LoKr's belong to none; use adapter=lora, or launch/accelerate/fsdp2.yaml or zero2.yaml"
+            )
         if own["ema"] is not None and engine == "zero3":
             raise ValueError(
                 f"ema={own['ema']} under ZeRO-3: DeepSpeed keeps the weights' parts where no average can follow; use "

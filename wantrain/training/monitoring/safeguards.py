@@ -29,6 +29,7 @@ from torch import Tensor
 from wantrain import flow
 from wantrain.batch import AnyBatch, PackedBatch
 from wantrain.losses import Draws, Loss
+from wantrain.models.adapters import is_zero_at_start
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
 from wantrain.util import distributed
@@ -288,20 +289,22 @@ class StepGuard:
         self.safeguards.record(row | {key: _plain(value) for key, value in values.items()} | {"samples": samples})
 
     def _check_moves(self, after: Mapping[str, int]) -> None:
-        """ValueError if nothing that is trained has moved (for a LoRA: no B); reports a B that has not."""
-        adapted = any("lora_B" in name for name in after)
-        names = [name for name in after if "lora_B" in name or not adapted]
+        """ValueError if nothing that is trained has moved (of a LoRA: no B, of a LoKr: no w2); reports what has not."""
+        starting = [name for name in after if is_zero_at_start(name)]
+        names = starting or list(after)
         changed = torch.tensor([float(self.before[name] != after[name]) for name in names], device=self.stepper.device)
         anywhere = self.stepper.sum(changed).tolist()
         still = [name for name, moved in zip(names, anywhere, strict=True) if not moved]
-        what = "LoRA's B" if adapted else "trained tensor"
+        own = ("LoKr", "w2") if starting and ".lokr_" in starting[0] else ("LoRA", "B")
+        what = f"{own[0]}'s {own[1]}" if starting else "trained tensor"
         if len(still) == len(names):
             raise ValueError(
                 f"the first step of {self.trainer.name} moved no {what} ({len(names)} of them): the run would learn "
                 "nothing; check optimizer.lr and what adapter= trains"
             )
-        if adapted and still:
-            say(f"the first step moved {len(names) - len(still)} of {len(names)} B of the LoRA; not {still[0]}")
+        if starting and still:
+            moved = len(names) - len(still)
+            say(f"the first step moved {moved} of {len(names)} {own[1]} of the {own[0]}; not {still[0]}")
 
 
 def digests(stepper: Stepper, *, gradients: bool = False) -> dict[str, int]:

@@ -13,6 +13,7 @@ from torch import nn
 from wantrain import geometry
 from wantrain.conditioning import PER_FRAME
 from wantrain.models import WanTransformer
+from wantrain.models.adapters import ADAPTERS
 from wantrain.models.attention import NOT_KEPT
 from wantrain.training.batching import Batching
 from wantrain.training.engine.optim import MakeOptimizer
@@ -62,7 +63,7 @@ class Planner:
     @property
     def adapter(self) -> bool:
         """True if the base is frozen whole."""
-        return self.settings["adapter"]["name"] in {"lora", "dora"}
+        return self.settings["adapter"]["name"] in ADAPTERS
 
     def cases(self, clips: Clips, bucket: str) -> dict[str, Case]:
         """The step of each expert in one bucket. Experts that train alike are traced once."""

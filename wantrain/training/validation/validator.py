@@ -117,12 +117,12 @@ class Validator:
             return self._reading(step, "base")
 
     def _changes_anything(self) -> bool:
-        """False if the adapter adds nothing to its base: a LoRA all of whose B are zero, in all processes.
+        """False if the adapter adds nothing to its base: all B of a LoRA, or w2 of a LoKr, are zero, in all processes.
 
         A DoRA has lengths too, which are never zero: it is measured.
         """
         stepper = self.trainer.stepper
-        parts = [part for name, part in stepper.local_parts().items() if ".lora_A." not in name]
+        parts = [part for name, part in stepper.local_parts().items() if adapters.adds_by_itself(name)]
         found = torch.stack([part.any().to(stepper.device) for part in parts]).any()
         return bool(stepper.gather(found.float()[None]).any())
 
