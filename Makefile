@@ -5,12 +5,16 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-CODE := wantrain tests train.py caption.py shard.py encode.py sample.py export.py demo.py setup.py assets benchmarks
+CODE := wantrain tests train.py caption.py shard.py encode.py sample.py export.py demo.py setup.py assets benchmarks docs/site
 
-.PHONY: demo test-quick test test-all lint format install
+.PHONY: demo docs test-quick test test-all lint format install
 
 demo: $(STAMP)
 	$(BIN)/python demo.py
+
+# The documents as a site: site/index.html opens in a browser, without a server or a network.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Under two minutes: no process starts, nothing trains.
 test-quick: $(STAMP)

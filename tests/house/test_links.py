@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: Folders at the top that are no part of the repository: environments, caches, what commands write.
-OUTSIDE = {"build", "compare", "data", "dist", "outputs", "runs", "samples", "wandb"}
+OUTSIDE = {"build", "compare", "data", "dist", "outputs", "runs", "samples", "site", "wandb"}
 PAGES = [
     page
     for page in sorted(ROOT.rglob("*.md"))
