@@ -110,7 +110,7 @@ def test_commands_compose(page):
         command = programs[0].removesuffix(".py")
         if command in COMMANDS:
             rest = words[words.index(programs[0]) + 1 :]
-            settings = [word for word in rest if "=" in word and not word.startswith("-")]
+            settings = [word for word in rest if "=" in word and not word.startswith(("-", "config="))]
             if "-m" in rest:  # a sweep: the first value of each
                 settings = [re.sub(r",.*", "", word) for word in settings]
             config.compose(command, settings)
@@ -119,7 +119,7 @@ def test_commands_compose(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_settings_exist(page):
     """`data.holdout`, `batch_size=32`, ...: dotted keys and key=value in backticks belong to some command."""
-    keys = {"hydra.searchpath"}  # Hydra's own
+    keys = {"hydra.searchpath", "config"}  # Hydra's own; and the settings file, which is no setting
     groups = (["adapter=lora"], ["adapter=dora"], ["adapter=partial"], ["data=mixed"], ["recipe=wan_tiny_vae_images"])
     keys |= {key for command in COMMANDS for key in config._all_keys(config.compose(command))}
     keys |= {key for group in groups for key in config._all_keys(config.compose("train", group))}
