@@ -5,7 +5,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-CODE := wantrain tests train.py caption.py shard.py encode.py sample.py export.py demo.py assets benchmarks
+CODE := wantrain tests train.py caption.py shard.py encode.py sample.py export.py doctor.py demo.py assets benchmarks
 
 .PHONY: demo test-quick test test-all lint format install
 
