@@ -5,7 +5,8 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-CODE := wantrain tests train.py caption.py shard.py encode.py sample.py export.py demo.py setup.py assets benchmarks docs/site
+CODE := wantrain tests train.py caption.py shard.py encode.py sample.py export.py doctor.py demo.py setup.py assets benchmarks \
+	docs/site
 
 .PHONY: demo docs test-quick test test-all lint format install
 

@@ -1,6 +1,7 @@
 """Turn a folder of videos and images, or WebDataset tars, into video shards.
 
 python shard.py source=DIR out=DIR model=tiny        python shard.py --help
+python shard.py init=DIR model=tiny                  looks at a folder first, and writes settings for all commands
 """
 
 from wantrain.util import ctrl_c
@@ -11,10 +12,11 @@ if __name__ == "__main__":
 import shutil
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from wantrain import checks, config
+from wantrain import checks, config, geometry
 from wantrain.data import ClipOptions, DecodeOptions, ShardOptions, find_footage, write_report, write_video_shards
+from wantrain.data.advice.writing import settings_file_of, write_settings
 from wantrain.util import distributed
 from wantrain.util.files import check_writable
 
@@ -22,8 +24,15 @@ from wantrain.util.files import check_writable
 @config.app("shard")
 def main(cfg: DictConfig) -> None:
     """Find footage and captions, survey every file, select clips by timestamp, write tars and a manifest."""
+    if cfg.init is not None:  # what it writes is a file, and its source is the folder to look at
+        file = settings_file_of(cfg.init, None if OmegaConf.is_missing(cfg, "out") else cfg.out)
+        cfg.source, cfg.out = cfg.init, str(file)
     checks.check(cfg, given=config.given(cfg))
     distributed.single_process("shard.py")
+    if cfg.init is not None:
+        check_writable(file.parent, key="out")
+        write_settings(Path(cfg.init), file, config.plain(cfg.model), _sizes(cfg), DecodeOptions(**cfg.decode))
+        return
     out, options = Path(cfg.out), _options(cfg)
     downloads = out / ".downloads"
     check_writable(out, key="out")
@@ -42,6 +51,14 @@ def main(cfg: DictConfig) -> None:
         shutil.rmtree(downloads, ignore_errors=True)
     if cfg.report != "none":
         write_report(out, "video")
+
+
+def _sizes(cfg: DictConfig) -> geometry.Buckets:
+    """The buckets that encode.py has for the model where nothing else is given."""
+    encode = OmegaConf.load(config.CONF / "encode.yaml")
+    return geometry.Buckets(
+        (cfg.model.area,), tuple(encode.aspects), cfg.model.multiple, upscale=float(encode.upscale.limit)
+    )
 
 
 def _options(cfg: DictConfig) -> ShardOptions:

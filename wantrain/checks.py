@@ -42,7 +42,8 @@ def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> 
         except ValueError as error:
             problems.append(" ".join(str(error).split()))
 
-    judge(lambda: _check_model(cfg))
+    if "model" in cfg:
+        judge(lambda: _check_model(cfg))
     if "aspects" in cfg:
         judge(lambda: config.buckets(cfg))
     if "mask_types" in cfg:

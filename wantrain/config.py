@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from wantrain import geometry
 from wantrain.data import ConditioningInputs, check_sets
 from wantrain.models import Base, open_base
 from wantrain.runs import replay
-from wantrain.settings import words
+from wantrain.settings import settings_file, words
 from wantrain.settings.schema import OF_AN_EXPERT
 from wantrain.util import distributed
 from wantrain.util.console import errors_to_exit_code, say
@@ -46,6 +47,8 @@ if TYPE_CHECKING:  # sample.py and export.py import nothing of training
     from wantrain.training.planning.forecast import Forecast
 
 CONF = ROOT / "conf"
+#: The settings file of this start, and its words as Hydra is given them.
+_FILE: ContextVar[settings_file.FromFile | None] = ContextVar("settings file", default=None)
 
 
 def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -59,14 +62,21 @@ def app(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
     def decorate(command: Callable[[DictConfig], None]) -> Callable[[], None]:
         def job(cfg: DictConfig) -> None:
             with errors_to_exit_code():
+                if (file := _FILE.get()) is not None:
+                    say(f"settings of {file.path}: {' '.join(file.words)}")
                 _begin_swept_run(cfg, name)
                 command(cfg)
 
         def main() -> None:
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let composition errors reach us instead of exiting
-            given, sweep = words.expanded(sys.argv[1:]), words.is_sweep(sys.argv[1:])
-            sys.argv[1:] = [words.quoted(word, sweep=sweep) for word in given]
+            sweep = words.is_sweep(sys.argv[1:])
             with errors_to_exit_code(), tempfile.TemporaryDirectory() as own_files:
+                typed, file = settings_file.taken_out(sys.argv[1:], name)
+                sys.argv[1:] = [words.quoted(word, sweep=sweep) for word in typed]
+                if file is not None:
+                    file = file._replace(words=[words.quoted(word, sweep=sweep) for word in file.words])
+                    sys.argv[1:] = [*file.words, *sys.argv[1:]]
+                _FILE.set(file)
                 refuse_old_keys(sys.argv[1:])
                 words.refuse_choices(sys.argv[1:], _choices(), sweep=sweep)
                 sys.argv[1:] = replay.arguments(sys.argv[1:], CONF)
@@ -104,11 +114,14 @@ def _overrides(arguments: Iterable[str]) -> list[Override]:
 
 
 def given(cfg: DictConfig, *, every: bool = False) -> frozenset[str]:
-    """The keys that this start sets on the command line or in a recipe, and the groups whose option was chosen; but for
-    what a replay takes from the run that it repeats, and unless `every` is asked for, for values that ask for nothing
-    (null, false, off, none).
+    """The keys that this start sets on the command line, in a settings file or in a recipe, and the groups whose option
+    was chosen; but for what a replay takes from the run that it repeats. Unless `every` is asked for, also but for
+    values that ask for nothing (null, false, off, none), and for a settings file where words are typed beside it: they
+    may leave settings of the file without effect.
     """
-    task = list(HydraConfig.get().overrides.task)
+    task, file = list(HydraConfig.get().overrides.task), _FILE.get()
+    if file is not None and not every and len(task) > len(file.words):
+        task = [word for word in task if word not in file.words]
     if cfg.get("replay") is not None:
         recorded = set(replay.read_starts(Path(cfg.replay))[0]["command"])
         task = [word for word in task if word not in recorded]

@@ -46,7 +46,7 @@ def test_error_exit_code(command, tmp_path):
     assert not (tmp_path / "videos").exists()
 
 
-@pytest.mark.parametrize("name", ["caption", "shard", "encode", "train", "sample", "export"])
+@pytest.mark.parametrize("name", ["caption", "shard", "encode", "train", "sample", "export", "doctor"])
 def test_misspelt_key(name, call, tmp_path):
     """The error for a misspelt key names the nearest key."""
     wrong, right = {
@@ -56,6 +56,7 @@ def test_misspelt_key(name, call, tmp_path):
         "train": ("optimizer.learning_rate=1", "optimizer.lr"),
         "sample": ("promt=x", "prompt"),
         "export": ("dtpye=bf16", "dtype"),
+        "doctor": ("check=[card]", "checks"),
     }[name]
     error = call(f"{name}.py", wrong, check=False).error
     key = wrong.split("=")[0]

@@ -72,7 +72,7 @@ def test_train_is_stopped_at_its_start(kind, words, code, message, tiny, call, t
     assert "step 1 of 2" in call(*command, "steps=2").stdout
 
 
-@pytest.mark.parametrize("name", ["train", "caption", "shard", "encode", "sample", "export", "demo"])
+@pytest.mark.parametrize("name", ["train", "caption", "shard", "encode", "sample", "export", "doctor", "demo"])
 def test_command_is_stopped_while_it_loads(name, tmp_path):
     """Ctrl-C in a command's first seconds, while its libraries load, is one line too."""
     for library in ("omegaconf", "torch", "numpy"):  # the first that is imported gets the signal in its imports

@@ -15,7 +15,7 @@ from wantrain.config import CONF, compose
 from wantrain.models.formats.pipeline import PARTS
 from wantrain.settings import schema
 
-COMMANDS = ("caption", "shard", "encode", "train", "sample", "export")
+COMMANDS = ("caption", "shard", "encode", "train", "sample", "export", "doctor")
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
 FILES = sorted(CONF.rglob("*.yaml"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMANDS = sorted(ROOT / f"{name}.py" for name in ("caption", "shard", "encode", "train", "sample", "export"))
+COMMANDS = sorted(ROOT / f"{name}.py" for name in ("caption", "shard", "encode", "train", "sample", "export", "doctor"))
 PACKAGE = sorted((ROOT / "wantrain").rglob("*.py"))
 PRODUCT = [*COMMANDS, ROOT / "demo.py", ROOT / "setup.py", *sorted((ROOT / "assets").glob("*.py")), *PACKAGE]
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
 PAGES = [*PAGES, *sorted(ROOT.glob("*/README.md")), ROOT / "assets" / "wan-tiny" / "README.md"]
 RUN = "# runs in the tests"
-COMMANDS = ("caption", "shard", "encode", "train", "sample", "export")
+COMMANDS = ("caption", "shard", "encode", "train", "sample", "export", "doctor")
 #: README's sections, in their order.
 SECTIONS = [
     "Status", "Support", "Quick start", "Memory and seconds", "Demo on a CPU", "Your own footage", "Comparison",
@@ -47,10 +47,10 @@ def test_readme_sections():
 
 
 def test_readme_quick_start():
-    """Five commands for the published weights, from footage to files."""
+    """Six commands for the published weights, from footage to files."""
     block = re.search(r"^```bash\n(.*?)^```", section("Quick start"), flags=re.M | re.S)[1]
     programs = [line.split()[1].removesuffix(".py") for line in block.splitlines()]
-    assert programs == [name for name in COMMANDS if name != "caption"], "captions may be there already"
+    assert programs == ["shard", "shard", "encode", "train", "sample", "export"], "captions may be there already"
 
 
 def test_readme_guarantees():
@@ -121,7 +121,7 @@ def test_commands_compose(page):
         command = programs[0].removesuffix(".py")
         if command in COMMANDS:
             rest = words[words.index(programs[0]) + 1 :]
-            settings = [word for word in rest if "=" in word and not word.startswith("-")]
+            settings = [word for word in rest if "=" in word and not word.startswith(("-", "config="))]
             if "-m" in rest:  # a sweep: the first value of each
                 settings = [re.sub(r",.*", "", word) for word in settings]
             config.compose(command, settings)
@@ -130,7 +130,7 @@ def test_commands_compose(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_settings_exist(page):
     """`data.holdout`, `batch_size=32`, ...: dotted keys and key=value in backticks belong to some command."""
-    keys = {"hydra.searchpath"}  # Hydra's own
+    keys = {"hydra.searchpath", "config"}  # Hydra's own; and the settings file, which is no setting
     groups = (["adapter=lora"], ["adapter=dora"], ["adapter=partial"], ["data=mixed"], ["recipe=wan_tiny_vae_images"])
     keys |= {key for command in COMMANDS for key in config._all_keys(config.compose(command))}
     keys |= {key for group in groups for key in config._all_keys(config.compose("train", group))}

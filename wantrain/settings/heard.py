@@ -261,6 +261,11 @@ _CAPTION = (
 )
 
 _SHARD = (
+    Rule(
+        (r"(?!(init|out|model|decode)(\.|$)).+",),
+        _equals("init", None),
+        "init={init} looks at a folder only; it is for the settings file that is written",
+    ),
     Rule((r"seed",), _equals("clips", "random"), "clips={clips} draws nothing; it is for clips=random"),
     Rule((r"lengths", r"stretch"), _differs("num_frames", 1), "num_frames=1 cuts clips of one frame"),
     _replaced("model.num_frames", "num_frames"),
@@ -332,6 +337,17 @@ _EXPORT = (
     _REVISION,
 )
 
+
+def _is_checked(*names: str) -> Callable[[Mapping[str, Any], frozenset[str]], bool]:
+    return lambda values, given: not values["checks"] or bool({*names} & {*values["checks"]})
+
+
+_DOCTOR = (
+    Rule((r"device",), _is_checked("card", "attention", "training"), "checks={checks} compute on no device"),
+    Rule((r"runs",), _is_checked("disk"), "checks={checks} look at no disk"),
+    Rule((r"timeout",), _is_checked("hub"), "checks={checks} ask no network"),
+)
+
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "caption": _CAPTION,
     "shard": _SHARD,
@@ -339,4 +355,5 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "train": _TRAIN,
     "sample": _SAMPLE,
     "export": _EXPORT,
+    "doctor": _DOCTOR,
 }

@@ -9,7 +9,7 @@ all keys below it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Len
 
@@ -39,6 +39,7 @@ Layers = Annotated[int | str | list[int | str], Says("block numbers: 0-9, or [0,
 
 SHARD: Mapping[str, Any] = {
     **MODEL,
+    "init": File | None,
     "source": File,
     "out": File,
     "caption.missing": Literal["error", "skip", "empty"],
@@ -325,6 +326,18 @@ EXPORT: Mapping[str, Any] = {
     "measure": File | None,
 }
 
+_CHECKS = Literal[
+    "python", "packages", "extras", "compiler", "build_locks", "card", "attention", "memory", "shared_memory", "disk",
+    "hub", "wandb", "training",
+]  # fmt: skip
+
+DOCTOR: Mapping[str, Any] = {
+    "checks": Annotated[list[_CHECKS], Says(f"a list of these: {', '.join(get_args(_CHECKS))}")],
+    "device": Literal["auto", "cpu", "cuda"],
+    "runs": File,
+    "timeout": Positive,
+}
+
 COMMANDS: Mapping[str, Mapping[str, Any]] = {
     "caption": CAPTION,
     "shard": SHARD,
@@ -332,6 +345,7 @@ COMMANDS: Mapping[str, Mapping[str, Any]] = {
     "train": TRAIN,
     "sample": SAMPLE,
     "export": EXPORT,
+    "doctor": DOCTOR,
 }
 
 #: Keys whose values are taken as typed. Without quoting, Hydra reads a comma as a sweep and `(`, `=`, `!`, `~`, Chinese

@@ -57,7 +57,7 @@ def choose(name: str, *, find: Callable[[], Card | None] = find_card) -> torch.d
         for each in caught:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         return _own_gpu()
-    card = None if _is_hidden() else find()
+    card = None if is_hidden() else find()
     why = ""
     if card is not None:
         why = explain(card, torch.version.cuda, warning=" ".join(str(each.message) for each in caught))
@@ -124,7 +124,7 @@ def _own_gpu() -> torch.device:
     return torch.device("cuda")
 
 
-def _is_hidden() -> bool:
+def is_hidden() -> bool:
     """True if the user has hidden all GPUs from CUDA."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}
 

@@ -75,6 +75,12 @@ class ShardOptions:
         if self.scenes == "split":
             library()  # fails before any work if it is not installed
 
+    def selector(self) -> ClipSelector:
+        """What selects clips by these options."""
+        return ClipSelector(
+            self.clips, self.static == "drop", self.duplicates == "drop", self.interlaced == "deinterlace"
+        )
+
     def settings(self, footage: str) -> dict[str, Any]:
         """For a manifest: everything that the shards depend on; `footage` is a hash of the files and annotations."""
         clips = self.clips
@@ -109,7 +115,7 @@ def write_video_shards(
     ValueError if more than `options.rejects_limit` of the files are bad (then there is no manifest), or if `out` holds
     something else.
     """
-    entries = [_Entry.of(file) for file in footage]
+    entries = [Entry.of(file) for file in footage]
     settings = options.settings(_hash_of(entries))
     surveys = Surveys(out / SURVEYS, split=options.scenes == "split", decode=options.decode)
     earlier = claim(out, "video", settings, same_footage=lambda: surveys.has_any([entry.digest for entry in entries]))
@@ -118,14 +124,12 @@ def write_video_shards(
         for line in (tally or Tally()).lines():
             say(f"  {line}")
         return earlier
-    selector = ClipSelector(
-        options.clips, options.static == "drop", options.duplicates == "drop", options.interlaced == "deinterlace"
-    )
+    selector = options.selector()
     for reject in rejects:
         selector.reject(reject)
     tars = VideoTars(out, options.shard_bytes, earlier)
-    with closing(_surveyed(surveys, entries)) as surveyed:
-        bar = tqdm(surveyed, total=len(entries), desc="shard", unit="file", disable=not distributed.is_main())
+    with closing(surveyed(surveys, entries)) as results:
+        bar = tqdm(results, total=len(entries), desc="shard", unit="file", disable=not distributed.is_main())
         for entry, survey in bar:
             if survey is None:
                 selector.reject_copy(entry.file, entry.digest)
@@ -173,7 +177,7 @@ def _say(out: Path, manifest: dict[str, Any], stats: DatasetStats, tally: Tally)
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A file and the hash of its bytes, and the same of its mask, if it has one."""
 
     file: Footage
@@ -182,11 +186,11 @@ class _Entry:
     mask_digest: str | None
 
     @staticmethod
-    def of(file: Footage) -> _Entry:
+    def of(file: Footage) -> Entry:
         """The entry of a file; reads its bytes."""
         path = file.mask
         mask = None if path is None else Footage(path, f"{path.parent.name}/{path.name}", Annotation())
-        return _Entry(file, _digest(file), mask, None if mask is None else _digest(mask))
+        return Entry(file, _digest(file), mask, None if mask is None else _digest(mask))
 
 
 def _digest(file: Footage) -> str:
@@ -197,13 +201,13 @@ def _digest(file: Footage) -> str:
         return f"{file.path}: {error}"
 
 
-def _hash_of(entries: Sequence[_Entry]) -> str:
+def _hash_of(entries: Sequence[Entry]) -> str:
     """A hash of all files, masks and annotations."""
     rows = [[entry.file.name, asdict(entry.file.annotation), entry.digest, entry.mask_digest] for entry in entries]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _surveyed(surveys: Surveys, entries: Sequence[_Entry]) -> Generator[tuple[_Entry, Survey | str | None]]:
+def surveyed(surveys: Surveys, entries: Sequence[Entry]) -> Generator[tuple[Entry, Survey | str | None]]:
     """Each entry with its survey, or the reason why it cannot be used; None for a copy of an earlier file."""
     firsts = {entry.digest: entry for entry in reversed(entries)}
     files = list[tuple[Footage, str]]()  # each file, followed by its mask

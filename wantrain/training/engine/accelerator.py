@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from wantrain.util import devices, distributed
+from wantrain.util.build_locks import stale_locks
 
 #: Engines that give each process only a part of the weights: every forward needs all processes.
 SHARDED = ("zero3", "fsdp2")
@@ -36,8 +36,6 @@ NOISE = (r"`torch\.distributed\.\w+` is deprecated", r"FSDP2-wrapped module .* r
 MARGIN = timedelta(minutes=5)
 #: How long a collective may take where the watchdog never ends a run.
 LONGEST = timedelta(days=1)
-#: Minutes that a build of DeepSpeed's kernels takes at most.
-BUILD_MINUTES = 15
 
 
 def start_accelerator(device: str = "auto", *, hang: float | None) -> Accelerator:
@@ -184,17 +182,11 @@ def _refuse_hydras_knobs() -> None:
 
 def _refuse_stale_locks() -> None:
     """Raise ValueError for the lock of a build of DeepSpeed's kernels that was killed: it is waited for without end."""
-    from torch.utils.cpp_extension import get_default_build_root  # slow to import, and only ZeRO needs it
-
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in (path for pattern in ("*/lock", "*/*/lock") for path in folder.glob(pattern)):
-        with suppress(FileNotFoundError):  # just released
-            minutes = (time.time() - lock.stat().st_mtime) / 60
-            if minutes > BUILD_MINUTES:
-                raise ValueError(
-                    f"{lock} is {minutes:.0f} minutes old: a build of DeepSpeed's kernels was killed and left it, and "
-                    "every start would wait for it; remove that file"
-                )
+    for lock, minutes in stale_locks():
+        raise ValueError(
+            f"{lock} is {minutes:.0f} minutes old: a build of DeepSpeed's kernels was killed and left it, and "
+            "every start would wait for it; remove that file"
+        )
 
 
 def _make_group_on_cpu(engine: str, timeout: timedelta) -> None:
