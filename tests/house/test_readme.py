@@ -131,7 +131,14 @@ def test_commands_compose(page):
 def test_settings_exist(page):
     """`data.holdout`, `batch_size=32`, ...: dotted keys and key=value in backticks belong to some command."""
     keys = {"hydra.searchpath", "config"}  # Hydra's own; and the settings file, which is no setting
-    groups = (["adapter=lora"], ["adapter=dora"], ["adapter=partial"], ["data=mixed"], ["recipe=wan_tiny_vae_images"])
+    groups = (
+        ["adapter=lora"],
+        ["adapter=dora"],
+        ["adapter=lokr"],
+        ["adapter=partial"],
+        ["data=mixed"],
+        ["recipe=wan_tiny_vae_images"],
+    )
     keys |= {key for command in COMMANDS for key in config._all_keys(config.compose(command))}
     keys |= {key for group in groups for key in config._all_keys(config.compose("train", group))}
     keys |= {group.name for group in (ROOT / "conf").iterdir() if group.is_dir()}

@@ -382,10 +382,8 @@ def _down_gradient(narrow_Lr: Tensor, flat: Any, hat: Any, gain: Any, shift: Any
 
 def _as_trained(found: Sequence[Tensor | None], layers: Sequence[Layer]) -> list[Tensor | None]:
     """Gradients in the dtypes of what they belong to."""
-    trained = [each for layer in layers for each in layer.trained]
-    return [
-        None if grad is None or own is None else grad.to(own.dtype) for grad, own in zip(found, trained, strict=True)
-    ]
+    both = zip(found, (each for layer in layers for each in layer.trained), strict=True)
+    return [None if grad is None or own is None else grad.to(own.dtype) for grad, own in both]
 
 
 def _own(base: nn.Linear) -> tuple[Tensor | None, Tensor | None]:

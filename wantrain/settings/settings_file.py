@@ -118,15 +118,17 @@ def _check_section(path: Path, command: str, section: Any) -> None:
         return
     if not isinstance(section, dict):
         raise ValueError(f"{path}: {command}: {section} is no section; write key: value below {command}:")
-    known = list(dict.fromkeys(key.split(".")[0] for key in COMMANDS[command])) + ["recipe"] * (command == "train")
+    existing = list(dict.fromkeys(key.split(".")[0] for key in COMMANDS[command])) + ["recipe"] * (command == "train")
     for key in section:
-        if key.lstrip("+").split(".")[0] not in known:
-            _refuse(path, f"{command}.{key}", [f"{command}.{each}" for each in known], f"is no setting of {command}.py")
+        if key.lstrip("+").split(".")[0] not in existing:
+            _refuse(
+                path, f"{command}.{key}", [f"{command}.{each}" for each in existing], f"is no setting of {command}.py"
+            )
 
 
-def _refuse(path: Path, key: str, known: Sequence[str], why: str) -> None:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(known)}"
+def _refuse(path: Path, key: str, existing: Sequence[str], why: str) -> None:
+    nearest = difflib.get_close_matches(key, existing, n=1, cutoff=0.6)
+    hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(existing)}"
     raise ValueError(f"{path}: {key} {why}{hint}")
 
 

@@ -189,7 +189,7 @@ def plan_packs(counts: Indices, tokens: Indices, budget: int) -> Indices:
     """How many clips of each bucket every pack has, (packs, buckets), from the buckets' clips and the tokens of one.
 
     The fewest packs that hold all clips is a hard problem (bin packing). Clips go the longest first: each into the
-    emptiest of a fixed number of packs, or each into the fullest that has room. The first makes packs of one mix and is
+    emptiest of a fixed number of packs, or each into the fullest that has space. The first makes packs of one mix and is
     taken where it needs at most EVEN more packs than the second.
     """
     filled = _filled(counts, tokens, budget)
@@ -206,14 +206,14 @@ def plan_packs(counts: Indices, tokens: Indices, budget: int) -> Indices:
 
 
 def _filled(counts: Indices, tokens: Indices, budget: int) -> Indices:
-    """The clips in packs, the longest first, each into the fullest that has room, else into a new one."""
+    """The clips in packs, the longest first, each into the fullest that has space, else into a new one."""
     packs = np.zeros((0, len(counts)), dtype=np.int64)
     for bucket in np.argsort(-tokens, kind="stable").tolist():
         size, taken = int(tokens[bucket]), packs @ tokens
         fullest = np.argsort(-taken, kind="stable")
-        room = (budget - taken[fullest]) // size
-        before = np.cumsum(room) - room
-        packs[fullest, bucket] = own = np.clip(counts[bucket] - before, 0, room)
+        space = (budget - taken[fullest]) // size
+        before = np.cumsum(space) - space
+        packs[fullest, bucket] = own = np.clip(counts[bucket] - before, 0, space)
         left = int(counts[bucket] - own.sum())
         more = np.zeros((-(-left // (budget // size)), len(counts)), dtype=np.int64)
         more[:, bucket] = np.clip(left - np.arange(len(more)) * (budget // size), 0, budget // size)
@@ -226,18 +226,18 @@ def _spread(counts: Indices, tokens: Indices, budget: int, packs: int) -> Indice
     spread, taken = np.zeros((packs, len(counts)), dtype=np.int64), np.zeros(packs, dtype=np.int64)
     for bucket in np.argsort(-tokens, kind="stable").tolist():
         count, size = int(counts[bucket]), int(tokens[bucket])
-        room = (budget - taken) // size
-        if room.sum() < count:
+        space = (budget - taken) // size
+        if space.sum() < count:
             return None
         # The emptiest pack again and again fills all packs up to a level, which is found by bisection.
         low, high = -1, budget
         while high - low > 1:
             middle = (low + high) // 2
-            if _up_to(middle, taken, size, room).sum() >= count:
+            if _up_to(middle, taken, size, space).sum() >= count:
                 high = middle
             else:
                 low = middle
-        own, before = _up_to(high, taken, size, room), _up_to(high - 1, taken, size, room)
+        own, before = _up_to(high, taken, size, space), _up_to(high - 1, taken, size, space)
         at_level = np.flatnonzero(own > before)  # of these the last ones have one too many
         own[at_level[len(at_level) - (int(own.sum()) - count) :]] -= 1
         spread[:, bucket] = own
@@ -245,6 +245,6 @@ def _spread(counts: Indices, tokens: Indices, budget: int, packs: int) -> Indice
     return spread
 
 
-def _up_to(level: int, taken: Indices, size: int, room: Indices) -> Indices:
+def _up_to(level: int, taken: Indices, size: int, space: Indices) -> Indices:
     """How many clips of a size go into each pack while packs that hold `level` tokens or less take another."""
-    return np.minimum(room, np.maximum(0, (level - taken) // size + 1))
+    return np.minimum(space, np.maximum(0, (level - taken) // size + 1))
