@@ -28,7 +28,7 @@ from wantrain.training.engine.placement import device_name
 from wantrain.training.engine.updates import UpdateOptions
 from wantrain.training.expert import ExpertTrainer, read_average
 from wantrain.training.initialize import Initializer
-from wantrain.training.loop import Run, samples_used
+from wantrain.training.loop import Run
 from wantrain.training.monitoring.metrics import Metrics
 from wantrain.training.monitoring.safeguards import Safeguards
 from wantrain.training.monitoring.throughput import Throughput, peak_of
@@ -228,7 +228,8 @@ def resume(
             f"{checkpoint} was trained on other shards than data.shards holds now (another manifest); "
             "give those it was trained on, or a new run=NAME"
         )
-    used = samples_used(trainers, state["experts"]) if "experts" in state else state["samples"]
+    made = state.get("experts", {})  # older runs have none
+    used = sum(trainers[name].plan.samples_before(own) for name, own in made.items()) if made else state["samples"]
     if state["samples"] != used:  # batch_tokens= with another number of packs in a step: batch_size= was compared
         raise ValueError(
             f"{checkpoint} has used {state['samples']} samples, and with as many packs in a step as now it would be "

@@ -78,9 +78,8 @@ class Run:
         self.metrics.flush(speak=False)
         on_main(self.checkpoints.wait, "writing the checkpoint before")
         write, size, ended = self._state()
-        steps = self.count(step)
-        samples = samples_used(self.trainers, steps)
-        state = {**self.facts, "samples": samples, "experts": steps, "loss_baselines": self.safeguards.state()}
+        counts = {"samples": self.samples(step), "experts": self.count(step)}
+        state = {**self.facts, **counts, "loss_baselines": self.safeguards.state()}
         save = partial(self.checkpoints.save, step, write, state, size=size, score=score, ended=ended)
         on_main(save, f"saving step {step}")
         self.metrics.note("save_seconds", time.perf_counter() - began)
@@ -88,6 +87,10 @@ class Run:
     def count(self, step: int) -> dict[str, int]:
         """The steps that each expert has made when the run is at `step`."""
         return {name: self.alternation.count(name, step) for name in self.trainers}
+
+    def samples(self, step: int) -> int:
+        """The samples that all experts have used then."""
+        return sum(self.trainers[name].plan.samples_before(own) for name, own in self.count(step).items())
 
     def _state(self) -> tuple[Write, int, Callable[[], None]]:
         """Of the state of this moment: what writes its tensors, their bytes, and what to call when that is over."""
@@ -136,7 +139,7 @@ def fit(run: Run, start: int) -> int | None:
             values, signal = take_step(run, trainer, own, step + 1, batches, signals)
             step += 1
             expert = {"expert": name} if len(run.trainers) > 1 else {}
-            run.metrics.add(step, {**expert, "samples": samples_used(run.trainers, run.count(step)), **values})
+            run.metrics.add(step, {**expert, "samples": run.samples(step), **values})
             results = run.evaluate(step)
             if results:  # it may have taken long
                 signal = int(trainer.stepper.any_signal(signals.received)) or None
@@ -188,11 +191,6 @@ def take_step(
                 means[key] = stepper.mean(torch.stack([loss.parts[key] for loss in losses]).mean())
     rate = max(group["lr"] for group in stepper.optimizer.param_groups)
     return {**means, "lr": rate, "lr_scale": scale, "grad_norm": norm, **guard.values, **span.values}, verdict.signal
-
-
-def samples_used(trainers: Mapping[str, ExpertTrainer], steps: Mapping[str, int]) -> int:
-    """Samples of so many steps of each expert."""
-    return sum(trainers[name].plan.samples_before(own) for name, own in steps.items())
 
 
 def validation_loss(results: Mapping[str, Any]) -> float | None:

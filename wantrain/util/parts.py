@@ -41,8 +41,8 @@ def _run(places: Sequence[Place]) -> Iterator[Place]:
 
 @contextmanager
 def shortened(counts: Callable[[int], None]) -> Iterator[None]:
-    """Run two parts of each size and leave out the others: for tensors without values. `counts` is told of
-    each part that runs how many it stands for.
+    """Run two parts of each size and leave out the others: for tensors without values. `counts` gets, for
+    each part that runs, how many it stands for.
     """
     before = _counts.set(counts)
     try:

@@ -188,9 +188,9 @@ class PackSampler:
 def plan_packs(counts: Indices, tokens: Indices, budget: int) -> Indices:
     """How many clips of each bucket every pack has, (packs, buckets), from the buckets' clips and the tokens of one.
 
-    The fewest packs that hold all clips is a hard problem (bin packing). Clips go the longest first: each into the
-    emptiest of a fixed number of packs, or each into the fullest that has space. The first makes packs of one mix and is
-    taken where it needs at most EVEN more packs than the second.
+    The fewest packs that hold all clips is a hard problem (bin packing). The longest clips come first: each goes
+    into the emptiest of a fixed number of packs, or into the fullest that has space. The first makes packs of one mix,
+    and is taken where it needs at most EVEN more packs than the second.
     """
     filled = _filled(counts, tokens, budget)
     low, high = math.ceil(int(counts @ tokens) / budget) - 1, math.floor(len(filled) * (1 + EVEN))
