@@ -7,12 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from wantrain import config
+from wantrain import checks, config
+from wantrain.losses import FlowMatching
+from wantrain.settings import kinds, words
+from wantrain.settings.schema import COMMANDS as KINDS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/*.md"))]
 PAGES = [*PAGES, *sorted(ROOT.glob("*/README.md")), ROOT / "assets" / "wan-tiny" / "README.md"]
+#: Pages that tell how things were: settings that they name may have been renamed.
+HISTORY = {ROOT / "docs/log.md", ROOT / "docs/log-archive.md"}
 RUN = "# runs in the tests"
 COMMANDS = ("caption", "shard", "encode", "train", "sample", "export", "doctor")
 #: README's sections, in their order.
@@ -82,16 +89,18 @@ def fences(page):
     return re.findall(r"^```(?:bash|sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
+def spans(page):
+    """What stands in `backticks` outside blocks, each on one line."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+
+
 def commands(page):
-    """Every command of a page, in blocks and in `backticks`, as words."""
-    text = page.read_text(encoding="utf-8")
+    """Every command of a page, in blocks and in `backticks`, as words; `... train.py` begins with python."""
     lines = [line for block in fences(page) for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(
-        r"(?<!`)`((?:(?:python|accelerate|make) |wantrain-)[^`]+)`(?!`)",
-        re.sub(r"^```.*?^```", "", text, flags=re.M | re.S),
-    )
-    for line in lines:
-        if line.strip().startswith(("python ", "accelerate ", "make ", "torchrun ", "wantrain-")):
+    lines += [span for span in spans(page) if " " in span]
+    for line in (re.sub(r"^\.\.\. (?=\w+\.py)", "python ", line.strip()) for line in lines):
+        if line.startswith(("python ", "accelerate ", "make ", "torchrun ", "bash ", "pip ", "wantrain-")):
             yield from_checkout(shlex.split(line, comments=True))
 
 
@@ -105,45 +114,113 @@ def from_checkout(words):
     return words
 
 
+def accepted(command, settings):
+    """Raise ValueError unless a command takes these settings: keys, values, what goes together, what has an effect."""
+    cfg = config.compose(command, settings)
+    for key in OmegaConf.missing_keys(cfg):  # of other work, as encode.py check=true
+        OmegaConf.update(cfg, key, "DIR")
+    checks.check(cfg, given=config.keys_of([words.quoted(word) for word in words.expanded(settings)]))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_commands_compose(page):
-    """Every command names a program that exists, and settings that compose."""
+def test_commands_are_accepted(page):
+    """Every command names a program that exists, options that it has, and settings that it takes."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    for words in commands(page):
-        if words[0] == "make":
-            assert {word for word in words[1:] if "=" not in word} <= targets, words
+    extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.M))
+    for line in commands(page):
+        first, *rest = line
+        if first == "make":
+            assert {word for word in rest if "=" not in word} <= targets, line
             continue
-        programs = [word for word in words if word.endswith(".py")]
-        if words[:2] in (["accelerate", "config"], ["accelerate", "env"]) or words == ["accelerate", "launch"]:
+        if first == "pip":
+            assert set(re.findall(r"wantrain\[(\w+)\]", " ".join(rest))) <= extras, line
             continue
-        assert len(programs) == 1, words
-        assert (ROOT / programs[0]).is_file(), words
-        command = programs[0].removesuffix(".py")
-        if command in COMMANDS:
-            rest = words[words.index(programs[0]) + 1 :]
-            settings = [word for word in rest if "=" in word and not word.startswith(("-", "config="))]
-            if "-m" in rest:  # a sweep: the first value of each
-                settings = [re.sub(r",.*", "", word) for word in settings]
-            config.compose(command, settings)
+        if line[:2] in (["accelerate", "config"], ["accelerate", "env"]) or line == ["accelerate", "launch"]:
+            continue
+        programs = [word for word in line if word.endswith((".py", ".sh"))]
+        assert len(programs) == 1 and (ROOT / programs[0]).is_file(), line
+        for file in (word for word in line if word.startswith(("launch/", "benchmarks/"))):
+            assert (ROOT / file).is_file(), file
+        name, given = programs[0], rest[rest.index(programs[0]) + 1 :]
+        command = "train" if name == "launch/pair.sh" else name.removesuffix(".py")
+        if command not in COMMANDS:
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert [word for word in given if word.startswith("--") and f'"{word}"' not in text] == [], line
+            continue
+        settings = [word for word in given if "=" in word and not word.startswith(("-", "config="))]
+        if "-m" in given:  # a sweep: the first value of each
+            settings = [re.sub(r",.*", "", word) for word in settings]
+        if not any(word.startswith("replay=") for word in settings):  # which takes the settings of a run
+            accepted(command, settings)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_settings_exist(page):
-    """`data.holdout`, `batch_size=32`, ...: dotted keys and key=value in backticks belong to some command."""
-    keys = {"hydra.searchpath", "config"}  # Hydra's own; and the settings file, which is no setting
-    groups = (
-        ["adapter=lora"],
-        ["adapter=dora"],
-        ["adapter=lokr"],
-        ["adapter=partial"],
-        ["data=mixed"],
-        ["recipe=wan_tiny_vae_images"],
-    )
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (["bach_size=8"], "bach_size"),
+        (["batch_size=some"], "batch_size"),
+        (["batch_size=3", "accumulate=2"], "accumulate"),
+        (["expert=low_noise", "experts.offload=cpu"], "experts.offload has no effect"),
+    ],
+    ids=["key", "value", "together", "effect"],
+)
+def test_wrong_commands(settings, found):
+    """The check of commands finds what is wrong with them."""
+    with pytest.raises(Exception, match=found):
+        accepted("train", settings)
+
+
+#: key=value in backticks; the value in brackets or quotes, or without a blank.
+SETTING = re.compile(r"""(?<![\w./+-])([a-z][\w.]*)=('[^']*'|"[^"]*"|\{[^}]*\}|\[[^\]]*\]|[^\s"'{\[]\S*|)""")
+#: What stands for a value.
+STAND_IN = re.compile(r"\b[A-Z]+[0-9]?\b|\.\.\.|://")
+
+
+def wrong_value(key, value):
+    """What is wrong with a value of a key or a group of options; None if some command takes it."""
+    choices = config._choices()
+    for word in words.expanded([f"{key}={value}"]):
+        words.refuse_choices([word], choices)
+        given = OverridesParser.create().parse_override(words.quoted(word))
+        name, read = given.key_or_group, given.value()
+        if name in choices:
+            if unknown := {str(each) for each in (read if isinstance(read, list) else [read])} - set(choices[name]):
+                return f"{name}: {unknown}"
+            continue
+        possible = [of_command[name] for of_command in KINDS.values() if name in of_command]
+        if possible and not any(kinds.fits(read, kind) for kind in possible):
+            return kinds.problem(name, read, possible[0])
+    return None
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Every key of every command, and every group of options."""
+    groups = (["adapter=lora"], ["adapter=dora"], ["adapter=partial"], ["data=mixed"], ["recipe=wan_tiny_vae_images"])
+    keys = {"hydra.searchpath", "mixed_precision", "config"}  # of Hydra, of accelerate, and a settings file
     keys |= {key for command in COMMANDS for key in config._all_keys(config.compose(command))}
     keys |= {key for group in groups for key in config._all_keys(config.compose("train", group))}
-    keys |= {group.name for group in (ROOT / "conf").iterdir() if group.is_dir()}
-    named = set(re.findall(r'(?<!`)`([a-z_.]+)=[^`"]*`(?!`)', page.read_text(encoding="utf-8")))
-    assert sorted(named - keys) == []
+    return keys | {group.name for group in (ROOT / "conf").iterdir() if group.is_dir()}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY], ids=lambda page: page.name)
+def test_settings_exist(page, known):
+    """`data.holdout=`, `batch_size=32`, ...: keys belong to some command, and values are such as it takes."""
+    calls = re.compile(r"\w+\(")  # of Python
+    named = [found for span in spans(page) if not calls.match(span) for found in SETTING.findall(span)]
+    assert sorted({key for key, _ in named} - known) == []
+    given = {(key, value) for key, value in named if value and not STAND_IN.search(value)}
+    assert [wrong for pair in sorted(given) if (wrong := wrong_value(*pair))] == []
+
+
+def test_noise_table():
+    """The shares of draws below sigma 0.3 that the page of questions quotes."""
+    text = (ROOT / "docs/faq.md").read_text(encoding="utf-8")
+    head, row = (re.search(rf"^\| {first}.*$", text, flags=re.M)[0] for first in ("`experts", "below sigma 0.3"))
+    shifts, quoted = re.findall(r"\| (\d+)", head), [int(share) for share in re.findall(r"(\d+) %", row)]
+    boundary = config.compose("train", ["model=t2v_a14b"]).model.boundary
+    computed = [FlowMatching(shift=float(shift), low=0.0, high=boundary).share_below(0.3) for shift in shifts]
+    assert len(shifts) == 4 and quoted == [round(100 * share) for share in computed]
 
 
 def marked():
@@ -155,15 +232,17 @@ def marked():
 def test_marked_blocks():
     """README has one that runs here; few in all, for each takes time."""
     assert any(page == ROOT / "README.md" for page, _ in marked())
-    assert len(marked()) <= 3
+    assert len(marked()) <= 4
 
 
 @pytest.mark.parametrize(
-    ("page", "lines"), marked(), ids=lambda value: value[0][:40] if isinstance(value, list) else value.name
+    ("page", "lines"),
+    [pytest.param(*block, marks=[pytest.mark.slow] if len(block[1]) > 2 else []) for block in marked()],
+    ids=lambda value: value[0][:40] if isinstance(value, list) else value.name,
 )
 def test_marked_block_runs(page, lines, tiny, environment, tmp_path):
     """On the small world in the demo's place, with this project's Python as `python`; README quotes what it prints."""
-    for name, target in (("data/wug/footage", tiny.footage), ("data/demo/latents", tiny.latents)):
+    for name, target in (("FOOTAGE", tiny.footage), ("data/demo/latents", tiny.latents)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
     for program in [*COMMANDS, "demo"]:
