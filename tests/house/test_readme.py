@@ -104,14 +104,14 @@ def commands(page):
             yield from_checkout(shlex.split(line, comments=True))
 
 
-def from_checkout(words):
+def from_checkout(line):
     """A command of an install (`wantrain-train`, `python -m wantrain train`) as it is typed in a checkout."""
-    if words[0].startswith("wantrain-"):
-        return ["python", f"{words[0].removeprefix('wantrain-')}.py", *words[1:]]
-    for place in range(len(words) - 2):
-        if words[place : place + 2] == ["-m", "wantrain"]:
-            return [*words[:place], f"{words[place + 2]}.py", *words[place + 3 :]]
-    return words
+    if line[0].startswith("wantrain-"):
+        return ["python", f"{line[0].removeprefix('wantrain-')}.py", *line[1:]]
+    for place in range(len(line) - 2):
+        if line[place : place + 2] == ["-m", "wantrain"]:
+            return [*line[:place], f"{line[place + 2]}.py", *line[place + 3 :]]
+    return line
 
 
 def accepted(command, settings):
@@ -170,6 +170,13 @@ def test_wrong_commands(settings, found):
         accepted("train", settings)
 
 
+def test_wrong_values():
+    """The check of settings finds a value that no command takes, and an option that there is not."""
+    assert wrong_value("recompute", "attention") is wrong_value("recipe", "character,lora_24gb") is None
+    assert "recompute=blocks" in wrong_value("recompute", "blocks")
+    assert wrong_value("adapter", "loha") and wrong_value("batch_size", "0")
+
+
 #: key=value in backticks; the value in brackets or quotes, or without a blank.
 SETTING = re.compile(r"""(?<![\w./+-])([a-z][\w.]*)=('[^']*'|"[^"]*"|\{[^}]*\}|\[[^\]]*\]|[^\s"'{\[]\S*|)""")
 #: What stands for a value.
@@ -196,7 +203,8 @@ def wrong_value(key, value):
 @pytest.fixture(scope="module")
 def known():
     """Every key of every command, and every group of options."""
-    groups = (["adapter=lora"], ["adapter=dora"], ["adapter=partial"], ["data=mixed"], ["recipe=wan_tiny_vae_images"])
+    groups = [[f"adapter={option}"] for option in config._choices()["adapter"]]
+    groups += [["data=mixed"], ["recipe=wan_tiny_vae_images"]]
     keys = {"hydra.searchpath", "mixed_precision", "config"}  # of Hydra, of accelerate, and a settings file
     keys |= {key for command in COMMANDS for key in config._all_keys(config.compose(command))}
     keys |= {key for group in groups for key in config._all_keys(config.compose("train", group))}
@@ -254,7 +262,7 @@ def test_marked_block_runs(page, lines, tiny, environment, tmp_path):
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     if "dry_run=true" not in " ".join(lines):
-        assert len(list((tmp_path / "samples").glob("*.mp4"))) == 1
+        assert len(list((tmp_path / "samples").rglob("*.mp4"))) == 1
         return
     assert not (tmp_path / "runs").exists() and not (tmp_path / "samples").exists(), "a dry run makes nothing"
     quoted = [rule for words, rule in QUOTED.items() if any(words in line for line in lines)]

@@ -2,11 +2,10 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
+from site_build import build_site
 
-ROOT = Path(__file__).resolve().parents[2]
 #: What a browser fetches by itself to show a page; links that a person may follow are no part of it.
 FETCHED = re.compile(
     r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc=["']([^"']+)|<link\b[^>]*\bhref=["']([^"']+)"""
@@ -15,18 +14,8 @@ FETCHED = re.compile(
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site in a folder of its own, built as `make docs` builds it; any warning fails it."""
-    for library in ("mkdocs", "material", "mkdocstrings"):
-        pytest.importorskip(library, reason=f"{library} is not installed, so no site can be built: make install")
-    build, config = importlib.import_module("mkdocs.commands.build"), importlib.import_module("mkdocs.config")
-    folder = tmp_path_factory.mktemp("site")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_MKDOCS_2_WARNING", "1")
-        patch.chdir(folder)
-        settings = config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
-        settings.plugins.on_startup(command="build", dirty=False)
-        build.build(settings)
-    return folder
+    """The site in a folder of its own."""
+    return build_site(tmp_path_factory.mktemp("site"))
 
 
 def test_pages_fetch_nothing(site):
