@@ -37,6 +37,10 @@ def write_settings(
     check_file(file)
     if not source.is_dir():
         raise ValueError(f"init={source} is no folder; give the folder that holds the videos and images")
+    if Path.cwd().resolve().is_relative_to(source.resolve()):
+        raise ValueError(
+            f"init={source} holds the current folder, so data/ and runs/ would lie among the footage; go elsewhere"
+        )
     places = Places(file)
     overview = survey_source(source, places.videos, split=_can_split(), decode=decode)
     advice = advise(overview, model, sizes, places)
@@ -58,7 +62,7 @@ def settings_file_of(source: str, out: str | None) -> Path:
     ending than .yaml.
     """
     if out is None:
-        name = re.sub(r"[^\w=-]+", "_", Path(source).resolve().name).strip("_-") or "footage"
+        name = re.sub(r"[^\w=-]+", "_", Path(source).absolute().name).strip("_-") or "footage"
         return Path(f"{name}.yaml")
     if Path(out).suffix not in {".yaml", ".yml"}:
         raise ValueError(f"out={out} must end in .yaml: with init= it names the settings file that is written")
