@@ -60,6 +60,7 @@ def test_one_file_for_all_commands(tiny, call, tmp_path):
     [
         (("init=nowhere",), "init=nowhere is no folder"),
         (("init=.",), "init=. holds the current folder, so data/ and runs/ would lie among the footage"),
+        (("init=broken",), "init=broken: none of 1 files can be used (first: a.mp4: cannot be decoded"),
         (("init=empty",), "source=empty holds no videos or images"),
         (("init=.", "source=."), "source has no effect: init=. looks at a folder only"),
         (("init=.", "num_frames=9"), "num_frames has no effect: init=. looks at a folder only"),
@@ -71,6 +72,8 @@ def test_one_file_for_all_commands(tiny, call, tmp_path):
 def test_errors(words, message, call, tmp_path):
     """What is wrong is one line, and nothing is written."""
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.mp4").write_bytes(b"no video")
     ended = call("shard.py", *words, check=False)
     assert message in ended.error and ended.returncode == 2
     assert not list(tmp_path.rglob("*.yaml"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wantrain import geometry
-from wantrain.data.advice.advice import Advice, Places, Setting, advise, describe_files
+from wantrain.data.advice.advice import Advice, Places, Setting, advise
 from wantrain.data.advice.overview import Overview, survey_source
 from wantrain.data.footage.decode_workers import DecodeOptions
 from wantrain.data.footage.scenes import library
@@ -86,13 +86,8 @@ def _can_split() -> bool:
 
 
 def _say(overview: Overview, advice: Advice, model: Mapping[str, Any]) -> None:
-    captioned = len(overview.captions)
-    say(
-        f"{overview.source}: {len(overview.videos)} videos, {len(overview.images)} images; {captioned} of "
-        f"{captioned + len(overview.without)} have a caption"
-    )
-    for line in [*describe_files(overview.files), *overview.tally.lines()]:
-        say(f"  {line}")
+    for line in overview.lines():
+        say(line)
     say(f"advice for model={model['name']}:")
     for setting in advice.settings:
         if setting.why and setting.command in {"shard", "encode", "train"}:
