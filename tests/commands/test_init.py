@@ -31,7 +31,8 @@ def test_one_file_for_all_commands(tiny, call, tmp_path):
     (tmp_path / "clips").symlink_to(tiny.footage)
     said = call("shard.py", "init=clips").stdout
     assert "clips: 8 videos, 2 images; 10 of 10 have a caption" in said and "encode: area=[4096, 2048]" in said
-    assert re.search(r"files: \d+ = 10 used", said) and "python export.py config=clips.yaml" in said
+    assert "shard: static=drop (clip-0004.mp4: nothing moves" in said and "files: 10 = 9 used + 1 no clip used" in said
+    assert "python export.py config=clips.yaml" in said
     assert not (tmp_path / "data" / "clips" / "videos" / "manifest.json").exists()
     written = (tmp_path / "clips.yaml").read_text()
     (tmp_path / "clips.yaml").write_text(written.replace("run: clips", "run: mine  # edited"))
@@ -43,7 +44,7 @@ def test_one_file_for_all_commands(tiny, call, tmp_path):
         said = call("shard.py", "config=clips.yaml").stdout
     assert said.startswith('settings of clips.yaml: model=tiny source="clips" out="data/clips/videos"')
     manifest = read_manifest(tmp_path / "data" / "clips" / "videos", "video")
-    assert manifest["files_used"] == 10
+    assert manifest["files_used"] == 9
     call("encode.py", "config=clips.yaml", f"weights={tiny.base}")
     call("train.py", "config=clips.yaml", f"weights={tiny.base}", *SMALL)
     config = read_config(tmp_path / "runs" / "mine")
@@ -58,7 +59,9 @@ def test_one_file_for_all_commands(tiny, call, tmp_path):
     ("words", "message"),
     [
         (("init=nowhere",), "init=nowhere is no folder"),
-        (("init=.",), "holds no videos or images"),
+        (("init=.",), "init=. holds the current folder, so data/ and runs/ would lie among the footage"),
+        (("init=broken",), "init=broken: none of 1 files can be used (first: a.mp4: cannot be decoded"),
+        (("init=empty",), "source=empty holds no videos or images"),
         (("init=.", "source=."), "source has no effect: init=. looks at a folder only"),
         (("init=.", "num_frames=9"), "num_frames has no effect: init=. looks at a folder only"),
         (("init=.", "out=videos"), "out=videos must end in .yaml"),
@@ -68,6 +71,9 @@ def test_one_file_for_all_commands(tiny, call, tmp_path):
 )  # fmt: skip
 def test_errors(words, message, call, tmp_path):
     """What is wrong is one line, and nothing is written."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.mp4").write_bytes(b"no video")
     ended = call("shard.py", *words, check=False)
     assert message in ended.error and ended.returncode == 2
     assert not list(tmp_path.rglob("*.yaml"))

@@ -80,6 +80,11 @@ def test_extras(options, monkeypatch):
     assert any("bitsandbytes cannot be imported (x) - note: install it again" in line for line in lines)
 
 
+def test_every_extra_is_checked():
+    """The extras of pyproject.toml but for the developers' have a purpose each."""
+    assert set(software._project(ROOT)["optional-dependencies"]) - {"dev"} == set(software.EXTRAS)
+
+
 def test_imports():
     """A package that cannot be imported is one line."""
     assert software._import_error("json") is None

@@ -83,6 +83,8 @@ def test_the_command_line_wins(file):
         "run=mine", "expert=both", "adapter=lora", "recipe=[wan_tiny_dense,wan_tiny_low_noise]",
         "experts.high_noise.rank=4", "data.shards=data/mine/latents",
     ]  # fmt: skip
+    words = taken_out([f"config={file}", "prompts=list.txt"], "sample")[1].words
+    assert [word.split("=")[0] for word in words] == ["model", "run", "lora.low_noise"]
     assert taken_out(["sample=50"], "train") == (["sample.every=50"], None)
 
 

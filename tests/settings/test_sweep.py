@@ -18,6 +18,7 @@ COMPOSED = {
     "encode": ((),),
     "sample": ((), ("model=tiny_dense",), ("model=ti2v_5b",)),
     "export": ((),),
+    "doctor": ((),),
     "train": (
         (),
         ("adapter=lora", "expert=both", "noise=table", "optimizer=muon"),

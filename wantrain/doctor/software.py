@@ -29,6 +29,8 @@ EXTRAS = {
     "remote": "footage and shards at s3:// and gs://",
     "captions": "caption.py with a captioner that takes videos, as the default one does",
     "tensorboard": "tracker=tensorboard",
+    "trackio": "tracker=trackio",
+    "mlflow": "tracker=mlflow",
     "8bit": "optimizer=adamw_8bit",
     "quant": "base.dtype=nf4",
 }

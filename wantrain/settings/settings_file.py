@@ -31,6 +31,8 @@ SHARED: Mapping[str, tuple[str, ...]] = {
     "run": ("train", "sample", "export"),
     "runs": ("train", "sample", "export"),
 }
+#: Settings of which one stands in the other's place: where one is typed, the file's other is left out.
+INSTEAD = ({"prompt", "prompts"}, {"steps", "epochs"})
 #: Inside a list or a mapping, text of these signs needs no quotes for Hydra.
 _BARE = re.compile(r"[\w./+-]*")
 
@@ -59,6 +61,7 @@ def taken_out(words: Sequence[str], command: str) -> tuple[list[str], FromFile |
     if is_sweep(words):  # there a comma separates values, and quotes keep it
         settings = {key: _kept_whole(key, value) for key, value in settings.items()}
     taken = {_key(word) for word in typed}
+    taken |= {key for either in INSTEAD if either & taken for key in either}
     own = expanded(f"{key}={value}" for key, value in settings.items())
     return typed, FromFile(path, [word for word in own if _key(word) not in taken])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wantrain import geometry
-from wantrain.data.advice.overview import FileFacts, Overview
+from wantrain.data.advice.overview import Overview
 from wantrain.data.footage.accounting import DatasetStats
 from wantrain.data.footage.clips import ClipOptions
 from wantrain.data.footage.selection import ClipSelector
@@ -79,9 +79,7 @@ class Advice:
     stats: DatasetStats = field(default_factory=DatasetStats)
 
 
-def advise(
-    overview: Overview, model: Mapping[str, Any], sizes: geometry.Buckets, places: Places, *, duplicates: bool = True
-) -> Advice:
+def advise(overview: Overview, model: Mapping[str, Any], sizes: geometry.Buckets, places: Places) -> Advice:
     """Settings of every command for the footage of an overview.
 
     model  the model's facts (conf/model)
@@ -131,17 +129,17 @@ def _lengths(overview: Overview, model: Mapping[str, Any]) -> list[Setting]:
     fps, most = model["fps"], model["num_frames"]
     found = [geometry.floor_num_frames(int(each * fps)) for video in overview.videos for each in video.scenes]
     filled = sorted((frames for frames in found if frames >= 5), reverse=True)
+    if not overview.videos:
+        return [Setting("shard", "num_frames", 1, "stills only: they teach what things look like, and no motion")]
     if not filled:
-        why = "stills only: they teach what things look like, and no motion"
-        return [Setting("shard", "num_frames", 1, why)] if not overview.videos else [_most(model, "")]
+        return [Setting("shard", "num_frames", most)]
     longest = min(most, filled[(len(filled) - 1) // 2])
     reach = sum(frames >= longest for frames in filled)
     whose = f"{reach} of {len(found)} {'scenes' if len(found) > len(overview.videos) else 'videos'}"
+    why = f"the longest clip that half of the footage fills ({whose}); the model's is {most}"
     if longest == most:
-        settings = [_most(model, f"the model's longest clip, {most / fps:.3g} s; {whose} fill it")]
-    else:
-        why = f"the longest clip that half of the footage fills ({whose}); the model's is {most}"
-        settings = [Setting("shard", "num_frames", longest, why)]
+        why = f"the model's longest clip, {most / fps:.3g} s; {whose} fill it"
+    settings = [Setting("shard", "num_frames", longest, why)]
     lengths = {min(frames, longest) for frames in filled}
     if len(lengths) > MOST_LENGTHS:
         parts = {max(5, geometry.floor_num_frames(longest // part)) for part in (1, 2, 4)}
@@ -151,10 +149,6 @@ def _lengths(overview: Overview, model: Mapping[str, Any]) -> list[Setting]:
         )
         settings.append(Setting("shard", "lengths", own, why))
     return settings
-
-
-def _most(model: Mapping[str, Any], why: str) -> Setting:
-    return Setting("shard", "num_frames", model["num_frames"], why)
 
 
 def _scenes(overview: Overview) -> list[Setting]:
@@ -303,7 +297,7 @@ def _trouble(overview: Overview, model: Mapping[str, Any], selector: ClipSelecto
             "teaches to stutter; take footage of a higher rate"
         )
     if videos and not overview.split:
-        found.append("scene changes were not looked for: pip install 'wantrain[scenes]', and start this again")
+        found.append("scene changes were not looked for: pip install 'wantrain[scenes]', then init= again")
     if videos and all(video.still for video in videos):
         found.append("nothing moves in any video: they teach to stand still")
     if not videos:
@@ -328,20 +322,3 @@ def _trouble(overview: Overview, model: Mapping[str, Any], selector: ClipSelecto
 def _named(names: Sequence[str]) -> str:
     """Names as the subject of a message: the first, and how many there are."""
     return names[0] if len(names) == 1 else f"{len(names)} files (first: {names[0]})"
-
-
-def describe_files(files: Sequence[FileFacts]) -> list[str]:
-    """A few lines on files: how many, how long, sizes, rates."""
-    videos = [each for each in files if not each.is_image]
-    sizes = Counter(f"{each.width}x{each.height}" for each in files)
-    most = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5))
-    more = f", {len(sizes) - 5} more" if len(sizes) > 5 else ""
-    lines = [f"sizes (width x height): {most}{more}"]
-    if videos:
-        seconds = sorted(sum(each.scenes) for each in videos)
-        rates = sorted({round(each.rate, 2) for each in videos})
-        shown = ", ".join(f"{rate:g}" for rate in rates) if len(rates) < 6 else f"{rates[0]:g} to {rates[-1]:g}"
-        half = seconds[(len(seconds) - 1) // 2]
-        lines.append(f"lengths: {seconds[0]:.3g} to {seconds[-1]:.3g} s, half of them up to {half:.3g} s")
-        lines.append(f"frames per second: {shown}")
-    return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,26 @@ class Overview:
     def images(self) -> list[FileFacts]:
         return [each for each in self.files if each.is_image]
 
+    def lines(self) -> list[str]:
+        """A few lines of text: how many files, their sizes, lengths and rates, and what else lies there."""
+        captioned = len(self.captions)
+        sizes = Counter(f"{each.width}x{each.height}" for each in self.files)
+        most = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5))
+        more = f", {len(sizes) - 5} more" if len(sizes) > 5 else ""
+        lines = [
+            f"{self.source}: {len(self.videos)} videos, {len(self.images)} images; {captioned} of "
+            f"{captioned + len(self.without)} have a caption",
+            f"  sizes (width x height): {most}{more}",
+        ]
+        if self.videos:
+            seconds = sorted(sum(each.scenes) for each in self.videos)
+            half = seconds[(len(seconds) - 1) // 2]
+            lines.append(f"  lengths: {seconds[0]:.3g} to {seconds[-1]:.3g} s, half of them up to {half:.3g} s")
+            rates = sorted({round(each.rate, 2) for each in self.videos})
+            shown = ", ".join(f"{rate:g}" for rate in rates) if len(rates) < 6 else f"{rates[0]:g} to {rates[-1]:g}"
+            lines.append(f"  frames per second: {shown}")
+        return [*lines, *(f"  {line}" for line in self.tally.lines())]
+
     def select(self, options: ShardOptions) -> tuple[ClipSelector, list[dict[str, Any]]]:
         """What shard.py would do with these options: the selector with its counts and rejects, and the .json of each
         file that is used. Nothing is decoded: the surveys are there.
@@ -110,7 +131,7 @@ def survey_source(source: Path, out: Path, *, split: bool, decode: DecodeOptions
 
     split  look for scene changes too
 
-    ValueError as `find_footage`; a missing caption is none.
+    ValueError as `find_footage`, but for missing captions; and if no file can be read.
     """
     footage, rejects, tally = find_footage(source, caption_missing="empty", out=out)
     overview = Overview(source, split, rejects, tally)
@@ -120,7 +141,15 @@ def survey_source(source: Path, out: Path, *, split: bool, decode: DecodeOptions
     overview._entries = [Entry.of(file) for file in footage]
     out.mkdir(parents=True, exist_ok=True)
     overview._surveys = Surveys(out / SURVEYS, split=split, decode=decode)
+    unreadable = [f"{reject.name}: {reject.reason}" for reject in rejects]
     with closing(surveyed(overview._surveys, overview._entries)) as results:
         bar = tqdm(results, total=len(footage), desc="look", unit="file", disable=not distributed.is_main())
-        overview.files = [FileFacts.of(entry.file, survey) for entry, survey in bar if isinstance(survey, Survey)]
+        for entry, survey in bar:
+            if isinstance(survey, Survey):
+                overview.files.append(FileFacts.of(entry.file, survey))
+            elif survey is not None:
+                unreadable.append(f"{entry.file.name}: {survey}")
+    if not overview.files:
+        count = len(footage) + len(rejects)
+        raise ValueError(f"init={source}: none of {count} files can be used (first: {unreadable[0]}); give others")
     return overview

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wantrain import geometry
-from wantrain.data.advice.advice import Advice, Places, Setting, advise, describe_files
+from wantrain.data.advice.advice import Advice, Places, Setting, advise
 from wantrain.data.advice.overview import Overview, survey_source
 from wantrain.data.footage.decode_workers import DecodeOptions
 from wantrain.data.footage.scenes import library
@@ -37,6 +37,10 @@ def write_settings(
     check_file(file)
     if not source.is_dir():
         raise ValueError(f"init={source} is no folder; give the folder that holds the videos and images")
+    if Path.cwd().resolve().is_relative_to(source.resolve()):
+        raise ValueError(
+            f"init={source} holds the current folder, so data/ and runs/ would lie among the footage; go elsewhere"
+        )
     places = Places(file)
     overview = survey_source(source, places.videos, split=_can_split(), decode=decode)
     advice = advise(overview, model, sizes, places)
@@ -58,7 +62,7 @@ def settings_file_of(source: str, out: str | None) -> Path:
     ending than .yaml.
     """
     if out is None:
-        name = re.sub(r"[^\w=-]+", "_", Path(source).resolve().name).strip("_-") or "footage"
+        name = re.sub(r"[^\w=-]+", "_", Path(source).absolute().name).strip("_-") or "footage"
         return Path(f"{name}.yaml")
     if Path(out).suffix not in {".yaml", ".yml"}:
         raise ValueError(f"out={out} must end in .yaml: with init= it names the settings file that is written")
@@ -82,13 +86,8 @@ def _can_split() -> bool:
 
 
 def _say(overview: Overview, advice: Advice, model: Mapping[str, Any]) -> None:
-    captioned = len(overview.captions)
-    say(
-        f"{overview.source}: {len(overview.videos)} videos, {len(overview.images)} images; {captioned} of "
-        f"{captioned + len(overview.without)} have a caption"
-    )
-    for line in [*describe_files(overview.files), *overview.tally.lines()]:
-        say(f"  {line}")
+    for line in overview.lines():
+        say(line)
     say(f"advice for model={model['name']}:")
     for setting in advice.settings:
         if setting.why and setting.command in {"shard", "encode", "train"}:
