@@ -8,9 +8,9 @@ FROM ubuntu:24.04 AS cpu
 FROM ${DEVICE}
 ARG DEVICE
 
-# Headers and g++: Triton and DeepSpeed compile when they are first used.
+# Headers and g++: Triton and DeepSpeed compile when they are first used. libgl1 and libglib: of OpenCV, for scenes=split.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates g++ python3 python3-dev python3-venv \
+    && apt-get install --yes --no-install-recommends ca-certificates g++ libgl1 libglib2.0-0t64 python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH

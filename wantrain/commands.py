@@ -12,7 +12,7 @@ from functools import partial
 from wantrain import __version__
 from wantrain.util.shipped import ROOT
 
-NAMES = ("caption", "shard", "encode", "train", "sample", "export", "demo")
+NAMES = ("caption", "shard", "encode", "train", "sample", "export", "demo", "doctor")
 USAGE = f"""wantrain {__version__}
   python -m wantrain COMMAND ...   one of {", ".join(NAMES)}, with its settings; --help shows them
   accelerate launch -m wantrain train ...   the same in several processes
@@ -24,7 +24,7 @@ def run(name: str) -> None:
     runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
 
 
-caption, shard, encode, train, sample, export, demo = (partial(run, name) for name in NAMES)
+caption, shard, encode, train, sample, export, demo, doctor = (partial(run, name) for name in NAMES)
 
 
 def main() -> None:
