@@ -130,8 +130,8 @@ def command():
     return run_verb
 
 
-def run_inside(cwd, name, *args, check=True):
-    """The same program inside this process, which saves five seconds of imports."""
+def run_inside(cwd, name, *args, check=True, env=None):
+    """The same program inside this process, which saves five seconds of imports; `env` is set besides."""
     spec = importlib.util.spec_from_file_location(f"verb_{name.removesuffix('.py')}", ROOT / name)
     module = importlib.util.module_from_spec(spec)
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -139,7 +139,7 @@ def run_inside(cwd, name, *args, check=True):
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        mock.patch.dict(os.environ, {**alone(), "HYDRA_FULL_ERROR": "1"}),
+        mock.patch.dict(os.environ, {**alone(), "HYDRA_FULL_ERROR": "1", **(env or {})}),
         mock.patch.object(sys, "argv", [str(ROOT / name), *map(str, args)]),
     ):
         spec.loader.exec_module(module)

@@ -189,7 +189,7 @@ def _readable(error: Exception, name: str) -> str:
     if wrong in keys:  # a mapping
         inner = ", ".join(key for key in keys if key.startswith(f"{wrong}."))
         return f"{wrong}={{...}} sets a key that there is not; there are {inner}"
-    nearest = difflib.get_close_matches(wrong, keys, n=3, cutoff=0.5)
+    nearest = difflib.get_close_matches(wrong, [key for key in keys if "_target_" not in key], n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
     return f"{wrong} is not a key of {name}.py{hint} (python {name}.py --cfg job lists all)"
 

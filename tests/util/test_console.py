@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed import TCPStore
 
-from wantrain.util import console, devices
+from wantrain.util import console, devices, distributed
 from wantrain.util.console import FIXES, disk_error, errors_to_exit_code, exit_code
 from wantrain.util.files import check_writable, claim_folder, naming, write_atomically
 
@@ -183,3 +185,30 @@ def test_named_error_of_library(tmp_path):
     assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / "a")
     with pytest.raises(SafetensorError, match="damaged"), naming(tmp_path / "a"):
         raise SafetensorError("damaged")
+
+
+def test_one_process_prints(monkeypatch, capsys):
+    """Of two processes of a launch that meet one error, one prints it; another error is printed too."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(console.time, "sleep", lambda seconds: None)
+    for key, value in {
+        "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": "0",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+
+    def fail(message):
+        with pytest.raises(SystemExit) as ended, errors_to_exit_code():
+            raise ValueError(message)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert [fail("a=1 is wrong"), fail("a=1 is wrong"), fail("b=2 is wrong")] == [
+        "error: a=1 is wrong\n", "", "error: b=2 is wrong\n"
+    ]  # fmt: skip
+    monkeypatch.setattr(distributed, "STORE_TIMEOUT", timedelta(seconds=1))
+    del store
+    monkeypatch.setenv("MASTER_PORT", "1")  # nobody answers
+    assert fail("a=1 is wrong") == "error: a=1 is wrong\n"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert fail("a=1 is wrong") == "error: a=1 is wrong\n"

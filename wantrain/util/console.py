@@ -7,11 +7,12 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from wantrain.util import ctrl_c
-from wantrain.util.distributed import is_main
+from wantrain.util.distributed import is_main, says_first
 
 #: Errors of disks and permissions, which a user can correct, by number: what to do. Other OSErrors are bugs.
 FIXES = {
@@ -45,8 +46,9 @@ def say(message: str) -> None:
 def errors_to_exit_code() -> Iterator[None]:
     """For the entry point of a program: an error that the user can correct is one line on stderr and exit code 2.
 
-    That is a ValueError, or what a disk refuses (`disk_error`). Ctrl-C is one line and exit code 130. Other errors are
-    bugs and show their traceback. From here on a reader of stdout or stderr may go away: see `keep_streams`.
+    That is a ValueError, or what a disk refuses (`disk_error`); of several processes that meet the same one, one prints
+    it. Ctrl-C is one line and exit code 130. Other errors are bugs and show their traceback. From here on a reader of
+    stdout or stderr may go away: see `keep_streams`.
     """
     keep_streams()
     outermost = ctrl_c.raises()
@@ -60,7 +62,10 @@ def errors_to_exit_code() -> Iterator[None]:
         message = str(error) if isinstance(error, ValueError) else disk_error(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        if says_first(message):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # the launcher ends all processes with the first: leave time to the one that prints
         sys.exit(2)
     finally:
         if outermost:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import zlib
+from datetime import timedelta
 
 import torch
+from torch.distributed import TCPStore
+
+#: How long the launcher's store may take to answer.
+STORE_TIMEOUT = timedelta(seconds=5)
 
 
 def rank() -> int:
@@ -36,6 +42,28 @@ def single_process(command: str) -> None:
     """Raise ValueError if a launcher started several processes of a command that runs as one."""
     if world_size() > 1:
         raise ValueError(f"{command} runs as one process, but {world_size()} were started; use python {command}")
+
+
+def says_first(message: str) -> bool:
+    """False if another process of the launch has said this before: of several that meet one error, one prints it.
+
+    They agree by the store that torchrun and `accelerate launch` keep for their processes. Where there is none, or it
+    does not answer, the answer is True.
+    """
+    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    key = f"wantrain/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{zlib.crc32(message.encode())}"
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=STORE_TIMEOUT,
+        )
+        return store.add(key, 1) == 1
+    except RuntimeError:  # torch's own errors of networks and stores
+        return True
 
 
 def cores() -> int:

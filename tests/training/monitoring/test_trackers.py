@@ -261,6 +261,18 @@ def test_installed_tracker(name, tiny, call, tmp_path, monkeypatch):
     assert found == pytest.approx(wanted)
 
 
+@pytest.mark.slow
+def test_wandb_key_of_login(tmp_path, monkeypatch):
+    """The key that `wandb login` leaves in ~/.netrc counts as one."""
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {'0123456789' * 4}\n")
+    code = "from wantrain.training.monitoring.trackers import _has_key; print(_has_key())"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.stdout.strip() == "True", ended.stderr
+
+
 def test_dead_service_at_exit(tmp_path, monkeypatch):
     """A tracker whose process hangs is ended when the program exits, so that the program does."""
     monkeypatch.setattr(trackers, "LAST_WAIT", 0.1)

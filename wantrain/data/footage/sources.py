@@ -116,7 +116,7 @@ def _select(
         instead = "" if fallback else "give caption.default=TEXT (for files without a caption), "
         raise ValueError(
             f"{len(without)} of {len(found)} files have no caption (first: {name}{there}); write it into "
-            f"{Path(name).with_suffix('.txt')} or metadata.jsonl, or {instead}"
+            f"{Path(name).with_suffix('.txt')} or metadata.jsonl, let a model write them with caption.py, or {instead}"
             f"{'give ' if fallback else ''}caption.missing=skip or caption.missing=empty{_unread(tally)}"
         )
     return footage, rejects

@@ -81,7 +81,7 @@ class WandbTracker:
 
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # else tables wait for their upload elsewhere
-        offline = "WANDB_MODE" not in os.environ and not wandb.setup().settings.api_key
+        offline = "WANDB_MODE" not in os.environ and not _has_key()
         if offline:
             say(f"W&B: no API key, logging offline into {folder / 'wandb'} (wandb sync uploads it)")
         self.wandb = wandb
@@ -125,6 +125,13 @@ class WandbTracker:
             self.tables[clip.number].add_data(*row)
             media[f"previews/{clip.number}"] = self.tables[clip.number]
         return media
+
+
+def _has_key() -> bool:
+    """Whether W&B has a key: in the environment, in its settings, or in ~/.netrc, where `wandb login` writes it."""
+    import wandb
+
+    return wandb.login(prompt=False, verify=False)
 
 
 class TensorBoardTracker:
@@ -255,12 +262,17 @@ def children(name: str) -> list[int]:
 
 
 def check_tracker(name: str) -> None:
-    """ValueError for a tracker that there is not, or whose package is missing."""
+    """ValueError for a tracker that there is not, whose package is missing, or that is to be online without a key."""
     if name not in TRACKERS:
         raise ValueError(f"tracker={name} is unknown; choose one of {', '.join(TRACKERS)}")
     if name != "jsonl" and importlib.util.find_spec(name) is None:
         extra = "wandb" if name == "wandb" else f'"wantrain[{name}]"'
         raise ValueError(f"tracker={name} needs its package: pip install {extra}; or give tracker=jsonl")
+    if name == "wandb" and os.environ.get("WANDB_MODE") == "online" and not _has_key():
+        raise ValueError(
+            "WANDB_MODE=online, but W&B has no API key; run `wandb login`, set WANDB_API_KEY, or leave WANDB_MODE out, "
+            "which logs offline"
+        )
 
 
 def build_tracker(name: str, *, project: str | None, run: str, folder: Path, config: Mapping[str, Any]) -> Tracker:

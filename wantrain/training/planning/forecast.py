@@ -113,7 +113,7 @@ class Forecast:
         """What a run that is out of memory should change."""
         planner, card = self.planner(engine), planned_card(None)
         if planner is None or card is None:
-            return "Take a smaller batch or smaller clips"
+            return "Give recompute=block or a smaller batch_size=, or encode smaller clips (area= or num_frames=)"
         return planner.advice(clips_of(data, self.settings), card)
 
     def planner(self, engine: str) -> Planner | None:
