@@ -134,7 +134,7 @@ def operations(mix: Mix) -> Callable[[Pass], float]:
 class Timer:
     """CPU seconds of a pass at W-S, forward and backward, the least of `repeats`; and of an update."""
 
-    def __init__(self, mix: Mix, repeats: int = 2) -> None:
+    def __init__(self, mix: Mix, repeats: int) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         self.mix, self.repeats, self.module, self.loss = mix, repeats, WanTransformer(**WS), FlowMatching()
@@ -163,10 +163,13 @@ class Timer:
         return time.process_time() - before
 
 
-def timed(packs: int) -> dict[str, Any]:
+def timed(packs: int, repeats: int) -> dict[str, Any]:
     """The measured part, with sides halved."""
     mix = Mix(HALVED)
-    timer, sides = Timer(mix), {"buckets": mix.with_remainders(), "one_clip": mix.one_clip(), "packs": mix.packs()}
+    timer, sides = (
+        Timer(mix, repeats),
+        {"buckets": mix.with_remainders(), "one_clip": mix.one_clip(), "packs": mix.packs()},
+    )
     sides["packs"] = sides["packs"][: max(1, packs // RANKS)]
     timer.seconds(sides["one_clip"][0][0])
     update = timer.update()
@@ -211,18 +214,19 @@ def main() -> None:
     """Count, measure, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packs", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-timing", action="store_true")
     args = parser.parse_args()
     result: dict[str, Any] = {"counted": {f"memory x{times}": counted(times) for times in (1, 2)}}
     print(json.dumps(result, indent=2), flush=True)
     if args.no_timing:
         return
-    result["timed"] = timed(args.packs)
+    result["timed"] = timed(args.packs, args.repeats)
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"numpy": np.__version__, "torch": torch.__version__},
         "machine": f"{platform.machine()}, 1 thread",
-        "command": f"python benchmarks/packing.py --packs {args.packs}",
+        "command": f"python benchmarks/packing.py --packs {args.packs} --repeats {args.repeats}",
     }
     write_json(Path(__file__).with_suffix(".json"), {**about, **result})
     print(json.dumps(result, indent=2))
