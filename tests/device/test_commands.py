@@ -114,6 +114,18 @@ def test_resume_and_replay(train, device, tmp_path):
     assert all(torch.equal(resumed[key], replayed[key]) for key in resumed)
 
 
+@pytest.mark.slow
+def test_packs(train, tmp_path):
+    """Packs on the device, with the inputs of recomputed blocks on the host: the fullest one is tried first, and a step
+    reads the device once.
+    """
+    packed = ("batch_size=null", "batch_tokens=29", "recompute=block", "activations=cpu", "steps=8", "sample.every=0")
+    ended = train("adapter=lora", *packed, "validation.every=1000", "checkpoint.every=1000")
+    assert "the fullest pack was tried:" in ended.stdout
+    assert np.isfinite(losses(tmp_path / "runs" / "r")).all()
+    assert max(sum(number for *_, number in step["reads"]) for step in ended.steps[1:-1]) <= 1
+
+
 def test_host_reads_per_step(train):
     """At most one read of the device's values in a step that logs nothing, whatever batch and accumulation are."""
     quiet = ("steps=8", "sample.every=0", "validation.every=1000", "checkpoint.every=1000")

@@ -304,6 +304,10 @@ class WanTransformer(nn.Module):
 
     def _packed(self, latents: Groups, timesteps: Groups, texts: Groups, concats: Groups | None) -> Groups:
         """`forward` of groups: the same steps, each group's own before and after the blocks."""
+        if len(latents) == 1:
+            return (
+                WanTransformer.forward(self, latents[0], timesteps[0], texts[0], concat_BCTHW=concats and concats[0]),
+            )
         if concats is not None:
             latents = tuple(torch.cat(both, dim=1) for both in zip(latents, concats, strict=True))
         grids = [self._grid(x, timestep) for x, timestep in zip(latents, timesteps, strict=True)]

@@ -176,7 +176,7 @@ class StepGuard:
             return value
         mine = torch.stack([torch.cat(self.sigmas).double(), torch.cat(self.losses).double()], dim=1)
         if (missing := self.most - len(mine)) > 0:  # ranks gather equally many rows; a loss of NaN counts nowhere
-            mine = torch.cat([mine, torch.stack([mine[0, 0], mine.new_tensor(math.nan)]).expand(missing, 2)])
+            mine = torch.cat([mine, torch.stack([mine[0, 0], mine.new_full((), math.nan)]).expand(missing, 2)])
         self.everyone = self.stepper.gather(mine)
         self.excess = limits.baseline(self.trainer).excess(*self.everyone.unbind(1))
         if limits.refuse is None:

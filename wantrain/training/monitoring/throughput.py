@@ -157,8 +157,9 @@ class StepMeter:
         stepper = self.trainer.stepper
         amounts: dict[str, Any] = {key: value * stepper.processes for key, value in self.amounts.items()}
         if self.packed and stepper.processes > 1:  # the packs of processes differ
-            mine = torch.tensor([*self.amounts.values()], dtype=torch.float64, device=stepper.device)
-            amounts = dict(zip(amounts, stepper.sum(mine).unbind(), strict=True))
+            filled = (torch.full((), value, dtype=torch.float64, device=stepper.device) for value in amounts.values())
+            total = stepper.sum(torch.stack([*filled]) / stepper.processes)
+            amounts = dict(zip(amounts, total.unbind(), strict=True))
         return {**amounts, "times": self.times, **self.moved}
 
     def _now(self) -> Moment:
