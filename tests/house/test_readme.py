@@ -136,6 +136,7 @@ def test_settings_exist(page):
         ["adapter=dora"],
         ["adapter=lokr"],
         ["adapter=partial"],
+        ["optimizer=prodigy"],
         ["data=mixed"],
         ["recipe=wan_tiny_vae_images"],
     )
