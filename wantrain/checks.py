@@ -214,6 +214,7 @@ def _check_experts(cfg: DictConfig) -> None:
         _check_expert(own)
         _check_window(own)
         _check_optimizer(own.optimizer)
+        _check_adaptive(own)
         config.build(own.schedule)
         config.build(own.loss)  # its own words on a noise distribution that cannot be
 
@@ -268,6 +269,42 @@ def _check_optimizer(node: DictConfig) -> None:
     ]
     if missing := [key for key in needed if key not in node]:
         raise ValueError(f"{node._target_} needs optimizer.{missing[0]}; give +optimizer.{missing[0]}=VALUE")
+
+
+def _check_adaptive(cfg: DictConfig) -> None:
+    """The usual traps of optimizers that choose their rate or average by themselves."""
+    from wantrain.training.engine.adaptive import adaptive_name
+
+    target, lr, where = cfg.optimizer._target_, cfg.optimizer.get("lr"), f"experts.{cfg.expert.name}"
+    if target.startswith(("prodigyopt.", "schedulefree.")):
+        raise ValueError(
+            f"optimizer._target_={target}: what it keeps beside the weights would not be saved; give "
+            "optimizer=prodigy or optimizer=schedule_free"
+        )
+    name = adaptive_name(target)
+    if name is None:
+        return
+    if name == "prodigy" and lr != 1:
+        raise ValueError(
+            f"optimizer=prodigy estimates the learning rate, and lr={lr:g} would multiply what it finds; leave "
+            f"optimizer.lr (and {where}.lr) at 1, and give optimizer.d_coef=0.5 to 2 for a lower or higher rate"
+        )
+    if name == "schedule_free" and cfg.schedule.get("shape") != "constant":
+        raise ValueError(
+            f"optimizer=schedule_free: its average takes the place of a falling rate (schedule.shape="
+            f"{cfg.schedule.get('shape')}); give schedule=constant, whose warm-up it heeds"
+        )
+    if name == "schedule_free" and cfg.ema is not None:
+        raise ValueError(
+            f"ema={cfg.ema:g} with optimizer=schedule_free, which keeps an average of its own: that is what is "
+            f"validated, sampled and exported; leave out ema (and {where}.ema)"
+        )
+    if cfg.update_in_backward or cfg.trained.dtype == "bf16":
+        given = "update_in_backward=true" if cfg.update_in_backward else "trained.dtype=bf16"
+        raise ValueError(
+            f"{given} updates one parameter at a time, and optimizer={name} looks at all of them together; use "
+            "optimizer=adamw"
+        )
 
 
 def _check_adapter(cfg: DictConfig) -> None:

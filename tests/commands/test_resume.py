@@ -296,6 +296,8 @@ def test_finished_run_extended(tiny, call, tmp_path):
         ("dora", ("adapter.rank=4",)),
         ("dora", ("adapter.rank=3", "adapter.rank_stabilized=true", "adapter.targets=all", "precision=bf16",
                   "recompute=block", "accumulate=2")),
+        ("lokr", ("adapter.rank=2", "adapter.alpha=3", "adapter.factor=4", "recompute=block", "precision=bf16",
+                  "adapter.rank_pattern={ffn: 400}")),
         ("partial", ("adapter.layers=1", "adapter.tags=[attention,norm,head]", "optimizer=muon")),
         ("partial", ("adapter.tags=[ffn,modulation,text_embedding]", "precision=bf16", "recompute=block")),
     ],
@@ -320,6 +322,43 @@ def test_adapter_resume(adapter, more, tiny, pair, call, tmp_path):
     again = read_file(last / held)
     assert losses(run) == first
     assert again[1] == weights[1] and all(torch.equal(again[0][key], weights[0][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("optimizer", ["prodigy", "schedule_free"])
+def test_adaptive_resume(optimizer, tiny, pair, call, tmp_path):
+    """Runs whose optimizer finds a rate or an average by itself resume bit for bit, however often they are validated;
+    what is exported of schedule-free AdamW is its average.
+    """
+    pytest.importorskip({"prodigy": "prodigyopt"}.get(optimizer, "schedulefree"), reason="the extra adaptive is absent")
+    command = (
+        "train.py", *tiny.train, f"weights={pair}", "adapter=lora", "adapter.rank=4", f"optimizer={optimizer}",
+        "schedule=constant", "batch_size=2", "steps=8", "checkpoint.every=3", "checkpoint.keep=9", "data.holdout=0.2",
+        "validation.clips=2", "validation.points=2",
+    )  # fmt: skip
+
+    def learned(run):
+        return [(row["loss"], row["grad_norm"]) for row in rows(run) if "loss" in row]  # step 0 is validated alone
+
+    call(*command, "run=r")
+    run = tmp_path / "runs" / "r"
+    last = run / "checkpoints" / "step_000008"
+    files = [path.relative_to(last).as_posix() for path in last.rglob("*.safetensors")]
+    first, held = learned(run), {file: read_file(last / file)[0] for file in files}
+    assert ("ema/adapter.safetensors" in files) == (optimizer == "schedule_free")
+    rewind(run, 3)
+    assert "step 3 of 8" in call(*command, "run=r").stdout
+    assert learned(run) == first
+    call(*command, "run=watched", "validation.every=1")
+    assert learned(tmp_path / "runs" / "watched") == first and len(first) == 8
+    for file, tensors in held.items():
+        again = read_file(last / file)[0]
+        assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in again), file
+    if optimizer == "schedule_free":
+        live, average = held["adapter.safetensors"], held["ema/adapter.safetensors"]
+        assert live.keys() == average.keys() and any(not torch.equal(live[key], average[key]) for key in live)
+        call("export.py", "run=r", "alone=true", "out=made")
+        exported = next(path for path in (tmp_path / "made").rglob("*.safetensors") if "lora" in path.as_posix())
+        assert all(torch.equal(tensor, average[key]) for key, tensor in read_file(exported)[0].items())
 
 
 def test_gradient_accumulation(tiny, call, tmp_path):

@@ -130,6 +130,8 @@ def test_library_imports():
         "deepspeed": {"wantrain/training/engine/zero.py"},
         "peft": {"wantrain/models/adapters.py"},
         "bitsandbytes": {"wantrain/models/quantize.py"},
+        "prodigyopt": {"wantrain/training/engine/adaptive.py"},
+        "schedulefree": {"wantrain/training/engine/adaptive.py"},
         "jinja2": {"wantrain/page/__init__.py"},
         "wandb": {"wantrain/training/monitoring/trackers.py"},
         "decord": {"wantrain/data/footage/reader.py"},

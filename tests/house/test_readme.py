@@ -203,7 +203,7 @@ def wrong_value(key, value):
 @pytest.fixture(scope="module")
 def known():
     """Every key of every command, and every group of options."""
-    groups = [[f"adapter={option}"] for option in config._choices()["adapter"]]
+    groups = [[f"{group}={option}"] for group in ("adapter", "optimizer") for option in config._choices()[group]]
     groups += [["data=mixed"], ["recipe=wan_tiny_vae_images"]]
     keys = {"hydra.searchpath", "mixed_precision", "config"}  # of Hydra, of accelerate, and a settings file
     keys |= {key for command in COMMANDS for key in config._all_keys(config.compose(command))}

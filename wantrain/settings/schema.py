@@ -195,6 +195,8 @@ _OPTIONS: Mapping[str, Any] = {
     "optimizer.momentum": BelowOne,
     "optimizer.weight_decay": NotNegative,
     "optimizer.block_size": Count,
+    "optimizer.d0": Positive,
+    "optimizer.d_coef": Positive,
     "schedule": Object,
     "schedule.shape": Literal["constant", "linear", "cosine", "sqrt"],
     "schedule.warmup": Natural,

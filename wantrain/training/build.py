@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wantrain.losses import LossFunction, Model
 from wantrain.models import Base, adapters
@@ -19,7 +20,8 @@ from wantrain.runs.checkpoint import Checkpoints, read_state
 from wantrain.runs.folder import RunFolder
 from wantrain.runs.pages.live import RunPage
 from wantrain.training.engine.accelerator import first_store
-from wantrain.training.engine.ema import Ema
+from wantrain.training.engine.adaptive import keeps_average
+from wantrain.training.engine.ema import Ema, OwnAverage
 from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.training.engine.joint_save import Crew, JointSaver
 from wantrain.training.engine.main_process import on_main
@@ -159,9 +161,16 @@ def build_expert(
         schedule=expert.schedule,
         plan=setup.batching.order(setup.data, setup.settings["seed"]),
         steps=setup.alternation.count(expert.name, setup.steps),
-        ema=None if settings["ema"] is None else Ema(stepper, settings["ema"], average),
+        ema=_average(stepper, settings, average),
         folder=folder,
     )
+
+
+def _average(stepper: Stepper, settings: Mapping[str, Any], start: Mapping[str, Tensor] | None) -> Ema | None:
+    """The average of the weights that a run keeps, from `start` if it goes on; None if it keeps none."""
+    if settings["ema"] is not None:
+        return Ema(stepper, settings["ema"], start)
+    return OwnAverage(stepper, moved=start is not None) if keeps_average(settings) else None
 
 
 def _frozen_copy(trainable: TrainableModule, expert: ExpertOptions) -> torch.nn.Module | None:

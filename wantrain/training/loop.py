@@ -189,7 +189,7 @@ def take_step(
             means = {"loss": stepper.mean(torch.stack([loss.value.detach() for loss in losses]).mean())}
             for key in losses[0].parts:
                 means[key] = stepper.mean(torch.stack([loss.parts[key] for loss in losses]).mean())
-    rate = max(group["lr"] for group in stepper.optimizer.param_groups)
+    rate = max(group["lr"] * group.get("d", 1.0) for group in stepper.optimizer.param_groups)  # d: Prodigy's estimate
     return {**means, "lr": rate, "lr_scale": scale, "grad_norm": norm, **guard.values, **span.values}, verdict.signal
 
 

@@ -28,7 +28,10 @@ STEADY = ("schedule=constant", "schedule.warmup=0")  # the same rate whatever le
 DORA = (*FULL, "adapter=dora", "adapter.rank=3", "optimizer.lr=1e-2")
 SAMPLED = ("sample.every=50", "sample.count=1", "sample.steps=2", "model.num_frames=5")
 PAIR = (*FULL, *SAMPLED, "expert=both", "experts.low_noise.lr=1e-3", "ema=0.9")
-WHAT = {"full": FULL, "lora": LORA, "dora": DORA, "pair": PAIR}
+LOKR = (*FULL, "adapter=lokr", "adapter.rank=3", "adapter.factor=4", "optimizer.lr=1e-2")
+PRODIGY = (*LORA[:-2], "optimizer=prodigy", "optimizer.d0=1e-3", "accumulate=2")
+FREE = (*LORA[:-2], "optimizer=schedule_free", "optimizer.lr=1e-2", "schedule=constant", "accumulate=2")
+WHAT = {"full": FULL, "lora": LORA, "dora": DORA, "lokr": LOKR, "prodigy": PRODIGY, "free": FREE, "pair": PAIR}
 
 
 def measured(run):
@@ -87,6 +90,8 @@ def alone(tiny, pair, inside, tmp_path_factory):
         *(pytest.param(engine, "full", marks=pytest.mark.slow) for engine in ENGINES if engine.startswith("zero")),
         *(pytest.param(engine, "lora", marks=pytest.mark.slow) for engine in ENGINES),
         *(pytest.param(engine, "dora", marks=pytest.mark.slow) for engine in ("zero3", "fsdp2")),
+        *(pytest.param(engine, "lokr", marks=pytest.mark.slow) for engine in ("ddp", "zero2", "fsdp2")),
+        *(pytest.param("ddp", what, marks=pytest.mark.slow) for what in ("prodigy", "free")),
         pytest.param("zero3_offload", "full", marks=pytest.mark.slow),  # builds cpu_adam: a minute
         pytest.param("ddp", "pair", marks=pytest.mark.slow),
         pytest.param("fsdp2", "pair", marks=pytest.mark.slow),

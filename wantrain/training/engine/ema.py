@@ -59,3 +59,43 @@ class Ema:
             kept = weights.clone()
             weights.copy_(self.average[name])
             self.average[name].copy_(kept)
+
+
+class OwnAverage(Ema):
+    """The average x that schedule-free AdamW keeps by itself, in the place of an EMA: what is shown is made when it is
+    asked for, and what trains is put back bit for bit, so that looking at a run does not change it.
+    """
+
+    def __init__(self, stepper: Stepper, *, moved: bool) -> None:
+        self.stepper, self.moved = stepper, moved
+        self.average = {}
+
+    def follow(self, steps: int) -> None:
+        """The optimizer's step has moved it already."""
+        self.moved = True
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """While active, the model has the averaged weights; inside itself, those in training again."""
+        outermost = not self.average
+        if outermost:
+            self.average = self._made()
+        try:
+            with super().applied():
+                yield
+        finally:
+            if outermost:
+                self.average = {}
+
+    @torch.no_grad()
+    def _made(self) -> dict[str, Tensor]:
+        """x = y + (z - y) (1 - 1 / beta_1) of each parameter; before the first step y itself."""
+        optimizer = self.stepper.optimizer
+        beta = {p: group["betas"][0] for group in optimizer.param_groups for p in group["params"]}
+        made = {}
+        for name, parameter in named_trainable(self.stepper.module).items():
+            fast = optimizer.state.get(parameter, {}).get("z")
+            made[name] = parameter.detach().clone()
+            if fast is not None:
+                made[name].lerp_(fast, 1 - 1 / beta[parameter])
+        return made

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from wantrain.runs.checkpoint import Copier
 from wantrain.training.engine import fsdp, zero
 from wantrain.training.engine.accelerator import SHARDED, autocast, engine_of, share_timeout
+from wantrain.training.engine.adaptive import NUMBERS, group_numbers, set_group_numbers
 from wantrain.training.engine.optim import fill_state, make_state, named_trainable, plain_tensors
 from wantrain.training.engine.parameterwise import ParameterwiseOptimizer
 from wantrain.training.engine.updates import BackwardUpdates, clip_gradients
@@ -283,9 +284,11 @@ class Stepper:
         deepspeed = self.zero_state
         if deepspeed is not None:
             deepspeed.link()
-        state = {}
+        state, numbers = {}, {} if deepspeed else group_numbers(self.optimizer.optimizer)
         for name, parameter in named_trainable(self.module).items():
             own = deepspeed.whole(parameter) if deepspeed else plain_tensors(self.optimizer.state[parameter])
+            if parameter in numbers:
+                own[NUMBERS] = numbers[parameter]
             for key, value in own.items():
                 state[f"{name}/{key}"] = self.whole(value)
         return state
@@ -302,6 +305,7 @@ class Stepper:
         parameters = named_trainable(self.module)
         if not by_name and not self._keeps_state():
             return
+        numbers = {p: by_name[name].pop(NUMBERS) for name, p in parameters.items() if NUMBERS in by_name.get(name, {})}
         quantised = any("." in part for own in by_name.values() for part in own)
         filled = quantised or self._parameterwise is not None  # then each parameter's state is compared there
         if by_name.keys() - parameters.keys() or (by_name.keys() != parameters.keys() and not filled):
@@ -320,6 +324,7 @@ class Stepper:
             report_progress(f"reading {where}: {name}")
             state[number] = {key: laid_out_like(parameters[name], value) for key, value in by_name[name].items()}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        set_group_numbers(self.optimizer.optimizer, numbers, where)
 
     def _keeps_state(self) -> bool:
         """False for an optimizer without state, such as plain SGD: found by an update that moves nothing."""

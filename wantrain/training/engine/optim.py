@@ -155,10 +155,12 @@ def is_quantised(value: object) -> bool:
 def plain_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     """The optimizer state of one parameter as plain tensors: of a quantised one its parts, under `key.part`.
 
-    ValueError if it keeps anything but tensors.
+    ValueError if it keeps anything but tensors and a count of steps.
     """
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
+        if key == "step" and isinstance(value, int):
+            value = torch.tensor(float(value))
         if not isinstance(value, Tensor):
             raise ValueError(f"the optimizer keeps {key} as {type(value).__name__}; only tensors can be saved")
         if is_quantised(value):

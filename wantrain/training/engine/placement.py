@@ -17,6 +17,7 @@ from wantrain.models.offload import ModuleOffloader, blocks_to_swap
 from wantrain.models.pinned_memory import Node, move_to_arena
 from wantrain.models.quantize import FORMATS, quantized_layers
 from wantrain.training.engine.accelerator import SHARDED, engine_of
+from wantrain.training.engine.adaptive import adaptive_name
 from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.util import distributed
 from wantrain.util.console import say
@@ -145,6 +146,11 @@ def check_engine(engine: str, experts: Mapping[str, Mapping[str, Any]]) -> tuple
             )
         if own["base"]["dtype"] in FORMATS:
             _refuse_quantized(engine)
+        if (adaptive := adaptive_name(own["optimizer"]["_target_"])) and engine not in {"single", "ddp"}:
+            raise ValueError(
+                f"optimizer={adaptive} looks at whole weights and keeps numbers of its own, but {engine} cuts "
+                "them; use optimizer=adamw, or launch/accelerate/ddp.yaml"
+            )
         _check_updates(engine, own)
         if own["adapter"]["name"] == "lokr" and engine == "zero3":
             raise ValueError(

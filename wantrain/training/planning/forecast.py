@@ -14,6 +14,7 @@ from wantrain.models import WanTransformer
 from wantrain.models.quantize import FORMATS
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.batching import Batching
+from wantrain.training.engine.adaptive import keeps_average
 from wantrain.training.engine.updates import UpdateOptions
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.options import ExpertOptions
@@ -54,7 +55,7 @@ class Forecast:
         modules = {name: outline(expert.network, expert.settings, dtype) for name, expert in experts.items()}
         options = UpdateOptions.of(settings)
         updates = {name: memory.UpdateBytes.of(expert.optimizer, options) for name, expert in experts.items()}
-        averaged = {name for name, expert in experts.items() if expert.settings["ema"]}
+        averaged = {name for name, expert in experts.items() if keeps_average(expert.settings)}
         kept = memory.standing(modules, updates, averaged=averaged, offload=settings["experts"]["offload"])
         return cls(settings, experts, alternation, batching, modules, kept)
 

@@ -16,6 +16,7 @@ from wantrain.models import WanTransformer
 from wantrain.models.adapters import ADAPTERS
 from wantrain.models.attention import NOT_KEPT
 from wantrain.training.batching import Batching
+from wantrain.training.engine.adaptive import adaptive_name, keeps_average
 from wantrain.training.engine.optim import MakeOptimizer
 from wantrain.training.engine.updates import UpdateOptions
 from wantrain.training.planning.memory import EIGHT_BIT, UpdateBytes, state_bytes
@@ -117,7 +118,7 @@ class Planner:
         )
         work = Work.of_groups(module, [(samples, geometry.num_tokens(shape)) for samples, *shape in shapes])
         update = UpdateBytes.of(self.optimizers[name], UpdateOptions.of(self.settings))
-        sizes = Sizes.of(module, update=update, average=bool(self.settings["ema"]))
+        sizes = Sizes.of(module, update=update, average=keeps_average(self.settings))
         return Case(sizes, TracedCosts(module, sample, self._policies), work, self.batching.accumulate)
 
     def _shapes(self, clips: Clips, bucket: str) -> tuple[Shape, ...]:
@@ -218,6 +219,8 @@ class Planner:
         """Ways to update all weights, or parts of the model, that take less memory than the run's own."""
         own = UpdateOptions.of(self.settings)
         if self.settings["adapter"]["name"] not in {"none", "partial"} or self.engine not in {"single", "ddp"}:
+            return []
+        if adaptive_name(self.settings["optimizer"]["_target_"]):  # not one parameter at a time, nor in 8 bits
             return []
         make = next(iter(self.optimizers.values()))
         dtypes = {own.dtype, "bf16"} if self.settings["precision"] == "bf16" else {own.dtype}
