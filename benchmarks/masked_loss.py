@@ -1,0 +1,206 @@
+"""Does a mask keep a LoRA from learning what stands beside its subject? python benchmarks/masked_loss.py [FOLDER]
+
+Clips of wugs, which wan-tiny has never seen, with a green square in a corner of every one, which no caption names;
+beside them plain clips without the square. The masks beside the wugs are white on the wug alone. LoRAs of both experts
+are trained with loss.mask=none and loss.mask=focus, for three seeds; the same prompts and seeds are sampled. A share of
+samples shows a wug (wantrain/demo/judge.py, the corner painted over), and a share shows the square: at least 30 % of
+the pixels of its place, over all frames, are green. Prints a table in Markdown and writes masked_loss.json here too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+
+from wantrain.demo.footage import Shot, draw_shot
+from wantrain.demo.judge import judge, wug_scenes
+from wantrain.demo.vocabulary import COLOURS, DIRECTIONS
+from wantrain.util.files import write_json
+from wantrain.video import Frames, write_mp4
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDE, FPS, FRAMES, CLIPS = 64, 16, 18, 24
+#: The square's place, rows and columns, and what is painted over before the wug is judged.
+SQUARE, CORNER = (slice(50, 62), slice(2, 14)), (slice(48, 64), slice(0, 16))
+#: Pixels around the wug that its mask holds too.
+MARGIN = 4
+#: The share of green in the square's place from which on it is there, and the chroma from which on a pixel has a hue.
+THERE, LEAST_CHROMA = 0.3, 40
+MASKS = ("none", "focus")
+#: Student's 97.5 % quantile of two degrees of freedom: three seeds.
+STUDENT = 4.303
+
+
+def main() -> None:
+    """Make the data once, train and sample every mask and seed, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="where to work; a temporary folder without it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of both experts together")
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as own:
+        folder = (options.folder or Path(own)).resolve()
+        make_data(folder)
+        prompts = [scene.caption(language) for scene, language in wug_scenes(options.samples)]
+        (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        shares: dict[str, list[dict[str, float]]] = {mask: [] for mask in MASKS}
+        for seed in options.seeds:
+            for mask in MASKS:
+                train(folder, mask, seed, options.steps)
+                shares[mask].append(judged(sample(folder, f"{mask}_{seed}", f"run={mask}_{seed}", f"runs={folder}")))
+                print(mask, seed, shares[mask][-1], flush=True)
+        base = judged(sample(folder, "base", f"weights={ROOT / 'assets' / 'wan-tiny'}"))
+    results = {
+        "steps": options.steps,
+        "samples": options.samples,
+        "seeds": options.seeds,
+        "base": base,
+        **summary(shares),
+    }
+    write_json(options.out, {**results, "by_seed": shares})
+    print(in_markdown(results))
+
+
+def make_data(folder: Path) -> None:
+    """Footage with masks -> video shards -> latent shards."""
+    footage = folder / "footage"
+    if (folder / "latents" / "manifest.json").is_file():
+        return
+    (footage / "masks").mkdir(parents=True, exist_ok=True)
+    for name, scenes, seed in (("wug", "wug", 11), ("plain", "plain", 12)):
+        for number, shot in enumerate(near_squares(scenes, seed)):
+            frames = shot.scene.frames(SIDE, SIDE, fps=FPS, num_frames=FRAMES)
+            if name == "wug":
+                inside = wug_masks(shot)
+                write_mp4(footage / "masks" / f"wug-{number}.mp4", as_frames(inside), FPS, quality=0)
+                frames = with_square(frames, inside)
+            write_mp4(footage / f"{name}-{number}.mp4", frames, FPS, quality=8)
+            (footage / f"{name}-{number}.txt").write_text(shot.caption + "\n", encoding="utf-8")
+    command("shard.py", f"source={footage}", f"out={folder / 'videos'}", "model=tiny", "report=none")
+    command(
+        "encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", "model=tiny",
+        "loss_mask=true", "report=none",
+    )  # fmt: skip
+
+
+def near_squares(scenes: str, seed: int) -> list[Shot]:
+    """The first shots of a vocabulary whose shape is nearly a square's, so that they fit into one."""
+    shots: list[Shot] = []
+    for number in range(10 * CLIPS):
+        shot = draw_shot(number, seed=seed, size=SIDE, scenes=scenes)
+        if abs(shot.width / shot.height - 1) < 0.06:
+            shots.append(shot)
+    return shots[:CLIPS]
+
+
+def wug_masks(shot: Shot) -> np.ndarray:
+    """Where the wug is in each frame, with a margin: boolean (F, H, W)."""
+    scene, (step_x, step_y) = shot.scene, DIRECTIONS[shot.scene.direction][1]
+    y, x = np.mgrid[0:SIDE, 0:SIDE] + 0.5
+    masks = []
+    for frame in range(FRAMES):
+        moved = scene.speed * SIDE * frame / FPS
+        centre_x, centre_y = scene.start[0] * SIDE + step_x * moved, scene.start[1] * SIDE + step_y * moved
+        masks.append(np.abs(x - centre_x) / 0.95 + np.abs(y - centre_y) <= scene.size * SIDE / 2 + MARGIN)
+    return np.stack(masks)
+
+
+def with_square(frames: Frames, inside: np.ndarray) -> Frames:
+    """The frames with a green square in their corner, under the wug."""
+    square = np.zeros(inside.shape, dtype=bool)
+    square[:, SQUARE[0], SQUARE[1]] = True
+    return np.where((square & ~inside)[..., None], np.array(COLOURS["green"][1], np.uint8), frames)
+
+
+def as_frames(masks: np.ndarray) -> Frames:
+    """Masks (F, H, W) as white on black."""
+    return np.repeat(masks[..., None].astype(np.uint8) * 255, 3, axis=-1)
+
+
+def train(folder: Path, mask: str, seed: int, steps: int) -> None:
+    """A LoRA of each expert, in one run."""
+    command(
+        "train.py", "expert=both", "adapter=lora", f"loss.mask={mask}", f"seed={seed}", f"steps={steps}",
+        f"run={mask}_{seed}", f"runs={folder}", f"data.shards={folder / 'latents'}", "data.holdout=0",
+        "optimizer.lr=1.5e-3", "schedule.floor=0.02", f"checkpoint.every={steps}",
+        "validation=off", "check_expert=off", "tracker=jsonl",
+    )  # fmt: skip
+
+
+def sample(folder: Path, name: str, *what: str) -> list[Frames]:
+    """The samples of all prompts."""
+    out = folder / f"samples_{name}"
+    command(
+        "sample.py", *what, f"prompts={folder / 'prompts.txt'}", f"out={out}", "model=tiny", "batch_size=10", "steps=10"
+    )
+    return [iio.imread(path) for path in sorted(out.glob("*.mp4"))]
+
+
+def judged(clips: Sequence[Frames]) -> dict[str, float]:
+    """Shares of clips that show a wug, and the square; and the mean share of green in the square's place."""
+    green = [green_share(clip) for clip in clips]
+    wugs = [judge(without_corner(clip)).shape == "wug" for clip in clips]
+    there = [share >= THERE for share in green]
+    return {"wug": float(np.mean(wugs)), "square": float(np.mean(there)), "green": float(np.mean(green))}
+
+
+def green_share(clip: Frames) -> float:
+    """The share of pixels in the square's place, over all frames, that are green."""
+    place = clip[:, SQUARE[0], SQUARE[1]].astype(int)
+    coloured = place.max(-1) - place.min(-1) >= LEAST_CHROMA
+    return float((coloured & (place.argmax(-1) == 1)).mean())
+
+
+def without_corner(clip: Frames) -> Frames:
+    """The clip with the corner in the colour that its border has most."""
+    painted = clip.copy()
+    border = np.concatenate([clip[:, 0], clip[:, :, -1]], axis=1).reshape(-1, 3)
+    painted[:, CORNER[0], CORNER[1]] = np.median(border, axis=0).astype(np.uint8)
+    return painted
+
+
+def summary(shares: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """Means over seeds with 95 % intervals (Student's), of each mask and of focus minus none, seed by seed."""
+    what = ("wug", "square", "green")
+    found: dict[str, Any] = {
+        mask: {key: interval([own[key] for own in each]) for key in what} for mask, each in shares.items()
+    }
+    pairs = list(zip(shares["focus"], shares["none"], strict=True))
+    return found | {"difference": {key: interval([focus[key] - none[key] for focus, none in pairs]) for key in what}}
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """Mean, and both ends of its 95 % interval; with other than three values the mean alone three times."""
+    mean = float(np.mean(values))
+    half = STUDENT * float(np.std(values, ddof=1)) / math.sqrt(3) if len(values) == 3 else 0.0
+    return [mean, mean - half, mean + half]
+
+
+def in_markdown(results: Mapping[str, Any]) -> str:
+    """A row for each mask, and one for the difference."""
+    rows = ["| loss.mask | shows a wug | shows the square | green in its place |", "|---|---|---|---|"]
+    rows.append("| base | " + " | ".join(f"{results['base'][key]:.0%}" for key in ("wug", "square", "green")) + " |")
+    for name in (*MASKS, "difference"):
+        cells = [f"{mean:.0%} ({low:.0%} to {high:.0%})" for mean, low, high in results[name].values()]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def command(*words: str) -> None:
+    """Run one command as a user would."""
+    subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
