@@ -10,6 +10,7 @@ the pixels of its place, over all frames, are green. Prints a table in Markdown 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import sys
@@ -43,7 +44,7 @@ STUDENT = 4.303
 def main() -> None:
     """Make the data once, train and sample every mask and seed, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where to work; a temporary folder without it")
+    parser.add_argument("folder", type=Path, nargs="?", help="where to work, and go on; a temporary folder without it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of both experts together")
     parser.add_argument("--samples", type=int, default=20)
@@ -58,9 +59,8 @@ def main() -> None:
         for seed in options.seeds:
             for mask in MASKS:
                 train(folder, mask, seed, options.steps)
-                shares[mask].append(judged(sample(folder, f"{mask}_{seed}", f"run={mask}_{seed}", f"runs={folder}")))
-                print(mask, seed, shares[mask][-1], flush=True)
-        base = judged(sample(folder, "base", f"weights={ROOT / 'assets' / 'wan-tiny'}"))
+                shares[mask].append(judged(folder, f"{mask}_{seed}", f"run={mask}_{seed}", f"runs={folder}"))
+        base = judged(folder, "base", f"weights={ROOT / 'assets' / 'wan-tiny'}")
     results = {
         "steps": options.steps,
         "samples": options.samples,
@@ -129,11 +129,13 @@ def as_frames(masks: np.ndarray) -> Frames:
 
 
 def train(folder: Path, mask: str, seed: int, steps: int) -> None:
-    """A LoRA of each expert, in one run."""
+    """A LoRA of each expert, in one run; one that was broken off goes on."""
+    if (folder / f"{mask}_{seed}.json").is_file():
+        return
     command(
         "train.py", "expert=both", "adapter=lora", f"loss.mask={mask}", f"seed={seed}", f"steps={steps}",
         f"run={mask}_{seed}", f"runs={folder}", f"data.shards={folder / 'latents'}", "data.holdout=0",
-        "optimizer.lr=1.5e-3", "schedule.floor=0.02", f"checkpoint.every={steps}",
+        "optimizer.lr=1.5e-3", "schedule.floor=0.02", "checkpoint.every=50",
         "validation=off", "check_expert=off", "tracker=jsonl",
     )  # fmt: skip
 
@@ -147,12 +149,21 @@ def sample(folder: Path, name: str, *what: str) -> list[Frames]:
     return [iio.imread(path) for path in sorted(out.glob("*.mp4"))]
 
 
-def judged(clips: Sequence[Frames]) -> dict[str, float]:
-    """Shares of clips that show a wug, and the square; and the mean share of green in the square's place."""
+def judged(folder: Path, name: str, *what: str) -> dict[str, float]:
+    """Shares of samples that show a wug, and the square; and the mean share of green in the square's place. What was
+    judged before is read.
+    """
+    found = folder / f"{name}.json"
+    if found.is_file():
+        return dict(json.loads(found.read_text(encoding="utf-8")))
+    clips = sample(folder, name, *what)
     green = [green_share(clip) for clip in clips]
     wugs = [judge(without_corner(clip)).shape == "wug" for clip in clips]
     there = [share >= THERE for share in green]
-    return {"wug": float(np.mean(wugs)), "square": float(np.mean(there)), "green": float(np.mean(green))}
+    shares = {"wug": float(np.mean(wugs)), "square": float(np.mean(there)), "green": float(np.mean(green))}
+    print(name, shares, flush=True)
+    write_json(found, shares)
+    return shares
 
 
 def green_share(clip: Frames) -> float:
