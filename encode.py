@@ -39,13 +39,8 @@ def main(cfg: DictConfig) -> None:
     devices.announce(device)
 
     # Loaded on first use: not at all if nothing is to be encoded.
-    @functools.cache
-    def vae() -> Any:
-        return base.vae(device=device)
-
-    @functools.cache
-    def text() -> Any:
-        return base.text_encoder(device=device, dtype=config.dtype(cfg.precision))
+    vae = functools.cache(lambda: base.vae(device=device))
+    text = functools.cache(lambda: base.text_encoder(device=device, dtype=config.dtype(cfg.precision)))
 
     def facts_of_vae() -> dict[str, Any]:
         strides = {key: getattr(vae(), key) for key in ("temporal_stride", "spatial_stride")}
@@ -94,6 +89,7 @@ def _options(cfg: DictConfig) -> EncodeOptions:
         rejects_limit=cfg.rejects.limit,
         shard_bytes=cfg.shard_mb << 20,
         shard_clips=cfg.shard_clips,
+        loss_mask=cfg.loss_mask,
         batch_pixels=cfg.batch_pixels,
         retry=cfg.decode.retry,
         heartbeat_timeout=cfg.heartbeat_timeout,

@@ -21,7 +21,7 @@ from wantrain.training.engine.engine import finish
 from wantrain.training.engine.main_process import main_first
 from wantrain.training.engine.placement import check_engine, find_placement
 from wantrain.training.loop import fit
-from wantrain.training.monitoring import noise_report
+from wantrain.training.monitoring import loss_masks, noise_report
 from wantrain.training.monitoring.trackers import build_tracker
 from wantrain.training.monitoring.watchdog import Watchdog
 from wantrain.training.options import RunSetup
@@ -64,6 +64,7 @@ def train(cfg: DictConfig) -> None:
     main_first(lambda: make_own_data(config.shards(cfg), root=config.ROOT), "making the project's own data")
     data, folder = config.build(cfg.data), RunFolder(Path(cfg.runs) / cfg.run)
     say(forecast.start(data, placement.engine, placement.device))
+    loss_masks.check([expert.loss for expert in experts.values()], data)
     encoder_check.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)
     steps = estimate.run_length(batching.order(data, cfg.seed), **forecast.length)
     texts = preview_texts(data, settings, placement, base, dtype)  # before experts leave the device no room
@@ -84,7 +85,7 @@ def train(cfg: DictConfig) -> None:
             if start == 0:
                 build.check_experts(trainers, initializers, setup)
             losses = {name: expert.loss for name, expert in experts.items()}
-            noise_report.write(folder.path, losses, data.bucket_names, multiple=cfg.model.multiple)
+            noise_report.write(folder.path, losses, data.bucket_names, settings)
             evaluations = build_evaluations(setup, trainers, texts, metrics.tracker)
             with out_of_memory(placement.device, lambda: forecast.advice(data, placement.engine)):
                 forecast.try_largest(trainers, data, placement.engine)

@@ -17,12 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from wantrain import checks, config
 from wantrain.config import compose
+from wantrain.losses import Gaussian, MinSNR
 from wantrain.models import WanTransformer
 from wantrain.runs.checkpoint import ON_FAILURE, Checkpoints
 from wantrain.settings.schema import TRAIN
 from wantrain.settings.words import quoted
 
 ROOT = Path(__file__).resolve().parent.parent
+MIXED = "data=mixed ; data.sets={a: {shards: x}}"
 TEXTS = [
     "a cat, a dog, and (perhaps) a bird",
     "一只猫，在草地上奔跑。",
@@ -285,5 +287,50 @@ def test_shift_per_expert():
     """With expert=both an expert may have a shift of its own; its sampler and its forecast follow it."""
     experts = config.expert_options(config.compose("train", ["expert=both", "experts.low_noise.shift=1"]))
     high, low = (experts[name].loss for name in ("high_noise", "low_noise"))
-    assert (high.shift_for(), low.shift_for()) == (3.0, 1.0)
+    assert (high.noise.shift_for(), low.noise.shift_for()) == (3.0, 1.0)
     assert low.mass == pytest.approx(0.875)  # of uniform noise, the part below the boundary
+
+
+def test_noise_per_expert():
+    """Density, weighting and limits of one expert of a pair; an object of another class stands in place of the whole."""
+    words = (
+        "expert=both", "noise=diffsynth", "experts.low_noise.density=logit_normal", "experts.low_noise.min_sigma=0.2",
+        "experts.low_noise.weighting={_target_: wantrain.losses.MinSNR, gamma: 3}", "experts.high_noise.max_sigma=0.95",
+    )  # fmt: skip
+    experts = config.expert_options(config.compose("train", [*words]))
+    high, low = (experts[name].loss for name in ("high_noise", "low_noise"))
+    assert (low.noise.density, low.noise.weighting, high.noise.density) == ("logit_normal", MinSNR(3), "uniform")
+    assert (high.window.low, high.window.high, low.window.low, low.window.high) == (0.875, 0.95, 0.2, 0.875)
+    assert isinstance(high.noise.weighting, Gaussian)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["noise.min_sigma=0.9"], "noise.min_sigma=0.9: nothing is left of the expert's noise window [0.0, 0.875]"),
+        (["noise.max_sigma=0.9"], "noise.max_sigma=0.9 leaves nothing out of the noise window [0, 0.875]"),
+        (["expert=both", "noise.max_sigma=0.5"], "nothing is left of the expert's noise window [0.875, 1.0]"),
+        (["expert=high_noise", "noise.min_sigma=0.2"], "noise.min_sigma=0.2 leaves nothing out"),
+        ([MIXED, "noise.sets={b: {shift: 2}}"], "noise.sets.b: there is no such set; data.sets has a"),
+        ([MIXED, "noise.sets={a: {huber: 2}}"], "noise.sets.a.huber is unknown; a set has density, shift"),
+        ([MIXED, "noise.sets={a: 1}"], "noise.sets.a=1 must be a mapping"),
+        (["loss.mask=both"], "loss.mask=both is unknown; choose one of none, focus, ignore"),
+        (["loss.mask=focus", "loss.mask_rest=1"], "loss.mask_rest=1 must be at least 0 and below 1"),
+        (["data.caption_dropout=[0.1]"], "data.caption_dropout=[0.1] must be"),
+    ],
+)
+def test_noise_and_masks_refused(words, problem):
+    """What cannot be is one line before work starts, and names the key."""
+    given = [part for word in words for part in word.split(" ; ")]
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        checks.check(config.compose("train", given))
+
+
+def test_noise_of_sets():
+    """A set's noise is built from its own keys, with objects, in one key; both experts of a pair have it."""
+    own = "noise.sets={a: {shift: 2, density: {_target_: wantrain.flow.Beta, alpha: 2, beta: 3}}}"
+    cfg = config.compose("train", ["expert=both", *MIXED.split(" ; "), own, "noise.min_sigma=0.1"])
+    checks.check(cfg)
+    for expert in config.expert_options(cfg).values():
+        noise = expert.loss.noise_of_sets["a"]
+        assert (noise.shift, noise.density.beta, noise.window) == (2, 3, expert.loss.noise.window)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wantrain.masks import DRAWN, LEADING, MaskMix, painted
+from wantrain.masks import DRAWN, LEADING, MaskMix, painted, white_share
 from wantrain.util.seeds import generator_at
 
 SHAPE = (17, 32, 48)
@@ -112,3 +112,24 @@ def test_painted_mask_threshold():
     for frames in (gray, colours, torch.tensor([[127, 127, 128], [127, 128, 128]]).byte().view(1, 1, 2, 3)):
         wanted = frames.double().mean(dim=-1) < 127.5
         assert torch.equal(painted(frames), wanted) and wanted.any() and not wanted.all()
+
+
+def test_white_share():
+    """The first frame is a latent frame, then four are one; a cell has the mean of its pixels, grey between."""
+    frames = torch.zeros(1, 9, 16, 24, 3, dtype=torch.uint8)
+    frames[0, 0, :8, :8] = 255  # the first frame: one whole cell
+    frames[0, 1:3, 8:, 8:12] = 255  # two of four frames, half a cell
+    frames[0, 8, 8, 16] = 255  # the last frame of the last four, one pixel
+    wanted = torch.zeros(1, 3, 2, 3)
+    wanted[0, 0, 0, 0], wanted[0, 1, 1, 1], wanted[0, 2, 1, 2] = 1, 0.25, 1 / 256
+    found = white_share(frames)
+    assert torch.equal(found, wanted) and torch.equal(found.half().float(), wanted), "fp16 keeps it exactly"
+    assert torch.equal(white_share(frames[:, :1]), wanted[:, :1])
+    plain = white_share(torch.full((1, 1, 8, 8, 1), 127, dtype=torch.uint8))
+    assert plain.item() == pytest.approx((127 - 8) / 239)
+    noisy = torch.tensor([0, 8, 247, 255]).byte().view(4, 1, 1, 1, 1).expand(4, 1, 8, 8, 1)
+    assert white_share(noisy).flatten().tolist() == [0, 0, 1, 1]
+    strided = white_share(torch.full((1, 5, 32, 32, 1), 255, dtype=torch.uint8), spatial_stride=16)
+    assert strided.shape == (1, 2, 2, 2) and (strided == 1).all()
+    with pytest.raises(ValueError, match=r"8"):
+        white_share(frames[:, :8])

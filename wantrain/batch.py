@@ -46,6 +46,10 @@ class Batch(BaseBatch):
                    first dimension of each. Empty for text-to-video
     noised_BT      1 for latent frames that are noised and learned, 0 for those given clean, at timestep 0; None: all 1
     clips          number of each sample's clip in the data set; empty where nobody asks for it
+    mask_BTHW      share of each latent cell that is white in the mask beside its clip, float32 in [0, 1]; None: no mask
+    masked_B       1 for samples that have a mask, 0 for others; None where `mask_BTHW` is
+    weight_B       weight of each sample in the loss; None: all 1
+    sets           name of each sample's data set; empty where there is one set
 
     The maker of `conditioning` and the model agree on its keys. Everything between them passes it through.
     """
@@ -57,6 +61,10 @@ class Batch(BaseBatch):
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)
     noised_BT: Tensor | None = None
     clips: tuple[int, ...] = ()
+    mask_BTHW: Tensor | None = None
+    masked_B: Tensor | None = None
+    weight_B: Tensor | None = None
+    sets: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

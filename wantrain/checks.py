@@ -133,6 +133,7 @@ def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], Non
     from wantrain.training.monitoring.trackers import check_tracker
 
     judge(lambda: _check_experts(cfg))
+    judge(lambda: _check_noise(cfg))
     judge(lambda: config.batching(cfg, processes))
     judge(lambda: _check_packs(cfg))
     judge(lambda: _check_length(cfg))
@@ -217,6 +218,24 @@ def _check_experts(cfg: DictConfig) -> None:
         _check_adaptive(own)
         config.build(own.schedule)
         config.build(own.loss)  # its own words on a noise distribution that cannot be
+
+
+def _check_noise(cfg: DictConfig) -> None:
+    """Noise for sets that are not there, and limits that leave nothing out of any expert's window."""
+    if cfg.expert.name == "vae":
+        return
+    names = list(cfg.data.get("sets") or {})
+    if wrong := [name for name in cfg.loss.get("sets") or {} if name not in names]:
+        raise ValueError(f"noise.sets.{wrong[0]}: there is no such set; data.sets has {', '.join(names) or 'none'}")
+    experts = config.experts(cfg).values()
+    for key, end, inside in (("min_sigma", "low", float.__gt__), ("max_sigma", "high", float.__lt__)):
+        given = [(float(own.noise[key]), own.expert) for own in experts if own.noise[key] is not None]
+        if given and not any(inside(limit, float(expert[end] or 0)) for limit, expert in given):
+            limit, expert = given[0]
+            raise ValueError(
+                f"noise.{key}={limit:g} leaves nothing out of the noise window [{expert.low:g}, {expert.high:g}] of "
+                f"expert={expert.name}; give a number inside it, or leave it out"
+            )
 
 
 def _check_expert(cfg: DictConfig) -> None:

@@ -270,7 +270,7 @@ def experts(cfg: DictConfig) -> dict[str, DictConfig]:
             group, _, setting = place.rpartition(".")
             if setting not in (OmegaConf.select(own, group) if group else own):
                 raise ValueError(f"experts.{name}.{key}={value}: there is no {place} to differ from")
-            OmegaConf.update(own, place, value)
+            OmegaConf.update(own, place, value, merge=False)  # an object stands in place of another whole
         found[name] = own
     return found
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wantrain import geometry
@@ -137,6 +138,8 @@ DRAWN: Mapping[str, Callable[..., Tensor]] = {
 PAINTED = "mask"
 #: The mask types of whole latent frames from the first on: those that conditioning by clean frames can take.
 LEADING = ("nothing", "image", "continuation")
+#: Brightness, of 255, up to which a pixel of a mask is black, and as far below 255 white: video compression leaves it.
+NEAR = 8
 
 
 def painted(frames: Tensor) -> Tensor:
@@ -145,6 +148,21 @@ def painted(frames: Tensor) -> Tensor:
     Black is a mean over the channels below 127.5, in whole numbers: exact on every device.
     """
     return 2 * frames.sum(dim=-1, dtype=torch.int16) < 255 * frames.shape[-1]
+
+
+def white_share(frames: Tensor, *, temporal_stride: int = 4, spatial_stride: int = 8) -> Tensor:
+    """How white the frames (B, F, H, W, C) uint8 of a mask video are in each latent cell: (B, T, H/s, W/s) in [0, 1].
+
+    The mean over the pixels of the cell: of the first frame for the first latent frame, then of `temporal_stride`
+    frames for each. ValueError for a length or size that the VAE cannot take.
+    """
+    num_frames, height, width = frames.shape[1:4]
+    geometry.check_num_frames(num_frames, temporal_stride)
+    geometry.check_size(height, width, spatial_stride, key="mask")
+    white = ((frames.float().mean(dim=-1) - NEAR) / (255 - 2 * NEAR)).clamp(0, 1)
+    cells = F.avg_pool2d(white, spatial_stride)
+    later = cells[:, 1:].unflatten(1, (-1, temporal_stride)).mean(dim=2) if num_frames > 1 else cells[:, 1:]
+    return torch.cat([cells[:, :1], later], dim=1)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def draws(loss, positions):
 
 def ranks(loss, sigma):
     """Where draws lie in their distribution, in [0, 1]."""
-    return flow.sigma_cdf(sigma, density=loss.density, shift=loss.shift_for(), window=loss.window)
+    return flow.sigma_cdf(sigma, density=loss.noise.density, shift=loss.noise.shift_for(), window=loss.window)
 
 
 @pytest.mark.parametrize("window", [HIGH, LOW])
@@ -275,8 +275,8 @@ def test_share_below():
     """The share of draws below a sigma is that of draws; shift 1, 3, 5 and 12 give 34, 18, 13 and 9 % below 0.3 for low
     noise, as calculated by hand.
     """
-    shares = [FlowMatching(shift=shift, high=0.875).share_below(0.3) for shift in (1.0, 3.0, 5.0, 12.0)]
+    shares = [FlowMatching(shift=shift, high=0.875).noise.share_below(0.3) for shift in (1.0, 3.0, 5.0, 12.0)]
     assert shares == pytest.approx([0.343, 0.179, 0.135, 0.094], abs=1e-3)
     loss = FlowMatching(shift=3.0, high=0.875)
     drawn = loss.quadrature(10_000)
-    assert (drawn <= 0.3).double().mean().item() == pytest.approx(loss.share_below(0.3), abs=1e-4)
+    assert (drawn <= 0.3).double().mean().item() == pytest.approx(loss.noise.share_below(0.3), abs=1e-4)

@@ -96,9 +96,9 @@ def test_preset_weights(preset):
     loss, _ = built(preset)
     sigma = torch.tensor([0.5, 0.875, 1.0])
     if preset == "diffsynth":  # peak, at Wan's boundary, and at pure noise, as read off its own table of 1,000
-        assert loss.weight(sigma).tolist() == pytest.approx([2.08, 0.78, 0.0], abs=5e-3)
+        assert loss.noise.weight(sigma).tolist() == pytest.approx([2.08, 0.78, 0.0], abs=5e-3)
     else:
-        assert loss.weight(sigma).tolist() == [1, 1, 1]
+        assert loss.noise.weight(sigma).tolist() == [1, 1, 1]
 
 
 def test_noise_overrides(tmp_path):
@@ -106,12 +106,12 @@ def test_noise_overrides(tmp_path):
     (tmp_path / "own, distribution.txt").write_text("0 1\n1 3\n")
     loss, _ = built("table", "tiny", "low_noise", "noise.density.points=null",
                     f"noise.density.file={tmp_path}/own, distribution.txt", "noise.shift=1")  # fmt: skip
-    assert loss.density.cdf(torch.tensor([0.5], dtype=torch.float64)).item() == pytest.approx(0.25 + 0.125)
+    assert loss.noise.density.cdf(torch.tensor([0.5], dtype=torch.float64)).item() == pytest.approx(0.25 + 0.125)
     loss, _ = built("beta", "tiny", "low_noise", "noise.density.alpha=5", "noise.weighting=min_snr", "loss.huber=0.5",
                     "loss.stratified=true", "batch_size=4", "seed=3")  # fmt: skip
-    assert (loss.density.alpha, loss.huber, loss.stratified, loss.batch_size, loss.seed) == (5, 0.5, True, 4, 3)
-    assert loss.weight(torch.tensor([0.5])).item() == 0.25
+    assert (loss.noise.density.alpha, loss.huber, loss.stratified, loss.batch_size, loss.seed) == (5, 0.5, True, 4, 3)
+    assert loss.noise.weight(torch.tensor([0.5])).item() == 0.25
     loss, _ = built("wan", "tiny", "low_noise", "noise.weighting={_target_: wantrain.losses.MinSNR, gamma: 0.5}")
-    assert loss.weight(torch.tensor([0.5])).item() == 0.125
+    assert loss.noise.weight(torch.tensor([0.5])).item() == 0.125
     with pytest.raises(ValueError, match=r"^noise\.density: alpha=0 and beta=2\.0 must be above 0$"):
         built("beta", "tiny", "low_noise", "noise.density.alpha=0")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from torch import Tensor
 from wantrain import flow
 from wantrain.batch import Batch, PackedBatch
 from wantrain.geometry import num_tokens
+from wantrain.losses.noise import NoiseDistribution, narrowed
 from wantrain.losses.record import Draws, Loss, LossFunction, Model, NoiseLevelValidation
+from wantrain.losses.regions import MaskWeights, area, region_means, weighted_mean
 from wantrain.losses.shifts import ShiftByTokens
-from wantrain.losses.weighting import Weighting, weighting_named
+from wantrain.losses.weighting import Weighting
 from wantrain.util.seeds import generator_at
 
 
@@ -27,8 +30,13 @@ class FlowMatching(LossFunction):
     density     distribution of u before the shift: "uniform", "logit_normal", or an object of wantrain.flow
     shift       flow shift k, or a callable that gives one for a number of tokens
     low, high   the expert's noise window in sigma
+    min_sigma, max_sigma  the part of the window that is drawn from; null: its end
     weighting   weight per sample by its sigma: "none" (Wan), another name of losses.weighting, or a callable
+    sets        by the name of a data set, what of density, shift, weighting, min_sigma and max_sigma differs for it
     huber       null: squared error; else the error of an element above which it counts linearly (see `distance`)
+    mask        none | focus | ignore: what of a clip counts, by the mask beside it (see `MaskWeights`)
+    mask_rest   weight of the rest, where the region has 1
+    mask_normalize  true: a clip's loss is a mean, whatever the area that counts; false: a small region weighs little
     stratified  share the distribution out over a step: each sample of the global batch draws from its own equal part
     batch_size, seed  the run's, by which samples find their parts; a run of batch_tokens has no batch size
     """
@@ -42,8 +50,14 @@ class FlowMatching(LossFunction):
         shift: float | ShiftByTokens = 1.0,
         low: float = 0.0,
         high: float = 1.0,
+        min_sigma: float | None = None,
+        max_sigma: float | None = None,
         weighting: str | Weighting = "none",
+        sets: Mapping[str, Mapping[str, Any]] | None = None,
         huber: float | None = None,
+        mask: str = "none",
+        mask_rest: float = 0.0,
+        mask_normalize: bool = True,
         stratified: bool = False,
         batch_size: int | None = 1,
         seed: int = 0,
@@ -52,16 +66,29 @@ class FlowMatching(LossFunction):
             raise ValueError(f"loss.huber={huber} must be above 0; null is the squared error")
         if stratified and batch_size is None:
             raise ValueError("loss.stratified=true shares a step out over its samples, and batch_size=null; give it")
+        expert = flow.NoiseWindow(low, high)
+        self.noise = NoiseDistribution(density, shift, narrowed(expert, min_sigma, max_sigma), weighting)
+        self.noise_of_sets = {name: self.noise.of_set(name, own, expert) for name, own in (sets or {}).items()}
         self.density, self.shift, self.weighting, self.huber = density, shift, weighting, huber
+        self.min_sigma, self.max_sigma, self.sets = min_sigma, max_sigma, sets
+        self.mask, self.mask_rest, self.mask_normalize = mask, mask_rest, mask_normalize
+        self.masks = MaskWeights(mask, mask_rest, mask_normalize)
+        self.density, self.shift, self.weighting, self.huber = density, shift, weighting, huber
+        self.min_sigma, self.max_sigma, self.sets = min_sigma, max_sigma, sets
+        self.mask, self.mask_rest, self.mask_normalize = mask, mask_rest, mask_normalize
+        self.masks = MaskWeights(mask, mask_rest, mask_normalize)
         self.stratified, self.batch_size, self.seed = stratified, batch_size, seed
-        self.window: flow.NoiseWindow = flow.NoiseWindow(low, high)
-        self.weight = weighting_named(weighting)
-        self.quadrature(1)  # refuses a bad density or shift, or a window without mass, at once
+        windows = [each.window for each in (self.noise, *self.noise_of_sets.values())]
+        self.window: flow.NoiseWindow = flow.NoiseWindow(
+            min(window.low for window in windows), max(window.high for window in windows)
+        )
 
     def prepare(self, batch: Batch | PackedBatch, generators: Sequence[torch.Generator]) -> Draws:
         """Sample i draws its sigma, then its noise, from generators[i]; on the host."""
         left = iter(generators)
         each = [(part, [*itertools.islice(left, len(part))]) for part in batch.parts]
+        for part, _ in each:
+            self.masks.checked(part)
         sigma = torch.cat([self.draw(*own) for own in each])
         noise = tuple(draw_noise(part.latents_BCTHW, own) for part, own in each)
         return Draws(generators, sigma, noise if isinstance(batch, PackedBatch) else noise[0])
@@ -70,19 +97,41 @@ class FlowMatching(LossFunction):
         """Loss of one batch, on the device that batch and draws are on."""
         sigma, noise = draws.sigma, draws.noise_BCTHW
         assert sigma is not None and noise is not None, "made by `prepare`"
-        error = velocity_error(model, batch, sigma, noise, huber=self.huber)
-        weighted = error * self.weight(sigma)
+        distances = velocity_distances(model, batch, sigma, noise, huber=self.huber)
+        sigmas = sigma.split([len(part) for part in batch.parts])
+        error = self._errors(batch, distances)
+        weighted = error * torch.cat(list(map(self.weight, batch.parts, sigmas)))
         mean = weighted.mean() * batch.weight if isinstance(batch, PackedBatch) else weighted.mean()
-        return Loss(mean, error.detach(), sigma)
+        parts = {} if self.masks.mode == "none" else region_means(distances, batch.parts, self.masks)
+        return Loss(mean, error.detach(), sigma, parts)
 
     def draw(self, batch: Batch, generators: Sequence[torch.Generator]) -> Tensor:
-        """The sigma of each sample, (B,), from the expert's distribution."""
+        """The sigma of each sample, (B,), from the expert's distribution, or from that of the sample's set."""
         p = torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
         if self.stratified:
             assert self.batch_size is not None
             p = (self._strata(batch.positions) + p) / self.batch_size
-        shift = self.shift_for(num_tokens(batch.latents_BCTHW.shape[2:]))
-        return flow.sigma_quantiles(p, density=self.density, shift=shift, window=self.window)
+        tokens = num_tokens(batch.latents_BCTHW.shape[2:])
+        return torch.cat([noise.quantiles(p[own], tokens) for noise, own in self._noises(batch)])
+
+    def weight(self, batch: Batch, sigma: Tensor) -> Tensor:
+        """What each sample's error counts, (B,): by its noise level, its clip, and without mask_normalize its area."""
+        weight = torch.cat([noise.weight(sigma[own]) for noise, own in self._noises(batch)])
+        cells_BTHW = self.masks.weights(batch)
+        if cells_BTHW is not None and not self.masks.normalize:
+            weight = weight * area(cells_BTHW, batch)
+        return weight if batch.weight_B is None else weight * batch.weight_B
+
+    def _errors(self, batch: Batch | PackedBatch, distances: Sequence[Tensor]) -> Tensor:
+        """The error of each sample, by the weights of its mask, (B,)."""
+        each = zip(distances, batch.parts, strict=True)
+        return torch.cat([sample_means(own, part, self.masks.weights(part)) for own, part in each])
+
+    def _noises(self, batch: Batch) -> list[tuple[NoiseDistribution, slice]]:
+        """The distribution of each sample, in order: (distribution, its samples)."""
+        if not (self.noise_of_sets and batch.sets):
+            return [(self.noise, slice(None))]
+        return [(self.noise_of_sets.get(name, self.noise), slice(i, i + 1)) for i, name in enumerate(batch.sets)]
 
     def _strata(self, positions: Sequence[int]) -> Tensor:
         """Which of `batch_size` equal parts of the distribution each position draws from: a permutation per step."""
@@ -90,35 +139,30 @@ class FlowMatching(LossFunction):
         steps = [divmod(position, self.batch_size) for position in positions]
         return torch.tensor([_permutation(self.seed, step, self.batch_size)[place] for step, place in steps])
 
-    def shift_for(self, tokens: int | None = None) -> float:
-        """The flow shift for samples of that many tokens; None asks for the size that the shift was made for."""
-        if isinstance(self.shift, int | float):
-            return self.shift
-        return self.shift(self.shift.reference_tokens if tokens is None else tokens)
-
     @property
     def validation(self) -> NoiseLevelValidation:
-        """Squared velocity errors, unweighted, at the distribution's own noise levels."""
-        return NoiseLevelValidation(self.quadrature, velocity_error)
+        """Squared velocity errors, unweighted but for masks, at the distribution's own noise levels."""
+        masks = self.masks
+        if masks.mode == "none":
+            return NoiseLevelValidation(self.quadrature, velocity_error)
+        return NoiseLevelValidation(self.quadrature, self._masked_error, masks.checked, masks.about)
+
+    def _masked_error(self, model: Model, batch: Batch, sigma: Tensor, noise_BCTHW: Tensor) -> Tensor:
+        """The squared velocity error of each sample by the weights of its mask, (B,)."""
+        return self._errors(batch, velocity_distances(model, batch, sigma, noise_BCTHW))
 
     @property
     def mass(self) -> float:  # type: ignore[override]
         """Share of the unrestricted distribution that falls into the window."""
-        return flow.window_mass(self.window, density=self.density, shift=self.shift_for())
-
-    def share_below(self, sigma: float) -> float:
-        """Share of the draws at or below a sigma; where the shift goes by tokens, at the size it was made for."""
-        level = torch.tensor(sigma, dtype=torch.float64)
-        own = {"density": self.density, "shift": self.shift_for(), "window": self.window}
-        return flow.sigma_cdf(level, **own).item()  # type: ignore[arg-type]
+        return self.noise.mass
 
     def quadrature(self, num_points: int) -> Tensor:
         """Sigmas at the midpoints of `num_points` equal slices of the distribution: a fixed stand-in for drawing.
 
-        One list for all clips, so that levels compare: where the shift goes by tokens, it is that of `shift_for()`.
+        One list for all clips, so that levels compare: where the shift goes by tokens, it is that of
+        `noise.shift_for()`, and where sets have distributions of their own, the expert's.
         """
-        p = (torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points
-        return flow.sigma_quantiles(p, density=self.density, shift=self.shift_for(), window=self.window)
+        return self.noise.quantiles((torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points)
 
 
 @functools.lru_cache(maxsize=8)
@@ -142,32 +186,32 @@ def distance(difference: Tensor, huber: float | None) -> Tensor:
     return torch.where(size <= huber, difference.square(), huber * (2 * size - huber))
 
 
-def velocity_error(
+def velocity_distances(
     model: Model,
     batch: Batch | PackedBatch,
     sigma: Tensor,
     noise_BCTHW: Tensor | tuple[Tensor, ...],
     *,
     huber: float | None = None,
-) -> Tensor:
-    """Velocity error (squared, or Huber's) of each sample, (B,) float32, over its noised frames."""
+) -> list[Tensor]:
+    """Velocity error (squared, or Huber's) of each element, (B, C, T, H, W) float32, of each part of the batch."""
     if isinstance(batch, PackedBatch):
-        return _packed_error(model, batch.parts, sigma, tuple(noise_BCTHW), huber)
+        return _packed_distances(model, batch.parts, sigma, tuple(noise_BCTHW), huber)
     assert isinstance(noise_BCTHW, Tensor)
     predicted = model(*_noised(batch, sigma, noise_BCTHW), batch.text_BLD, **batch.conditioning)
-    return _error(predicted, batch, noise_BCTHW, huber)
+    return [_distance(predicted, batch, noise_BCTHW, huber)]
 
 
-def _packed_error(
+def _packed_distances(
     model: Model, parts: Sequence[Batch], sigma: Tensor, noises: Sequence[Tensor], huber: float | None
-) -> Tensor:
-    """`velocity_error` of batches of different shapes, which the model takes as tuples."""
+) -> list[Tensor]:
+    """`velocity_distances` of batches of different shapes, which the model takes as tuples."""
     sigmas = sigma.split([len(part) for part in parts])
     noisy, timesteps = zip(*map(_noised, parts, sigmas, noises), strict=True)
     conditioning = {name: tuple(part.conditioning[name] for part in parts) for name in parts[0].conditioning}
     predicted = model(noisy, timesteps, tuple(part.text_BLD for part in parts), **conditioning)
     each = zip(predicted, parts, noises, strict=True)
-    return torch.cat([_error(own, part, noise, huber) for own, part, noise in each])
+    return [_distance(own, part, noise, huber) for own, part, noise in each]
 
 
 def _noised(batch: Batch, sigma: Tensor, noise_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,10 +220,24 @@ def _noised(batch: Batch, sigma: Tensor, noise_BCTHW: Tensor) -> tuple[Tensor, T
     return flow.path(batch.latents_BCTHW, noise_BCTHW, level), flow.TIMESTEPS * level
 
 
-def _error(predicted: Tensor, batch: Batch, noise_BCTHW: Tensor, huber: float | None) -> Tensor:
-    """The error of each sample's prediction, (B,)."""
-    difference = predicted.float() - flow.velocity(batch.latents_BCTHW, noise_BCTHW)
-    error_BT = distance(difference, huber).mean(dim=(1, 3, 4))
+def _distance(predicted: Tensor, batch: Batch, noise_BCTHW: Tensor, huber: float | None) -> Tensor:
+    """The error of each element of a prediction."""
+    return distance(predicted.float() - flow.velocity(batch.latents_BCTHW, noise_BCTHW), huber)
+
+
+def sample_means(distance_BCTHW: Tensor, batch: Batch, weight_BTHW: Tensor | None = None) -> Tensor:
+    """Mean error of each sample, (B,): over its noised frames, or by the weights of its cells."""
+    if weight_BTHW is not None:
+        return weighted_mean(distance_BCTHW, weight_BTHW)
+    error_BT = distance_BCTHW.mean(dim=(1, 3, 4))
     if batch.noised_BT is None:
         return error_BT.mean(dim=1)
     return (error_BT * batch.noised_BT).sum(dim=1) / batch.noised_BT.sum(dim=1)
+
+
+def velocity_error(
+    model: Model, batch: Batch | PackedBatch, sigma: Tensor, noise_BCTHW: Tensor | tuple[Tensor, ...]
+) -> Tensor:
+    """Squared velocity error of each sample, (B,) float32, over its noised frames."""
+    distances = velocity_distances(model, batch, sigma, noise_BCTHW)
+    return torch.cat([sample_means(own, part) for own, part in zip(distances, batch.parts, strict=True)])

@@ -40,7 +40,7 @@ class Loss:
 
     per_sample  (B,) each sample's error, detached; what safeguards and the log compare
     sigma       (B,) the noise levels of these errors; None for a loss without any
-    parts       further scalars for the log, by name
+    parts       further scalars for the log, by name; NaN where the batch has nothing of it
     """
 
     value: Tensor
@@ -55,10 +55,14 @@ class NoiseLevelValidation:
 
     levels  (count) -> noise levels (count,): midpoints of equal slices of the distribution that is trained on
     error   (model, batch, sigma (B,), noise) -> errors (B,) float32
+    weight  batch -> weights of latent cells (B, T, H, W) that `error` goes by, or None: all the same
+    about   what the weights are, for people; empty without
     """
 
     levels: Callable[[int], Tensor]
     error: Callable[[Model, Batch, Tensor, Tensor], Tensor]
+    weight: Callable[[Batch], Tensor | None] = lambda batch: None
+    about: str = ""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ FREE = (
     "data.cache",
     "data.cache_gb",
     "loss.batch_size",  # equals batch_size, which is compared
+    "data.batch_size",
     "model.train",  # defaults of settings that are compared themselves
     "attention",  # changes rounding at most, as do the next six and the number of processes
     "compile",

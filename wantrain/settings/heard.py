@@ -208,6 +208,17 @@ _TRAIN = (
     Rule((r"clip_by",), _differs("clip", None), "clip=null clips nothing"),
     Rule((r"data\.(cache|cache_gb)",), _is_remote, "no shards lie at a URL; those of a folder are read where they are"),
     Rule((r"loss\.(batch_size|seed)",), _equals("loss.stratified", True), "loss.stratified=false takes no parts"),
+    Rule((r"loss\.mask_(rest|normalize)",), _differs("loss.mask", "none"), "loss.mask=none weighs nothing by masks"),
+    Rule(
+        (r"noise\.sets", r"loss\.sets"),
+        lambda values, given: "sets" in values["data"],
+        "the data are one set; it is for data=mixed",
+    ),
+    Rule(
+        (r"data\.batch_size",),
+        lambda values, given: isinstance(values["data"].get("caption_dropout"), list),
+        "data.caption_dropout={data.caption_dropout} is the same at every step",
+    ),
     Rule((r"schedule\.(decay|floor)",), _differs("schedule.shape", "constant"), "schedule.shape=constant never falls"),
     Rule(
         (r"tracker\.project",),

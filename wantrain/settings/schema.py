@@ -33,6 +33,9 @@ from wantrain.settings.kinds import (
 )
 
 Lengths = Annotated[list[int], Says("whole numbers of frames: [17, 49, 81]")]
+Dropout = Share | Annotated[list[list[float]], Says("points [step, share]: [[0, 0.3], [1000, 0]]")]
+Density = Literal["uniform", "logit_normal"] | Object
+Weighting = Literal["none", "sigma_sqrt", "cosmap", "min_snr", "gaussian"] | Object
 Betas = Annotated[list[BelowOne], Len(2, 2), Says("two numbers of at least 0 and below 1: [0.9, 0.99]")]
 #: One layer's pattern or a number of blocks, as partial.py reads them.
 Layers = Annotated[int | str | list[int | str], Says("block numbers: 0-9, or [0, 1, 20-29]")]
@@ -97,6 +100,7 @@ ENCODE: Mapping[str, Any] = {
     "tokens": Count | None,
     "upscale.limit": float,
     "mask_types": Masks,
+    "loss_mask": bool,
     "device": Literal["auto", "cpu", "cuda"],
     "precision": Precision,
     "vae_precision": Precision,
@@ -120,7 +124,11 @@ OF_AN_EXPERT: Mapping[str, str] = {
     "alpha": "adapter.alpha",
     "init": "adapter.init",
     "ema": "ema",
+    "density": "noise.density",
     "shift": "noise.shift",
+    "weighting": "noise.weighting",
+    "min_sigma": "noise.min_sigma",
+    "max_sigma": "noise.max_sigma",
 }
 _KINDS_OF_AN_EXPERT: Mapping[str, Any] = {
     "lr": Positive | None,
@@ -129,7 +137,11 @@ _KINDS_OF_AN_EXPERT: Mapping[str, Any] = {
     "alpha": Positive | None,
     "init": File | None,
     "ema": Inside | None,
+    "density": Density | None,
     "shift": Positive | None,
+    "weighting": Weighting | None,
+    "min_sigma": Share | None,
+    "max_sigma": Share | None,
 }
 _WINDOW: Mapping[str, Any] = {"part": Text, "low": Share | None, "high": Share | None}
 
@@ -158,7 +170,8 @@ _OPTIONS: Mapping[str, Any] = {
     "data.cache": File,
     "data.cache_gb": Positive,
     "data.holdout": BelowOne,
-    "data.caption_dropout": Share,
+    "data.caption_dropout": Dropout,
+    "data.batch_size": Count | None,
     "data.conditioning": Text,
     "data.mask_types": Masks,
     "data.num_frames": Frames,
@@ -166,7 +179,7 @@ _OPTIONS: Mapping[str, Any] = {
     "data.multiple": Count,
     "data.max_gb": Positive,
     "data.seed": Natural,
-    "noise.density": Literal["uniform", "logit_normal"] | Object,
+    "noise.density": Density,
     "noise.density.file": File | None,
     "noise.shift": Positive | Object,
     "noise.shift.base": Positive,
@@ -175,14 +188,22 @@ _OPTIONS: Mapping[str, Any] = {
     "noise.shift.multiple": Count,
     "noise.shift.low_tokens": Count,
     "noise.shift.high_tokens": Count,
-    "noise.weighting": Literal["none", "sigma_sqrt", "cosmap", "min_snr", "gaussian"] | Object,
+    "noise.weighting": Weighting,
+    "noise.min_sigma": Share | None,
+    "noise.max_sigma": Share | None,
+    "noise.sets": Annotated[dict[str, Any], Says("noise by the name of a set: {cats: {shift: 1.0}}")] | None,
     "loss": Object,
-    "loss.density": Literal["uniform", "logit_normal"] | Object,
+    "loss.density": Density,
     "loss.shift": Positive | Object,
-    "loss.weighting": Literal["none", "sigma_sqrt", "cosmap", "min_snr", "gaussian"] | Object,
+    "loss.weighting": Weighting,
     "loss.low": Share | None,
     "loss.high": Share | None,
+    "loss.min_sigma": Share | None,
+    "loss.max_sigma": Share | None,
+    "loss.sets": Annotated[dict[str, Any], Says("noise by the name of a set: {cats: {shift: 1.0}}")] | None,
     "loss.huber": Positive | None,
+    "loss.mask": Literal["none", "focus", "ignore"],
+    "loss.mask_rest": BelowOne,
     "loss.batch_size": Count | None,
     "loss.seed": Natural,
     "loss.absolute": NotNegative,

@@ -188,7 +188,7 @@ def take_step(
         with span("communication"):
             means = {"loss": stepper.mean(torch.stack([loss.value.detach() for loss in losses]).mean())}
             for key in losses[0].parts:
-                means[key] = stepper.mean(torch.stack([loss.parts[key] for loss in losses]).mean())
+                means[key] = stepper.mean_of_present(torch.stack([loss.parts[key] for loss in losses]))
     rate = max(group["lr"] * group.get("d", 1.0) for group in stepper.optimizer.param_groups)  # d: Prodigy's estimate
     return {**means, "lr": rate, "lr_scale": scale, "grad_norm": norm, **guard.values, **span.values}, verdict.signal
 

@@ -43,6 +43,9 @@ ADDED: Mapping[str, Any] = {
     "trained.rounding": "stochastic",
     "clip_by": "whole",
     "batch_tokens": None,
+    "loss.mask": "none",
+    "loss.mask_rest": 0.0,
+    "loss.mask_normalize": True,
 }
 #: Gradient checkpointing, by whether it was on.
 _RECOMPUTE: Mapping[Any, Any] = {True: "block", False: "none"}

@@ -180,6 +180,31 @@ def test_caption_dropout(latents):
         LatentData(shards=latents, caption_dropout=1.5)
 
 
+def test_caption_dropout_schedule(latents):
+    """Points [step, share] with straight lines between; a step is batch_size places of the run."""
+    points = [[10, 1.0], [20, 0.0], [40, 0.5]]
+    data = LatentData(shards=latents, holdout=0, caption_dropout=points, batch_size=50, seed=3)
+    shares = {0: 1.0, 10: 1.0, 15: 0.5, 20: 0.0, 25: 0.125, 30: 0.25, 40: 0.5, 1000: 0.5}
+    for step, share in shares.items():
+        assert data.caption_dropout.at(50 * step) == data.caption_dropout.at(50 * step + 49) == pytest.approx(share)
+        batch = data.load([0] * 50, range(50 * step, 50 * step + 50))
+        assert np.mean([said(text) == "" for text in batch.text_BLD]) == pytest.approx(
+            share, abs=0.17 * (0 < share < 1)
+        )
+    constant = LatentData(shards=latents, holdout=0, caption_dropout=[[0, 0.25]], batch_size=50, seed=3)
+    plain = LatentData(shards=latents, holdout=0, caption_dropout=0.25, seed=3)
+    assert torch.equal(constant.load([0] * 50, range(50)).text_BLD, plain.load([0] * 50, range(50)).text_BLD)
+
+
+@pytest.mark.parametrize(
+    "wrong", [1.5, [], [[0, 2.0]], [[5, 0.1], [5, 0.2]], [[-1, 0.1]], [[0, 0.1, 3]], [0.1, 0.2], "x"]
+)
+def test_wrong_caption_dropout(latents, wrong):
+    """What is no share and no schedule is refused by its key."""
+    with pytest.raises(ValueError, match=r"^data\.caption_dropout="):
+        LatentData(shards=latents, caption_dropout=wrong)
+
+
 def test_heldout_clips(latents):
     """Held-out clips are never trained on and keep their captions."""
     data = LatentData(shards=latents, holdout=0.3, caption_dropout=1.0)

@@ -12,6 +12,7 @@ from wantrain import flow
 from wantrain.losses import FlowMatching, Gaussian, RootShift
 from wantrain.training.monitoring import noise_report
 
+SETTINGS = {"model": {"multiple": 16}, "data": {"caption_dropout": 0.1}}
 BELL = Gaussian(center=0.5, width=0.5, peak=2.0764, to_zero=True)
 
 
@@ -29,7 +30,7 @@ def test_effective_density(tmp_path):
         "high_noise": FlowMatching(shift=5.0, low=0.875, weighting=BELL),
         "low_noise": FlowMatching(shift=5.0, high=0.875, weighting=BELL),
     }
-    noise_report.write(tmp_path, losses, ["17x64x64"], multiple=16)
+    noise_report.write(tmp_path, losses, ["17x64x64"], SETTINGS)
     report = json.loads((tmp_path / "noise.json").read_text())
     for name, mean in (("high_noise", 0.34), ("low_noise", 1.47)):
         loss, (distribution, edges, density, _, effective) = losses[name], law_of(report, name)
@@ -40,7 +41,7 @@ def test_effective_density(tmp_path):
             assert (curve * np.diff(edges)).sum() == pytest.approx(1)
         sigma = flow.draw_sigma(400_000, density="uniform", shift=5.0, window=loss.window,
                                 generator=torch.Generator().manual_seed(0))  # fmt: skip
-        for curve, weights in ((density, None), (effective, loss.weight(sigma).numpy())):
+        for curve, weights in ((density, None), (effective, loss.noise.weight(sigma).numpy())):
             drawn, _ = np.histogram(sigma.numpy(), edges, weights=weights, density=True)
             assert np.abs(drawn - curve).max() < 0.05 * curve.max()
     sizes = Image.open(tmp_path / "noise.png")
@@ -50,7 +51,7 @@ def test_effective_density(tmp_path):
 def test_mean_weight(tmp_path):
     """The mean weight is the integral of the weight over the noise distribution."""
     loss = FlowMatching(density="logit_normal", shift=3.0, low=0.0, high=0.875, weighting="cosmap")
-    noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64"], multiple=16)
+    noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64"], SETTINGS)
     distribution, *_ = law_of(json.loads((tmp_path / "noise.json").read_text()))
 
     def height(sigma):  # of the distribution of sigma, by the change of variables
@@ -59,14 +60,14 @@ def test_mean_weight(tmp_path):
         return np.exp(-(z**2) / 2) / (u * (1 - u)) * 3 / (3 - 2 * sigma) ** 2
 
     whole, _ = integrate.quad(height, 0, 0.875)
-    weighed, _ = integrate.quad(lambda s: height(s) * loss.weight(torch.tensor(s)).item(), 0, 0.875)
+    weighed, _ = integrate.quad(lambda s: height(s) * loss.noise.weight(torch.tensor(s)).item(), 0, 0.875)
     assert distribution["mean_weight"] == pytest.approx(weighed / whole, rel=1e-4)
 
 
 def test_shift_by_tokens(tmp_path):
     """A shift by tokens gives one noise distribution for each clip size."""
     loss = FlowMatching(shift=RootShift(base=3.0, num_frames=17, area=4096, multiple=16), high=0.875)
-    noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64", "17x32x128", "17x128x128"], multiple=16)
+    noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64", "17x32x128", "17x128x128"], SETTINGS)
     report = json.loads((tmp_path / "noise.json").read_text())
     assert [
         (distribution["tokens"], distribution["shift"]) for distribution in report["low_noise"]["distributions"]
@@ -78,7 +79,7 @@ def test_changed_noise_refused(tmp_path):
 
     def write(height):
         loss = FlowMatching(density=flow.Table(points=[[0, 1], [1, height]]), high=0.875)
-        noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64"], multiple=16)
+        noise_report.write(tmp_path, {"low_noise": loss}, ["17x64x64"], SETTINGS)
 
     write(2)
     write(2)
@@ -86,5 +87,5 @@ def test_changed_noise_refused(tmp_path):
         ValueError, match=r"noise\.json: low_noise was trained on another distribution of noise.*run=NAME"
     ):
         write(3)
-    noise_report.write(tmp_path / "vae", {"vae": object()}, [], multiple=16)
+    noise_report.write(tmp_path / "vae", {"vae": object()}, [], SETTINGS)
     assert not (tmp_path / "vae").exists()

@@ -1,4 +1,4 @@
-"""Annotations of footage: captions, a sampling weight and tags, from a row of a table or a text file beside a file."""
+"""Annotations of footage: captions, weights and tags, from a row of a table or a text file beside a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ CAPTION_KEYS = ("captions", "caption", "text", "prompt")
 
 @dataclass(frozen=True)
 class Annotation:
-    """What the user says about one file: captions (each one line, none twice), its sampling weight, and tags.
+    """What the user says about one file: captions (each one line, none twice), how often it is drawn relative to others
+    (`weight`), what it counts in the loss (`loss_weight`), and tags.
 
     No caption at all is (); a caption that was given and is blank is ("",).
     """
@@ -24,15 +25,21 @@ class Annotation:
     captions: tuple[str, ...] = ()
     weight: float = 1.0
     tags: tuple[str, ...] = ()
+    loss_weight: float = 1.0
 
     def with_prefix(self, prefix: str) -> Annotation:
         """The same annotation with `prefix` before each caption."""
         return replace(self, captions=tuple(_with_prefix(prefix, caption) for caption in self.captions))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields; a loss weight of 1 is left out, since older folders were hashed without it."""
+        fields = asdict(self)
+        return fields if self.loss_weight != 1 else {key: fields[key] for key in fields if key != "loss_weight"}
+
 
 def parse_row(row: Mapping[str, Any]) -> Annotation:
-    """Parse a row with `captions` (a list), or `caption`, `text` or `prompt` (one, or a list), and optional `weight`
-    and `tags`.
+    """Parse a row with `captions` (a list), or `caption`, `text` or `prompt` (one, or a list), and optional `weight`,
+    `loss_weight` and `tags`.
 
     KeyError if it has no caption key, ValueError if a value has the wrong type.
     """
@@ -49,11 +56,17 @@ def parse_row(row: Mapping[str, Any]) -> Annotation:
         tags = re.split(r"[,;|]", tags)
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise ValueError(f'tags={tags!r} is not a list of words; give ["a", "b"] or one string with commas')
-    weight = row.get("weight")
-    weight = 1.0 if weight in (None, "") else float(weight)
+    named = tuple(dict.fromkeys(tag.strip() for tag in tags if tag.strip()))
+    return Annotation(_lines(captions), _weight(row, "weight"), named, _weight(row, "loss_weight"))
+
+
+def _weight(row: Mapping[str, Any], key: str) -> float:
+    """The weight under a key of a row; 1 where there is none. ValueError unless it is above 0."""
+    value = row.get(key)
+    weight = 1.0 if value in (None, "") else float(value)
     if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"weight={weight:g} must be above 0; remove the file if it is not to be used")
-    return Annotation(_lines(captions), weight, tuple(dict.fromkeys(tag.strip() for tag in tags if tag.strip())))
+        raise ValueError(f"{key}={weight:g} must be above 0; remove the file if it is not to be used")
+    return weight
 
 
 def read_caption_file(path: Path) -> tuple[str, ...]:

@@ -59,7 +59,8 @@ def read_seek_points(rows: Sequence[tuple[int, str]]) -> list[SeekPoint]:
 def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
     """Runs in a decoder process: the requested windows of one file of a video shard, at the requested size.
 
-    With a mask, which `request["mask"]` describes, frames have a fourth channel: the mask's brightness.
+    Where masks are asked for (`request["masks"]`), frames have a fourth channel: the brightness of the mask that
+    `request["mask"]` describes, or 0 where that is None.
     ValueError with the reason if decoding fails; `Damaged` if the bytes are not those that were sharded.
     """
     windows, size = [read_window(window) for window in request["windows"]], tuple(request["size"])
@@ -67,8 +68,12 @@ def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
         info = probe(path)
         seek_points, deinterlace = read_seek_points(request["seek_points"]), request.get("deinterlace", False)
         clips = read_windows(path, info, windows, request["fps"], size, seek_points, deinterlace=deinterlace)
-        if request["mask"] is None:
+        if not request["masks"]:
             yield from clips
+            return
+        if request["mask"] is None:
+            for frames in clips:
+                yield np.concatenate([frames, np.zeros_like(frames[..., :1])], axis=-1)
             return
         with _member(request, request["mask"]) as mask:
             masks = read_mask_windows(mask, probe(mask), info, windows, request["fps"], size)

@@ -40,7 +40,7 @@ class Footage:
 
     path        the file, or the tar that holds it
     name        its path below the source folder with forward slashes, or its name in the tar
-    annotation  captions, weight, tags
+    annotation  captions, weights, tags
     member      (offset, size) of its bytes, if it lies in a tar
     """
 

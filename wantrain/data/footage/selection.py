@@ -103,6 +103,7 @@ class ClipSelector:
             "caption": file.caption,
             "captions": list(file.annotation.captions) or [""],
             "weight": file.annotation.weight,
+            **({"loss_weight": file.annotation.loss_weight} if file.annotation.loss_weight != 1 else {}),
             "tags": list(file.annotation.tags),
             "source": file.name,
             "sha256": digest,

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def _digest(file: Footage) -> str:
 
 def _hash_of(entries: Sequence[Entry]) -> str:
     """A hash of all files, masks and annotations."""
-    rows = [[entry.file.name, asdict(entry.file.annotation), entry.digest, entry.mask_digest] for entry in entries]
+    rows = [[entry.file.name, entry.file.annotation.to_dict(), entry.digest, entry.mask_digest] for entry in entries]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

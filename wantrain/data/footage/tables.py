@@ -29,7 +29,7 @@ TABLES = {
 PATH_KEYS = ("path", "file_name", "file_path", "video_path", "image_path", "video", "image", "file")
 #: Keys that are known and change nothing.
 _WITHOUT_EFFECT = ("type",)
-_KNOWN = (*PATH_KEYS, *CAPTION_KEYS, *_WITHOUT_EFFECT, "weight", "tags")
+_KNOWN = (*PATH_KEYS, *CAPTION_KEYS, *_WITHOUT_EFFECT, "weight", "loss_weight", "tags")
 #: A CSV column that holds a caption: caption, caption_2, text, text_2...
 _CAPTION_COLUMN = re.compile(r"(caption|text|prompt)(_?\d+)?")
 

@@ -19,12 +19,13 @@ from wantrain import geometry
 from wantrain.conditioning import ConditioningInput, EncodePixels
 from wantrain.data.footage.decode_workers import Decoded
 from wantrain.data.latents.conditioning import ConditioningInputs
+from wantrain.data.latents.loss_masks import STORED
 from wantrain.data.latents.pipeline import Pipeline
 from wantrain.data.latents.portions import Group, Portion, entries, parts, stage
 from wantrain.data.latents.store import LatentFolder, UnitWriter
 from wantrain.data.latents.transfer import Arriving, Transfer
 from wantrain.data.latents.work_units import ClipRow, WorkUnit
-from wantrain.masks import painted
+from wantrain.masks import painted, white_share
 from wantrain.video import to_pixels
 
 #: A portion, and the tensors of each of its groups while they are copied to the device, or back.
@@ -36,6 +37,7 @@ class ClipEncoder:
 
     together  clips of one bucket are encoded together up to this many pixels
     on_clip   is called after each clip that was not there before, with its number of frames (0: it was rejected)
+    loss_mask  store the masks beside clips too
 
     ValueError for latents that no VAE may give.
     """
@@ -48,9 +50,12 @@ class ClipEncoder:
         device: torch.device,
         together: int,
         on_clip: Callable[[int], None],
+        *,
+        loss_mask: bool = False,
     ) -> None:
         self.folder, self.encode_pixels, self.inputs = folder, encode_pixels, inputs
         self.device, self.together, self.on_clip = device, together, on_clip
+        self.loss_mask = loss_mask
 
     def pipeline(
         self,
@@ -87,12 +92,16 @@ class ClipEncoder:
         return portion, [self._encode_group(*arrive()) for arrive in arriving]
 
     def _encode_group(self, frames_BFHWC: Tensor, *masks: Tensor) -> Arriving:
-        """Latents in bf16 as they are stored; then latents (bf16) and mask (uint8) of each conditioning input."""
+        """Latents in bf16 as they are stored; with `loss_mask` the masks in fp16, which holds whole numbers of pixels
+        exactly; then latents (bf16) and mask (uint8) of each conditioning input.
+        """
         pixels = to_pixels(frames_BFHWC[..., :3])
         masked = frames_BFHWC.shape[-1] > 3
         painted_B1FHW = painted(frames_BFHWC[..., 3:])[:, None] if masked else None
         records = self.inputs.encode(pixels, masks, self.encode_pixels, painted_B1FHW)
         made = [self.encode_pixels(pixels).to(torch.bfloat16)]
+        if self.loss_mask:
+            made.append(white_share(frames_BFHWC[..., 3:], **self.inputs.strides).half())
         for record in records:
             made += [record.latents_BCTHW.to(torch.bfloat16), record.mask_BMTHW.to(torch.uint8)]
         return self.transfer.download(made)
@@ -123,11 +132,14 @@ class ClipEncoder:
     def _contents(self, group: Group, tensors: list[Tensor], writer: UnitWriter) -> Iterator[tuple[str, bytes]]:
         """(key, .safetensors member) of each clip of a group."""
         latents_BCTHW, *pairs = tensors
+        masks = pairs.pop(0) if self.loss_mask else None
         records = [ConditioningInput(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
         for number, (row, latents) in enumerate(zip(group.rows, latents_BCTHW, strict=True)):
             self._check(row, latents)
             writer.width = len(latents)
             beside = self.inputs.to_tensors(records, number)
+            if masks is not None and row.entry.mask is not None:
+                beside[STORED] = masks[number].contiguous()
             yield row.key, save({"latents": latents.contiguous(), **beside})
 
     def _check(self, row: ClipRow, latents: Tensor) -> None:

@@ -75,6 +75,8 @@ def encode_shards(
         "mask_types": inputs.identity(),
         "shard_bytes": options.shard_bytes,
         "shard_clips": options.shard_clips,
+        # Folders made before masks could be stored have no such key.
+        **({"loss_mask": True} if options.loss_mask else {}),
     }
     folder = LatentFolder(out, retry=options.retry)
     if folder.is_finished(settings) and not (options.retry and folder.earlier.manifest["clips_rejected"]):
@@ -82,10 +84,12 @@ def encode_shards(
         return folder.earlier.manifest
     work = plan_work(shards, video, sizes, inputs, settings)
     folder.check_same_footage(work.sources)
+    if options.loss_mask:
+        _check_masks(work, shards)
     with Heartbeat(out, work.name, timeout=options.heartbeat_timeout) as heartbeat:
-        encoder = _Encoder(folder, encoders, inputs, options.batch_pixels, heartbeat)
+        encoder = _Encoder(folder, encoders, inputs, options, heartbeat)
         encoder.check_sources(shards, video)
-        jobs = _DecodeJobs(shards, read, options.decode, masks=PAINTED in inputs.identity())
+        jobs = _DecodeJobs(shards, read, options.decode, masks=PAINTED in inputs.identity() or options.loss_mask)
         encoder.make(work.share(distributed.rank(), distributed.world_size()), jobs, options.retry)
     if not distributed.is_main():
         return None
@@ -111,6 +115,18 @@ def _check_cut(shards: Path, cut: Mapping[str, Any], options: EncodeOptions) -> 
             f"shards={shards} were cut for model={cut['model']} ({rate}, up to {cut['num_frames']} frames), not for "
             f"model={model}; run shard.py with model={model}"
         )
+
+
+def _check_masks(work: Work, shards: Path) -> None:
+    """Say how many clips have a mask; ValueError if none has."""
+    rows = [row for unit in work.latents for row in unit.rows if isinstance(row, ClipRow)]
+    masked = sum(row.entry.mask is not None for row in rows)
+    if not masked:
+        raise ValueError(
+            f"loss_mask=true: no clip in shards={shards} has a mask; put masks/NAME.mp4 or masks/NAME.png beside the "
+            "footage and run shard.py again, or leave loss_mask out"
+        )
+    say(f"loss_mask=true: {masked} of {len(rows)} clips have a mask; in training the others count whole")
 
 
 def _conclude(
@@ -192,8 +208,9 @@ class _DecodeJobs:
     masks: bool
 
     @staticmethod
-    def _mask(entry: VideoEntry) -> dict[str, Any]:
-        assert entry.mask is not None, "check_clip rejects clips without one"
+    def _mask(entry: VideoEntry) -> dict[str, Any] | None:
+        if entry.mask is None:
+            return None
         extension, offset, size = entry.mask
         return {"extension": extension, "offset": offset, "bytes": size, "sha256": entry.about["mask"]}
 
@@ -213,6 +230,7 @@ class _DecodeJobs:
                 "seek_points": entry.about.get("seek_points", []),
                 "deinterlace": entry.about.get("deinterlace", False),
                 "size": [bucket.height, bucket.width],
+                "masks": self.masks,
                 "mask": self._mask(entry) if self.masks else None,
             }
         )
@@ -231,10 +249,23 @@ class _Encoder:
     """Makes one rank's share of the work units, and reports progress."""
 
     def __init__(
-        self, folder: LatentFolder, encoders: Encoders, inputs: ConditioningInputs, together: int, heartbeat: Heartbeat
+        self,
+        folder: LatentFolder,
+        encoders: Encoders,
+        inputs: ConditioningInputs,
+        options: EncodeOptions,
+        heartbeat: Heartbeat,
     ) -> None:
         self.folder, self.encoders, self.heartbeat = folder, encoders, heartbeat
-        self.clips = ClipEncoder(folder, encoders.encode_pixels, inputs, encoders.device, together, self._step)
+        self.clips = ClipEncoder(
+            folder,
+            encoders.encode_pixels,
+            inputs,
+            encoders.device,
+            options.batch_pixels,
+            self._step,
+            loss_mask=options.loss_mask,
+        )
         self.bar = tqdm(desc="encode", unit="clip", disable=True)
         self.began, self.frames = time.monotonic(), 0
 

@@ -31,12 +31,14 @@ class Index:
     source    (N,) number of the file that the clip was cut from
     group     (N,) group of files with near-duplicates (duplicates.py): the number of one of them, else the file's own
     weight    (N,) sampling weight; 1 unless the footage's annotation gives another
+    loss_weight  (N,) weight in the loss; likewise
     windows   (N+1,) first window of each clip
     captions  (N+1,) first entry of each clip in `caption`, which holds numbers of texts
     tags      (N+1,) first entry of each clip in `tag`, which holds numbers into the manifest's list of tags
     shard, offset, size  (M,) a window's .safetensors member in its tar, a number into the manifest's `shards`
     ids       (M, 24) a window's name, zero padded
     identity  (M, 16) hash of everything that a window's latents depend on
+    mask      (M,) what its mask shows (loss_masks.py); 0 without a stored one
     text_shard, text_offset, text_size, text_identity  (T,) the same for each text; its tar is in `text_shards`
     """
 
@@ -44,6 +46,7 @@ class Index:
     source: NDArray[np.uint64]
     group: NDArray[np.uint64]
     weight: NDArray[np.float32]
+    loss_weight: NDArray[np.float32]
     windows: NDArray[np.int64]
     captions: NDArray[np.int64]
     caption: NDArray[np.int32]
@@ -54,6 +57,7 @@ class Index:
     size: NDArray[np.int64]
     ids: NDArray[np.uint8]
     identity: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
     text_shard: NDArray[np.int32]
     text_offset: NDArray[np.int64]
     text_size: NDArray[np.int64]
@@ -99,8 +103,12 @@ class Index:
     def write(self, path: Path) -> None:
         """Write the index under a temporary name, then rename it."""
         partial = path.with_name(f".{path.name}.tmp")
+        unused = {"loss_weight": 1, "mask": 0}  # left out: older versions wrote and read an index without them
+        columns = {
+            name: column for name, column in vars(self).items() if name not in unused or (column != unused[name]).any()
+        }
         with naming(path):
-            save_file({name: np.ascontiguousarray(column) for name, column in vars(self).items()}, partial)
+            save_file({name: np.ascontiguousarray(column) for name, column in columns.items()}, partial)
         partial.chmod(0o644)  # safetensors creates files that other users of a shared disk cannot read
         sync_file(partial)
         partial.replace(path)
@@ -108,7 +116,10 @@ class Index:
     @staticmethod
     def read(path: Path) -> Index:
         """Map the index from its file: only the columns that are used are read."""
-        return Index(**{name: column.numpy() for name, column in tensors_in(map_file(path)).items()})
+        columns: dict[str, Any] = {name: column.numpy() for name, column in tensors_in(map_file(path)).items()}
+        columns.setdefault("loss_weight", np.ones(len(columns["bucket"]), dtype=np.float32))
+        columns.setdefault("mask", np.zeros(len(columns["shard"]), dtype=np.uint8))
+        return Index(**columns)
 
 
 def captions_by_key(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[str]]:

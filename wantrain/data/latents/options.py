@@ -62,6 +62,7 @@ class EncodeOptions:
     rejects_limit      largest share of bad clips
     shard_bytes        size at which a tar is full, in bytes
     shard_clips        number of clips at which a tar is full
+    loss_mask          store the masks beside clips, as weights of the loss
     batch_pixels       clips of one size are encoded together up to this many pixels of all their frames
     retry              try again the clips that an earlier run rejected
     heartbeat_timeout  seconds that rank 0 waits for a heartbeat of another rank
@@ -74,6 +75,7 @@ class EncodeOptions:
     rejects_limit: float = 0.1
     shard_bytes: int = 512 << 20
     shard_clips: int = 64
+    loss_mask: bool = False
     batch_pixels: int = 1 << 20
     retry: bool = False
     heartbeat_timeout: float = 1800.0

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from wantrain.data.latents import loss_masks
 from wantrain.data.latents.index import Index, pack_identities, pack_ids
 from wantrain.data.latents.work_units import Row, WorkUnit, tar_name
 from wantrain.data.shards import (
@@ -48,23 +49,26 @@ class Record:
     places   (offset, size) of each row's .safetensors member, by identity
     rejects  the reason of each rejected row, by identity
     width    latent channels, or the texts' dimension; 0 if nothing was made
+    masks    what the index says of the mask of each row that has one (loss_masks.py), by identity
     """
 
     tar: dict[str, Any] | None
     places: dict[str, tuple[int, int]]
     rejects: dict[str, str]
     width: int
+    masks: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class _Earlier:
-    """What a finished run left: its manifest, and (tar, offset, size) of each row by identity."""
+    """What a finished run left: its manifest, and by identity (tar, offset, size) of each row, and masks."""
 
     manifest: dict[str, Any] = field(default_factory=dict)
     places: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     rejects: dict[str, str] = field(default_factory=dict)
     tars: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: frozenset[int] = frozenset()
+    masks: dict[str, int] = field(default_factory=dict)
 
 
 class LatentFolder:
@@ -129,7 +133,8 @@ class LatentFolder:
         if rows and name not in self.earlier.tars:
             return None
         places = {row.identity: self.earlier.places[row.identity][1:] for row in rows}
-        return Record(self.earlier.tars.get(name), places, rejects, self.width(unit.kind) if rows else 0)
+        masks = {row.identity: flag for row in rows if (flag := self.earlier.masks.get(row.identity))}
+        return Record(self.earlier.tars.get(name), places, rejects, self.width(unit.kind) if rows else 0, masks)
 
     def forget_rejects(self, unit: WorkUnit) -> None:
         """Remove the record of a killed run's work unit that has rejects, so that it is made again."""
@@ -209,6 +214,7 @@ class UnitWriter:
         self.written: list[Row] = []
         self.places: dict[str, tuple[int, int]] = {}
         self.rejects: dict[str, str] = {}
+        self.masks: dict[str, int] = {}
         self._out, self._tar = out, TarWriter(out / f".{unit.name}.tar.tmp")
 
     def __enter__(self) -> UnitWriter:
@@ -221,6 +227,8 @@ class UnitWriter:
         """Add a row with its .safetensors member."""
         places = self._tar.write(row.key, {"safetensors": content, "json": to_json(row.about)})
         self.places[row.identity] = places["safetensors"]
+        if flag := loss_masks.describe(content):
+            self.masks[row.identity] = flag
         self.written.append(row)
 
     def reject(self, row: Row, reason: str) -> None:
@@ -232,7 +240,7 @@ class UnitWriter:
         tar = None
         if self.written:
             tar = self._tar.finish(self._out / tar_name(self.unit.kind, self.written))
-        record = Record(tar, self.places, self.rejects, self.width if self.written else 0)
+        record = Record(tar, self.places, self.rejects, self.width if self.written else 0, self.masks)
         with disk_errors(self._path):
             write_atomically(self._path, json.dumps(asdict(record)))
         return record
@@ -267,7 +275,8 @@ def _read_earlier(out: Path) -> _Earlier:
             if (name := manifest[_TARS[kind]][shard]["name"]) in whole:
                 places[identity.tobytes().hex()] = (name, offset, size)
     tars = {tar["name"]: tar for kind in _TARS.values() for tar in manifest[kind] if tar["name"] in whole}
-    return _Earlier(manifest, places, rejects, tars, frozenset(index.source.tolist()))
+    masks = {index.identity[window].tobytes().hex(): int(index.mask[window]) for window in np.flatnonzero(index.mask)}
+    return _Earlier(manifest, places, rejects, tars, frozenset(index.source.tolist()), masks)
 
 
 def _intact(out: Path, manifest: Mapping[str, Any]) -> set[str]:
@@ -296,6 +305,7 @@ def build_index(
         for row in unit.rows
     ]
     text_number = {identity: number for number, (*_, identity) in enumerate(text_places)}
+    masks = {identity: flag for _, record in latents for identity, flag in record.masks.items()}
     clips: dict[tuple[str, int, str], list[tuple[Any, tuple[int, int, int]]]] = {}
     shard = 0
     for unit, record in latents:
@@ -320,6 +330,7 @@ def build_index(
         source=np.array(sources, dtype=np.uint64),
         group=np.array([group_of.get(source, source) for source in sources], dtype=np.uint64),
         weight=np.array([first.entry.about.get("weight", 1.0) for first in firsts], dtype=np.float32),
+        loss_weight=np.array([first.entry.about.get("loss_weight", 1.0) for first in firsts], dtype=np.float32),
         windows=_ends([len(members) for members in clips.values()]),
         captions=_ends([len(own) for own in texts_of]),
         caption=np.array([text_number[identity] for own in texts_of for identity in own], dtype=np.int32),
@@ -330,6 +341,7 @@ def build_index(
         size=sizes,
         ids=pack_ids([row.key for row in rows]),
         identity=pack_identities([row.identity for row in rows]),
+        mask=np.array([masks.get(row.identity, 0) for row in rows], dtype=np.uint8),
         text_shard=text_shards.astype(np.int32),
         text_offset=text_offsets,
         text_size=text_sizes,

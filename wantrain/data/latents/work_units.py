@@ -21,12 +21,15 @@ from wantrain.data.footage.duplicates import group_of
 from wantrain.data.footage.pixels import read_window
 from wantrain.data.footage.video_shards import VideoEntry, scan_video_shards
 from wantrain.data.latents.conditioning import ConditioningInputs
+from wantrain.data.latents.loss_masks import STORED
 from wantrain.masks import PAINTED
 
 #: Version of the encoding; raise it when the same footage, options and weights would give other latents or texts.
 CODE = 2
 #: Fields of a file's `about` that do not change its latents; all others are part of their identity.
-IRRELEVANT = frozenset(("caption", "captions", "source", "weight", "tags", "windows", "mask", "seek_points"))
+IRRELEVANT = frozenset(
+    ("caption", "captions", "source", "weight", "loss_weight", "tags", "windows", "mask", "seek_points")
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def plan_work(
             raise ValueError(f"{shards} holds {entry.key} twice; make it again with shard.py")
         seen.add(entry.key)
         try:
-            rows = clip_rows(entry, sizes, inputs, vae)
+            rows = clip_rows(entry, sizes, inputs, vae, loss_mask="loss_mask" in settings)
         except ValueError as error:
             clips = range(len(entry.about["windows"]))
             left_out += [_left_out(entry, number, error, "too small") for number in clips]
@@ -185,10 +188,13 @@ def _left_out(entry: VideoEntry, number: int, why: ValueError, kind: str) -> Lef
     return LeftOut(clip_name(entry, number), clip_seconds(entry, number), str(why), kind)
 
 
-def clip_rows(entry: VideoEntry, sizes: geometry.Buckets, inputs: ConditioningInputs, vae: str) -> list[ClipRow]:
+def clip_rows(
+    entry: VideoEntry, sizes: geometry.Buckets, inputs: ConditioningInputs, vae: str, *, loss_mask: bool = False
+) -> list[ClipRow]:
     """The rows of a file's windows, all at the size of the longest one. ValueError if no size is small enough.
 
-    `vae` is the VAE's fingerprint, followed by its precision if that is not fp32.
+    `vae` is the VAE's fingerprint, followed by its precision if that is not fp32. With `loss_mask` the file's mask is
+    stored beside the latents.
     """
     about, rows = entry.about, []
     longest = max(window["num_frames"] for window in about["windows"])
@@ -198,6 +204,8 @@ def clip_rows(entry: VideoEntry, sizes: geometry.Buckets, inputs: ConditioningIn
     if stored := inputs.identity():
         # The word is part of the hash: with another one everything would be encoded again.
         made_of["condition"] = {**stored, **({PAINTED: about.get("mask")} if PAINTED in stored else {})}
+    if loss_mask and entry.mask is not None:
+        made_of[STORED] = about["mask"]
     for number, window in enumerate(about["windows"]):
         bucket = geometry.Bucket(window["num_frames"], height, width)
         choices = {key: value for key, value in window.items() if key != "clip"}

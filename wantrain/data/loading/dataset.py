@@ -22,6 +22,8 @@ from wantrain.batch import Batch, pad_texts
 from wantrain.conditioning import ConditioningInput, ModelInputs
 from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.index import Index
+from wantrain.data.latents.loss_masks import BLACK, STORED, WHITE, MaskCounts, lacking
+from wantrain.data.loading.dropout import CaptionDropout, Points
 from wantrain.data.loading.holdout import one_per_group, split_groups
 from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView, view_of
@@ -40,7 +42,8 @@ class LatentData:
     weights          how often each is drawn relative to others, float32: 1 unless its footage sets it
 
     One of a clip's windows, one of its captions and one of the `mask_types` (data/latents/conditioning.py) are drawn by
-    the place in the run. `conditioning` is the model's conditioning type.
+    the place in the run. `conditioning` is the model's conditioning type, `batch_size` the run's: a schedule of
+    `caption_dropout` (loading/dropout.py) counts steps by it.
     """
 
     sets: None = None
@@ -53,17 +56,15 @@ class LatentData:
         cache: str | Path = CACHE,
         cache_gb: float = 100.0,
         holdout: float = 0.05,
-        caption_dropout: float = 0.1,
+        caption_dropout: float | Points = 0.1,
+        batch_size: int | None = 1,
         mask_types: Mapping[str, Any] | None = None,
         conditioning: str = "none",
         seed: int = 0,
     ) -> None:
-        if not 0 <= caption_dropout <= 1:
-            raise ValueError(
-                f"data.caption_dropout={caption_dropout} must be in [0, 1]: the share of samples with the empty caption"
-            )
+        self.caption_dropout = CaptionDropout.read(caption_dropout, batch_size=batch_size)
         self.files = open_shards(shards, cache=cache, cache_gb=cache_gb)
-        self.folder, self.caption_dropout, self.seed = self.files.folder, caption_dropout, seed
+        self.folder, self.seed = self.files.folder, seed
         self.manifest = read_manifest(self.folder, "latent")
         self.fingerprint = file_hash(self.folder / MANIFEST)
         self.files.check(self.manifest)
@@ -107,6 +108,12 @@ class LatentData:
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
         """The tags of each clip (`Batch.clips`), if its footage came with any."""
         return [tuple(self.manifest["tags"][tag] for tag in self.index.tags_of(clip)) for clip in clips]
+
+    def mask_counts(self) -> list[MaskCounts]:
+        """Of how many windows a mask is stored, and of which it is black or white throughout."""
+        flags = self.index.mask
+        blank = [[self.index.name(window) for window in lacking(flags, colour)] for colour in (WHITE, BLACK)]
+        return [MaskCounts("", len(flags), int((flags > 0).sum()), *blank)]
 
     def view(self, name: str) -> ClipView | None:
         """A clip of a batch (`Batch.ids`) to look at; None if there is none of that name, or if it lies elsewhere: a
@@ -157,14 +164,17 @@ class LatentData:
         positions: Sequence[int] = (),
     ) -> Batch:
         """Windows of clips of one bucket; the mask type of each is drawn by its entry of `draws`."""
-        latents_BCTHW, records = torch.empty(0), []
+        latents_BCTHW, records, masks = torch.empty(0), [], list[Tensor | None]()
         for number, (clip, window, draw) in enumerate(zip(clips, windows, draws, strict=True)):
             tensors = self._tensors_of(clip, window)
             records.append(self._input(window, tensors, self._bucket(clip), draw))
+            masks.append(tensors.get(STORED))
             if number == 0:
                 latents_BCTHW = torch.empty(len(clips), *tensors["latents"].shape)
             latents_BCTHW[number] = tensors["latents"]  # from bf16 to its place in one go: new memory is what costs
         made = self.inputs.model_inputs(records)
+        mask_BTHW, masked_B = _stacked(masks, latents_BCTHW)
+        weights = torch.from_numpy(self.index.loss_weight[list(clips)])
         return Batch(
             latents_BCTHW,
             pad_texts(texts),
@@ -173,6 +183,9 @@ class LatentData:
             conditioning=made.conditioning,
             noised_BT=made.noised_BT,
             clips=tuple(clips),
+            mask_BTHW=mask_BTHW,
+            masked_B=masked_B,
+            weight_B=weights if bool((weights != 1).any()) else None,
         )
 
     def _input(
@@ -197,7 +210,7 @@ class LatentData:
     def _drawn_text(self, clip: int, position: int) -> Tensor:
         """One of the clip's texts, or the empty one."""
         generator = generator_at(self.seed, "caption", position)
-        if torch.rand((), generator=generator) < self.caption_dropout:
+        if torch.rand((), generator=generator) < self.caption_dropout.at(position):
             return self.empty_text
         return self._text(self._drawn(self.index.texts_of(clip), "which caption", position))
 
@@ -229,6 +242,11 @@ class LatentData:
                 f"{self.folder}/{tar}, {name}: latents {tuple(tensors['latents'].shape)} (expected {shape}); encode "
                 "the shards again"
             )
+        if STORED in tensors and tensors[STORED].shape != shape[1:]:
+            raise ValueError(
+                f"{self.folder}/{tar}, {name}: mask {tuple(tensors[STORED].shape)} (expected {shape[1:]}); encode the "
+                "shards again"
+            )
         return tensors
 
     def _text(self, text: int) -> Tensor:
@@ -244,3 +262,14 @@ class LatentData:
         header = -(-end // block) * block
         info = tarfile.TarInfo.frombuf(bytes(self.files.read(tar, header, header + block)), "utf-8", "strict")
         return str(json.loads(bytes(self.files.read(tar, header + block, header + block + info.size)))["caption"])
+
+
+def _stacked(masks: Sequence[Tensor | None], latents_BCTHW: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The masks of samples (B, T, H, W), 0 for those without one, and who has one (B,); None where nobody has."""
+    if all(mask is None for mask in masks):
+        return None, None
+    stacked = latents_BCTHW.new_zeros(len(masks), *latents_BCTHW.shape[2:])
+    for own, mask in zip(stacked, masks, strict=True):
+        if mask is not None:
+            own.copy_(mask)
+    return stacked, torch.tensor([float(mask is not None) for mask in masks])

@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from wantrain.batch import Batch, pad_texts
 from wantrain.conditioning import ModelInputs
+from wantrain.data.latents.loss_masks import MaskCounts
 from wantrain.data.loading.dataset import LatentData
+from wantrain.data.loading.dropout import Points
 from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView
 from wantrain.data.remote import CACHE
@@ -60,7 +63,8 @@ class MixedData:
         cache: str | Path = CACHE,
         cache_gb: float = 100.0,
         holdout: float = 0.05,
-        caption_dropout: float = 0.1,
+        caption_dropout: float | Points = 0.1,
+        batch_size: int | None = 1,
         mask_types: Mapping[str, Any] | None = None,
         conditioning: str = "none",
         seed: int = 0,
@@ -70,6 +74,7 @@ class MixedData:
             "cache_gb": cache_gb,
             "holdout": holdout,
             "caption_dropout": caption_dropout,
+            "batch_size": batch_size,
             "mask_types": mask_types,
             "conditioning": conditioning,
             "seed": seed,
@@ -142,6 +147,10 @@ class MixedData:
         turns = itertools.zip_longest(*(part.captions() for part in self.parts.values()))
         return list(dict.fromkeys(caption for turn in turns for caption in turn if caption is not None))
 
+    def mask_counts(self) -> list[MaskCounts]:
+        """The masks of each set."""
+        return [replace(count, name=name) for name, part in self.parts.items() for count in part.mask_counts()]
+
     def view(self, name: str) -> ClipView | None:
         """A clip of a batch (`Batch.ids`) to look at; None if there is none of that name."""
         set_name, _, own = name.partition("/")
@@ -163,6 +172,7 @@ class MixedData:
             batch,
             ids=tuple(f"{name}/{own}" for own in batch.ids),
             clips=tuple(first + clip for clip in batch.clips),
+            sets=(name,) * len(batch),
         )
 
     def _owner(self, clip: int) -> tuple[str, LatentData, int]:
@@ -194,7 +204,7 @@ def check_sets(sets: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[s
     """The settings of each set; ValueError names a wrong one, before any set is opened."""
     if not isinstance(sets, Mapping) or not sets:
         raise ValueError("data=mixed needs sets: data.sets={cats: {shards: DIR, weight: 0.7}, dogs: {shards: DIR}}")
-    takes = {"weight", *inspect.signature(LatentData).parameters}
+    takes = {"weight", *inspect.signature(LatentData).parameters} - {"batch_size"}
     for name, own in sets.items():
         if not isinstance(own, Mapping) or not own.get("shards"):
             raise ValueError(f"data.sets.{name}={own} has no shards; give data.sets.{name}={{shards: DIR}}")
@@ -239,9 +249,9 @@ def _joined(batches: list[Batch], order: Indices) -> Batch:
     """Batches of one shape as one, its samples taken in `order`."""
     if len(batches) == 1:
         return batches[0]  # in order already
-    ids, positions, clips = (
+    ids, positions, clips, sets = (
         list(itertools.chain.from_iterable(parts))
-        for parts in zip(*((batch.ids, batch.positions, batch.clips) for batch in batches), strict=True)
+        for parts in zip(*((batch.ids, batch.positions, batch.clips, batch.sets) for batch in batches), strict=True)
     )
     texts = [text for batch in batches for text in batch.text_BLD]
     noised = [batch.noised_BT for batch in batches if batch.noised_BT is not None]  # of all or none: one model
@@ -255,4 +265,15 @@ def _joined(batches: list[Batch], order: Indices) -> Batch:
         },
         noised_BT=torch.cat(noised)[order] if noised else None,
         clips=tuple(clips[place] for place in order),
+        mask_BTHW=_cat([(batch.mask_BTHW, batch.latents_BCTHW[:, 0] * 0) for batch in batches], order),
+        masked_B=_cat([(batch.masked_B, torch.zeros(len(batch))) for batch in batches], order),
+        weight_B=_cat([(batch.weight_B, torch.ones(len(batch))) for batch in batches], order),
+        sets=tuple(sets[place] for place in order),
     )
+
+
+def _cat(parts: Sequence[tuple[Tensor | None, Tensor]], order: Indices) -> Tensor | None:
+    """Tensors of batches as one, in `order`, with what stands in the place of one that is None; None if all are."""
+    if all(part is None for part, _ in parts):
+        return None
+    return torch.cat([otherwise if part is None else part for part, otherwise in parts])[order]

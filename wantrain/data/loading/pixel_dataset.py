@@ -15,6 +15,7 @@ from wantrain.conditioning import ModelInputs
 from wantrain.data.footage.duplicates import group_of
 from wantrain.data.footage.pixels import read_sample
 from wantrain.data.footage.video_shards import VideoSample, read_video_shards
+from wantrain.data.latents.loss_masks import MaskCounts
 from wantrain.data.loading.holdout import split_groups
 from wantrain.data.loading.streams import Indices
 from wantrain.data.shards import MANIFEST, file_hash, read_manifest
@@ -120,6 +121,10 @@ class PixelData:
     def train_batches(self, count: int) -> list[PixelBatch]:
         """The first `count` training clips, from their first frame on, one batch per bucket."""
         return self._bucketed(self.train[:count].tolist())
+
+    def mask_counts(self) -> list[MaskCounts]:
+        """Empty: masks weigh latents."""
+        return []
 
     def view(self, name: str) -> None:
         """None: clips of pixels are not shown."""

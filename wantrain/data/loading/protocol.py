@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from wantrain.batch import AnyBatch
 from wantrain.conditioning import ModelInputs
+from wantrain.data.latents.loss_masks import MaskCounts
 from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView
 from wantrain.geometry import Bucket
@@ -77,6 +78,9 @@ class TrainingData(Protocol[AnyBatch_co]):
 
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
         """The tags of each clip."""
+
+    def mask_counts(self) -> Sequence[MaskCounts]:
+        """The masks beside the clips of each set, which may weigh the loss; empty for data that cannot have any."""
 
     def view(self, name: str) -> ClipView | None:
         """A clip of a batch, by its id, to look at; None if it cannot be shown."""

@@ -223,6 +223,12 @@ class Stepper:
         """The mean over all processes of a scalar."""
         return self._accelerator.reduce(value.detach().clone(), reduction="mean")
 
+    def mean_of_present(self, values: Tensor) -> Tensor:
+        """The mean over all processes of those values (N,) that are not NaN; NaN if all are."""
+        present = ~values.isnan()
+        total, count = self.sum(torch.stack([values.nansum(), present.sum().to(values.dtype)]))
+        return total / count
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, elementwise."""
         return self._accelerator.reduce(values.detach().clone(), reduction="sum")

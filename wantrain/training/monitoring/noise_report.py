@@ -15,6 +15,7 @@ import torch
 
 from wantrain import flow, geometry
 from wantrain.losses import FlowMatching
+from wantrain.losses.noise import NoiseDistribution
 from wantrain.util import distributed
 from wantrain.util.files import write_json
 
@@ -24,17 +25,17 @@ BINS = 64
 LEVELS = 16
 
 
-def describe(loss: FlowMatching, shift: float) -> dict[str, Any]:
+def describe(noise: NoiseDistribution, shift: float) -> dict[str, Any]:
     """One distribution as plain data: its shift, the edges of BINS slices of the window, and for each slice the
     density of the draws, their mean weight, and the effective density, which like the first integrates to 1.
     """
-    distribution: dict[str, Any] = {"density": loss.density, "shift": shift, "window": loss.window}
-    edges = loss.window.bin_edges(BINS)
+    distribution: dict[str, Any] = {"density": noise.density, "shift": shift, "window": noise.window}
+    edges = noise.window.bin_edges(BINS)
     below = flow.sigma_cdf(edges, **distribution)
     mass, width = below.diff(), edges.diff()
     inside = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     sigma = flow.sigma_quantiles(below[:-1, None] + mass[:, None] * inside, **distribution)
-    weight = loss.weight(sigma).double().mean(dim=1)
+    weight = noise.weight(sigma).double().mean(dim=1)
     effective = mass * weight / (mass * weight).sum()
     return {
         "shift": shift,
@@ -47,32 +48,32 @@ def describe(loss: FlowMatching, shift: float) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, losses: Mapping[str, Any], buckets: Iterable[str], *, multiple: int) -> None:
-    """Write the effective density of every velocity loss, by expert, into a run folder. Main process only.
+def write(folder: Path, losses: Mapping[str, Any], buckets: Iterable[str], settings: Mapping[str, Any]) -> None:
+    """Write the effective density of every velocity loss, by expert, into a run folder, with what else the settings say
+    about what is learned from: masks and dropped captions. Main process only.
 
-    `buckets` are the sizes of the run's clips ("17x64x64") and `multiple` the pixels along a token's side: where the
-    shift goes by tokens there is one distribution for each number of them. ValueError if the folder holds another
-    run's distributions.
+    `buckets` are the sizes of the run's clips ("17x64x64"): where the shift goes by tokens there is one distribution
+    for each number of them. Sets with noise of their own have theirs. ValueError if the folder holds another run's
+    distributions.
     """
     velocity = {name: loss for name, loss in losses.items() if isinstance(loss, FlowMatching)}
     if not velocity or not distributed.is_main():
         return
-    sizes = {_tokens(bucket, multiple) for bucket in set(buckets)}
+    sizes = {_tokens(bucket, settings["model"]["multiple"]) for bucket in set(buckets)}
     report = {}
     for name, loss in velocity.items():
-        shifts = {loss.shift_for(tokens): tokens for tokens in sorted(sizes)}
-        distributions = [describe(loss, shift) for shift in shifts]
-        if len(distributions) > 1:
-            distributions = [
-                {"tokens": tokens, **distribution}
-                for tokens, distribution in zip(shifts.values(), distributions, strict=True)
-            ]
-        window = [loss.window.low, loss.window.high]
+        sets = {
+            of_set: {"window": [noise.window.low, noise.window.high], "distributions": _distributions(noise, sizes)}
+            for of_set, noise in loss.noise_of_sets.items()
+        }
         report[name] = {
-            "window": window,
+            "window": [loss.noise.window.low, loss.noise.window.high],
             "distance": _distance(loss),
             "stratified": loss.stratified,
-            "distributions": distributions,
+            "distributions": _distributions(loss.noise, sizes),
+            **({"sets": sets} if sets else {}),
+            "mask": vars(loss.masks),
+            "caption_dropout": _dropout(settings["data"]),
         }
     _refuse_another(folder / "noise.json", report)
     write_json(folder / "noise.json", report)
@@ -85,6 +86,21 @@ def _tokens(bucket: str, multiple: int) -> int:
     return geometry.latent_frames(frames) * (height // multiple) * (width // multiple)
 
 
+def _distributions(noise: NoiseDistribution, sizes: Iterable[int]) -> list[dict[str, Any]]:
+    """The distribution; several, each with its number of tokens, where the shift goes by them."""
+    shifts = {noise.shift_for(tokens): tokens for tokens in sorted(sizes)}
+    found = [describe(noise, shift) for shift in shifts]
+    if len(found) == 1:
+        return found
+    return [{"tokens": tokens, **each} for tokens, each in zip(shifts.values(), found, strict=True)]
+
+
+def _dropout(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The share of dropped captions, or its points by step, of all data and of sets with one of their own."""
+    own = {name: one["caption_dropout"] for name, one in (data.get("sets") or {}).items() if "caption_dropout" in one}
+    return {"all": data.get("caption_dropout"), **own}
+
+
 def _distance(loss: FlowMatching) -> str:
     return "squared" if loss.huber is None else f"huber {loss.huber}"
 
@@ -94,16 +110,18 @@ def _refuse_another(path: Path, report: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     for name, before in json.loads(path.read_text(encoding="utf-8")).items():
-        curves = [
-            [distribution["effective_density"] for distribution in expert["distributions"]]
-            for expert in (before, report.get(name, before))
-        ]
-        old, new = (torch.tensor(curve, dtype=torch.float64) for curve in curves)
+        old, new = (torch.tensor(_curves(expert), dtype=torch.float64) for expert in (before, report.get(name, before)))
         if old.shape != new.shape or not torch.allclose(old, new, rtol=1e-6, atol=1e-9):
             raise ValueError(
                 f"{path}: {name} was trained on another distribution of noise than the config gives now (a changed "
                 "noise.density.file?); put it back, or give the new run its own name (run=NAME)"
             )
+
+
+def _curves(expert: Mapping[str, Any]) -> list[list[float]]:
+    """The effective densities of an expert, then of its sets."""
+    reports = [expert, *expert.get("sets", {}).values()]
+    return [distribution["effective_density"] for report in reports for distribution in report["distributions"]]
 
 
 def _draw(path: Path, report: Mapping[str, Any]) -> None:
@@ -113,6 +131,9 @@ def _draw(path: Path, report: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     curves = [(name, distribution) for name, expert in report.items() for distribution in expert["distributions"]]
+    for name, expert in report.items():
+        own = expert.get("sets", {}).items()
+        curves += [(f"{name}, {of_set}", each) for of_set, found in own for each in found["distributions"]]
     for number, (name, distribution) in enumerate(curves):
         label = f"{name}, shift {distribution['shift']:.3g}" + (
             f" ({distribution['tokens']} tokens)" if "tokens" in distribution else ""

@@ -62,9 +62,10 @@ def noise_levels(losses: Mapping[str, LossFunction]) -> str:
     for name, loss in losses.items():
         if isinstance(loss, FlowMatching):
             low, *_, high = loss.quadrature(10).tolist()  # the middles of ten equal parts
+            texture = loss.noise.share_below(TEXTURE)
             lines.append(
                 f"noise               {name}: nine draws of ten at sigma {low:.2f} to {high:.2f}, half below "
-                f"{loss.quadrature(1).item():.2f}, {loss.share_below(TEXTURE):.1%} below {TEXTURE}, where texture is"
+                f"{loss.quadrature(1).item():.2f}, {texture:.1%} below {TEXTURE}, where texture is"
             )
     return "\n".join(lines)
 

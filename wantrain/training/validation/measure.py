@@ -56,6 +56,8 @@ class Evaluator:
     sigmas      the noise levels, (P,): midpoints of equal slices of the distribution that is trained on
     together    levels of a clip in one forward
     error       (model, batch, sigma, noise) -> errors (B,): the loss's own, or the squared velocity error
+    weight      batch -> weights of latent cells that `error` goes by, or None: the noised frames alike
+    about       what these weights are, for people
     """
 
     stepper: Stepper
@@ -63,6 +65,8 @@ class Evaluator:
     seed: int
     together: int = 1
     error: Callable[[Model, Batch, Tensor, Tensor], Tensor] = velocity_error
+    weight: Callable[[Batch], Tensor | None] = lambda batch: None
+    about: str = ""
 
     def errors(self, clips: Sequence[Batch]) -> Tensor:
         """Error of each clip at each level, (N, P) float64, the same in every process."""
@@ -94,9 +98,12 @@ class Evaluator:
     def _moments(self, clip: Batch) -> Tensor:
         """(P, 3) of one clip: mean products of noised latent and velocity, of each with the other and itself."""
         x0, found = clip.latents_BCTHW, []
-        # Of the clip only the noised frames count, as in the error above.
-        noised_BT = torch.ones(1, x0.shape[2]) if clip.noised_BT is None else clip.noised_BT
-        weight = flow.over_frames(noised_BT.double() / (noised_BT.sum() * x0[0, :, 0].numel()), x0)
+        # Of the clip only what counts in the error above.
+        weight_BTHW = self.weight(clip)
+        if weight_BTHW is None:
+            noised_BT = torch.ones(1, x0.shape[2]) if clip.noised_BT is None else clip.noised_BT
+            weight_BTHW = noised_BT[:, :, None, None].expand(1, *x0.shape[2:])
+        weight = (weight_BTHW.double() / (weight_BTHW.double().sum() * x0.shape[1]))[:, None]
         for level, noise in zip(self.sigmas, self._noises(clip), strict=False):
             noisy = flow.path(x0, noise[None], flow.noised(level[None], clip.noised_BT)).double()
             target = flow.velocity(x0, noise[None]).double()

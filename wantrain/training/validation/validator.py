@@ -77,7 +77,10 @@ class Validator:
     @property
     def eval_key(self) -> str:
         """Fingerprint of what is measured: records of the same eval_key compare."""
-        return fingerprint(self.heldout.ids, self.train.ids, self.evaluator.sigmas.tolist(), self.evaluator.seed)
+        about = [self.evaluator.about] if self.evaluator.about else []
+        return fingerprint(
+            self.heldout.ids, self.train.ids, self.evaluator.sigmas.tolist(), self.evaluator.seed, *about
+        )
 
     @property
     def _shown(self) -> str:

@@ -129,6 +129,8 @@ def choose_extent(
         with first.evaluating():
             seconds = evaluator_of(first, levels, setup.settings["seed"], together).seconds(clip) / levels
     say(describe(heldout, train, budget.describe(extent, seconds)))
+    if about := evaluator_of(first, 1, setup.settings["seed"], together).about:
+        say(f"validation measures what {about} says; of clips without a mask all")
     return extent, heldout, train
 
 
@@ -153,7 +155,10 @@ def evaluator_of(trainer: ExpertTrainer, points: int, seed: int, together: int) 
     """What measures an expert: `points` noise levels of its own distribution."""
     validation = trainer.loss.validation
     assert isinstance(validation, NoiseLevelValidation)
-    return Evaluator(trainer.stepper, validation.levels(points), seed, together, validation.error)
+    levels = validation.levels(points)
+    return Evaluator(
+        trainer.stepper, levels, seed, together, validation.error, weight=validation.weight, about=validation.about
+    )
 
 
 def measured_clips(data: TrainingData[Batch], batches: Sequence[Batch]) -> Clips:
