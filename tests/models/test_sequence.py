@@ -175,3 +175,33 @@ def test_bad_settings():
         checks.check(
             compose("train", ["recipe=wan_tiny_vae", "sequence_parallel=2"]), given=["sequence_parallel"], processes=2
         )
+
+
+def kept(model, given):
+    """Bytes that a forward keeps for its backward, parameters and the network's inputs apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own |= {tensor.untyped_storage().data_ptr() for tensor in (*given[0], *given[1].values())}
+    found = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(*given[0], **given[1])
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_kept_activations(recompute):
+    """A block of one of four processes keeps a quarter of what it keeps alone, a recomputed one too."""
+    given, each = inputs(1, 3, 16, 16), {}
+    for blocks in (1, 3):
+        torch.manual_seed(0)
+        model = WanTransformer(**SIZE, num_layers=blocks)
+        model.run_block = ActivationPolicy(recompute, blocks=blocks)
+        each[blocks] = kept(model, given), max(Threads(4).run(model, lambda own, rank: kept(own, given)))
+    alone, shared = (large - small for small, large in zip(each[1], each[3], strict=True))
+    assert 0.24 * alone <= shared <= 0.30 * alone  # the text's keys and values are whole in each
