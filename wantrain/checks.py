@@ -160,6 +160,8 @@ def _check_memory(cfg: DictConfig) -> None:
     blocks, dtype = cfg.model.transformer.num_layers, DTYPES[cfg.activations_dtype]
     policy = ActivationPolicy(cfg.recompute, blocks=blocks, activations=cfg.activations, dtype=dtype)
     attention.check_name(cfg.attention)
+    if cfg.sequence_parallel > 1:
+        _check_sequence(cfg)
     if policy.keep_attention and cfg.attention in attention.NOT_KEPT:
         raise ValueError(
             f"recompute=attention keeps the output of a fused kernel, and attention={cfg.attention} has none that can "
@@ -187,6 +189,30 @@ def _check_packs(cfg: DictConfig) -> None:
         raise ValueError(f"{packs}, which {cfg.loss._target_} cannot; give batch_size=")
     if not getattr(config.named(cfg.model.transformer._target_), "packs", False):
         raise ValueError(f"{packs}, which {cfg.model.transformer._target_} cannot; give batch_size=")
+
+
+def _check_sequence(cfg: DictConfig) -> None:
+    """What processes that share the tokens of a clip do not go together with."""
+    from wantrain.models.sequence import plan_of  # half a second, and only few trainings need it
+
+    size, facts = cfg.sequence_parallel, cfg.model.transformer
+    plan_of(config.named(facts._target_), size)
+    if facts.num_attention_heads % size:
+        fitting = [n for n in range(2, facts.num_attention_heads + 1) if facts.num_attention_heads % n == 0]
+        raise ValueError(
+            f"sequence_parallel={size}: the {facts.num_attention_heads} heads of model={cfg.model.name} are divided "
+            f"among the processes; give one of 1, {', '.join(map(str, fitting))}"
+        )
+    if cfg.batch_tokens is not None:
+        raise ValueError(
+            f"sequence_parallel={size}: clips of several sizes in one sequence (batch_tokens={cfg.batch_tokens}) are "
+            "not shared out; give batch_size=, or sequence_parallel=1"
+        )
+    if cfg.compile != "none":
+        raise ValueError(
+            f"sequence_parallel={size}: a block that exchanges tokens is not compiled; give compile=none, or "
+            "sequence_parallel=1"
+        )
 
 
 def _check_previews(cfg: DictConfig) -> None:

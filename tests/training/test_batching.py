@@ -1,10 +1,12 @@
 """Batching: how a step's samples are shared out, by hand-made numbers and by enumeration."""
 
 import pytest
+import torch
 
 from wantrain import config
 from wantrain.training.batching import Batching
 from wantrain.training.planning.estimate import chosen
+from wantrain.util.distributed import DataRanks
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,25 @@ def test_batching(batch_size, accumulate, micro_batch, processes, shared):
     found = Batching.of(batch_size, accumulate=accumulate, micro_batch=micro_batch, processes=processes)
     assert (found.micro, found.accumulate, found.processes) == shared
     assert found.batch_size == batch_size
+
+
+def test_shared_tokens():
+    """Processes that share the tokens of a clip count as one when samples are shared out."""
+    found = Batching.of(8, accumulate=None, micro_batch=1, processes=8, sequence_parallel=4)
+    assert (found.micro, found.accumulate, found.batch_size) == (1, 4, 8)
+    assert str(found) == "1 per backward x 4 accumulation x 8 processes / 4 that share each clip"
+
+
+def test_data_ranks(monkeypatch):
+    """Neighbours get the same samples, and of what they gather one of them counts."""
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    found = []
+    for rank in range(6):
+        monkeypatch.setenv("RANK", str(rank))
+        found.append((DataRanks(2).rank, DataRanks(2).count, DataRanks().rank))
+    assert found == [(0, 3, 0), (0, 3, 1), (1, 3, 2), (1, 3, 3), (2, 3, 4), (2, 3, 5)]
+    gathered = torch.arange(6).repeat_interleave(2)  # two rows of each process
+    assert DataRanks(2).once(gathered).tolist() == [0, 0, 2, 2, 4, 4] and DataRanks().once(gathered) is gathered
 
 
 def test_fewest_passes():

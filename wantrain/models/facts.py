@@ -64,7 +64,8 @@ class SequencePlan:
 
     split    arguments that are whole in every process and are cut there
     gather   results that are put together again, so that what follows is whole in every process
-    attend   names of the attention modules that need the keys and values of all tokens
+    attend   names of the attention modules that need the keys and values of all tokens; theirs are rows of frames, and
+             of each frame the tokens that a process has
     """
 
     split: tuple[Split, ...]

@@ -51,8 +51,9 @@ FREE = (
     "loss.batch_size",  # equals batch_size, which is compared
     "data.batch_size",
     "model.train",  # defaults of settings that are compared themselves
-    "attention",  # changes rounding at most, as do the next six and the number of processes
+    "attention",  # changes rounding at most, as do the next eight and the number of processes
     "compile",
+    "sequence_parallel",
     "accumulate",
     "memory",
     "recompute",

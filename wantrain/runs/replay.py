@@ -30,6 +30,7 @@ def described(
     sources: Mapping[str, str],
     engine: str,
     processes: int,
+    sequence_parallel: int,
     device: str,
     attention: str | None,
 ) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def described(
 
     data     the hash of the shards' manifest
     sources  identities of the files that it starts from
+    sequence_parallel  processes that share a clip
     attention  the kernel of attention; None where nothing attends
     """
     return {
@@ -46,6 +48,7 @@ def described(
         "versions": versions(),
         "engine": engine,
         "processes": processes,
+        "sequence_parallel": sequence_parallel,
         "device": device,
         "attention": attention,
         "data": data,
@@ -120,7 +123,7 @@ def compare_starts(path: Path, now: Mapping[str, Any]) -> None:
             f"{path}: the run started from other files than weights=, parts= and init= name now, so nothing can be "
             "compared; give those it started from, wherever they lie"
         )
-    keys = ("made_by", "versions", "engine", "processes", "device", "attention")
+    keys = ("made_by", "versions", "engine", "processes", "sequence_parallel", "device", "attention")
     differing = [f"{key}: {before.get(key)} -> {now[key]}" for key in keys if before.get(key, now[key]) != now[key]]
     say(f"replay of {path.parent}: {'; '.join(differing) or 'everything that its bits depend on is the same'}")
 

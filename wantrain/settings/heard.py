@@ -175,7 +175,15 @@ _TRAIN = (
         "validation.every, clips and points are all given",
     ),
     Rule(
-        (r"check_expert", r"attention", r"compile", r"memory", r"recompute", r"activations(_dtype)?", r"swap"),
+        (
+            r"check_expert",
+            r"attention",
+            r"(compile|sequence_parallel)",
+            r"memory",
+            r"recompute",
+            r"activations(_dtype)?",
+            r"swap",
+        ),
         _NOT_VAE,
         "expert=vae trains no transformer",
     ),

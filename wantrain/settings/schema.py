@@ -255,6 +255,7 @@ TRAIN: Mapping[str, Any] = {
     "precision": Precision,
     "attention": Text,
     "compile": Literal["none", "blocks"],
+    "sequence_parallel": Count,
     "memory": Literal["manual", "auto"],
     "recompute": Recompute,
     "activations": Literal["gpu", "cpu"],

@@ -14,36 +14,57 @@ class Batching:
     """`micro` samples per backward pass, `accumulate` backward passes per step, in each of `processes`.
 
     tokens  the most tokens of a backward pass, where as many samples go into one as that allows; `micro` is 0 then
+    sequence_parallel  so many neighbours among the processes have the same samples, and share their tokens
     """
 
     micro: int
     accumulate: int
     processes: int
     tokens: int | None = None
+    sequence_parallel: int = 1
 
     @classmethod
-    def of(cls, batch_size: int, *, accumulate: int | None, micro_batch: int | None, processes: int) -> Batching:
+    def of(
+        cls,
+        batch_size: int,
+        *,
+        accumulate: int | None,
+        micro_batch: int | None,
+        processes: int,
+        sequence_parallel: int = 1,
+    ) -> Batching:
         """The batching of `batch_size` samples per step over all processes.
 
         accumulate   as given; None: as many passes as bring one to at most `micro_batch` samples
         micro_batch  None: a process takes its part of the step in one pass
 
-        ValueError if the samples cannot be shared out evenly, naming the nearest numbers that can.
+        ValueError if the samples, or the processes, cannot be shared out evenly, naming the nearest numbers that can.
         """
-        own = batch_size // processes
-        if accumulate is None and batch_size % processes == 0:
+        if processes % sequence_parallel:
+            below = processes // sequence_parallel * sequence_parallel
+            nearest = f"{below} or {below + sequence_parallel}" if below else f"{sequence_parallel}"
+            raise ValueError(
+                f"sequence_parallel={sequence_parallel} processes share a clip, and {processes} were started; start "
+                f"{nearest}, or give sequence_parallel=1"
+            )
+        ranks = processes // sequence_parallel
+        own = batch_size // ranks
+        if accumulate is None and batch_size % ranks == 0:
             most = micro_batch or own
             accumulate = next(passes for passes in range(1, own + 1) if own % passes == 0 and own // passes <= most)
-        parts = (accumulate or 1) * processes
+        parts = (accumulate or 1) * ranks
         if batch_size % parts:
             below = max(1, batch_size // parts) * parts
-            what = "processes" if accumulate is None else "accumulate x processes"
-            numbers = f"{processes}" if accumulate is None else f"{accumulate} x {processes}"
+            what, numbers = "processes", f"{processes}"
+            if accumulate is not None:
+                what, numbers = f"accumulate x {what}", f"{accumulate} x {numbers}"
+            if sequence_parallel > 1:
+                what, numbers = f"{what} / sequence_parallel", f"{numbers} / {sequence_parallel}"
             raise ValueError(
                 f"batch_size={batch_size} must divide by {what} = {numbers}; the nearest are {below} and "
                 f"{below + parts}"
             )
-        return cls(batch_size // parts, parts // processes, processes)
+        return cls(batch_size // parts, parts // ranks, processes, sequence_parallel=sequence_parallel)
 
     @classmethod
     def of_settings(cls, settings: Mapping[Any, Any], processes: int) -> Batching:
@@ -54,13 +75,14 @@ class Batching:
         if size is None:
             raise ValueError("batch_size=null and batch_tokens=null: a step has no size; give one of them")
         micro = settings["model"]["train"]["micro_batch"]
-        return cls.of(size, accumulate=accumulate, micro_batch=micro, processes=processes)
+        spread = {"processes": processes, "sequence_parallel": settings["sequence_parallel"]}
+        return cls.of(size, accumulate=accumulate, micro_batch=micro, **spread)
 
     @property
     def batch_size(self) -> int:
         """Samples per optimizer step, where that is the same in each."""
         assert self.tokens is None, "packs have different numbers of samples"
-        return self.micro * self.accumulate * self.processes
+        return self.micro * self.accumulate * self.processes // self.sequence_parallel
 
     def order(self, data: TrainingData[Any], seed: int) -> BatchSampler | PackSampler:
         """The order of a run on these data; ValueError if they cannot be trained on so."""
@@ -71,4 +93,5 @@ class Batching:
     def __str__(self) -> str:
         several = "" if self.processes == 1 else "es"
         each = f"{self.micro}" if self.tokens is None else f"packs of up to {self.tokens} tokens, 1"
-        return f"{each} per backward x {self.accumulate} accumulation x {self.processes} process{several}"
+        share = f" / {self.sequence_parallel} that share each clip" if self.sequence_parallel > 1 else ""
+        return f"{each} per backward x {self.accumulate} accumulation x {self.processes} process{several}{share}"

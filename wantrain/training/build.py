@@ -70,6 +70,7 @@ def open_run(setup: RunSetup, command: Iterable[str]) -> tuple[Checkpoints, Path
             sources=sources,
             engine=placement.engine,
             processes=placement.processes,
+            sequence_parallel=settings["sequence_parallel"],
             device=device_name(placement.device),
             attention=None if setup.kernel is None else setup.kernel.name,
         )
@@ -119,6 +120,7 @@ def build_initializers(setup: RunSetup) -> dict[str, Initializer]:
             recipe=setup.settings["recipe"],
             kernel=kernel or DEFAULT,
             compiler=setup.compiler,
+            sequence=placement.sequence,
         )
         for name, expert in setup.experts.items()
     }
@@ -148,6 +150,7 @@ def build_expert(
         settings["precision"],
         clip_by=settings["clip_by"],
         in_backward=updates.in_backward,
+        sequence_parallel=settings["sequence_parallel"],
     )
     if reference is not None:
         placement.place(reference)

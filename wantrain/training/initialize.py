@@ -20,6 +20,7 @@ from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.models.formats.lora import read_lora
 from wantrain.models.formats.lora_expert import check_lora_expert
 from wantrain.models.quantize import FORMATS
+from wantrain.models.sequence import SequenceParallel
 from wantrain.training.trainable import Autoencoder, TrainableModule
 from wantrain.util.console import say
 from wantrain.util.files import made_by
@@ -51,6 +52,7 @@ class Initializer:
     activations    recompute, activations and activations_dtype: what is kept of a forward
     kernel         what a transformer attends with
     compiler       compiles its blocks; None: they stay as they are
+    sequence       the processes that share its tokens; None: this one computes them all
     mapped   a transformer's weights stay in mapped files, in their dtypes, until an engine takes its part of them
     """
 
@@ -69,12 +71,13 @@ class Initializer:
     trained: torch.dtype = torch.float32
     kernel: Kernel = DEFAULT
     compiler: BlockCompiler | None = None
+    sequence: SequenceParallel | None = None
     mapped: bool = False
 
     @classmethod
     def of(cls, make: Callable[[], nn.Module], settings: Mapping[str, Any], **more: Any) -> Initializer:
         """A start by an expert's own settings, train.py's; `more` is the rest: base, device, dtype, recipe, kernel,
-        compiler, mapped.
+        compiler, sequence, mapped.
         """
         parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed")}
         kept = {key: settings[key] for key in ("recompute", "activations", "activations_dtype")}
@@ -89,6 +92,8 @@ class Initializer:
         else:
             self.set_activations(module)
             set_kernel(module, self.kernel)
+            if self.sequence is not None:
+                self.sequence.split(module)
         settings = self.adapt(module)
         self.check_trained(module)
         if self.compiler is not None:

@@ -18,7 +18,6 @@ from wantrain.losses import Draws
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.protocols import Samples
-from wantrain.util import distributed
 from wantrain.util.seeds import generator_at
 
 
@@ -32,21 +31,23 @@ def micro_batches(
     seed: int,
 ) -> Iterator[tuple[AnyBatch, Draws]]:
     """This process's share of the optimizer steps from `start` to `until`, on the host."""
-    rank, processes = distributed.rank(), distributed.world_size()
 
     def requests() -> Iterator[Callable[[], tuple[AnyBatch, Draws]]]:
         for step in range(start, until):
             name, own = alternation.at(step)
-            plan, accumulate = trainers[name].plan, trainers[name].stepper.accumulate
+            plan, stepper = trainers[name].plan, trainers[name].stepper
+            accumulate, ranks = stepper.accumulate, stepper.data_ranks
             if isinstance(plan, PackSampler):
                 for micro_step in range(accumulate):
-                    pack = plan.pack(own, micro_step, rank, processes)
+                    pack = plan.pack(own, micro_step, ranks.rank, ranks.count)
                     yield partial(_ready, partial(pack.load, data), trainers[name], seed)
                 continue
             samples = plan.batch(own)
             places = np.arange(own * plan.batch_size, (own + 1) * plan.batch_size)
             for micro_step in range(accumulate):
-                mine, positions = (share(each, micro_step, accumulate, rank, processes) for each in (samples, places))
+                mine, positions = (
+                    share(each, micro_step, accumulate, ranks.rank, ranks.count) for each in (samples, places)
+                )
                 yield partial(_ready, partial(data.load, mine, positions), trainers[name], seed)
 
     return prefetch(requests())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import zlib
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+from torch import Tensor
 from torch.distributed import TCPStore
 
 #: How long the launcher's store may take to answer.
@@ -36,6 +38,29 @@ def local_world_size() -> int:
 def is_main() -> bool:
     """True on rank 0, which writes files and prints messages."""
     return rank() == 0
+
+
+@dataclass(frozen=True)
+class DataRanks:
+    """Which processes get samples of their own: `shared_by` neighbours get the same ones (sequence_parallel=)."""
+
+    shared_by: int = 1
+
+    @property
+    def rank(self) -> int:
+        """Number of this process's samples among those of a micro-step."""
+        return rank() // self.shared_by
+
+    @property
+    def count(self) -> int:
+        """How many parts of a micro-step there are."""
+        return world_size() // self.shared_by
+
+    def once(self, gathered: Tensor) -> Tensor:
+        """Of rows gathered from all processes, those of one process of each data rank."""
+        if self.shared_by == 1:
+            return gathered
+        return gathered.unflatten(0, (world_size(), -1))[:: self.shared_by].flatten(0, 1)
 
 
 def single_process(command: str) -> None:

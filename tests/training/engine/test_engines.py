@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from engine_runs import BOUND, LORA, STEADY, STEPS, WHAT, difference, hold, measured
 
 from wantrain import config
 from wantrain.data import BatchSampler
@@ -19,43 +19,6 @@ from wantrain.training.engine import accelerator
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-BOUND = 1e-5
-STEPS = 50
-WATCHED = ("data.holdout=0.2", "validation.every=25", "validation.clips=2", "validation.points=2")
-FULL = ("batch_size=8", f"steps={STEPS}", f"checkpoint.every={STEPS}", *WATCHED)
-LORA = (*FULL, "adapter=lora", "adapter.rank=4", "optimizer.lr=1e-2", "accumulate=2")
-STEADY = ("schedule=constant", "schedule.warmup=0")  # the same rate whatever length the run is said to have
-DORA = (*FULL, "adapter=dora", "adapter.rank=3", "optimizer.lr=1e-2")
-SAMPLED = ("sample.every=50", "sample.count=1", "sample.steps=2", "model.num_frames=5")
-PAIR = (*FULL, *SAMPLED, "expert=both", "experts.low_noise.lr=1e-3", "ema=0.9")
-LOKR = (*FULL, "adapter=lokr", "adapter.rank=3", "adapter.factor=4", "optimizer.lr=1e-2")
-PRODIGY = (*LORA[:-2], "optimizer=prodigy", "optimizer.d0=1e-3", "accumulate=2")
-FREE = (*LORA[:-2], "optimizer=schedule_free", "optimizer.lr=1e-2", "schedule=constant", "accumulate=2")
-WHAT = {"full": FULL, "lora": LORA, "dora": DORA, "lokr": LOKR, "prodigy": PRODIGY, "free": FREE, "pair": PAIR}
-
-
-def measured(run):
-    """Every loss of a run, in training and in validation, by step and name."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {(row["step"], key): row[key] for row in rows for key in row if key.endswith("loss")}
-
-
-def weights(run):
-    """Every trained tensor of a run's newest checkpoint, by file and name."""
-    newest = sorted((run / "checkpoints").glob("step_*"))[-1]
-    files = [path for path in sorted(newest.rglob("*.safetensors")) if path.name != "optimizer.safetensors"]
-    return {f"{path.relative_to(newest)}/{key}": value for path in files for key, value in read_file(path)[0].items()}
-
-
-def difference(run, other):
-    """Largest relative difference of a loss, and of a tensor of the weights (norm of the change over norm)."""
-    found, wanted = measured(run), measured(other)
-    assert found.keys() == wanted.keys()
-    loss = max(abs(found[key] - value) / value for key, value in wanted.items())
-    ours, theirs = weights(run), weights(other)
-    assert ours.keys() == theirs.keys()
-    moved = [((ours[key] - theirs[key]).norm() / theirs[key].norm()).item() for key in ours if theirs[key].any()]
-    return loss, max(moved)
 
 
 def test_stale_build_lock(tmp_path, monkeypatch):
@@ -104,17 +67,7 @@ def test_two_processes_match_one(engine, what, alone, tiny, pair, launch, tmp_pa
     """
     ended = launch(engine, *tiny.train, f"weights={pair}", *WHAT[what], "run=two")
     assert ended.stdout.count(f"step {STEPS}/{STEPS}  loss") == 1, "only the main process speaks"
-    loss, moved = difference(tmp_path / "runs" / "two", alone / what)
-    assert len(list((tmp_path / "runs" / "two" / "samples").glob("*.mp4"))) == (2 if what == "pair" else 0)
-    assert loss <= BOUND and moved <= BOUND, f"{engine} {what}: loss {loss:.1e}, weights {moved:.1e}"
-    row = f"| {engine} | {what} | {loss:.0e} | {moved:.0e} |"
-    page = ROOT / "docs" / "numerics.md"
-    text = page.read_text()
-    stands = re.search(rf"^\| {engine} \| {what} \|.*\|$", text, flags=re.M)
-    assert stands, f"docs/numerics.md has no row for {engine} {what}"
-    if os.environ.get("WANTRAIN_WRITE_DOCS"):
-        page.write_text(text.replace(stands[0], row))
-    assert all(float(figure) <= BOUND for figure in re.findall(r"\d+e-\d+", stands[0]))
+    hold(engine, what, tmp_path / "runs" / "two", alone / what)
 
 
 FEW = (("single", 1), ("zero2", 2), ("fsdp2", 2), ("ddp", 4))

@@ -5,7 +5,9 @@ import math
 import re
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from wantrain.models import adapters
 from wantrain.models.formats.weights import read_file
 from wantrain.training.engine import optim
 from wantrain.training.engine.engine import Stepper
-from wantrain.training.monitoring.safeguards import BINS, SEEN, LossBaseline
+from wantrain.training.monitoring.safeguards import BINS, SEEN, LossBaseline, StepGuard
+from wantrain.util.distributed import DataRanks
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 RUN = ("init=scratch", "batch_size=4", "steps=6", "checkpoint.every=1", "checkpoint.keep=9", "run=r")
@@ -321,3 +324,23 @@ def test_hanging_rank(tiny, planted, tmp_path):
     assert "time.sleep(1000)" in ended.stderr or "planted.py" in ended.stderr, "the stack that hangs is shown"
     left = subprocess.run(["pgrep", "-f", str(tmp_path / "planted.py")], capture_output=True, text=True, check=False)
     assert not left.stdout, "no process stays behind"
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        ([[0, 1], [0, 1], [2, 3], [2, 3]], None),
+        ([[0, 1], [2, 3], [0, 1], [2, 3]], "the 2 processes that share the tokens of a clip differ in their samples"),
+        ([[0, 1], [0, 1], [0, 1], [0, 1]], "ranks share their samples: 4 drawn for one batch, 2 different ones"),
+    ],
+)
+def test_processes_that_share_tokens(positions, words):
+    """Neighbours that share tokens must have the same samples, others must not."""
+    gathered = torch.tensor(positions)
+    stepper = SimpleNamespace(
+        data_ranks=DataRanks(2), gather=lambda mine: gathered, device=torch.device("cpu"), replicated_gradients=False
+    )
+    samples = [{"position": position} for position in positions[0]]
+    guard = SimpleNamespace(stepper=stepper, samples=samples, noises=positions[0], most=2)
+    with nullcontext() if words is None else pytest.raises(ValueError, match=words):
+        StepGuard._check_ranks(guard)

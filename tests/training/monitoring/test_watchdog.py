@@ -20,6 +20,7 @@ from wantrain.training.monitoring import deadline
 from wantrain.training.monitoring.watchdog import HUNG, Watchdog
 from wantrain.training.validation.measure import over_ranks
 from wantrain.util import progress
+from wantrain.util.distributed import DataRanks
 from wantrain.util.files import file_hash
 from wantrain.util.progress import listening
 
@@ -118,7 +119,7 @@ def told(work):
 def test_validation_progress():
     """Every clip of a validation reports progress."""
     clip = Batch(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1), ("a",), (0,))
-    stepper = SimpleNamespace(gather=lambda x: x)
+    stepper = SimpleNamespace(gather=lambda x: x, data_ranks=DataRanks())
     words = told(lambda: over_ranks([clip] * 3, lambda one: torch.zeros(2), stepper))
     assert words == [f"measuring clip {number} of 3" for number in (1, 2, 3)]
 

@@ -147,6 +147,16 @@ def test_given_settings_stay(case):
     assert free.choice.base is None and free.choice.swap == 0
 
 
+def test_shared_tokens(case):
+    """Of four processes that share tokens each keeps a quarter of what the blocks keep, and computes a quarter."""
+    alone, shared = (Choice(engine="ddp", processes=4, recompute="none", sequence=size) for size in (1, 4))
+    blocks = case.sizes.blocks * case.costs["none"].kept_block
+    before, after = case.plan(alone), case.plan(shared)
+    assert before.kept - after.kept == pytest.approx(0.75 * blocks)
+    assert after.working < before.working and before.exchange < after.exchange < before.exchange + before.working
+    assert 0.25 <= case.seconds(shared, card(80 * GB)) / case.seconds(alone, card(80 * GB)) < 0.5
+
+
 def test_updates_are_searched():
     """A full fine-tune of 14B fits one card of 141 GB with bf16 weights and 8-bit moments: the advice says both."""
     words = ["model=t2v_a14b", "expert=low_noise", "bucket=81x480x832", "batch_size=1"]

@@ -15,6 +15,7 @@ from wantrain.demo.footage import make_footage
 from wantrain.models import Base
 from wantrain.models.formats.weights import read_file
 from wantrain.training.validation import expert_check
+from wantrain.util.distributed import DataRanks
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets" / "wan-tiny"
 EXPERTS = ("high_noise", "low_noise")
@@ -43,6 +44,7 @@ def profiles(latents):
             device=torch.device("cpu"),
             forward_context=nullcontext,
             gather=lambda x: x,
+            data_ranks=DataRanks(),
             part=lambda: None,
         )
         return expert_check.measure(stepper, batch, boundary=0.875, shift=3.0, seed=0)

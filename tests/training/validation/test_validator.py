@@ -43,6 +43,7 @@ def alone(module):
         device=torch.device("cpu"),
         forward_context=nullcontext,
         gather=lambda x: x,
+        data_ranks=distributed.DataRanks(),
         part=lambda: None,
         local_parts=lambda: {name: p for name, p in module.named_parameters() if p.requires_grad},
     )

@@ -39,6 +39,7 @@ class StepOptions:
     precision    fp32 or bf16: what linear layers compute in
     clip_by      whole: the norm is that of the whole gradient; parameter: each parameter's gradient has its own
     in_backward  parameters are updated in the backward pass, one at a time
+    sequence_parallel  processes that share the tokens of a sample
     """
 
     accumulate: int
@@ -46,6 +47,7 @@ class StepOptions:
     precision: str
     clip_by: str = "whole"
     in_backward: bool = False
+    sequence_parallel: int = 1
 
 
 class Stepper:
@@ -71,6 +73,7 @@ class Stepper:
         self.module = module
         self.accumulate, self.precision = options.accumulate, options.precision
         self.clip, self.clip_by = options.clip, options.clip_by
+        self.data_ranks = distributed.DataRanks(options.sequence_parallel)
         self.device = accelerator.device
         self.copier = Copier()
         if self._zero:
@@ -131,6 +134,11 @@ class Stepper:
     def sharded(self) -> bool:
         """True if every forward needs all processes, for each holds only a part of the weights."""
         return self.engine in SHARDED
+
+    @property
+    def forwards_together(self) -> bool:
+        """True if a forward needs other processes, which hold other weights or compute other tokens."""
+        return self.sharded or self.data_ranks.shared_by > 1
 
     @property
     def keeps_parts(self) -> bool:

@@ -16,6 +16,7 @@ from wantrain.models.formats.loading import settled_dtype
 from wantrain.models.offload import ModuleOffloader, blocks_to_swap
 from wantrain.models.pinned_memory import Node, move_to_arena
 from wantrain.models.quantize import FORMATS, quantized_layers
+from wantrain.models.sequence import SequenceParallel
 from wantrain.training.engine.accelerator import SHARDED, engine_of
 from wantrain.training.engine.adaptive import adaptive_name
 from wantrain.training.engine.engine import StepOptions, Stepper
@@ -36,6 +37,7 @@ class Placement:
     offloader       keeps frozen weights on the host while they are not needed; None: all stay on the device
     whole           those of the expert that is not training wait
     swapped         of so many blocks they wait except around the block's computation
+    sequence        the processes that share the tokens of a clip with this one; None: it computes them all
     """
 
     accelerator: Accelerator
@@ -45,6 +47,7 @@ class Placement:
     offloader: ModuleOffloader | None
     whole: bool = False
     swapped: int = 0
+    sequence: SequenceParallel | None = None
 
     @property
     def processes(self) -> int:
@@ -53,8 +56,8 @@ class Placement:
 
     @property
     def every_process_samples(self) -> bool:
-        """True if a forward needs all processes, so that all of them make previews."""
-        return self.engine in SHARDED
+        """True if a forward needs other processes, so that all of them make previews."""
+        return self.engine in SHARDED or self.sequence is not None
 
     @property
     def maps_weights(self) -> bool:
@@ -98,7 +101,9 @@ def find_placement(accelerator: Accelerator, experts: Mapping[str, Mapping[str, 
         what = f"swap.blocks={swapped}" if swapped else "experts.offload=cpu"
         say(f"{what} saves nothing here: the device is the CPU, whose memory is the host's")
     offloader = ModuleOffloader(device, this_machine()) if waits else None
-    return Placement(accelerator, engine, device, weights, offloader, whole, swapped)
+    shared_by = max(own["sequence_parallel"] for own in experts.values())
+    sequence = SequenceParallel.over(accelerator.num_processes, shared_by, device) if shared_by > 1 else None
+    return Placement(accelerator, engine, device, weights, offloader, whole, swapped, sequence)
 
 
 def settle_in_arena(module: nn.Module, frozen: torch.dtype, node: Node | None) -> None:

@@ -1,8 +1,9 @@
 """Safeguards: always on, each for one way in which a run can go wrong without an error.
 
 draw      every noise level lies in the expert's window
-ranks     in the first step no two samples of a batch share their position or their noise; after it the gradients (DDP)
-          and the weights (where each process has all of them) are the same on every rank
+ranks     in the first step no two samples of a batch share their position or their noise, and processes that share
+          tokens have the same ones; after it the gradients (DDP) and the weights (where each process has all of them)
+          are the same on every rank
 moves     the first step moves something that is trained; for a LoRA the log names a B that has not moved
 gradient  non-finite gradients skip the step, on every rank, and are recorded; `max_skipped_steps` in a row end the run
 spike     a batch with a loss `spike` times the usual one for its noise levels is reported and recorded; at `refuse`
@@ -177,7 +178,7 @@ class StepGuard:
         mine = torch.stack([torch.cat(self.sigmas).double(), torch.cat(self.losses).double()], dim=1)
         if (missing := self.most - len(mine)) > 0:  # ranks gather equally many rows; a loss of NaN counts nowhere
             mine = torch.cat([mine, torch.stack([mine[0, 0], mine.new_full((), math.nan)]).expand(missing, 2)])
-        self.everyone = self.stepper.gather(mine)
+        self.everyone = self.stepper.data_ranks.once(self.stepper.gather(mine))
         self.excess = limits.baseline(self.trainer).excess(*self.everyone.unbind(1))
         if limits.refuse is None:
             return value
@@ -234,11 +235,20 @@ class StepGuard:
             )
 
     def _check_ranks(self) -> None:
-        """ValueError if two samples of the batch are the same, or gradients differ between ranks (DDP)."""
+        """ValueError if two samples of the batch are the same, if processes that share tokens have different ones, or
+        if gradients differ between ranks (DDP).
+        """
+        shared_by = self.stepper.data_ranks.shared_by
         numbers = [[row["position"] for row in self.samples], self.noises]
         for what, mine in zip(("samples", "noise"), numbers, strict=True):
             padded = torch.tensor(mine + [-1] * (self.most - len(mine)))
-            everyone = [each for each in _gathered(self.stepper, padded).flatten().tolist() if each >= 0]
+            rows = _gathered(self.stepper, padded).unflatten(0, (-1, shared_by))
+            if (rows != rows[:, :1]).any():
+                raise ValueError(
+                    f"the {shared_by} processes that share the tokens of a clip differ in their {what}: each would "
+                    "compute a part of another clip. This is a fault of the program, please report it"
+                )
+            everyone = [each for each in rows[:, 0].flatten().tolist() if each >= 0]
             if len(set(everyone)) < len(everyone):
                 raise ValueError(
                     f"ranks share their {what}: {len(everyone)} drawn for one batch, {len(set(everyone))} different "

@@ -155,10 +155,11 @@ class StepMeter:
     def values(self) -> dict[str, Any]:
         """Amounts over all processes, the times (read when they are written), and the size of a watched update."""
         stepper = self.trainer.stepper
-        amounts: dict[str, Any] = {key: value * stepper.processes for key, value in self.amounts.items()}
-        if self.packed and stepper.processes > 1:  # the packs of processes differ
+        ranks = stepper.data_ranks.count
+        amounts: dict[str, Any] = {key: value * ranks for key, value in self.amounts.items()}
+        if self.packed and ranks > 1:  # the packs of processes differ
             filled = (torch.full((), value, dtype=torch.float64, device=stepper.device) for value in amounts.values())
-            total = stepper.sum(torch.stack([*filled]) / stepper.processes)
+            total = stepper.sum(torch.stack([*filled]) / ranks)
             amounts = dict(zip(amounts, total.unbind(), strict=True))
         return {**amounts, "times": self.times, **self.moved}
 

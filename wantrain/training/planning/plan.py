@@ -117,6 +117,7 @@ class Choice:
     base         dtype of the base weights of an adapter; None: as they are
     swap         blocks whose frozen weights wait on the host
     update       how trained weights are kept and updated; None: as the run's settings say
+    sequence     processes that share the tokens of a sample
     """
 
     engine: str = "single"
@@ -128,6 +129,7 @@ class Choice:
     base: str | None = None
     swap: int = 0
     update: Update | None = None
+    sequence: int = 1
 
     def applied(self, sizes: Sizes) -> Sizes:
         """The sizes with the weights updated in this choice's way."""
@@ -139,6 +141,13 @@ class Choice:
             return {self.recompute: blocks}
         whole = min(self.recompute, blocks)
         return {name: count for name, count in (("none", whole), ("block", blocks - whole)) if count}
+
+    def costs(self, costs: Mapping[str, BlockCosts], blocks: int) -> Mapping[str, BlockCosts]:
+        """The costs that one process has of a micro-batch, by policy: of its part of the tokens."""
+        if self.sequence == 1:
+            return costs
+        stream = costs["block"].kept_block  # the input of a block, in float32
+        return {name: costs[name].over(self.sequence, stream) for name in {"block", *self.policies(blocks)}}
 
     def base_bytes(self, sizes: Sizes) -> float:
         """Bytes of an element of the frozen matrices inside the blocks."""
@@ -188,7 +197,7 @@ class MemoryPlan:
 
 def plan(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> MemoryPlan:
     """The memory of one expert's step. `costs` are those of a micro-batch under each policy of recomputation."""
-    sizes = choice.applied(sizes)
+    sizes, costs = choice.applied(sizes), choice.costs(costs, sizes.blocks)
     kept, working, waiting = _activations(sizes, costs, choice)
     frozen, trained = sizes.base * choice.base_bytes(sizes), sizes.trained * sizes.weight
     weights, gradients, state = frozen + sizes.frozen + trained, trained, sizes.trained * sizes.state
@@ -203,6 +212,8 @@ def plan(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> Memor
         swapped = frozen_on_host(sizes, choice)
         weights, host = weights - swapped, host + swapped
         exchange += 2 * frozen / sizes.blocks  # the block that computes and the one on its way
+    if choice.sequence > 1:  # q, k and v: as they are sent, as they come, and in order
+        exchange += 9 * costs["block"].kept_block * (0.5 if choice.precision == "bf16" else 1.0)
     if choice.base is not None:
         working += 2.0 * sizes.largest  # one matrix as bf16 again
     match choice.engine:

@@ -59,6 +59,7 @@ class Planner:
             inputs=self.settings["activations_dtype"],
             base=self.settings["base"]["dtype"],
             swap=self.settings["swap"]["blocks"],
+            sequence=self.batching.sequence_parallel,
         )
 
     @property
@@ -155,7 +156,8 @@ class Planner:
         processes = self.processes if self.processes > 1 else NODE
         sizes = []
         for engine in ENGINES:
-            choice = replace(self.asked, engine=engine, processes=1 if engine == "single" else processes)
+            alone: dict[str, Any] = {"processes": 1, "sequence": 1} if engine == "single" else {"processes": processes}
+            choice = replace(self.asked, engine=engine, **alone)
             sizes.append(f"{engine} {max(case.plan(choice).device for case in worst.values()) / GB:.4g}")
         return [f"engines             {self.label(bucket)}, GB on each of {processes} cards: {', '.join(sizes)}"]
 

@@ -54,7 +54,7 @@ def seconds(
     work: Work, sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice, card: Card, *, micro_steps: int = 1
 ) -> float:
     """Seconds of one optimizer step of `micro_steps` micro-batches on `card`."""
-    sizes = choice.applied(sizes)
+    sizes, costs = choice.applied(sizes), choice.costs(costs, sizes.blocks)
     policies = choice.policies(sizes.blocks)
     shares = {name: count / max(1, sizes.blocks) for name, count in policies.items()}
     again = shares.get("block", 0.0) + shares.get("attention", 0.0)
@@ -65,12 +65,12 @@ def seconds(
     )
     if choice.base is not None:  # stored bytes are read and bf16 is written, at each use of a matrix
         moved += sizes.base * (choice.base_bytes(sizes) + 2.0) * (2 + again)
-    compute = (
+    operations = (
         products / (PRODUCTS * card.peak)
         + forward / (ATTENTION * card.peak)
         + FLASH_BACKWARD * work.attention / (ATTENTION_BACKWARD * card.peak)
-        + moved / (BANDWIDTH * card.bandwidth)
     )
+    compute = operations / choice.sequence + moved / (BANDWIDTH * card.bandwidth)
     visits = 2.0 * sizes.base * choice.base_bytes(sizes) * choice.swap / max(1, sizes.blocks)
     inputs = costs["block"].kept_block * (sizes.blocks - policies.get("none", 0))
     waiting = 2.0 * inputs if choice.activations == "cpu" else 0.0

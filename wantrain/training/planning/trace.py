@@ -77,6 +77,14 @@ class BlockCosts:
             moved_outside=outside,
         )
 
+    def over(self, processes: int, stream: float) -> BlockCosts:
+        """Those of one of several processes that share the tokens. What is outside the blocks each computes whole: of
+        that at most the embedded patches, `stream` bytes in float32, and their bfloat16 before, are there at a time.
+        """
+        parts = ("kept_block", "forward", "backward", "moved_forward_block", "moved_backward_block")
+        shared = replace(self, **{name: getattr(self, name) / processes for name in parts})
+        return replace(shared, forward=max(shared.forward, 1.5 * stream), backward=max(shared.backward, 1.5 * stream))
+
 
 def between(small: BlockCosts, large: BlockCosts, share: float) -> BlockCosts:
     """The costs at a size between two: each is a constant, for the text, and a part that grows with the tokens.

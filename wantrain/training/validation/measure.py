@@ -20,7 +20,6 @@ from wantrain.batch import BaseBatch, Batch
 from wantrain.losses import Model
 from wantrain.losses.flow_matching import velocity_error
 from wantrain.training.engine.engine import Stepper
-from wantrain.util import distributed
 from wantrain.util.progress import report_progress
 from wantrain.util.seeds import generator_at
 
@@ -121,13 +120,13 @@ class Evaluator:
 def over_ranks(clips: Sequence[B], measure: Callable[[B], Tensor], stepper: Stepper) -> Tensor:
     """`measure` of each clip, stacked on the CPU in the clips' order; every process gets all, having measured a share.
 
-    Where the clips do not divide by the processes, some measure a clip that another has too: under engines that cut
-    the weights up all of them must call the model equally often.
+    Processes that share tokens measure the same clips. Where the clips do not divide by the others, some measure a clip
+    that another has too: under engines that cut the weights up all of them must call the model equally often.
     """
-    rank, processes = distributed.rank(), distributed.world_size()
-    rounds, mine = math.ceil(len(clips) / processes), []
+    ranks = stepper.data_ranks
+    rounds, mine = math.ceil(len(clips) / ranks.count), []
     for turn in range(rounds):
         report_progress(f"measuring clip {turn + 1} of {rounds}")
-        mine.append(measure(clips[(turn * processes + rank) % len(clips)]))
-    parts = stepper.gather(torch.stack(mine)).unflatten(0, (processes, rounds))
+        mine.append(measure(clips[(turn * ranks.count + ranks.rank) % len(clips)]))
+    parts = ranks.once(stepper.gather(torch.stack(mine))).unflatten(0, (ranks.count, rounds))
     return parts.transpose(0, 1).flatten(0, 1)[: len(clips)].cpu()

@@ -42,8 +42,8 @@ class Preview:
     (runs/pages) shows them, and the tracker gets the mp4s.
 
     The main process samples and the others wait, so ranks stay together; where each holds only a part of the weights,
-    all sample the same. `open_sampler` makes what a preview needs and takes it away again: between previews nothing of
-    it but the texts' embeddings is in memory.
+    or computes only a part of the tokens, all sample the same. `open_sampler` makes what a preview needs and takes it
+    away again: between previews nothing of it but the texts' embeddings is in memory.
     """
 
     steppers: Sequence[Stepper]  # of the experts in training
@@ -63,7 +63,7 @@ class Preview:
         return due(step, every=self.every, last=self.steps)
 
     def __call__(self, step: int) -> Mapping[str, Any]:
-        clips = self._sample() if any(stepper.sharded for stepper in self.steppers) else None
+        clips = self._sample() if any(stepper.forwards_together for stepper in self.steppers) else None
 
         def show() -> dict[str, float]:
             return self._show(step, self._sample() if clips is None else clips)

@@ -20,7 +20,6 @@ from wantrain.training.validation.budget import BEST, Budget, ChosenExtent, Exte
 from wantrain.training.validation.history import EvalHistory
 from wantrain.training.validation.measure import Clips, Evaluator, one_by_one
 from wantrain.training.validation.validator import ClipValidator, Validator, describe, should_stop
-from wantrain.util import distributed
 from wantrain.util.console import say
 
 
@@ -113,10 +112,10 @@ def choose_extent(
     first, clip = next(iter(trainers.values())), typical([*heldout.batches, *train.batches])
     budget = Budget(
         share=chosen.share,
-        samples=first.plan.samples_per_step / distributed.world_size(),
+        samples=first.plan.samples_per_step / first.stepper.data_ranks.count,
         per_sample=forwards_per_sample(first.trainable.module, clip),
         passes=sum(1 if trainer.ema is None else 2 for trainer in trainers.values()),
-        processes=distributed.world_size(),
+        processes=first.stepper.data_ranks.count,
         heldout=len(heldout),
         train=len(train),
         steps=setup.steps,

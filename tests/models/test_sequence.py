@@ -1,0 +1,207 @@
+"""Tokens shared out over processes: values and gradients are those of one, with threads in the place of processes."""
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from wantrain import checks
+from wantrain.config import compose
+from wantrain.models import WanTransformer, adapters
+from wantrain.models.activation_policy import ActivationPolicy
+from wantrain.models.sequence import SequenceParallel
+
+SIZE = {"num_attention_heads": 12, "attention_head_dim": 8, "text_dim": 8, "text_length": 6, "ffn_dim": 32}
+
+
+class Threads:
+    """Processes played by threads: each has a copy of the network, and what they send goes through shared places."""
+
+    def __init__(self, size):
+        self.size, self.sent, self.barrier = size, [None] * size, threading.Barrier(size, timeout=60)
+
+    def exchange(self, rank):
+        """An Exchange of the thread `rank`; its gradient goes the same way back."""
+
+        class Sent(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return self.swap(rank, x)
+
+            @staticmethod
+            def backward(ctx, grad):
+                return self.swap(rank, grad.contiguous())
+
+        return Sent.apply
+
+    def swap(self, rank, x):
+        assert x.is_contiguous() and x.shape[0] == self.size
+        self.sent[rank] = x
+        self.barrier.wait()
+        came = torch.stack([other[rank] for other in self.sent])
+        self.barrier.wait()
+        return came
+
+    def run(self, model, work):
+        """`work(network, rank)` of every thread, each with a copy of the model that is split."""
+
+        def one(rank):
+            own = copy.deepcopy(model)
+            SequenceParallel(rank, self.size, self.exchange(rank)).split(own)
+            try:
+                return work(copy.deepcopy(own), rank)  # as a loss's reference is copied
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(one, range(self.size)))
+
+
+def network(**more):
+    """A small transformer with no zeros to hide behind."""
+    torch.manual_seed(0)
+    model = WanTransformer(**SIZE, num_layers=2, **more)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def inputs(batch, frames, height, width, *, per_frame=False, concat=0, rows=4):
+    """Latents, timestep, text and further channels."""
+    random = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 16, frames, height, width, generator=random)
+    timestep = 1000 * torch.rand((batch, frames) if per_frame else (batch,), generator=random)
+    text = torch.randn(batch, rows, 8, generator=random)
+    more = torch.randn(batch, concat, frames, height, width, generator=random) if concat else None
+    return (latents, timestep, text), ({} if more is None else {"concat_BCTHW": more})
+
+
+def step(model, given):
+    """The velocity, and the gradient of a loss of it."""
+    args, keywords = given
+    velocity = model(*args, **keywords)
+    (velocity - args[0]).square().mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return velocity.detach(), grads
+
+
+def compare(model, given, size, *, bound=1e-5):
+    """Every process returns what one process does, and the mean of their gradients is its gradient."""
+    whole, wanted = step(copy.deepcopy(model), given)
+    found = Threads(size).run(model, lambda own, rank: step(own, given))
+    for velocity, _ in found:
+        assert (velocity - whole).norm() <= bound * whole.norm()
+    for name, grad in wanted.items():
+        mean = torch.stack([grads[name] for _, grads in found]).mean(dim=0)
+        assert (mean - grad).norm() <= bound * grad.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("given", "more"),
+    [
+        ({"batch": 1, "frames": 3, "height": 8, "width": 6}, {}),
+        ({"batch": 2, "frames": 3, "height": 6, "width": 10, "rows": 6}, {}),  # 15 tokens a frame, no padding of texts
+        (
+            {"batch": 2, "frames": 2, "height": 2, "width": 6, "concat": 4},
+            {"in_channels": 20},
+        ),  # 3: one process of 4 has none
+        ({"batch": 2, "frames": 5, "height": 2, "width": 2, "per_frame": True}, {}),  # 1 token a frame
+    ],
+    ids=["even", "odd", "concat", "frames"],
+)
+def test_matches_one_process(size, given, more):
+    """Odd numbers of tokens, two clips, further channels and a timestep for each frame."""
+    compare(network(**more), inputs(**given), size)
+
+
+@pytest.mark.parametrize("recompute", ["block", "attention", 1])
+def test_recomputed(recompute):
+    """A recomputed block exchanges again, and keeps no more than its part of the tokens."""
+    model = network()
+    model.run_block = ActivationPolicy(recompute, blocks=2)
+    compare(model, inputs(2, 3, 6, 10), 2)
+
+
+def test_lora():
+    """The gradients of an adapter beside frozen weights, with bf16 inside the blocks and two batches of other sizes
+    before their backward.
+    """
+    model = network()
+    adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="attention+ffn"), seed=0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.run_block = ActivationPolicy("block", blocks=2)
+    small, large = inputs(1, 2, 2, 6), inputs(1, 3, 6, 10)
+
+    def both(own, rank=0):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = [(own(*args) - args[0]).square().mean() for args, _ in (small, large)]
+        sum(losses).backward()
+        return {name: p.grad for name, p in own.named_parameters() if p.requires_grad}
+
+    wanted = both(copy.deepcopy(model))
+    found = Threads(2).run(model, both)
+    for name, grad in wanted.items():
+        mean = torch.stack([grads[name] for grads in found]).mean(dim=0)
+        assert grad.any() and (mean - grad).norm() <= 2e-2 * grad.norm(), name  # a rounding of bf16 is 4e-3
+
+
+def test_bad_settings():
+    """Numbers of processes, heads, compiled blocks and networks that cannot share tokens are refused before a start."""
+    for words, processes, message in (
+        ([], 3, "sequence_parallel=2 processes share a clip, and 3 were started; start 2 or 4"),
+        ([], 1, "and 1 were started; start 2, or give sequence_parallel=1"),
+        (["sequence_parallel=3"], 3, "the 4 heads of model=tiny are divided among the processes; give one of 1, 2, 4"),
+        (["compile=blocks"], 2, "a block that exchanges tokens is not compiled; give compile=none"),
+        (
+            ["batch_size=3"],
+            4,
+            r"batch_size=3 must divide by processes / sequence_parallel = 4 / 2; the nearest are 2 and 4",
+        ),
+    ):
+        cfg = compose("train", ["sequence_parallel=2", *words])
+        with pytest.raises(ValueError, match=message):
+            checks.check(cfg, processes=processes)
+    checks.check(compose("train", ["sequence_parallel=2"]), processes=4)
+    with pytest.raises(ValueError, match="Linear does not say where its tokens may be split"):
+        SequenceParallel(0, 2, lambda x: x).split(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="sequence_parallel has no effect: expert=vae trains no transformer"):
+        checks.check(
+            compose("train", ["recipe=wan_tiny_vae", "sequence_parallel=2"]), given=["sequence_parallel"], processes=2
+        )
+
+
+def kept(model, given):
+    """Bytes that a forward keeps for its backward, parameters and the network's inputs apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own |= {tensor.untyped_storage().data_ptr() for tensor in (*given[0], *given[1].values())}
+    found = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(*given[0], **given[1])
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_kept_activations(recompute):
+    """A block of one of four processes keeps a quarter of what it keeps alone, a recomputed one too."""
+    given, each = inputs(1, 3, 16, 16), {}
+    for blocks in (1, 3):
+        torch.manual_seed(0)
+        model = WanTransformer(**SIZE, num_layers=blocks)
+        model.run_block = ActivationPolicy(recompute, blocks=blocks)
+        each[blocks] = kept(model, given), max(Threads(4).run(model, lambda own, rank: kept(own, given)))
+    alone, shared = (large - small for small, large in zip(each[1], each[3], strict=True))
+    assert 0.24 * alone <= shared <= 0.30 * alone  # the text's keys and values are whole in each

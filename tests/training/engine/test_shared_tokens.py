@@ -1,0 +1,44 @@
+"""Processes that share the tokens of each clip train as one process does, under every engine."""
+
+import json
+
+import pytest
+from engine_runs import STEPS, WHAT, hold
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, pair, inside, tmp_path_factory):
+    """The same runs in one process, made when they are first asked for."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def made(what):
+        run = folder / "runs" / what
+        if not run.is_dir():
+            inside(folder, "train.py", *tiny.train, f"weights={pair}", *WHAT[what], f"run={what}")
+        return run
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "what"),
+    [
+        ("ddp", 4, "full"),  # two that share, twice
+        pytest.param("ddp", 2, "lora", marks=pytest.mark.slow),
+        pytest.param("ddp", 2, "pair", marks=pytest.mark.slow),
+        pytest.param("zero2", 2, "full", marks=pytest.mark.slow),
+        pytest.param("zero3", 2, "full", marks=pytest.mark.slow),
+        pytest.param("fsdp2", 2, "full", marks=pytest.mark.slow),
+    ],
+)
+def test_shared_tokens_match_one(engine, processes, what, alone, tiny, pair, launch, tmp_path):
+    """The same where two processes share the tokens of each clip, in validation and previews too."""
+    shared = ("sequence_parallel=2", "run=two")
+    launch(engine, *tiny.train, f"weights={pair}", *WHAT[what], *shared, processes=processes)
+    run = tmp_path / "runs" / "two"
+    one = alone(what)
+    rows = [[json.loads(line) for line in (each / "metrics.jsonl").open()] for each in (run, one)]
+    counted, wanted = ([row["tokens"] for row in own if "tokens" in row] for own in rows)
+    assert counted == wanted and len(wanted) == STEPS, "a clip counts once"
+    assert json.loads((run / "run.json").read_text())["starts"][0]["sequence_parallel"] == 2
+    hold(f"{engine}, tokens shared", what, run, one)
