@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wantrain import geometry
@@ -30,6 +32,8 @@ class BaseBatch:
         for name, value in vars(self).items():
             if isinstance(value, tuple) and value:
                 chosen[name] = tuple(value[sample] for sample in samples)
+            elif isinstance(value, BaseBatch):
+                chosen[name] = value.take(samples)
         return replace(self, **chosen)
 
 
@@ -46,6 +50,7 @@ class Batch(BaseBatch):
                    first dimension of each. Empty for text-to-video
     noised_BT      1 for latent frames that are noised and learned, 0 for those given clean, at timestep 0; None: all 1
     clips          number of each sample's clip in the data set; empty where nobody asks for it
+    losers         of preference pairs: the samples that these are preferred to, in their order; None elsewhere
 
     The maker of `conditioning` and the model agree on its keys. Everything between them passes it through.
     """
@@ -57,6 +62,7 @@ class Batch(BaseBatch):
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)
     noised_BT: Tensor | None = None
     clips: tuple[int, ...] = ()
+    losers: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -162,7 +168,30 @@ def map_tensors(record: object, change: Callable[[Tensor], Tensor]) -> dict[str,
             changed[name] = tuple(map(change, value))
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseBatch):
             changed[name] = tuple(replace(each, **map_tensors(each, change)) for each in value)
+        elif isinstance(value, BaseBatch):
+            changed[name] = replace(value, **map_tensors(value, change))
     return changed
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of one shape as one, their samples one after another; all of them have the same optional fields."""
+    if len(batches) == 1:
+        return batches[0]
+    found: dict[str, Any] = {}
+    for name, value in vars(batches[0]).items():
+        every = [getattr(batch, name) for batch in batches]
+        if name == "text_BLD":
+            longest = max(text.shape[1] for text in every)
+            found[name] = torch.cat([F.pad(text, (0, 0, 0, longest - text.shape[1])) for text in every])
+        elif isinstance(value, Tensor):
+            found[name] = torch.cat(every)
+        elif isinstance(value, Mapping):
+            found[name] = {key: torch.cat([each[key] for each in every]) for key in value}
+        elif isinstance(value, tuple):
+            found[name] = tuple(itertools.chain.from_iterable(every))
+        elif isinstance(value, Batch):
+            found[name] = joined(every)
+    return replace(batches[0], **found)
 
 
 def moved(record: object, device: torch.device | str) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class Run:
         on_main(self.checkpoints.wait, "writing the checkpoint before")
         write, size, ended = self._state()
         counts = {"samples": self.samples(step), "experts": self.count(step)}
-        state = {**self.facts, **counts, "loss_baselines": self.safeguards.state()}
+        usual = {"loss_baselines": self.safeguards.state(), "unlearning": self.safeguards.unlearning.state()}
+        state = {**self.facts, **counts, **usual}
         save = partial(self.checkpoints.save, step, write, state, size=size, score=score, ended=ended)
         on_main(save, f"saving step {step}")
         self.metrics.note("save_seconds", time.perf_counter() - began)

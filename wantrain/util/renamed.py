@@ -43,6 +43,9 @@ ADDED: Mapping[str, Any] = {
     "trained.rounding": "stochastic",
     "clip_by": "whole",
     "batch_tokens": None,
+    "preserve.weight": 0.0,
+    "preserve.prompt": None,
+    "preserve.prompts": None,
 }
 #: Gradient checkpointing, by whether it was on.
 _RECOMPUTE: Mapping[Any, Any] = {True: "block", False: "none"}

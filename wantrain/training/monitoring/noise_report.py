@@ -54,7 +54,7 @@ def write(folder: Path, losses: Mapping[str, Any], buckets: Iterable[str], *, mu
     shift goes by tokens there is one distribution for each number of them. ValueError if the folder holds another
     run's distributions.
     """
-    velocity = {name: loss for name, loss in losses.items() if isinstance(loss, FlowMatching)}
+    velocity = {name: loss.core for name, loss in losses.items() if isinstance(loss.core, FlowMatching)}
     if not velocity or not distributed.is_main():
         return
     sizes = {_tokens(bucket, multiple) for bucket in set(buckets)}
