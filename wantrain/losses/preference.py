@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wantrain import flow
-from wantrain.batch import Batch, joined
+from wantrain.batch import Batch, PackedBatch, joined
 from wantrain.losses.flow_matching import FlowMatching, velocity_error
 from wantrain.losses.record import Draws, Loss, Model
 from wantrain.losses.shifts import ShiftByTokens
@@ -72,10 +72,10 @@ class Preference(FlowMatching):
         )
         self.beta, self.cap, self.anchor = beta, cap, anchor
 
-    def __call__(self, model: Model, batch: Batch, draws: Draws) -> Loss:
+    def __call__(self, model: Model, batch: Batch | PackedBatch, draws: Draws) -> Loss:
         """Loss of one batch of pairs. The two samples of a pair go through the model together."""
-        assert draws.sigma is not None and draws.noise_BCTHW is not None, "made by `prepare`"
-        assert batch.losers is not None, "made by PairData"
+        assert draws.sigma is not None and isinstance(draws.noise_BCTHW, Tensor), "made by `prepare`"
+        assert isinstance(batch, Batch) and batch.losers is not None, "made by PairData"
         pairs = joined([replace(batch, losers=None), batch.losers])
         sigma, noise = torch.cat([draws.sigma] * 2), torch.cat([draws.noise_BCTHW] * 2)
 
