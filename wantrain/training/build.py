@@ -53,8 +53,9 @@ def parts_needed(settings: Mapping[str, Any], experts: Iterable[str]) -> list[st
 
     Of a repository of the hub these alone are downloaded.
     """
+    texts = ["text_encoder", "tokenizer"] if settings["preserve"]["weight"] else []
     if not settings["sample"]["every"]:
-        return [*experts, *(["text_encoder", "tokenizer"] if settings["preserve"]["weight"] else [])]
+        return [*experts, *texts]
     return [*dict.fromkeys([*experts, *settings["model"]["experts"]]), "vae", "text_encoder", "tokenizer"]
 
 
