@@ -1,12 +1,13 @@
-"""What preserve= and loss=preference do to wan-tiny: python benchmarks/keeping.py [--only preserving|preference]
+"""What preserve= and loss=preference do to wan-tiny: python benchmarks/keeping.py preserving|preference [--seed N]
 
-preserving  a LoRA on wugs alone, with and without the base's answers under class prompts, three seeds: the share of
-            wugs among samples that should show one, and the judge's score of what wan-tiny knew, after each STEPS
-preference  prompts that leave the direction open; pairs by the judge, of which the better one moves left. The share
-            that moves left, on prompts in no pair, and the score of prompts that name a direction; three seeds. And
-            a run that is made to unlearn, which a safeguard has to end
-The low-noise expert trains on all noise and samples alone. Prints tables in Markdown and writes keeping.json beside
-this file; what was not measured is kept in it. Intervals are of 95 %, over samples, paired by prompt and seed.
+preserving  a LoRA on wugs alone, with and without the base's answers under class prompts: the share of wugs among
+            samples that should show one, and the judge's score of what wan-tiny knew, after each of STEPS
+preference  prompts without a direction, which wan-tiny shows as standing still. Pairs of its own samples, by the judge:
+            the better one moves left. The share that moves left, on prompts in no pair, and the score of prompts that
+            name a direction. And a run that is made to unlearn, which a safeguard has to end
+The low-noise expert trains on all noise and samples alone. Each seed adds its rows to keeping.json beside this file;
+tables in Markdown are of all that is there. Intervals are of 95 %, over samples, paired by prompt and seed.
+--work DIR  keeps footage and runs for the next seed; without it they are made anew
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import csv
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -30,40 +31,54 @@ from wantrain.models import Base, adapters
 from wantrain.models.formats.lora import read_lora
 from wantrain.sampling import Sampler, Settings
 from wantrain.sampling.build import build_sampler
-from wantrain.sampling.gallery import read_samples
 from wantrain.util import distributed
 from wantrain.util.files import write_json
-from wantrain.video import read_mp4
+from wantrain.video import write_mp4
 
-SEEDS, STEPS = (0, 1, 2), (60, 120)
+STEPS = (60, 120)
 #: Solver steps: wan-tiny scores alike with 4 to 50.
 SOLVER_STEPS, TOGETHER = 8, 16
-SIZE = Bucket(17, 64, 64)
+SIZE, FPS = Bucket(17, 64, 64), 16
 WANTED = "left"
-WUGS, OTHERS = wug_scenes(20), spared_scenes(24)
+WUGS, OTHERS = wug_scenes(16), spared_scenes(24)
 PLAIN = VOCABULARIES["plain"]
 #: Prompts without a direction: those of the pairs, and others.
 OPEN = [f"a {colour} {shape} on a {ground} background"
         for ground in PLAIN.backgrounds for shape in PLAIN.shapes for colour in PLAIN.colours]  # fmt: skip
-PAIRED, ASKED = OPEN[:30:2], OPEN[1::2]
+PAIRED, ASKED = OPEN[:30:2], OPEN[1::3]
 TRAIN = ("expert=low_noise", "expert.high=1", "adapter=lora", "batch_size=4", "schedule=constant", "data.holdout=0",
          "validation.every=0", "tracker=jsonl", "check_expert=off", "checkpoint.keep=9", WEIGHTS)  # fmt: skip
-PREFERENCE_STEPS = 100
+PREFERENCE_STEPS = 50
+#: A run that is made to unlearn: it pulls without end, far and fast.
+PLANTED = ("loss.beta=50000", "loss.cap=null", "optimizer.lr=3e-2", "clip=null", "safeguards.refuse=null", "steps=200")
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure one seed, print all, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["preserving", "preference"])
+    parser.add_argument("what", choices=["preserving", "preference"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path)
     options = parser.parse_args()
     distributed.set_threads()
     path = Path(__file__).with_suffix(".json")
+    measure, show = {"preserving": (preserving, show_preserving), "preference": (preference, show_preference)}[
+        options.what
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (options.work or Path(scratch)).absolute() / options.what
+        folder.mkdir(parents=True, exist_ok=True)
+        found = measure(folder, options.seed, read(path).get(options.what, {}))
+    results = read(path)  # again: another seed may have been measured meanwhile
+    results[options.what] = {**results.get(options.what, {}), **found}
+    write_json(path, results)
+    show(results[options.what])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What was measured before."""
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for name, measure in {"preserving": preserving, "preference": preference}.items():
-        if options.only in (None, name):
-            with tempfile.TemporaryDirectory() as scratch:
-                results[name] = measure(Path(scratch))
-            write_json(path, results)
+    return results
 
 
 def sampler_of(lora: Path | None) -> Sampler:
@@ -97,43 +112,50 @@ def adapter(folder: Path, run: str, step: int) -> Path:
     return folder / "runs" / run / "checkpoints" / f"step_{step:06d}" / "adapter.safetensors"
 
 
-def interval(differences: Sequence[float]) -> list[float]:
+def interval(differences: Sequence[float]) -> str:
     """Mean and both ends of its interval, in points."""
     middle, half = mean(differences), 1.96 * stdev(differences) / len(differences) ** 0.5
-    return [round(100 * value, 1) for value in (middle, middle - half, middle + half)]
+    return f"{100 * middle:+.1f} ({100 * (middle - half):+.1f} to {100 * (middle + half):+.1f})"
 
 
-def preserving(folder: Path) -> dict[str, Any]:
+def moved(after: Sequence[Sequence[float]], before: Sequence[float]) -> list[float]:
+    """The differences of every sample of every seed."""
+    return [new - old for own in after for new, old in zip(own, before, strict=True)]
+
+
+def preserving(folder: Path, seed: int, before: Mapping[str, Any]) -> dict[str, Any]:
     """A LoRA on wugs alone, with and without preserve=."""
-    make_footage(folder / "footage", scenes="wug", num_videos=24, num_images=0)
-    command(folder, "shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}")
-    command(folder, "encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", WEIGHTS)
-    (folder / "classes.txt").write_text("\n".join(scene_prompts()) + "\n", encoding="utf-8")
-    ways = {"none": (), "preserve.weight=1": ("preserve.weight=1", f"preserve.prompts={folder / 'classes.txt'}")}
-    wug_prompts, base = [scene.caption(language) for scene, language in WUGS], known(sampler_of(None))
-    found: dict[str, Any] = {"known before": round(mean(base), 4), "rows": []}
-    print("| | step | wugs, by seed | known, by seed | known, against the base |\n" + "|---" * 5 + "|", flush=True)
+    if not (folder / "latents" / "manifest.json").is_file():
+        make_footage(folder / "footage", scenes="wug", num_videos=24, num_images=0)
+        command(folder, "shard.py", f"source={folder / 'footage'}", f"out={folder / 'videos'}")
+        command(folder, "encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", WEIGHTS)
+        (folder / "classes.txt").write_text("\n".join(class_prompts()) + "\n", encoding="utf-8")
+    ways = {"none": (), "preserve": ("preserve.weight=1", f"preserve.prompts={folder / 'classes.txt'}")}
+    found: dict[str, Any] = {"before": before.get("before") or known(sampler_of(None))}
+    wugs = [scene.caption(language) for scene, language in WUGS]
     for way, words in ways.items():
-        for seed in SEEDS:
-            given = (f"data.shards={folder / 'latents'}", f"run={len(words)}_{seed}", f"seed={seed}")
-            more = (f"steps={STEPS[-1]}", f"checkpoint.every={STEPS[0]}", "optimizer.lr=2e-3")
-            command(folder, "train.py", *TRAIN, *given, *more, *words)
+        given = (f"data.shards={folder / 'latents'}", f"run={way}_{seed}", f"seed={seed}", f"steps={STEPS[-1]}")
+        command(folder, "train.py", *TRAIN, *given, f"checkpoint.every={STEPS[0]}", "optimizer.lr=3e-3", *words)
         for step in STEPS:
-            wugs, scores = [], []
-            for seed in SEEDS:
-                sampler = sampler_of(adapter(folder, f"{len(words)}_{seed}", step))
-                wugs.append(mean(verdict.shape == "wug" for verdict in verdicts(sampler, wug_prompts)))
-                scores.append(known(sampler))
-            change = interval([after - before for own in scores for after, before in zip(own, base, strict=True)])
-            row = {"way": way, "step": step, "wugs": wugs, "known": [round(mean(own), 4) for own in scores]}
-            found["rows"].append({**row, "against the base": change})
-            shares = " | ".join(", ".join(f"{value:.0%}" for value in row[key]) for key in ("wugs", "known"))  # type: ignore[attr-defined]
-            print(f"| {way} | {step} | {shares} | {change[0]:+} ({change[1]:+} to {change[2]:+}) |", flush=True)
+            sampler = sampler_of(adapter(folder, f"{way}_{seed}", step))
+            shares = [float(verdict.shape == "wug") for verdict in verdicts(sampler, wugs)]
+            found[f"{way} step {step} seed {seed}"] = {"wugs": shares, "known": known(sampler)}
     return found
 
 
-def scene_prompts() -> list[str]:
-    """Class prompts: captions of plain shapes, none of which is judged."""
+def show_preserving(found: Mapping[str, Any]) -> None:
+    """A row for each way and step."""
+    print("| | step | wugs, by seed | known, by seed | known, against the base |\n" + "|---" * 5 + "|")
+    for way in ("none", "preserve"):
+        for step in STEPS:
+            rows = [own for name, own in sorted(found.items()) if name.startswith(f"{way} step {step} ")]
+            wugs, scores = (", ".join(f"{mean(row[key]):.0%}" for row in rows) for key in ("wugs", "known"))
+            change = interval(moved([row["known"] for row in rows], found["before"]))
+            print(f"| {way} | {step} | {wugs} | {scores} | {change} |")
+
+
+def class_prompts() -> list[str]:
+    """Captions of plain shapes, none of which is judged."""
     judged = {scene.caption("en") for scene, _ in OTHERS}
     moves = ("left", "right", "up", "down")
     return [prompt for number, start in enumerate(OPEN) if (prompt := moving(start, moves[number % 4])) not in judged]
@@ -145,57 +167,44 @@ def moving(prompt: str, direction: str) -> str:
     return f"{thing} moving {direction} on {ground}"
 
 
-def preference(folder: Path) -> dict[str, Any]:
-    """Pairs by the judge of which the winner moves left; and a run that only unlearns."""
-    (folder / "prompts.txt").write_text("\n".join(PAIRED) + "\n", encoding="utf-8")
-    size = ("num_frames=17", f"steps={SOLVER_STEPS}", "batch_size=16", "model=tiny")
-    made = (f"prompts={folder / 'prompts.txt'}", f"pairs={folder / 'pairs'}", "count=5")
-    command(folder, "sample.py", *made, *size, WEIGHTS)
-    number = judged_pairs(folder / "pairs")
-    command(folder, "shard.py", f"source={folder / 'pairs'}", f"out={folder / 'videos'}")
-    command(folder, "encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", WEIGHTS)
+def preference(folder: Path, seed: int, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Pairs of which the winner moves left; with the first seed also a run that only unlearns."""
     base = sampler_of(None)
-    before, known_before = wanted(base), known(base)
-    found: dict[str, Any] = {
-        "pairs": number,
-        "wanted before": mean(before),
-        "known before": mean(known_before),
-        "rows": [],
-    }
-    print(f"{number} pairs\n\n| seed | moves {WANTED} | known |\n|---|---|---|", flush=True)
-    print(f"| before | {mean(before):.0%} | {mean(known_before):.1%} |", flush=True)
+    if not (folder / "latents" / "manifest.json").is_file():
+        make_pairs(folder / "pairs", base)
+        command(folder, "shard.py", f"source={folder / 'pairs'}", f"out={folder / 'videos'}", "static=report")
+        command(folder, "encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", WEIGHTS)
+    found: dict[str, Any] = {"before": before.get("before") or {"wanted": wanted(base), "known": known(base)}}
     data = (f"data.shards={folder / 'latents'}", f"data.pairs={folder / 'pairs' / 'pairs.csv'}")
-    gained, kept = [], []
-    for seed in SEEDS:
-        more = (
-            f"steps={PREFERENCE_STEPS}",
-            f"checkpoint.every={PREFERENCE_STEPS}",
-            "optimizer.lr=1e-3",
-            "loss.anchor=1",
-        )
-        run = ("loss=preference", "data=pairs", *data, f"run=dpo_{seed}", f"seed={seed}")
-        command(folder, "train.py", *TRAIN, *run, *more)
-        sampler = sampler_of(adapter(folder, f"dpo_{seed}", PREFERENCE_STEPS))
-        after, known_after = wanted(sampler), known(sampler)
-        gained += [b - a for a, b in zip(before, after, strict=True)]
-        kept += [b - a for a, b in zip(known_before, known_after, strict=True)]
-        log = [
-            json.loads(line) for line in (folder / "runs" / f"dpo_{seed}" / "metrics.jsonl").read_text().splitlines()
-        ]
-        last = {key: mean(row[key] for row in log[-20:]) for key in ("margin", "preferred", "pull", "winner_change")}
-        found["rows"].append({"seed": seed, "wanted": mean(after), "known": mean(known_after), **last})
-        print(f"| {seed} | {mean(after):.0%} | {mean(known_after):.1%} |", flush=True)
-    found |= {"gained": interval(gained), "known, against the base": interval(kept)}
-    print(f"\nmoves {WANTED}: {found['gained']} points; known: {found['known, against the base']} points", flush=True)
-    planted = ("loss.beta=50000", "loss.cap=null", "optimizer.lr=3e-2", "clip=null", "safeguards.refuse=null")
-    try:
-        run = ("loss=preference", "data=pairs", *data, "run=planted", "steps=200")
-        command(folder, "train.py", *TRAIN, *run, *planted)
-        found["planted"] = "no safeguard ended it"
-    except ValueError as error:
-        found["planted"] = str(error).strip().splitlines()[-1]
-    print(f"\nplanted: {found['planted']}", flush=True)
+    data = ("loss=preference", "data=pairs", *data, f"seed={seed}")
+    more = (f"run=dpo_{seed}", f"steps={PREFERENCE_STEPS}", f"checkpoint.every={PREFERENCE_STEPS}", "optimizer.lr=1e-3")
+    command(folder, "train.py", *TRAIN, *data, *more, "loss.anchor=1")
+    sampler = sampler_of(adapter(folder, f"dpo_{seed}", PREFERENCE_STEPS))
+    lines = (folder / "runs" / f"dpo_{seed}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = [json.loads(line) for line in lines[-20:]]
+    log = {
+        key: mean(row[key] for row in last) for key in ("margin", "preferred", "pull", "winner_change", "loser_change")
+    }
+    found[f"seed {seed}"] = {"wanted": wanted(sampler), "known": known(sampler), "last 20 steps": log}
+    if seed == 0:
+        try:
+            command(folder, "train.py", *TRAIN, *data, "run=planted", *PLANTED)
+            found["planted"] = "no safeguard ended it"
+        except ValueError as error:
+            found["planted"] = str(error).strip().splitlines()[-1]
     return found
+
+
+def show_preference(found: Mapping[str, Any]) -> None:
+    """A row before, one for each seed, and what all of them changed."""
+    rows = {name: own for name, own in sorted(found.items()) if name.startswith("seed")}
+    print(f"| | moves {WANTED} | known |\n|---|---|---|")
+    for name, own in {"before": found["before"], **rows}.items():
+        print(f"| {name} | {mean(own['wanted']):.0%} | {mean(own['known']):.1%} |")
+    changes = [
+        interval(moved([own[key] for own in rows.values()], found["before"][key])) for key in ("wanted", "known")
+    ]
+    print(f"| change, points | {changes[0]} | {changes[1]} |\n\nplanted: {found.get('planted')}")
 
 
 def wanted(sampler: Sampler) -> list[float]:
@@ -203,16 +212,27 @@ def wanted(sampler: Sampler) -> list[float]:
     return [float(verdict.direction == WANTED) for verdict in verdicts(sampler, ASKED)]
 
 
-def judged_pairs(folder: Path) -> int:
-    """Write pairs.csv: of each prompt the samples that move as wanted, each with one that does not; how many."""
-    sides: dict[str, tuple[list[str], list[str]]] = {}
-    for about in read_samples(folder):
-        moves = judge(read_mp4(folder / about["file"])).direction
-        sides.setdefault(about["prompt"], ([], []))[moves != WANTED].append(about["file"])
-    pairs = [pair for winners, losers in sides.values() for pair in zip(winners, losers, strict=False)]
+def make_pairs(folder: Path, sampler: Sampler) -> None:
+    """Samples of PAIRED, and others of the same prompts with the wanted direction named, all under the prompt without
+    one; and the pairs of them in which only the second moves as wanted.
+    """
+    folder.mkdir(exist_ok=True)
+    lines, pairs, settings = [], [], Settings({"high_noise": 2.0, "low_noise": 2.0}, 3.0, SOLVER_STEPS)
+    for turn in range(2):
+        sides = []
+        for side, prompts in enumerate(([moving(prompt, WANTED) for prompt in PAIRED], PAIRED)):
+            seeds = [100 * turn + 50 * side + number for number in range(len(PAIRED))]
+            sides.append(sampler.batch(list(prompts), bucket=SIZE, settings=settings, seeds=seeds))
+        for number, both in enumerate(zip(*sides, strict=True)):
+            names = [f"{turn}_{number:02d}_{side}.mp4" for side in "ab"]
+            for name, clip in zip(names, both, strict=True):
+                write_mp4(folder / name, clip, FPS)
+                lines.append(json.dumps({"path": name, "caption": PAIRED[number]}))
+            if [judge(clip).direction == WANTED for clip in both] == [True, False]:
+                pairs.append(names)
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("winner", "loser"), *pairs])
-    return len(pairs)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_engines(what, engine, tiny, how, inside, launch, tmp_path):
     (tmp_path / "one").mkdir()
     run = command(tiny, how, what, "adapter=lora")
     inside(tmp_path / "one", *run)
-    launch(engine, *run)
+    launch(engine, *run[1:])
     one, two = ([row["loss"] for row in rows_of(folder) if "loss" in row] for folder in (tmp_path / "one", tmp_path))
     assert len(one) == 6 and two == pytest.approx(one, rel=1e-5)
 
