@@ -264,8 +264,7 @@ def resume(
         )
     for trainer in trainers.values():
         trainer.restore_optimizer(checkpoint)
-    safeguards.restore(state.get("loss_baselines", {}), trainers)  # older runs learn them anew
-    safeguards.unlearning.restore(state.get("unlearning", {}))
+    safeguards.restore(state, trainers)
     metrics.cut_back(state["step"])
     return int(state["step"])
 

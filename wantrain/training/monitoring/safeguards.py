@@ -101,12 +101,14 @@ class Safeguards:
         guard.check_update()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the usual losses, by expert."""
-        return {name: [own.means.tolist(), own.counts.tolist()] for name, own in self.baselines.items()}
+        """What a checkpoint keeps: the usual losses and what watches the winners, by expert."""
+        usual = {name: [own.means.tolist(), own.counts.tolist()] for name, own in self.baselines.items()}
+        return {"loss_baselines": usual, "unlearning": self.unlearning.state()}
 
     def restore(self, state: Mapping[str, Any], trainers: Mapping[str, ExpertTrainer]) -> None:
-        """Go on from a `state`."""
-        for name, columns in state.items():
+        """Go on from a `state`, among what else a checkpoint holds; what an older one lacks is learned anew."""
+        self.unlearning.restore(state.get("unlearning", {}))
+        for name, columns in state.get("loss_baselines", {}).items():
             baseline = self.baseline(trainers[name])
             baseline.means, baseline.counts = (torch.tensor(column, dtype=torch.float64) for column in columns)
 
