@@ -177,8 +177,8 @@ def preference(folder: Path, seed: int, before: Mapping[str, Any]) -> dict[str, 
         command(folder, "shard.py", f"source={folder / 'pairs'}", f"out={folder / 'videos'}", "static=report")
         command(folder, "encode.py", f"shards={folder / 'videos'}", f"out={folder / 'latents'}", WEIGHTS)
     found: dict[str, Any] = {"before": before.get("before") or {"wanted": wanted(base), "known": known(base)}}
-    data = (f"data.shards={folder / 'latents'}", f"data.pairs={folder / 'pairs' / 'pairs.csv'}")
-    data = ("loss=preference", "data=pairs", *data, f"seed={seed}")
+    pairs = (f"data.shards={folder / 'latents'}", f"data.pairs={folder / 'pairs' / 'pairs.csv'}")
+    data = ("loss=preference", "data=pairs", *pairs, f"seed={seed}")
     more = (f"run=dpo_{seed}", f"steps={PREFERENCE_STEPS}", f"checkpoint.every={PREFERENCE_STEPS}", "optimizer.lr=1e-3")
     command(folder, "train.py", *TRAIN, *data, *more, "loss.anchor=1")
     sampler = sampler_of(adapter(folder, f"dpo_{seed}", PREFERENCE_STEPS))
