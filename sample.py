@@ -24,6 +24,7 @@ from wantrain.sampling import Settings, memory
 from wantrain.sampling.build import build_sampler, encode_texts, load_experts
 from wantrain.sampling.conditioning import ConditioningPixels, files_from, read_pixels
 from wantrain.sampling.gallery import Gallery, fill, mine, write_comparison, write_index
+from wantrain.sampling.pairs import write_pairs
 from wantrain.sampling.prompts import Job, list_jobs, read_prompts
 from wantrain.util import devices, distributed
 from wantrain.util.console import say
@@ -41,21 +42,20 @@ def main(cfg: DictConfig) -> None:
         raise ValueError('give prompt="..." or prompts=FILE (one prompt per line)')
     distributed.set_threads()
     prompts = [cfg.prompt] if cfg.prompts is None else read_prompts(cfg.prompts)
-    jobs, size = list_jobs(prompts, seed=cfg.seed, count=cfg.count), (cfg.height, cfg.width) if cfg.height else None
+    jobs = list_jobs(prompts, seed=cfg.seed, count=cfg.count * (1 if cfg.pairs is None else 2))
+    size = (cfg.height, cfg.width) if cfg.height else None
     pixels = read_pixels(files_from(cfg), config.plain(cfg.model), num_frames=cfg.num_frames, size=size)
     loras = LoraSettings.of(config.plain(cfg.lora), config.locate)
-    out = Path(cfg.out or ("samples" if cfg.compare is None else "compare"))
-    check_writable(out, key="out")
+    out = Path(cfg.pairs or cfg.out or ("samples" if cfg.compare is None else "compare"))
+    check_writable(out, key="out" if cfg.pairs is None else "pairs")
     devices.announce(devices.choose(cfg.device))
-    if cfg.compare is None:
-        loras.check_used([(found := find(cfg, cfg.run).with_loras(loras)).loras])
-        sample(cfg, found, out, jobs, pixels)
-        return
-    several = find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
-    compared = {name: found.with_loras(loras) for name, found in several.items()}
-    loras.check_used([found.loras for found in compared.values()])
-    galleries = {name: sample(cfg, found, out / name, jobs, pixels) for name, found in compared.items()}
-    write_comparison(out / "index.html", galleries, jobs)
+    alone = {"": find(cfg, cfg.run)} if cfg.compare is None else {}
+    several = alone or find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
+    found = {name: sources.with_loras(loras) for name, sources in several.items()}
+    loras.check_used([sources.loras for sources in found.values()])
+    galleries = {name: sample(cfg, sources, out / name, jobs, pixels) for name, sources in found.items()}
+    if cfg.compare is not None:
+        write_comparison(out / "index.html", galleries, jobs)
 
 
 def find(cfg: DictConfig, run: str | None, base: Base | None = None) -> ExpertSources:
@@ -86,7 +86,7 @@ def sample(
         experts = load_experts(found, device, dtype, OffloadPolicy(**config.plain(cfg.offload)))
         sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, texts=texts, **facts)
         fill(gallery, missing, sampler, batch_size=cfg.batch_size, pixels=pixels)
-    write_index(gallery, jobs)
+    (write_index if cfg.pairs is None else write_pairs)(gallery, jobs)
     return gallery
 
 

@@ -28,7 +28,7 @@ from wantrain.training.options import RunSetup
 from wantrain.training.planning import estimate
 from wantrain.training.planning.outline import find_clips
 from wantrain.training.planning.trial_step import out_of_memory
-from wantrain.training.validation.build import build_evaluations, preview_texts
+from wantrain.training.validation.build import build_evaluations, texts_needed
 from wantrain.util import devices, distributed
 from wantrain.util.cards import planned_card
 from wantrain.util.console import say
@@ -67,8 +67,9 @@ def train(cfg: DictConfig) -> None:
     loss_masks.check([expert.loss for expert in experts.values()], data)
     encoder_check.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)
     steps = estimate.run_length(batching.order(data, cfg.seed), **forecast.length)
-    texts = preview_texts(data, settings, placement, base, dtype)  # before experts leave the device no room
-    setup = RunSetup(settings, experts, forecast.alternation, batching, data, base, placement, folder, dtype, steps)
+    texts = texts_needed(data, settings, experts, placement, base, dtype)  # before experts leave the device no room
+    found = {"data": data, "base": base, "placement": placement, "folder": folder, "texts": texts}
+    setup = RunSetup(settings, experts, forecast.alternation, batching, dtype=dtype, steps=steps, **found)
     initializers = build.build_initializers(setup)
     trainables = {name: initializer.trainable() for name, initializer in initializers.items()}
     if line := forecast.share_of_steps(steps):
@@ -86,7 +87,7 @@ def train(cfg: DictConfig) -> None:
                 build.check_experts(trainers, initializers, setup)
             losses = {name: expert.loss for name, expert in experts.items()}
             noise_report.write(folder.path, losses, data.bucket_names, settings)
-            evaluations = build_evaluations(setup, trainers, texts, metrics.tracker)
+            evaluations = build_evaluations(setup, trainers, metrics.tracker)
             with out_of_memory(placement.device, lambda: forecast.advice(data, placement.engine)):
                 forecast.try_largest(trainers, data, placement.engine)
                 ended_by = fit(build.build_run(setup, trainers, checkpoints, monitoring, evaluations), start)

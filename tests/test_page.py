@@ -63,10 +63,13 @@ def rendered(template):
         return page.render("gallery", NASTY, rows=[Row(NASTY, NASTY, [Shown('a "b" #1.mp4', NASTY, NASTY)])])
     if template == "report":
         return page.render("report", NASTY, content_key='m "1"', **REPORT)
+    if template == "pairs":
+        pairs = [{"prompt": NASTY, "files": ['a "b" #1.mp4', "b.mp4"]}]
+        return page.render("pairs", NASTY, pairs=pairs, table=NASTY, folder=NASTY)
     return page.render(template, NASTY, data={"prompt": NASTY, "loss": [1.0, math.nan, -math.inf]})
 
 
-@pytest.mark.parametrize("template", ["gallery", "report", "run", "runs"])
+@pytest.mark.parametrize("template", ["gallery", "pairs", "report", "run", "runs"])
 def test_text_escaped(template):
     """No text becomes markup, and all of it is there as text or as data."""
     reader = read(rendered(template))
@@ -77,7 +80,7 @@ def test_text_escaped(template):
         assert page.data_of(rendered(template)) == {"prompt": NASTY, "loss": [1.0, None, None]}
 
 
-@pytest.mark.parametrize("template", ["gallery", "report", "run", "runs"])
+@pytest.mark.parametrize("template", ["gallery", "pairs", "report", "run", "runs"])
 def test_page_self_contained(template):
     """A page asks for nothing, and its policy allows exactly its own scripts, by their hashes."""
     reader = read(rendered(template))

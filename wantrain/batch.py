@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wantrain import geometry
@@ -30,6 +32,8 @@ class BaseBatch:
         for name, value in vars(self).items():
             if isinstance(value, tuple) and value:
                 chosen[name] = tuple(value[sample] for sample in samples)
+            elif isinstance(value, BaseBatch):
+                chosen[name] = value.take(samples)
         return replace(self, **chosen)
 
 
@@ -50,6 +54,7 @@ class Batch(BaseBatch):
     masked_B       1 for samples that have a mask, 0 for others; None where `mask_BTHW` is
     weight_B       weight of each sample in the loss; None: all 1
     sets           name of each sample's data set; empty where there is one set
+    losers         of preference pairs: the samples that these are preferred to, in their order; None elsewhere
 
     The maker of `conditioning` and the model agree on its keys. Everything between them passes it through.
     """
@@ -65,6 +70,7 @@ class Batch(BaseBatch):
     masked_B: Tensor | None = None
     weight_B: Tensor | None = None
     sets: tuple[str, ...] = ()
+    losers: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -170,7 +176,47 @@ def map_tensors(record: object, change: Callable[[Tensor], Tensor]) -> dict[str,
             changed[name] = tuple(map(change, value))
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseBatch):
             changed[name] = tuple(replace(each, **map_tensors(each, change)) for each in value)
+        elif isinstance(value, BaseBatch):
+            changed[name] = replace(value, **map_tensors(value, change))
     return changed
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of one shape as one, their samples one after another. All of them have the same optional fields, but for
+    masks and weights.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    batches = _weighted_alike(batches)
+    found: dict[str, Any] = {}
+    for name, value in vars(batches[0]).items():
+        every = [getattr(batch, name) for batch in batches]
+        if name == "text_BLD":
+            longest = max(text.shape[1] for text in every)
+            found[name] = torch.cat([F.pad(text, (0, 0, 0, longest - text.shape[1])) for text in every])
+        elif isinstance(value, Tensor):
+            found[name] = torch.cat(every)
+        elif isinstance(value, Mapping):
+            found[name] = {key: torch.cat([each[key] for each in every]) for key in value}
+        elif isinstance(value, tuple):
+            found[name] = tuple(itertools.chain.from_iterable(every))
+        elif isinstance(value, Batch):
+            found[name] = joined(every)
+    return replace(batches[0], **found)
+
+
+def _weighted_alike(batches: Sequence[Batch]) -> list[Batch]:
+    """Where one batch has masks or weights, the others get those of samples without."""
+    absent: Mapping[str, Callable[[Batch], Tensor]] = {
+        "mask_BTHW": lambda batch: torch.zeros_like(batch.latents_BCTHW[:, 0]),
+        "masked_B": lambda batch: batch.latents_BCTHW.new_zeros(len(batch)),
+        "weight_B": lambda batch: batch.latents_BCTHW.new_ones(len(batch)),
+    }
+    names = [name for name in absent if any(getattr(batch, name) is not None for batch in batches)]
+    return [
+        replace(batch, **{name: absent[name](batch) for name in names if getattr(batch, name) is None})
+        for batch in batches
+    ]
 
 
 def moved(record: object, device: torch.device | str) -> dict[str, Any]:

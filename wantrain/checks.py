@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from wantrain import config, geometry
-from wantrain.data import ConditioningInputs
+from wantrain.data import ConditioningInputs, PairData
+from wantrain.losses import LossFunction, Preference
 from wantrain.models import attention, partial
 from wantrain.models.activation_policy import DTYPES, ActivationPolicy
 from wantrain.models.offload import check_swap
@@ -185,6 +186,8 @@ def _check_packs(cfg: DictConfig) -> None:
         raise ValueError(f"{packs}, for which a compiled block is not made; give compile=none, or batch_size=")
     if cfg.loss.get("stratified"):
         raise ValueError(f"{packs}, and as many as fit; loss.stratified=true needs batch_size=")
+    if cfg.preserve.weight:
+        raise ValueError(f"{packs}, which preserve.weight={cfg.preserve.weight:g} cannot; give batch_size=")
     if not getattr(config.named(cfg.loss._target_), "packs", False):
         raise ValueError(f"{packs}, which {cfg.loss._target_} cannot; give batch_size=")
     if not getattr(config.named(cfg.model.transformer._target_), "packs", False):
@@ -237,13 +240,16 @@ def _check_picture(cfg: DictConfig) -> None:
 
 
 def _check_experts(cfg: DictConfig) -> None:
+    from wantrain.training.preserving import preserving
+
     for own in config.experts(cfg).values():
         _check_expert(own)
         _check_window(own)
         _check_optimizer(own.optimizer)
         _check_adaptive(own)
         config.build(own.schedule)
-        config.build(own.loss)  # its own words on a noise distribution that cannot be
+        # The loss has its own words on a noise distribution that cannot be.
+        _check_base(own, preserving(config.build(own.loss), **config.plain(own.preserve)))
 
 
 def _check_noise(cfg: DictConfig) -> None:
@@ -294,6 +300,28 @@ def _check_expert(cfg: DictConfig) -> None:
         raise ValueError(
             f"expert={name}: model={cfg.model.name} has {', '.join(experts)}; "
             f"use {' or '.join(f'expert={other}' for other in experts)}, or another model="
+        )
+
+
+def _check_base(cfg: DictConfig, loss: LossFunction) -> None:
+    """A loss that compares with the base needs an adapter, which can be switched off; pairs need a loss of pairs."""
+    pairs = issubclass(config.named(cfg.data._target_), PairData)
+    if isinstance(loss.core, Preference) != pairs:
+        raise ValueError(
+            "loss=preference and data=pairs go together: the loss learns from pairs of samples; give both, with "
+            "data.pairs=TABLE"
+        )
+    if "base" in loss.networks and cfg.adapter.name in {"none", "partial"}:
+        what = f"preserve.weight={cfg.preserve.weight:g}" if cfg.preserve.weight else "loss=preference"
+        raise ValueError(
+            f"{what} compares with the base, which is the model with its adapter off, and adapter={cfg.adapter.name} "
+            "trains the base itself; give adapter=lora, dora or lokr"
+        )
+    if pairs and cfg.adapter.init is not None:
+        raise ValueError(
+            f"loss=preference compares with the model that the run starts from, and with adapter.init="
+            f"{cfg.adapter.init} that is not the base; merge that adapter (python export.py weights=BASE "
+            "lora.EXPERT=FILE out=DIR), then give weights=DIR and a new adapter"
         )
 
 

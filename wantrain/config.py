@@ -278,13 +278,14 @@ def experts(cfg: DictConfig) -> dict[str, DictConfig]:
 def expert_options(cfg: DictConfig) -> dict[str, ExpertOptions]:
     """The experts in training, each with what its own config builds. ValueError as `experts`."""
     from wantrain.training.options import ExpertOptions
+    from wantrain.training.preserving import preserving
 
     return {
         name: ExpertOptions(
             name,
             plain(own),
             network(own),
-            build(own.loss),
+            preserving(build(own.loss), **plain(own.preserve)),
             build(own.optimizer, _partial_=True),
             build(own.schedule),
         )

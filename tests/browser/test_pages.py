@@ -3,15 +3,18 @@
 import json
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 from run_pages import CULPRIT, LEVELS, PROMPTS, SPIKE, find_clip, make_run, write_log
 
 from wantrain import page
 from wantrain.data import DecodeOptions, apply_table, write_review
+from wantrain.data.loading.pairs import read_rows
 from wantrain.runs.folder import RunFolder
 from wantrain.runs.pages.live import RunPage
 from wantrain.runs.pages.overview import write_overview
+from wantrain.video import write_mp4
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +213,30 @@ def test_data_is_whole(runs):
     data = page.data_of((runs / "one" / "index.html").read_text(encoding="utf-8"))
     assert [row["prompt"] for row in data["previews"]["rows"]] == PROMPTS
     assert json.loads(json.dumps(data)) == data
+
+
+def test_pairs_chosen(show, tmp_path):
+    """A click chooses, another takes it back, arrows choose and go on; what is saved and copied is data.pairs= table."""
+    pairs = [{"prompt": f'a "{name}" 猫', "files": [f"{name}1.mp4", f"{name}2.mp4"]} for name in "abc"]
+    for name in (name for pair in pairs for name in pair["files"]):
+        write_mp4(tmp_path / name, np.zeros((5, 32, 32, 3), np.uint8), 8)
+    document = page.render("pairs", "Pairs", pairs=pairs, table="pairs.csv", folder=str(tmp_path))
+    (tmp_path / "pairs.html").write_text(document, encoding="utf-8")
+    tab = show(tmp_path / "pairs.html")
+    assert tab.locator("#save").is_disabled() and tab.locator("#count").inner_text() == "0 of 3 chosen"
+    choices = tab.locator(".choice")
+    choices.nth(0).click()
+    choices.nth(2).click()
+    choices.nth(2).click()
+    assert tab.locator("#count").inner_text() == "1 of 3 chosen"
+    tab.locator(".pair").nth(1).focus()
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("ArrowLeft")
+    assert tab.locator("#count").inner_text() == "3 of 3 chosen"
+    with tab.expect_download() as download:
+        tab.locator("#save").click()
+    download.value.save_as(tmp_path / "pairs.csv")
+    rows = read_rows(tmp_path / "pairs.csv")
+    assert [row[1:] for row in rows] == [("a1.mp4", "a2.mp4"), ("b2.mp4", "b1.mp4"), ("c1.mp4", "c2.mp4")]
+    tab.locator("#copy").click()
+    assert '"b2.mp4","b1.mp4","a ""b"" 猫"' in tab.locator("#text").input_value()

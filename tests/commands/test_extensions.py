@@ -112,7 +112,7 @@ def test_loss_with_unknown_network(mine, tiny, pair, call, tmp_path):
     (tmp_path / "other_mine.py").write_text(code)
     run = ("train.py", *tiny.train, f"weights={pair}", *RUN, mine, "loss=anchored", "loss._target_=other_mine.Taught")
     error = call(*run, check=False).error
-    assert error == "the loss Taught needs a network 'teacher'; train.py provides: reference"
+    assert error == "the loss Taught needs a network 'teacher'; train.py provides: reference, base"
 
 
 def test_optimizer(mine, tiny, call, tmp_path):

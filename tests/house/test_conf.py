@@ -95,9 +95,11 @@ def test_option_values(option):
     cfg = compose("train", [f"{group}={name}"])
     if group == "data":
         with pytest.raises(ValueError, match="nowhere holds no shards"):  # it has taken all of its keywords by then
-            config.build(
-                cfg.data, **({"sets": {"a": {"shards": "nowhere"}}} if name == "mixed" else {"shards": "nowhere"})
-            )
+            lacking = {
+                "mixed": {"sets": {"a": {"shards": "nowhere"}}},
+                "pairs": {"pairs": "p.csv", "shards": "nowhere"},
+            }
+            config.build(cfg.data, **lacking.get(name, {"shards": "nowhere"}))
     elif option == "optimizer/adamw_8bit" and importlib.util.find_spec("torchao") is None:
         pytest.skip("torchao is not installed")
     elif group == "optimizer":

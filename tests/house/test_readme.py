@@ -204,7 +204,7 @@ def wrong_value(key, value):
 def known():
     """Every key of every command, and every group of options."""
     groups = [[f"{group}={option}"] for group in ("adapter", "optimizer") for option in config._choices()[group]]
-    groups += [["data=mixed"], ["recipe=wan_tiny_vae_images"]]
+    groups += [["data=mixed"], ["data=pairs", "loss=preference"], ["recipe=wan_tiny_vae_images"]]
     keys = {"hydra.searchpath", "mixed_precision", "config"}  # of Hydra, of accelerate, and a settings file
     keys |= {key for command in COMMANDS for key in config._all_keys(config.compose(command))}
     keys |= {key for group in groups for key in config._all_keys(config.compose("train", group))}

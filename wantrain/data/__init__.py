@@ -15,6 +15,7 @@ from wantrain.data.latents.options import EncodeOptions, Encoders
 from wantrain.data.loading.dataset import LatentData
 from wantrain.data.loading.mixture import MixedData, check_sets
 from wantrain.data.loading.packs import Pack, PackSampler
+from wantrain.data.loading.pairs import PairData
 from wantrain.data.loading.pixel_dataset import PixelData
 from wantrain.data.loading.protocol import TrainingData
 from wantrain.data.loading.sampler import BatchSampler, share
@@ -39,6 +40,7 @@ __all__ = [
     "MixedData",
     "Pack",
     "PackSampler",
+    "PairData",
     "PixelData",
     "ShardOptions",
     "TrainingData",

@@ -4,6 +4,8 @@ They are given a model and import none.
 """
 
 from wantrain.losses.flow_matching import FlowMatching
+from wantrain.losses.preference import Preference
+from wantrain.losses.preservation import Preserving
 from wantrain.losses.reconstruction import Reconstruction
 from wantrain.losses.record import ClipValidation, Draws, Loss, LossFunction, Model, NoiseLevelValidation
 from wantrain.losses.shifts import FluxShift, RootShift
@@ -20,6 +22,8 @@ __all__ = [
     "MinSNR",
     "Model",
     "NoiseLevelValidation",
+    "Preference",
+    "Preserving",
     "Reconstruction",
     "RootShift",
 ]

@@ -266,15 +266,19 @@ def has_adapter(module: nn.Module) -> bool:
 
 @contextmanager
 def switched_off(module: nn.Module) -> Iterator[None]:
-    """While active, the module computes what its base does; meanwhile the adapter cannot be trained."""
-    layers = _layers(module).values()
-    for layer in layers:
-        layer.enable_adapters(False)
+    """While active, the module computes what its base does.
+
+    Between a forward with the adapter and its backward it must be over: what a backward computes again would be the
+    base's. peft's own switch also sets requires_grad, which engines read that hold weights in parts.
+    """
+    before = {layer: layer.disable_adapters for layer in _layers(module).values()}
+    for layer in before:
+        layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        for layer, was in before.items():
+            layer._disable_adapters = was
 
 
 def adapter_layers(module: nn.Module, copy: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Trainable]:

@@ -59,6 +59,7 @@ def render(
 _SCRIPTS: Mapping[str, Sequence[str]] = {
     "captions": ["format.js", "captions.js"],
     "gallery": ["videos.js"],
+    "pairs": ["format.js", "videos.js", "pairs.js"],
     "report": ["format.js", "report.js"],
     "run": [
         "uplot/uPlot.iife.min.js",
@@ -77,7 +78,16 @@ _SCRIPTS: Mapping[str, Sequence[str]] = {
     ],
     "runs": ["uplot/uPlot.iife.min.js", "format.js", "charts.js", "runs.js"],
 }
-_STYLES = ("uplot/uPlot.min.css", "page.css", "charts.css", "videos.css", "tables.css", "captions.css", "narrow.css")
+_STYLES = (
+    "uplot/uPlot.min.css",
+    "page.css",
+    "charts.css",
+    "videos.css",
+    "tables.css",
+    "captions.css",
+    "pairs.css",
+    "narrow.css",
+)
 
 
 def content_key_of(document: str) -> str:

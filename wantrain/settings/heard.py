@@ -194,6 +194,12 @@ _TRAIN = (
         "adapter.init={adapter.init} has its own; leave out one of them",
     ),
     *(_new_adapter(name) for name in ("high_noise", "low_noise")),
+    Rule(
+        (r"safeguards\.unlearning(_stop)?",),
+        lambda values, given: "beta" in values["loss"],
+        "loss={loss._target_} has no winners; it is for loss=preference",
+    ),
+    Rule((r"preserve\.prompts?",), _differs("preserve.weight", 0), "preserve.weight=0 preserves nothing"),
     Rule((r"gpu", r"bucket"), _equals("dry_run", True), "it is for dry_run=true, which plans for a card"),
     Rule(
         (r"base\.dtype",),
@@ -315,7 +321,10 @@ _ENCODE = (
 )
 
 _SAMPLE = (
-    Rule((r"run",), _equals("compare", None), "compare={compare} names the runs"),
+    Rule(
+        (r"run", r"pairs"), _equals("compare", None), "compare={compare} names the runs, each with a folder below out="
+    ),
+    Rule((r"out",), _equals("pairs", None), "pairs={pairs} is the folder"),
     Rule(
         (r"runs",),
         lambda values, given: values["run"] is not None or values["compare"] is not None,

@@ -14,7 +14,9 @@ _OFF: Mapping[str, Sequence[str]] = {
     "recipe": (),
     "sample": ("sample.every=0",),
     "validation": ("validation.every=0",),
-    "safeguards": ("safeguards.spike=null", "safeguards.refuse=null", "safeguards.hang=null"),
+    "safeguards": tuple(
+        f"safeguards.{key}=null" for key in ("spike", "refuse", "unlearning", "unlearning_stop", "hang")
+    ),
 }
 _NULLABLE = ("tracker", "recipe")  # of the others null is not off: it leaves something to be chosen
 _EVERY = ("sample", "validation", "checkpoint")

@@ -34,6 +34,7 @@ from wantrain.training.loop import Run
 from wantrain.training.monitoring.metrics import Metrics
 from wantrain.training.monitoring.safeguards import Safeguards
 from wantrain.training.monitoring.throughput import Throughput, peak_of
+from wantrain.training.monitoring.unlearning import Unlearning
 from wantrain.training.options import ExpertOptions, RunSetup
 from wantrain.training.trainable import TrainableModule
 from wantrain.training.validation import expert_check
@@ -42,14 +43,19 @@ from wantrain.util import distributed
 from wantrain.util.console import say
 from wantrain.util.seeds import seed_at
 
+#: Frozen networks that a loss may name; see LossFunction.
+NETWORKS = ("reference", "base")
+
 
 def parts_needed(settings: Mapping[str, Any], experts: Iterable[str]) -> list[str]:
-    """The parts of the base that a run reads: what trains, and with previews all that sampling takes.
+    """The parts of the base that a run reads: what trains, what encodes class prompts, and with previews all that
+    sampling takes.
 
     Of a repository of the hub these alone are downloaded.
     """
+    texts = ["text_encoder", "tokenizer"] if settings["preserve"]["weight"] else []
     if not settings["sample"]["every"]:
-        return list(experts)
+        return [*experts, *texts]
     return [*dict.fromkeys([*experts, *settings["model"]["experts"]]), "vae", "text_encoder", "tokenizer"]
 
 
@@ -155,7 +161,7 @@ def build_expert(
     if reference is not None:
         placement.place(reference)
     stepper = placement.stepper(trainable.module, optimizer, options, frozen=trainable.frozen)
-    expert.loss.attach(_networks(expert.loss, stepper, reference))
+    expert.loss.attach(_networks(expert.loss, stepper, reference), setup.texts)
     return ExpertTrainer(
         name=expert.name,
         trainable=trainable,
@@ -182,10 +188,17 @@ def _frozen_copy(trainable: TrainableModule, expert: ExpertOptions) -> torch.nn.
     None where that is the module with its adapter off: a new adapter adds nothing, one that continues from a file does.
     """
     loss = expert.loss
-    if wrong := [name for name in loss.networks if name != "reference"]:
-        raise ValueError(f"the loss {type(loss).__name__} needs a network {wrong[0]!r}; train.py provides: reference")
-    starts_as_base = adapters.has_adapter(trainable.module) and expert.settings["adapter"]["init"] is None
-    if not loss.networks or starts_as_base:
+    if wrong := [name for name in loss.networks if name not in NETWORKS]:
+        raise ValueError(
+            f"the loss {type(loss).__name__} needs a network {wrong[0]!r}; train.py provides: {', '.join(NETWORKS)}"
+        )
+    adapted = adapters.has_adapter(trainable.module)
+    if "base" in loss.networks and not adapted:
+        raise ValueError(
+            f"the loss {type(loss).__name__} compares with the base, which is the model with its adapter off; give "
+            f"adapter=lora, dora or lokr, not adapter={expert.settings['adapter']['name']}"
+        )
+    if "reference" not in loss.networks or (adapted and expert.settings["adapter"]["init"] is None):
         return None
     frozen = copy.deepcopy(trainable.module).requires_grad_(False).eval()
     trained = dict(trainable.module.named_parameters())
@@ -198,24 +211,29 @@ def _frozen_copy(trainable: TrainableModule, expert: ExpertOptions) -> torch.nn.
 def _networks(loss: LossFunction, stepper: Stepper, reference: torch.nn.Module | None) -> dict[str, Model]:
     """The frozen networks that a loss names, each as a callable without gradients."""
 
-    def answer(*args: Any, **keywords: Any) -> Any:
-        if reference is not None:
-            with torch.no_grad():
-                return reference.to(stepper.device)(*args, **keywords)
-        with torch.no_grad(), adapters.switched_off(stepper.module):
+    @torch.no_grad()
+    def base(*args: Any, **keywords: Any) -> Any:
+        with adapters.switched_off(stepper.module):
             return stepper.module(*args, **keywords)
 
-    return dict.fromkeys(loss.networks, answer)
+    @torch.no_grad()
+    def copied(*args: Any, **keywords: Any) -> Any:
+        assert reference is not None
+        return reference.to(stepper.device)(*args, **keywords)
+
+    answers = {"base": base, "reference": base if reference is None else copied}
+    return {name: answers[name] for name in loss.networks}
 
 
 def build_monitoring(setup: RunSetup) -> tuple[Metrics, Throughput, Safeguards]:
     """The log of a run, its throughput and its safeguards. The watchdog is none of them: it starts before the run."""
     settings = setup.settings
-    limits = {key: value for key, value in settings["safeguards"].items() if key != "hang"}
+    limits = {key: settings["safeguards"][key] for key in ("max_skipped_steps", "spike", "refuse")}
+    unlearning = Unlearning(settings["safeguards"]["unlearning"], settings["safeguards"]["unlearning_stop"])
     return (
         Metrics(setup.folder.metrics, steps=setup.steps, peak=peak_of(setup.placement.device)),
         Throughput(settings["model"]["fps"], compiler=setup.compiler),
-        Safeguards(setup.folder.safeguards, **limits),
+        Safeguards(setup.folder.safeguards, **limits, unlearning=unlearning),
     )
 
 
@@ -237,7 +255,7 @@ def resume(
     state = read_state(checkpoint)
     if state["data"] != data:
         raise ValueError(
-            f"{checkpoint} was trained on other shards than data.shards holds now (another manifest); "
+            f"{checkpoint} was trained on other shards than data.shards holds now (another manifest, or other pairs); "
             "give those it was trained on, or a new run=NAME"
         )
     made = state.get("experts", {})  # older runs have none
@@ -249,7 +267,7 @@ def resume(
         )
     for trainer in trainers.values():
         trainer.restore_optimizer(checkpoint)
-    safeguards.restore(state.get("loss_baselines", {}), trainers)  # older runs learn them anew
+    safeguards.restore(state, trainers)
     metrics.cut_back(state["step"])
     return int(state["step"])
 

@@ -79,7 +79,7 @@ class Run:
         on_main(self.checkpoints.wait, "writing the checkpoint before")
         write, size, ended = self._state()
         counts = {"samples": self.samples(step), "experts": self.count(step)}
-        state = {**self.facts, **counts, "loss_baselines": self.safeguards.state()}
+        state = {**self.facts, **counts, **self.safeguards.state()}
         save = partial(self.checkpoints.save, step, write, state, size=size, score=score, ended=ended)
         on_main(save, f"saving step {step}")
         self.metrics.note("save_seconds", time.perf_counter() - began)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wantrain.data import TrainingData
 from wantrain.losses import LossFunction
@@ -46,6 +46,7 @@ class RunSetup:
     settings  the whole config as plain data
     dtype     of frozen weights; trained ones are float32
     steps     optimizer steps, of all experts together
+    texts     embeddings (L, D) of the texts that losses and previews need, by text
     """
 
     settings: Mapping[str, Any]
@@ -58,6 +59,7 @@ class RunSetup:
     folder: RunFolder
     dtype: torch.dtype
     steps: int
+    texts: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def kernel(self) -> Kernel | None:

@@ -46,6 +46,9 @@ ADDED: Mapping[str, Any] = {
     "loss.mask": "none",
     "loss.mask_rest": 0.0,
     "loss.mask_normalize": True,
+    "preserve.weight": 0.0,
+    "preserve.prompt": None,
+    "preserve.prompts": None,
 }
 #: Gradient checkpointing, by whether it was on.
 _RECOMPUTE: Mapping[Any, Any] = {True: "block", False: "none"}

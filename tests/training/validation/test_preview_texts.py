@@ -125,10 +125,10 @@ def test_texts_across_ranks(engine, others, tiny, monkeypatch):
     model = {"conditioning": "none", "area": 1024, "multiple": 16, "num_frames": 5, "negative_prompt": "blurred"}
     settings = {"sample": {"every": 2, "prompts": None, "count": 2}, "expert": {"name": "low_noise"}, "model": model}
     data = SimpleNamespace(captions=lambda: ["a red ring", "a cat", "a dog"])
-    made = build.preview_texts(data, settings, placement, Base(tiny.base), torch.float32)
+    made = build.texts_needed(data, settings, {}, placement, Base(tiny.base), torch.float32)
     assert list(made) == ["a red ring", "a cat", "blurred"]
 
     monkeypatch.setattr(build, "on_main", lambda work, doing: {"told": "by the main process"})
     monkeypatch.setattr(build.distributed, "is_main", lambda: False)
     monkeypatch.setattr(Base, "text_encoder", lambda *_, **__: pytest.fail("it was loaded"))
-    assert build.preview_texts(data, settings, placement, Base(tiny.base), torch.float32) == others
+    assert build.texts_needed(data, settings, {}, placement, Base(tiny.base), torch.float32) == others

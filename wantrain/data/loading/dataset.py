@@ -256,12 +256,23 @@ class LatentData:
         return self._tensors(tar, *place, f"text {text}", "text")["text"].float()
 
     def _caption(self, text: int) -> str:
-        """The caption of a text, from its .json member, which follows the .safetensors member in its tar."""
+        """The caption of a text."""
         tar = self.manifest["text_shards"][self.index.text_shard[text]]["name"]
-        end, block = int(self.index.text_offset[text] + self.index.text_size[text]), tarfile.BLOCKSIZE
+        return str(self._about(tar, int(self.index.text_offset[text] + self.index.text_size[text]))["caption"])
+
+    def _file_of(self, clip: int) -> str:
+        """The name of the file that a clip was cut from, relative to its footage."""
+        window = self.index.windows_of(clip)[0]
+        tar = self.manifest["shards"][self.index.shard[window]]["name"]
+        return str(self._about(tar, int(self.index.offset[window] + self.index.size[window]))["source"])
+
+    def _about(self, tar: str, end: int) -> dict[str, Any]:
+        """The .json member that follows a .safetensors member, which ends at byte `end` of its tar."""
+        block = tarfile.BLOCKSIZE
         header = -(-end // block) * block
         info = tarfile.TarInfo.frombuf(bytes(self.files.read(tar, header, header + block)), "utf-8", "strict")
-        return str(json.loads(bytes(self.files.read(tar, header + block, header + block + info.size)))["caption"])
+        about: dict[str, Any] = json.loads(bytes(self.files.read(tar, header + block, header + block + info.size)))
+        return about
 
 
 def _stacked(masks: Sequence[Tensor | None], latents_BCTHW: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from wantrain.batch import Batch, pad_texts
+from wantrain.batch import Batch, joined
 from wantrain.conditioning import ModelInputs
 from wantrain.data.latents.loss_masks import MaskCounts
 from wantrain.data.loading.dataset import LatentData
@@ -116,7 +114,9 @@ class MixedData:
             if len(own):
                 batches.append(self._shared(number, part.load(wanted[own] - self._first[number], places[own])))
                 order.append(own)
-        return _joined(batches, np.argsort(np.concatenate(order)))
+        if len(batches) == 1:
+            return batches[0]  # in order already
+        return joined(batches).take(np.argsort(np.concatenate(order)).tolist())
 
     def heldout_batches(self, count: int) -> list[Batch]:
         """Held-out clips of each set that has any, one batch per bucket: `count` in all, at least one of a set.
@@ -243,37 +243,3 @@ def _common_facts(parts: Mapping[str, LatentData]) -> dict[str, Any]:
     files = [part.manifest["encoders"] for part in parts.values() if "encoders" in part.manifest][:1]
     common = {key: one.manifest[key] for key in COMMON if key in one.manifest}
     return common | ({"encoders": files[0]} if files else {})
-
-
-def _joined(batches: list[Batch], order: Indices) -> Batch:
-    """Batches of one shape as one, its samples taken in `order`."""
-    if len(batches) == 1:
-        return batches[0]  # in order already
-    ids, positions, clips, sets = (
-        list(itertools.chain.from_iterable(parts))
-        for parts in zip(*((batch.ids, batch.positions, batch.clips, batch.sets) for batch in batches), strict=True)
-    )
-    texts = [text for batch in batches for text in batch.text_BLD]
-    noised = [batch.noised_BT for batch in batches if batch.noised_BT is not None]  # of all or none: one model
-    return Batch(
-        torch.cat([batch.latents_BCTHW for batch in batches])[order],
-        pad_texts([texts[place] for place in order]),
-        ids=tuple(ids[place] for place in order),
-        positions=tuple(positions[place] for place in order),
-        conditioning={
-            name: torch.cat([batch.conditioning[name] for batch in batches])[order] for name in batches[0].conditioning
-        },
-        noised_BT=torch.cat(noised)[order] if noised else None,
-        clips=tuple(clips[place] for place in order),
-        mask_BTHW=_cat([(batch.mask_BTHW, batch.latents_BCTHW[:, 0] * 0) for batch in batches], order),
-        masked_B=_cat([(batch.masked_B, torch.zeros(len(batch))) for batch in batches], order),
-        weight_B=_cat([(batch.weight_B, torch.ones(len(batch))) for batch in batches], order),
-        sets=tuple(sets[place] for place in order),
-    )
-
-
-def _cat(parts: Sequence[tuple[Tensor | None, Tensor]], order: Indices) -> Tensor | None:
-    """Tensors of batches as one, in `order`, with what stands in the place of one that is None; None if all are."""
-    if all(part is None for part, _ in parts):
-        return None
-    return torch.cat([otherwise if part is None else part for part, otherwise in parts])[order]

@@ -56,7 +56,7 @@ def write(folder: Path, losses: Mapping[str, Any], buckets: Iterable[str], setti
     for each number of them. Sets with noise of their own have theirs. ValueError if the folder holds another run's
     distributions.
     """
-    velocity = {name: loss for name, loss in losses.items() if isinstance(loss, FlowMatching)}
+    velocity = {name: loss.core for name, loss in losses.items() if isinstance(loss.core, FlowMatching)}
     if not velocity or not distributed.is_main():
         return
     sizes = {_tokens(bucket, settings["model"]["multiple"]) for bucket in set(buckets)}

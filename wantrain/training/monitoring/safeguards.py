@@ -8,6 +8,7 @@ moves     the first step moves something that is trained; for a LoRA the log nam
 gradient  non-finite gradients skip the step, on every rank, and are recorded; `max_skipped_steps` in a row end the run
 spike     a batch with a loss `spike` times the usual one for its noise levels is reported and recorded; at `refuse`
           times the step is skipped, on every rank
+unlearning  a preference run that gets worse at the winners themselves is reported, and ended (unlearning.py)
 
 Records go to safeguards.jsonl in the run's folder: each rank's own samples with their noise levels; the noise itself is
 a function of (seed, "noise", position). The first three raise ValueError.
@@ -33,6 +34,7 @@ from wantrain.losses import Draws, Loss
 from wantrain.models.adapters import is_zero_at_start
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
+from wantrain.training.monitoring.unlearning import Unlearning
 from wantrain.util import distributed
 from wantrain.util.console import say
 
@@ -80,12 +82,14 @@ class Safeguards:
     max_skipped_steps  skipped steps in a row that end the run
     spike              how many times the usual loss is reported; None: none is
     refuse             how many times the usual loss skips the step; None: none does
+    unlearning         watches the winners of a preference run
     """
 
     path: Path
     max_skipped_steps: int = 3
     spike: float | None = 10.0
     refuse: float | None = 100.0
+    unlearning: Unlearning = field(default_factory=Unlearning)
     skipped: int = 0
     proved: set[str] = field(default_factory=set)  # experts whose first step was right
     baselines: dict[str, LossBaseline] = field(default_factory=dict)
@@ -98,12 +102,14 @@ class Safeguards:
         guard.check_update()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the usual losses, by expert."""
-        return {name: [own.means.tolist(), own.counts.tolist()] for name, own in self.baselines.items()}
+        """What a checkpoint keeps: the usual losses and what watches the winners, by expert."""
+        usual = {name: [own.means.tolist(), own.counts.tolist()] for name, own in self.baselines.items()}
+        return {"loss_baselines": usual, "unlearning": self.unlearning.state()}
 
     def restore(self, state: Mapping[str, Any], trainers: Mapping[str, ExpertTrainer]) -> None:
-        """Go on from a `state`."""
-        for name, columns in state.items():
+        """Go on from a `state`, among what else a checkpoint holds; what an older one lacks is learned anew."""
+        self.unlearning.restore(state.get("unlearning", {}))
+        for name, columns in state.get("loss_baselines", {}).items():
             baseline = self.baseline(trainers[name])
             baseline.means, baseline.counts = (torch.tensor(column, dtype=torch.float64) for column in columns)
 
@@ -143,6 +149,7 @@ class StepGuard:
         self.sigmas: list[Tensor] = []
         self.losses: list[Tensor] = []  # of this rank, on the device
         self.most = 0  # samples of any rank in this step, where ranks have different numbers of them
+        self.over_base: list[Tensor] = []  # likewise: logarithms of the losses over the base's, where there are any
         self.everyone: Tensor | None = None  # noise levels and losses of all ranks, (samples, 2)
         self.excess: Tensor | None = None  # how many times the usual this step's losses are, over all ranks
         self.times_usual = 1.0
@@ -164,6 +171,8 @@ class StepGuard:
                 row["sigma"] = sigma
             self.sigmas.append(loss.sigma.detach())
         self.losses.append(loss.per_sample.detach())
+        if loss.over_base is not None:
+            self.over_base.append(loss.over_base.log())
         self.samples += rows
         if isinstance(batch, PackedBatch):
             self.most = batch.most
@@ -191,7 +200,10 @@ class StepGuard:
         """
         losses = torch.cat(self.losses)
         excess = losses.new_ones(()) if self.excess is None else self.excess
-        (size,), (received,), (times,), own_losses = self.stepper.read(norm, signal, excess, losses)
+        over_base = [self.stepper.mean(torch.cat(self.over_base).mean())] if self.over_base else []
+        (size,), (received,), (times,), own_losses, *watched = self.stepper.read(
+            norm, signal, excess, losses, *over_base
+        )
         self.times_usual = times
         if self.first and self.stepper.processes > 1:
             self._check_ranks()
@@ -202,6 +214,9 @@ class StepGuard:
             self.safeguards.skipped = 0
             if self.everyone is not None:
                 self._check_spike(self.everyone, times)
+            for (log_ratio,) in watched:
+                if found := self.safeguards.unlearning.see(self.trainer.name, self.step, log_ratio):
+                    self._record("unlearning", **found)
         else:
             self._skip(size, times)
         return Verdict(self.updated, int(received) or None)

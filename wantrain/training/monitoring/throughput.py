@@ -114,7 +114,8 @@ class Throughput:
         key = (trainer.name, tokens, text_rows)
         if key not in self.flops:
             rows = min(text_rows + 1, module.text_length)
-            self.flops[key] = training_flops(module, tokens=tokens, text_rows=rows).model
+            flops, loss = training_flops(module, tokens=tokens, text_rows=rows), trainer.loss
+            self.flops[key] = loss.rows * flops.model + loss.base_rows * flops.forward
         return self.flops[key]
 
 

@@ -59,8 +59,8 @@ def share_of_steps(alternation: ExpertAlternation, losses: Mapping[str, LossFunc
 def noise_levels(losses: Mapping[str, LossFunction]) -> str:
     """Which noise levels each expert trains on, a line each; empty for losses that draw none."""
     lines = []
-    for name, loss in losses.items():
-        if isinstance(loss, FlowMatching):
+    for name, around in losses.items():
+        if isinstance(loss := around.core, FlowMatching):
             low, *_, high = loss.quadrature(10).tolist()  # the middles of ten equal parts
             texture = loss.noise.share_below(TEXTURE)
             lines.append(
@@ -104,6 +104,7 @@ def describe(
     steps: int | None,
     kept: Standing,
     checkpoints: Mapping[str, Any],
+    losses: Mapping[str, LossFunction],
 ) -> str:
     """Lines for `dry_run=true`: tokens per sample, samples per step, steps, epochs, operations, trained parameters,
     memory, disk. `steps` is None where only data that are not there could tell; a module is None where only weights
@@ -114,7 +115,7 @@ def describe(
     for name, module in modules.items():
         whose = f"   ({name})" if len(modules) > 1 else ""
         if isinstance(module, WanTransformer) and clips.strides is not None:
-            lines.append(_operations(module, clips, batching) + whose)
+            lines.append(_operations(module, clips, batching, losses[name]) + whose)
         lines.append(_trained(module) + whose)
     lines.append(f"kept in memory      {kept}, before activations")
     there = [module for module in modules.values() if module is not None]
@@ -187,7 +188,7 @@ def _trained(module: nn.Module | None) -> str:
     return f"trained parameters  {trained:,} of {total:,} ({100 * trained / total:.1f} %)"
 
 
-def _operations(module: WanTransformer, clips: Clips, batching: Batching) -> str:
+def _operations(module: WanTransformer, clips: Clips, batching: Batching, loss: LossFunction) -> str:
     """The operations of a step in the commonest bucket, with texts as long as they may be; of packs, in the mean."""
     tokens = {bucket: geometry.num_tokens(clips.latent_shape(bucket)) for bucket in clips.counts}
     if batching.tokens is not None:
@@ -202,7 +203,10 @@ def _operations(module: WanTransformer, clips: Clips, batching: Batching) -> str
     batch_size = batching.batch_size
     each = training_flops(module, tokens=tokens[clips.commonest], text_rows=module.text_length)
     again = f" + {each.recompute / 1e12:.3g} computed again" if each.recompute else ""
+    several = "" if loss.rows == 1 else f" x {loss.rows}"
+    base = f" + {each.forward / 1e12:.3g} of the base x {batch_size} x {loss.base_rows}" if loss.base_rows else ""
+    total = batch_size * (each.executed * loss.rows + each.forward * loss.base_rows)
     return (
         f"TFLOP per step      {clips.commonest}: ({each.forward / 1e12:.3g} forward + {each.backward / 1e12:.3g} "
-        f"backward{again}) x {batch_size} samples = {each.executed * batch_size / 1e12:.4g}"
+        f"backward{again}) x {batch_size} samples{several}{base} = {total / 1e12:.4g}"
     )

@@ -90,10 +90,12 @@ class Forecast:
     def describe(self, clips: Clips, *, engine: str, card: Card | None) -> str:
         """Lines for `dry_run=true`: what the run will be, each figure as an equation; `card` is the one to plan for."""
         steps = estimate.foreseen_length(clips.plan, **self.length)
-        lines = estimate.describe(clips, self.modules, self.batching, steps, self.kept, self.settings["checkpoint"])
+        losses = {name: expert.loss for name, expert in self.experts.items()}
+        checkpoints = self.settings["checkpoint"]
+        lines = estimate.describe(clips, self.modules, self.batching, steps, self.kept, checkpoints, losses)
         planner = self.planner(engine)
         plans = None if planner is None else planner.describe(clips, card, steps)
-        noise = estimate.noise_levels({name: expert.loss for name, expert in self.experts.items()})
+        noise = estimate.noise_levels(losses)
         return "\n".join(filter(None, (self.share_of_steps(steps), lines, noise, plans)))
 
     def try_largest(self, trainers: Mapping[str, ExpertTrainer], data: TrainingData[Any], engine: str) -> None:
@@ -129,4 +131,5 @@ class Forecast:
                 return None
             modules[name] = module
         optimizers = {name: expert.optimizer for name, expert in self.experts.items()}
-        return Planner(modules, optimizers, self.settings, self.batching, engine, self.batching.processes)
+        rows = max(expert.loss.rows for expert in self.experts.values())
+        return Planner(modules, optimizers, self.settings, self.batching, engine, self.batching.processes, rows)

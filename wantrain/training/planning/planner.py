@@ -38,6 +38,7 @@ class Planner:
     modules   without values, as in the run, but with the base in its plain dtype
     settings  the whole config as plain data
     engine, processes  how the run is spread
+    rows      samples that the network computes for each of a batch; what the base computes beside is not in the times
     """
 
     modules: Mapping[str, WanTransformer]
@@ -46,6 +47,7 @@ class Planner:
     batching: Batching
     engine: str
     processes: int
+    rows: int = 1
 
     @cached_property
     def asked(self) -> Choice:
@@ -98,11 +100,16 @@ class Planner:
                         each: between(small[name].costs[each], large[name].costs[each], share)
                         for each in self._policies
                     },
-                    work=Work.of(self.modules[name], tokens=tokens[bucket], samples=self.batching.micro),
+                    work=Work.of(self.modules[name], tokens=tokens[bucket], samples=self._samples),
                 )
                 for name in self.modules
             }
         return {bucket: ends[bucket] for bucket in order}
+
+    @property
+    def _samples(self) -> int:
+        """Samples of one forward."""
+        return self.batching.micro * self.rows
 
     @property
     def _policies(self) -> list[str]:
@@ -128,7 +135,7 @@ class Planner:
         """
         shape, budget = clips.latent_shape(bucket), self.batching.tokens
         if budget is None:
-            return ((self.batching.micro, *shape),)
+            return ((self._samples, *shape),)
         fitting, left = divmod(budget, geometry.num_tokens(shape))
         image = (1, 1, geometry.PATCH[1], geometry.PATCH[2] * left)
         return (*([(fitting, *shape)] if fitting else []), *([image] if left else []))

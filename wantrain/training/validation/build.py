@@ -22,17 +22,15 @@ from wantrain.training.engine.main_process import on_main
 from wantrain.training.engine.placement import Placement
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.monitoring.trackers import Tracker
-from wantrain.training.options import RunSetup
+from wantrain.training.options import ExpertOptions, RunSetup
 from wantrain.training.validation.preview import Preview, PreviewRequest, as_trained
 from wantrain.training.validation.validators import Evaluations, build_validators
 from wantrain.util import distributed
 from wantrain.util.console import say
 
 
-def build_evaluations(
-    setup: RunSetup, trainers: Mapping[str, ExpertTrainer], texts: dict[str, Tensor], tracker: Tracker
-) -> Evaluations:
-    """Validation of each expert, and previews if they are wanted, of the prompts whose embeddings `texts` are."""
+def build_evaluations(setup: RunSetup, trainers: Mapping[str, ExpertTrainer], tracker: Tracker) -> Evaluations:
+    """Validation of each expert, and previews if they are wanted."""
     evaluations = build_validators(setup, trainers)
     if not makes_previews(setup.settings):
         return evaluations
@@ -53,7 +51,7 @@ def build_evaluations(
         steps=setup.steps,
         folder=setup.folder.samples,
         tracker=tracker,
-        texts=texts,
+        texts=setup.texts,
     )
     return replace(evaluations, hooks=[*evaluations.hooks, preview])
 
@@ -63,23 +61,33 @@ def makes_previews(settings: Mapping[str, Any]) -> bool:
     return bool(settings["sample"]["every"]) and settings["expert"]["name"] != "vae"
 
 
-def preview_texts(
-    data: TrainingData[Any], settings: Mapping[str, Any], placement: Placement, base: Base, dtype: torch.dtype
+def texts_needed(
+    data: TrainingData[Any],
+    settings: Mapping[str, Any],
+    experts: Mapping[str, ExpertOptions],
+    placement: Placement,
+    base: Base,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Embeddings of all texts that previews need, on the processes that sample; none where nothing is previewed.
+    """Embeddings of the losses' prompts, on every process, and of all texts that previews need, on those that sample.
 
     To be called before the experts are loaded, which leave no room for the text encoder. The main process encodes.
     """
-    if not makes_previews(settings):
+    wanted = [prompt for expert in experts.values() for prompt in expert.loss.prompts]
+    shown = makes_previews(settings)
+    if not wanted and not shown:
         return {}
 
     def encode() -> dict[str, Tensor]:
-        requests = what_to_show(data, settings["model"], settings["sample"]["prompts"], settings["sample"]["count"])
-        texts = [*(each.prompt for each in requests), settings["model"]["negative_prompt"]]
+        texts = list(wanted)
+        if shown:
+            some = what_to_show(data, settings["model"], settings["sample"]["prompts"], settings["sample"]["count"])
+            texts += [*(each.prompt for each in some), settings["model"]["negative_prompt"]]
         return encode_texts(base, texts, device=placement.device, dtype=dtype)
 
-    texts = on_main(encode, "encoding the previews' texts")
-    return texts if distributed.is_main() or placement.every_process_samples else {}
+    texts = on_main(encode, "encoding texts")
+    samples = distributed.is_main() or placement.every_process_samples
+    return {text: embedding for text, embedding in texts.items() if samples or text in wanted}
 
 
 def what_to_show(
