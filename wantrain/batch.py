@@ -213,10 +213,10 @@ def _weighted_alike(batches: Sequence[Batch]) -> list[Batch]:
         "weight_B": lambda batch: batch.latents_BCTHW.new_ones(len(batch)),
     }
     names = [name for name in absent if any(getattr(batch, name) is not None for batch in batches)]
-    return [
-        replace(batch, **{name: absent[name](batch) for name in names if getattr(batch, name) is None})
-        for batch in batches
+    given: list[dict[str, Any]] = [
+        {name: absent[name](batch) for name in names if getattr(batch, name) is None} for batch in batches
     ]
+    return [replace(batch, **own) for batch, own in zip(batches, given, strict=True)]
 
 
 def moved(record: object, device: torch.device | str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ def check(losses: Iterable[LossFunction], data: TrainingData[Any]) -> None:
 
     ValueError if none has, or if a mask leaves no pixel to learn from.
     """
-    masks = next((loss.masks for loss in losses if isinstance(loss, FlowMatching)), None)
+    masks = next((loss.core.masks for loss in losses if isinstance(loss.core, FlowMatching)), None)
     if masks is None or masks.mode == "none":
         return
     counts = data.mask_counts()
