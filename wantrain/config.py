@@ -1,5 +1,5 @@
 """The entry point of every command: the only module that knows Hydra; OmegaConf is keys to it, the commands and
-checks.py alone.
+checks/ alone.
 
 `app` turns a command into a program (free text and paths are taken as typed; errors are one line), `build` makes the
 objects that the command line composed, `locate` finds files that ship with the project. A stored config
