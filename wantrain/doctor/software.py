@@ -33,6 +33,7 @@ EXTRAS = {
     "mlflow": "tracker=mlflow",
     "8bit": "optimizer=adamw_8bit",
     "quant": "base.dtype=nf4",
+    "adaptive": "optimizer=prodigy and schedule_free",
 }
 
 
