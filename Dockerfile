@@ -1,6 +1,6 @@
 # wantrain for rented machines: a folder of footage and a recipe in, a pipeline and LoRA files out (docs/installing.md).
 # docker build -t wantrain .          for a CPU: docker build --build-arg DEVICE=cpu -t wantrain .
-# docker run --gpus all --shm-size 16g -v "$PWD:/workspace" wantrain FOOTAGE RECIPE [train.py's other settings]
+# docker run --gpus all --shm-size 16g -v "$PWD:/wantrain" wantrain FOOTAGE RECIPE [train.py's other settings]
 ARG DEVICE=cuda
 # The CUDA release that torch of constraints.txt is built with; nvcc is for the kernel that DeepSpeed builds (zero3_offload).
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS cuda
@@ -24,8 +24,8 @@ COPY . ./
 RUN DS_BUILD_OPS=0 pip install --no-cache-dir --constraint constraints.txt ".[8bit,quant,scenes,tensorboard]"
 COPY --chmod=755 launch/start.sh /usr/local/bin/wantrain-start
 
-# Any user may run it (docker run --user "$(id -u):$(id -g)"): what is written, caches too, is below /workspace.
-RUN mkdir --mode 1777 /workspace
-WORKDIR /workspace
-ENV HOME=/workspace USER=wantrain
+# Any user may run it (docker run --user "$(id -u):$(id -g)"): what is written, caches too, is below /wantrain.
+RUN mkdir --mode 1777 /wantrain
+WORKDIR /wantrain
+ENV HOME=/wantrain USER=wantrain
 ENTRYPOINT ["wantrain-start"]

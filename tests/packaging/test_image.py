@@ -74,8 +74,8 @@ def test_copied_files_are_sent():
 
 def test_any_user_may_run_it():
     """Home and the working folder are one that everybody may write into; nothing is written elsewhere."""
-    assert of("WORKDIR")[-1] == "/workspace" and "HOME=/workspace" in of("ENV")[-1]
-    assert "mkdir --mode 1777 /workspace" in of("RUN")
+    assert of("WORKDIR")[-1] == "/wantrain" and "HOME=/wantrain" in of("ENV")[-1]
+    assert "mkdir --mode 1777 /wantrain" in of("RUN")
     assert (
         of("ENTRYPOINT") == ['["wantrain-start"]'] and "launch/start.sh /usr/local/bin/wantrain-start" in of("COPY")[-1]
     )
