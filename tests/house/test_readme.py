@@ -119,7 +119,8 @@ def accepted(command, settings):
     cfg = config.compose(command, settings)
     for key in OmegaConf.missing_keys(cfg):  # of other work, as encode.py check=true
         OmegaConf.update(cfg, key, "DIR")
-    checks.check(cfg, given=config.keys_of([words.quoted(word) for word in words.expanded(settings)]))
+    given = config.keys_of([words.quoted(word) for word in words.expanded(settings)])
+    checks.check(cfg, given=given, processes=cfg.get("sequence_parallel", 1))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -178,7 +179,9 @@ def test_wrong_values():
 
 
 #: key=value in backticks; the value in brackets or quotes, or without a blank.
-SETTING = re.compile(r"""(?<![\w./+-])([a-z][\w.]*)=('[^']*'|"[^"]*"|\{[^}]*\}|\[[^\]]*\]|[^\s"'{\[]\S*|)""")
+SETTING = re.compile(
+    r"""(?<![\w./+-])([a-z][\w.]*)=('[^']*'|"[^"]*"|\{(?:\{[^}]*\}|[^{}])*\}|\[(?:\[[^\]]*\]|[^\[\]])*\]|[^\s"'{\[]\S*|)"""
+)
 #: What stands for a value.
 STAND_IN = re.compile(r"\b[A-Z]+[0-9]?\b|\.\.\.|://")
 
@@ -227,7 +230,7 @@ def test_noise_table():
     head, row = (re.search(rf"^\| {first}.*$", text, flags=re.M)[0] for first in ("`experts", "below sigma 0.3"))
     shifts, quoted = re.findall(r"\| (\d+)", head), [int(share) for share in re.findall(r"(\d+) %", row)]
     boundary = config.compose("train", ["model=t2v_a14b"]).model.boundary
-    computed = [FlowMatching(shift=float(shift), low=0.0, high=boundary).share_below(0.3) for shift in shifts]
+    computed = [FlowMatching(shift=float(shift), low=0.0, high=boundary).noise.share_below(0.3) for shift in shifts]
     assert len(shifts) == 4 and quoted == [round(100 * share) for share in computed]
 
 
