@@ -82,7 +82,8 @@ def test_engines(what, engine, tiny, how, inside, launch, tmp_path):
     inside(tmp_path / "one", *run)
     launch(engine, *run[1:])
     one, two = ([row["loss"] for row in rows_of(folder) if "loss" in row] for folder in (tmp_path / "one", tmp_path))
-    assert len(one) == 6 and two == pytest.approx(one, rel=1e-5)
+    # beta / 2 = 250 times a difference of errors: rounding that is 1e-7 in them was 1.2e-5 in the loss (DDP, FSDP2).
+    assert len(one) == 6 and two == pytest.approx(one, rel=1e-4 if what == "preference" else 1e-5)
 
 
 def test_unlearning_ends_the_run(tiny, how, call, tmp_path):
