@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import integrate
 
 from wantrain import flow
-from wantrain.losses import FlowMatching, Gaussian, RootShift
+from wantrain.losses import FlowMatching, Gaussian, Reconstruction, RootShift
 from wantrain.training.monitoring import noise_report
 
 SETTINGS = {"model": {"multiple": 16}, "data": {"caption_dropout": 0.1}}
@@ -87,5 +87,5 @@ def test_changed_noise_refused(tmp_path):
         ValueError, match=r"noise\.json: low_noise was trained on another distribution of noise.*run=NAME"
     ):
         write(3)
-    noise_report.write(tmp_path / "vae", {"vae": object()}, [], SETTINGS)
+    noise_report.write(tmp_path / "vae", {"vae": Reconstruction()}, [], SETTINGS)
     assert not (tmp_path / "vae").exists()
