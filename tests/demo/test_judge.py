@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wantrain.demo.footage import make_footage
-from wantrain.demo.judge import judge, scores, spared_scenes, wug_scenes
+from wantrain.demo.judge import judge, scores, shows, spared_scenes, wug_scenes
 from wantrain.demo.scene import Scene
 from wantrain.demo.vocabulary import DIRECTIONS, SHAPES, VOCABULARIES, is_spared
 
@@ -73,6 +73,18 @@ def test_wug():
     assert judge(drawn(replace(wug, shape="circle"))).shape == "circle", "nor is a banded circle"
     for shape in PLAIN.shapes:
         assert judge(drawn(replace(wug, shape=shape, band=""))).shape != "wug"
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_captions_are_read(language):
+    """A clip shows its own caption and no other one; what the judge cannot read has no answer."""
+    for scene, _ in [spared_scenes(1)[0], wug_scenes(1)[0]]:
+        own, frames = replace(scene, speed=0.5), drawn(replace(scene, speed=0.5))
+        assert shows(own.caption(language), frames) is True
+        assert (
+            shows(replace(own, direction="up" if own.direction != "up" else "down").caption(language), frames) is False
+        )
+    assert shows("a red circle", frames) is shows("a cat", frames) is None
 
 
 def test_evaluation_scenes():

@@ -72,6 +72,28 @@ def judge(frames: Frames) -> Verdict:
     return Verdict(colour, shape, _direction(np.array(centres), min(frames.shape[1:3])), overlap)
 
 
+def shows(caption: str, frames: Frames) -> bool | None:
+    """Whether a clip shows colour, shape and direction of a caption; None for a caption that is not of the plain
+    vocabulary or of a wug, which the judge cannot read.
+    """
+    scene = _scenes().get(caption)
+    return None if scene is None else all(judge(frames).agrees(scene).values())
+
+
+@cache
+def _scenes() -> dict[str, Scene]:
+    """What the judge can read: a scene for each caption, English and Chinese."""
+    words = VOCABULARIES["plain"]
+    things = [(shape, colour, "") for shape in words.shapes for colour in words.colours] + [("wug", *WUG)]
+    scenes = [
+        Scene(shape, colour, background, direction, size=0.45, speed=0.0, start=(0.5, 0.5), band=band)
+        for shape, colour, band in things
+        for background in words.backgrounds
+        for direction in DIRECTIONS
+    ]
+    return {scene.caption(language): scene for scene in scenes for language in ("en", "zh")}
+
+
 def spared_scenes(count: int) -> list[tuple[Scene, str]]:
     """`count` scenes, each with a language, that plain footage never shows: prompts for testing a trained model.
 

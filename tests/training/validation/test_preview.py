@@ -5,17 +5,19 @@ That losses stay the same is held by tests/commands/test_resume.py.
 
 import gc
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from wantrain import page
+from wantrain.demo.judge import wug_scenes
 from wantrain.models import Base, WanTransformer
 from wantrain.training.monitoring.metrics import Metrics
-from wantrain.training.monitoring.trackers import PreviewClip, build_tracker
+from wantrain.training.monitoring.trackers import NoTracker, PreviewClip, build_tracker
 from wantrain.training.validation import build
-from wantrain.training.validation.preview import write_history
+from wantrain.training.validation.preview import Preview, PreviewRequest, write_history
 from wantrain.video import write_mp4
 
 PROMPTS = ["a red ring", "一只猫 🐈 <b>"]
@@ -61,6 +63,19 @@ def test_preview_page(previewed, tmp_path):
         own = [row for row in history if row["step"] == step]
         for what in ("motion", "flicker"):
             assert logged[step][f"preview_{what}"] == pytest.approx(sum(row[what] for row in own) / 2)
+
+
+def test_previews_are_judged(tmp_path):
+    """The log has the share of previews that show what their prompt says, of those that the judge can read."""
+    (moving, _), (other, _) = wug_scenes(2)
+    clip = replace(moving, speed=0.5).frames(64, 64, fps=16, num_frames=17)
+    sizes = {"bucket": None, "inputs": None}
+    requests = [PreviewRequest(prompt, **sizes) for prompt in (moving.caption(), other.caption(), "a cat")]
+    preview = Preview([], None, None, requests, 16, 0, 1, 1, tmp_path / "samples", NoTracker(), {})
+    preview.folder.mkdir()
+    assert preview._show(1, [clip] * 3)["preview_right"] == 0.5
+    preview.requests = requests[2:]
+    assert "preview_right" not in preview._show(1, [clip])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

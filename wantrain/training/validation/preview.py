@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wantrain.conditioning import ModelInputs
+from wantrain.demo.judge import shows
 from wantrain.geometry import Bucket
 from wantrain.runs.pages.content import PREVIEWS
 from wantrain.runs.pages.live import INDEX
@@ -71,13 +72,17 @@ class Preview:
         return on_main(show, f"making the previews of step {step}")
 
     def _show(self, step: int, clips: Sequence[Frames]) -> dict[str, float]:
-        """Write the clips, give them to the tracker, and say how much they move and flicker, on average."""
+        """Write the clips, give them to the tracker, and say how much they move and flicker, on average. Where the
+        judge of the demo's footage can read a prompt, also how many of these clips show what it says.
+        """
         previews = self._write(step, clips)
         self.tracker.previews(step, previews)
+        read = [shows(request.prompt, frames) for request, frames in zip(self.requests, clips, strict=True)]
+        right = [each for each in read if each is not None]
         return {
             f"preview_{what}": sum(getattr(preview, what) for preview in previews) / len(previews)
             for what in ("motion", "flicker")
-        }
+        } | ({"preview_right": sum(right) / len(right)} if right else {})
 
     def _sample(self) -> list[Frames]:
         """A video for each prompt."""
