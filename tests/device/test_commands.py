@@ -123,7 +123,9 @@ def test_packs(train, tmp_path):
     ended = train("adapter=lora", *packed, "validation.every=1000", "checkpoint.every=1000")
     assert "the fullest pack was tried:" in ended.stdout
     assert np.isfinite(losses(tmp_path / "runs" / "r")).all()
-    assert max(sum(number for *_, number in step["reads"]) for step in ended.steps[1:-1]) <= 1
+    # The inputs of blocks leave for the host in a stream of their own, which nothing waits for.
+    reads = [[row for row in step["reads"] if "copy_stream" not in row[1]] for step in ended.steps[1:-1]]
+    assert max(sum(number for *_, number in step) for step in reads) <= 1, reads
 
 
 def test_host_reads_per_step(train):

@@ -208,9 +208,14 @@ _TRAIN = (
     ),
     Rule((r"batch_tokens",), _NOT_VAE, "expert=vae trains on pixels, which have no tokens; give batch_size="),
     Rule(
-        (r"batch_size", r"model\.train\.(batch_size|micro_batch)"),
-        _equals("batch_tokens", None),
+        (r"batch_size",),
+        lambda values, given: None in (values["batch_tokens"], values["batch_size"]),
         "batch_tokens={batch_tokens} says how large a step is; leave it out, or give null in place of a recipe's",
+    ),
+    Rule(
+        (r"model\.train\.(batch_size|micro_batch)",),
+        _equals("batch_tokens", None),
+        "batch_tokens={batch_tokens} says how large a step is",
     ),
     Rule((r"trained",), _NOT_VAE, "expert=vae trains in float32"),
     Rule(
