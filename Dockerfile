@@ -21,7 +21,7 @@ COPY constraints.txt ./
 RUN index=; if [ "$DEVICE" = cpu ]; then index="--index-url https://download.pytorch.org/whl/cpu"; fi \
     && pip install --no-cache-dir --constraint constraints.txt $index torch
 COPY . ./
-RUN DS_BUILD_OPS=0 pip install --no-cache-dir --constraint constraints.txt ".[8bit,quant,scenes,tensorboard]"
+RUN DS_BUILD_OPS=0 pip install --no-cache-dir --constraint constraints.txt ".[8bit,adaptive,quant,scenes,tensorboard]"
 COPY --chmod=755 launch/start.sh /usr/local/bin/wantrain-start
 
 # Any user may run it (docker run --user "$(id -u):$(id -g)"): what is written, caches too, is below /wantrain.

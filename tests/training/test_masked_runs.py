@@ -112,7 +112,7 @@ def test_resume_and_accumulation(tiny, latents, unbroken, call, tmp_path):
     for ours, theirs in zip(rows(tmp_path / "runs" / "a"), rows(unbroken), strict=True):
         assert (ours["loss"], ours["grad_norm"]) == pytest.approx((theirs["loss"], theirs["grad_norm"]), rel=2e-5)
     noise = json.loads((unbroken / "noise.json").read_text())["low_noise"]
-    assert noise["mask"] == {"mode": "focus", "rest": 0.1, "normalize": True} and noise["caption_dropout"] == {
+    assert noise["loss_mask"] == {"mode": "focus", "rest": 0.1, "normalize": True} and noise["caption_dropout"] == {
         "all": 0.1
     }
 

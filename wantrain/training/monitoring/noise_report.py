@@ -72,7 +72,7 @@ def write(folder: Path, losses: Mapping[str, Any], buckets: Iterable[str], setti
             "stratified": loss.stratified,
             "distributions": _distributions(loss.noise, sizes),
             **({"sets": sets} if sets else {}),
-            "mask": vars(loss.masks),
+            "loss_mask": vars(loss.masks),
             "caption_dropout": _dropout(settings["data"]),
         }
     _refuse_another(folder / "noise.json", report)

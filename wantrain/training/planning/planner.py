@@ -137,8 +137,8 @@ class Planner:
         if budget is None:
             return ((self._samples, *shape),)
         fitting, left = divmod(budget, geometry.num_tokens(shape))
-        image = (1, 1, geometry.PATCH[1], geometry.PATCH[2] * left)
-        return (*([(fitting, *shape)] if fitting else []), *([image] if left else []))
+        rest = (1, 1, geometry.PATCH[1], geometry.PATCH[2] * left)
+        return (*([(fitting, *shape)] if fitting else []), *([rest] if left else []))
 
     def label(self, bucket: str) -> str:
         """What a step of the largest bucket is called: its size, or that of a pack."""
