@@ -107,6 +107,10 @@ BAD = {
         ("loss=preference", "data=pairs", "data.pairs=p.csv", "adapter=lora", "adapter.init=a.safetensors"),
         "adapter.init=a.safetensors that is not the base; merge that adapter",
     ),
+    "weighting": (
+        ("loss=preference", "data=pairs", "data.pairs=p.csv", "adapter=lora", "noise=diffsynth"),
+        "noise.weighting: loss=wantrain.losses.Preference does not go by it",
+    ),
     "no pairs": (("loss=preference", "adapter=lora"), "loss=preference and data=pairs go together"),
     "no loss of pairs": (("data=pairs", "data.pairs=p.csv", "adapter=lora"), "loss=preference and data=pairs go together"),
     "nothing to preserve": (("preserve.weight=1",), "preserve.weight=1 compares with the base"),

@@ -123,6 +123,16 @@ def test_shared_draws():
     assert torch.allclose(noisy[:4] - noisy[4:], (1 - s[:4]) * clean, atol=1e-6), "the noise cancels out"
 
 
+def test_weights_and_limits():
+    """A winner's loss_weight weighs its pair, and noise levels stay within the limits."""
+    whole = lost(Toy(), pairs(), beta=2.0)[0].value
+    one = lost(Toy(), pairs(weight_B=torch.tensor([4.0, 0, 0, 0])), beta=2.0)[0].value
+    rest = lost(Toy(), pairs(weight_B=torch.tensor([0.0, 4, 4, 4])), beta=2.0)[0].value
+    assert (one + rest).item() == pytest.approx(4 * whole.item(), rel=1e-5)
+    sigma = lost(Toy(), pairs(), beta=2.0, min_sigma=0.4, max_sigma=0.6)[1].sigma
+    assert ((sigma >= 0.4) & (sigma <= 0.6)).all()
+
+
 @pytest.mark.parametrize("settings", [{"beta": 0.0}, {"cap": -1.0}, {"anchor": -0.1}])
 def test_refused_settings(settings):
     """Settings that make no loss name themselves."""

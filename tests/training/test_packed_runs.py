@@ -128,6 +128,7 @@ def test_dry_run(tiny, call):
     ("given", "words"),
     [
         (["compile=blocks"], "batch_tokens=100 computes clips of several sizes at once, for which a compiled block"),
+        (["data.caption_dropout=[[0,0.3],[9,0]]"], "a caption_dropout by step needs batch_size="),
         (["loss.stratified=true"], "loss.stratified=true needs batch_size="),
         (["batch_size=4"], "batch_size has no effect: batch_tokens=100 says how large a step is"),
         (["model.train.micro_batch=1"], "model.train.micro_batch has no effect: batch_tokens=100 says"),

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from wantrain import config, geometry
 from wantrain.checks import updates
@@ -182,6 +182,9 @@ def _check_packs(cfg: DictConfig) -> None:
     if cfg.batch_tokens is None or cfg.expert.name == "vae":
         return
     packs = f"batch_tokens={cfg.batch_tokens} computes clips of several sizes at once"
+    of_sets = (cfg.data.get("sets") or {}).values()
+    if any(isinstance(each.get("caption_dropout"), ListConfig) for each in (cfg.data, *of_sets)):
+        raise ValueError(f"{packs}, as many as fit; a caption_dropout by step needs batch_size=")
     if cfg.compile != "none":
         raise ValueError(f"{packs}, for which a compiled block is not made; give compile=none, or batch_size=")
     if cfg.loss.get("stratified"):
@@ -260,6 +263,9 @@ def _check_noise(cfg: DictConfig) -> None:
     if wrong := [name for name in cfg.loss.get("sets") or {} if name not in names]:
         raise ValueError(f"noise.sets.{wrong[0]}: there is no such set; data.sets has {', '.join(names) or 'none'}")
     experts = config.experts(cfg).values()
+    for key, default in (("weighting", "none"), ("sets", None)):
+        if key not in cfg.loss and any(own.noise.get(key, default) != default for own in experts):
+            raise ValueError(f"noise.{key}: loss={cfg.loss._target_} does not go by it; leave it out")
     for key, end, inside in (("min_sigma", "low", float.__gt__), ("max_sigma", "high", float.__lt__)):
         given = [(float(own.noise[key]), own.expert) for own in experts if own.noise[key] is not None]
         if given and not any(inside(limit, float(expert[end] or 0)) for limit, expert in given):

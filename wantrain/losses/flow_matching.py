@@ -73,10 +73,6 @@ class FlowMatching(LossFunction):
         self.min_sigma, self.max_sigma, self.sets = min_sigma, max_sigma, sets
         self.mask, self.mask_rest, self.mask_normalize = mask, mask_rest, mask_normalize
         self.masks = MaskWeights(mask, mask_rest, mask_normalize)
-        self.density, self.shift, self.weighting, self.huber = density, shift, weighting, huber
-        self.min_sigma, self.max_sigma, self.sets = min_sigma, max_sigma, sets
-        self.mask, self.mask_rest, self.mask_normalize = mask, mask_rest, mask_normalize
-        self.masks = MaskWeights(mask, mask_rest, mask_normalize)
         self.stratified, self.batch_size, self.seed = stratified, batch_size, seed
         windows = [each.window for each in (self.noise, *self.noise_of_sets.values())]
         self.window: flow.NoiseWindow = flow.NoiseWindow(

@@ -34,7 +34,7 @@ class Preference(FlowMatching):
     beta    how steep the loss is in the margin: at 1 / (beta / 2) above 0 a pair pulls with 0.27 instead of 0.5
     cap     value of beta / 2 * margin above which a pair no longer pulls; null: it pulls ever less, and never stops
     anchor  weight of the winner's own velocity error beside it, against a winner that gets worse
-    density, shift, low, high, stratified, batch_size, seed  as in `FlowMatching`
+    density, shift, low, high, min_sigma, max_sigma, stratified, batch_size, seed  as in `FlowMatching`
     """
 
     packs = False
@@ -52,6 +52,8 @@ class Preference(FlowMatching):
         shift: float | ShiftByTokens = 1.0,
         low: float = 0.0,
         high: float = 1.0,
+        min_sigma: float | None = None,
+        max_sigma: float | None = None,
         stratified: bool = False,
         batch_size: int | None = 1,
         seed: int = 0,
@@ -66,6 +68,8 @@ class Preference(FlowMatching):
             shift=shift,
             low=low,
             high=high,
+            min_sigma=min_sigma,
+            max_sigma=max_sigma,
             stratified=stratified,
             batch_size=batch_size,
             seed=seed,
@@ -89,6 +93,8 @@ class Preference(FlowMatching):
         logit = self.beta / 2 * margin
         capped = logit if self.cap is None else logit.clamp(max=self.cap)
         loss = F.softplus(-capped) + self.anchor * winner
+        if batch.weight_B is not None:  # of the winners' clips
+            loss = loss * batch.weight_B
         with torch.no_grad():
             parts = {
                 "margin": margin.mean(),

@@ -82,7 +82,8 @@ class Preserving(LossFunction):
 
     def _texts(self, chosen: Tensor, *, like: Tensor) -> Tensor:
         """The class prompts of a batch (B, L, D); where the inner loss repeats its samples, so often."""
-        texts = self.embeddings_NLD.to(like.device)[chosen.to(like.device)]
+        self.embeddings_NLD = self.embeddings_NLD.to(like.device)
+        texts = self.embeddings_NLD[chosen.to(like.device)]
         return torch.cat([texts] * (len(like) // len(texts)))
 
 

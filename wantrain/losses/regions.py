@@ -70,14 +70,16 @@ class MaskWeights:
         return weight
 
     def checked(self, batch: Batch) -> Tensor | None:
-        """`weights` of a batch on the host. ValueError, naming the clip, if nothing is left of one."""
+        """`weights` of a batch on the host. ValueError, naming the clip, if nothing is left of one.
+
+        Where frames are given clean, by what was drawn, such a sample has no part in the loss: another draw has others.
+        """
         weight_BTHW = self.weights(batch)
         empty = [] if weight_BTHW is None else (weight_BTHW.flatten(1).sum(dim=1) == 0).tolist()
-        if any(empty):
+        if any(empty) and batch.noised_BT is None:
             raise ValueError(
                 f"loss.mask={self.mode} leaves no pixel of {batch.ids[empty.index(True)]}: its mask has nothing "
-                f"{'white' if self.mode == 'focus' else 'black'} in the frames that are learned; give loss.mask_rest a "
-                "number above 0, or change the mask"
+                f"{'white' if self.mode == 'focus' else 'black'}; give loss.mask_rest a number above 0, or change it"
             )
         return weight_BTHW
 
@@ -88,9 +90,10 @@ class MaskWeights:
 
 
 def weighted_mean(error_BCTHW: Tensor, weight_BTHW: Tensor) -> Tensor:
-    """Mean of each sample's errors by weight, (B,)."""
+    """Mean of each sample's errors by weight, (B,); 0 where all weights are."""
     dims = (1, 2, 3)
-    return (error_BCTHW.mean(dim=1) * weight_BTHW).sum(dim=dims) / weight_BTHW.sum(dim=dims)
+    total = weight_BTHW.sum(dim=dims)
+    return (error_BCTHW.mean(dim=1) * weight_BTHW).sum(dim=dims) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def area(weight_BTHW: Tensor, batch: Batch) -> Tensor:

@@ -46,6 +46,7 @@ FREE = (
     "stop_after",
     "replay",
     "data.shards",
+    "data.pairs",  # its contents' hash is part of the data's
     "data.cache",
     "data.cache_gb",
     "loss.batch_size",  # equals batch_size, which is compared

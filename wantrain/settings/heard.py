@@ -235,7 +235,10 @@ _TRAIN = (
     ),
     Rule(
         (r"data\.batch_size",),
-        lambda values, given: isinstance(values["data"].get("caption_dropout"), list),
+        lambda values, given: any(
+            isinstance(each.get("caption_dropout"), list)
+            for each in (values["data"], *(values["data"].get("sets") or {}).values())
+        ),
         "data.caption_dropout={data.caption_dropout} is the same at every step",
     ),
     Rule((r"schedule\.(decay|floor)",), _differs("schedule.shape", "constant"), "schedule.shape=constant never falls"),

@@ -115,7 +115,6 @@ ENCODE: Mapping[str, Any] = {
     "report": Literal["page", "decode", "none"],
 }
 
-#: Settings that an expert of a pair may have for itself: their names under experts.NAME, and their kinds.
 #: Settings that an expert of a pair may have for itself, and their places in the config.
 OF_AN_EXPERT: Mapping[str, str] = {
     "lr": "optimizer.lr",

@@ -32,7 +32,12 @@ SHARED: Mapping[str, tuple[str, ...]] = {
     "runs": ("train", "sample", "export"),
 }
 #: Settings of which one stands in the other's place: where one is typed, the file's other is left out.
-INSTEAD = ({"prompt", "prompts"}, {"steps", "epochs"})
+INSTEAD = (
+    {"prompt", "prompts"},
+    {"steps", "epochs"},
+    {"batch_size", "batch_tokens"},
+    {"preserve.prompt", "preserve.prompts"},
+)
 #: Inside a list or a mapping, text of these signs needs no quotes for Hydra.
 _BARE = re.compile(r"[\w./+-]*")
 

@@ -90,8 +90,8 @@ def open_run(setup: RunSetup, command: Iterable[str]) -> tuple[Checkpoints, Path
 
 
 def sources_of(experts: Mapping[str, ExpertOptions], base: Base) -> dict[str, str]:
-    """The identities of the files that each expert starts from: its part of the base, and the adapter it goes on from;
-    empty where it starts from random values.
+    """The identities of the files that each expert starts from: its part of the base, and the adapter it goes on from,
+    unless it starts from random values; and of its class prompts.
     """
     found = {}
     for name, expert in experts.items():
@@ -101,6 +101,8 @@ def sources_of(experts: Mapping[str, ExpertOptions], base: Base) -> dict[str, st
             path = Path(file).expanduser()
             files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
             found[f"{name}.init"] = identity_of(files)
+        if file := expert.settings["preserve"]["prompts"]:
+            found["preserve.prompts"] = identity_of([Path(file).expanduser()])
     return found
 
 

@@ -72,6 +72,9 @@ def test_pairs_load(latents, plain, table):
     assert torch.equal(dropped.text_BLD[0], data.empty_text) and torch.equal(
         dropped.losers.text_BLD[0], data.empty_text
     )
+    by_step = opened(latents, table(*rows), caption_dropout=[[0, 0.0], [1, 1.0]], batch_size=8)
+    texts = [by_step.load([0], [place]).text_BLD[0] for place in (7, 8)]  # of step 0, of step 1
+    assert [torch.equal(text, data.empty_text) for text in texts] == [False, True]
 
 
 def all_latents(data):

@@ -98,7 +98,8 @@ class LatentData:
 
     def train_batches(self, count: int) -> list[Batch]:
         """As many training clips, chosen in the same manner; files in the order of their hashes."""
-        by_group = self.train[np.argsort(self.index.group[self.train], kind="stable")]
+        clips = np.array(list(dict.fromkeys(self.train.tolist())), dtype=np.int64)  # a winner may be in several pairs
+        by_group = clips[np.argsort(self.index.group[clips], kind="stable")]
         return self._bucketed(one_per_group(by_group, self.index.group)[:count])
 
     def groups_of(self, clips: Sequence[int]) -> list[int]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from wantrain.batch import Batch
 from wantrain.data.footage.captions import read_text
 from wantrain.data.loading.dataset import LatentData
+from wantrain.data.loading.dropout import Points
 from wantrain.data.loading.holdout import split_groups
 from wantrain.data.loading.sampler import Indices
 from wantrain.data.remote import CACHE
@@ -57,7 +58,8 @@ class PairData(LatentData):
         cache: str | Path = CACHE,
         cache_gb: float = 100.0,
         holdout: float = 0.05,
-        caption_dropout: float = 0.1,
+        caption_dropout: float | Points = 0.1,
+        batch_size: int | None = 1,
         mask_types: Mapping[str, Any] | None = None,
         conditioning: str = "none",
         seed: int = 0,
@@ -70,6 +72,7 @@ class PairData(LatentData):
             cache_gb=cache_gb,
             holdout=0.0,
             caption_dropout=caption_dropout,
+            batch_size=batch_size,
             mask_types=mask_types,
             conditioning=conditioning,
             seed=seed,

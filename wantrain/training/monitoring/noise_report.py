@@ -120,7 +120,7 @@ def _refuse_another(path: Path, report: Mapping[str, Any]) -> None:
 
 def _curves(expert: Mapping[str, Any]) -> list[list[float]]:
     """The effective densities of an expert, then of its sets."""
-    reports = [expert, *expert.get("sets", {}).values()]
+    reports = [expert, *(own for _, own in sorted(expert.get("sets", {}).items()))]
     return [distribution["effective_density"] for report in reports for distribution in report["distributions"]]
 
 

@@ -113,7 +113,7 @@ def choose_extent(
     budget = Budget(
         share=chosen.share,
         samples=first.plan.samples_per_step / first.stepper.data_ranks.count,
-        per_sample=forwards_per_sample(first.trainable.module, clip),
+        per_sample=first.loss.rows * forwards_per_sample(first.trainable.module, clip) + first.loss.base_rows,
         passes=sum(1 if trainer.ema is None else 2 for trainer in trainers.values()),
         processes=first.stepper.data_ranks.count,
         heldout=len(heldout),
