@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import wandb
 
 from wantrain import page
 from wantrain.demo.judge import wug_scenes
@@ -170,6 +171,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     """W&B offline leaves the videos and a table per prompt in the run folder."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    wandb.teardown()  # what another test has set up
     frames = torch.randint(0, 255, (5, 16, 16, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
     metrics = Metrics(tmp_path / "metrics.jsonl", steps=4)
     metrics.tracker = build_tracker("wandb", project="p", run="r", folder=tmp_path, config={})

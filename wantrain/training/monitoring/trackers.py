@@ -92,7 +92,7 @@ class WandbTracker:
             resume="allow",
             dir=str(folder),
             config=dict(config),
-            mode="offline" if offline else None,
+            mode="offline" if offline else os.environ.get("WANDB_MODE"),  # as it is now: W&B reads it once
         )
         self.waiting: dict[int, Sequence[PreviewClip]] = {}
         self.tables: dict[int, Any] = {}
