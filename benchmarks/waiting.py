@@ -1,7 +1,7 @@
 """How threads should wait for each other: python benchmarks/waiting.py
 
 wan-tiny's VAE encodes a clip of 17x64x64 over and over, in fresh processes: with one thread, and with one per core, of
-which those that wait sleep (OMP_WAIT_POLICY=PASSIVE, which wantrain sets) or spin (the default of OpenMP). Each runs
+which those that wait sleep at once, spin shortly before (as wantrain sets it), or spin (OpenMP's default). Each runs
 alone and beside another process that uses all cores, turn by turn. Prints frames per second and writes
 waiting.json beside this file. "Alone" is true only on a machine where nothing else runs; its load is written too.
 """
@@ -22,11 +22,14 @@ from wantrain.util.distributed import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS, ROUNDS, FRAMES = 6.0, 3, 17
-#: Ways of computing: name -> threads (None: one per core), what the environment says of waiting.
-WAYS: dict[str, tuple[int | None, str]] = {
-    "one thread": (1, "PASSIVE"),
-    "threads that sleep": (None, "PASSIVE"),
-    "threads that spin": (None, ""),
+#: Spins of OpenMP's default.
+LONG = 300_000
+#: Ways of computing: name -> threads (None: one per core), spins before a waiting thread sleeps.
+WAYS: dict[str, tuple[int | None, int]] = {
+    "one thread": (1, 0),
+    "threads that sleep": (None, 0),
+    "threads that spin shortly": (None, 2000),
+    "threads that spin": (None, LONG),
 }
 PLACES = ("alone", "beside another")
 
@@ -46,19 +49,19 @@ def main() -> None:
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(options.rounds):
         for place in PLACES:
-            for way, (threads, policy) in WAYS.items():
-                found[f"{way}, {place}"].append(measured(threads, policy, beside=place != "alone"))
+            for way, (threads, spins) in WAYS.items():
+                found[f"{way}, {place}"].append(measured(threads, spins, beside=place != "alone"))
     for name, rates in found.items():
         print(f"{name}: {median(rates):.0f} frames/s ({', '.join(f'{rate:.0f}' for rate in rates)})")
     result = {"frames_per_second": dict(found), "cores": cores(), "load_before": load}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def measured(threads: int | None, policy: str, *, beside: bool) -> float:
+def measured(threads: int | None, spins: int, *, beside: bool) -> float:
     """Frames per second of one process, with another that spins on all cores or without."""
-    other = started(cores(), "") if beside else None
+    other = started(cores(), LONG) if beside else None
     try:
-        answer, _ = started(threads or cores(), policy).communicate()
+        answer, _ = started(threads or cores(), spins).communicate()
         return float(answer)
     finally:
         if other is not None:
@@ -66,11 +69,10 @@ def measured(threads: int | None, policy: str, *, beside: bool) -> float:
             other.wait()
 
 
-def started(threads: int, policy: str) -> subprocess.Popen[str]:
+def started(threads: int, spins: int) -> subprocess.Popen[str]:
     """A process of this file that encodes."""
     environment = {key: value for key, value in os.environ.items() if key not in {"OMP_WAIT_POLICY", "OMP_NUM_THREADS"}}
-    # Without a policy wantrain would set its own: a spin count in its place is OpenMP's default.
-    environment |= {"OMP_WAIT_POLICY": policy} if policy else {"GOMP_SPINCOUNT": "300000"}
+    environment |= {"GOMP_SPINCOUNT": str(spins)}
     words = [sys.executable, __file__, "--encode", str(threads)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 

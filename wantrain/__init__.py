@@ -4,6 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# How OpenMP's threads wait for each other; read once, when torch is loaded. By default they spin, which costs up to ten
-# times where other processes want the same cores (docs/speed.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long a thread of OpenMP that waits for others spins before it sleeps; read once, when torch is loaded. By default
+# that is so long that a process hardly moves where others want the same cores (docs/speed.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -85,6 +85,7 @@ class WandbTracker:
         if offline:
             say(f"W&B: no API key, logging offline into {folder / 'wandb'} (wandb sync uploads it)")
         self.wandb = wandb
+        mode: Any = "offline" if offline else os.environ.get("WANDB_MODE")  # as it is now: W&B reads it once
         self.run = wandb.init(
             project=project,
             name=run,
@@ -92,7 +93,7 @@ class WandbTracker:
             resume="allow",
             dir=str(folder),
             config=dict(config),
-            mode="offline" if offline else os.environ.get("WANDB_MODE"),  # as it is now: W&B reads it once
+            mode=mode,
         )
         self.waiting: dict[int, Sequence[PreviewClip]] = {}
         self.tables: dict[int, Any] = {}
