@@ -72,6 +72,18 @@ def importing() -> Iterator[None]:
             logging.getLogger(name).removeFilter(keeps)
 
 
+@contextmanager
+def optional(choice: str, package: str, extra: str) -> Iterator[None]:
+    """Around the import of a package that only `choice`, an optimizer, needs: ValueError if it is not there."""
+    try:
+        with importing():
+            yield
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer={choice} needs {package} ({error}); pip install 'wantrain[{extra}]', or use optimizer=adamw"
+        ) from error
+
+
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """True for a tensor that is sharded over processes.
 

@@ -36,12 +36,8 @@ def prodigy(
     With bias correction, and with the estimate kept apart from warm-up, as its authors advise for diffusion.
     ValueError if prodigyopt is not there.
     """
-    try:
+    with libraries.optional("prodigy", "prodigyopt", "adaptive"):
         from prodigyopt import Prodigy
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer=prodigy needs prodigyopt ({error}); pip install 'wantrain[adaptive]', or use optimizer=adamw"
-        ) from error
     how: dict[str, Any] = {"use_bias_correction": True, "safeguard_warmup": True, "d0": d0, "d_coef": d_coef}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
         optimizer: torch.optim.Optimizer = Prodigy(
@@ -63,14 +59,8 @@ def schedule_free(
     y = (1 - beta_1) z + beta_1 x is what is in training, x what is validated, sampled and exported (ema.py).
     ValueError if schedulefree is not there.
     """
-    try:
-        with libraries.importing():
-            from schedulefree import AdamWScheduleFree
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer=schedule_free needs schedulefree ({error}); pip install 'wantrain[adaptive]', or use "
-            "optimizer=adamw"
-        ) from error
+    with libraries.optional("schedule_free", "schedulefree", "adaptive"):
+        from schedulefree import AdamWScheduleFree
     optimizer: torch.optim.Optimizer = AdamWScheduleFree(
         params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay
     )

@@ -134,13 +134,8 @@ def adamw_8bit(
 
     ValueError if torchao is not there.
     """
-    try:
-        with libraries.importing():
-            from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer=adamw_8bit needs torchao ({error}); pip install 'wantrain[8bit]', or use optimizer=adamw"
-        ) from error
+    with libraries.optional("adamw_8bit", "torchao", "8bit"):
+        from torchao.optim import AdamW8bit
     optimizer: torch.optim.Optimizer = AdamW8bit(
         params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, block_size=block_size
     )
