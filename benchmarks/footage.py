@@ -38,7 +38,7 @@ import numpy as np
 from wantrain.data.footage.clips import Window
 from wantrain.data.footage.decode_workers import Decoders, Job
 from wantrain.data.footage.duplicates import thumbnail
-from wantrain.data.footage.probe import probe, read_whole, read_windows
+from wantrain.data.footage.probe import ReadOptions, probe, read_whole, read_windows
 from wantrain.data.footage.reader import Reader, SeekPoint
 from wantrain.video import Frames
 
@@ -61,7 +61,9 @@ def write(path: Path, seconds: int, seed: int) -> None:
 
 
 def ours(path: Path, starts: list[int], marks: list[SeekPoint]) -> Iterator[Frames]:
-    return read_windows(path, probe(path), [Window(start / RATE, LENGTH) for start in starts], RATE, seek_points=marks)
+    return read_windows(
+        path, probe(path), [Window(start / RATE, LENGTH) for start in starts], RATE, options=ReadOptions(marks)
+    )
 
 
 def with_decord(path: Path, starts: list[int], _: list[SeekPoint]) -> Iterator[Frames]:

@@ -108,6 +108,52 @@ def test_damaged_clips_are_rejected(tmp_path):
     assert manifest["beside"] == {"read": {}, "ignored": {"of extension .pdf": 1}}
 
 
+def break_lengths(path, at):
+    """Make the length of the first packet's picture that is no keyframe, after this share of the packets, impossible."""
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
+    place = next(place for place, is_key in packets[int(len(packets) * at) :] if not is_key)
+    content = bytearray(path.read_bytes())
+    content[place : place + 4] = b"\xff" * 4
+    path.write_bytes(content)
+
+
+UNREADABLE = {
+    "a.mp4": H264,
+    "b.mp4": ("-c:v", "libx265", "-pix_fmt", "yuv420p", "-x265-params", "keyint=24:log-level=none"),
+    "c.mkv": H264,
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_frames_that_cannot_be_decoded(tmp_path, name):
+    """Where decord fails on a frame, or the container loses some, the clips that hold none of them are read exactly."""
+    path = film(tmp_path / name, *UNREADABLE[name])
+    whole, info = list(read_whole(path, probe(path))), probe(path)
+    break_lengths(path, 0.45)
+    survey = survey_of(path)
+    begin, end = np.min(survey.damaged), np.max(survey.damaged)
+    assert info.times[36] < begin < end <= 2.0 + info.start + 1e-6
+    assert survey.read_options.damaged == (name != "c.mkv")
+    windows = [Window(info.start, 17), Window(info.start + 2.5, 17)]
+    for window, clip in zip(
+        windows, read_windows(path, probe(path), windows, 24, options=survey.read_options), strict=True
+    ):
+        first = round((window.start - info.start) * 24)
+        np.testing.assert_array_equal(clip, np.stack(whole[first : first + 17]))
+    assert len(survey.thumbnails) == len(survey.info.times)
+
+
+def test_missing_frame_is_an_error(tmp_path):
+    """A frame that cannot be decoded is not replaced by its neighbour."""
+    path = film(tmp_path / "a.mp4", *H264)
+    break_lengths(path, 0.45)
+    survey = survey_of(path)
+    window = Window(survey.damaged[0][0] - 0.2, 17)
+    with pytest.raises(ValueError, match=r"frame 4. is missing"):
+        list(read_windows(path, survey.info, [window], 24, options=survey.read_options))
+
+
 def test_damaged_spans():
     """A fault lasts to the next keyframe, in frames shown before a keyframe to that keyframe."""
     closed = [(0.0, True), (3.0, False), (1.0, False), (2.0, False), (4.0, True), (5.0, False)]

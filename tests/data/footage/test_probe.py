@@ -20,7 +20,7 @@ from PIL import Image
 from wantrain.data import find_footage
 from wantrain.data.footage.clips import EPSILON, ClipOptions, VideoInfo, Window, cut_windows, frames_on_screen
 from wantrain.data.footage.duplicates import thumbnail
-from wantrain.data.footage.probe import probe, read_whole, read_windows
+from wantrain.data.footage.probe import ReadOptions, probe, read_whole, read_windows
 from wantrain.data.footage.reader import Reader, SeekPoint
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -154,7 +154,7 @@ def test_seek_point_skips_decoding(long, monkeypatch):
     monkeypatch.setattr(decord.VideoReader, "skip_frames", lambda self, n: (skipped.append(n), real(self, n))[1])
     for first, expected, passed in [(0, [], 0), (59, [], 59), (60, [60], 0), (75, [60], 14), (110, [60], 49)]:
         window = Window(float(probe(path).times[first]), 5, native=True)
-        (clip,) = read_windows(path, probe(path), [window], 24, seek_points=seek_points)
+        (clip,) = read_windows(path, probe(path), [window], 24, options=ReadOptions(seek_points))
         np.testing.assert_array_equal(clip, np.stack(frames[first : first + 5]))
         assert asked == expected and sum(skipped) <= passed
         asked.clear()
@@ -176,7 +176,9 @@ def test_wrong_seek_reads_forwards(long, monkeypatch, lie):
     path, frames, seek_points = long
     asked, found = seeks(monkeypatch, **lie), probe(path)
     windows = [Window(float(found.times[first]), 5, native=True) for first in (3, 70, 100)]
-    for first, clip in zip((3, 70, 100), read_windows(path, found, windows, 24, seek_points=seek_points), strict=True):
+    for first, clip in zip(
+        (3, 70, 100), read_windows(path, found, windows, 24, options=ReadOptions(seek_points)), strict=True
+    ):
         np.testing.assert_array_equal(clip, np.stack(frames[first : first + 5]))
     assert asked == [60]  # and never again
     thumbnails = np.stack([thumbnail(frame) for frame in frames])

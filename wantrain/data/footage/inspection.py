@@ -37,14 +37,14 @@ Span = tuple[float, float]
 class Inspection:
     """What decoding a whole video found, once `frames` has ended.
 
-    count       displayed frames
+    times       when each displayed frame that was decoded begins, in seconds
     interlaced  whether more than a few frames are interlaced
     damaged     spans (begin, end) of damaged frames, in seconds from the first displayed frame on
     fault       the first error in the decoder's words; empty if there is none
     """
 
     path: Path
-    count: int = 0
+    times: list[float] = field(default_factory=list)
     interlaced: bool = False
     damaged: list[Span] = field(default_factory=list)
     fault: str = ""
@@ -54,13 +54,13 @@ class Inspection:
 
     def frames(self) -> Iterator[Frames]:
         """Every displayed frame (H, W, 3), in order; ends early where the container is damaged."""
-        first, flagged = 0.0, 0
+        flagged = 0
         for frame in self._decoded():
-            first = float(frame.time or 0.0) if self.count == 0 else first
-            self.count += 1
+            self.times.append(float(frame.time or 0.0))
             flagged += frame.interlaced_frame
             yield to_rgb(frame)
-        self.interlaced = flagged > INTERLACED * self.count
+        self.interlaced = flagged > INTERLACED * len(self.times)
+        first = self.times[0] if self.times else 0.0
         self.damaged = [(begin - first, end - first) for begin, end in damaged_spans(self._packets, self._faults)]
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
@@ -90,6 +90,9 @@ class Inspection:
             numbers[packet.pts] = len(self._packets)
             self._packets.append((time, packet.is_keyframe))
         number = len(self._packets) - 1
+        if log and packet.size and number > 0:
+            _, name, message = log[0]  # of the container: it lost what lies between the last packet and this one
+            self._note(number - 1, f"{name}: {message.strip()}")
         log.clear()
         try:
             frames = packet.decode()
@@ -101,6 +104,7 @@ class Inspection:
         for _, name, message in log:
             if not any(word in message for word in harmless):
                 self._note(number, f"{name}: {message.strip()}")
+        log.clear()
         if packet.is_corrupt:
             self._note(number, "a corrupt packet")
         for frame in frames:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -17,8 +17,7 @@ from torch import Tensor
 from wantrain import geometry
 from wantrain.data.footage.clips import Window
 from wantrain.data.footage.decode_process import Damaged
-from wantrain.data.footage.probe import fit_frame, probe, read_mask_windows, read_windows
-from wantrain.data.footage.reader import SeekPoint
+from wantrain.data.footage.probe import ReadOptions, fit_frame, probe, read_mask_windows, read_windows
 from wantrain.data.footage.video_shards import VideoSample
 from wantrain.video import Frames, to_pixels
 
@@ -39,21 +38,12 @@ def read_sample(sample: VideoSample, size: tuple[int, int] | None = None) -> Ite
     """
     with _as_file(sample.content, sample.extension) as path:
         windows = [read_window(window) for window in sample.about["windows"]]
-        seek_points = read_seek_points(sample.about.get("seek_points", ()))
-        deinterlace = sample.about.get("deinterlace", False)
-        yield from read_windows(
-            path, probe(path), windows, sample.about["fps"], size, seek_points, deinterlace=deinterlace
-        )
+        yield from read_windows(path, probe(path), windows, sample.about["fps"], size, ReadOptions.of(sample.about))
 
 
 def read_window(row: Mapping[str, Any]) -> Window:
     """A window from its row in a video shard; further keys, such as the clip it belongs to, are ignored."""
     return Window(**{field.name: row[field.name] for field in fields(Window) if field.name in row})
-
-
-def read_seek_points(rows: Sequence[tuple[int, str]]) -> list[SeekPoint]:
-    """Seek points from their rows in a video shard; shards made before 2026-11-24 have none."""
-    return [SeekPoint(*row) for row in rows]
 
 
 def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
@@ -66,8 +56,7 @@ def read_clips(request: dict[str, Any]) -> Iterator[Frames]:
     windows, size = [read_window(window) for window in request["windows"]], tuple(request["size"])
     with _member(request, request) as path:
         info = probe(path)
-        seek_points, deinterlace = read_seek_points(request["seek_points"]), request.get("deinterlace", False)
-        clips = read_windows(path, info, windows, request["fps"], size, seek_points, deinterlace=deinterlace)
+        clips = read_windows(path, info, windows, request["fps"], size, ReadOptions.of(request))
         if not request["masks"]:
             yield from clips
             return

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -109,6 +109,32 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a survey found about reading a file's frames.
+
+    seek_points  save decoding the frames before them
+    deinterlace  make interlaced frames progressive; seek points are not used then
+    damaged      pass over damaged frames that decord fails on; seek points are not used then
+    """
+
+    seek_points: Sequence[SeekPoint] = ()
+    deinterlace: bool = False
+    damaged: bool = False
+
+    @staticmethod
+    def of(about: Mapping[str, Any]) -> ReadOptions:
+        """From a row of a video shard; shards made before 2026-11-24 have no seek points."""
+        points = [SeekPoint(*row) for row in about.get("seek_points", ())]
+        return ReadOptions(points, about.get("deinterlace", False), about.get("damaged", False))
+
+    def record(self) -> dict[str, Any]:
+        """The keys that `of` reads."""
+        flags = {"deinterlace": self.deinterlace, "damaged": self.damaged}
+        points = [[point.number, point.seen] for point in self.seek_points]
+        return {**{name: True for name, is_set in flags.items() if is_set}, "seek_points": points}
+
+
 def probe(path: Path) -> VideoInfo:
     """Decode the first frame and read the timestamps of a file. ValueError with the reason if that fails."""
     if is_picture(path):
@@ -175,14 +201,11 @@ def read_windows(
     windows: list[Window],
     fps: float,
     size: tuple[int, int] | None = None,
-    seek_points: Sequence[SeekPoint] = (),
-    *,
-    deinterlace: bool = False,
+    options: ReadOptions = ReadOptions(),
 ) -> Iterator[Frames]:
     """The frames (F, H, W, 3) uint8 of each window in turn, brought to `size` (height, width) if one is given.
 
-    Windows must be in order of time. `seek_points` save decoding the frames before them; with `deinterlace` they are
-    not used. ValueError with the reason if decoding fails.
+    Windows must be in order of time. ValueError with the reason if decoding fails.
     """
     if is_picture(path) and info.is_image:
         with _decoding(path):
@@ -198,7 +221,7 @@ def read_windows(
         chosen = [frames_on_screen(info, window, fps).tolist() for window in windows[first : first + per_pass]]
         with _decoding(path):
             # No reader stays open while a clip is used: it would decode ahead without limit.
-            clips = _read_frames(_reader(path, info, seek_points, deinterlace=deinterlace), chosen, size)
+            clips = _read_frames(_reader(path, info, options), chosen, size)
         yield from clips
 
 
@@ -209,15 +232,15 @@ class _FrameReader(Protocol):
         """The frame (H, W, 3) with this number."""
 
 
-def _reader(
-    path: Path, info: VideoInfo, seek_points: Sequence[SeekPoint] = (), *, deinterlace: bool = False
-) -> _FrameReader:
+def _reader(path: Path, info: VideoInfo, options: ReadOptions = ReadOptions()) -> _FrameReader:
     """The reader of a file."""
     if is_picture(path):
         return PictureReader(path)
-    if deinterlace or is_stream(path):
-        return ForwardReader(path, deinterlace=deinterlace)
-    return Reader(path, len(info.times), seek_points)
+    if options.damaged:
+        return ForwardReader(path, info.times, deinterlace=options.deinterlace)
+    if options.deinterlace or is_stream(path):
+        return ForwardReader(path, deinterlace=options.deinterlace)
+    return Reader(path, len(info.times), options.seek_points)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from wantrain.data.footage.duplicates import Thumbnail, thumbnail
+from wantrain.data.footage.forward import first_frame
 from wantrain.video import Frames
 
 #: Seek points are at least so many frames apart, and at most so many per file; a trial seek compares `TRIED` frames.
@@ -54,11 +55,14 @@ class SeekPoint:
 def peek(path: Path) -> tuple[Frames, NDArray[np.float64]]:
     """The first frame (H, W, 3), and when each counted frame begins and ends, (F, 2) in seconds.
 
-    Raises whatever decord raises.
+    decord decodes ahead, so it may fail here on a later frame: then PyAV reads the first. Raises whatever they raise.
     """
     video = _open(path)
     spans = np.asarray(video.get_frame_timestamp(range(len(video))), dtype=np.float64).reshape(-1, 2)
-    return _next_frame(video), spans
+    try:
+        return _next_frame(video), spans
+    except SEEK_FAILS:
+        return first_frame(path), spans
 
 
 class Reader:

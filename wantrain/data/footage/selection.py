@@ -112,8 +112,7 @@ class ClipSelector:
             "fps": float(fps),
             "time": "native" if self.options.fps is None else "resample",
             "windows": [asdict(window) for window in used],
-            **({"deinterlace": True} if survey.interlaced else {}),
-            "seek_points": [[point.number, point.seen] for point in survey.seek_points],
+            **survey.read_options.record(),
         }
 
     def _usable(self, file: Footage, digest: str, survey: Survey, windows: list[Window], fps: float) -> list[Window]:

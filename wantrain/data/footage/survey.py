@@ -21,8 +21,9 @@ from wantrain.data.footage import duplicates, headers
 from wantrain.data.footage.captions import Annotation
 from wantrain.data.footage.clips import VideoInfo
 from wantrain.data.footage.decode_workers import DecodeOptions, Decoders, Job
+from wantrain.data.footage.forward import places_of
 from wantrain.data.footage.inspection import Inspection, Span
-from wantrain.data.footage.probe import Footage, is_picture, is_stream, probe, read_whole
+from wantrain.data.footage.probe import Footage, ReadOptions, is_picture, is_stream, probe, read_whole
 from wantrain.data.footage.reader import Reader, SeekPoint
 from wantrain.data.footage.scenes import SceneDetector
 from wantrain.util import distributed
@@ -30,7 +31,7 @@ from wantrain.util.files import write_atomically
 from wantrain.video import Frames
 
 #: Version of the surveys; raise it when the same bytes would give another survey than before.
-CODE = 4
+CODE = 5
 #: Seconds between heartbeats of a process that decodes a file.
 HEARTBEAT_SECONDS = 1.0
 #: Default number of decoder processes: the cores, up to this many.
@@ -47,6 +48,7 @@ class Survey:
     seekable    numbers of the frames that a seek finds exactly (reader.py)
     damaged     spans (begin, end) of damaged frames, in seconds (inspection.py), and in `fault` the first error
     interlaced  whether frames are interlaced
+    passed_over whether decord fails on the damaged frames, so that they are passed over when others are read
     """
 
     info: VideoInfo
@@ -56,15 +58,18 @@ class Survey:
     damaged: list[Span] = field(default_factory=list)
     interlaced: bool = False
     fault: str = ""
+    passed_over: bool = False
 
     @property
-    def seek_points(self) -> list[SeekPoint]:
-        """The seek points of the file."""
-        return [SeekPoint.of(number, self.thumbnails[number]) for number in self.seekable]
+    def read_options(self) -> ReadOptions:
+        """How the file's frames are read."""
+        points = [SeekPoint.of(number, self.thumbnails[number]) for number in self.seekable]
+        return ReadOptions(points, self.interlaced, self.passed_over)
 
     def packed(self) -> bytes:
         """The survey as bytes (safetensors)."""
-        facts = np.array([self.info.height, self.info.width, self.info.end, self.interlaced], dtype=np.float64)
+        flags = self.interlaced, self.passed_over
+        facts = np.array([self.info.height, self.info.width, self.info.end, *flags], dtype=np.float64)
         damaged = np.array(self.damaged, dtype=np.float64).reshape(-1, 2)
         fault = np.frombuffer(self.fault.encode(), dtype=np.uint8)
         begins, seekable = np.array(self.begins, dtype=np.float64), np.array(self.seekable, dtype=np.int64)
@@ -85,7 +90,7 @@ class Survey:
     def unpacked(content: bytes) -> Survey:
         """The survey in these bytes."""
         tensors = load(content)
-        height, width, end, interlaced = tensors["facts"].tolist()
+        height, width, end, interlaced, passed_over = tensors["facts"].tolist()
         info = VideoInfo(int(height), int(width), tensors["times"], end)
         return Survey(
             info,
@@ -95,6 +100,7 @@ class Survey:
             [(begin, end) for begin, end in tensors["damaged"].tolist()],
             bool(interlaced),
             tensors["fault"].tobytes().decode(),
+            bool(passed_over),
         )
 
 
@@ -167,18 +173,28 @@ def read_survey(request: dict[str, Any]) -> Iterator[Frames | None]:
             return
         inspection = Inspection(path)
         thumbnails, scenes = yield from _watched(inspection.frames(), split=split and not info.is_image)
+        passed_over = False
         if not _agrees(path, info, thumbnails):
-            thumbnails, scenes = yield from _watched(read_whole(path, info), split=split and not info.is_image)
+            found, its_scenes = thumbnails, scenes
+            try:
+                thumbnails, scenes = yield from _watched(read_whole(path, info), split=split and not info.is_image)
+            except ValueError:
+                if not inspection.damaged or inspection.damaged[0][0] <= 0:
+                    raise  # frames are found by their times after the first
+                passed_over = True
+                thumbnails, scenes = _with_gaps(found, inspection, info), its_scenes
         if not info.is_image:
             headers.refuse(headers.read_header(path), Path(file.name).name)
         seekable: list[int] = []
-        if not (info.is_image or is_stream(path)):
+        if not (info.is_image or is_stream(path) or passed_over):
             for point in Reader(path, len(thumbnails)).tried_seek_points(thumbnails):
                 seekable += [point.number] if point is not None else []
                 yield None
     begins = scenes.begins(info.times) if scenes is not None else []
     damaged = [(begin + info.start, end + info.start) for begin, end in inspection.damaged]
-    yield _packed(Survey(info, thumbnails, begins, seekable, damaged, inspection.interlaced, inspection.fault))
+    damaged += _missing(inspection, info) if passed_over else []
+    flags = inspection.interlaced, inspection.fault, passed_over
+    yield _packed(Survey(info, thumbnails, begins, seekable, damaged, *flags))
 
 
 def _watched(
@@ -205,6 +221,20 @@ def _agrees(path: Path, info: VideoInfo, thumbnails: NDArray[np.uint8]) -> bool:
     if len(thumbnails) != len(info.times):
         return False
     return is_stream(path) or np.array_equal(duplicates.thumbnail(next(read_whole(path, info))), thumbnails[0])
+
+
+def _with_gaps(found: NDArray[np.uint8], inspection: Inspection, info: VideoInfo) -> NDArray[np.uint8]:
+    """The thumbnails of all displayed frames, of those that were decoded: a missing one looks as the one before it."""
+    there = np.zeros(len(info.times), dtype=np.int64)
+    there[places_of(inspection.times, info.times)] = np.arange(len(found))
+    return found[np.maximum.accumulate(there)]
+
+
+def _missing(inspection: Inspection, info: VideoInfo) -> list[Span]:
+    """The spans of frames that were not decoded, in seconds."""
+    ends = [*info.times[1:], info.end]
+    there = set(places_of(inspection.times, info.times).tolist())
+    return [(begin, ends[number]) for number, begin in enumerate(info.times) if number not in there]
 
 
 def _packed(survey: Survey) -> Frames:

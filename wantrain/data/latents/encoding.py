@@ -24,6 +24,7 @@ from wantrain.data.footage.accounting import DatasetStats
 from wantrain.data.footage.decode_process import Read
 from wantrain.data.footage.decode_workers import DecodeOptions, Decoders, Job
 from wantrain.data.footage.pixels import read_clips
+from wantrain.data.footage.probe import ReadOptions
 from wantrain.data.footage.video_shards import VideoEntry
 from wantrain.data.latents.clip_encoder import ClipEncoder
 from wantrain.data.latents.conditioning import ConditioningInputs
@@ -227,8 +228,7 @@ class _DecodeJobs:
                 "sha256": entry.about["sha256"],
                 "fps": entry.about["fps"],
                 "windows": [entry.about["windows"][row.number] for row in rows],
-                "seek_points": entry.about.get("seek_points", []),
-                "deinterlace": entry.about.get("deinterlace", False),
+                **ReadOptions.of(entry.about).record(),
                 "size": [bucket.height, bucket.width],
                 "masks": self.masks,
                 "mask": self._mask(entry) if self.masks else None,
