@@ -49,7 +49,7 @@ def train(cfg: DictConfig) -> None:
     settings, experts, batching = forecast.settings, forecast.experts, forecast.batching
     own = {name: expert.settings for name, expert in experts.items()}
     if cfg.dry_run:
-        engine = engine_asked_for()
+        engine = forecast.engine(engine_asked_for())
         check_engine(engine, own)
         say(config.to_yaml(cfg))
         clips = find_clips(config.shards(cfg), lambda: config.build(cfg.data), settings)

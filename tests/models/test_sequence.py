@@ -1,6 +1,7 @@
 """Tokens shared out over processes: values and gradients are those of one, with threads in the place of processes."""
 
 import copy
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ from wantrain import checks
 from wantrain.config import compose
 from wantrain.models import WanTransformer, adapters
 from wantrain.models.activation_policy import ActivationPolicy
-from wantrain.models.sequence import SequenceParallel
+from wantrain.models.sequence import Group, SequenceParallel
 
 SIZE = {"num_attention_heads": 12, "attention_head_dim": 8, "text_dim": 8, "text_length": 6, "ffn_dim": 32}
 
@@ -20,28 +21,35 @@ SIZE = {"num_attention_heads": 12, "attention_head_dim": 8, "text_dim": 8, "text
 class Threads:
     """Processes played by threads: each has a copy of the network, and what they send goes through shared places."""
 
-    def __init__(self, size):
-        self.size, self.sent, self.barrier = size, [None] * size, threading.Barrier(size, timeout=60)
+    def __init__(self, size, *, num_heads=12):
+        self.size, self.heads = size, math.gcd(size, num_heads)
+        self.sent, self.barrier = [None] * size, threading.Barrier(size, timeout=60)
 
-    def exchange(self, rank):
-        """An Exchange of the thread `rank`; its gradient goes the same way back."""
+    def sequence(self, rank):
+        """What the thread `rank` has in the place of SequenceParallel.over."""
+        first = rank // self.heads * self.heads
+        heads, groups = range(first, first + self.heads), range(rank - first, self.size, self.heads)
+        return SequenceParallel(rank, *(Group(len(some), self.exchange(rank, some)) for some in (heads, groups)))
+
+    def exchange(self, rank, ranks):
+        """An Exchange of the thread `rank` with those of `ranks`; its gradient goes the same way back."""
 
         class Sent(torch.autograd.Function):
             @staticmethod
             def forward(ctx, x):
-                return self.swap(rank, x)
+                return self.swap(rank, ranks, x)
 
             @staticmethod
             def backward(ctx, grad):
-                return self.swap(rank, grad.contiguous())
+                return self.swap(rank, ranks, grad.contiguous())
 
         return Sent.apply
 
-    def swap(self, rank, x):
-        assert x.is_contiguous() and x.shape[0] == self.size
+    def swap(self, rank, ranks, x):
+        assert x.is_contiguous() and x.shape[0] == len(ranks)
         self.sent[rank] = x
         self.barrier.wait()
-        came = torch.stack([other[rank] for other in self.sent])
+        came = torch.stack([self.sent[other][ranks.index(rank)] for other in ranks])
         self.barrier.wait()
         return came
 
@@ -50,7 +58,7 @@ class Threads:
 
         def one(rank):
             own = copy.deepcopy(model)
-            SequenceParallel(rank, self.size, self.exchange(rank)).split(own)
+            self.sequence(rank).split(own)
             try:
                 return work(copy.deepcopy(own), rank)  # as a loss's reference is copied
             except BaseException:
@@ -100,7 +108,7 @@ def compare(model, given, size, *, bound=1e-5):
         assert (mean - grad).norm() <= bound * grad.norm() + 1e-9, name
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8])  # 12 heads: of 5 none are exchanged, of 8 among fours
 @pytest.mark.parametrize(
     ("given", "more"),
     [
@@ -153,11 +161,10 @@ def test_lora():
 
 
 def test_bad_settings():
-    """Numbers of processes, heads, compiled blocks and networks that cannot share tokens are refused before a start."""
+    """Numbers of processes, compiled blocks and networks that cannot share tokens are refused before a start."""
     for words, processes, message in (
         ([], 3, "sequence_parallel=2 processes share a clip, and 3 were started; start 2 or 4"),
         ([], 1, "and 1 were started; start 2, or give sequence_parallel=1"),
-        (["sequence_parallel=3"], 3, "the 4 heads of model=tiny are divided among the processes; give one of 1, 2, 4"),
         (["compile=blocks"], 2, "a block that exchanges tokens is not compiled; give compile=none"),
         (
             ["batch_size=3"],
@@ -169,8 +176,10 @@ def test_bad_settings():
         with pytest.raises(ValueError, match=message):
             checks.check(cfg, processes=processes)
     checks.check(compose("train", ["sequence_parallel=2"]), processes=4)
+    checks.check(compose("train", ["sequence_parallel=3", "batch_size=3"]), processes=9)  # of 4 heads
+    checks.check(compose("train", ["sequence_parallel=2", "dry_run=true"]), processes=1)
     with pytest.raises(ValueError, match="Linear does not say where its tokens may be split"):
-        SequenceParallel(0, 2, lambda x: x).split(nn.Linear(2, 2))
+        SequenceParallel(0, Group(2, lambda x: x)).split(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="sequence_parallel has no effect: expert=vae trains no transformer"):
         checks.check(
             compose("train", ["recipe=wan_tiny_vae", "sequence_parallel=2"]), given=["sequence_parallel"], processes=2

@@ -201,14 +201,8 @@ def _check_sequence(cfg: DictConfig) -> None:
     """What processes that share the tokens of a clip do not go together with."""
     from wantrain.models.sequence import plan_of  # half a second, and only few trainings need it
 
-    size, facts = cfg.sequence_parallel, cfg.model.transformer
-    plan_of(config.named(facts._target_), size)
-    if facts.num_attention_heads % size:
-        fitting = [n for n in range(2, facts.num_attention_heads + 1) if facts.num_attention_heads % n == 0]
-        raise ValueError(
-            f"sequence_parallel={size}: the {facts.num_attention_heads} heads of model={cfg.model.name} are divided "
-            f"among the processes; give one of 1, {', '.join(map(str, fitting))}"
-        )
+    size = cfg.sequence_parallel
+    plan_of(config.named(cfg.model.transformer._target_), size)
     if cfg.batch_tokens is not None:
         raise ValueError(
             f"sequence_parallel={size}: clips of several sizes in one sequence (batch_tokens={cfg.batch_tokens}) are "

@@ -1,21 +1,26 @@
 """Sequence parallelism: several processes share the tokens of one micro-batch, as a network's `sequence_plan` says.
 
-Each process computes the blocks for its own tokens of every frame. Self-attention needs all tokens: for it they are
-exchanged, so that each process has all tokens of its part of the heads, and afterwards changed back (DeepSpeed-Ulysses,
-arXiv 2309.14509). Where the tokens of a frame do not divide, the last processes hold zeros, which no attention sees.
+Each process computes the blocks for its own tokens of every frame. Self-attention needs all tokens, in two ways that
+go together. H processes exchange tokens for heads, so that each has their tokens of its part of the heads, and
+afterwards back (DeepSpeed-Ulysses, arXiv 2309.14509). Where there are more processes than the heads divide among, S
+such groups gather each other's keys and values (context parallelism as of Llama 3, arXiv 2407.21783): each then has
+queries of its group's tokens, keys and values of all, in any kernel. Where the tokens of a frame do not divide, the
+last processes hold zeros, which no attention sees.
 
 All processes get the whole input and return the whole output. The gradients of the sum of their losses are those that
 an exchange passes back, so the mean of the gradients over all processes is that of the samples, as without the split.
 
-Tensor suffixes: B batch, L tokens of one process, N heads, K head width. Sizes in comments: R processes, n heads of one
-of them, T latent frames, P tokens of one frame, p those of one process, so that L = T*p.
+Tensor suffixes: B batch, L tokens of one process, N heads, K head width. Sizes in comments: n heads of one process, T
+latent frames, P tokens of one frame, p those of one process, so that L = T*p.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,21 +37,45 @@ from wantrain.models.facts import BlockRunner, SequencePlan
 Exchange = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Processes that exchange tensors among themselves: their number, and how."""
+
+    size: int = 1
+    exchange: Exchange = lambda x: x
+
+    def gathered(self, part: Tensor, dim: int) -> Tensor:
+        """The parts of all of them, one after the other along a dimension, in each of them."""
+        if self.size == 1:
+            return part
+        parts = self.exchange(part.expand(self.size, *part.shape).contiguous())
+        return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
 class SequenceParallel:
-    """The processes that share tokens: `rank` of this one, their number `size`, and how they exchange tensors.
+    """The processes that share tokens: `rank` of this one, and their number `size`.
+
+    heads   neighbours that exchange tokens for heads
+    groups  one process of each such group, which gather keys and values
 
     A copy of a network that was split exchanges with the same processes.
     """
 
-    def __init__(self, rank: int, size: int, exchange: Exchange) -> None:
-        self.rank, self.size, self._exchange = rank, size, exchange
+    def __init__(self, rank: int, heads: Group, groups: Group = Group()) -> None:
+        self.rank, self.size, self._heads, self._groups = rank, heads.size * groups.size, heads, groups
         self._tokens = 0  # of a frame, over all processes, in the block that computes
 
     @classmethod
-    def over(cls, processes: int, size: int, device: torch.device) -> SequenceParallel:
-        """Of the launched `processes` each `size` neighbours share tokens. All processes call it, once."""
-        mesh = init_device_mesh(device.type, (processes // size, size), mesh_dim_names=("data", "sequence"))
-        return cls(mesh.get_local_rank("sequence"), size, partial(_exchanged, mesh))
+    def over(cls, processes: int, size: int, device: torch.device, *, num_heads: int) -> SequenceParallel:
+        """Of the launched `processes` each `size` neighbours share tokens. All processes call it, once.
+
+        num_heads  heads of the network's attention
+        """
+        heads = math.gcd(size, num_heads)
+        shape = (processes // size, size // heads, heads)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "groups", "heads"))
+        groups, among = (Group(mesh.size(dim), partial(_exchanged, mesh, dim)) for dim in (1, 2))
+        return cls(mesh.get_local_rank("groups") * heads + mesh.get_local_rank("heads"), among, groups)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallel:
         return self
@@ -86,25 +115,30 @@ class SequenceParallel:
 
     def whole(self, part: Tensor, dim: int, size: int) -> Tensor:
         """The parts of all processes again, in every process: `size` elements of a dimension."""
-        sent = part.expand(self.size, *part.shape)
-        parts = self._exchange(sent.contiguous())
-        return parts.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, size)
+        return self._groups.gathered(self._heads.gathered(part, dim), dim).narrow(dim, 0, size)
+
+    def of_first(self, value: Tensor) -> Tensor:
+        """What the first of the processes passes, in every process; all pass tensors of one shape."""
+        return self.whole(value[None], 0, self.size)[0]
 
     def attend(
         self, kernel: Attend, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, bias_S: Tensor | None = None
     ) -> Tensor:
         """Attention of this process's tokens to all tokens by `kernel`, which takes a part of the heads."""
         assert bias_S is None, "self-attention has no weighted rows"
-        frames = q_BLNK.shape[1] // -(-self._tokens // self.size)
-        # All three in one exchange: (B, T*p, R*n, K) of this process's tokens -> (B, T*P, n, K) of its heads.
-        qkv = torch.stack((q_BLNK, k_BLNK, v_BLNK)).unflatten(3, (self.size, -1)).movedim(3, 0)
-        qkv = self._exchange(qkv.contiguous()).unflatten(3, (frames, -1))  # (R, 3, B, T, p, n, K)
-        qkv = qkv.movedim(0, 3).flatten(3, 4).narrow(3, 0, self._tokens).flatten(2, 3)
-        result = kernel(qkv[0], qkv[1], qkv[2], None).unflatten(1, (frames, -1))  # (B, T, P, n, K)
-        spare = -self._tokens % self.size
-        result = F.pad(result, (0, 0, 0, 0, 0, spare)).unflatten(2, (self.size, -1)).movedim(2, 0)
-        result = self._exchange(result.contiguous())  # (R, B, T, p, n, K): R counts heads again
-        return result.movedim(0, 3).flatten(3, 4).flatten(1, 2)
+        heads, each = self._heads, -(-self._tokens // self.size)
+        frames, first = q_BLNK.shape[1] // each, self.rank // heads.size * heads.size * each
+        # All three in one exchange: (B, T*p, H*n, K) of this process's tokens -> (B, T, H*p, n, K) of its heads.
+        qkv = torch.stack((q_BLNK, k_BLNK, v_BLNK)).unflatten(3, (heads.size, -1)).movedim(3, 0)
+        qkv = heads.exchange(qkv.contiguous()).unflatten(3, (frames, -1))  # (H, 3, B, T, p, n, K)
+        qkv = qkv.movedim(0, 3).flatten(3, 4)
+        own = max(1, min(self._tokens - first, heads.size * each))  # the rest are zeros; no kernel takes no queries
+        q = qkv[0].narrow(2, 0, own).flatten(1, 2)
+        k, v = self._groups.gathered(qkv[1:], 3).narrow(3, 0, self._tokens).flatten(2, 3)
+        result = kernel(q, k, v, None).unflatten(1, (frames, -1))  # (B, T, own, n, K)
+        result = F.pad(result, (0, 0, 0, 0, 0, heads.size * each - own))
+        result = heads.exchange(result.unflatten(2, (heads.size, -1)).movedim(2, 0).contiguous())
+        return result.movedim(0, 3).flatten(3, 4).flatten(1, 2)  # (H, B, T, p, n, K): H counts heads again
 
     def _cut(self, place: int, dim: int, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before a layer: its inputs, with this process's part of the tensors at one place.
@@ -150,7 +184,7 @@ def _named(module: nn.Module, name: str) -> list[nn.Module]:
     return [layer for found, layer in module.named_modules() if re.fullmatch(pattern, found)]
 
 
-def _exchanged(mesh: DeviceMesh, x: Tensor) -> Tensor:
-    """An Exchange along a mesh's second dimension. The group is looked up each time: nothing here keeps it alive."""
-    came = collectives.all_to_all_single_autograd(x, None, None, (mesh, 1))
+def _exchanged(mesh: DeviceMesh, dim: int, x: Tensor) -> Tensor:
+    """An Exchange along a mesh's dimension. The group is looked up each time: nothing here keeps it alive."""
+    came = collectives.all_to_all_single_autograd(x, None, None, (mesh, dim))
     return collectives.wait_tensor(came)  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wantrain.data import BatchSampler, PackSampler, TrainingData
+from wantrain.util.distributed import check_shared
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,7 @@ class Batching:
 
         ValueError if the samples, or the processes, cannot be shared out evenly, naming the nearest numbers that can.
         """
-        if processes % sequence_parallel:
-            below = processes // sequence_parallel * sequence_parallel
-            nearest = f"{below} or {below + sequence_parallel}" if below else f"{sequence_parallel}"
-            raise ValueError(
-                f"sequence_parallel={sequence_parallel} processes share a clip, and {processes} were started; start "
-                f"{nearest}, or give sequence_parallel=1"
-            )
+        check_shared(sequence_parallel, processes)
         ranks = processes // sequence_parallel
         own = batch_size // ranks
         if accumulate is None and batch_size % ranks == 0:
@@ -68,7 +63,12 @@ class Batching:
 
     @classmethod
     def of_settings(cls, settings: Mapping[Any, Any], processes: int) -> Batching:
-        """The batching of train.py's settings; ValueError if they give none."""
+        """The batching of train.py's settings; ValueError if they give none.
+
+        A dry run in one process is of as many as share a clip.
+        """
+        if settings["dry_run"] and processes == 1:
+            processes = settings["sequence_parallel"]
         size, tokens, accumulate = (settings[key] for key in ("batch_size", "batch_tokens", "accumulate"))
         if tokens is not None:
             return cls(0, accumulate or 1, processes, tokens)

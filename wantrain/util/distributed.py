@@ -63,6 +63,17 @@ class DataRanks:
         return gathered.unflatten(0, (world_size(), -1))[:: self.shared_by].flatten(0, 1)
 
 
+def check_shared(shared_by: int, processes: int) -> None:
+    """ValueError if so many `processes` are no whole number of groups that share a clip (sequence_parallel=)."""
+    if processes % shared_by:
+        below = processes // shared_by * shared_by
+        nearest = f"{below} or {below + shared_by}" if below else f"{shared_by}"
+        raise ValueError(
+            f"sequence_parallel={shared_by} processes share a clip, and {processes} were started; start {nearest}, or "
+            "give sequence_parallel=1"
+        )
+
+
 def single_process(command: str) -> None:
     """Raise ValueError if a launcher started several processes of a command that runs as one."""
     if world_size() > 1:

@@ -157,6 +157,24 @@ def test_shared_tokens(case):
     assert 0.25 <= case.seconds(shared, card(80 * GB)) / case.seconds(alone, card(80 * GB)) < 0.5
 
 
+def test_shared_tokens_in_one_process():
+    """A dry run in one process plans for the cards that share a clip: DDP, a part of the activations, and where heads
+    do not divide the gathered keys and values.
+    """
+    plans = {}
+    for size in (1, 4, 8):
+        words = ["expert=low_noise", "bucket=33x128x128", "batch_size=1", "dry_run=true"]
+        forecast = config.forecast(config.compose("train", [*words, f"sequence_parallel={size}"]))
+        planner = forecast.planner("single")
+        assert (planner.processes, planner.asked.sequence, planner.asked.groups) == (size, size, max(1, size // 4))
+        assert forecast.engine("single") == planner.engine == ("single" if size == 1 else "ddp")
+        (plans[size],) = planner.plan(find_clips([], lambda: None, forecast.settings), "33x128x128")
+    kept = {size: plan.kept for size, plan in plans.items()}
+    assert kept[4] - kept[8] == pytest.approx((kept[1] - kept[4]) / 6), "1/4 - 1/8 of the blocks' and 1 - 1/4"
+    reducer = plans[4].gradients
+    assert (plans[8].exchange - reducer) / 21 == pytest.approx((plans[4].exchange - reducer) / 9 / 2)
+
+
 def test_updates_are_searched():
     """A full fine-tune of 14B fits one card of 141 GB with bf16 weights and 8-bit moments: the advice says both."""
     words = ["model=t2v_a14b", "expert=low_noise", "bucket=81x480x832", "batch_size=1"]

@@ -102,7 +102,10 @@ def find_placement(accelerator: Accelerator, experts: Mapping[str, Mapping[str, 
         say(f"{what} saves nothing here: the device is the CPU, whose memory is the host's")
     offloader = ModuleOffloader(device, this_machine()) if waits else None
     shared_by = max(own["sequence_parallel"] for own in experts.values())
-    sequence = SequenceParallel.over(accelerator.num_processes, shared_by, device) if shared_by > 1 else None
+    sequence = None
+    if shared_by > 1:
+        num_heads = next(iter(experts.values()))["model"]["transformer"]["num_attention_heads"]
+        sequence = SequenceParallel.over(accelerator.num_processes, shared_by, device, num_heads=num_heads)
     return Placement(accelerator, engine, device, weights, offloader, whole, swapped, sequence)
 
 

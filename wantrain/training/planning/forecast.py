@@ -119,8 +119,14 @@ class Forecast:
             return "Give recompute=block or a smaller batch_size=, or encode smaller clips (area= or num_frames=)"
         return planner.advice(clips_of(data, self.settings), card)
 
-    def planner(self, engine: str) -> Planner | None:
-        """What plans memory and time under an engine; None for what is no transformer."""
+    def engine(self, asked: str) -> str:
+        """The engine of the run, by that of the processes that were started: for a dry run in one process, which plans
+        for the cards that share a clip, DDP.
+        """
+        return "ddp" if asked == "single" and self.batching.processes > 1 else asked
+
+    def planner(self, asked: str) -> Planner | None:
+        """What plans memory and time under the engine asked for; None for what is no transformer."""
         modules = {}
         for name, module in self.modules.items():
             if self.settings["base"]["dtype"] in FORMATS:  # planned from the sizes of its plain weights
@@ -132,4 +138,5 @@ class Forecast:
             modules[name] = module
         optimizers = {name: expert.optimizer for name, expert in self.experts.items()}
         rows = max(expert.loss.rows for expert in self.experts.values())
-        return Planner(modules, optimizers, self.settings, self.batching, engine, self.batching.processes, rows)
+        engine, processes = self.engine(asked), self.batching.processes
+        return Planner(modules, optimizers, self.settings, self.batching, engine, processes, rows)

@@ -118,6 +118,7 @@ class Choice:
     swap         blocks whose frozen weights wait on the host
     update       how trained weights are kept and updated; None: as the run's settings say
     sequence     processes that share the tokens of a sample
+    groups       of these, groups that gather each other's keys and values, the heads being divided inside each
     """
 
     engine: str = "single"
@@ -130,6 +131,7 @@ class Choice:
     swap: int = 0
     update: Update | None = None
     sequence: int = 1
+    groups: int = 1
 
     def applied(self, sizes: Sizes) -> Sizes:
         """The sizes with the weights updated in this choice's way."""
@@ -212,8 +214,9 @@ def plan(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> Memor
         swapped = frozen_on_host(sizes, choice)
         weights, host = weights - swapped, host + swapped
         exchange += 2 * frozen / sizes.blocks  # the block that computes and the one on its way
-    if choice.sequence > 1:  # q, k and v: as they are sent, as they come, and in order
-        exchange += 9 * costs["block"].kept_block * (0.5 if choice.precision == "bf16" else 1.0)
+    if choice.sequence > 1:  # q, k and v: as they are sent, as they come, and in order; of groups k and v once more
+        parts = 9 + (6 * choice.groups if choice.groups > 1 else 0)
+        exchange += parts * costs["block"].kept_block * (0.5 if choice.precision == "bf16" else 1.0)
     if choice.base is not None:
         working += 2.0 * sizes.largest  # one matrix as bf16 again
     match choice.engine:

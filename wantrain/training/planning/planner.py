@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,6 +53,7 @@ class Planner:
     @cached_property
     def asked(self) -> Choice:
         """The settings as they are."""
+        shared_by, heads = self.batching.sequence_parallel, next(iter(self.modules.values())).num_attention_heads
         return Choice(
             engine=self.engine,
             processes=self.processes,
@@ -61,7 +63,8 @@ class Planner:
             inputs=self.settings["activations_dtype"],
             base=self.settings["base"]["dtype"],
             swap=self.settings["swap"]["blocks"],
-            sequence=self.batching.sequence_parallel,
+            sequence=shared_by,
+            groups=shared_by // math.gcd(shared_by, heads),
         )
 
     @property
@@ -163,7 +166,9 @@ class Planner:
         processes = self.processes if self.processes > 1 else NODE
         sizes = []
         for engine in ENGINES:
-            alone: dict[str, Any] = {"processes": 1, "sequence": 1} if engine == "single" else {"processes": processes}
+            alone: dict[str, Any] = (
+                {"processes": 1, "sequence": 1, "groups": 1} if engine == "single" else {"processes": processes}
+            )
             choice = replace(self.asked, engine=engine, **alone)
             sizes.append(f"{engine} {max(case.plan(choice).device for case in worst.values()) / GB:.4g}")
         return [f"engines             {self.label(bucket)}, GB on each of {processes} cards: {', '.join(sizes)}"]
