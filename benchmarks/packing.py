@@ -1,4 +1,4 @@
-"""Packs beside buckets with remainders, in the same memory: python benchmarks/packing.py [--packs 40] [--no-timing]
+"""Packs beside buckets with remainders, in the same memory: python benchmarks/packing.py [--repeats 2] [--no-timing]
 
 The mix is a published one: resolutions, frames, the share of clips kept and the batch size of each bucket of Open-Sora
 1.2's first stage (hpcaitech/Open-Sora, configs/opensora-v1-2/train/stage1.py), frames brought to 4k + 1 and sides to
@@ -11,8 +11,7 @@ packs     batch_tokens = the most tokens of a published batch
 
 Reported are useful tokens over the budgets of all passes; useful tokens per operation of the busiest process of each
 step, for a LoRA on A14B at these sizes; and useful tokens per CPU second at W-S (6 layers, 384 wide, all weights) with
-sides halved, on 8 simulated processes and on one. Every distinct batch of the first two sides is timed, and some of the
-packs. Writes packing.json.
+sides halved, on 8 simulated processes and on one. Every distinct pass of each side is timed. Writes packing.json.
 """
 
 from __future__ import annotations
@@ -163,14 +162,13 @@ class Timer:
         return time.process_time() - before
 
 
-def timed(packs: int, repeats: int) -> dict[str, Any]:
+def timed(repeats: int) -> dict[str, Any]:
     """The measured part, with sides halved."""
     mix = Mix(HALVED)
     timer, sides = (
         Timer(mix, repeats),
         {"buckets": mix.with_remainders(), "one_clip": mix.one_clip(), "packs": mix.packs()},
     )
-    sides["packs"] = sides["packs"][: max(1, packs // RANKS)]
     timer.seconds(sides["one_clip"][0][0])
     update = timer.update()
     found = {}
@@ -213,7 +211,6 @@ def counted(times: int) -> dict[str, Any]:
 def main() -> None:
     """Count, measure, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packs", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-timing", action="store_true")
     args = parser.parse_args()
@@ -221,12 +218,12 @@ def main() -> None:
     print(json.dumps(result, indent=2), flush=True)
     if args.no_timing:
         return
-    result["timed"] = timed(args.packs, args.repeats)
+    result["timed"] = timed(args.repeats)
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"numpy": np.__version__, "torch": torch.__version__},
         "machine": f"{platform.machine()}, 1 thread",
-        "command": f"python benchmarks/packing.py --packs {args.packs} --repeats {args.repeats}",
+        "command": f"python benchmarks/packing.py --repeats {args.repeats}",
     }
     write_json(Path(__file__).with_suffix(".json"), {**about, **result})
     print(json.dumps(result, indent=2))

@@ -1,6 +1,7 @@
 """Packs: budgets, epochs, positions and steps, by enumeration."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -64,6 +65,41 @@ def test_steps():
             assert plan.samples_before(step + 1) == plan.samples_before(step) + sum(sizes)
             assert [pack.weight for pack in packs] == pytest.approx([size * 4 / sum(sizes) for size in sizes])
             assert packs[0].most == max(np.reshape(sizes, (-1, world)).sum(axis=0))
+
+
+def cost_of(pack):
+    """What a pack costs, in tokens of linear layers, where attention to 20,000 tokens costs what those do."""
+    return sum(len(own) * TOKENS[BUCKETS[own[0]]] * (1 + TOKENS[BUCKETS[own[0]]] / 20_000) for own, _ in pack.groups)
+
+
+@pytest.mark.parametrize("passes", [2, 4])
+def test_packs_of_a_step_cost_alike(passes):
+    """Of two steps inside an epoch, no pack of one costs more than all of the other while another costs less; the
+    costliest comes first. The step in which an epoch ends and the next begins has the cheapest.
+    """
+    plan = sampler(passes=passes)
+    count, epochs = plan.packs_per_epoch, passes
+    costs = [cost_of(pack) for pack in packs_of(plan, range(epochs * count // passes))]
+    for epoch in range(epochs):
+        first, end = -epoch * count % passes, count - (epoch + 1) * count % passes
+        own = costs[epoch * count : (epoch + 1) * count]
+        steps = [own[place : place + passes] for place in range(first, end, passes)]
+        assert all(step == sorted(step, reverse=True) for step in steps)
+        ranked = sorted(steps, reverse=True)
+        assert all(min(dear) >= max(cheap) for dear, cheap in pairwise(ranked))
+        assert max(own[:first] + own[end:], default=0) <= min(ranked[-1])
+        assert passes > 2 or steps != ranked  # they are shuffled
+
+
+def test_an_epoch_of_less_than_a_step():
+    """A step of more packs than an epoch has: still each clip once an epoch."""
+    plan = sampler(passes=64)
+    assert plan.packs_per_epoch < 64
+    samples = np.concatenate([own for pack in packs_of(plan, range(3)) for own, _ in pack.groups])
+    clips, whole = len(BUCKETS), len(samples) // len(BUCKETS)
+    for epoch in range(whole):
+        assert sorted(samples[epoch * clips : (epoch + 1) * clips].tolist()) == list(range(clips))
+    assert len(set(samples[whole * clips :].tolist())) == len(samples) - whole * clips
 
 
 def test_length():

@@ -1,12 +1,14 @@
 """The pack sampler: a run's order where a backward pass takes a number of tokens, not of samples. NumPy only.
 
 A pack is what one process computes in one pass: clips of any buckets, up to a budget of tokens. How many clips of each
-bucket a pack has is planned once, from the buckets' sizes alone (`plan_packs`). Each epoch shuffles the packs and fills
-them from the buckets' streams (streams.py). So the packs of a step, and the place of each sample in the run, are
-arithmetic: a run resumes by seeking, and all processes agree.
+bucket a pack has is planned once, from the buckets' sizes alone (`plan_packs`). Packs of equal tokens differ in cost,
+as attention grows with the square of a clip's tokens, and the processes of a step wait for the slowest. So a step is
+made of packs of like cost. Each epoch shuffles these steps and fills their packs from the buckets' streams
+(streams.py): the packs of a step, and the place of each sample in the run, are arithmetic. A run resumes by seeking,
+and all processes agree.
 
-Packs that do not fill a step at the end of an epoch begin the next one. With weights or sets, a bucket has as many
-samples in an epoch as its share rounded, at least one.
+Packs that do not fill a step at the end of an epoch begin the next one; they are the cheapest. With weights or sets, a
+bucket has as many samples in an epoch as its share rounded, at least one.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from wantrain.data.loading.streams import BucketStreams, Indices, shuffled
 EVEN = 0.01
 #: The fewest packs are searched for to one in so many.
 CLOSE = 256
+#: Tokens of a clip whose self-attention costs what its linear layers cost: about those of Wan's models, forward and
+#: backward. From 5,000 to 40,000 the busiest processes of the mix in benchmarks/packing.py compute the same to 0.2 %.
+ATTENTION = 20_000
 
 
 class Loads(Protocol):
@@ -98,6 +103,8 @@ class PackSampler:
         self._count = packs[pack, self._bucket]
         self._first = (np.cumsum(packs, axis=0) - packs)[pack, self._bucket]
         self._ends = np.cumsum(np.bincount(pack, minlength=len(packs)))
+        cost = packs @ (self._tokens * (ATTENTION + self._tokens))
+        self._by_cost = np.argsort(-cost, kind="stable")
         self._sizes = packs.sum(axis=1)
         self.packs_per_epoch, self.samples_per_epoch = len(packs), int(self._counts.sum())
         self.fill = float(self._counts @ self._tokens) / (budget * len(packs))
@@ -179,10 +186,19 @@ class PackSampler:
         """The order of an epoch's packs, and how many of its samples come before each. The last epoch is cached."""
         table = self._table  # another thread may load ahead
         if table is None or table[0] != epoch:
-            order = shuffled(self.packs_per_epoch, self.seed, 4, epoch)
+            order = self._order(epoch)
             sizes = self._sizes[order]
             self._table = table = epoch, order, np.cumsum(sizes) - sizes
         return table[1], table[2]
+
+    def _order(self, epoch: int) -> Indices:
+        """The order of an epoch's packs: its steps shuffled, each of packs of like cost, the costliest first."""
+        count = self.packs_per_epoch
+        begun = min(-epoch * count % self.passes, count)  # packs that the step lacks in which the epoch before ends
+        left = (count - begun) % self.passes
+        whole, cheapest = np.split(self._by_cost, [count - begun - left])
+        steps = whole.reshape(-1, self.passes)[shuffled(len(whole) // self.passes, self.seed, 4, epoch)]
+        return np.concatenate([cheapest[left:], steps.ravel(), cheapest[:left]])
 
 
 def plan_packs(counts: Indices, tokens: Indices, budget: int) -> Indices:
