@@ -82,6 +82,18 @@ def test_joint_checkpoint(processes, background, tmp_path):
     ]  # fmt: skip
 
 
+def test_words_of_a_save(tmp_path):
+    """Words in the store grow with the processes, not with their square."""
+    count, words = 12, mock.Mock(wraps=dist.HashStore())
+
+    def alone(crew):
+        save(tmp_path, 3, 7, Crew(crew.rank, count, words))
+
+    assert in_threads(count, alone) == {}
+    assert words.get.call_count <= 5 * count and words.set.call_count <= 2 * count + 4
+    assert value_of(store(tmp_path).newest()) == 7
+
+
 @both
 @pytest.mark.parametrize("culprit", [0, 2])
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])

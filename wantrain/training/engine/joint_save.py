@@ -121,8 +121,10 @@ class JointSave:
         return self._together("hashed", digest) or {}
 
     def _together(self, stage: str, work: Callable[[], dict[str, str]]) -> dict[str, str] | None:
-        """The answers of all processes to a stage of the work. Where one fails the main process raises its error, when
-        all have answered, and the others get None.
+        """The answers of all processes to a stage of the work, in the main process. Where one fails the main process
+        raises its error, when all have answered, and the others get None.
+
+        The main process alone reads the answers: if each read all, words would grow with the square of the processes.
         """
         raised: BaseException | None = None
         try:
@@ -132,19 +134,24 @@ class JointSave:
             answer = {"error": str(error) or repr(error), "errno": None}
             if isinstance(error, OSError) and error.errno is not None:
                 answer = {"error": error.strerror, "errno": error.errno, "file": error.filename}
-        self._tell(f"{stage}/{self.crew.rank}", answer)
-        if raised is not None and not isinstance(raised, OSError):
-            raise raised
-        answers = [self._hear(f"{stage}/{rank}") for rank in range(self.crew.processes)]
+        fault = None if isinstance(raised, OSError) else raised
+        if self.crew.rank > 0:
+            self._tell(f"{stage}/{self.crew.rank}", answer)
+            if fault is not None:
+                raise fault
+            return {} if self._hear(stage)["whole"] else None
+        others = [] if fault is not None else [self._hear(f"{stage}/{rank}") for rank in range(1, self.crew.processes)]
+        answers = [answer, *others]
         failed = next(((rank, each) for rank, each in enumerate(answers) if "error" in each), None)
+        self._tell(stage, {"whole": failed is None})
         if failed is None:
             return {key: value for each in answers for key, value in each["done"].items()}
-        if self.crew.rank == 0:
-            rank, each = failed
-            if each["errno"] is None:
-                raise RuntimeError(f"process {rank} could not write its part of a checkpoint: {each['error']}")
-            raise OSError(each["errno"], f"{each['error']} (process {rank})", each["file"])
-        return None
+        if fault is not None:
+            raise fault
+        rank, each = failed
+        if each["errno"] is None:
+            raise RuntimeError(f"process {rank} could not write its part of a checkpoint: {each['error']}")
+        raise OSError(each["errno"], f"{each['error']} (process {rank})", each["file"])
 
     def _tell(self, key: str, word: Mapping[str, Any]) -> None:
         self.crew.store.set(self._prefix + key, json.dumps(word))
