@@ -175,6 +175,17 @@ def test_shared_tokens_in_one_process():
     assert (plans[8].exchange - reducer) / 21 == pytest.approx((plans[4].exchange - reducer) / 9 / 2)
 
 
+def test_shared_updates(case):
+    """Of an optimizer's state that is shared out each process updates its part."""
+    fast = card(80 * GB)
+    alone, two, many = (
+        case.seconds(Choice(engine=engine, processes=processes), fast)
+        for engine, processes in (("ddp", 8), ("zero1", 2), ("fsdp2", 8))
+    )
+    whole = case.sizes.trained * (3 * case.sizes.weight + 2 * case.sizes.state) / (0.85 * fast.bandwidth)
+    assert alone - two == pytest.approx(whole / 2) and alone - many == pytest.approx(whole * 7 / 8)
+
+
 def test_updates_are_searched():
     """A full fine-tune of 14B fits one card of 141 GB with bf16 weights and 8-bit moments: the advice says both."""
     words = ["model=t2v_a14b", "expert=low_noise", "bucket=81x480x832", "batch_size=1"]

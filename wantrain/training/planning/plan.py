@@ -29,6 +29,8 @@ DEEPSPEED_BUCKET = 500_000_000
 BASE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5625}
 #: Engines in the order in which they share more out.
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+#: Those of which each process keeps and updates its part of the optimizer's state.
+SHARED_STATE = ENGINES[2:]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from wantrain.models import WanTransformer
 from wantrain.models.facts import blocks_of
 from wantrain.models.flops import attention_flops, training_flops
-from wantrain.training.planning.plan import Choice, Sizes
+from wantrain.training.planning.plan import SHARED_STATE, Choice, Sizes
 from wantrain.training.planning.trace import BlockCosts
 from wantrain.util.cards import Card
 
@@ -75,6 +75,7 @@ def seconds(
     inputs = costs["block"].kept_block * (sizes.blocks - policies.get("none", 0))
     waiting = 2.0 * inputs if choice.activations == "cpu" else 0.0
     copies = (visits + waiting) / card.link if card.link else 0.0
-    # An update reads gradient, weight and state, and writes the last two.
-    update = sizes.trained * (3 * sizes.weight + 2 * sizes.state) / (BANDWIDTH * card.bandwidth)
+    # An update reads gradient, weight and state, and writes the last two; of what an engine shares out, a part each.
+    own = sizes.trained / (choice.processes if choice.engine in SHARED_STATE else 1)
+    update = own * (3 * sizes.weight + 2 * sizes.state) / (BANDWIDTH * card.bandwidth)
     return micro_steps * max(compute, copies) + update
