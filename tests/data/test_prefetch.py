@@ -54,6 +54,40 @@ def test_order_and_depth():
     assert list(answers) == []
 
 
+def until_waiting(answers):
+    deadline, item = time.monotonic() + 5, None
+    while item is None and time.monotonic() < deadline:
+        item = answers.waiting()
+    return item
+
+
+def test_waiting():
+    """What is there already is given without a wait; an error or the end comes when the next one is asked for."""
+    goes_on = threading.Event()
+
+    def slow():
+        goes_on.wait(5)
+        return batch_of(1)
+
+    answers = prefetch(iter([lambda: batch_of(0), slow]))
+    assert until_waiting(answers).positions == (0,)
+    assert answers.waiting() is None
+    goes_on.set()
+    assert next(answers).positions == (1,)
+    answers._thread.join(5)
+    assert answers.waiting() is None and answers.waiting() is None and list(answers) == []
+
+    def broken():
+        raise ValueError("a bad clip")
+
+    answers = prefetch(iter([broken]))
+    answers._thread.join(5)
+    assert answers.waiting() is None
+    with pytest.raises(ValueError, match="a bad clip"):
+        next(answers)
+    wait_for_the_end()
+
+
 def test_dead_thread(monkeypatch):
     """A thread that has ended without an answer raises an error instead of an endless wait."""
     answers = sys.modules["wantrain.data.prefetch"]

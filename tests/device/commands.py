@@ -1,7 +1,7 @@
 """A process that runs the project's commands, and stages of benchmarks/gpu.py, on the emulated device, each in a fork.
 
-It imports everything once and takes a line of JSON per command on its input: {"cwd", "args", "result"}. The fork runs
-the command as conftest's `run_inside` does, writes what came of it to the file `result`, and the line is answered with
+It imports everything once and takes a line of JSON per command on its input: {"cwd", "args", "fault", "result"}. The
+fork executes the `fault`, Python that plants one, runs the command as conftest's `run_inside` does, writes what came of it to the file `result`, and the line is answered with
 one of its own. A fork per command: torch knows a backend for the whole process, and imports take five seconds.
 """
 
@@ -69,6 +69,7 @@ def run(conftest, request):
     from wantrain.util import devices
 
     steps, folder = [], Path(request["cwd"])
+    exec(request["fault"], {})
     on_device = mock.PropertyMock(return_value=DEVICE)
     with (
         mock.patch.object(devices, "choose", lambda name: DEVICE),

@@ -37,9 +37,9 @@ class Commands:
         self.process = subprocess.Popen(command, env=environment, **pipes)
         assert self.process.stdout.readline() == "ready\n"
 
-    def run(self, cwd, *args, check=True):
+    def run(self, cwd, *args, check=True, fault=""):
         result = self.folder / f"{next(self.numbers)}.json"
-        request = {"cwd": str(cwd), "args": [str(arg) for arg in args], "result": str(result)}
+        request = {"cwd": str(cwd), "args": [str(arg) for arg in args], "fault": fault, "result": str(result)}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         assert self.process.stdout.readline() == "done\n", "the process of the emulated device has ended"

@@ -4,8 +4,12 @@
 tensors as CUDA's do, cannot be read by numpy, take no CPU generator, and `reads` counts every time the host waits for
 their values. Copies to the device are told apart by the host memory they come from, pinned or pageable.
 
+A copy that need not wait (`non_blocking`, pinned memory) is late: in a stream of its own until that is waited for, and
+to the host until its event is. What it fills has no values before: a tensor of the device cannot be used then, and
+memory of the host holds NaN. Waiting for an event counts as a read if the device has nothing else to do.
+
 Built on torch's own hook for backends written in Python (PrivateUse1), so autograd, autocast, `.to`, factories and
-`torch.device` contexts are torch's. What it cannot show: kernels, streams, fragmentation, speed.
+`torch.device` contexts are torch's. What it cannot show: kernels, fragmentation, speed.
 """
 
 import contextlib
@@ -21,7 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "emulated"
 ROOT = Path(__file__).resolve().parent.parent.parent
-#: Where the host waited for the device: (kind, place) -> how often. Kinds are "read" and "bool index".
+#: Where the host waited for the device: (kind, place) -> how often. Kinds are "read", "bool index" and "drain", an event
+#: after which nothing was queued.
 reads: Counter = Counter()
 #: Copies from the host: (pinned or pageable, place) -> how often.
 uploads: Counter = Counter()
@@ -98,7 +103,9 @@ def run(func, args, kwargs):
     ours = [tensor for tensor in tensors if is_here(tensor)]
     others = [tensor for tensor in tensors if not is_here(tensor)]
     if name.startswith("copy_"):
-        return _copy(*args[:2])
+        return _copy(*args[:3])
+    streams.check(ours)
+    streams.queued += 1
     if name.startswith(("_to_copy", "to.")):
         return _moved(func, args, kwargs)
     _refuse_mixing(func, name, args, ours, others)
@@ -149,11 +156,19 @@ def _refuse_generators(args, kwargs, ours):
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
 
 
-def _copy(target, source):
-    if is_here(source) and not is_here(target):
-        count(reads, "read")
-    elif is_here(target) and not is_here(source):
-        _count_upload(source)
+def _copy(target, source, non_blocking=False):
+    streams.queued += 1
+    from_here, to_here = is_here(source), is_here(target)
+    streams.check([tensor for tensor in (source, *([] if from_here != to_here else [target])) if is_here(tensor)])
+    if from_here != to_here:
+        host = target if from_here else source
+        if to_here:
+            _count_upload(source)
+        if non_blocking and _is_pinned(host) and (from_here or streams.side):  # else it is in order anyway
+            streams.start(_unwrapped(target), _unwrapped(source))
+            return target
+        if from_here:
+            count(reads, "read")
     _unwrapped(target).copy_(_unwrapped(source))
     return target
 
@@ -170,6 +185,8 @@ def _moved(func, args, kwargs):
     if is_here(source) and not here:
         if torch.device(device).type == "meta":
             return torch.empty_like(source.held, device="meta", dtype=kwargs.get("dtype") or source.dtype)
+        if kwargs.get("non_blocking"):
+            return _copy(_pin(torch.empty_like(source.held, dtype=kwargs.get("dtype"))), source, True)
         count(reads, "read")
     elif here and not is_here(source):
         _count_upload(source)
@@ -192,20 +209,100 @@ def _pin(tensor, device=None):
     return copy
 
 
+class Streams:
+    """The copies that are under way, in the order of each stream; everything else is done at once.
+
+    queued  operations so far
+    side    the stream in which this thread queues copies, if it is not that of the computation
+    """
+
+    def __init__(self):
+        self.queued = 0
+        self.compute = Stream()
+        self._own = threading.local()
+
+    @property
+    def side(self):
+        return getattr(self._own, "stream", None)
+
+    @contextlib.contextmanager
+    def within(self, stream):
+        before, self._own.stream = self.side, stream
+        try:
+            yield
+        finally:
+            self._own.stream = before
+
+    def start(self, target, source):
+        """A copy that is late. What the computation sends to the host is fixed now; a copy into the device is not, for
+        the host must leave its memory alone until then."""
+        stream = self.side or self.compute
+        spoil(target)
+        stream.copies.append((target, source.clone() if stream is self.compute else source))
+        if not _is_pinned(target):
+            late.append(target)
+
+    def check(self, tensors):
+        """RuntimeError for a tensor of the device that a copy is still to fill."""
+        for tensor in tensors if late else ():
+            begin = tensor.held.data_ptr()
+            for other in late:
+                if begin < other.data_ptr() + max(1, other.nbytes) and other.data_ptr() < begin + max(1, tensor.nbytes):
+                    raise RuntimeError(f"used before the copy into it has been waited for ({place()})")
+
+
+class Event:
+    """A point in a stream: so many of its copies lie before it."""
+
+    def __init__(self, stream):
+        self.stream, self.copies, self.queued = stream, list(stream.copies), streams.queued
+
+    def arrive(self):
+        self.stream.arrive(self.copies)
+
+    def synchronize(self):
+        if self.queued == streams.queued:
+            count(reads, "drain")
+        self.arrive()
+
+
 class Stream:
-    """A stream in which everything is done at once."""
+    """A stream of copies; the one of the computation has only those to the host."""
 
     def __init__(self, device=None):
-        pass
+        self.copies = []
+
+    def arrive(self, copies):
+        for copy in copies:
+            if any(copy is each for each in self.copies):
+                target, source = copy
+                self.copies[:] = [each for each in self.copies if each is not copy]
+                late[:] = [each for each in late if each is not target]
+                target.copy_(source)
 
     def wait_stream(self, stream):
-        pass
+        if stream is not streams.compute:  # what goes to the host concerns the host alone
+            stream.arrive(list(stream.copies))
 
     def wait_event(self, event):
-        pass
+        if event.stream is not streams.compute:
+            event.arrive()
 
     def record_event(self):
-        return self
+        return Event(self)
+
+    def synchronize(self):
+        self.record_event().synchronize()
+
+
+def spoil(target):
+    """Values that nobody can take for those that are to come."""
+    target.fill_(float("nan") if target.is_floating_point() else 99)
+
+
+#: Values of tensors of the device that copies under way are to fill.
+late = []
+streams = Streams()
 
 
 class Module:
@@ -233,15 +330,15 @@ class Module:
         pass
 
     def synchronize(self, device=None):
-        pass
+        streams.compute.synchronize()
 
     Stream = Stream
 
     def stream(self, stream):
-        return contextlib.nullcontext()
+        return streams.within(None if stream is streams.compute else stream)
 
     def current_stream(self, device=None):
-        return Stream()
+        return streams.side or streams.compute
 
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]
@@ -278,7 +375,7 @@ def _register():
         return Emulated(torch.empty_strided(size, stride, dtype=dtype))
 
     def copy_from(source, target, non_blocking=False):
-        return _copy(target, source)
+        return _copy(target, source, non_blocking)
 
     aten.impl("empty.memory_format", empty, "PrivateUse1")
     aten.impl("empty_strided", empty_strided, "PrivateUse1")

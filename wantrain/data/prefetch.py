@@ -29,6 +29,7 @@ class Prefetch(Iterator[T], Generic[T]):
 
     def __init__(self, requests: Iterator[Callable[[], T]], depth: int) -> None:
         self._ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=depth)
+        self._last: tuple[BaseException | None] | None = None  # what ended the thread, where `waiting` came upon it
         stopped = threading.Event()
         # The thread must not hold `self`, or the last reference would never be lost.
         thread = threading.Thread(target=_answer, args=(requests, self._ready, stopped), name="prefetch", daemon=True)
@@ -45,8 +46,23 @@ class Prefetch(Iterator[T], Generic[T]):
         self.close()
         raise StopIteration if item is None else item
 
+    def waiting(self) -> T | None:
+        """The next item if it is there already; None if it is not, or if an error or the end comes next."""
+        if self._last is not None or not self.close.alive:
+            return None
+        try:
+            item = self._ready.get_nowait()
+        except queue.Empty:
+            return None
+        if item is None or isinstance(item, BaseException):
+            self._last = (item,)
+            return None
+        return item
+
     def _next_item(self) -> T | BaseException | None:
         """The next item; ValueError if the thread died without an error, since nothing would ever come."""
+        if self._last is not None:
+            return self._last[0]
         while True:
             try:
                 return self._ready.get(timeout=1.0)

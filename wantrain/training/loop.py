@@ -1,7 +1,6 @@
 """fit(): a run, step by step.
 
-whose turn? -> batch -> loss -> backward -> (at the boundary) clip, step, average -> log -> validate, preview -> save ->
-stop?
+whose turn? -> batch -> loss -> backward -> (at the boundary) clip, step, average -> log -> evaluate -> save -> stop?
 
 The loop knows no model, no task and no engine: a Stepper hides the engine, the loss takes the model, and hooks are
 called after every step. All randomness is a function of a sample's position in the run, so no random state is saved and
@@ -20,8 +19,6 @@ from typing import Any
 
 import torch
 
-from wantrain.batch import AnyBatch
-from wantrain.losses import Draws
 from wantrain.runs.checkpoint import Checkpoints, Write
 from wantrain.runs.pages.live import RunPage
 from wantrain.training.alternation import ExpertAlternation
@@ -29,7 +26,7 @@ from wantrain.training.engine.joint_save import JointSaver
 from wantrain.training.engine.main_process import on_main
 from wantrain.training.engine.signals import Signals
 from wantrain.training.expert import ExpertTrainer
-from wantrain.training.micro_batches import micro_batches
+from wantrain.training.micro_batches import MicroBatch, micro_batches
 from wantrain.training.monitoring.metrics import Metrics
 from wantrain.training.monitoring.safeguards import Safeguards
 from wantrain.training.monitoring.throughput import Throughput
@@ -131,7 +128,7 @@ def fit(run: Run, start: int) -> int | None:
     for trainer in run.trainers.values():
         trainer.trainable.module.train()
     batches = micro_batches(run.data, run.trainers, run.alternation, start=start, until=run.until, seed=run.seed)
-    with Signals() as signals, run.page, run.checkpoints:
+    with Signals() as signals, run.page, run.checkpoints, run.safeguards:
         done = step >= run.until or run.should_stop(step)
         while not done:
             name, own = run.alternation.at(step)
@@ -144,11 +141,15 @@ def fit(run: Run, start: int) -> int | None:
             if results:  # it may have taken long
                 signal = int(trainer.stepper.any_signal(signals.received)) or None
             done = step == run.until or signal is not None or run.should_stop(step)
-            if done or step % LOG_EVERY == 0:
+            logs, saves = step % LOG_EVERY == 0, step % run.checkpoint_every == 0
+            if done or logs or saves:  # all is known of the steps so far before it is written
+                signal = run.safeguards.hear() or signal
+                done = done or signal is not None
+            if done or logs:
                 run.metrics.annotate(step, run.throughput.report(run.trainers.values()))
                 run.metrics.flush()
                 run.page.refresh()
-            if done or step % run.checkpoint_every == 0:
+            if done or saves:
                 run.save(step, validation_loss(results))
         on_main(run.checkpoints.finish, "writing the last checkpoint")
         if run.saver is not None:
@@ -157,11 +158,10 @@ def fit(run: Run, start: int) -> int | None:
 
 
 def take_step(
-    run: Run, trainer: ExpertTrainer, own: int, step: int, batches: Iterator[tuple[AnyBatch, Draws]], signals: Signals
+    run: Run, trainer: ExpertTrainer, own: int, step: int, batches: Iterator[MicroBatch], signals: Signals
 ) -> tuple[dict[str, Any], int | None]:
-    """One optimizer step of `trainer`, its own number `own`, which brings the run to `step`.
-
-    Returns what is logged, and the signal that any process has received. The host waits for the device once.
+    """One optimizer step of `trainer`, its own number `own`, which brings the run to `step`: what is logged of it, and
+    the signal that any process has received (see Verdict).
     """
     stepper, losses = trainer.stepper, []
     scale = trainer.schedule(own, trainer.steps)
@@ -171,20 +171,20 @@ def take_step(
         for last in stepper.micro_steps():
             report_progress(f"training step {step}")
             with span("data"):
-                batch, draws = next(batches)
+                micro = next(batches)
             with span("forward"), stepper.forward_context():
-                loss = trainer.loss(stepper.wrapped, batch.to(stepper.device), draws.to(stepper.device))
-            guard.observe(batch, draws, loss)
+                loss = trainer.loss(stepper.wrapped, *micro.here)
+            guard.observe(micro.batch, micro.draws, loss)
             with span("backward"):
                 stepper.backward(guard.checked(loss.value) if last else loss.value, last=last)
-            span.count(batch, loss)
+            span.count(micro.batch, loss)
             losses.append(loss)
         with span("optimizer"):
             norm = stepper.clip_gradients()
             verdict = guard.verdict(norm, stepper.any_signal(signals.received))
             stepper.step(update=verdict.update)
-            if verdict.update and trainer.ema is not None:
-                trainer.ema.follow(own + 1)
+            if trainer.ema is not None:
+                trainer.ema.follow(own + 1, update=verdict.update)
         with span("communication"):
             means = {"loss": stepper.mean(torch.stack([loss.value.detach() for loss in losses]).mean())}
             for key in losses[0].parts:

@@ -1,24 +1,40 @@
 """What the steps of a run are fed: micro-batches in order with what their loss draws, one thread ahead of the steps.
 
-Where they go to another device they wait in pinned memory, so that no step waits for a copy.
+Where they go to another device they wait in pinned memory, and each is copied while the one before it computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from wantrain.batch import AnyBatch, pinned
+from wantrain.batch import AnyBatch, map_tensors, pinned
 from wantrain.data import PackSampler, share
-from wantrain.data.prefetch import prefetch
+from wantrain.data.prefetch import Prefetch, prefetch
 from wantrain.losses import Draws
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.protocols import Samples
+from wantrain.util.copy_stream import CopyStream
 from wantrain.util.seeds import generator_at
+
+#: A micro-batch, and what its loss draws.
+Drawn = tuple[AnyBatch, Draws]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch with its draws as they are on the host, and `here`, the same on the device that trains."""
+
+    batch: AnyBatch
+    draws: Draws
+    here: Drawn
 
 
 def micro_batches(
@@ -29,10 +45,10 @@ def micro_batches(
     start: int,
     until: int,
     seed: int,
-) -> Iterator[tuple[AnyBatch, Draws]]:
-    """This process's share of the optimizer steps from `start` to `until`, on the host."""
+) -> Iterator[MicroBatch]:
+    """This process's share of the optimizer steps from `start` to `until`."""
 
-    def requests() -> Iterator[Callable[[], tuple[AnyBatch, Draws]]]:
+    def requests() -> Iterator[Callable[[], Drawn]]:
         for step in range(start, until):
             name, own = alternation.at(step)
             plan, stepper = trainers[name].plan, trainers[name].stepper
@@ -50,10 +66,48 @@ def micro_batches(
                 )
                 yield partial(_ready, partial(data.load, mine, positions), trainers[name], seed)
 
-    return prefetch(requests())
+    device = next(iter(trainers.values())).stepper.device
+    loaded = prefetch(requests())
+    if device.type == "cpu":
+        return (MicroBatch(*drawn, here=drawn) for drawn in loaded)
+    return sent_ahead(loaded, device)
 
 
-def _ready(load: Callable[[], AnyBatch], trainer: ExpertTrainer, seed: int) -> tuple[AnyBatch, Draws]:
+def sent_ahead(loaded: Prefetch[Drawn], device: torch.device) -> Iterator[MicroBatch]:
+    """Micro-batches in pinned memory, each copied to `device` in a stream of its own while the one before computes.
+
+    One that is not loaded by then is copied when it is asked for: the host never waits for the loader early.
+    """
+    stream, coming = CopyStream(device), None
+    try:
+        while True:
+            try:
+                micro, event = coming or _sent(next(loaded), stream, device)
+            except StopIteration:
+                return
+            stream.wait(event)
+            following = loaded.waiting()
+            coming = None if following is None else _sent(following, stream, device)
+            yield micro
+    finally:
+        if coming is not None:
+            stream.wait(coming[1])  # its memory may be given away only after the copy into it
+
+
+def _sent(drawn: Drawn, stream: CopyStream, device: torch.device) -> tuple[MicroBatch, Any]:
+    """A micro-batch on its way to the device, and the event to wait for."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def place(source: Tensor) -> Tensor:
+        pairs.append((torch.empty_like(source, device=device), source))
+        return pairs[-1][0]
+
+    batch, draws = drawn
+    here = replace(batch, **map_tensors(batch, place)), replace(draws, **map_tensors(draws, place))
+    return MicroBatch(batch, draws, here), stream.copy(pairs)
+
+
+def _ready(load: Callable[[], AnyBatch], trainer: ExpertTrainer, seed: int) -> Drawn:
     """A micro-batch and what its loss draws, by the samples' positions in the run."""
     batch = load()
     draws = trainer.loss.prepare(batch, [generator_at(seed, "noise", position) for position in batch.positions])

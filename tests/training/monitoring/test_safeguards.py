@@ -18,7 +18,8 @@ from wantrain.models import adapters
 from wantrain.models.formats.weights import read_file
 from wantrain.training.engine import optim
 from wantrain.training.engine.engine import Stepper
-from wantrain.training.monitoring.safeguards import BINS, SEEN, LossBaseline, StepGuard
+from wantrain.training.monitoring.loss_baseline import BINS, SEEN, LossBaseline
+from wantrain.training.monitoring.safeguards import StepGuard
 from wantrain.util.distributed import DataRanks
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent

@@ -33,10 +33,14 @@ class Ema:
         }
 
     @torch.no_grad()
-    def follow(self, steps: int) -> None:
-        """Move towards the weights after the optimizer's step number `steps`."""
+    def follow(self, steps: int, *, update: bool | Tensor = True) -> None:
+        """Move towards the weights after the optimizer's step number `steps`, unless that was no `update` of them."""
+        if update is False:
+            return
         self.moved = True
-        weight = max(1 - self.decay, YOUNG / (YOUNG + 1 + steps))
+        weight: float | Tensor = max(1 - self.decay, YOUNG / (YOUNG + 1 + steps))
+        if isinstance(update, Tensor):
+            weight = torch.where(update, weight, 0.0)
         for name, parameter in named_trainable(self.stepper.module).items():
             self.average[name].lerp_(local_part(parameter).float(), weight)
 
@@ -70,9 +74,9 @@ class OwnAverage(Ema):
         self.stepper, self.moved = stepper, moved
         self.average = {}
 
-    def follow(self, steps: int) -> None:
+    def follow(self, steps: int, *, update: bool | Tensor = True) -> None:
         """The optimizer's step has moved it already."""
-        self.moved = True
+        self.moved = self.moved or update is not False
 
     @contextmanager
     def applied(self) -> Iterator[None]:

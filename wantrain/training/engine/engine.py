@@ -7,7 +7,6 @@ come out whole, under the names that they have in one process, and go in again u
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -217,13 +216,29 @@ class Stepper:
             return self._in_backward.norm(self.device)
         return clip_gradients(named_trainable(self.module).values(), self.clip, self.clip_by)
 
-    def step(self, *, update: bool) -> None:
+    @property
+    def selects_updates(self) -> bool:
+        """True if `step` takes a tensor: the optimizer's kernel looks at it on the device, as torch's fused ones do,
+        and the host need not know whether the weights move. On a CPU the host knows at once.
+        """
+        if self.device.type == "cpu" or self.engine not in {"single", "ddp"} or self._parameterwise is not None:
+            return False
+        return getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False)
+
+    def step(self, *, update: bool | Tensor) -> None:
         """Move the weights, if they are to be updated, and clear the gradients; else weights and optimizer stay as they
         were. All ranks say the same; DeepSpeed has done as the norm says, and updates in the backward are made already.
+
+        update  a scalar on the device only where `selects_updates`
         """
         if self._zero or self.updates_in_backward:
             return
-        if update:
+        if isinstance(update, Tensor):
+            optimizer = self.optimizer.optimizer
+            optimizer.found_inf = (~update).float()  # the name by which torch's GradScaler says it
+            self.optimizer.step()
+            del optimizer.found_inf
+        elif update:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -252,12 +267,6 @@ class Stepper:
         """
         received = torch.full((1,), float(signal or 0), device=self.device)
         return self.gather(received).max()
-
-    def read(self, *tensors: Tensor) -> list[list[float]]:
-        """The values of each tensor, flat, in one read: the host waits for the device once."""
-        values = torch.cat([tensor.detach().flatten().double() for tensor in tensors]).tolist()
-        ends = itertools.accumulate(tensor.numel() for tensor in tensors)
-        return [values[end - tensor.numel() : end] for tensor, end in zip(tensors, ends, strict=True)]
 
     def part(self) -> None:
         """After a forward that no backward follows: FSDP2 keeps its outermost weights in one piece for that one."""

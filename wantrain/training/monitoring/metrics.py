@@ -1,6 +1,6 @@
 """What a run says: metrics.jsonl always (one object per optimizer step), one console line, a tracker if wanted.
 
-Values may live on the device until the line is flushed, so that a GPU is not stopped at every step.
+Values may live on the device, or be functions, until the lines are flushed: then the device is read once for all.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from wantrain.training.monitoring.trackers import NoTracker, Tracker
 from wantrain.util import distributed
 from wantrain.util.console import say
+from wantrain.util.copy_stream import Readback
 from wantrain.util.files import write_atomically
 
 
@@ -54,7 +55,7 @@ class Metrics:
         write_atomically(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Remember one step's values; tensors stay where they are until `flush`."""
+        """Remember one step's values; tensors stay where they are, and functions are not called, until `flush`."""
         now = time.perf_counter()
         self.pending.append({"step": step, **values, "seconds": now - self.last_step, **self.noted})
         self.last_step, self.noted = now, {}
@@ -75,7 +76,7 @@ class Metrics:
         """Write what is pending, sync it, and say one line."""
         if not self.pending:
             return
-        rows = [_plain_row(row) for row in self.pending]
+        rows = [_plain_row(row) for row in _read(self.pending)]
         self.pending = []
         measured = [row for row in rows if "tokens" in row]
         if measured:
@@ -147,6 +148,15 @@ def rates(rows: Sequence[Mapping[str, Any]], *, peak: float | None) -> dict[str,
     return speed
 
 
+def _read(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with numbers for scalar tensors, which one readback brings from the device."""
+    tensors = [value for row in rows for value in row.values() if isinstance(value, Tensor)]
+    numbers = iter(Readback(*tensors).values() if tensors else [])
+    return [
+        {key: next(numbers)[0] if isinstance(value, Tensor) else value for key, value in row.items()} for row in rows
+    ]
+
+
 def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as JSON has it; a step's times become one value each."""
     plain = {key: _plain(value) for key, value in row.items() if key != "times"}
@@ -156,7 +166,7 @@ def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it: what is no number is null."""
-    number = value.item() if isinstance(value, Tensor) else value
+    number = value() if callable(value) else value
     return None if isinstance(number, float) and not math.isfinite(number) else number
 
 

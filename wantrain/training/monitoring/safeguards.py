@@ -12,6 +12,9 @@ unlearning  a preference run that gets worse at the winners themselves is report
 
 Records go to safeguards.jsonl in the run's folder: each rank's own samples with their noise levels; the noise itself is
 a function of (seed, "noise", position). The first three raise ValueError.
+
+Whether a step moves the weights is decided on the device, in that step. Where the optimizer can take that from there,
+the host hears of it one step later, so that it never waits for the device; where it cannot, the host reads it at once.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,50 +31,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wantrain import flow
 from wantrain.batch import AnyBatch, PackedBatch
 from wantrain.losses import Draws, Loss
 from wantrain.models.adapters import is_zero_at_start
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
+from wantrain.training.monitoring.loss_baseline import LossBaseline
 from wantrain.training.monitoring.unlearning import Unlearning
 from wantrain.util import distributed
 from wantrain.util.console import say
-
-#: Losses are compared within bins of an expert's noise window, once a bin has seen so many samples.
-BINS, SEEN = 10, 20
-#: How fast the usual loss of a bin follows the run.
-RATE = 0.02
-
-
-@dataclass
-class LossBaseline:
-    """The usual loss in each bin of a window, as a running mean of logarithms.
-
-    Everything is computed on the device of the losses, without reading a value, so that nothing waits for a GPU.
-    """
-
-    window: flow.NoiseWindow
-    means: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
-    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
-
-    def excess(self, sigmas: Tensor, errors: Tensor) -> Tensor:
-        """How many times the usual a batch's losses (B,) are, as a geometric mean; 1 where too few were seen."""
-        self.means, self.counts = self.means.to(errors.device), self.counts.to(errors.device)
-        bins = self.window.bin_of(sigmas, BINS)
-        comparable = (self.counts[bins] >= SEEN) & (errors > 0) & errors.isfinite()
-        above = torch.where(comparable, errors.double().log() - self.means[bins], 0.0)
-        return (above.sum() / comparable.sum().clamp(min=1)).exp()
-
-    def learn(self, sigmas: Tensor, errors: Tensor) -> None:
-        """Count a batch's losses as usual ones."""
-        usable = (errors > 0) & errors.isfinite()
-        each = torch.arange(BINS, device=errors.device)
-        places = ((self.window.bin_of(sigmas, BINS)[:, None] == each) & usable[:, None]).double()
-        more, sums = places.sum(0), torch.where(usable, errors.double().log(), 0.0) @ places
-        self.counts += more
-        rates = torch.maximum(1 - (1 - RATE) ** more, more / self.counts.clamp(min=1))
-        self.means += rates * (sums / more.clamp(min=1) - self.means)
+from wantrain.util.copy_stream import Readback
 
 
 @dataclass
@@ -93,6 +62,14 @@ class Safeguards:
     skipped: int = 0
     proved: set[str] = field(default_factory=set)  # experts whose first step was right
     baselines: dict[str, LossBaseline] = field(default_factory=dict)
+    unheard: StepGuard | None = None  # of the last step, if the host has not heard of it
+
+    def __enter__(self) -> Safeguards:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(Exception) if kind is not None else nullcontext():  # after an error that one goes on
+            self.hear()
 
     @contextmanager
     def step(self, trainer: ExpertTrainer, step: int) -> Iterator[StepGuard]:
@@ -100,6 +77,14 @@ class Safeguards:
         guard = StepGuard(self, trainer, step)
         yield guard
         guard.check_update()
+
+    def hear(self) -> int | None:
+        """Hear of the last step, if that has not happened: before a line of the log, and before a checkpoint.
+
+        Returns the signal that any rank had received then. ValueError as StepGuard.hear.
+        """
+        guard, self.unheard = self.unheard, None
+        return None if guard is None else guard.hear()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the usual losses and what watches the winners, by expert."""
@@ -130,16 +115,18 @@ class Safeguards:
 
 
 class Verdict(NamedTuple):
-    """What becomes of a step: whether the weights move, and the signal that any rank has received (None: none)."""
+    """What becomes of a step: whether the weights move, as Stepper.step takes it; and the signal that any rank has
+    received (None: none), in this step, or in the one before where this one is not heard of yet.
+    """
 
-    update: bool
+    update: bool | Tensor
     signal: int | None
 
 
 class StepGuard:
     """The safeguards of one step: `observe` each micro-step, backward what `checked` gives, then ask for the `verdict`.
 
-    After a run's first step it reads the device once, in `verdict`.
+    What the host needs of the device is one readback, which `hear` waits for.
     """
 
     def __init__(self, safeguards: Safeguards, trainer: ExpertTrainer, step: int) -> None:
@@ -152,7 +139,8 @@ class StepGuard:
         self.over_base: list[Tensor] = []  # likewise: logarithms of the losses over the base's, where there are any
         self.everyone: Tensor | None = None  # noise levels and losses of all ranks, (samples, 2)
         self.excess: Tensor | None = None  # how many times the usual this step's losses are, over all ranks
-        self.times_usual = 1.0
+        self.readback: Readback | None = None
+        self.times_usual = math.nan
         self.updated = False
         self.first = trainer.name not in safeguards.proved
         self.before = digests(self.stepper) if self.first else {}
@@ -194,40 +182,59 @@ class StepGuard:
         return value * torch.where(self.excess > limits.refuse, math.nan, 1.0).to(value.dtype)
 
     def verdict(self, norm: Tensor, signal: Tensor) -> Verdict:
-        """Whether the step may move the weights: its gradient's `norm` is finite. The one read of the step.
+        """Whether the step may move the weights: its gradient's `norm` is finite.
 
-        ValueError if it is the first step and the ranks do not belong together, or if too many in a row were skipped.
+        The host hears now of a first step and of one whose optimizer must know, else of the step before.
         """
         losses = torch.cat(self.losses)
         excess = losses.new_ones(()) if self.excess is None else self.excess
         over_base = [self.stepper.mean(torch.cat(self.over_base).mean())] if self.over_base else []
-        (size,), (received,), (times,), own_losses, *watched = self.stepper.read(
-            norm, signal, excess, losses, *over_base
-        )
-        self.times_usual = times
+        update = norm.isfinite()
+        if self.everyone is not None:
+            spike = self.safeguards.spike
+            usual = update if spike is None else update & (excess <= spike)
+            sigmas, errors = self.everyone.unbind(1)
+            self.safeguards.baseline(self.trainer).learn(sigmas, errors, usual)
+        self.readback = Readback(norm, signal, excess, losses, *over_base)
+        before = self.safeguards.hear()
+        if self.stepper.selects_updates and not self.first:
+            self.safeguards.unheard = self
+            return Verdict(update, before)
+        received = self.hear()
+        return Verdict(self.updated, received or before)
+
+    def hear(self) -> int | None:
+        """Read what the step came to, and record and report what is unusual. Returns the signal that any rank had
+        received.
+
+        ValueError if it is the first step and the ranks do not belong together, or if too many in a row were skipped.
+        """
+        assert self.readback is not None, "after the verdict"
+        (size,), (received,), (self.times_usual,), losses, *watched = self.readback.values()
         if self.first and self.stepper.processes > 1:
             self._check_ranks()
-        for row, loss in zip(self.samples, own_losses, strict=True):
+        for row, loss in zip(self.samples, losses, strict=True):
             row["loss"] = loss
         self.updated = math.isfinite(size)
         if self.updated:
             self.safeguards.skipped = 0
-            if self.everyone is not None:
-                self._check_spike(self.everyone, times)
+            self._check_spike()
             for (log_ratio,) in watched:
                 if found := self.safeguards.unlearning.see(self.trainer.name, self.step, log_ratio):
                     self._record("unlearning", **found)
         else:
-            self._skip(size, times)
-        return Verdict(self.updated, int(received) or None)
+            self._skip(size, self.times_usual)
+        return int(received) or None
 
     @property
     def values(self) -> dict[str, Any]:
-        """What the log says of the step's losses, after the `verdict`: how many times the usual they are for their
-        noise, and the clips of this process as [id, sigma, loss].
+        """What the log says of the step's losses: how many times the usual they are for their noise, and the clips of
+        this process as [id, sigma, loss]. Functions, for when the step has been heard of.
         """
-        clips = [[row["id"], _number_or_none(row.get("sigma")), _number_or_none(row["loss"])] for row in self.samples]
-        return ({} if self.excess is None else {"times_usual": self.times_usual}) | {"clips": clips}
+        return ({} if self.excess is None else {"times_usual": lambda: self.times_usual}) | {"clips": self._clips}
+
+    def _clips(self) -> list[list[Any]]:
+        return [[row["id"], *(_number_or_none(row.get(key)) for key in ("sigma", "loss"))] for row in self.samples]
 
     def check_update(self) -> None:
         """After the step: ValueError if it was the first one and moved nothing, or if ranks moved differently."""
@@ -295,17 +302,16 @@ class StepGuard:
             )
         say(message)
 
-    def _check_spike(self, everyone: Tensor, excess: float) -> None:
-        """Record and report an unusual loss; a usual one goes into the baseline."""
-        limits = self.safeguards
-        if limits.spike is None or excess <= limits.spike:
-            limits.baseline(self.trainer).learn(*everyone.unbind(1))
+    def _check_spike(self) -> None:
+        """Record and report an unusual loss."""
+        spike, excess = self.safeguards.spike, self.times_usual
+        if self.excess is None or spike is None or excess <= spike:
             return
         self._record("spike", times_usual=excess)
         worst = max(self.samples, key=lambda row: row["loss"])
         say(
             f"step {self.step}: the loss is {excess:.0f} times the usual one for its noise, the worst sample "
-            f"{worst['id']} ({worst['loss']:.3g} at sigma {worst['sigma']:.3f}); see {limits.path}"
+            f"{worst['id']} ({worst['loss']:.3g} at sigma {worst['sigma']:.3f}); see {self.safeguards.path}"
         )
 
     def _record(self, safeguard: str, **values: float) -> None:
