@@ -7,19 +7,18 @@ The stored config is data: it is read and compared, never instantiated.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from wantrain.models.formats.weights import read_json
 from wantrain.runs.checkpoint import Checkpoints, read_state
-from wantrain.util.files import claim_folder, naming, write_atomically
+from wantrain.runs.lock import RunLock
+from wantrain.util.files import claim_folder, write_atomically
 from wantrain.util.renamed import ADDED, upgraded_config
 
 CONFIG = "config.yaml"
@@ -94,10 +93,10 @@ def check_name(name: str) -> None:
 
 @dataclass
 class RunFolder:
-    """One run's folder, held by one process at a time (on this machine)."""
+    """One run's folder, held by one process at a time (lock.py)."""
 
     path: Path
-    lock: IO[str] | None = None
+    lock: RunLock | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -136,7 +135,7 @@ class RunFolder:
         """
         existed = (self.path / CONFIG).is_file()
         claim_folder(self.path, sentinel=CONFIG, key="run")
-        self._lock()
+        self.lock = RunLock(self.path)
         if existed:
             self._check(config, dict(sources or {}))
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
@@ -172,24 +171,6 @@ class RunFolder:
         starts = read_json(self.record).get("starts", []) if self.record.is_file() else []
         return next((dict(start["sources"]) for start in starts if "sources" in start), None)
 
-    def _lock(self) -> None:
-        """Keep other processes out of the folder; the kernel releases the lock when this process ends."""
-        self.lock = (self.path / ".lock").open("a+")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock.seek(0)
-            holder = self.lock.read().strip() or "another process"
-            raise ValueError(f"run {self.path.name} is being trained by {holder}; wait or stop it") from None
-        except OSError as error:  # a network disk without locks: two processes in one folder would corrupt it
-            raise ValueError(
-                f"run {self.path.name} cannot be locked ({error}); give runs= a folder on a disk with locks"
-            ) from error
-        with naming(self.path / ".lock"):
-            self.lock.truncate(0)
-            self.lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-            self.lock.flush()
-
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The stored config of a run, as plain data with today's names; `run` is the folder's name. ValueError if there is
@@ -208,7 +189,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any], *, same_files: bool = False) -> list[str]:
     """`key: old -> new` of every setting that differs and may not; with `same_files`, paths in PLACES may."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     before = {key: value for key, value in ADDED.items() if key in after} | before
     name = after.get("expert.name")  # what `experts` says of others than this one has no effect without a pair
     pair = "both" in (before.get("expert.name"), name)
@@ -231,14 +212,14 @@ def _is_below(key: str, groups: tuple[str, ...]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, with dotted keys."""
     if not isinstance(config, dict):
         return {prefix: config}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+        found.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return found
 
 
 @dataclass(frozen=True)
