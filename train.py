@@ -21,7 +21,7 @@ from wantrain.training.engine.engine import finish
 from wantrain.training.engine.main_process import main_first
 from wantrain.training.engine.placement import check_engine, find_placement
 from wantrain.training.loop import fit
-from wantrain.training.monitoring import loss_masks, noise_report
+from wantrain.training.monitoring import agreement, loss_masks, noise_report
 from wantrain.training.monitoring.trackers import build_tracker
 from wantrain.training.monitoring.watchdog import Watchdog
 from wantrain.training.options import RunSetup
@@ -49,20 +49,23 @@ def train(cfg: DictConfig) -> None:
     settings, experts, batching = forecast.settings, forecast.experts, forecast.batching
     own = {name: expert.settings for name, expert in experts.items()}
     if cfg.dry_run:
-        engine = forecast.engine(engine_asked_for())
-        check_engine(engine, own)
+        check_engine(engine := forecast.engine(engine_asked_for()), own)
         say(config.to_yaml(cfg))
         clips = find_clips(config.shards(cfg), lambda: config.build(cfg.data), settings)
         say(forecast.describe(clips, engine=engine, card=planned_card(cfg.gpu)))
         return
+    folder = RunFolder(Path(cfg.runs) / cfg.run)
     if distributed.is_main():
-        check_writable(Path(cfg.runs) / cfg.run, key="runs")
-    placement = find_placement(start_accelerator(cfg.device, hang=cfg.safeguards.hang), own)
+        check_writable(folder.path, key="runs")
+    accelerator = start_accelerator(cfg.device, hang=cfg.safeguards.hang)
+    agreement.check_start(settings, folder.path, accelerator.device, checkpoint=forecast.checkpoint_bytes)
+    placement = find_placement(accelerator, own)
     devices.announce(placement.device)
     forecast.check_device(placement.device, asked=cfg.device)
     base = main_first(lambda: config.base(cfg, build.parts_needed(settings, experts)), "finding the base model")
     main_first(lambda: make_own_data(config.shards(cfg), root=config.ROOT), "making the project's own data")
-    data, folder = config.build(cfg.data), RunFolder(Path(cfg.runs) / cfg.run)
+    data = config.build(cfg.data)
+    agreement.check_data(data.fingerprint)
     say(forecast.start(data, placement.engine, placement.device))
     loss_masks.check([expert.loss for expert in experts.values()], data)
     encoder_check.check(data, base, dtype, places=config.shards(cfg), otherwise=folder.path)

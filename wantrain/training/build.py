@@ -17,7 +17,7 @@ from wantrain.models.formats.fingerprints import identity, identity_of
 from wantrain.models.formats.loading import settled_dtype
 from wantrain.runs import replay
 from wantrain.runs.checkpoint import Checkpoints, read_state
-from wantrain.runs.folder import RunFolder
+from wantrain.runs.folder import CONFIG, RunFolder
 from wantrain.runs.pages.live import RunPage
 from wantrain.training.engine.accelerator import first_store
 from wantrain.training.engine.adaptive import keeps_average
@@ -31,6 +31,7 @@ from wantrain.training.engine.updates import UpdateOptions
 from wantrain.training.expert import ExpertTrainer, read_average
 from wantrain.training.initialize import Initializer
 from wantrain.training.loop import Run
+from wantrain.training.monitoring import agreement
 from wantrain.training.monitoring.metrics import Metrics
 from wantrain.training.monitoring.safeguards import Safeguards
 from wantrain.training.monitoring.throughput import Throughput, peak_of
@@ -67,7 +68,7 @@ def open_run(setup: RunSetup, command: Iterable[str]) -> tuple[Checkpoints, Path
     options = {key: value for key, value in settings["checkpoint"].items() if key != "every"}
     checkpoints = Checkpoints(folder.checkpoints, **options)
 
-    def open_folder() -> Path | None:
+    def open_folder() -> tuple[Path | None, dict[Path, int]]:
         sources = sources_of(setup.experts, setup.base)
         folder.open(dict(settings), sources)
         start = replay.described(
@@ -84,9 +85,13 @@ def open_run(setup: RunSetup, command: Iterable[str]) -> tuple[Checkpoints, Path
             replay.compare_starts(Path(settings["replay"]), start)
         replay.record(folder.record, start, settings)
         checkpoints.prepare()
-        return checkpoints.newest()
+        newest = checkpoints.newest()
+        files = [] if newest is None else [path for path in newest.rglob("*") if path.is_file()]
+        return newest, {path: path.stat().st_size for path in [folder.path / CONFIG, *files]}
 
-    return checkpoints, on_main(open_folder, "opening the run's folder")
+    newest, files = on_main(open_folder, "opening the run's folder")
+    agreement.check_files(files)
+    return checkpoints, newest
 
 
 def sources_of(experts: Mapping[str, ExpertOptions], base: Base) -> dict[str, str]:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from wantrain.util.progress import report_progress
 
 #: Bytes that a folder must take to count as writable: a disk without a free block refuses them.
 BLOCK = 4096
+#: Seconds until another machine's files must show on a shared disk: NFS may remember for 60 s what was there before.
+SHOWN = 90.0
 
 
 def sync_file(path: Path) -> None:
@@ -56,6 +59,31 @@ def file_hash(path: Path) -> str:
             report_progress(f"hashing {path}")
             digest.update(chunk[:size])
     return digest.hexdigest()
+
+
+def missing_files(sizes: Mapping[Path, int], *, seconds: float | None = None) -> list[Path]:
+    """The files that this machine does not see with their sizes in bytes, once `seconds` (None: SHOWN) have passed; as
+    soon as it sees all of them, none. Size -1 is any.
+    """
+    give_up, pause = time.monotonic() + (SHOWN if seconds is None else seconds), 0.01
+    left = list(sizes)
+    while left := [path for path in left if not _shows(path, sizes[path])]:
+        if time.monotonic() > give_up:
+            return left
+        report_progress(f"waiting until {left[0]} shows on this machine")
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+        for folder in {path.parent for path in left}:
+            with suppress(OSError):
+                os.listdir(folder)  # noqa: PTH208 - makes a network disk ask its server again
+    return []
+
+
+def _shows(path: Path, size: int) -> bool:
+    try:
+        return size in (-1, path.stat().st_size)
+    except OSError:
+        return False
 
 
 def write_atomically(path: Path, content: str | bytes, *, sync: bool = True) -> None:

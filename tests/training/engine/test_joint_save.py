@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -20,6 +21,7 @@ from wantrain.models.formats.weights import PART
 from wantrain.runs.checkpoint import Checkpoints, damaged_files, read_state
 from wantrain.training.engine import joint_save
 from wantrain.training.engine.joint_save import Crew, JointSaver, Tensors
+from wantrain.util import files
 
 NUMBERS = 10
 
@@ -112,7 +114,10 @@ def test_full_disk_in_one_process(culprit, on_failure, background, tmp_path, cap
         errors = in_threads(3, lambda crew: save(tmp_path, 4, 8, crew, background=background, on_failure=on_failure))
     assert errors.keys() == {0}, "finish says that the last checkpoint is missing, whatever on_failure"
     said = str(errors[0])
-    assert isinstance(errors[0], ValueError) and f"No space left on device (process {culprit})" in said
+    assert (
+        isinstance(errors[0], ValueError)
+        and f"No space left on device (process {culprit} on {os.uname().nodename})" in said
+    )
     assert "optimizer.safetensors" in said and "free disk space" in said
     assert value_of(checkpoints.newest()) == 7 and hidden(tmp_path) == []
 
@@ -124,6 +129,31 @@ def test_refused_before_it_begins(tmp_path):
     with huge:
         errors = in_threads(3, lambda crew: save(tmp_path, 3, 7, crew))
     assert errors.keys() == {0} and "disk full" in str(errors[0])
+
+
+def test_file_that_shows_late(tmp_path, monkeypatch):
+    """Files that the main process has created are waited for where a network disk shows them late; one that it never
+    shows is one error, with the machine.
+    """
+    monkeypatch.setattr(files, "SHOWN", 0.3)
+    checkpoints, looks, real = store(tmp_path), itertools.count(), files._shows
+
+    main = []
+
+    def late(path, size):
+        return threading.current_thread() in main or (next(looks) > 3 and real(path, size))
+
+    def work(crew):
+        if crew.rank == 0:
+            main.append(threading.current_thread())
+        save(tmp_path, 3, 7, crew)
+
+    monkeypatch.setattr(files, "_shows", late)
+    assert in_threads(2, work) == {} and value_of(checkpoints.newest()) == 7 and next(looks) > 4
+    monkeypatch.setattr(files, "_shows", lambda path, size: threading.current_thread() in main)
+    errors = in_threads(2, work)
+    assert errors.keys() == {0} and f"No such file or directory (process 1 on {os.uname().nodename})" in str(errors[0])
+    assert value_of(checkpoints.newest()) == 7 and hidden(tmp_path) == []
 
 
 def test_fault_in_one_process(tmp_path):
@@ -138,7 +168,7 @@ def test_fault_in_one_process(tmp_path):
     with mock.patch.object(joint_save, "fill_file", broken):
         errors = in_threads(2, lambda crew: save(tmp_path, 3, 7, crew))
     assert isinstance(errors[1], KeyError)
-    assert isinstance(errors[0], RuntimeError) and "process 1 could not write its part" in str(errors[0])
+    assert isinstance(errors[0], RuntimeError) and re.search("process 1 on .* could not write its part", str(errors[0]))
     assert store(tmp_path).newest() is None and hidden(tmp_path) == []
 
 

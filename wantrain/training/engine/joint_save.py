@@ -7,8 +7,10 @@ the store of the process group, never by a collective, so that all of this can h
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
@@ -21,7 +23,7 @@ from torch import Tensor
 from wantrain.models.formats.joint_file import Slice, create_file, fill_file
 from wantrain.models.formats.weights import write_files
 from wantrain.training.engine.slices import copied
-from wantrain.util.files import file_hash, write_json
+from wantrain.util.files import file_hash, missing_files, write_json
 from wantrain.util.progress import report_progress
 
 #: Seconds between two reads of the store, at most.
@@ -108,6 +110,9 @@ class JointSave:
         """Fill in this process's parts, then hash its share of the files: digests of all of them, by name."""
 
         def fill() -> dict[str, str]:
+            absent = missing_files({folder / name: -1 for _, name in files})
+            if absent:
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(absent[0]))
             for number, name in files:
                 fill_file(folder / name, self.tensors[number].slices)
             return {}
@@ -131,9 +136,9 @@ class JointSave:
             answer: dict[str, Any] = {"done": work()}
         except BaseException as error:
             raised = error
-            answer = {"error": str(error) or repr(error), "errno": None}
+            answer = {"error": str(error) or repr(error), "errno": None, "host": os.uname().nodename}
             if isinstance(error, OSError) and error.errno is not None:
-                answer = {"error": error.strerror, "errno": error.errno, "file": error.filename}
+                answer |= {"error": error.strerror, "errno": error.errno, "file": error.filename}
         fault = None if isinstance(raised, OSError) else raised
         if self.crew.rank > 0:
             self._tell(f"{stage}/{self.crew.rank}", answer)
@@ -149,9 +154,10 @@ class JointSave:
         if fault is not None:
             raise fault
         rank, each = failed
+        who = f"process {rank} on {each['host']}"
         if each["errno"] is None:
-            raise RuntimeError(f"process {rank} could not write its part of a checkpoint: {each['error']}")
-        raise OSError(each["errno"], f"{each['error']} (process {rank})", each["file"])
+            raise RuntimeError(f"{who} could not write its part of a checkpoint: {each['error']}")
+        raise OSError(each["errno"], f"{each['error']} ({who})", each["file"])
 
     def _tell(self, key: str, word: Mapping[str, Any]) -> None:
         self.crew.store.set(self._prefix + key, json.dumps(word))

@@ -118,8 +118,8 @@ def describe(
             lines.append(_operations(module, clips, batching, losses[name]) + whose)
         lines.append(_trained(module) + whose)
     lines.append(f"kept in memory      {kept}, before activations")
-    if any(module is not None for module in modules.values()):
-        lines.append(_checkpoints(checkpoint_parts(modules, kept), steps, **checkpoints))
+    if parts := checkpoint_bytes(modules, kept):
+        lines.append(_checkpoints(parts, steps, **checkpoints))
     if line := kept.warning():
         lines.append(line)
     return "\n".join(lines)
@@ -164,17 +164,17 @@ def _length(clips: Clips, batching: Batching, steps: int | None) -> list[str]:
     return lines
 
 
-def checkpoint_parts(modules: Mapping[str, nn.Module | None], kept: Standing) -> dict[str, int]:
-    """Bytes of a checkpoint by part: trained weights, optimizer state, average."""
+def checkpoint_bytes(modules: Mapping[str, nn.Module | None], kept: Standing) -> dict[str, int]:
+    """What a checkpoint takes on disk, by its parts; empty where only weights could tell."""
     there = [module for module in modules.values() if module is not None]
     trained = sum(p.nbytes for module in there for p in named_trainable(module).values())
-    return {"weights": trained, "optimizer": kept.optimizer, "average": kept.average}
+    return {"weights": trained, "optimizer": kept.optimizer, "average": kept.average} if there else {}
 
 
 def _checkpoints(
     parts: Mapping[str, int], steps: int | None, *, keep: int, keep_every: int | None, keep_best: bool, **_: object
 ) -> str:
-    """What a checkpoint takes on disk, and all that are there at once."""
+    """What a checkpoint takes on disk, and all that are there at once: trained weights, optimizer state, average."""
     each = sum(parts.values())
     equation = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items() if size)
     most = keep + 1 + keep_best + ((steps or 0) // keep_every if keep_every else 0)

@@ -68,6 +68,11 @@ class Forecast:
             "default": self.settings["model"]["steps"],
         }
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What one checkpoint takes on disk; 0 where only weights could tell."""
+        return sum(estimate.checkpoint_bytes(self.modules, self.kept).values())
+
     def check_device(self, device: torch.device, *, asked: str) -> None:
         """ValueError if a large transformer would be trained on a CPU that nobody asked for; `asked` is device=."""
         check_size(self.modules, device, asked)
