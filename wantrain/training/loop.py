@@ -167,9 +167,8 @@ def take_step(
     scale = trainer.schedule(own, trainer.steps)
     stepper.begin(scale, own)
     watch = step % LOG_EVERY == 0
-    with run.safeguards.step(trainer, step) as guard, run.throughput.step(trainer, watch=watch) as span:
+    with run.safeguards.step(trainer, step) as guard, run.throughput.step(trainer, step, watch=watch) as span:
         for last in stepper.micro_steps():
-            report_progress(f"training step {step}")
             with span("data"):
                 micro = next(batches)
             with span("forward"), stepper.forward_context():

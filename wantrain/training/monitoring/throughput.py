@@ -26,6 +26,7 @@ from wantrain.models.flops import training_flops
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
 from wantrain.util.cards import CARDS, card_model
+from wantrain.util.progress import report_progress
 
 #: Bins of an expert's window for which the log has a mean loss each.
 BINS = 8
@@ -74,10 +75,10 @@ class Throughput:
     flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     @contextmanager
-    def step(self, trainer: ExpertTrainer, *, watch: bool) -> Iterator[StepMeter]:
-        """Around one optimizer step; `watch` measures how far it moves the weights."""
+    def step(self, trainer: ExpertTrainer, number: int, *, watch: bool) -> Iterator[StepMeter]:
+        """Around one optimizer step, `number` of the run; `watch` measures how far it moves the weights."""
         self.device = trainer.stepper.device
-        meter = StepMeter(self, trainer, watched(trainer.stepper) if watch else {})
+        meter = StepMeter(self, trainer, number, watched(trainer.stepper) if watch else {})
         yield meter
         meter.end()
 
@@ -122,8 +123,10 @@ class Throughput:
 class StepMeter:
     """One step: `with meter("forward"):` around each of its parts, `count` for each micro-step, then `values`."""
 
-    def __init__(self, throughput: Throughput, trainer: ExpertTrainer, before: Mapping[str, Tensor]) -> None:
-        self.throughput, self.trainer, self.before = throughput, trainer, before
+    def __init__(
+        self, throughput: Throughput, trainer: ExpertTrainer, number: int, before: Mapping[str, Tensor]
+    ) -> None:
+        self.throughput, self.trainer, self.number, self.before = throughput, trainer, number, before
         self.amounts = dict.fromkeys(("tokens", "video_seconds", "flops"), 0.0)
         self.packed = False
         self.spans: list[tuple[str, Moment, Moment]] = []
@@ -131,7 +134,8 @@ class StepMeter:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """The time of one part of the step."""
+        """The time of one part of the step, which is progress."""
+        report_progress(f"training step {self.number}, {part}")
         begin = self._now()
         yield
         self.spans.append((part, begin, self._now()))
