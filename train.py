@@ -80,7 +80,7 @@ def train(cfg: DictConfig) -> None:
     checkpoints, newest = build.open_run(setup, config.command())
     trainers = build.build_trainers(setup, trainables, newest)
     monitoring = metrics, _, safeguards = build.build_monitoring(setup)
-    start = build.resume(trainers, safeguards, metrics, newest, data=data.fingerprint)
+    start = build.resume(trainers, safeguards, metrics, newest, data=data)
     say(f"run {folder.path}: {estimate.progress(start, steps)}")
     ended_by = None
     if start < min(steps, cfg.stop_after or steps):

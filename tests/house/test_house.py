@@ -114,7 +114,7 @@ def test_exception_handlers(file):
 
 
 #: The judgement of a composed config.
-CHECKS = ("wantrain/checks/__init__.py", "wantrain/checks/updates.py")
+CHECKS = ("wantrain/checks/__init__.py", "wantrain/checks/updates.py", "wantrain/checks/schedules.py")
 
 
 def test_library_imports():

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from wantrain import config, geometry
-from wantrain.checks import updates
+from wantrain.checks import schedules, updates
 from wantrain.data import ConditioningInputs, PairData
 from wantrain.losses import LossFunction, Preference
 from wantrain.models import attention, partial
@@ -144,6 +144,8 @@ def _check_training(cfg: DictConfig, judge: Callable[[Callable[[], object]], Non
     if cfg.expert.name != "vae":
         judge(lambda: _check_memory(cfg))
     judge(lambda: config.shards(cfg))
+    if cfg.data.get("schedule") is not None:
+        judge(lambda: schedules.check_schedule(cfg, processes))
     if cfg.expert.name == "both":
         judge(lambda: ExpertAlternation.of(list(cfg.model.experts), config.plain(cfg.experts.share)))
     judge(lambda: _check_previews(cfg))

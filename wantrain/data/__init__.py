@@ -16,9 +16,12 @@ from wantrain.data.loading.dataset import LatentData
 from wantrain.data.loading.mixture import MixedData, check_sets
 from wantrain.data.loading.packs import Pack, PackSampler
 from wantrain.data.loading.pairs import PairData
+from wantrain.data.loading.phases import PhasedSampler, phase_at, phases_of
 from wantrain.data.loading.pixel_dataset import PixelData
 from wantrain.data.loading.protocol import TrainingData
 from wantrain.data.loading.sampler import BatchSampler, share
+from wantrain.data.loading.schedule import read_schedule
+from wantrain.data.loading.streams import BucketStreams
 from wantrain.data.report import write_report
 from wantrain.data.shards import check_folder, read_manifest
 
@@ -28,6 +31,7 @@ DATA_SETS = (LatentData, MixedData, PixelData)
 
 __all__ = [
     "BatchSampler",
+    "BucketStreams",
     "CaptionOptions",
     "ClipOptions",
     "ConditioningInputs",
@@ -41,6 +45,7 @@ __all__ = [
     "Pack",
     "PackSampler",
     "PairData",
+    "PhasedSampler",
     "PixelData",
     "ShardOptions",
     "TrainingData",
@@ -50,7 +55,10 @@ __all__ = [
     "check_sets",
     "encode_shards",
     "find_footage",
+    "phase_at",
+    "phases_of",
     "read_manifest",
+    "read_schedule",
     "read_template",
     "share",
     "write_report",

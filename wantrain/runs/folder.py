@@ -48,6 +48,7 @@ FREE = (
     "data.pairs",  # its contents' hash is part of the data's
     "data.cache",
     "data.cache_gb",
+    "data.schedule",  # its entries up to the checkpoint's step are compared when the run goes on
     "loss.batch_size",  # equals batch_size, which is compared
     "data.batch_size",
     "model.train",  # defaults of settings that are compared themselves

@@ -225,6 +225,7 @@ _TRAIN = (
     ),
     Rule((r"trained\.rounding",), _equals("trained.dtype", "bf16"), "trained.dtype=fp32 rounds no weights"),
     Rule((r"clip_by",), _differs("clip", None), "clip=null clips nothing"),
+    Rule((r"data\.sets\.[^.]+\.weight",), _equals("data.schedule", None), "data.schedule says what a set weighs"),
     Rule((r"data\.(cache|cache_gb)",), _is_remote, "no shards lie at a URL; those of a folder are read where they are"),
     Rule((r"loss\.(batch_size|seed)",), _equals("loss.stratified", True), "loss.stratified=false takes no parts"),
     Rule((r"loss\.mask_(rest|normalize)",), _differs("loss.mask", "none"), "loss.mask=none weighs nothing by masks"),

@@ -167,6 +167,7 @@ _OPTIONS: Mapping[str, Any] = {
     "data.shards": File,
     "data.pairs": File | None,
     "data.sets": Annotated[dict[str, Any], Says("sets by name: {cats: {shards: DIR, weight: 0.7}}")] | None,
+    "data.schedule": Annotated[list[Any], Says("entries by step: [{from: 0, sets: {cats: 1}, batch_size: 64}]")] | None,
     "data.cache": File,
     "data.cache_gb": Positive,
     "data.holdout": BelowOne,

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wantrain.data import BatchSampler, PackSampler, TrainingData
+from wantrain.data import BatchSampler, BucketStreams, PackSampler, PhasedSampler, TrainingData
+from wantrain.data.loading.packs import tokens_of
+from wantrain.data.loading.phases import Order
 from wantrain.util.distributed import check_shared
 
 
@@ -84,11 +86,38 @@ class Batching:
         assert self.tokens is None, "packs have different numbers of samples"
         return self.micro * self.accumulate * self.processes // self.sequence_parallel
 
-    def order(self, data: TrainingData[Any], seed: int) -> BatchSampler | PackSampler:
+    def resized(self, batch_size: int | None) -> Batching:
+        """With so many samples per step in as many passes; None: as it is. ValueError if they cannot be shared out."""
+        if batch_size is None:
+            return self
+        spread = {"processes": self.processes, "sequence_parallel": self.sequence_parallel}
+        return self.of(batch_size, accumulate=self.accumulate, micro_batch=None, **spread)
+
+    def order(self, data: TrainingData[Any], seed: int) -> Order:
         """The order of a run on these data; ValueError if they cannot be trained on so."""
+        passes = self.accumulate * self.processes
+        if data.schedule:
+            return self._phases(data, seed, passes)
         if self.tokens is None:
             return BatchSampler.of(data, batch_size=self.batch_size, seed=seed)
-        return PackSampler.of(data, budget=self.tokens, passes=self.accumulate * self.processes, seed=seed)
+        return PackSampler.of(data, budget=self.tokens, passes=passes, seed=seed)
+
+    def _phases(self, data: TrainingData[Any], seed: int, passes: int) -> PhasedSampler:
+        """The order of data with a schedule."""
+        equal = [1.0] * len(data.shares)
+        streams = BucketStreams(data.buckets, seed=seed, weights=data.weights, sets=data.sets, shares=equal)
+        if (budget := self.tokens) is not None:
+            tokens = tokens_of(data)
+            return PhasedSampler.of(
+                data.schedule,
+                streams,
+                lambda own, _: PackSampler(own, tokens, budget=budget, passes=passes, seed=seed),
+            )
+        return PhasedSampler.of(
+            data.schedule,
+            streams,
+            lambda own, entry: BatchSampler(own, batch_size=self.resized(entry.batch_size).batch_size, seed=seed),
+        )
 
     def __str__(self) -> str:
         several = "" if self.processes == 1 else "es"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wantrain.data import TrainingData
+from wantrain.data.loading.schedule import check_past, entries_of
 from wantrain.losses import LossFunction, Model
 from wantrain.models import Base, adapters
 from wantrain.models.attention import DEFAULT
@@ -250,22 +252,26 @@ def resume(
     metrics: Metrics,
     checkpoint: Path | None,
     *,
-    data: str,
+    data: TrainingData[Any],
 ) -> int:
     """Go on from a checkpoint whose weights the trainers have already; returns its step (0: from the start).
 
-    `data` is the fingerprint of the shards. ValueError if the checkpoint was trained on others.
+    ValueError if the checkpoint was trained on other data, or by another schedule of them up to its step.
     """
     if checkpoint is None:
         metrics.cut_back(-1)
         return 0
     state = read_state(checkpoint)
-    if state["data"] != data:
+    if state["data"] != data.fingerprint:
         raise ValueError(
             f"{checkpoint} was trained on other shards than data.shards holds now (another manifest, or other pairs); "
             "give those it was trained on, or a new run=NAME"
         )
     made = state.get("experts", {})  # older runs have none
+    stored = state["config"]["data"]
+    if data.schedule or stored.get("schedule"):
+        now = data.schedule or entries_of({**stored, "schedule": None})
+        check_past(entries_of(stored), now, max(made.values()))
     used = sum(trainers[name].plan.samples_before(own) for name, own in made.items()) if made else state["samples"]
     if state["samples"] != used:  # batch_tokens= with another number of packs in a step: batch_size= was compared
         raise ValueError(

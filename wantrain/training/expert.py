@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from wantrain.batch import Batch
-from wantrain.data import BatchSampler, PackSampler
+from wantrain.data import phase_at
+from wantrain.data.loading.phases import Order
 from wantrain.losses import LossFunction
 from wantrain.models.adapters import has_adapter
 from wantrain.models.formats.weights import PART, read_files, write_files
@@ -24,6 +26,7 @@ from wantrain.training.engine.slices import Slicer
 from wantrain.training.protocols import Samples
 from wantrain.training.trainable import TrainableModule
 from wantrain.util import distributed
+from wantrain.util.console import say
 
 #: Name of the file with the optimizer's state, or of its files.
 OPTIMIZER = "optimizer"
@@ -43,7 +46,7 @@ class ExpertTrainer:
     stepper: Stepper
     loss: LossFunction
     schedule: Schedule
-    plan: BatchSampler | PackSampler
+    plan: Order
     steps: int
     ema: Ema | None = None
     folder: str = ""
@@ -71,6 +74,16 @@ class ExpertTrainer:
         batch = data.load(samples, np.arange(len(samples)))
         assert isinstance(batch, Batch), "an expert is measured on latents"
         return batch
+
+    def begin(self, own: int) -> dict[str, Any]:
+        """Whose step its own number `own` is, for the log: of a pair, and of a phase; says a line where one begins."""
+        phase, expert = phase_at(self.plan, own), {"expert": self.name} if self.folder else {}
+        if phase.entry is None:
+            return expert
+        if own == phase.start:
+            whose = f" of {self.name}" if self.folder else ""
+            say(f"data.schedule: step {own}{whose} begins phase {phase.number}, {phase.entry}")
+        return {**expert, "phase": phase.number}
 
     def snapshot(self) -> tuple[int, Callable[[Path], dict[Path, str]]]:
         """The whole state of this moment, on the CPU: its size in bytes, and what writes it into a checkpoint's folder

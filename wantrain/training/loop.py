@@ -133,10 +133,10 @@ def fit(run: Run, start: int) -> int | None:
         while not done:
             name, own = run.alternation.at(step)
             trainer = run.trainers[name]
+            whose = trainer.begin(own)
             values, signal = take_step(run, trainer, own, step + 1, batches, signals)
             step += 1
-            expert = {"expert": name} if len(run.trainers) > 1 else {}
-            run.metrics.add(step, {**expert, "samples": run.samples(step), **values})
+            run.metrics.add(step, {**whose, "samples": run.samples(step), **values})
             results = run.evaluate(step)
             if results:  # it may have taken long
                 signal = int(trainer.stepper.any_signal(signals.received)) or None

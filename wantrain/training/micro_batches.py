@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wantrain.batch import AnyBatch, map_tensors, pinned
-from wantrain.data import PackSampler, share
+from wantrain.data import PackSampler, phase_at, share
 from wantrain.data.prefetch import Prefetch, prefetch
 from wantrain.losses import Draws
 from wantrain.training.alternation import ExpertAlternation
@@ -51,15 +51,16 @@ def micro_batches(
     def requests() -> Iterator[Callable[[], Drawn]]:
         for step in range(start, until):
             name, own = alternation.at(step)
-            plan, stepper = trainers[name].plan, trainers[name].stepper
+            phase, stepper = phase_at(trainers[name].plan, own), trainers[name].stepper
+            plan, own = phase.sampler, own - phase.start
             accumulate, ranks = stepper.accumulate, stepper.data_ranks
             if isinstance(plan, PackSampler):
                 for micro_step in range(accumulate):
-                    pack = plan.pack(own, micro_step, ranks.rank, ranks.count)
+                    pack = plan.pack(own, micro_step, ranks.rank, ranks.count).later(phase.before)
                     yield partial(_ready, partial(pack.load, data), trainers[name], seed)
                 continue
             samples = plan.batch(own)
-            places = np.arange(own * plan.batch_size, (own + 1) * plan.batch_size)
+            places = np.arange(own * plan.batch_size, (own + 1) * plan.batch_size) + phase.before
             for micro_step in range(accumulate):
                 mine, positions = (
                     share(each, micro_step, accumulate, ranks.rank, ranks.count) for each in (samples, places)

@@ -48,6 +48,7 @@ class LatentData:
 
     sets: None = None
     shares: tuple[float, ...] = (1.0,)
+    schedule: tuple[()] = ()
 
     def __init__(
         self,

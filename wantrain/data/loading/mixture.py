@@ -23,6 +23,7 @@ from wantrain.conditioning import ModelInputs
 from wantrain.data.latents.loss_masks import MaskCounts
 from wantrain.data.loading.dataset import LatentData
 from wantrain.data.loading.dropout import Points
+from wantrain.data.loading.schedule import read_schedule
 from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView
 from wantrain.data.remote import CACHE
@@ -50,6 +51,7 @@ class MixedData:
     shares   of the sets
     buckets  of each training sample: a number into the names of the buckets of all sets
     weights  how often each training sample is drawn relative to others of its set
+    schedule  the sets' weights by step (schedule.py), in place of those in `sets`; as an attribute: its entries
 
     A held-out clip whose file another set trains on is left out of validation, with a message.
     """
@@ -58,6 +60,7 @@ class MixedData:
         self,
         *,
         sets: Mapping[str, Mapping[str, Any]] | None,
+        schedule: Sequence[Mapping[str, Any]] | None = None,
         cache: str | Path = CACHE,
         cache_gb: float = 100.0,
         holdout: float = 0.05,
@@ -78,6 +81,7 @@ class MixedData:
             "seed": seed,
         }
         settings = check_sets(sets)
+        self.schedule = () if schedule is None else read_schedule(schedule, settings)
         self.parts = {name: _open(name, own, common) for name, own in settings.items()}
         self.shares = tuple(float(own.get("weight", 1)) for own in settings.values())
         self.manifest = _common_facts(self.parts)
@@ -191,6 +195,10 @@ class MixedData:
                 part.heldout = part.heldout[~leaked]
 
     def _say(self) -> None:
+        if self.schedule:
+            for name, part in self.parts.items():
+                say(f"data.sets.{name}: {len(part.train)} clips")
+            return
         whole, epoch = sum(self.shares), self.weights.sum()
         for share, (name, part) in zip(self.shares, self.parts.items(), strict=True):
             passes = share / whole * epoch / part.weights.sum()

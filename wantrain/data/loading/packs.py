@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from wantrain import geometry
 from wantrain.batch import PackedBatch
 from wantrain.data.loading.protocol import TrainingData
-from wantrain.data.loading.streams import BucketStreams, Indices, shuffled
+from wantrain.data.loading.streams import BucketStreams, Indices, as_streams, shuffled
 
 #: How many more packs may be needed for packs of one mix, as a share.
 EVEN = 0.01
@@ -55,6 +55,10 @@ class Pack:
     weight: float
     most: int
 
+    def later(self, before: int) -> Pack:
+        """With so many samples before it, in a phase that does not begin the run."""
+        return replace(self, groups=tuple((samples, places + before) for samples, places in self.groups))
+
     def load(self, data: Loads) -> PackedBatch:
         """Its samples, those of each bucket as one part."""
         parts = [data.load(samples, positions) for samples, positions in self.groups]
@@ -66,7 +70,7 @@ class PackSampler:
     gradient accumulation.
 
     tokens   of one clip, by bucket number
-    others   as BucketStreams
+    others   as BucketStreams, which may be given in place of `buckets`
 
     samples_per_epoch, packs_per_epoch  of an epoch
     fill     tokens of an epoch over the budgets of its packs
@@ -76,7 +80,7 @@ class PackSampler:
 
     def __init__(
         self,
-        buckets: NDArray[np.integer],
+        buckets: NDArray[np.integer] | BucketStreams,
         tokens: Mapping[int, int],
         *,
         budget: int,
@@ -86,7 +90,7 @@ class PackSampler:
         sets: NDArray[np.integer] | None = None,
         shares: Sequence[float] = (1.0,),
     ) -> None:
-        self._streams = BucketStreams(buckets, seed=seed, weights=weights, sets=sets, shares=shares)
+        self._streams = as_streams(buckets, seed=seed, weights=weights, sets=sets, shares=shares)
         self.budget, self.passes, self.seed = budget, passes, seed
         self._tokens = np.array([tokens[number] for number in self._streams.numbers], dtype=np.int64)
         if (longest := int(self._tokens.max())) > budget:
@@ -113,18 +117,9 @@ class PackSampler:
     @classmethod
     def of(cls, data: TrainingData[Any], *, budget: int, passes: int, seed: int) -> PackSampler:
         """The sampler of latents, with their weights and their sets' shares."""
-        found, first = np.unique(data.buckets, return_index=True)
-        names = data.bucket_names
-        strides = data.manifest["temporal_stride"], data.manifest["spatial_stride"]
-        tokens = {
-            int(number): geometry.num_tokens(
-                geometry.latent_shape(geometry.Bucket(*map(int, names[place].split("x"))), *strides)
-            )
-            for number, place in zip(found, first, strict=True)
-        }
         return cls(
             data.buckets,
-            tokens,
+            tokens_of(data),
             budget=budget,
             passes=passes,
             seed=seed,
@@ -152,6 +147,18 @@ class PackSampler:
         place = int(np.flatnonzero(self._epoch(0)[0] == int(tokens.argmax()))[0])
         groups = self._groups(place)
         return Pack(groups, 1.0, sum(len(samples) for samples, _ in groups))
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the buckets that it draws from."""
+        return self._streams.numbers
+
+    def drawn(self, steps: int) -> list[int]:
+        """Samples of each bucket in `numbers` up to the end of the epoch of its first steps: within an epoch the packs
+        take them in any order.
+        """
+        epochs = -(-steps * self.passes // self.packs_per_epoch)
+        return (epochs * self._counts).tolist()
 
     def first(self, count: int) -> Indices:
         """Its first samples, at most `count`, of one bucket."""
@@ -199,6 +206,19 @@ class PackSampler:
         whole, cheapest = np.split(self._by_cost, [count - begun - left])
         steps = whole.reshape(-1, self.passes)[shuffled(len(whole) // self.passes, self.seed, 4, epoch)]
         return np.concatenate([cheapest[left:], steps.ravel(), cheapest[:left]])
+
+
+def tokens_of(data: TrainingData[Any]) -> dict[int, int]:
+    """The tokens of a clip of each bucket, by its number."""
+    found, first = np.unique(data.buckets, return_index=True)
+    names = data.bucket_names
+    strides = data.manifest["temporal_stride"], data.manifest["spatial_stride"]
+    return {
+        int(number): geometry.num_tokens(
+            geometry.latent_shape(geometry.Bucket(*map(int, names[place].split("x"))), *strides)
+        )
+        for number, place in zip(found, first, strict=True)
+    }
 
 
 def plan_packs(counts: Indices, tokens: Indices, budget: int) -> Indices:

@@ -41,6 +41,7 @@ class PixelData:
     weights: None = None
     sets: None = None
     shares: tuple[float, ...] = (1.0,)
+    schedule: tuple[()] = ()
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from wantrain.batch import AnyBatch
 from wantrain.conditioning import ModelInputs
 from wantrain.data.latents.loss_masks import MaskCounts
+from wantrain.data.loading.schedule import Entry
 from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView
 from wantrain.geometry import Bucket
@@ -57,6 +58,10 @@ class TrainingData(Protocol[AnyBatch_co]):
     @property
     def shares(self) -> Sequence[float]:
         """Share of each set, in any unit."""
+
+    @property
+    def schedule(self) -> Sequence[Entry]:
+        """The sets' weights by step; empty: `shares` at every step."""
 
     def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> AnyBatch_co:
         """Samples of one bucket, by number; `positions` are their places in the run, which seed their randomness."""

@@ -20,19 +20,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wantrain.data.loading.streams import TABLE, BucketStreams, Indices, Interleave, Samplable
+from wantrain.data.loading.streams import TABLE, BucketStreams, Indices, Interleave, Samplable, as_streams
 
 
 class BatchSampler:
     """The order of batches of `batch_size` samples, counted over all processes and gradient accumulation.
 
-    The other arguments are those of BucketStreams. Keeps about 12 bytes per sample. ValueError for no samples, a batch
-    size below 1, and weights or shares that are out of range.
+    The other arguments are those of BucketStreams, which may be given in place of `buckets`. Keeps about 12 bytes per
+    sample. ValueError for no samples, a batch size below 1, and weights or shares that are out of range.
     """
 
     def __init__(
         self,
-        buckets: NDArray[np.integer],
+        buckets: NDArray[np.integer] | BucketStreams,
         *,
         batch_size: int,
         seed: int,
@@ -40,7 +40,7 @@ class BatchSampler:
         sets: NDArray[np.integer] | None = None,
         shares: Sequence[float] = (1.0,),
     ) -> None:
-        self._streams = BucketStreams(buckets, seed=seed, weights=weights, sets=sets, shares=shares)
+        self._streams = as_streams(buckets, seed=seed, weights=weights, sets=sets, shares=shares)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         self.batch_size, self.seed = batch_size, seed
@@ -63,6 +63,11 @@ class BatchSampler:
         )
 
     @property
+    def numbers(self) -> list[int]:
+        """The numbers of the buckets that it draws from."""
+        return self._streams.numbers
+
+    @property
     def samples_per_step(self) -> float:
         """Samples of a step, in the mean."""
         return self.batch_size
@@ -79,6 +84,10 @@ class BatchSampler:
     def samples_before(self, step: int) -> int:
         """Samples of all steps before `step`."""
         return step * self.batch_size
+
+    def drawn(self, steps: int) -> list[int]:
+        """Samples that its first steps draw of each bucket in `numbers`."""
+        return [count * self.batch_size for count in self._batches.counts(steps)]
 
     def epoch(self, step: int) -> int:
         """The epoch that `step` belongs to."""

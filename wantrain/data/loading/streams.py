@@ -7,6 +7,7 @@ buckets, weights and sets, and the seed. Nothing is computed for a whole epoch.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -69,29 +70,65 @@ class BucketStreams:
             raise ValueError(
                 "there are no samples to train on; make shards with shard.py and encode.py, or lower data.holdout"
             )
-        streams, owners = _streams_of(np.asarray(buckets), weights, sets, len(shares), seed)
-        rates = _rates_of(streams, [set_number for _, set_number in owners], shares)
-        self.numbers = sorted({bucket for bucket, _ in owners})
+        self._seed = seed
+        self._sources, self._owners = _streams_of(np.asarray(buckets), weights, sets, len(shares), seed)
+        if not all(math.isfinite(share) and share > 0 for share in shares):
+            raise ValueError(f"the sets' shares {list(shares)} must all be above 0; remove a set that is not wanted")
+        self._arrange(shares, [0] * len(self._sources))
+
+    def going_on(self, shares: Sequence[float], drawn: Sequence[int]) -> BucketStreams:
+        """The same streams with other shares of the sets, each from where it is when `drawn` samples of each bucket (as
+        in `numbers`) have been drawn: a sample comes again only when its cycle is over.
+
+        A set of share 0 is not drawn. ValueError where nothing is.
+        """
+        other = copy.copy(self)
+        other._arrange(shares, self._moved(drawn))
+        return other
+
+    def _arrange(self, shares: Sequence[float], moved: Sequence[int]) -> None:
+        """Interleave the streams of sets with a share above 0; `moved` is the next item of each stream."""
+        self._next = list(moved)
+        active = [place for place, (_, owner) in enumerate(self._owners) if shares[owner] > 0]
+        found = _rates_of(
+            [self._sources[place] for place in active], [self._owners[place][1] for place in active], shares
+        )
+        rates = dict(zip(active, found, strict=True))
+        self.numbers = sorted({self._owners[place][0] for place in active})
         self.rates: list[Fraction] = []
-        self._streams: list[list[_Stream]] = []
+        self._members: list[list[int]] = []
         self._orders: list[Interleave] = []
         for number, bucket in enumerate(self.numbers):
-            own = [place for place, (other, _) in enumerate(owners) if other == bucket]
+            own = [place for place in active if self._owners[place][0] == bucket]
             rate = sum((rates[place] for place in own), Fraction(0))
             self.rates.append(rate)
-            self._streams.append([streams[place] for place in own])
-            self._orders.append(Interleave([rates[place] * ROUND / rate for place in own], seed, 2, number))
+            self._members.append(own)
+            self._orders.append(Interleave([rates[place] * ROUND / rate for place in own], self._seed, 2, number))
+
+    def _moved(self, drawn: Sequence[int]) -> list[int]:
+        """The next item of each stream after `drawn` samples of each bucket."""
+        moved = list(self._next)
+        for own, order, count in zip(self._members, self._orders, drawn, strict=True):
+            for place, items in zip(own, order.counts(count) if len(own) > 1 else [count], strict=True):
+                moved[place] += items
+        return moved
 
     def draws(self, bucket: int, first: int, count: int) -> Indices:
         """`count` samples of a bucket's stream from its item `first` on, (count,); `bucket` is a place in `numbers`."""
-        streams = self._streams[bucket]
-        if len(streams) == 1:
-            return streams[0].draws(np.arange(first, first + count))
+        own = self._members[bucket]
+        if len(own) == 1:
+            return self._sources[own[0]].draws(np.arange(first, first + count) + self._next[own[0]])
         drawn = np.empty(count, dtype=np.int64)
         chosen, places = self._orders[bucket].items(first, count)
         for number in np.unique(chosen):
-            drawn[chosen == number] = streams[number].draws(places[chosen == number])
+            stream = own[number]
+            drawn[chosen == number] = self._sources[stream].draws(places[chosen == number] + self._next[stream])
         return drawn
+
+
+def as_streams(buckets: NDArray[np.integer] | BucketStreams, **others: Any) -> BucketStreams:
+    """The streams of these samples, which may be given as streams already."""
+    return buckets if isinstance(buckets, BucketStreams) else BucketStreams(buckets, **others)
 
 
 class _Stream:
@@ -161,6 +198,13 @@ class Interleave:
             first, count = first + tables[-1].shape[1], count - tables[-1].shape[1]
         streams, numbers = np.concatenate(tables, axis=1)
         return streams, numbers
+
+    def counts(self, items: int) -> list[int]:
+        """How many of the first `items` items are of each stream."""
+        start, table = self._holding(items)
+        within = np.bincount(table[0][: items - start], minlength=len(self.rates))
+        part = self.part_of(items)
+        return [rate * part // self.per + int(more) for rate, more in zip(self.rates, within, strict=True)]
 
     def part_of(self, item: int) -> int:
         """The part that an item belongs to, by bisection over exact counts."""
@@ -237,20 +281,19 @@ def _rounded(weights: NDArray[Any], count: int) -> NDArray[np.int64]:
 
 
 def _rates_of(streams: list[_Stream], owners: list[int], shares: Sequence[float]) -> list[Fraction]:
-    """Samples of each stream per epoch, as exact fractions. ValueError for shares that are out of range."""
+    """Samples of each stream per epoch, as exact fractions; a set of share 0 has none. ValueError for an empty set."""
     if len(shares) == 1:
         return [stream.weight for stream in streams]
     set_sizes = [Fraction(0)] * len(shares)  # samples in one pass over each set
     for stream, owner in zip(streams, owners, strict=True):
         set_sizes[owner] += stream.weight
-    if not all(math.isfinite(share) and share > 0 for share in shares):
-        raise ValueError(f"the sets' shares {list(shares)} must all be above 0; remove a set that is not wanted")
-    if not all(set_sizes):
-        raise ValueError(
-            f"set {set_sizes.index(Fraction(0))} has nothing to train on (no samples, or all of weight 0); remove it"
-        )
+    if empty := [number for number, share in enumerate(shares) if share > 0 and not set_sizes[number]]:
+        raise ValueError(f"set {empty[0]} has nothing to train on (no samples, or all of weight 0); remove it")
     parts = [Fraction(repr(float(share))) for share in shares]
-    passes = [sum(set_sizes) * part / sum(parts) / size for part, size in zip(parts, set_sizes, strict=True)]
+    epoch = sum((size for size, part in zip(set_sizes, parts, strict=True) if part), Fraction(0))
+    passes = [
+        epoch * part / sum(parts) / size if part else Fraction(0) for part, size in zip(parts, set_sizes, strict=True)
+    ]
     return [stream.weight * passes[owner] for stream, owner in zip(streams, owners, strict=True)]
 
 

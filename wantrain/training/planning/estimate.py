@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from wantrain import geometry
-from wantrain.data import BatchSampler, PackSampler
+from wantrain.data import PackSampler, PhasedSampler
+from wantrain.data.loading.phases import Order
 from wantrain.losses import FlowMatching, LossFunction
 from wantrain.models import WanTransformer, quantize
 from wantrain.models.flops import training_flops
@@ -22,16 +23,14 @@ from wantrain.training.planning.outline import Clips
 TEXTURE = 0.3
 
 
-def run_length(plan: BatchSampler | PackSampler, *, steps: int | None, epochs: float | None, default: int) -> int:
+def run_length(plan: Order, *, steps: int | None, epochs: float | None, default: int) -> int:
     """Optimizer steps of a run: as given, or as many as `epochs` full passes take, or the model's default."""
     if epochs is not None:
         return plan.steps_for_epochs(epochs)
     return default if steps is None else steps
 
 
-def foreseen_length(
-    plan: BatchSampler | PackSampler | None, *, steps: int | None, epochs: float | None, default: int
-) -> int | None:
+def foreseen_length(plan: Order | None, *, steps: int | None, epochs: float | None, default: int) -> int | None:
     """`run_length`; without a plan, for the data are not there yet, None where epochs were asked for."""
     if plan is not None:
         return run_length(plan, steps=steps, epochs=epochs, default=default)
@@ -111,7 +110,10 @@ def describe(
     could. `checkpoints` are the settings of that name.
     """
     lines = [_clips(clips, bucket, count) for bucket, count in clips.counts.most_common()]
-    lines += _samples(clips, batching) + _length(clips, batching, steps)
+    if isinstance(clips.plan, PhasedSampler):
+        lines += _phases(clips.plan, batching, steps)
+    else:
+        lines += _samples(clips, batching) + _length(clips, batching, steps)
     for name, module in modules.items():
         whose = f"   ({name})" if len(modules) > 1 else ""
         if isinstance(module, WanTransformer) and clips.strides is not None:
@@ -149,6 +151,23 @@ def _samples(clips: Clips, batching: Batching) -> list[str]:
     ]
 
 
+def _phases(plan: PhasedSampler, batching: Batching, steps: int | None) -> list[str]:
+    """A line for each phase of data.schedule, and the samples of all."""
+    assert steps is not None, "epochs= is refused with a schedule"
+    ends = [phase.start for phase in plan.phases[1:]] + [steps]
+    lines = []
+    for phase, end in zip(plan.phases, ends, strict=True):
+        assert phase.entry is not None
+        samples = plan.samples_before(end) - phase.before
+        own = f"{batching}"
+        if batching.tokens is None:
+            sized = batching.resized(phase.entry.batch_size)
+            own = f"{sized} = {sized.batch_size}"
+        said = f"{own} samples per step, {samples} in {end - phase.start} steps"
+        lines.append(f"{f'from step {phase.start}':<19} {phase.entry}: {said}")
+    return [*lines, f"steps               {steps}: {plan.samples_before(steps)} samples"]
+
+
 def _length(clips: Clips, batching: Batching, steps: int | None) -> list[str]:
     if steps is None:
         return ["steps               as many as epochs= takes of data that are not there yet"]
@@ -159,6 +178,7 @@ def _length(clips: Clips, batching: Batching, steps: int | None) -> list[str]:
         samples = 0 if clips.plan is None else clips.plan.samples_before(steps)
         lines = [f"steps               {steps}" + (f": {samples} samples" if samples else "")]
     if clips.plan is not None:
+        assert not isinstance(clips.plan, PhasedSampler), "phases have lines of their own"
         clip_count = clips.plan.samples_per_epoch
         lines.append(f"epochs              {samples} / {clip_count} clips = {samples / clip_count:.2f}")
     return lines
@@ -193,7 +213,9 @@ def _trained(module: nn.Module | None) -> str:
 
 
 def _operations(module: WanTransformer, clips: Clips, batching: Batching, loss: LossFunction) -> str:
-    """The operations of a step in the commonest bucket, with texts as long as they may be; of packs, in the mean."""
+    """The operations of a step in the commonest bucket (with a schedule, in the costliest), with texts as long as they
+    may be; of packs, in the mean.
+    """
     tokens = {bucket: geometry.num_tokens(clips.latent_shape(bucket)) for bucket in clips.counts}
     if batching.tokens is not None:
         flops = {
@@ -204,13 +226,16 @@ def _operations(module: WanTransformer, clips: Clips, batching: Batching, loss: 
         return (
             f"TFLOP per step      {mean / 1e12:.3g} in the mean x {samples:.4g} samples = {mean * samples / 1e12:.4g}"
         )
-    batch_size = batching.batch_size
-    each = training_flops(module, tokens=tokens[clips.commonest], text_rows=module.text_length)
+    bucket, batch_size = clips.commonest, batching.batch_size
+    if clips.micro:  # with a schedule, the largest step
+        bucket = max(clips.micro, key=lambda each: tokens[each] * clips.micro[each])
+        batch_size = batch_size // batching.micro * clips.micro[bucket]
+    each = training_flops(module, tokens=tokens[bucket], text_rows=module.text_length)
     again = f" + {each.recompute / 1e12:.3g} computed again" if each.recompute else ""
     several = "" if loss.rows == 1 else f" x {loss.rows}"
     base = f" + {each.forward / 1e12:.3g} of the base x {batch_size} x {loss.base_rows}" if loss.base_rows else ""
     total = batch_size * (each.executed * loss.rows + each.forward * loss.base_rows)
     return (
-        f"TFLOP per step      {clips.commonest}: ({each.forward / 1e12:.3g} forward + {each.backward / 1e12:.3g} "
+        f"TFLOP per step      {bucket}: ({each.forward / 1e12:.3g} forward + {each.backward / 1e12:.3g} "
         f"backward{again}) x {batch_size} samples{several}{base} = {total / 1e12:.4g}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from wantrain import geometry
-from wantrain.data import BatchSampler, PackSampler, TrainingData
+from wantrain.data import TrainingData, phases_of
+from wantrain.data.loading.phases import Order
 from wantrain.data.shards import MANIFEST
 from wantrain.models import Base, attention, quantize
 from wantrain.models.formats.loading import cast_as_loaded
@@ -65,11 +66,13 @@ class Clips:
     counts   training clips of each bucket, by its name, "FxHxW" in pixels
     strides  the VAE's over time and space; None where clips are trained on as pixels
     plan     their order; None where the data are not there yet
+    micro    of each bucket the most samples of a backward pass, where a schedule has batch sizes of its own; else empty
     """
 
     counts: Counter[str]
     strides: tuple[int, int] | None
-    plan: BatchSampler | PackSampler | None
+    plan: Order | None
+    micro: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def commonest(self) -> str:
@@ -112,8 +115,23 @@ def clips_of(data: TrainingData, settings: Mapping[str, Any]) -> Clips:
     """The clips of a data set that is there."""
     encoded = "spatial_stride" in data.manifest
     strides = (data.manifest["temporal_stride"], data.manifest["spatial_stride"]) if encoded else None
-    plan = Batching.of_settings(settings, distributed.world_size()).order(data, settings["seed"])
-    return Clips(Counter(data.bucket_names), strides, plan)
+    batching = Batching.of_settings(settings, distributed.world_size())
+    plan = batching.order(data, settings["seed"])
+    return Clips(Counter(data.bucket_names), strides, plan, samples_by_bucket(data, plan, batching))
+
+
+def samples_by_bucket(data: TrainingData, plan: Order, batching: Batching) -> dict[str, int]:
+    """Of each bucket the most samples that a backward pass has in any phase; empty for packs, or without a schedule."""
+    most: dict[str, int] = {}
+    if batching.tokens is not None or not data.schedule:
+        return most
+    names = dict(zip(data.buckets.tolist(), data.bucket_names, strict=True))
+    for phase in phases_of(plan):
+        assert phase.entry is not None
+        micro = batching.resized(phase.entry.batch_size).micro
+        for name in (names[number] for number in phase.sampler.numbers):
+            most[name] = max(micro, most.get(name, 0))
+    return most
 
 
 def _clip_of_own_size(settings: Mapping[str, Any]) -> Clips:

@@ -91,11 +91,12 @@ class Planner:
         if self.batching.tokens is not None:
             return {bucket: self.cases(clips, bucket) for bucket in (self.largest(clips),)}
         tokens = {bucket: geometry.num_tokens(clips.latent_shape(bucket)) for bucket in clips.counts}
-        order = sorted(tokens, key=lambda bucket: tokens[bucket])
+        load = {bucket: count * self._samples(clips, bucket) for bucket, count in tokens.items()}
+        order = sorted(load, key=lambda bucket: load[bucket])
         ends = {bucket: self.cases(clips, bucket) for bucket in {order[0], order[-1]}}
         small, large = ends[order[0]], ends[order[-1]]
         for bucket in order[1:-1]:
-            share = (tokens[bucket] - tokens[order[0]]) / max(1, tokens[order[-1]] - tokens[order[0]])
+            share = (load[bucket] - load[order[0]]) / max(1, load[order[-1]] - load[order[0]])
             ends[bucket] = {
                 name: replace(
                     small[name],
@@ -103,16 +104,15 @@ class Planner:
                         each: between(small[name].costs[each], large[name].costs[each], share)
                         for each in self._policies
                     },
-                    work=Work.of(self.modules[name], tokens=tokens[bucket], samples=self._samples),
+                    work=Work.of(self.modules[name], tokens=tokens[bucket], samples=self._samples(clips, bucket)),
                 )
                 for name in self.modules
             }
         return {bucket: ends[bucket] for bucket in order}
 
-    @property
-    def _samples(self) -> int:
+    def _samples(self, clips: Clips, bucket: str) -> int:
         """Samples of one forward."""
-        return self.batching.micro * self.rows
+        return clips.micro.get(bucket, self.batching.micro) * self.rows
 
     @property
     def _policies(self) -> list[str]:
@@ -138,7 +138,7 @@ class Planner:
         """
         shape, budget = clips.latent_shape(bucket), self.batching.tokens
         if budget is None:
-            return ((self._samples, *shape),)
+            return ((self._samples(clips, bucket), *shape),)
         fitting, left = divmod(budget, geometry.num_tokens(shape))
         rest = (1, 1, geometry.PATCH[1], geometry.PATCH[2] * left)
         return (*([(fitting, *shape)] if fitting else []), *([rest] if left else []))
@@ -221,8 +221,11 @@ class Planner:
 
     @staticmethod
     def largest(clips: Clips) -> str:
-        """The bucket of the most tokens."""
-        return max(clips.counts, key=lambda bucket: geometry.num_tokens(clips.latent_shape(bucket)))
+        """The bucket of the most tokens in a backward pass."""
+        return max(
+            clips.counts,
+            key=lambda bucket: geometry.num_tokens(clips.latent_shape(bucket)) * clips.micro.get(bucket, 1),
+        )
 
     def advise(self, cases: Sequence[Case], card: Card, fixed: Iterable[str] = ()) -> Advice | None:
         """The fastest settings that fit the card in all cases; None if none do."""
