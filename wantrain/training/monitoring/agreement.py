@@ -161,7 +161,7 @@ def differences(
         if len(set(found)) > 1:
             must = name == "wantrain" or (name == "torch" and len({_release(each) for each in found}) > 1)
             (errors if must else warnings).append(f"{name} {spread(found, hosts)}")
-    for key in sorted({key for each in records for key in each.settings}):
+    for key in sorted({key for each in records for key in each.settings}, key=lambda key: (key.count("."), key)):
         errors.append(f"{key}: {spread([each.settings.get(key, main.get(key, 'not set')) for each in records], hosts)}")
     cards = Counter(each.card for each in records if each.card)
     for card, count in cards.items():

@@ -1,8 +1,8 @@
 """What the other processes of a run are doing: each says it every few seconds, and one that gets no further reads it.
 
 The words stand in the store of the process group, never in a collective, so that they are there when a collective
-fails. A thread with a connection of its own does all of it: a step costs nothing, and a store that answers no more stops
-nothing else.
+fails. A thread with a connection of its own does all of it: a step costs nothing, and a store that answers no more
+stops nothing else.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from wantrain.models.compiling import BlockCompiler
 from wantrain.models.flops import training_flops
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
+from wantrain.training.monitoring.pace import Pace
 from wantrain.util.cards import CARDS, card_model
 from wantrain.util.progress import report_progress
 
@@ -73,6 +74,7 @@ class Throughput:
     compiler: BlockCompiler | None = None
     losses: dict[str, LossByNoise] = field(default_factory=dict)
     flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
 
     @contextmanager
     def step(self, trainer: ExpertTrainer, number: int, *, watch: bool) -> Iterator[StepMeter]:
@@ -81,11 +83,15 @@ class Throughput:
         meter = StepMeter(self, trainer, number, watched(trainer.stepper) if watch else {})
         yield meter
         meter.end()
+        self.pace.add(meter.times)
 
     def report(self, trainers: Iterable[ExpertTrainer]) -> dict[str, Any]:
-        """At a line of the log: losses by noise level since the last one, the peak of memory, and graphs compiled."""
+        """At a line of the log: losses by noise level since the last one, which process the others wait for, the peak
+        of memory, and graphs compiled.
+        """
+        trainers = list(trainers)
         several = len(self.losses) > 1
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = dict(self.pace.report(trainers[0].stepper))
         for trainer in trainers:
             if trainer.name in self.losses:
                 prefix = f"{trainer.name}/" if several else ""
