@@ -20,8 +20,8 @@ from wantrain.models.offload import OffloadPolicy
 from wantrain.models.vae import vae_keywords
 from wantrain.runs.experts import ExpertSources, find_compared, find_experts
 from wantrain.runs.loras import LoraSettings
-from wantrain.sampling import Settings, memory
-from wantrain.sampling.build import build_sampler, encode_texts, load_experts
+from wantrain.sampling import Peers, Settings, memory, peers
+from wantrain.sampling.build import load_sampler
 from wantrain.sampling.conditioning import ConditioningPixels, files_from, read_pixels
 from wantrain.sampling.gallery import Gallery, fill, mine, write_comparison, write_index
 from wantrain.sampling.pairs import write_pairs
@@ -34,7 +34,7 @@ from wantrain.util.files import check_writable
 @config.app("sample")
 def main(cfg: DictConfig) -> None:
     """Sample `count` videos per prompt into a folder with a page that shows them; with compare=, a folder for each."""
-    checks.check(cfg, given=config.given(cfg))
+    checks.check(cfg, given=config.given(cfg), processes=distributed.world_size())
     if cfg.dry_run:
         say(memory_plan(cfg))
         return
@@ -48,13 +48,14 @@ def main(cfg: DictConfig) -> None:
     loras = LoraSettings.of(config.plain(cfg.lora), config.locate)
     out = Path(cfg.pairs or cfg.out or ("samples" if cfg.compare is None else "compare"))
     check_writable(out, key="out" if cfg.pairs is None else "pairs")
-    devices.announce(devices.choose(cfg.device))
+    devices.announce(device := devices.choose(cfg.device))
     alone = {"": find(cfg, cfg.run)} if cfg.compare is None else {}
     several = alone or find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
     found = {name: sources.with_loras(loras) for name, sources in several.items()}
     loras.check_used([sources.loras for sources in found.values()])
-    galleries = {name: sample(cfg, sources, out / name, jobs, pixels) for name, sources in found.items()}
-    if cfg.compare is not None:
+    with peers.start(cfg.sequence_parallel, device, num_heads=cfg.model.transformer.num_attention_heads) as ours:
+        galleries = {name: sample(cfg, sources, out / name, jobs, pixels, ours) for name, sources in found.items()}
+    if cfg.compare is not None and all(gallery.writes for gallery in galleries.values()):
         write_comparison(out / "index.html", galleries, jobs)
 
 
@@ -67,7 +68,7 @@ def find(cfg: DictConfig, run: str | None, base: Base | None = None) -> ExpertSo
 
 
 def sample(
-    cfg: DictConfig, found: ExpertSources, out: Path, jobs: list[Job], pixels: ConditioningPixels | None
+    cfg: DictConfig, found: ExpertSources, out: Path, jobs: list[Job], pixels: ConditioningPixels | None, ours: Peers
 ) -> Gallery:
     """Make what is missing of this process's share of `jobs`, and the page; nothing is loaded if nothing is missing."""
     device, dtype = devices.choose(cfg.device), config.dtype(cfg.precision)
@@ -78,15 +79,14 @@ def sample(
     more["loras"] = {name: [lora.record() for lora in some] for name, some in found.loras.items() if some}
     more |= {} if pixels is None else {"known": pixels.identity}  # the word is part of the samples' hashes
     size = config.video_size(cfg) if pixels is None else Bucket(*pixels.shape)
-    gallery = Gallery(out, settings, size, cfg.model.fps, found.identity(), found.label(), more)
+    gallery = Gallery(out, settings, size, cfg.model.fps, found.identity(), found.label(), more, ours)
     say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
-    if missing := gallery.missing(mine(jobs)):
-        prompts = [*(job.prompt for job in missing), negative]
-        texts = encode_texts(found.base, prompts, device=device, dtype=dtype)  # first: experts leave the device no room
-        experts = load_experts(found, device, dtype, OffloadPolicy(**config.plain(cfg.offload)))
-        sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, texts=texts, **facts)
+    if missing := gallery.missing(mine(jobs, ours.size)):
+        texts, policy = [*(job.prompt for job in missing), negative], OffloadPolicy(**config.plain(cfg.offload))
+        sampler = load_sampler(found, texts, policy, device=device, dtype=dtype, peers=ours, **facts)
         fill(gallery, missing, sampler, batch_size=cfg.batch_size, pixels=pixels)
-    (write_index if cfg.pairs is None else write_pairs)(gallery, jobs)
+    if gallery.writes:
+        (write_index if cfg.pairs is None else write_pairs)(gallery, jobs)
     return gallery
 
 
@@ -94,10 +94,10 @@ def memory_plan(cfg: DictConfig) -> str:
     """What it will take, by arithmetic; of the weights only a VAE whose sizes no config says must be here."""
     vae = config.plain(cfg.model.vae) if "vae" in cfg.model else config.base(cfg, ["vae"]).vae().config()
     return memory.describe(
-        lambda: config.build(cfg.model.transformer),
-        lambda: WanVAE(**vae_keywords(vae, Path("model.vae"))),
-        names=list(cfg.model.experts), bucket=config.video_size(cfg), batch_size=cfg.batch_size,
-        dtype=config.dtype(cfg.precision), policy=OffloadPolicy(**config.plain(cfg.offload)), tile=cfg.tile,
+        lambda: config.build(cfg.model.transformer), lambda: WanVAE(**vae_keywords(vae, Path("model.vae"))),
+        memory.Call(config.video_size(cfg), cfg.batch_size, cfg.tile, cfg.sequence_parallel),
+        names=list(cfg.model.experts), dtype=config.dtype(cfg.precision),
+        policy=OffloadPolicy(**config.plain(cfg.offload)),
     )  # fmt: skip
 
 

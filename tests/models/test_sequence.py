@@ -1,72 +1,20 @@
 """Tokens shared out over processes: values and gradients are those of one, with threads in the place of processes."""
 
 import copy
-import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peer_threads import Threads
 from torch import nn
 
 from wantrain import checks
 from wantrain.config import compose
 from wantrain.models import WanTransformer, adapters
 from wantrain.models.activation_policy import ActivationPolicy
+from wantrain.models.offload import ModuleOffloader, blocks_to_swap
 from wantrain.models.sequence import Group, SequenceParallel
 
 SIZE = {"num_attention_heads": 12, "attention_head_dim": 8, "text_dim": 8, "text_length": 6, "ffn_dim": 32}
-
-
-class Threads:
-    """Processes played by threads: each has a copy of the network, and what they send goes through shared places."""
-
-    def __init__(self, size, *, num_heads=12):
-        self.size, self.heads = size, math.gcd(size, num_heads)
-        self.sent, self.barrier = [None] * size, threading.Barrier(size, timeout=60)
-
-    def sequence(self, rank):
-        """What the thread `rank` has in the place of SequenceParallel.over."""
-        first = rank // self.heads * self.heads
-        heads, groups = range(first, first + self.heads), range(rank - first, self.size, self.heads)
-        return SequenceParallel(rank, *(Group(len(some), self.exchange(rank, some)) for some in (heads, groups)))
-
-    def exchange(self, rank, ranks):
-        """An Exchange of the thread `rank` with those of `ranks`; its gradient goes the same way back."""
-
-        class Sent(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x):
-                return self.swap(rank, ranks, x)
-
-            @staticmethod
-            def backward(ctx, grad):
-                return self.swap(rank, ranks, grad.contiguous())
-
-        return Sent.apply
-
-    def swap(self, rank, ranks, x):
-        assert x.is_contiguous() and x.shape[0] == len(ranks)
-        self.sent[rank] = x
-        self.barrier.wait()
-        came = torch.stack([self.sent[other][ranks.index(rank)] for other in ranks])
-        self.barrier.wait()
-        return came
-
-    def run(self, model, work):
-        """`work(network, rank)` of every thread, each with a copy of the model that is split."""
-
-        def one(rank):
-            own = copy.deepcopy(model)
-            self.sequence(rank).split(own)
-            try:
-                return work(copy.deepcopy(own), rank)  # as a loss's reference is copied
-            except BaseException:
-                self.barrier.abort()
-                raise
-
-        with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(one, range(self.size)))
 
 
 def network(**more):
@@ -184,6 +132,27 @@ def test_bad_settings():
         checks.check(
             compose("train", ["recipe=wan_tiny_vae", "sequence_parallel=2"]), given=["sequence_parallel"], processes=2
         )
+
+
+def test_inputs_and_weights_on_host():
+    """The inputs of recomputed blocks on the host, and frozen weights that come block by block."""
+    torch.manual_seed(0)
+    model = WanTransformer(**SIZE, num_layers=4)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="attention+ffn"), seed=0)
+    given = inputs(2, 3, 6, 10)
+    _, wanted = step(copy.deepcopy(model), given)
+    model.run_block = ActivationPolicy("block", blocks=4, activations="cpu")
+
+    def on_host(own, rank):
+        ModuleOffloader(torch.device("cpu")).add(own, whole=False, blocks=blocks_to_swap(own, 3))
+        return step(own, given)[1]
+
+    found = Threads(2).run(model, on_host)
+    for name, grad in wanted.items():
+        mean = torch.stack([grads[name] for grads in found]).mean(dim=0)
+        assert (mean - grad).norm() <= 1e-5 * grad.norm() + 1e-9, name
 
 
 def kept(model, given):

@@ -66,9 +66,9 @@ def test_trace_matches_gpu():
 
 
 def plan(expert=WanTransformer, vae=WanVAE, **more):
-    how = {"names": ["high_noise", "low_noise"], "bucket": Bucket(81, 480, 832), "batch_size": 1, "tile": None}
-    how |= {"dtype": torch.bfloat16, "policy": OffloadPolicy()} | more
-    return memory.describe(expert, vae, **how)
+    call = {key: more.pop(key) for key in ("bucket", "tile", "processes") if key in more}
+    how = {"names": ["high_noise", "low_noise"], "dtype": torch.bfloat16, "policy": OffloadPolicy()} | more
+    return memory.describe(expert, vae, memory.Call(**{"bucket": Bucket(81, 480, 832)} | call), **how)
 
 
 def gib(line):

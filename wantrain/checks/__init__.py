@@ -23,6 +23,7 @@ from wantrain.sampling.conditioning import check_files, files_from
 from wantrain.settings import heard, walk
 from wantrain.settings.kinds import Count, Positive, described, fits, shown
 from wantrain.settings.schema import COMMANDS
+from wantrain.util import distributed
 
 
 def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> None:
@@ -60,6 +61,7 @@ def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> 
         _check_training(cfg, judge, processes)
     if command == "sample":
         judge(lambda: _check_files(cfg))
+        judge(lambda: _check_peers(cfg, processes))
     problems.extend(heard.unheard(command, values, given).values())
     _raise(problems)
 
@@ -230,6 +232,18 @@ def _check_files(cfg: DictConfig) -> None:
     files = files_from(cfg)
     if files.first is not None:
         check_files(files, cfg.model.conditioning, model=cfg.model.name)
+
+
+def _check_peers(cfg: DictConfig, processes: int) -> None:
+    """Processes that make a video together: of a model that says how, and as many as were started, or with dry_run
+    planned for.
+    """
+    if cfg.sequence_parallel > 1:
+        from wantrain.models.sequence import plan_of
+
+        plan_of(config.named(cfg.model.transformer._target_), cfg.sequence_parallel)
+        if not (cfg.dry_run and processes == 1):
+            distributed.check_shared(cfg.sequence_parallel, processes)
 
 
 def _check_picture(cfg: DictConfig) -> None:

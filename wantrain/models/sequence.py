@@ -57,12 +57,16 @@ class SequenceParallel:
 
     heads   neighbours that exchange tokens for heads
     groups  one process of each such group, which gather keys and values
+    device  where the tensors lie that they exchange
 
     A copy of a network that was split exchanges with the same processes.
     """
 
-    def __init__(self, rank: int, heads: Group, groups: Group = Group()) -> None:
-        self.rank, self.size, self._heads, self._groups = rank, heads.size * groups.size, heads, groups
+    def __init__(
+        self, rank: int, heads: Group, groups: Group = Group(), device: torch.device = torch.device("cpu")
+    ) -> None:
+        self.rank, self.size, self.device = rank, heads.size * groups.size, device
+        self._heads, self._groups = heads, groups
         self._tokens = 0  # of a frame, over all processes, in the block that computes
 
     @classmethod
@@ -75,7 +79,7 @@ class SequenceParallel:
         shape = (processes // size, size // heads, heads)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "groups", "heads"))
         groups, among = (Group(mesh.size(dim), partial(_exchanged, mesh, dim)) for dim in (1, 2))
-        return cls(mesh.get_local_rank("groups") * heads + mesh.get_local_rank("heads"), among, groups)
+        return cls(mesh.get_local_rank("groups") * heads + mesh.get_local_rank("heads"), among, groups, device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceParallel:
         return self
@@ -83,9 +87,14 @@ class SequenceParallel:
     def split(self, module: nn.Module) -> None:
         """Have a network compute its tokens' part. Its blocks, kernel and activation policy are settled by now.
 
-        ValueError if it does not declare a `sequence_plan`.
+        ValueError if it does not declare a `sequence_plan`, or if its heads do not divide.
         """
         plan = plan_of(type(module), self.size)
+        if (num_heads := getattr(module, "num_attention_heads", self._heads.size)) % self._heads.size:
+            raise ValueError(
+                f"sequence_parallel={self.size}: the weights have {num_heads} heads of attention, which the model's "
+                "config does not say; give the model= that they are of"
+            )
         first = f"{module.repeated_blocks[0]}.0"  # type: ignore[index]
         for cut in plan.split:
             if cut.module == first:  # before the block, so that a recomputed one keeps only its part
@@ -116,10 +125,6 @@ class SequenceParallel:
     def whole(self, part: Tensor, dim: int, size: int) -> Tensor:
         """The parts of all processes again, in every process: `size` elements of a dimension."""
         return self._groups.gathered(self._heads.gathered(part, dim), dim).narrow(dim, 0, size)
-
-    def of_first(self, value: Tensor) -> Tensor:
-        """What the first of the processes passes, in every process; all pass tensors of one shape."""
-        return self.whole(value[None], 0, self.size)[0]
 
     def attend(
         self, kernel: Attend, q_BLNK: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, bias_S: Tensor | None = None

@@ -2,7 +2,8 @@
 
 from wantrain.sampling.generate import Experts, Sampler, Settings, generate
 from wantrain.sampling.offload import ExpertOffloader
+from wantrain.sampling.peers import Peers
 from wantrain.sampling.prompts import read_prompts
 from wantrain.sampling.tiles import Tiled
 
-__all__ = ["Experts", "ExpertOffloader", "Sampler", "Settings", "Tiled", "generate", "read_prompts"]
+__all__ = ["Experts", "ExpertOffloader", "Peers", "Sampler", "Settings", "Tiled", "generate", "read_prompts"]

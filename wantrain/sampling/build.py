@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wantrain import geometry
 from wantrain.models import Base
@@ -14,6 +15,7 @@ from wantrain.models.offload import OffloadPolicy
 from wantrain.runs.experts import ExpertSources
 from wantrain.sampling import ExpertOffloader, Experts, Sampler, Tiled
 from wantrain.sampling.generate import Velocity
+from wantrain.sampling.peers import ALONE, Peers
 from wantrain.util.console import say
 from wantrain.util.progress import report_progress
 
@@ -31,19 +33,20 @@ def build_sampler(
     tile: int | None = None,
     conditioning: str = "none",
     texts: Mapping[str, Tensor] | None = None,
+    peers: Peers = ALONE,
 ) -> Sampler:
     """A Sampler over given experts, with VAE (always float32) and text encoder from the base.
 
     `texts` are embeddings that are there already; the text encoder is loaded for others alone (see `encode_texts`).
     `tile` is the side in pixels of the squares that are decoded one by one; None decodes whole frames.
-    `conditioning` is the experts' conditioning type (wantrain/conditioning.py). ValueError for a tile that the VAE
-    cannot take.
+    `conditioning` is the experts' conditioning type (wantrain/conditioning.py). `peers` are the processes that make
+    each video together. ValueError for a tile that the VAE cannot take.
     """
     vae = base.vae(device=device)
     decode: Callable[[Tensor], Tensor] = vae.decode
     if tile is not None:
         geometry.check_size(tile, tile, vae.spatial_stride, key=f"tile={tile}")
-        decode = Tiled(vae.decode, tile // vae.spatial_stride)
+        decode = Tiled(vae.decode, tile // vae.spatial_stride, peers)
 
     return Sampler(
         Experts(models, boundary),
@@ -92,8 +95,26 @@ def _encoder_device(base: Base, device: torch.device, dtype: torch.dtype) -> tor
     return torch.device("cpu")
 
 
-def load_experts(
-    found: ExpertSources, device: torch.device, dtype: torch.dtype, policy: OffloadPolicy = OffloadPolicy()
-) -> ExpertOffloader:
-    """The experts that were found, their LoRAs merged, offloaded as `policy` says."""
-    return ExpertOffloader(found.names, lambda name, to: found.load(name, device=to, dtype=dtype), device, policy)
+def load_sampler(
+    found: ExpertSources,
+    texts: Iterable[str],
+    policy: OffloadPolicy = OffloadPolicy(),
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    peers: Peers = ALONE,
+    **facts: Any,
+) -> Sampler:
+    """A Sampler over experts that were found, their LoRAs merged, offloaded as `policy` says.
+
+    `texts` are encoded first. The processes of `peers` share the experts' tokens, and on one machine the host memory in
+    which these wait. `facts` are those of `build_sampler`. ValueError if heads do not divide among the processes.
+    """
+    embeddings = encode_texts(found.base, texts, device=device, dtype=dtype)
+
+    def load(name: str, to: torch.device) -> nn.Module:
+        return peers.split(found.load(name, device=to, dtype=dtype))
+
+    experts = ExpertOffloader(found.names, load, device, policy, peers.node())
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "texts": embeddings, "peers": peers, **facts}
+    return build_sampler(experts, base=found.base, **how)

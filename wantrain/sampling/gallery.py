@@ -2,7 +2,8 @@
 
 The identity of a sample is the hash of prompt, seed, settings and weights, and part of its file name. So a command
 that was stopped continues, a finished video is never made again, and no video overwrites another. Several processes
-(RANK and WORLD_SIZE) share a list by its numbers, without communication.
+(RANK and WORLD_SIZE) share a list by its numbers, without communication; of those that make each video together the
+first one writes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from wantrain import page
 from wantrain.geometry import Bucket
 from wantrain.sampling.conditioning import ConditioningPixels
 from wantrain.sampling.generate import Sampler, Settings
+from wantrain.sampling.peers import ALONE, Peers
 from wantrain.sampling.prompts import Job
 from wantrain.util import distributed
 from wantrain.util.console import say
@@ -58,6 +60,7 @@ class Gallery:
     weights  identity of all weights
     label    name of the weights, for people
     more     other settings that change the video: model, precision, boundary, tiling, fps, LoRAs, conditioning
+    peers    the processes that make each video together
     """
 
     folder: Path
@@ -67,6 +70,12 @@ class Gallery:
     weights: str
     label: str
     more: Mapping[str, Any]
+    peers: Peers = ALONE
+
+    @property
+    def writes(self) -> bool:
+        """True if this process writes the samples that it makes, and their pages."""
+        return self.peers.rank == 0
 
     def identity(self, job: Job) -> str:
         """Twelve hex digits: a hash of everything that makes the pixels of a sample."""
@@ -85,10 +94,11 @@ class Gallery:
         return self.file(job).with_suffix(".json").is_file() and self.file(job).is_file()
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those of `jobs` that are not done; prints how many are done."""
-        left = [job for job in jobs if not self.is_done(job)]
-        if done := len(jobs) - len(left):
-            say(f"{self.folder}: {done} of {len(jobs)} videos are there already and are kept")
+        """Those of `jobs` that are not done, as the first of the peers sees it; prints how many are done."""
+        done = self.peers.agreed([self.is_done(job) for job in jobs])
+        left = [job for job, there in zip(jobs, done, strict=True) if not there]
+        if kept := len(jobs) - len(left):
+            say(f"{self.folder}: {kept} of {len(jobs)} videos are there already and are kept")
         return left
 
     def add(self, job: Job, frames: Frames) -> Path:
@@ -131,13 +141,16 @@ def fill(
                 inputs=inputs,
                 on_step=partial(_show_step, bar),
             )
-        for job, frames in zip(some, videos, strict=True):
+        for job, frames in zip(some, videos, strict=True) if gallery.writes else ():
             say(f"wrote {gallery.add(job, frames)}")
 
 
-def mine(jobs: Sequence[Job]) -> list[Job]:
-    """This process's share of a list; it does not depend on what is done already."""
-    return list(jobs[distributed.rank() :: distributed.world_size()])
+def mine(jobs: Sequence[Job], shared_by: int = 1) -> list[Job]:
+    """This process's share of a list, or that of the `shared_by` neighbours that make each video together; it does not
+    depend on what is done already.
+    """
+    ranks = distributed.DataRanks(shared_by)
+    return list(jobs[ranks.rank :: ranks.count])
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ the CUDA context): `HEADROOM` and `CONTEXT` estimate it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.models.offload import EXPERTS, OffloadPolicy
 from wantrain.models.pinned_memory import layout
 from wantrain.models.vae_convolutions import plain_forms
+from wantrain.sampling.peers import ALONE, Peers
 from wantrain.util.live_bytes import LiveBytes
 
 GIB = float(2**30)
@@ -62,39 +64,54 @@ class Needs:
         return f"a {fitting[0]} GB card" if fitting else "no single card"
 
 
+@dataclass(frozen=True)
+class Call:
+    """What is sampled at once.
+
+    tile       side in pixels of the squares that are decoded one by one; None: whole frames
+    processes  make each video together; the memory is that of one of them
+    """
+
+    bucket: geometry.Bucket
+    batch_size: int = 1
+    tile: int | None = None
+    processes: int = 1
+
+    def peers(self, num_heads: int) -> Peers:
+        """The first of these processes, where what it is sent has no values."""
+        if self.processes == 1:
+            return ALONE
+        from wantrain.models.sequence import Group, SequenceParallel  # half a second
+
+        heads = math.gcd(self.processes, num_heads)
+        among, groups = (Group(size, lambda x: x.new_empty(x.shape)) for size in (heads, self.processes // heads))
+        return Peers(SequenceParallel(0, among, groups))
+
+
 def describe(
     build_expert: Callable[[], nn.Module],
     build_vae: Callable[[], nn.Module],
+    call: Call,
     *,
     names: Sequence[str],
-    bucket: geometry.Bucket,
-    batch_size: int,
     dtype: torch.dtype,
     policy: OffloadPolicy,
-    tile: int | None,
 ) -> str:
-    """Lines for `dry_run=true`. Modules are built without values, experts in `dtype` except for their float32 parts.
-
-    `tile` is the side of a tile in pixels, or None.
-    """
+    """Lines for `dry_run=true`. Modules are built without values, experts in `dtype` except for their float32 parts."""
     with FakeTensorMode():
         expert, vae = cast_as_loaded(build_expert(), dtype), build_vae()
-        return _describe(dict.fromkeys(names, expert), vae, bucket, batch_size, policy, tile)
+        return _describe(dict.fromkeys(names, expert), vae, call, policy)
 
 
-def _describe(
-    experts: Mapping[str, nn.Module],
-    vae: Any,
-    bucket: geometry.Bucket,
-    batch_size: int,
-    policy: OffloadPolicy,
-    tile: int | None,
-) -> str:
-    first = next(iter(experts.values()))
+def _describe(experts: Mapping[str, nn.Module], vae: Any, call: Call, policy: OffloadPolicy) -> str:
+    first: Any = next(iter(experts.values()))
+    bucket, tile = call.bucket, call.tile
     shape = geometry.latent_shape(bucket, vae.temporal_stride, vae.spatial_stride)
-    latents = torch.empty(batch_size, vae.z_dim, *shape)
+    latents = torch.empty(call.batch_size, vae.z_dim, *shape)
     rows = None if tile is None else tile // vae.spatial_stride
-    step, decoding = trace_step(first, latents), trace_decoding(vae, latents, rows)
+    peers = call.peers(first.num_attention_heads)
+    peers.split(first)
+    step, decoding = trace_step(first, latents), trace_decoding(vae, latents, rows, peers)
     state = SOLVER_STATE * latents.nbytes
     other = _bytes(vae.parameters()) + state + max(step, decoding)
     choices = [needs(experts, other, OffloadPolicy(name, blocks)) for name in EXPERTS for blocks in (False, True)]
@@ -102,7 +119,8 @@ def _describe(
     blocks, outside = _blocks(first), _bytes(outside_blocks(first))
     patches = " x ".join(str(side // part) for side, part in zip(shape, geometry.PATCH, strict=True))
     lines = [
-        f"tokens per video    {bucket}: {patches} = {geometry.num_tokens(shape)}; {batch_size} at once",
+        f"tokens per video    {bucket}: {patches} = {geometry.num_tokens(shape)}; {call.batch_size} at once"
+        f"{'' if peers.size == 1 else f', shared by {call.processes} processes, of which what follows is one'}",
         f"an expert           {len(blocks)} blocks x {_gib(blocks[0])} + {_gib(outside)} outside them "
         f"= {_gib(_bytes(first.parameters()))}; {len(experts)} of them",
         f"experts on device   {_gib(chosen.experts)} ({policy})",
@@ -148,11 +166,14 @@ def trace_step(expert: Any, latents: Tensor) -> int:
     return peak_bytes(lambda: expert(inputs, timestep, text))
 
 
-def trace_decoding(vae: Any, latents: Tensor, rows: int | None) -> int:
-    """Peak bytes of decoding on the device: of all latents, or of one tile of `rows` latent rows and columns."""
-    part = latents if rows is None or max(latents.shape[3:]) <= rows else latents[..., :rows, :rows]
+def trace_decoding(vae: Any, latents: Tensor, rows: int | None, peers: Peers = ALONE) -> int:
+    """Peak bytes of decoding on the device: of all latents, or of one tile of `rows` latent rows and columns and those
+    of `peers`.
+    """
     with plain_forms():
-        return peak_bytes(lambda: vae.decode(part))
+        if rows is None or max(latents.shape[3:]) <= rows:
+            return peak_bytes(lambda: vae.decode(latents))
+        return peak_bytes(lambda: peers.gathered(vae.decode(latents[..., :rows, :rows])))
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:

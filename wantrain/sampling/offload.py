@@ -12,20 +12,29 @@ from torch import nn
 
 from wantrain.models.facts import blocks_of
 from wantrain.models.offload import ModuleOffloader, OffloadPolicy
+from wantrain.models.pinned_memory import Node
 
 #: Loads an expert by name onto a device.
 Load = Callable[[str, torch.device], nn.Module]
 
 
 class ExpertOffloader(Mapping[str, nn.Module]):
-    """The experts by name, frozen; taking one out of it offloads the one before, as `policy` says."""
+    """The experts by name, frozen; taking one out of it offloads the one before, as `policy` says.
+
+    node  the processes that load the same experts, and share what waits on the host
+    """
 
     def __init__(
-        self, names: Iterable[str], load: Load, device: torch.device, policy: OffloadPolicy = OffloadPolicy()
+        self,
+        names: Iterable[str],
+        load: Load,
+        device: torch.device,
+        policy: OffloadPolicy = OffloadPolicy(),
+        node: Node | None = None,
     ) -> None:
         self.names, self.load, self.device, self.policy = tuple(names), load, device, policy
         self.current: str | None = None
-        self._offloader = ModuleOffloader(device)
+        self._offloader = ModuleOffloader(device, node)
         self._loaded: dict[str, nn.Module] = {}
         if policy.experts != "disk":
             self._loaded = {name: self._load(name) for name in self.names}

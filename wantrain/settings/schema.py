@@ -326,6 +326,7 @@ SAMPLE: Mapping[str, Any] = {
     "seed": Natural,
     "count": Count,
     "batch_size": Count,
+    "sequence_parallel": Count,
     "steps": Count,
     "solver": Literal["unipc", "dpm++", "euler"],
     "shift": Positive,

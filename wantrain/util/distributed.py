@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore
 
 #: How long the launcher's store may take to answer.
 STORE_TIMEOUT = timedelta(seconds=5)
+#: How long a collective of `process_group` may take: between two lie the loading of weights and the writing of a video.
+GROUP_TIMEOUT = timedelta(hours=2)
 
 
 def rank() -> int:
@@ -78,6 +83,31 @@ def single_process(command: str) -> None:
     """Raise ValueError if a launcher started several processes of a command that runs as one."""
     if world_size() > 1:
         raise ValueError(f"{command} runs as one process, but {world_size()} were started; use python {command}")
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The processes of the launch as torch's first group, for a command without an engine.
+
+    ValueError if they do not find each other.
+    """
+    with meeting():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=GROUP_TIMEOUT)
+    yield
+    dist.destroy_process_group()  # not after an error: it may wait for processes that wait for this one
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Make torch's error of processes that do not find each other a ValueError."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise ValueError(
+            f"the processes do not find each other at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+            f"({' '.join(str(error).split())}); if another program has this port, launch with --main_process_port 0, "
+            "which takes a free one"
+        ) from error
 
 
 def says_first(message: str) -> bool:

@@ -61,16 +61,10 @@ def start_accelerator(device: str = "auto", *, hang: float | None) -> Accelerato
             "same; hide them with CUDA_VISIBLE_DEVICES= (empty), or use launch/accelerate/cpu_ddp.yaml"
         )
     longer = InitProcessGroupKwargs(timeout=timeout)
-    try:
+    with distributed.meeting():
         if "LOCAL_RANK" in os.environ and on_cpu:
             _make_group_on_cpu(wanted, timeout)
         accelerator = Accelerator(mixed_precision="no", cpu=passed_over, kwargs_handlers=[longer])
-    except dist.DistNetworkError as error:
-        raise ValueError(
-            f"the processes do not find each other at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
-            f"({' '.join(str(error).split())}); if another program has this port, launch with --main_process_port 0, "
-            "which takes a free one"
-        ) from error
     if accelerator.num_processes != distributed.world_size():
         raise ValueError(
             f"{launched_with()}: {distributed.world_size()} processes were started but the engine holds "

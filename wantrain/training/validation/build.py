@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wantrain import geometry
 from wantrain.data import TrainingData
@@ -120,12 +120,14 @@ def preview_sampler(
     if not all(base.holds(name) for name in others):
         say(f"previews: {base} holds no {others[0]}, so {', '.join(own)} answers for every noise level")
         others = []
-    offloader = ExpertOffloader(
-        others,
-        lambda name, where: base.transformer(name, expand_inputs=expand, device=where, dtype=setup.dtype),
-        device,
-        OffloadPolicy(**sample["offload"]),
-    )
+
+    def load(name: str, where: torch.device) -> nn.Module:
+        module = base.transformer(name, expand_inputs=expand, device=where, dtype=setup.dtype)
+        if setup.placement.sequence is not None:
+            setup.placement.sequence.split(module)
+        return module
+
+    offloader = ExpertOffloader(others, load, device, OffloadPolicy(**sample["offload"]))
     models = ChainMap(own, cast(dict[str, Velocity], offloader))
 
     @contextmanager
