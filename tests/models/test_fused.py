@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from wantrain.models import fused
 from wantrain.models.fused import (
@@ -130,6 +131,30 @@ def test_norm_rotate(batch, tokens, wide, dtype, strided, rotated):
         [x, weight],
         dtype,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_weights_of_a_norm(dtype):
+    """Without rotation the input is had again from the result, also where a weight is 0 or nearly so."""
+    x, weight = drawn(2, 35, WIDTH, dtype=dtype), drawn(WIDTH, dtype=torch.float32)
+    with torch.no_grad():
+        weight[:5] = torch.tensor([0.0, -0.0, 1e-30, -1e-3, 1e-12])
+    compared(
+        lambda x, weight: norm_rotate(x, weight, 1e-6, HEADS, None),
+        lambda x, weight: plain_norm_rotate(x, weight, 1e-6, HEADS, None),
+        [x, weight],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_what_a_norm_keeps(rotated):
+    """Its result in place of its input, where it does not rotate: the kernel of attention keeps that too."""
+    x, weight, kept = drawn(1, 4, WIDTH), drawn(WIDTH), []
+    tables = (torch.ones(4, WIDTH // HEADS // 2),) * 2
+    with saved_tensors_hooks(lambda each: kept.append(each.data_ptr()) or each, lambda each: each):
+        y = norm_rotate(x, weight, 1e-6, HEADS, tables if rotated else None)
+    assert (x.data_ptr() in kept, y.data_ptr() in kept) == (rotated, not rotated)
 
 
 def test_gradcheck():

@@ -26,6 +26,8 @@ from wantrain.util.parts import Place, parts, parts_of
 
 #: Elements of a piece: 128 MiB in float32, enough for a GPU to be busy with.
 PIECE = 1 << 25
+#: The least size of a norm's weight where its result is kept in place of its input, which is had again by a division.
+LEAST = 2.0**-60
 #: Tokens of each row of modulation, where they are not equally many.
 Lengths = tuple[int, ...]
 
@@ -104,7 +106,8 @@ def norm_rotate(x_BLD: Tensor, weight_D: Tensor, eps: float, heads: int, rope: t
     """RMS norm of x times weight, split into heads and rotated: (B, L, N, K) in x's dtype, computed in the weight's.
 
     Neighbouring pairs (2j, 2j+1) of each head turn by their token's angles; `rope` are cosines and sines (L, K/2).
-    Keeps `x` itself, and one number per token.
+    Keeps one number per token, and `x`; without `rope` the result in place of x, as attention keeps that too (weights
+    closer to 0 than LEAST count as LEAST then).
     """
     if torch.compiler.is_compiling():
         return plain_norm_rotate(x_BLD, weight_D, eps, heads, rope)
@@ -236,6 +239,9 @@ class _NormRotate(Exact):
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
         rstd = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.by_result = cos is None and torch.finfo(x.dtype).tiny < LEAST
+        if ctx.by_result:
+            weight = torch.where(weight.abs() < LEAST, LEAST, weight)
         for place, _ in pieces(x):
             scaled = x[place] * weight
             if cos is None:
@@ -245,7 +251,7 @@ class _NormRotate(Exact):
                 _pairs(scaled, heads).mul_(turns.unsqueeze(1))
                 result[place] = scaled
         ctx.heads = heads
-        ctx.save_for_backward(x, weight, rstd, cos, sin)
+        ctx.save_for_backward(result if ctx.by_result else x, weight, rstd, cos, sin)
         return result.unflatten(-1, (heads, -1))
 
     @staticmethod
@@ -255,6 +261,9 @@ class _NormRotate(Exact):
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
         grad_weight = torch.zeros_like(weight) if of_weight else None
         grad = grad.flatten(-2)
+        if ctx.by_result:
+            _NormRotate._by_result(grad, x, weight, rstd, grad_x, grad_weight)
+            return grad_x, grad_weight, None, None, None, None
         for place, _ in pieces(x):
             # With u = rstd * (grad turned back), dx = u * w - x * rstd^2 * mean(u * w * x) and dw = sum of u * x.
             if cos is None:
@@ -270,6 +279,19 @@ class _NormRotate(Exact):
                 mean = (product @ weight.to(x.dtype)).unsqueeze(-1).to(weight.dtype).div_(-x.shape[-1])
                 torch.addcmul(u.mul_(weight), x[place], mean * rstd[place].square(), out=grad_x[place])
         return grad_x, grad_weight, None, None, None, None
+
+    @staticmethod
+    def _by_result(grad: Tensor, y: Tensor, weight: Tensor, rstd: Tensor, into: Any, grad_weight: Any) -> None:
+        """From y = hat * w: dx = rstd * (grad * w - y / w * mean(grad * y)) and dw = sum of grad * y / w."""
+        inverse = weight.reciprocal()
+        for place, _ in pieces(y):
+            product = torch.mul(grad[place], y[place], out=torch.empty_like(y[place]))
+            if grad_weight is not None:
+                grad_weight += product.sum(0, dtype=weight.dtype).mul_(inverse)
+            if into is not None:
+                mean = product.sum(-1, keepdim=True, dtype=weight.dtype).div_(-weight.numel())
+                scaled = (grad[place] * weight).mul_(rstd[place])
+                torch.addcmul(scaled, y[place] * inverse, mean.mul_(rstd[place]), out=into[place])
 
 
 def by_rows(x_BTPD: Tensor, given_BTD: Tensor) -> Tensor:
