@@ -112,6 +112,17 @@ def training_flops(module: WanTransformer, *, tokens: int, text_rows: int, times
     return Flops(count.forward, count.backward, recompute)
 
 
+def text_flops(module: WanTransformer, text_rows: int) -> int:
+    """Operations of a forward that depend on the text alone: its embedding, and each block's keys and values."""
+    count, layers = Count(), [layer for layer in module.text_embedding if _is_linear(layer)]
+    for block in blocks_of(module):
+        assert isinstance(block, Block)
+        layers += [block.cross_attn.k, block.cross_attn.v]
+    for layer in layers:
+        count.linear(layer, text_rows, False)
+    return count.forward
+
+
 def _block(count: Count, block: Block, tokens: int, text_rows: int, x: bool, time: bool, text: bool) -> bool:
     """Add one block. Returns True if its output has a gradient."""
     moved = time or block.modulation.requires_grad

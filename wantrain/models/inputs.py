@@ -1,4 +1,4 @@
-"""What the transformer makes of its inputs: patches of latents and back, and rows of text.
+"""What the transformer makes of its inputs: their grid of patches, patches of latents and back, and rows of text.
 
 Tensor suffixes as in transformer.py.
 """
@@ -13,6 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wantrain.geometry import PATCH
+from wantrain.models.positions import ROPE_LENGTH
+
+
+def grid_of(x_BCTHW: Tensor, timestep: Tensor, channels: int) -> tuple[int, int, int]:
+    """Frames, rows and columns of patches; ValueError for what a model of so many input channels cannot take."""
+    batch, found, frames, height, width = x_BCTHW.shape
+    if found != channels:
+        raise ValueError(f"the transformer takes {channels} input channels, got {found}")
+    if height % PATCH[1] or width % PATCH[2]:
+        raise ValueError(f"latent height x width {height}x{width} must be even (patch 2x2)")
+    if max(frames, height // PATCH[1], width // PATCH[2]) > ROPE_LENGTH:
+        raise ValueError(f"latent {frames}x{height}x{width} exceeds {ROPE_LENGTH} positions on an axis")
+    if timestep.shape not in {(batch,), (batch, frames)}:
+        raise ValueError(f"timestep has shape {tuple(timestep.shape)}, expected ({batch},) or ({batch}, {frames})")
+    if timestep.is_floating_point() and timestep.dtype in {torch.float16, torch.bfloat16}:
+        raise ValueError(f"timestep is {timestep.dtype}, which rounds 998.7 to 1000; keep it float32")
+    return frames, height // PATCH[1], width // PATCH[2]
 
 
 def patches_of(x_BCTHW: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from wantrain.geometry import PATCH
 from wantrain.models.attention import DEFAULT, Attend
 from wantrain.models.facts import BlockRunner, SequencePlan, Split, Tags
 from wantrain.models.fused import gated_residual, modulated_norm, norm_rotate
-from wantrain.models.inputs import patches_of, stacked_texts, text_rows, unpatched
+from wantrain.models.inputs import grid_of, patches_of, stacked_texts, text_rows, unpatched
+from wantrain.models.kept_text import KeptRows, KeptText, for_blocks
 from wantrain.models.linear import FeedForward, gated_feed_forward, linears
 from wantrain.models.packing import Packing
 from wantrain.models.positions import ROPE_LENGTH, rope_angles, sinusoid
@@ -79,19 +80,25 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        context_BSD: Tensor,
+        context_BSD: Tensor | KeptRows,
         rope: tuple[Tensor, Tensor] | None = None,
         bias_S: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
         if x_BLD is context_BSD:
             q, k, v = linears((self.q, self.k, self.v), x_BLD)
+            k, v = self.norm_k(k, self.num_heads, rope), v.unflatten(-1, (self.num_heads, -1))
         else:
-            (q,), (k, v) = linears((self.q,), x_BLD), linears((self.k, self.v), context_BSD)
-        q, k = self.norm_q(q, self.num_heads, rope), self.norm_k(k, self.num_heads, rope)
-        v = v.unflatten(-1, (self.num_heads, -1))
+            (q,), make = linears((self.q,), x_BLD), self.keys_values
+            k, v = context_BSD.keys_values(make) if isinstance(context_BSD, KeptRows) else make(context_BSD)
+        q = self.norm_q(q, self.num_heads, rope)
         result = self.attend(q, k, v, bias_S) if packing is None else packing.attend(self.attend, q, k, v, bias_S)
         return linears((self.o,), result.flatten(-2))[0]
+
+    def keys_values(self, context_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, S, N, K) of rows without places."""
+        k, v = linears((self.k, self.v), context_BSD)
+        return self.norm_k(k, self.num_heads, None), v.unflatten(-1, (self.num_heads, -1))
 
 
 def modulation_table(rows: int, dim: int) -> nn.Parameter:
@@ -122,7 +129,7 @@ class Block(nn.Module):
         self,
         x_BTPD: Tensor,
         time_BT6D: Tensor,
-        context_BSD: Tensor,
+        context_BSD: Tensor | KeptRows,
         rope: tuple[Tensor, Tensor],
         bias_S: Tensor | None,
         packing: Packing | None = None,
@@ -280,7 +287,8 @@ class WanTransformer(nn.Module):
 
         latents_BCTHW    noisy latents; H and W even
         timestep         (B,), or (B, T) with one level per latent frame; 1000*sigma, float, never rounded
-        text_BLD         text embeddings, padded inside to `text_length` rows with zeros; longer is a ValueError
+        text_BLD         text embeddings, padded inside to `text_length` rows with zeros; longer is a ValueError. Or a
+                         KeptText, for calls that repeat it
         concat_BCTHW     further input channels, after the latents'
 
         Each may be a tuple with a tensor for each group of clips of one size: all are computed as one sequence, and the
@@ -290,7 +298,7 @@ class WanTransformer(nn.Module):
             return self._packed(latents_BCTHW, timestep, text_BLD, concat_BCTHW)
         # 1. conditioning: further channels
         x = latents_BCTHW if concat_BCTHW is None else torch.cat([latents_BCTHW, concat_BCTHW], dim=1)
-        grid = self._grid(x, timestep)
+        grid = grid_of(x, timestep, self.in_channels)
         # 2. patches
         x_BTPD = self._embedded(patches_of(x))
         # 3. time, once per latent frame (one for all frames where they agree)
@@ -310,7 +318,7 @@ class WanTransformer(nn.Module):
             )
         if concats is not None:
             latents = tuple(torch.cat(both, dim=1) for both in zip(latents, concats, strict=True))
-        grids = [self._grid(x, timestep) for x, timestep in zip(latents, timesteps, strict=True)]
+        grids = [grid_of(x, timestep, self.in_channels) for x, timestep in zip(latents, timesteps, strict=True)]
         packing = Packing.of(grids, timesteps)
         x_11LD = self._embedded(torch.cat([patches_of(x).flatten(0, 2) for x in latents])[None, None])
         time = self._time(torch.cat([timestep.flatten() for timestep in timesteps])[None])
@@ -326,22 +334,25 @@ class WanTransformer(nn.Module):
         self,
         x_BTPD: Tensor,
         time: tuple[Tensor, Tensor],
-        text_BLD: Tensor,
+        text_BLD: Tensor | KeptText,
         angles_TPK: Tensor,
         packing: Packing | None = None,
     ) -> Tensor:
         """The head's patches (B, T, P, 2*2*C), from embedded patches, `_time`, texts and rotary angles."""
         time_BTD, time_BT6D = time
-        # Text: its rows, and the zero rows after it, which become bias vectors that are attended to.
-        text_BSD, bias_S = text_rows(text_BLD, self.text_length)
-        context_BSD = self.text_embedding(text_BSD.to(self._compute_dtype()))
+        contexts, bias_S = for_blocks(text_BLD, self._context, len(self.blocks))
         rope = (angles_TPK.cos().float(), angles_TPK.sin().float())
         packed = () if packing is None else (packing,)
-        for number, block in enumerate(self.blocks):
-            x_BTPD = self.run_block(number, block, x_BTPD, time_BT6D, context_BSD, rope, bias_S, *packed)
+        for number, (block, context) in enumerate(zip(self.blocks, contexts, strict=True)):
+            x_BTPD = self.run_block(number, block, x_BTPD, time_BT6D, context, rope, bias_S, *packed)
         with torch.autocast(x_BTPD.device.type, enabled=False):
             patches: Tensor = self.head(x_BTPD, time_BTD, *packed)
         return patches
+
+    def _context(self, text_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Text: its rows, and the zero rows after it, which become bias vectors that are attended to."""
+        text_BSD, bias_S = text_rows(text_BLD, self.text_length)
+        return self.text_embedding(text_BSD.to(self._compute_dtype())), bias_S
 
     def _compute_dtype(self) -> torch.dtype:
         """The dtype linear layers run in: autocast's, or the weights' own."""
@@ -360,21 +371,6 @@ class WanTransformer(nn.Module):
         with torch.autocast(timestep_BT.device.type, enabled=False):
             embedding = self.time_embedding(sinusoid(timestep_BT, self.freq_dim))
             return embedding, self.time_projection(embedding).unflatten(-1, (6, -1))
-
-    def _grid(self, x_BCTHW: Tensor, timestep: Tensor) -> tuple[int, int, int]:
-        """Frames, rows and columns of patches; ValueError for what the model cannot take."""
-        batch, channels, frames, height, width = x_BCTHW.shape
-        if channels != self.in_channels:
-            raise ValueError(f"the transformer takes {self.in_channels} input channels, got {channels}")
-        if height % PATCH[1] or width % PATCH[2]:
-            raise ValueError(f"latent height x width {height}x{width} must be even (patch 2x2)")
-        if max(frames, height // PATCH[1], width // PATCH[2]) > ROPE_LENGTH:
-            raise ValueError(f"latent {frames}x{height}x{width} exceeds {ROPE_LENGTH} positions on an axis")
-        if timestep.shape not in {(batch,), (batch, frames)}:
-            raise ValueError(f"timestep has shape {tuple(timestep.shape)}, expected ({batch},) or ({batch}, {frames})")
-        if timestep.is_floating_point() and timestep.dtype in {torch.float16, torch.bfloat16}:
-            raise ValueError(f"timestep is {timestep.dtype}, which rounds 998.7 to 1000; keep it float32")
-        return frames, height // PATCH[1], width // PATCH[2]
 
     def config(self) -> dict[str, Any]:
         """What config.json holds in the diffusers layout."""

@@ -16,6 +16,7 @@ from wantrain import flow, geometry
 from wantrain.batch import pad_texts
 from wantrain.conditioning import EncodePixels, ModelInputs, model_inputs
 from wantrain.sampling.conditioning import ConditioningPixels
+from wantrain.sampling.memory import kept
 from wantrain.sampling.solvers import schedule, solver_named
 from wantrain.util.progress import report_progress
 from wantrain.util.seeds import generator_at
@@ -90,16 +91,20 @@ def generate(
     start = x = latents.float()
     noised_BT, further = (None, {}) if inputs is None else (inputs.noised_BT, inputs.conditioning)
     noised = None if noised_BT is None else (noised_BT > 0)[:, None, :, None, None]
+    at_work = ""
     for i, timestep in enumerate(flow.sampling_timesteps(sigmas).tolist()):
         name = experts.name_at(timestep)
         report_progress(f"solver step {i + 1} of {len(sigmas) - 1}")
         if on_step is not None:
             on_step(i, name)
+        model = experts.models[name]
+        if name != at_work:  # what the expert before has kept of the texts is freed here
+            at_work, (prompt, negative) = name, (kept(model, x, text) for text in texts)
         level = flow.noised(torch.full((len(x),), float(timestep), device=x.device), noised_BT)
-        velocity = experts.models[name](x, level, texts.prompt_BLD, **further)
+        velocity = model(x, level, prompt, **further)
         scale = guidance[name]
         if scale != 1.0:
-            away = experts.models[name](x, level, texts.negative_BLD, **further)
+            away = model(x, level, negative, **further)
             velocity = away + scale * (velocity - away)
         x = stepper.step(i, x, velocity)
         if noised is not None:

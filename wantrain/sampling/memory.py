@@ -20,8 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from wantrain import geometry
+from wantrain.models import WanTransformer
 from wantrain.models.facts import blocks_of, outside_blocks
+from wantrain.models.flops import text_flops, training_flops
 from wantrain.models.formats.loading import cast_as_loaded
+from wantrain.models.kept_text import KeptText
 from wantrain.models.offload import EXPERTS, OffloadPolicy
 from wantrain.models.pinned_memory import layout
 from wantrain.models.vae_convolutions import plain_forms
@@ -31,6 +34,8 @@ from wantrain.util.live_bytes import LiveBytes
 GIB = float(2**30)
 #: Share of the sum added for fragmentation and workspaces, and bytes of a CUDA context with its libraries.
 HEADROOM, CONTEXT = 0.1, 0.8 * GIB
+#: Share of a call's operations from which on the keys and values of its text are kept.
+WORTH = 0.01
 #: GPU memory sizes on the market, GB.
 CARDS = (8, 12, 16, 24, 32, 48, 80, 96, 141, 192)
 #: Tensors of the latents' size that a multistep solver holds: x, the corrected x, two data predictions, the noise.
@@ -157,13 +162,33 @@ def needs(experts: Mapping[str, nn.Module], other: int, policy: OffloadPolicy) -
 
 
 def trace_step(expert: Any, latents: Tensor) -> int:
-    """Peak bytes of one call of an expert, without its weights and its input."""
+    """Peak bytes of the calls of one solver step of an expert, without its weights and its input."""
     inputs = latents.new_empty(len(latents), expert.in_channels, *latents.shape[2:])
     text, timestep = (
         latents.new_empty(len(latents), expert.text_length, expert.text_dim),
         latents.new_empty(len(latents)),
     )
-    return peak_bytes(lambda: expert(inputs, timestep, text))
+    texts = [kept(expert, latents, text), kept(expert, latents, text)]  # with guidance there are two
+
+    def calls() -> None:
+        for each in texts:
+            expert(inputs, timestep, each)
+
+    return peak_bytes(calls)
+
+
+def kept(model: Any, latents: Tensor, text_BLD: Tensor) -> Tensor | KeptText:
+    """The text as a network is to be given it at every step: kept, if what the network makes of it alone is WORTH its
+    memory.
+
+    `model` is a velocity model, or what computes as its `network`. Compiled blocks would be compiled once more for it.
+    """
+    network = getattr(model, "network", model)
+    if type(network) is not WanTransformer or any("forward" in vars(block) for block in blocks_of(network)):
+        return text_BLD
+    rows, tokens = min(text_BLD.shape[1] + 1, network.text_length), geometry.num_tokens(latents.shape[2:])
+    share = text_flops(network, rows) / training_flops(network, tokens=tokens, text_rows=rows).forward
+    return KeptText(text_BLD) if share >= WORTH else text_BLD
 
 
 def trace_decoding(vae: Any, latents: Tensor, rows: int | None, peers: Peers = ALONE) -> int:

@@ -23,7 +23,7 @@ from wantrain.training.engine.placement import Placement
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.monitoring.trackers import Tracker
 from wantrain.training.options import ExpertOptions, RunSetup
-from wantrain.training.validation.preview import Preview, PreviewRequest, as_trained
+from wantrain.training.validation.preview import AsTrained, Preview, PreviewRequest
 from wantrain.training.validation.validators import Evaluations, build_validators
 from wantrain.util import distributed
 from wantrain.util.console import say
@@ -115,7 +115,7 @@ def preview_sampler(
     """
     settings, base, device = setup.settings, setup.base, setup.placement.device
     model, sample, expand = settings["model"], settings["sample"], settings["init"] == "expand_input_channels"
-    own: dict[str, Velocity] = {name: as_trained(trainer.stepper) for name, trainer in trainers.items()}
+    own: dict[str, Velocity] = {name: AsTrained(trainer.stepper) for name, trainer in trainers.items()}
     others = [name for name in model["experts"] if name not in own]
     if not all(base.holds(name) for name in others):
         say(f"previews: {base} holds no {others[0]}, so {', '.join(own)} answers for every noise level")

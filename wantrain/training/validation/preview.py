@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wantrain.conditioning import ModelInputs
 from wantrain.demo.judge import shows
@@ -18,7 +18,6 @@ from wantrain.geometry import Bucket
 from wantrain.runs.pages.content import PREVIEWS
 from wantrain.runs.pages.live import INDEX
 from wantrain.sampling import Sampler, Settings
-from wantrain.sampling.generate import Velocity
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.engine.main_process import on_main
 from wantrain.training.monitoring.trackers import PreviewClip, Tracker
@@ -115,17 +114,23 @@ class Preview:
         return previews
 
 
-def as_trained(stepper: Stepper) -> Velocity:
+@dataclass(frozen=True)
+class AsTrained:
     """The expert in training as a velocity model: it computes as its run does, and nothing beside it, so that solver
     and VAE are those of sample.py.
     """
 
-    def velocity(*inputs: Tensor, **conditioning: Tensor) -> Tensor:
-        with stepper.forward_context():
-            answer: Tensor = stepper.module(*inputs, **conditioning)
-        return answer
+    stepper: Stepper
 
-    return velocity
+    @property
+    def network(self) -> nn.Module:
+        """What computes."""
+        return self.stepper.module
+
+    def __call__(self, *inputs: Any, **conditioning: Tensor) -> Tensor:
+        with self.stepper.forward_context():
+            answer: Tensor = self.network(*inputs, **conditioning)
+        return answer
 
 
 def write_history(path: Path, step: int, previews: Sequence[PreviewClip]) -> None:
