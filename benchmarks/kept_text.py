@@ -2,9 +2,9 @@
 
 The transformer of W-S (6 layers, 384 wide, float32, one thread) makes the eight calls of four solver steps with
 guidance, with texts as tensors and with kept ones, turn by turn. Results must be the same bits, or nothing is timed.
-Reported are CPU seconds of the process, the median over the pairs of kept / not kept, beside the ratio of the operations
-counted. The shapes: a still of 32x32 latents (256 tokens) and a clip of 8 latent frames (2,048), with texts of 60 and 512 rows.
-Writes kept_text.json.
+Reported are CPU seconds of the process, the median over the pairs of kept / not kept, beside the ratio of the
+operations counted. The shapes: a still of 32x32 latents (256 tokens) and a clip of 8 latent frames (2,048), with texts
+of 60 and 512 rows. Writes kept_text.json.
 """
 
 from __future__ import annotations
