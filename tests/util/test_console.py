@@ -206,6 +206,14 @@ def test_one_process_prints(monkeypatch, capsys):
     assert [fail("a=1 is wrong"), fail("a=1 is wrong"), fail("b=2 is wrong")] == [
         "error: a=1 is wrong\n", "", "error: b=2 is wrong\n"
     ]  # fmt: skip
+    # The launchers' store (launch/node.sh): it outlives a start, whose own port tells it from the one before.
+    monkeypatch.setenv("WANTRAIN_STORE", f"127.0.0.1:{store.port}")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    for port in ("7", "8"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        assert [fail("c=3 is wrong"), fail("c=3 is wrong")] == ["error: c=3 is wrong\n", ""]
+    monkeypatch.delenv("WANTRAIN_STORE")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(distributed, "STORE_TIMEOUT", timedelta(seconds=1))
     del store
     monkeypatch.setenv("MASTER_PORT", "1")  # nobody answers

@@ -113,21 +113,20 @@ def meeting() -> Iterator[None]:
 def says_first(message: str) -> bool:
     """False if another process of the launch has said this before: of several that meet one error, one prints it.
 
-    They agree by the store that torchrun and `accelerate launch` keep for their processes. Where there is none, or it
-    does not answer, the answer is True.
+    They agree by the store that torchrun and `accelerate launch` keep for their processes, or that of the launchers
+    themselves (launch/node.sh). Where there is none, or it does not answer, the answer is True.
     """
-    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    launchers = os.environ.get("WANTRAIN_STORE", "")
+    if world_size() == 1 or not (launchers or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
         return True
-    key = f"wantrain/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{zlib.crc32(message.encode())}"
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if launchers:
+        start = port  # each start has another, and launchers count their own restarts
+        host, _, port = launchers.rpartition(":")
     try:
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=STORE_TIMEOUT,
-        )
-        return store.add(key, 1) == 1
+        store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
+        return store.add(f"wantrain/said/{start}/{zlib.crc32(message.encode())}", 1) == 1
     except RuntimeError:  # torch's own errors of networks and stores
         return True
 
