@@ -100,7 +100,7 @@ def commands(page):
     lines = [line for block in fences(page) for line in block.replace("\\\n", " ").splitlines()]
     lines += [span for span in spans(page) if " " in span]
     for line in (re.sub(r"^\.\.\. (?=\w+\.py)", "python ", line.strip()) for line in lines):
-        if line.startswith(("python ", "accelerate ", "make ", "torchrun ", "bash ", "pip ", "wantrain-")):
+        if line.startswith(("python ", "accelerate ", "make ", "torchrun ", "bash ", "sbatch ", "pip ", "wantrain-")):
             yield from_checkout(shlex.split(line, comments=True))
 
 
@@ -138,12 +138,13 @@ def test_commands_are_accepted(page):
             continue
         if line[:2] in (["accelerate", "config"], ["accelerate", "env"]) or line == ["accelerate", "launch"]:
             continue
-        programs = [word for word in line if word.endswith((".py", ".sh"))]
+        programs = [word for word in line if word.endswith((".py", ".sh", ".sbatch"))]
         assert len(programs) == 1 and (ROOT / programs[0]).is_file(), line
         for file in (word for word in line if word.startswith(("launch/", "benchmarks/"))):
             assert (ROOT / file).is_file(), file
         name, given = programs[0], rest[rest.index(programs[0]) + 1 :]
-        command = "train" if name == "launch/pair.sh" else name.removesuffix(".py")
+        command = "train" if name in {"launch/pair.sh", "launch/node.sh"} else name.removesuffix(".py")
+        command = Path(name).stem if name.endswith(".sbatch") else command
         if command not in COMMANDS:
             text = (ROOT / name).read_text(encoding="utf-8")
             assert [word for word in given if word.startswith("--") and f'"{word}"' not in text] == [], line
