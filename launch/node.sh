@@ -40,7 +40,7 @@ if [ "$nodes" -eq 1 ]; then
     export PET_RDZV_ENDPOINT=$MASTER_ADDR:$MASTER_PORT
 elif [ -n "${MASTER_ADDR:-}" ] && [ -n "${MASTER_PORT:-}" ]; then
     where=(--num_machines "$nodes" --machine_rank "$node" --main_process_ip "$MASTER_ADDR"
-        --main_process_port "$MASTER_PORT" --rdzv_conf "is_host=$((node == 0)),join_timeout=900")
+        --main_process_port "$MASTER_PORT" --rdzv_conf "is_host=$((node == 0)),join_timeout=900,read_timeout=300")
 else
     echo "error: NODES=$nodes: MASTER_ADDR and MASTER_PORT have to say where node 0 is" >&2
     exit 2

@@ -1,5 +1,7 @@
 # Read by the scripts beside it, not started: the values of the site, and what ends a job before its time is up.
 . launch/site.sh
+# srun does not take this over from sbatch (since SLURM 22.05): its tasks would have one core.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # Run a step of the job. Five minutes before the limit SLURM sends SIGUSR1 (--signal): the step is sent it too, ends
 # with what it has finished, and the job goes back into the queue. SIGTERM (scancel, a preemption) ends the step in the

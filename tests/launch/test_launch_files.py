@@ -158,7 +158,11 @@ def test_node_of_several(fake, tmp_path):
     environment = prepare_multi_gpu_env(args)
     assert environment["ACCELERATE_USE_FSDP"] == "true"
     assert (args.nnodes, args.nproc_per_node, args.rdzv_endpoint) == ("3", "4", "first:29500")
-    assert (args.rdzv_backend, args.rdzv_conf, args.max_restarts) == ("c10d", "is_host=0,join_timeout=900", 5)
+    assert (args.rdzv_backend, args.rdzv_conf, args.max_restarts) == (
+        "c10d",
+        "is_host=0,join_timeout=900,read_timeout=300",
+        5,
+    )
     assert lines[-4:] == ["env SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "env 100", "env first:29500", "env "]
     flags = {action.dest for action in torch.distributed.run.get_args_parser()._actions}
     assert {
@@ -240,6 +244,8 @@ def test_step_at_the_limit(job):
 
 def test_step_that_is_not_requeued(job):
     """A step that ends by itself, well or not, and one that SLURM ends, leave the queue alone; so does the last time."""
+    cores = "step srun bash -c 'echo $SRUN_CPUS_PER_TASK'"
+    assert job(cores, SLURM_CPUS_PER_TASK="12") == (0, ["12"])
     assert job("step true") == (0, []) and job("step bash -c 'exit 3'") == (3, [])
     assert job(STEP, 15) == (138, ["begun", "saved"])
     assert job(STEP, 10, SLURM_RESTART_COUNT="4", REQUEUES="4") == (138, ["begun", "saved"])
