@@ -7,6 +7,7 @@ so that in the end its losses are those of the run that met none.
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -158,13 +159,14 @@ def test_run_that_meets_every_fault(nodes, arguments, launch):
     codes, (main, other) = nodes.start("killed:4")
     assert 0 not in codes and saved(folder) == [2] and "step 0 of" in main
     assert "error: a process does not answer, while training step 4, " in main
-    assert f"{host}:1 training step 4, data" in main and f"{host}:0 training step 4, " in main
+    assert re.search(rf"{host}:1 (training|saving) step [234]", main) and f"{host}:0 training step 4, " in main
 
     codes, (main, other) = nodes.start("hangs:7", "safeguards.hang=15")
     assert 0 not in codes and saved(folder) == [4, 6] and "step 2 of" in main
     assert "error: nothing has happened for 15 s (safeguards.hang) while training step 7, data" in other
-    report = other.partition("those that stopped first before the others:")[2].splitlines()[1]
-    assert report.startswith(f"  {host}:1 training step 7, data for 15 s (throughput.py") or "loop.py" in report
+    report = other.partition("those without progress for longest first:\n")[2]
+    assert f"  {host}:1 training step 7, data for 15 s (loop.py" in report
+    assert f"  {host}:0 training step 7, backward for 15 s (engine.py" in report
     assert "exitcode  : 75" in other
 
     codes, (main, other) = nodes.start("gone:9")
@@ -180,11 +182,11 @@ def test_run_that_meets_every_fault(nodes, arguments, launch):
 
     codes, (main, other) = nodes.start("preempted:13")
     stopped = saved(folder)[-1]
-    assert 0 not in codes and 12 < stopped < 15 and "step 10 of" in main
+    assert 0 not in codes and 13 <= stopped <= 16 and "step 10 of" in main
     assert "stopped by a signal, after a checkpoint; the same command continues" in main
 
-    codes, (main, other) = nodes.start("full:16")
-    assert 0 not in codes and saved(folder)[-1] == 14
+    codes, (main, other) = nodes.start("full:18")
+    assert 0 not in codes and saved(folder)[-1] == 16
     assert f"step {stopped} of" in main and main.count("\nerror: ") == 1 and "No space left on device" in main
     assert "error: " not in other
 

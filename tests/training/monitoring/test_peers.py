@@ -54,7 +54,7 @@ def test_report(started):
     soon(lambda: len(mine._read()) == 3)
     host = os.uname().nodename
     head, first, second = mine.report().splitlines()
-    assert head == "what the processes were doing, those that stopped first before the others:"
+    assert head == "what the processes were doing, those without progress for longest first:"
     assert first.startswith(f"  {host}:1 training step 12, data for 5 s")
     assert second.startswith(f"  {host}:0,2 training step 12, backward for 4 s")
     other.end("ValueError: no such clip")

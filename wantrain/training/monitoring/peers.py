@@ -101,7 +101,7 @@ class Peers:
         _within(ANSWER, lambda: self._say(why))
 
     def report(self) -> str:
-        """What all processes were doing, in lines, those that stopped first before the others; empty in a run of one
+        """What all processes were doing, in lines, those without progress for longest first; empty in a run of one
         process, and where the store does not answer it says so.
         """
         if self._thread is None:
@@ -110,7 +110,7 @@ class Peers:
         if stages is None:
             return "the other processes cannot be asked: the machine that holds their store is gone, or does not answer"
         return "\n".join(
-            ["what the processes were doing, those that stopped first before the others:", *lines_of(stages)]
+            ["what the processes were doing, those without progress for longest first:", *lines_of(stages)]
         )
 
     def look(self) -> None:
@@ -147,7 +147,7 @@ class Peers:
         self._number += 1
         doing, seconds = self._now()
         rank, host, place = self._rank, os.uname().nodename, _place(self._owner)
-        word = Stage(rank, host, doing, round(seconds, 1), place, self._number, time.time(), ended)
+        word = Stage(rank, host, doing, round(seconds, 3), place, self._number, time.time(), ended)
         self._store.set(f"{KEY}{rank}", json.dumps(asdict(word)))
 
     def _read(self) -> list[Stage]:

@@ -73,7 +73,7 @@ class Watchdog:
             self.thread.join()
         if error is not None and is_broken_group(error):
             print(
-                f"error: a process does not answer, while {self.doing}. {self.peers.report()}", file=STDERR, flush=True
+                f"error: a process does not answer, while {self.doing}\n{self.peers.report()}", file=STDERR, flush=True
             )
         self.peers.end("in order" if error is None else f"{type(error).__name__}: {error}"[:LONGEST])
 
