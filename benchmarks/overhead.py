@@ -56,6 +56,9 @@ class Samples:
         self.latents = torch.randn(1, 16, 8, 32, 32, generator=random)
         self.text = 0.1 * torch.randn(1, 512, 4096, generator=random)
 
+    def foresee(self, samples: Any, positions: Any) -> bool:
+        return False
+
     def load(self, samples: Any, positions: Any) -> Batch:
         count = len(positions)
         names = tuple(f"clip-{sample}" for sample in samples)

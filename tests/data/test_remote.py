@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import http.server
 import json
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +25,31 @@ SHARDS, SIZE = 5, 40_000
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; notes what was asked for, and cuts short what `cut` names, that many times."""
+    """Files of a folder; notes what was asked for. What `cut` names is cut short, `drop` gets no answer, `trickle` a byte
+    now and then, each that many times; all tars wait for `gate`.
+    """
 
     def do_GET(self):
         name = self.path.rpartition("/")[2]
         self.server.asked.append(name)
+        if name.endswith(".tar"):
+            self.server.gate.wait(20)
+        if self.server.drop.get(name, 0) > 0:
+            self.server.drop[name] -= 1
+            self.close_connection = True
+            return
+        if self.server.trickle.get(name, 0) > 0:
+            self.server.trickle[name] -= 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(SIZE))
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the reader has had enough
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.1)
+            self.close_connection = True
+            return
         if self.server.cut.get(name, 0) > 0:
             self.server.cut[name] -= 1
             self.send_response(200)
@@ -42,12 +64,19 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+def prepare(server):
+    """No faults, and nothing was asked for."""
+    server.asked, server.cut, server.drop, server.trickle, server.gate = [], {}, {}, {}, threading.Event()
+    server.gate.set()
+
+
 @pytest.fixture
 def server(tmp_path):
     """tmp_path/shards, at server.url."""
     (tmp_path / "shards").mkdir()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as server:
-        server.asked, server.cut, server.url = [], {}, f"http://127.0.0.1:{server.server_port}/shards"
+        prepare(server)
+        server.url = f"http://127.0.0.1:{server.server_port}/shards"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
@@ -78,6 +107,7 @@ def shards(tmp_path, server):
 def impatient(monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.01)
     monkeypatch.setattr(remote, "TIMEOUT", 0.5)
+    monkeypatch.setattr(remote, "TRIES", 3)
 
 
 def name_of(number):
@@ -291,6 +321,99 @@ def test_concurrent_fetch(tmp_path, server, shards):
     assert server.asked.count(name_of(4)) == 1
 
 
+# ------------------------------------------------------------------------------------------------- fetched ahead
+
+
+def until(condition, seconds=20):
+    """Wait for something that another thread does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_fetched_ahead(tmp_path, server, shards):
+    """What is foreseen is fetched before it is read, in order and once, and reading it asks for nothing."""
+    files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
+    order = [name_of(number) for number in (3, 0, 4)]
+    assert files.foresee(order[:2]) and files.foresee([order[1], order[2]])
+    until(lambda: tars(tmp_path / "cache") == sorted(order))
+    asked = [name for name in server.asked if name.endswith(".tar")]
+    assert sorted(asked) == sorted(order)
+    assert [files.read(name, 0, SIZE) for name in order] == [content(number) for number in (3, 0, 4)]
+    assert files.read(name_of(1), 0, SIZE) == content(1)  # nobody foresaw this one
+    assert [name for name in server.asked if name.endswith(".tar")] == [*asked, name_of(1)]
+    assert files.traffic().fetched == 4 * SIZE + len(b"index")
+
+
+def test_room_ahead(tmp_path, server, shards):
+    """Half of the cache is for what is not read yet, and reading makes room; a slow server delays, and the wait counts."""
+    server.gate.clear()
+    files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=4.5 * SIZE / 1e9)
+    assert files.foresee([name_of(0), name_of(1)])
+    assert not files.foresee([name_of(2)])
+    found = []
+    reader = threading.Thread(target=lambda: found.append(files.read(name_of(0), 0, SIZE)))
+    reader.start()
+    reader.join(0.3)
+    assert reader.is_alive(), "the server has not answered yet"
+    server.gate.set()
+    reader.join(20)
+    assert found == [content(0)]
+    assert files.traffic().waited >= 0.25
+    assert files.foresee([])
+    assert files.read(name_of(2), 0, SIZE) == content(2)
+
+
+def test_faults_ahead(tmp_path, server, shards, monkeypatch):
+    """Dropped connections, short answers and a server that hardly sends: tried again, and the right bytes are read; an
+    error names the shard, where it is read, and nothing hangs.
+    """
+    monkeypatch.setattr(remote, "REACHING", 4)
+    server.drop, server.cut, server.trickle = {name_of(0): 3, name_of(3): 99}, {name_of(1): 2, name_of(2): 9}, {}
+    server.trickle = {name_of(4): 1}
+    files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
+    files.foresee([name_of(number) for number in range(SHARDS)])
+    for number in (0, 1, 4):
+        assert files.read(name_of(number), 0, SIZE) == content(number)
+    assert [server.asked.count(name_of(number)) for number in (0, 1, 4)] == [4, 3, 2]
+    with pytest.raises(ValueError, match=rf"{name_of(2)} differs from its manifest: 1000 bytes .*; 3 attempts failed"):
+        files.read(name_of(2), 0, SIZE)
+    with pytest.raises(ValueError, match=rf"{name_of(3)} cannot be read \(.*; 4 attempts failed"):
+        files.read(name_of(3), 0, SIZE)
+    server.drop, server.cut = {}, {}
+    assert files.read(name_of(2), 0, SIZE) == content(2), "it is asked for again"
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_threads_end(tmp_path, server, shards):
+    """Without the shards their threads end."""
+    files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=1)
+    files.foresee([name_of(0)])
+    assert any(thread.name.startswith("fetch") for thread in threading.enumerate())
+    del files
+    gc.collect()
+    until(lambda: not any(thread.name.startswith("fetch") for thread in threading.enumerate()))
+
+
+def test_latents_foreseen(tmp_path, tiny):
+    """A micro-batch foreseen is a micro-batch that reads nothing more: clips, windows and captions are the drawn ones."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tiny.latents)) as server:
+        prepare(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        data = LatentData(shards=f"http://127.0.0.1:{server.server_port}", cache=tmp_path / "cache", cache_gb=1)
+        opened = list(server.asked)
+        samples, positions = range(len(data.train)), range(5, 5 + len(data.train))
+        assert data.foresee(samples, positions)
+        until(lambda: not data.files._ahead._names.qsize() and len(tars(tmp_path / "cache")) > 0)
+        data.files._ahead.arrived(next(iter(data.files._ahead._coming)))
+        for sample, position in zip(samples, positions, strict=True):
+            data.load([sample], [position])
+        asked = server.asked[len(opened) :]
+        assert len(asked) == len(set(asked)) and data.traffic()[0].fetched > 0
+        server.shutdown()
+
+
 def test_remote_latents(tmp_path, tiny):
     """Latents from a URL, http:// or memory://, give the same samples as those from the disk."""
     memory = fsspec.filesystem("memory")
@@ -299,7 +422,7 @@ def test_remote_latents(tmp_path, tiny):
             memory.pipe(f"/bucket/latents/{path.name}", path.read_bytes())
     here = LatentData(shards=tiny.latents, holdout=0.2)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tiny.latents)) as server:
-        server.asked, server.cut = [], {}
+        prepare(server)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         for place in (f"http://127.0.0.1:{server.server_port}", "memory://bucket/latents/"):
             data = LatentData(shards=place, holdout=0.2, cache=tmp_path / place[:4], cache_gb=1)

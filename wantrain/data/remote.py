@@ -2,7 +2,8 @@
 
 A fetched file is used only if it has the size and hash in its manifest. The processes of a machine share one cache.
 One process fetches a file, under a lock and a temporary name, and renames it. Readers hold a shared lock on the file,
-so that it is not removed while it is read. The locks are kernel locks, which end with their process.
+so that it is not removed while it is read. The locks are kernel locks, which end with their process. A run foresees
+which shards its next steps read, and they are fetched ahead (fetch_ahead.py).
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import fsspec
 
+from wantrain.data.fetch_ahead import FetchAhead
 from wantrain.data.mmap import map_file
 from wantrain.data.shards import MANIFEST, check_shards, files_of
+from wantrain.util import distributed
 from wantrain.util.console import say
 from wantrain.util.files import write_atomically
 
@@ -29,8 +35,14 @@ from wantrain.util.files import write_atomically
 CACHE = "~/.cache/wantrain/shards"
 #: Seconds that a server may take to answer, and that a full cache may take to have room.
 TIMEOUT = 60.0
-#: Attempts to fetch a file, and seconds before the second attempt (doubled before each further one).
-TRIES, PAUSE = 3, 1.0
+#: Attempts to fetch a file whose content differs, or that is not there; attempts to reach its server.
+TRIES, REACHING = 4, 9
+#: Seconds before the second attempt, doubled before each further one, and the longest of them.
+PAUSE, LONGEST_PAUSE = 1.0, 30.0
+#: Bytes per second below which a transfer counts as broken off, over TIMEOUT seconds.
+SLOWEST = 1 << 14
+#: The share of the cache that files may take which are fetched ahead, of all processes of a machine.
+AHEAD = 0.5
 #: Local shards of up to this many bytes in total are hashed when they are opened; of more only the sizes are checked.
 HASH_LIMIT = 2 << 30
 #: Largest size of a manifest, in bytes.
@@ -47,6 +59,21 @@ class Shards(Protocol):
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Bytes `start` to `stop` of a shard."""
+
+    def foresee(self, names: Iterable[str]) -> bool:
+        """These shards will be read next, in this order; True if it helps to know of more."""
+
+    def traffic(self) -> Traffic | None:
+        """What was fetched so far; None for shards on a disk."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What came from an address since it was opened: bytes, and the seconds that reading waited for them."""
+
+    url: str
+    fetched: int
+    waited: float
 
 
 def open_shards(place: str | Path, *, cache: str | Path, cache_gb: float) -> Shards:
@@ -74,12 +101,20 @@ class LocalShards:
             self._maps[name] = map_file(self.folder / name)
         return self._maps[name][start:stop]
 
+    def foresee(self, names: Iterable[str]) -> bool:
+        """False: nothing has to be fetched."""
+        return False
+
+    def traffic(self) -> None:
+        """None: nothing is fetched."""
+
 
 class RemoteShards:
     """Shards at a URL: the manifest is fetched at every start, all other files are cached."""
 
     def __init__(self, url: str, cache: Cache) -> None:
-        self.url, self.cache = url.rstrip("/"), cache
+        self.url, self.cache, self.waited = url.rstrip("/"), cache, 0.0
+        self._ahead: FetchAhead | None = None
         with reaching(f"{self.url}/{MANIFEST}"), open_url(f"{self.url}/{MANIFEST}") as remote:
             content = remote.read(MANIFEST_LIMIT + 1)
         if len(content) > MANIFEST_LIMIT:
@@ -113,15 +148,41 @@ class RemoteShards:
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Bytes `start` to `stop` of a shard, which is fetched if it is not in the cache."""
+        began = time.perf_counter()
+        if self._ahead is not None:
+            self._ahead.arrived(name)
         handle, content = self._open(name), bytearray(stop - start)
+        self.waited += time.perf_counter() - began
         try:
             return memoryview(content)[: os.preadv(handle, [content], start)]
         finally:
             os.close(handle)
 
+    def foresee(self, names: Iterable[str]) -> bool:
+        """Fetch these shards ahead, in this order; True if there is room for more."""
+        if self._ahead is None:
+            url, folder, files, cache = self.url, self.folder, self.files, self.cache
+
+            def fetch(name: str) -> None:
+                os.close(_open_file(cache, url, folder, files[name]))
+
+            budget = int(cache.limit * AHEAD / distributed.local_world_size())
+            sizes = {name: int(file["bytes"]) for name, file in files.items()}
+            self._ahead = FetchAhead(fetch, sizes, budget)
+        return self._ahead.foresee(names)
+
+    def traffic(self) -> Traffic:
+        """What this process has fetched so far."""
+        return Traffic(self.url, self.cache.fetched, self.waited)
+
     def _open(self, name: str) -> int:
-        file = self.files[name]
-        return self.cache.open(f"{self.url}/{name}", self.folder / name, size=file["bytes"], sha256=file["sha256"])
+        return _open_file(self.cache, self.url, self.folder, self.files[name])
+
+
+def _open_file(cache: Cache, url: str, folder: Path, file: Mapping[str, Any]) -> int:
+    """An open handle of a file of a manifest, which is fetched if it is not in the cache."""
+    name = file["name"]
+    return cache.open(f"{url}/{name}", folder / name, size=file["bytes"], sha256=file["sha256"])
 
 
 class Cache:
@@ -133,7 +194,8 @@ class Cache:
     def __init__(self, folder: Path, gb: float) -> None:
         if not gb > 0:
             raise ValueError(f"data.cache_gb={gb} must be above 0: the size of the cache in 10^9 bytes")
-        self.folder, self.limit = folder, int(gb * 1e9)
+        self.folder, self.limit, self.fetched = folder, int(gb * 1e9), 0
+        self._counting = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -160,14 +222,9 @@ class Cache:
         partial = path.with_name(f".{path.name}.tmp")
         handle = self._reserve(partial, size)
         try:
-            for attempt in range(TRIES):
-                try:
-                    _copy(url, handle, size, sha256)
-                    break
-                except ValueError as error:
-                    if attempt == TRIES - 1:
-                        raise ValueError(f"{error}; {TRIES} attempts failed") from error
-                    time.sleep(PAUSE * 2**attempt)
+            _copy_at_last(url, handle, size, sha256)
+            with self._counting:
+                self.fetched += size
             os.fsync(handle)
             with _exclusive(self.folder / ".lock"):  # else `_evict` could miss the file while it counts
                 partial.rename(path)
@@ -247,16 +304,44 @@ def reaching(url: str) -> Iterator[None]:
         raise ValueError(f"{url} cannot be read ({type(error).__name__}: {error})") from error
 
 
+def _copy_at_last(url: str, handle: int, size: int, sha256: str) -> None:
+    """`_copy`, again after a pause where it fails: a few times for a file that differs or is not there, for minutes
+    where its server cannot be reached. ValueError with the last failure.
+    """
+    for attempt in range(max(TRIES, REACHING)):
+        try:
+            _copy(url, handle, size, sha256)
+            return
+        except ValueError as error:
+            if attempt + 1 >= (REACHING if _may_pass(error.__cause__) else TRIES):
+                raise ValueError(f"{error}; {attempt + 1} attempts failed") from error
+            time.sleep(min(LONGEST_PAUSE, PAUSE * 2**attempt))
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """True for an error of a network or a server that may be over in some minutes."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 429)
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)
+
+
 def _copy(url: str, handle: int, size: int, sha256: str) -> None:
-    """Write the content of a URL into a file from its start. ValueError if size or hash differ."""
+    """Write the content of a URL into a file from its start. ValueError if size or hash differ, or it hardly comes."""
     digest, done = hashlib.sha256(), 0
     with reaching(url), open_url(url) as remote, os.fdopen(os.dup(handle), "wb") as file:
         file.seek(0)
-        while done <= size and (block := remote.read(1 << 20)):
+        # Of HTTP what is there, so that a server that sends a byte now and then is noticed.
+        read = getattr(remote, "read1", remote.read)
+        until, before = time.monotonic() + TIMEOUT, 0
+        while done <= size and (block := read(1 << 20)):
             done += len(block)
             digest.update(block)
             if done <= size:
                 file.write(block)
+            if time.monotonic() > until:
+                if done - before < SLOWEST * TIMEOUT:
+                    raise TimeoutError(f"{done - before} bytes in {TIMEOUT:g} s")
+                until, before = time.monotonic() + TIMEOUT, done
     if done != size or digest.hexdigest() != sha256:
         got = f"more than {size}" if done > size else f"{done}"
         raise ValueError(f"{url} differs from its manifest: {got} bytes instead of {size}, or another hash")

@@ -36,6 +36,7 @@ from wantrain.training.loop import Run
 from wantrain.training.monitoring import agreement
 from wantrain.training.monitoring.metrics import Metrics
 from wantrain.training.monitoring.safeguards import Safeguards
+from wantrain.training.monitoring.supply import Supply
 from wantrain.training.monitoring.throughput import Throughput, peak_of
 from wantrain.training.monitoring.unlearning import Unlearning
 from wantrain.training.options import ExpertOptions, RunSetup
@@ -241,7 +242,7 @@ def build_monitoring(setup: RunSetup) -> tuple[Metrics, Throughput, Safeguards]:
     unlearning = Unlearning(settings["safeguards"]["unlearning"], settings["safeguards"]["unlearning_stop"])
     return (
         Metrics(setup.folder.metrics, steps=setup.steps, peak=peak_of(setup.placement.device)),
-        Throughput(settings["model"]["fps"], compiler=setup.compiler),
+        Throughput(settings["model"]["fps"], compiler=setup.compiler, supply=Supply(setup.data.traffic)),
         Safeguards(setup.folder.safeguards, **limits, unlearning=unlearning),
     )
 

@@ -1,10 +1,12 @@
 """What the steps of a run are fed: micro-batches in order with what their loss draws, one thread ahead of the steps.
 
-Where they go to another device they wait in pinned memory, and each is copied while the one before it computes.
+Where they go to another device they wait in pinned memory, and each is copied while the one before it computes. Data at
+an address hear what comes long before it is loaded, and fetch it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wantrain.batch import AnyBatch, map_tensors, pinned
@@ -26,6 +29,17 @@ from wantrain.util.seeds import generator_at
 
 #: A micro-batch, and what its loss draws.
 Drawn = tuple[AnyBatch, Draws]
+#: Micro-batches that data hear of ahead, at most.
+MOST_AHEAD = 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """A micro-batch to be loaded: samples and positions of each bucket, what loads them, and for whom."""
+
+    groups: tuple[tuple[NDArray[Any], NDArray[Any]], ...]
+    load: Callable[[], AnyBatch]
+    trainer: ExpertTrainer
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """This process's share of the optimizer steps from `start` to `until`."""
 
-    def requests() -> Iterator[Callable[[], Drawn]]:
+    def requests() -> Iterator[Request]:
         for step in range(start, until):
             name, own = alternation.at(step)
             phase, stepper = phase_at(trainers[name].plan, own), trainers[name].stepper
@@ -57,7 +71,7 @@ def micro_batches(
             if isinstance(plan, PackSampler):
                 for micro_step in range(accumulate):
                     pack = plan.pack(own, micro_step, ranks.rank, ranks.count).later(phase.before)
-                    yield partial(_ready, partial(pack.load, data), trainers[name], seed)
+                    yield Request(pack.groups, partial(pack.load, data), trainers[name])
                 continue
             samples = plan.batch(own)
             places = np.arange(own * plan.batch_size, (own + 1) * plan.batch_size) + phase.before
@@ -65,13 +79,27 @@ def micro_batches(
                 mine, positions = (
                     share(each, micro_step, accumulate, ranks.rank, ranks.count) for each in (samples, places)
                 )
-                yield partial(_ready, partial(data.load, mine, positions), trainers[name], seed)
+                yield Request(((mine, positions),), partial(data.load, mine, positions), trainers[name])
 
     device = next(iter(trainers.values())).stepper.device
-    loaded = prefetch(requests())
+    loaded = prefetch(partial(_ready, request, seed) for request in foreseen(requests(), data))
     if device.type == "cpu":
         return (MicroBatch(*drawn, here=drawn) for drawn in loaded)
     return sent_ahead(loaded, device)
+
+
+def foreseen(requests: Iterator[Request], data: Samples) -> Iterator[Request]:
+    """The same requests; the data hear of each as long before it is loaded as they want to."""
+    coming: deque[Request] = deque()
+    while True:
+        wanted = True
+        while wanted and len(coming) < MOST_AHEAD and (request := next(requests, None)) is not None:
+            coming.append(request)
+            for samples, positions in request.groups:
+                wanted = data.foresee(samples, positions) and wanted
+        if not coming:
+            return
+        yield coming.popleft()
 
 
 def sent_ahead(loaded: Prefetch[Drawn], device: torch.device) -> Iterator[MicroBatch]:
@@ -108,9 +136,9 @@ def _sent(drawn: Drawn, stream: CopyStream, device: torch.device) -> tuple[Micro
     return MicroBatch(batch, draws, here), stream.copy(pairs)
 
 
-def _ready(load: Callable[[], AnyBatch], trainer: ExpertTrainer, seed: int) -> Drawn:
+def _ready(request: Request, seed: int) -> Drawn:
     """A micro-batch and what its loss draws, by the samples' positions in the run."""
-    batch = load()
+    batch, trainer = request.load(), request.trainer
     draws = trainer.loss.prepare(batch, [generator_at(seed, "noise", position) for position in batch.positions])
     if trainer.stepper.device.type == "cpu":
         return batch, draws

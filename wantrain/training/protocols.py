@@ -15,6 +15,9 @@ class Samples(Protocol):
 
     def load(self, samples: NDArray[Any], positions: NDArray[Any]) -> AnyBatch: ...
 
+    def foresee(self, samples: NDArray[Any], positions: NDArray[Any]) -> bool:
+        """These will be loaded next; True if it helps to know of more."""
+
 
 def due(step: int, *, every: int, last: int) -> bool:
     """True at step 0, at every `every`-th optimizer step, and at step `last`."""

@@ -28,7 +28,7 @@ from wantrain.data.loading.holdout import one_per_group, split_groups
 from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView, view_of
 from wantrain.data.mmap import tensors_in
-from wantrain.data.remote import CACHE, LocalShards, open_shards
+from wantrain.data.remote import CACHE, LocalShards, Traffic, open_shards
 from wantrain.data.shards import MANIFEST, file_hash, read_manifest
 from wantrain.util.seeds import generator_at
 
@@ -89,6 +89,27 @@ class LatentData:
         windows = [self._drawn(self.index.windows_of(clip), "window", place) for clip, place in pairs]
         texts = [self._drawn_text(clip, place) for clip, place in pairs]
         return self._batch(clips, windows, texts, draws=places, positions=places)
+
+    def foresee(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> bool:
+        """`load` will ask for these next: their shards are fetched ahead. True if it helps to know of more."""
+        return self._foresee([int(self.train[sample]) for sample in samples], [int(place) for place in positions])
+
+    def _foresee(self, clips: Sequence[int], places: Sequence[int]) -> bool:
+        """The shards of these clips and of their texts, at these places of the run."""
+        if isinstance(self.files, LocalShards):
+            return False
+        tars = dict[str, None]()
+        for clip, place in zip(clips, places, strict=True):
+            window = self._drawn(self.index.windows_of(clip), "window", place)
+            tars[self.manifest["shards"][self.index.shard[window]]["name"]] = None
+            if (text := self._which_text(clip, place)) is not None:
+                tars[self.manifest["text_shards"][self.index.text_shard[text]]["name"]] = None
+        return self.files.foresee(tars)
+
+    def traffic(self) -> list[Traffic]:
+        """What was fetched, where the shards are at an address."""
+        found = self.files.traffic()
+        return [] if found is None else [found]
 
     def heldout_batches(self, count: int) -> list[Batch]:
         """`count` held-out clips at most, of as many files as there are; one batch per bucket.
@@ -209,12 +230,16 @@ class LatentData:
             return choices[0]
         return choices[int(torch.randint(len(choices), (), generator=generator_at(self.seed, purpose, position)))]
 
-    def _drawn_text(self, clip: int, position: int) -> Tensor:
-        """One of the clip's texts, or the empty one."""
+    def _which_text(self, clip: int, position: int) -> int | None:
+        """One of the clip's texts; None for the empty one."""
         generator = generator_at(self.seed, "caption", position)
         if torch.rand((), generator=generator) < self.caption_dropout.at(position):
-            return self.empty_text
-        return self._text(self._drawn(self.index.texts_of(clip), "which caption", position))
+            return None
+        return self._drawn(self.index.texts_of(clip), "which caption", position)
+
+    def _drawn_text(self, clip: int, position: int) -> Tensor:
+        text = self._which_text(clip, position)
+        return self.empty_text if text is None else self._text(text)
 
     def _tensors(self, tar: str, offset: int, size: int, what: str, key: str) -> dict[str, Tensor]:
         """A safetensors member, `key` among its tensors; ValueError if it is damaged, or holds NaN or infinity."""

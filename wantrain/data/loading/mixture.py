@@ -26,7 +26,7 @@ from wantrain.data.loading.dropout import Points
 from wantrain.data.loading.schedule import read_schedule
 from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView
-from wantrain.data.remote import CACHE
+from wantrain.data.remote import CACHE, LocalShards, Traffic
 from wantrain.geometry import Bucket
 from wantrain.util.console import say
 from wantrain.util.numbers import is_number
@@ -121,6 +121,21 @@ class MixedData:
         if len(batches) == 1:
             return batches[0]  # in order already
         return joined(batches).take(np.argsort(np.concatenate(order)).tolist())
+
+    def foresee(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> bool:
+        """`load` will ask for these next: shards at addresses are fetched ahead. True if it helps to know of more."""
+        drawn, places = np.asarray(samples), np.asarray(positions)
+        remote, more = False, True
+        for number, part in enumerate(self.parts.values()):
+            if not isinstance(part.files, LocalShards):
+                own = self.sets[drawn] == number
+                remote = True
+                more = part.foresee(drawn[own] - self._first[number], places[own]) and more
+        return remote and more
+
+    def traffic(self) -> list[Traffic]:
+        """What was fetched for each set whose shards are at an address."""
+        return [traffic for part in self.parts.values() for traffic in part.traffic()]
 
     def heldout_batches(self, count: int) -> list[Batch]:
         """Held-out clips of each set that has any, one batch per bucket: `count` in all, at least one of a set.

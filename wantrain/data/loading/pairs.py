@@ -95,6 +95,11 @@ class PairData(LatentData):
         losers = self._batch(clips, windows, list(batch.text_BLD), draws=places, positions=places)
         return replace(batch, losers=losers)
 
+    def foresee(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> bool:
+        """`load` will ask for these next: the shards of winners and losers are fetched ahead."""
+        clips = [int(own[sample]) for own in (self.train, self.losers) for sample in samples]
+        return self._foresee(clips, [int(place) for place in positions] * 2)
+
     def _find(self, rows: Sequence[Row]) -> NDArray[np.int64]:
         """The clip numbers of each pair, (P, 2). ValueError lists the rows that are no pair of clips."""
         found, seen, problems = list[tuple[int, int]](), dict[frozenset[int], int](), list[str]()

@@ -18,6 +18,7 @@ from wantrain.data.footage.video_shards import VideoSample, read_video_shards
 from wantrain.data.latents.loss_masks import MaskCounts
 from wantrain.data.loading.holdout import split_groups
 from wantrain.data.loading.streams import Indices
+from wantrain.data.remote import Traffic
 from wantrain.data.shards import MANIFEST, file_hash, read_manifest
 from wantrain.util.seeds import generator_at
 from wantrain.video import Frames, to_pixels
@@ -114,6 +115,14 @@ class PixelData:
     def tags_of(self, clips: Sequence[int]) -> list[tuple[str, ...]]:
         """The tags of each clip."""
         return [self._tags[clip] for clip in clips]
+
+    def foresee(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> bool:
+        """False: all clips are in memory."""
+        return False
+
+    def traffic(self) -> list[Traffic]:
+        """Nothing is fetched."""
+        return []
 
     def heldout_batches(self, count: int) -> list[PixelBatch]:
         """The first `count` held-out clips, from their first frame on, one batch per bucket."""

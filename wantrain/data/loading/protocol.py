@@ -15,6 +15,7 @@ from wantrain.data.latents.loss_masks import MaskCounts
 from wantrain.data.loading.schedule import Entry
 from wantrain.data.loading.streams import Indices
 from wantrain.data.loading.views import ClipView
+from wantrain.data.remote import Traffic
 from wantrain.geometry import Bucket
 
 AnyBatch_co = TypeVar("AnyBatch_co", bound=AnyBatch, covariant=True)
@@ -65,6 +66,12 @@ class TrainingData(Protocol[AnyBatch_co]):
 
     def load(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> AnyBatch_co:
         """Samples of one bucket, by number; `positions` are their places in the run, which seed their randomness."""
+
+    def foresee(self, samples: Sequence[int] | Indices, positions: Sequence[int] | Indices) -> bool:
+        """`load` will ask for these next, by this process; True if it helps to know of more."""
+
+    def traffic(self) -> Sequence[Traffic]:
+        """What was fetched from addresses so far."""
 
     def heldout_batches(self, count: int) -> Sequence[AnyBatch_co]:
         """At most `count` held-out clips, one batch per bucket."""

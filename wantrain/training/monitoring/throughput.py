@@ -26,6 +26,7 @@ from wantrain.models.flops import training_flops
 from wantrain.training.engine.engine import Stepper
 from wantrain.training.expert import ExpertTrainer
 from wantrain.training.monitoring.pace import Pace
+from wantrain.training.monitoring.supply import Supply
 from wantrain.util.cards import CARDS, card_model
 from wantrain.util.progress import report_progress
 
@@ -62,16 +63,28 @@ class LossByNoise:
 
 
 @dataclass
+class Stepped:
+    """Steps since the last report, by the host's clock: their seconds, and those in which they waited for a batch."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+@dataclass
 class Throughput:
     """What a run's log says of speed and of losses by noise level: `step` around each step, `report` at its lines.
 
     fps  frames per second of the videos; the stride is the VAE's
     compiler  counts compiled graphs, with compile=blocks
+    supply    counts waits for shards from an address
     """
 
     fps: float
     temporal_stride: int = 4
     compiler: BlockCompiler | None = None
+    supply: Supply | None = None
+    stepped: Stepped = field(default_factory=Stepped)
     losses: dict[str, LossByNoise] = field(default_factory=dict)
     flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
@@ -81,9 +94,12 @@ class Throughput:
         """Around one optimizer step, `number` of the run; `watch` measures how far it moves the weights."""
         self.device = trainer.stepper.device
         meter = StepMeter(self, trainer, number, watched(trainer.stepper) if watch else {})
+        began = time.perf_counter()
         yield meter
         meter.end()
         self.pace.add(meter.times)
+        self.stepped.steps += 1
+        self.stepped.seconds += time.perf_counter() - began
 
     def report(self, trainers: Iterable[ExpertTrainer]) -> dict[str, Any]:
         """At a line of the log: losses by noise level since the last one, which process the others wait for, the peak
@@ -99,6 +115,9 @@ class Throughput:
         values["host_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         if self.device.type == "cuda":
             values["device_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        if self.supply is not None:
+            values |= self.supply.report(self.stepped.steps, self.stepped.seconds, self.stepped.waited)
+        self.stepped = Stepped()
         if self.compiler is not None:
             values |= {"compiled_graphs": self.compiler.graphs, "compile_seconds": self.compiler.seconds}
         return values
@@ -142,9 +161,11 @@ class StepMeter:
     def __call__(self, part: str) -> Iterator[None]:
         """The time of one part of the step, which is progress."""
         report_progress(f"training step {self.number}, {part}")
-        begin = self._now()
+        begin, on_host = self._now(), time.perf_counter()
         yield
         self.spans.append((part, begin, self._now()))
+        if part == "data":
+            self.throughput.stepped.waited += time.perf_counter() - on_host
 
     def count(self, batch: AnyBatch, loss: Loss) -> None:
         """Count one micro-step's samples."""
