@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from wantrain import checks, config
 from wantrain.data import DecodeOptions, EncodeOptions, Encoders, check_folder, encode_shards, write_report
+from wantrain.data.latents.parts import Part
 from wantrain.models.formats.fingerprints import Fingerprints, identity
 from wantrain.models.formats.weights import fingerprint
 from wantrain.models.precision import computing_in
@@ -74,9 +75,9 @@ def main(cfg: DictConfig) -> None:
         files=files,
     )
     sizes, inputs = config.buckets(cfg, strides["temporal_stride"]), config.conditioning_inputs(cfg, **strides)
-    encode_shards(Path(cfg.shards), Path(cfg.out), encoders, sizes=sizes, inputs=inputs, options=_options(cfg))
+    finished = encode_shards(Path(cfg.shards), Path(cfg.out), encoders, sizes=sizes, inputs=inputs, options=_options(cfg))
     prints.write()
-    if cfg.report != "none" and distributed.is_main():
+    if cfg.report != "none" and finished is not None:
         decode = decode_latents if cfg.report == "decode" else None
         write_report(Path(cfg.out), "latent", decode=decode, count_tokens=encoders.count_tokens)
 
@@ -92,6 +93,7 @@ def _options(cfg: DictConfig) -> EncodeOptions:
         loss_mask=cfg.loss_mask,
         batch_pixels=cfg.batch_pixels,
         retry=cfg.decode.retry,
+        part=Part.read(cfg.part),
         heartbeat_timeout=cfg.heartbeat_timeout,
         decode=DecodeOptions(workers=cfg.decode.workers, timeout=cfg.decode.timeout),
     )

@@ -261,6 +261,14 @@ def test_share_of_an_array(job):
     assert job("share encode", **{**whole, "SLURM_ARRAY_TASK_MAX": "8"}) == (2, [])
 
 
+def test_part_of_an_array(job):
+    """A task of an array makes a part, counted from 1; without an array it is all."""
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
+    whole = {**array, "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7"}
+    assert job("part encode out=x", **whole) == (0, [" of ", "-m", "wantrain", "encode", "out=x", "part=4/8"])
+    assert job("part encode", **{**whole, "SLURM_ARRAY_TASK_MAX": "8"}) == (2, [])
+
+
 @pytest.mark.parametrize("row", rows())
 def test_row_is_understood(row):
     """accelerate's launcher takes the words of every row of launch/README.md, and has more than one process for it."""

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from wantrain import config, geometry
 from wantrain.checks import schedules, updates
 from wantrain.data import ConditioningInputs, PairData
+from wantrain.data.latents.parts import Part
 from wantrain.losses import LossFunction, Preference
 from wantrain.models import attention, partial
 from wantrain.models.activation_policy import DTYPES, ActivationPolicy
@@ -62,6 +63,8 @@ def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> 
     if command == "sample":
         judge(lambda: _check_files(cfg))
         judge(lambda: _check_peers(cfg, processes))
+    if command == "encode":
+        judge(lambda: Part.read(cfg.part))
     problems.extend(heard.unheard(command, values, given).values())
     _raise(problems)
 

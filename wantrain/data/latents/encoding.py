@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from wantrain.data.latents.clip_encoder import ClipEncoder
 from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.heartbeat import Heartbeat
 from wantrain.data.latents.options import EncodeOptions, Encoders
+from wantrain.data.latents.parts import Part, finishing
 from wantrain.data.latents.store import LatentFolder, Record, build_index
 from wantrain.data.latents.work_units import ClipRow, TextRow, Work, WorkUnit, plan_work
 from wantrain.data.rejects import Reject
@@ -61,7 +62,8 @@ def encode_shards(
     called only if something is missing. What no clip needs any more is removed at the end. Latents and texts are
     stored in bf16, texts without padding; beside a clip's latents those of its conditioning inputs. `inputs` also
     hold the VAE's strides. `read` runs in the decoder processes. Clips that cannot be decoded are listed in
-    rejects.jsonl. Each rank of a launch does its share of the work units, and rank 0 waits for the others.
+    rejects.jsonl. Each rank of a launch does its share of the work units, and rank 0 waits for the others. With
+    `options.part` a launch makes a share of them; the last of all parts writes index and manifest (else None).
 
     ValueError if more than `options.rejects_limit` of the clips are bad, if the shards were cut for a model with
     another frame rate or shorter clips, if `out` holds something else, or if an encoder returns NaN or infinity.
@@ -87,22 +89,44 @@ def encode_shards(
     folder.check_same_footage(work.sources)
     if options.loss_mask:
         _check_masks(work, shards)
-    with Heartbeat(out, work.name, timeout=options.heartbeat_timeout) as heartbeat:
+    with Heartbeat(out, work.name, timeout=options.heartbeat_timeout, part=options.part.number) as heartbeat:
         encoder = _Encoder(folder, encoders, inputs, options, heartbeat)
         encoder.check_sources(shards, video)
         jobs = _DecodeJobs(shards, read, options.decode, masks=PAINTED in inputs.identity() or options.loss_mask)
-        encoder.make(work.share(distributed.rank(), distributed.world_size()), jobs, options.retry)
+        encoder.make(work.share(options.part.rank, options.part.size), jobs, options.retry)
     if not distributed.is_main():
         return None
     heartbeat.wait()
-    return _conclude(
-        folder,
-        work,
-        settings,
-        {**inputs.strides, "encoders": dict(encoders.files)},
-        [shard["sha256"] for shard in video["shards"]],
-        options.rejects_limit,
+    with finishing(out) if options.part.count > 1 else nullcontext():  # two parts may end at once
+        if options.part.count > 1 and (manifest := _left_to_others(folder, work, settings, options.part)) is not None:
+            return manifest or None
+        return _conclude(
+            folder,
+            work,
+            settings,
+            {**inputs.strides, "encoders": dict(encoders.files)},
+            [shard["sha256"] for shard in video["shards"]],
+            options.rejects_limit,
+        )
+
+
+def _left_to_others(folder: LatentFolder, work: Work, settings: Mapping[str, Any], part: Part) -> dict[str, Any] | None:
+    """None if all work units are done, so that this part finishes the folder. Else the manifest that another part has
+    written, or nothing of one where some are still at work.
+    """
+    now = LatentFolder(folder.out)
+    if now.is_finished(settings):
+        say(f"{folder.out}: {part} is done, and another part has finished the folder")
+        return now.earlier.manifest
+    units = [*work.latents, *work.texts]
+    missing = sum(folder.find(unit) is None for unit in units)
+    if not missing:
+        return None
+    say(
+        f"{folder.out}: {part} is done; {missing} of {len(units)} tars are still to come from other parts, the last of "
+        "which writes the manifest. Should all have ended, the same command without part= finishes the folder"
     )
+    return {}
 
 
 def _check_cut(shards: Path, cut: Mapping[str, Any], options: EncodeOptions) -> None:
@@ -256,7 +280,7 @@ class _Encoder:
         options: EncodeOptions,
         heartbeat: Heartbeat,
     ) -> None:
-        self.folder, self.encoders, self.heartbeat = folder, encoders, heartbeat
+        self.folder, self.encoders, self.heartbeat, self.part = folder, encoders, heartbeat, options.part
         self.clips = ClipEncoder(
             folder,
             encoders.encode_pixels,
@@ -272,7 +296,7 @@ class _Encoder:
     def check_sources(self, shards: Path, video: Mapping[str, Any]) -> None:
         """Check the hashes of this rank's share of the video shards, except those that an earlier run checked."""
         checked = set(self.folder.earlier.manifest.get("sources", []))
-        for shard in video["shards"][distributed.rank() :: distributed.world_size()]:
+        for shard in video["shards"][self.part.rank :: self.part.size]:
             if shard["sha256"] not in checked:
                 check_shards(shards, {"kind": "video", "shards": [shard]})
                 self.heartbeat.send("checking the video shards")

@@ -23,10 +23,11 @@ class Heartbeat:
 
     work     name of the work; heartbeats of other work are ignored
     timeout  seconds without a heartbeat after which a rank counts as lost
+    part     number of this launch among several in one folder
     """
 
-    def __init__(self, out: Path, work: str, *, timeout: float) -> None:
-        self.out, self.work, self.timeout = out, work, timeout
+    def __init__(self, out: Path, work: str, *, timeout: float, part: int = 1) -> None:
+        self.out, self.work, self.timeout, self.part = out, work, timeout, part
         self._last = -INTERVAL
         self._path(distributed.rank()).unlink(missing_ok=True)
 
@@ -73,4 +74,5 @@ class Heartbeat:
         return content if content.get("work") == self.work else {}
 
     def _path(self, rank: int) -> Path:
-        return self.out / f".rank-{rank}.json"
+        own = "" if self.part == 1 else f"{self.part}-"
+        return self.out / f".rank-{own}{rank}.json"

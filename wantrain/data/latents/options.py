@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wantrain.conditioning import EncodePixels
 from wantrain.data.footage.decode_workers import DecodeOptions
+from wantrain.data.latents.parts import Part
 
 EncodeTexts = Callable[[list[str]], list[Tensor]]
 
@@ -65,6 +66,7 @@ class EncodeOptions:
     loss_mask          store the masks beside clips, as weights of the loss
     batch_pixels       clips of one size are encoded together up to this many pixels of all their frames
     retry              try again the clips that an earlier run rejected
+    part               the share of the work that this start makes
     heartbeat_timeout  seconds that rank 0 waits for a heartbeat of another rank
     decode             decoder processes
     """
@@ -78,5 +80,6 @@ class EncodeOptions:
     loss_mask: bool = False
     batch_pixels: int = 1 << 20
     retry: bool = False
+    part: Part = field(default_factory=Part)
     heartbeat_timeout: float = 1800.0
     decode: DecodeOptions = field(default_factory=DecodeOptions)

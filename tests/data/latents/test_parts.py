@@ -1,0 +1,65 @@
+"""part=K/N: starts that know nothing of each other make one folder, byte for byte that of one start."""
+
+import pytest
+from shard_helpers import contents, encode
+
+from wantrain.data.latents.parts import Part
+
+
+def test_parts(videos, latents, tmp_path, capsys):
+    """Each part makes its own tars; the last to end writes the manifest, whichever that is, and a part again does
+    nothing.
+    """
+    out = tmp_path / "latents"
+    for number, left in ((3, True), (1, True), (2, False)):
+        manifest = encode(videos, out, part=Part(number, 3))
+        assert (manifest is None) == left == (not (out / "manifest.json").exists())
+        assert (f"part {number} of 3 is done; " in capsys.readouterr().out) == left
+    visible = {name: digest for name, digest in contents(out).items() if not name.startswith(".")}
+    assert visible == {name: digest for name, digest in contents(latents).items() if not name.startswith(".")}
+    assert encode(videos, out, part=Part(1, 3)) == manifest
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_lost_part(videos, latents, tmp_path):
+    """A part that never came is made by a start without part=; another number of parts takes over what is there."""
+    out = tmp_path / "latents"
+    assert encode(videos, out, part=Part(1, 3)) is None
+    there = set(out.glob("*.tar"))
+    assert encode(videos, out, part=Part(2, 2)) is None
+    assert there <= set(out.glob("*.tar"))
+    assert encode(videos, out) is not None
+    assert {path.name for path in out.glob("*.tar")} == {path.name for path in latents.glob("*.tar")}
+
+
+def test_two_end_at_once(videos, latents, tmp_path, monkeypatch):
+    """Of two parts that end at once one finishes the folder, and the other says so."""
+    from wantrain.data.latents import encoding
+
+    out, finishing = tmp_path / "latents", encoding.finishing
+
+    def other_first(folder):
+        monkeypatch.setattr(encoding, "finishing", finishing)
+        assert encode(videos, out) is not None
+        return finishing(folder)
+
+    monkeypatch.setattr(encoding, "finishing", other_first)
+    manifest = encode(videos, out, part=Part(1, 2))
+    assert manifest["clips"] == encode(videos, out)["clips"]
+
+
+@pytest.mark.parametrize("text", ["0/8", "9/8", "2", "2/", "a/b", "-1/8", "1/2/3"])
+def test_refused(text):
+    with pytest.raises(ValueError, match=rf"part={text} must be K/N"):
+        Part.read(text)
+
+
+def test_ranks(monkeypatch):
+    """The processes of all parts share the work by number."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = []
+    for number in (1, 2, 3):
+        for rank in (0, 1):
+            monkeypatch.setenv("RANK", str(rank))
+            found.append((Part.read(f"{number}/3").rank, Part(number, 3).size))
+    assert found == [(rank, 6) for rank in range(6)]
