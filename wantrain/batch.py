@@ -220,8 +220,17 @@ def _weighted_alike(batches: Sequence[Batch]) -> list[Batch]:
 
 
 def moved(record: object, device: torch.device | str) -> dict[str, Any]:
-    """A record's tensors on another device, by field. From pinned memory the host does not wait for the copies."""
-    return map_tensors(record, lambda tensor: tensor.to(device, non_blocking=True))
+    """A record's tensors on another device, by field."""
+    return map_tensors(record, lambda tensor: uploaded(tensor, device))
+
+
+def uploaded(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on another device. From host memory by way of pinned memory: from other memory the host would wait until
+    the device has done all that was queued before.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type != "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pinned(record: object) -> dict[str, Any]:

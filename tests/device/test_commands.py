@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +83,13 @@ def train(device, tiny, pair):
 )
 def test_training(train, tmp_path, how):
     """Steps, validation, previews and checkpoints; nothing of it mixes host and device."""
-    said = train(*how).stdout
+    ended = train(*how)
+    said = ended.stdout
     assert "largest bucket" in said and "was tried:" in said, "before the first step, without changing it"
+    waits = [
+        where for kind, where, _ in ended.uploads if kind == "pageable" and re.match(r".*(measure|batch)\.py", where)
+    ]
+    assert not waits, "neither a step nor a clip of validation waits for its copy"
     assert np.isfinite(losses(tmp_path / "runs" / "r")).all() and len(losses(tmp_path / "runs" / "r")) == 4
     assert len(list((tmp_path / "runs" / "r" / "samples").glob("*.mp4"))) == 3
     assert (tmp_path / "runs" / "r" / "checkpoints" / "step_000004" / "state.json").is_file()

@@ -34,6 +34,7 @@ from wantrain.training.expert import ExpertTrainer, read_average
 from wantrain.training.initialize import Initializer
 from wantrain.training.loop import Run
 from wantrain.training.monitoring import agreement
+from wantrain.training.monitoring.costs import Costs
 from wantrain.training.monitoring.metrics import Metrics
 from wantrain.training.monitoring.safeguards import Safeguards
 from wantrain.training.monitoring.supply import Supply
@@ -240,8 +241,10 @@ def build_monitoring(setup: RunSetup) -> tuple[Metrics, Throughput, Safeguards]:
     settings = setup.settings
     limits = {key: settings["safeguards"][key] for key in ("max_skipped_steps", "spike", "refuse")}
     unlearning = Unlearning(settings["safeguards"]["unlearning"], settings["safeguards"]["unlearning_stop"])
+    chosen = None in [settings["validation"][key] for key in ("every", "clips", "points")]
+    costs = Costs(settings["validation"]["share"] if chosen else None)
     return (
-        Metrics(setup.folder.metrics, steps=setup.steps, peak=peak_of(setup.placement.device)),
+        Metrics(setup.folder.metrics, steps=setup.steps, peak=peak_of(setup.placement.device), costs=costs),
         Throughput(settings["model"]["fps"], compiler=setup.compiler, supply=Supply(setup.data.traffic)),
         Safeguards(setup.folder.safeguards, **limits, unlearning=unlearning),
     )

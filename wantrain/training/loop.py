@@ -114,7 +114,7 @@ class Run:
             for trainer in self.trainers.values():
                 evaluating.enter_context(trainer.evaluating())
             for hook in due:
-                results |= hook(step)
+                results |= self.metrics.costs.timed(hook, step)
         self.metrics.annotate(step, results)
         return results
 

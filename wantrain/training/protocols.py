@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
 
@@ -25,7 +25,14 @@ def due(step: int, *, every: int, last: int) -> bool:
 
 
 class Hook(Protocol):
-    """Called after the steps at which it is due, step 0 included; what it returns is logged with that step."""
+    """Called after the steps at which it is due, step 0 included; what it returns is logged with that step.
+
+    kind   validation or preview: under which name its cost is logged
+    every  optimizer steps between two calls
+    """
+
+    kind: ClassVar[str]
+    every: int
 
     def due(self, step: int) -> bool: ...
 

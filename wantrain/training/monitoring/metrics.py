@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wantrain.training.monitoring.costs import Costs
 from wantrain.training.monitoring.trackers import NoTracker, Tracker
 from wantrain.util import distributed
 from wantrain.util.console import say
@@ -29,8 +30,8 @@ class Metrics:
     A `with` around a run closes its tracker, and writes what an error has left pending.
     """
 
-    def __init__(self, path: Path, *, steps: int, peak: float | None = None) -> None:
-        self.path, self.steps, self.peak = path, steps, peak
+    def __init__(self, path: Path, *, steps: int, peak: float | None = None, costs: Costs | None = None) -> None:
+        self.path, self.steps, self.peak, self.costs = path, steps, peak, costs or Costs()
         self.noted: dict[str, float] = {}
         self.unwritten: list[str] = []
         self.refused = False
@@ -57,6 +58,7 @@ class Metrics:
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Remember one step's values; tensors stay where they are, and functions are not called, until `flush`."""
         now = time.perf_counter()
+        self.costs.training += now - self.last_step
         self.pending.append({"step": step, **values, "seconds": now - self.last_step, **self.noted})
         self.last_step, self.noted = now, {}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wantrain import flow
-from wantrain.batch import BaseBatch, Batch
+from wantrain.batch import BaseBatch, Batch, uploaded
 from wantrain.losses import Model
 from wantrain.losses.flow_matching import velocity_error
 from wantrain.training.engine.engine import Stepper
@@ -90,7 +90,7 @@ class Evaluator:
         """(P,) of one clip."""
         here, noises, found = clip.to(self.stepper.device), self._noises(clip), []
         for levels in self.sigmas.split(self.together):
-            noise = torch.stack([next(noises) for _ in levels]).to(self.stepper.device)
+            noise = uploaded(torch.stack([next(noises) for _ in levels]), self.stepper.device)
             found.append(self.error(self.stepper.module, here.take([0] * len(levels)), levels, noise))
         return torch.cat(found).double()
 

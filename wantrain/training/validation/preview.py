@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class Preview:
     away again: between previews nothing of it but the texts' embeddings is in memory.
     """
 
+    kind: ClassVar[str] = "preview"
     steppers: Sequence[Stepper]  # of the experts in training
     open_sampler: Callable[[], AbstractContextManager[Sampler]]
     settings: Settings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Validator:
     several validators, `prefix` tells their results apart.
     """
 
+    kind: ClassVar[str] = "validation"
     trainer: ExpertTrainer
     evaluator: Evaluator
     heldout: Clips
@@ -256,6 +257,7 @@ def _number(value: float) -> float | None:
 class ClipValidator:
     """Hook: the score of held-out clips, for a loss without noise levels (a VAE's PSNR)."""
 
+    kind: ClassVar[str] = "validation"
     stepper: Stepper
     validation: ClipValidation
     clips: Sequence[AnyBatch]
