@@ -32,12 +32,11 @@ def build_sampler(
     dtype: torch.dtype = torch.float32,
     tile: int | None = None,
     conditioning: str = "none",
-    texts: Mapping[str, Tensor] | None = None,
     peers: Peers = ALONE,
 ) -> Sampler:
     """A Sampler over given experts, with VAE (always float32) and text encoder from the base.
 
-    `texts` are embeddings that are there already; the text encoder is loaded for others alone (see `encode_texts`).
+    The text encoder is loaded for texts alone that are not in the sampler's `texts` by then (see `encode_texts`).
     `tile` is the side in pixels of the squares that are decoded one by one; None decodes whole frames.
     `conditioning` is the experts' conditioning type (wantrain/conditioning.py). `peers` are the processes that make
     each video together. ValueError for a tile that the VAE cannot take.
@@ -58,7 +57,6 @@ def build_sampler(
         device,
         conditioning,
         lambda pixels: vae.encode(pixels.to(device)),
-        dict(texts or {}),
     )
 
 
@@ -116,5 +114,6 @@ def load_sampler(
         return peers.split(found.load(name, device=to, dtype=dtype))
 
     experts = ExpertOffloader(found.names, load, device, policy, peers.node())
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "texts": embeddings, "peers": peers, **facts}
-    return build_sampler(experts, base=found.base, **how)
+    sampler = build_sampler(experts, base=found.base, device=device, dtype=dtype, peers=peers, **facts)
+    sampler.texts = embeddings
+    return sampler
