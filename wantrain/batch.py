@@ -228,7 +228,7 @@ def uploaded(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor on another device. From host memory by way of pinned memory: from other memory the host would wait until
     the device has done all that was queued before.
     """
-    if tensor.device.type == "cpu" and torch.device(device).type != "cpu" and not tensor.is_pinned():
+    if tensor.device.type == "cpu" and torch.device(device).type not in {"cpu", "meta"} and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
