@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import result
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from peft import LoraConfig, inject_adapter_in_model
@@ -67,12 +68,12 @@ def _count(block: nn.Module, inputs: tuple[Any, ...], context: AbstractContextMa
         return tensor
 
     with MovedBytes() as moved, context, saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = block(*inputs)
+        output = block(*inputs)
     forward = moved.total
     saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    grad = torch.empty_like(result)
+    grad = torch.empty_like(output)
     with moved:
-        result.backward(grad)
+        output.backward(grad)
     largest = sorted(moved.by_name.items(), key=lambda item: -item[1])[:8]
     return {
         "forward": forward / GB,
@@ -142,25 +143,38 @@ def theirs(case: str) -> dict[str, float]:
     return count(block, inputs, nullcontext())
 
 
-def rows() -> dict[str, Any]:
-    """Both sides of each case, with the ratios."""
-    found = {}
-    for case in CASES:
-        mine, other = ours(case, "bf16"), theirs(case)
-        found[case] = {"ours": mine, "diffusers": other, "ratio": {key: mine[key] / other[key] for key in GOALS}}
-        if "full" in case:
-            found[case]["ours, float32 weights"] = ours(case, "fp32")
-    return found
+def counted() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The cases, and by case what no diffusers stands beside: the largest operations, and float32 weights."""
+    cases, more = {}, {}
+    for name in CASES:
+        sides = {"ours": ours(name, "bf16"), "diffusers": theirs(name)}
+        measures = {
+            key: result.measure("GB", {side: [found[key]] for side, found in sides.items()}, at_most=goal)
+            for key, goal in GOALS.items()
+        }
+        cases[name] = result.case(measures)
+        more[name] = {"largest": {side: found["largest"] for side, found in sides.items()}}
+        if "full" in name:
+            more[name]["ours, float32 weights"] = ours(name, "fp32")
+    return cases, more
 
 
 def main() -> None:
     """Count, compare with the goals, and write the file."""
-    found = rows()
-    for case, row in found.items():
-        for key, ratio in row["ratio"].items():
-            both = f"{row['ours'][key]:.2f} / {row['diffusers'][key]:.2f} GB"
-            print(f"{case}, {key}: {both} = {ratio:.3f}, goal {GOALS[key]}{'' if ratio <= GOALS[key] else ': MISSED'}")
-    write_json(Path(__file__).with_suffix(".json"), {"torch": torch.__version__, "goals": GOALS, "cases": found})
+    cases, more = counted()
+    found = result.record(
+        __file__,
+        protocol="counted by a dispatch mode on tensors without values",
+        shapes={
+            name: {"transformer": sizes, "tokens": grid, "text": TEXT_ROWS, "timestep per frame": per_frame}
+            for name, (sizes, grid, per_frame) in CASES.items()
+        },
+        cases=cases,
+        libraries=("torch", "diffusers", "peft"),
+        more=more,
+    )
+    print("\n".join(result.shown(found)))
+    write_json(Path(__file__).with_suffix(".json"), found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""EvalRecord clips of video files beside decord2 and PyAV alone: python benchmarks/footage.py [--rounds 7]
+"""Reading clips of video files beside decord2 and PyAV alone: python benchmarks/footage.py [--rounds 7]
 
 H.264 at 1280x720, 24 frames/s, crf 23, a keyframe every 250, with moving figures and noise: files of 10, 20 and 60 s.
 Of each, clips of 81 frames at eight random places, drawn once and the same for every side, each asked for by itself
@@ -18,11 +18,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import platform
 import random
 import resource
-import statistics
 import subprocess
 import tempfile
 import time
@@ -34,17 +31,21 @@ import av
 import decord
 import imageio_ffmpeg
 import numpy as np
+import result
 
 from wantrain.data.footage.clips import Window
 from wantrain.data.footage.decode_workers import Decoders, Job
 from wantrain.data.footage.duplicates import thumbnail
 from wantrain.data.footage.probe import ReadOptions, probe, read_whole, read_windows
 from wantrain.data.footage.reader import Reader, SeekPoint
+from wantrain.util.files import write_json
 from wantrain.video import Frames
 
 RATE, LENGTH, SIZE = 24, 81, (480, 832)
 #: Seconds that the files last, and the places in each.
 FILES, PLACES = (10, 20, 60), 8
+#: Goal for decord2's CPU seconds over ours.
+GOAL = 0.95
 Read = Callable[[Path, list[int], list[SeekPoint]], Iterator[Frames]]
 
 
@@ -116,8 +117,8 @@ def places(seconds: int) -> list[int]:
     return [draw.randrange(seconds * RATE - LENGTH) for _ in range(PLACES)]
 
 
-def speeds(folder: Path, marks: dict[int, list[SeekPoint]], rounds: int) -> dict[str, Any]:
-    """CPU seconds of each side and task, and how many decord2 takes for each of ours."""
+def speeds(folder: Path, marks: dict[int, list[SeekPoint]], rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """CPU seconds of each side and task, decord2's over ours; and PyAV's."""
     asked = {f"random clips of {seconds} s": (seconds, [[place] for place in places(seconds)]) for seconds in FILES}
     asked["all clips of 20 s"] = 20, [list(range(0, 20 * RATE - LENGTH, LENGTH))]
     taken: dict[str, dict[str, list[float]]] = {task: {side: [] for side in SIDES} for task in asked}
@@ -135,15 +136,12 @@ def speeds(folder: Path, marks: dict[int, list[SeekPoint]], rounds: int) -> dict
     taken["all random clips"] = {
         side: [sum(parts) for parts in zip(*(each[side] for each in random_ones), strict=True)] for side in SIDES
     }
-    result = {}
+    cases = {}
     for task, each in taken.items():
-        ratios = [other / mine for mine, other in zip(each["wantrain"], each["decord2"], strict=True)]
-        result[task] = {
-            "cpu_seconds": {side: round(statistics.median(mine), 2) for side, mine in each.items()},
-            "ratio_to_decord2": round(statistics.median(ratios), 3),
-            "spread": [round(ratio, 3) for ratio in sorted(ratios)],
-        }
-    return result
+        sides = {side: each[side] for side in ("decord2", "wantrain")}
+        goal = GOAL if task == "all random clips" else None
+        cases[task] = result.case({"CPU seconds": result.measure("CPU s", sides, at_least=goal)})
+    return cases, {"CPU seconds of PyAV": {task: each["PyAV"] for task, each in taken.items()}}
 
 
 def read_job(request: dict[str, Any]) -> Iterator[Frames]:
@@ -169,12 +167,8 @@ def in_processes(folder: Path, rounds: int) -> dict[str, Any]:
             seconds[workers].append((cpu_seconds() - began) / frames)
             digests.add(digest.hexdigest())
     assert len(digests) == 1, "the bytes depend on the number of processes"
-    ratios = [two / one for one, two in zip(seconds[1], seconds[2], strict=True)]
-    return {
-        "cpu_seconds_per_frame": {workers: round(statistics.median(each), 5) for workers, each in seconds.items()},
-        "ratio_2_to_1": round(statistics.median(ratios), 3),
-        "spread": [round(each, 3) for each in sorted(ratios)],
-    }
+    sides = {f"{workers} process{'es' if workers > 1 else ''}": seconds[workers] for workers in (2, 1)}
+    return result.case({"CPU seconds per frame": result.measure("CPU s", sides, at_most=1.1)})
 
 
 def cpu_seconds() -> float:
@@ -201,17 +195,19 @@ def main() -> None:
                 write(path, seconds, seed=seconds)
             marks[seconds] = marks_of(path)
             agree(path, places(seconds), marks[seconds])
-        result = {"reading": speeds(folder, marks, given.rounds), "processes": in_processes(folder, given.rounds)}
-        told = {seconds: [mark.number for mark in each] for seconds, each in marks.items()}
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
-        "shape": {"frames": LENGTH, "size": [720, 1280], "rate": RATE, "keyframe_every": 250, "marks": told},
-        "versions": {"decord2": decord.__version__, "av": av.__version__, "numpy": np.__version__},
-        "machine": f"{platform.machine()}, 2 cores",
-        "command": f"python benchmarks/footage.py --rounds {given.rounds}",
-    }
-    Path(__file__).with_suffix(".json").write_text(json.dumps({**about, **result}, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+        cases, more = speeds(folder, marks, given.rounds)
+        cases["decoding in processes"] = in_processes(folder, given.rounds)
+        places_of = {seconds: [mark.number for mark in each] for seconds, each in marks.items()}
+    found = result.record(
+        __file__,
+        protocol="one process, sides in turn, each round another one first; every frame compared with PyAV's",
+        shapes={"frames": LENGTH, "size": [720, 1280], "rate": RATE, "keyframe_every": 250, "marks": places_of},
+        cases=cases,
+        libraries=("decord2", "av", "numpy"),
+        more=more,
+    )
+    write_json(Path(__file__).with_suffix(".json"), found)
+    print("\n".join(result.shown(found)))
 
 
 if __name__ == "__main__":

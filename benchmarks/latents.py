@@ -1,4 +1,4 @@
-"""EvalRecord latent shards beside webdataset and a DataLoader: python benchmarks/latents.py [--rounds 7]
+"""Reading latent shards beside webdataset and a DataLoader: python benchmarks/latents.py [--rounds 7]
 
 64 clips as the 14B has them (latents 16x21x60x104 and 128 rows of text, bf16: 5.25 MB) are written once as a latent
 folder and once as one tar of the same tensors, which webdataset reads, safetensors decodes and a DataLoader hands over
@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import platform
-import statistics
 import tarfile
 import tempfile
 import time
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import result
 import torch
 import webdataset
 from safetensors.torch import load
@@ -39,6 +37,8 @@ CLIPS, SHAPE, TEXT = 64, (16, 21, 60, 104), (128, 4096)
 #: One element to a pixel, so that frames as small as latents give latents as large as the 14B's.
 STRIDES: dict[str, Any] = {"temporal_stride": 1, "spatial_stride": 1}
 STEP, STEPS = 0.1, 60
+#: Goals: times the clips of webdataset, and the share of the time that a training waits.
+RATIO, WAIT = 2.5, 0.01
 
 
 def write_videos(folder: Path) -> None:
@@ -133,8 +133,8 @@ def waiting(batches: Iterator[Any]) -> float:
     return waited / (time.perf_counter() - began)
 
 
-def measure(data: LatentData, tar: Path, rounds: int) -> dict[str, Any]:
-    """Every side in turn, forwards and backwards."""
+def compare(data: LatentData, tar: Path, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every side in turn, forwards and backwards: the cases, and what is no comparison."""
     sides: dict[str, Callable[[], Iterator[Any]]] = {
         "wantrain 0": functools.partial(ours, data, False),
         "wantrain thread": functools.partial(ours, data, True),
@@ -146,17 +146,24 @@ def measure(data: LatentData, tar: Path, rounds: int) -> dict[str, Any]:
             batches = sides[side]()
             rates[side].append(rate(batches))
             del batches
-    median = {side: statistics.median(found) for side, found in rates.items()}
-    return {
-        "clips_per_second": {side: [round(each, 1) for each in sorted(found)] for side, found in rates.items()},
-        "median": {side: round(each, 1) for side, each in median.items()},
-        "ratio_1_worker": round(median["wantrain thread"] / median["webdataset 1"], 2),
-        "ratio_2_workers": round(median["wantrain thread"] / median["webdataset 2"], 2),
-        "wait_at_100_ms": {
-            "wantrain thread": round(waiting(ours(data, True)), 4),
-            "webdataset 1": round(waiting(theirs(tar, 1)), 4),
-        },
+    mine = rates["wantrain thread"]
+    cases = {
+        f"beside {workers} worker{'s' if workers > 1 else ''}": result.case(
+            {
+                "clips per second": result.measure(
+                    "clips/s",
+                    {"wantrain thread": mine, f"webdataset {workers}": rates[f"webdataset {workers}"]},
+                    at_least=RATIO,
+                )
+            }
+        )
+        for workers in (1, 2)
     }
+    waits = {"wantrain thread": waiting(ours(data, True)), "webdataset 1": waiting(theirs(tar, 1))}
+    wait = result.measure("share of the time", {"wantrain thread": [waits["wantrain thread"]]}, at_most=WAIT)
+    cases["steps of 100 ms"] = result.case({"waiting": wait})
+    alone = {side: rates[f"{side} 0"] for side in ("wantrain", "webdataset")}
+    return cases, {"clips per second in the loop itself": alone, "waiting of webdataset 1": waits["webdataset 1"]}
 
 
 def main() -> None:
@@ -176,16 +183,18 @@ def main() -> None:
         mine, other = next(ours(data, False)), next(theirs(folder / "theirs.tar", 0))[0]
         assert torch.equal(mine.latents_BCTHW, other["latents"].float()), "the sides read other latents"
         assert torch.equal(mine.text_BLD, other["text"].float()), "the sides read other texts"
-        result = measure(data, folder / "theirs.tar", rounds)
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
-        "shape": {"clips": CLIPS, "latents": SHAPE, "text": TEXT, "dtype": "bf16", "batch": 1},
-        "versions": {"torch": torch.__version__, "webdataset": webdataset.__version__},
-        "machine": f"{platform.machine()}, 2 cores, page cache",
-        "command": f"python benchmarks/latents.py --rounds {rounds}",
-    }
-    Path(__file__).with_suffix(".json").write_text(json.dumps({**about, **result}, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+        cases, more = compare(data, folder / "theirs.tar", rounds)
+    found = result.record(
+        __file__,
+        protocol="one process, sides in turn in an order that turns round; files in the page cache",
+        shapes={"clips": CLIPS, "latents": SHAPE, "text": TEXT, "dtype": "bf16", "batch": 1},
+        cases=cases,
+        libraries=("torch", "webdataset"),
+        threads=1,
+        more=more,
+    )
+    write_json(Path(__file__).with_suffix(".json"), found)
+    print("\n".join(result.shown(found)))
 
 
 if __name__ == "__main__":

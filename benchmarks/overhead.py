@@ -3,16 +3,14 @@
 The same transformer (W-S: 6 layers, 384 wide, 14.8 M parameters, float32) learns from the same batches (one sample of
 2,048 tokens and 512 rows of text) in two ways, turn by turn: `bare`, a plain accelerate loop (forward, backward, clip,
 AdamW), and `wantrain`, the project's own loop with its log, meter, safeguards, watchdog and prefetching, but without
-checkpoints and validation, which are choices. Reported are CPU seconds of the process per step, and the median over the
-pairs of their ratio. Before anything is timed both must have come to the same loss. Writes overhead.json.
+checkpoints and validation, which are choices. Reported are CPU seconds of the process per step. Before anything is
+timed both must have come to the same loss, or the timing is void. Writes overhead.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import tempfile
 import time
 from contextlib import nullcontext
@@ -20,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
+import result
 import torch
 from accelerate import Accelerator
 
@@ -40,6 +38,7 @@ from wantrain.training.monitoring.safeguards import Safeguards
 from wantrain.training.monitoring.throughput import Throughput
 from wantrain.training.monitoring.watchdog import Watchdog
 from wantrain.training.trainable import TrainableModule
+from wantrain.util.files import write_json
 from wantrain.util.seeds import generator_at
 
 WS: dict[str, Any] = {
@@ -186,30 +185,22 @@ def main() -> None:
         data, total = Samples(), 2 + given.pairs * given.steps
         bare, ours = Bare(data), Ours(data, Path(folder), total)
         losses = bare.run(2), ours.run(2)
-        assert abs(losses[0] - losses[1]) <= 1e-5 * losses[0], f"the loops differ: {losses}"
-        pairs = []
+        taken: dict[str, list[float]] = {"wantrain": [], "bare": []}
         for number in range(given.pairs):
-            order: list[Bare | Ours] = [bare, ours] if number % 2 else [ours, bare]
-            took = {type(loop).__name__: timed(loop, given.steps) for loop in order}
-            pairs.append((took["Ours"], took["Bare"]))
-    ratios = [mine / theirs for mine, theirs in pairs]
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "shape": {**WS, "latents": [1, 16, 8, 32, 32], "text": [1, 512, 4096], "steps": given.steps},
-        "versions": {"torch": torch.__version__, "accelerate": accelerate.__version__},
-        "machine": f"{platform.machine()}, 2 threads",
-        "losses_after_2_steps": losses,
-        "cpu_seconds_per_step": {
-            "wantrain": statistics.median(mine for mine, _ in pairs),
-            "bare": statistics.median(theirs for _, theirs in pairs),
-        },
-        "ratio_median": statistics.median(ratios),
-        "ratios": ratios,
-        "command": f"python benchmarks/overhead.py --pairs {given.pairs} --steps {given.steps}",
-    }
-    out = Path(__file__).with_suffix(".json")
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in ("cpu_seconds_per_step", "ratio_median")}, indent=2))
+            order: list[tuple[str, Bare | Ours]] = [("wantrain", ours), ("bare", bare)]
+            for side, loop in reversed(order) if number % 2 else order:
+                taken[side].append(timed(loop, given.steps))
+    errors = {"loss after 2 steps": (abs(losses[0] - losses[1]) / losses[0], 1e-5)}
+    found = result.record(
+        __file__,
+        protocol="both loops in one process, in turn, each pair in the other order",
+        shapes={"transformer": WS, "latents": [1, 16, 8, 32, 32], "text": [1, 512, 4096], "steps": given.steps},
+        cases={"step": result.case({"CPU seconds per step": result.measure("CPU s", taken)}, errors)},
+        libraries=("torch", "accelerate"),
+        threads=torch.get_num_threads(),
+    )
+    print("\n".join(result.shown(found)))
+    write_json(Path(__file__).with_suffix(".json"), found)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 STARTED = time.perf_counter()
 
 import numpy as np  # noqa: E402
+import result  # noqa: E402
 import torch  # noqa: E402
 from safetensors.numpy import save  # noqa: E402
 
@@ -110,8 +110,8 @@ def start(folder: Path) -> dict[str, float]:
     return {**found, "resume": time.perf_counter() - first}
 
 
-def scale(folder: Path, rounds: int) -> dict[str, Any]:
-    """Small and large folders in turn."""
+def scale(folder: Path, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Small and large folders in turn: the case, and what has no goal."""
     rows: dict[int, list[dict[str, float]]] = {count: [] for count in COUNTS}
     traced = {}
     for count in COUNTS:
@@ -126,21 +126,27 @@ def scale(folder: Path, rounds: int) -> dict[str, Any]:
                 rows[count].append(row)
             else:
                 traced[count] = row["plan"]
-    small, large = (
-        {key: statistics.median(row[key] for row in rows[count]) for key in rows[count][0]} for count in COUNTS
-    )
-    return {
-        "seconds_to_first_batch": {COUNTS[0]: round(small["first"], 3), COUNTS[1]: round(large["first"], 3)},
-        "ratio": round(large["first"] / small["first"], 3),
-        "without_imports": {COUNTS[0]: round(small["after_imports"], 3), COUNTS[1]: round(large["after_imports"], 3)},
-        "plan_bytes_per_clip": round(traced[COUNTS[1]] / COUNTS[1], 1),
-        "memory_bytes_per_clip": round((large["memory"] - small["memory"]) / (COUNTS[1] - COUNTS[0]), 1),
-        "seconds_to_sample_10^6": round(large["resume"], 3),
-    }  # fmt: skip
+    small, large = rows[COUNTS[0]], rows[COUNTS[1]]
+    first = {f"{name} clips": [row["first"] for row in own] for name, own in (("10^6", large), ("10^3", small))}
+    memory = [
+        (row["memory"] - other["memory"]) / (COUNTS[1] - COUNTS[0]) for row, other in zip(large, small, strict=True)
+    ]
+    return result.case(
+        {
+            "seconds to the first batch": result.measure("s", first, at_most=1.2),
+            "memory": result.measure("bytes of a clip", {"wantrain": memory}, at_most=64),
+            "seconds to sample 10^6": result.measure("s", {"wantrain": [row["resume"] for row in large]}, at_most=1),
+        }
+    ), {
+        "seconds after imports": {
+            name: statistics.median(row["after_imports"] for row in own) for name, own in rows.items()
+        },
+        "bytes that a plan keeps for a clip": traced[COUNTS[1]] / COUNTS[1],
+    }
 
 
-def mixed() -> dict[str, Any]:
-    """Epochs and steps of a set of many shapes."""
+def mixed() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Epochs and steps of a set of many shapes: the case, and its facts."""
     frames = {81: 0.5, 49: 0.25, 17: 0.15, 1: 0.1}
     aspects = {(480, 832): 0.6, (832, 480): 0.2, (624, 624): 0.12, (544, 720): 0.05, (720, 544): 0.03}
     shares = {geometry.Bucket(f, *size): a * b for f, a in frames.items() for size, b in aspects.items()}
@@ -157,11 +163,15 @@ def mixed() -> dict[str, Any]:
         each = [work[buckets[share(samples, 0, 1, rank, ranks)]].sum() for rank in range(ranks)]
         imbalance = max(imbalance, max(each) / (sum(each) / ranks))
     counts = np.bincount(np.concatenate(order), minlength=len(buckets))
-    return {
-        "clips": len(buckets), "buckets": len(shares), "steps": steps, "ranks": ranks,
-        "trained_over_planned": round(counts.sum() / (4 * len(buckets)), 4),
-        "times_a_clip_came_in_4_epochs": [int(counts.min()), int(counts.max())],
-        "worst_imbalance": round(imbalance, 6),
+    share_trained = counts.sum() / (4 * len(buckets))
+    return result.case(
+        {
+            "trained over planned": result.measure("clips", {"wantrain": [float(share_trained)]}, at_least=1),
+            "busiest over mean": result.measure("operations", {"wantrain": [float(imbalance)]}, at_most=1.05),
+        }
+    ), {
+        "clips": len(buckets), "buckets": len(shares), "steps": steps, "processes": ranks,
+        "times a clip came in 4 epochs": [int(counts.min()), int(counts.max())],
     }  # fmt: skip
 
 
@@ -176,15 +186,19 @@ def main() -> None:
         print(json.dumps(start(given.start)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        result = {"scale": scale(Path(folder), given.rounds), "mix": mixed()}
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {"numpy": np.__version__, "torch": torch.__version__},
-        "machine": f"{platform.machine()}, 1 thread, page cache",
-        "command": f"python benchmarks/plan.py --rounds {given.rounds}",
-    }
-    Path(__file__).with_suffix(".json").write_text(json.dumps({**about, **result}, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+        large, about_large = scale(Path(folder), given.rounds)
+    mix, about_mix = mixed()
+    found = result.record(
+        __file__,
+        protocol="a process per start, folders of 10^6 and 10^3 clips in turn, files in the page cache",
+        shapes={"clips": COUNTS, "clips of a tar": IN_A_TAR, "batch": BATCH, "mix": about_mix},
+        cases={"10^6 clips": large, "mix of buckets": mix},
+        libraries=("torch", "numpy"),
+        threads=1,
+        more=about_large,
+    )
+    write_json(Path(__file__).with_suffix(".json"), found)
+    print("\n".join(result.shown(found)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""A training step on a CPU, beside diffusers' transformer in a plain loop: python benchmarks/step.py [--pairs 3]
+"""A training step on a CPU, beside diffusers' transformer: python benchmarks/step.py [--pairs 3] [--steps 3]
 
-The same weights (W-S: 6 layers, 384 wide, 14.8 M parameters, float32), one sample of 2,048 tokens and 512 rows of text:
-forward, backward, clipping, AdamW. Trained as a whole and by a LoRA of rank 16 beside all linear layers of the blocks,
-each with all activations kept and with every block computed again in the backward. Each run is a process of its own;
-the two sides take turns, and each pair begins with the other one. Reported are the process's CPU seconds per step
-without the first, the peak of its resident memory above what it had before the first step, and the medians of both over
-the pairs. The losses of the first step must agree. Writes step.json.
+The same weights (W-S: 6 layers, 384 wide, 14.8 M parameters, float32), one sample of 2,048 tokens and 512 rows of text,
+in the same plain accelerate loop: forward, backward, clipping, AdamW. Trained as a whole and by a LoRA of rank 16
+beside all linear layers of the blocks, each with all activations kept and with every block computed again in the
+backward. Each run is a process of its own; the two sides take turns, and each pair begins with the other one. Reported
+are the process's CPU seconds per step without the first, and the peak of its resident memory above what it had before
+the first step. First the output and every gradient of both sides are held against each other: if they differ, the
+timing is void. Writes step.json after every case.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peers
+import result
 import torch
 from torch import Tensor, nn
 
@@ -29,12 +30,17 @@ WS: dict[str, Any] = {
     "num_attention_heads": 3, "attention_head_dim": 128, "text_dim": 4096, "ffn_dim": 1024, "num_layers": 6,
 }  # fmt: skip
 RANK, SIDES = 16, ("ours", "diffusers")
-CASES = {
-    "full": {"seconds": 1.0, "memory": 0.8},
-    "full, recomputed": {"seconds": 1.0},
-    "LoRA": {"seconds": 0.95, "memory": 0.65},
-    "LoRA, recomputed": {"seconds": 1.0},
+#: Goals for ours over theirs.
+CASES: dict[str, dict[str, float]] = {
+    "full": {"CPU s": 1.0, "MB": 0.8},
+    "full, recomputed": {"CPU s": 1.0},
+    "LoRA": {"CPU s": 0.95, "MB": 0.65},
+    "LoRA, recomputed": {"CPU s": 1.0},
 }
+#: What is measured, and its unit.
+MEASURES = {"seconds per step": "CPU s", "memory above the start": "MB"}
+#: Largest difference of an output or a gradient, as a share of its largest value.
+CLOSE = 1e-5
 
 
 def build_ours(folder: Path, case: str) -> nn.Module:
@@ -71,78 +77,127 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def run(side: str, case: str, folder: Path, steps: int) -> dict[str, Any]:
-    """One process's steps."""
-    module = (build_ours if side == "ours" else build_theirs)(folder, case).train()
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, noise and text of the sample that every run trains on."""
     random = torch.Generator().manual_seed(1)
     latents, noise = (torch.randn(1, 16, 8, 32, 32, generator=random) for _ in range(2))
-    text, timestep = 0.1 * torch.randn(1, 512, 4096, generator=random), torch.tensor([700.0])
+    return latents, noise, 0.1 * torch.randn(1, 512, 4096, generator=random)
+
+
+def run(side: str, case: str, folder: Path, steps: int) -> dict[str, Any]:
+    """One process's steps."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    module = (build_ours if side == "ours" else build_theirs)(folder, case).train()
+    (latents, noise, text), timestep = batch(), torch.tensor([700.0])
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    module, optimizer = accelerator.prepare(module, torch.optim.AdamW(trained, lr=1e-4, fused=True))
 
     def forward(x: Tensor) -> Tensor:
-        result = module(x, timestep, text)
-        return result if side == "ours" else result.sample
+        output = module(x, timestep, text)
+        return output if side == "ours" else output.sample
 
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # a new peak
     before, losses, seconds = resident("VmRSS"), [], []
     for _ in range(1 + steps):
         start = time.process_time()
         loss = (forward(0.3 * latents + 0.7 * noise) - (noise - latents)).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.process_time() - start)
-    return {"seconds": min(seconds[1:]), "memory": resident("VmHWM") - before, "losses": losses}
+    return {"CPU s": min(seconds[1:]), "MB": (resident("VmHWM") - before) / 1e6, "losses": losses}
 
 
-def measure(folder: Path, case: str, pairs: int, steps: int) -> dict[str, Any]:
-    """Both sides of a case, turn by turn."""
+def differences(case: str, folder: Path) -> dict[str, float]:
+    """How far apart output and gradients of both sides are. At timestep 1: diffusers' angles of the time embedding are
+    float32, ours float64, which differ by more than rounding at large timesteps.
+    """
+    ours: Any = build_ours(folder, case).train()
+    for name, parameter in ours.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)  # at zero A would have no gradient
+    theirs: Any = peers.transformer(ours).train()
+    if "recomputed" in case:
+        theirs.enable_gradient_checkpointing()
+    latents, noise, text = batch()
+    outputs = []
+    for module in (ours, theirs):
+        output = module(noise, torch.ones(1), text)
+        output = output if module is ours else output.sample
+        (output - latents).square().mean().backward()
+        outputs.append({"output": output.detach()})
+    return {"output": peers.apart(*outputs)[0], "gradients": peers.apart(*peers.gradients(ours, theirs))[0]}
+
+
+def apart(*words: str) -> dict[str, Any]:
+    """What this script says in a process of its own."""
+    command = [sys.executable, __file__, *words]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ).stdout
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def compare(folder: Path, case: str, pairs: int, steps: int) -> dict[str, Any]:
+    """Both sides of a case: held against each other, then timed turn by turn."""
+    errors = {name: (error, CLOSE) for name, error in apart("--differences", case, str(folder)).items()}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for pair in range(pairs):
         for side in SIDES if pair % 2 else reversed(SIDES):
-            command = [sys.executable, __file__, "--one", side, case, str(folder), str(steps)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
-            runs[side].append(json.loads(output.splitlines()[-1]))
+            runs[side].append(apart("--one", side, case, str(folder), str(steps)))
     first = [runs[side][0]["losses"][0] for side in SIDES]
-    assert abs(first[0] - first[1]) < 1e-5 * first[1], f"{case}: the sides are not one model, losses {first}"
-    row: dict[str, Any] = {"runs": runs, "ratio": {}}
-    for key in ("seconds", "memory"):
-        ratios = [mine[key] / other[key] for mine, other in zip(*(runs[side] for side in SIDES), strict=True)]
-        row["ratio"][key] = {"median": statistics.median(ratios), "each": ratios}
-    return row
+    errors["loss of the first step"] = abs(first[0] - first[1]) / first[1], CLOSE
+    measures = {
+        name: result.measure(
+            unit, {side: [run[unit] for run in runs[side]] for side in SIDES}, at_most=CASES[case].get(unit)
+        )
+        for name, unit in MEASURES.items()
+    }
+    return result.case(measures, errors)
 
 
 def main() -> None:
     """Measure all cases, compare with the goals, and write the file."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--one", nargs=4)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--differences", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         side, case, folder, steps = args.one
         print(json.dumps(run(side, case, Path(folder), int(steps))))
         return
+    if args.differences:
+        print(json.dumps(differences(args.differences[0], Path(args.differences[1]))))
+        return
     from wantrain.models import WanTransformer
     from wantrain.models.formats.weights import renamed_to_diffusers, write_part
     from wantrain.util.files import write_json
 
-    result: dict[str, Any] = {"torch": torch.__version__, "machine": platform.processor(), "goals": CASES, "cases": {}}
-    result |= {"threads": torch.get_num_threads(), "pairs": args.pairs, "steps": args.steps}
-    with tempfile.TemporaryDirectory() as folder:
+    protocol = "a process per run, sides in turn, each pair in the other order; least CPU seconds of the steps but one"
+    shapes = {"transformer": WS, "latents": [1, 16, 8, 32, 32], "text": [1, 512, 4096], "rank": RANK}
+    cases: dict[str, Any] = {}
+    found = result.record(
+        __file__,
+        protocol=protocol,
+        shapes={**shapes, "dtype": "float32", "steps": args.steps},
+        cases={},
+        libraries=("torch", "diffusers", "peft", "accelerate"),
+        threads=torch.get_num_threads(),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(0)
         model = WanTransformer(**WS)
         nn.init.normal_(model.head.head.weight, std=0.02)
-        write_part(Path(folder), model.config(), renamed_to_diffusers(model.state_dict()))
-        for case, goals in CASES.items():
-            row = result["cases"][case] = measure(Path(folder), case, args.pairs, args.steps)
-            for key, ratio in row["ratio"].items():
-                each = ", ".join(f"{value:.2f}" for value in ratio["each"])
-                print(f"{case}, {key}: {ratio['median']:.3f} ({each}), goal {goals.get(key, '-')}", flush=True)
-            write_json(Path(__file__).with_suffix(".json"), result)
+        write_part(Path(scratch), model.config(), renamed_to_diffusers(model.state_dict()))
+        for case in CASES:
+            cases[case] = compare(Path(scratch), case, args.pairs, args.steps)
+            print("\n".join(result.shown({"cases": {case: cases[case]}})), flush=True)
+            write_json(Path(__file__).with_suffix(".json"), {**found, "cases": cases})
 
 
 if __name__ == "__main__":

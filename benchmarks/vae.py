@@ -1,11 +1,11 @@
 """Wan-VAE beside diffusers' AutoencoderKLWan: python benchmarks/vae.py [--pairs 5] [--shapes VAE-S,VAE-5B] [--flat]
 
 Both sides get the same random weights and the same clip (float32, seed 0), each in a fresh process with one thread, in
-the order ours, theirs, theirs, ours. Before anything counts, the outputs must agree within 1e-5 of the largest value.
+the order ours, theirs, theirs, ours. The outputs must agree within 1e-5 of the largest value, or the timing is void.
 Reported are CPU seconds of the call, the peak of the process's memory during it, and that peak without what the process
 held when the call began (libraries, weights, input).
 --flat  also: the same peak of ours at 17, 33 and 65 frames of 64x64
-Writes vae.json after every pair; runs are added to those that it has, so delete it when the code has changed.
+Writes vae.json after every pair; pairs are added to those that it has, so delete it when the code has changed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import argparse
 import itertools
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import result
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Keywords of the VAEs beyond the defaults, and the clip: frames, height, width.
@@ -40,7 +40,13 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
         (17, 128, 128),
     ),
 }
-SIDES, PARTS, FLAT = ("ours", "theirs"), ("encode", "decode"), ((17, 64, 64), (33, 64, 64), (65, 64, 64))
+SIDES, PARTS, FLAT = ("ours", "diffusers"), ("encode", "decode"), ((17, 64, 64), (33, 64, 64), (65, 64, 64))
+#: What is measured: its unit, and the goal for ours over theirs.
+MEASURES: dict[str, tuple[str, float | None]] = {
+    "CPU seconds": ("CPU s", 0.9),
+    "peak memory": ("MB", 0.8),
+    "memory added": ("MB", None),
+}
 #: Largest difference from diffusers, as a share of the largest value.
 CLOSE = 1e-5
 
@@ -75,18 +81,18 @@ def child(side: str, shape: str, part: str, clip: tuple[int, int, int], out: Pat
         call = {
             ("ours", "encode"): lambda: vae.encode(x),
             ("ours", "decode"): lambda: vae.decode(x),
-            ("theirs", "encode"): lambda: vae.encode(x).latent_dist.mode(),
-            ("theirs", "decode"): lambda: vae.decode(denormalised(vae, x)).sample,
+            ("diffusers", "encode"): lambda: vae.encode(x).latent_dist.mode(),
+            ("diffusers", "decode"): lambda: vae.decode(denormalised(vae, x)).sample,
         }[side, part]
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before, began = status("VmRSS"), time.process_time()
-        result = call()
+        output = call()
         took, peak = time.process_time() - began, status("VmHWM")
-        if side == "theirs" and part == "encode":
+        if side == "diffusers" and part == "encode":
             mean, std = (torch.tensor(getattr(vae.config, f"latents_{what}")) for what in ("mean", "std"))
-            result = (result - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
-    torch.save(result.clone(), out)
-    print(json.dumps({"cpu_seconds": took, "peak_mb": peak, "added_mb": peak - before}))
+            output = (output - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+    torch.save(output.clone(), out)
+    print(json.dumps({"CPU seconds": took, "peak memory": peak, "memory added": peak - before}))
 
 
 def denormalised(vae: Any, latents: Any) -> Any:
@@ -122,22 +128,25 @@ def difference(first: Path, second: Path) -> float:
 
 
 def compare(shape: str, part: str, number: int, scratch: Path) -> dict[str, Any]:
-    """One pair of runs, whose order turns round with its number."""
+    """One pair of runs, whose order turns round with its number: of each side what was measured, and `difference`."""
     _, clip = SHAPES[shape]
     found: dict[str, Any] = {}
     for side in SIDES if number % 2 == 0 else reversed(SIDES):
         found[side] = run(side, shape, part, clip, scratch / side)
         print(shape, part, side, {key: round(value, 2) for key, value in found[side].items()}, flush=True)
-    found["difference"] = difference(scratch / "ours", scratch / "theirs")
-    apart = found["difference"]
-    assert apart <= CLOSE, f"{shape} {part}: the sides differ by {apart:.1e}, so their times say nothing"
-    return found
+    return {**found, "difference": difference(*(scratch / side for side in SIDES))}
 
 
-def ratios(pairs: list[dict[str, Any]]) -> dict[str, float]:
-    """Ours over theirs: the median over the pairs."""
-    each = {key: [pair["ours"][key] / pair["theirs"][key] for pair in pairs] for key in pairs[0]["ours"]}
-    return {key: round(statistics.median(values), 3) for key, values in each.items()}
+def with_pair(own: dict[str, Any] | None, pair: dict[str, Any]) -> dict[str, Any]:
+    """A case with one pair more."""
+    measures, worst = {}, pair["difference"]
+    if own is not None:
+        worst = max(worst, own["errors"]["output"]["measured"])
+    for name, (unit, goal) in MEASURES.items():
+        before = own["measures"][name]["sides"] if own else {side: [] for side in SIDES}
+        sides = {side: [*before[side], pair[side][name]] for side in SIDES}
+        measures[name] = result.measure(unit, sides, at_most=goal)
+    return result.case(measures, {"output": (worst, CLOSE)})
 
 
 def main() -> None:
@@ -155,20 +164,33 @@ def main() -> None:
         frames, height, width = map(int, clip.split(","))
         child(side, shape, part, (frames, height, width), Path(out))
         return
-    results: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
-    results |= {"date": time.strftime("%Y-%m-%d"), "machine": f"{platform.machine()}, 1 thread, float32"}
-    with tempfile.TemporaryDirectory() as folder:
+    stored: dict[str, Any] = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
+    cases, more = stored.get("cases", {}), stored.get("more", {})
+    about: dict[str, Any] = {
+        "protocol": "a fresh process per call, in the order ours, diffusers, diffusers, ours",
+        "shapes": {shape: {"keywords": keywords, "clip": clip} for shape, (keywords, clip) in SHAPES.items()},
+        "libraries": ("torch", "diffusers"),
+        "threads": 1,
+    }
+
+    def store() -> None:
+        found = result.record(__file__, cases=cases, more=more, **about)
+        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory() as scratch:
         for shape, part in itertools.product(given.shapes.split(","), given.parts.split(",")):
-            row = results.setdefault(f"{shape} {part}", {"clip": SHAPES[shape][1], "ratios": {}, "pairs": []})
+            name = f"{shape} {part}"
             for _ in range(given.pairs):
-                row["pairs"].append(compare(shape, part, len(row["pairs"]), Path(folder)))
-                row["ratios"] = ratios(row["pairs"])
-                given.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+                before = cases.get(name)
+                count = len(before["measures"]["CPU seconds"]["sides"]["ours"]) if before else 0
+                cases[name] = with_pair(before, compare(shape, part, count, Path(scratch)))
+                store()
             if given.flat:
-                peaks = [run("ours", shape, part, clip, Path(folder) / "flat")["added_mb"] for clip in FLAT]
-                row["added_mb_at_17_33_65_frames"] = [round(peak) for peak in peaks]
-                given.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-            print(shape, part, row["ratios"], flush=True)
+                peaks = [run("ours", shape, part, clip, Path(scratch) / "flat")["memory added"] for clip in FLAT]
+                more.setdefault("MB added at 17, 33 and 65 frames", {})[name] = [round(peak) for peak in peaks]
+                store()
+            if name in cases:
+                print("\n".join(result.shown({"cases": {name: cases[name]}})), flush=True)
 
 
 if __name__ == "__main__":
