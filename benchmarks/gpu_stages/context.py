@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpu_stages.predictions import PREDICTED
 from wantrain.training.monitoring.throughput import Times, moment, peak_of
+from wantrain.util.cards import card_model
 from wantrain.util.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -45,6 +47,7 @@ class Context:
     small   small shapes, with which every stage runs on a CPU within seconds
     work    a folder that all stages of a run share
     kept    the file into which everything is written as soon as it is known: a stage that is killed leaves it
+    cases   comparisons of two sides, in the format of benchmarks/result.py
     """
 
     device: torch.device
@@ -53,11 +56,25 @@ class Context:
     kept: Path | None = None
     measured: dict[str, Any] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
+    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def note(self, **values: Any) -> None:
         """Keep what was measured, also if what follows fails."""
         self.measured |= values
         self._write()
+
+    def compare(self, name: str, case: dict[str, Any]) -> None:
+        """Keep a comparison, with what was predicted of it. Sides that do not compute the same fail the stage."""
+        self.cases[name] = {**case, "predicted": self.predicted(name)}
+        for what, row in case["errors"].items():
+            self.check(f"{name}: {what}", row["measured"], row["allowed"], "the sides must compute the same")
+        self._write()
+
+    def predicted(self, name: str) -> dict[str, float]:
+        """What was predicted of a case on this card, by side; empty where nothing was."""
+        if self.small or self.device.type != "cuda":
+            return {}
+        return PREDICTED.get(card_model(torch.cuda.get_device_name(self.device)), {}).get(name, {})
 
     def check(self, name: str, measured: float, at_most: float, why: str) -> None:
         """`measured` must not be above `at_most` (nor be no number)."""
@@ -71,7 +88,8 @@ class Context:
 
     def _write(self) -> None:
         if self.kept is not None:
-            found = {"measured": self.measured, "checks": [asdict(check) for check in self.checks]}
+            checks = [asdict(check) for check in self.checks]
+            found = {"measured": self.measured, "checks": checks, "cases": self.cases}
             write_json(self.kept, found)
 
     def command(self, program: str, *words: str, cpu: bool = False, tf32: bool = False) -> float:
@@ -138,6 +156,12 @@ def release(device: torch.device) -> None:
     """Give cached memory back, so that the next measurement begins with all of it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def product_rate(device: torch.device, side: int) -> float:
+    """Operations per second of a bf16 product of two random matrices."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / summary(measure(device, {"product": lambda: a @ b}, repeats=10, warmup=3)["product"])["median"]
 
 
 def speed(device: torch.device, flops: int, seconds: float) -> dict[str, float | None]:

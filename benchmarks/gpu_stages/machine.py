@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
+import result
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_stages import sizes
-from gpu_stages.context import Context, measure, summary, synchronize
+from gpu_stages.context import Context, measure, product_rate, summary, synchronize
+from gpu_stages.pairs import in_words
 from wantrain.geometry import num_tokens
 from wantrain.models.attention import Attend, Kernel, Machine, choose, sdpa
 
@@ -27,9 +29,7 @@ def machine(context: Context) -> dict[str, Any]:
     """Names and versions, then bf16 matrix products and copies between host and device as yardsticks."""
     context.note(card=card(context.device), versions=versions(), host=f"{platform.machine()}, {_cores()} cores")
     side = 256 if context.small else 8192
-    a, b = (torch.randn(side, side, device=context.device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = summary(measure(context.device, {"product": lambda: a @ b}, repeats=10, warmup=3)["product"])["median"]
-    context.note(matmul={"side": side, "tflops": 2 * side**3 / seconds / 1e12})
+    context.note(matmul={"side": side, "tflops": product_rate(context.device, side) / 1e12})
     copies = copy_speeds(context.device, (1 << 20) if context.small else (1 << 29))
     name, matmul = context.measured["card"]["name"], context.measured["matmul"]["tflops"]
     words = f"{name}; bf16 product {matmul:.1f} TFLOP/s; " + ", ".join(f"{k} {v:.1f} GB/s" for k, v in copies.items())
@@ -89,12 +89,12 @@ def copy_speeds(device: torch.device, size: int) -> dict[str, float]:
 
 
 def attention(context: Context) -> dict[str, Any]:
-    """Which kernel `attention=auto` takes for self- and cross-attention at an A14B expert's shapes; and every kernel's
-    time, forward and backward, beside SDPA's called raw with each of its backends.
+    """Which kernel `attention=auto` takes for self-attention of 81 frames and for the text, at an A14B expert's shapes;
+    every kernel's time, forward and backward, and auto's beside the fastest of SDPA's backends called raw.
     """
     heads = sizes.transformer(context.small, 1)
     shape = {"N": heads["num_attention_heads"], "K": heads["attention_head_dim"]}
-    tokens = num_tokens(sizes.latents(sizes.clips(context.small)["17 frames"])[2:])
+    tokens = num_tokens(sizes.latents(sizes.clips(context.small)["81 frames"])[2:])
     bias = torch.zeros(sizes.TEXT_ROWS + 1, device=context.device)
     bias[-1] = math.log(512 - sizes.TEXT_ROWS)
     cases = {"self-attention": (tokens, tokens, None), "text, with bias": (tokens, sizes.TEXT_ROWS + 1, bias)}
@@ -104,27 +104,36 @@ def attention(context: Context) -> dict[str, Any]:
         run = _attention(*case, **shape, attend=kernels["auto"].attend)
         backend, used = taken(context.device, run)
         parts = {f"attention={each}": _attention(*case, **shape, attend=own.attend) for each, own in kernels.items()}
-        raw = {f"raw {kind.name}": _raw(kind, *case, **shape) for kind in BACKENDS}
+        raw = {f"raw {kind.name}": _raw(kind, *case, **shape) for kind in _backends(context.device)}
         refused = {each: reason for each, work in {**parts, **raw}.items() if (reason := _refusal(work)) is not None}
         works = {each: work for each, work in {**parts, **raw}.items() if each not in refused}
-        seconds = {each: summary(took) for each, took in measure(context.device, works, repeats=3).items()}
+        took = measure(context.device, works, repeats=3)
         found = {"kernel": kernels["auto"].name, "backend": backend, "kernels": used, "tokens": [queries, keys]}
+        seconds = {each: summary(own) for each, own in took.items()}
         context.note(**{name: {**found, "seconds": seconds, "refused": refused}})
         why = "the math backend keeps tokens x tokens values: 81 frames would not fit"
         context.require(f"{name}: a fused kernel", "math" not in backend and backend != "", why)
-        if context.device.type == "cuda" and added is None:
-            best = min(seconds[each]["median"] for each in raw if each in seconds)
-            why = "what surrounds a kernel costs time, or auto has not taken the fastest"
-            context.check(f"{name}: over the best raw", seconds["attention=auto"]["median"] / best, 1.05, why)
-    return {"in_words": "; ".join(f"{name}: {context.measured[name]['backend']}" for name in cases)}
+        best = min((each for each in raw if each in seconds), key=lambda each: seconds[each]["median"])
+        sides = {"attention=auto": took["attention=auto"], best: took[best]}
+        goal = None if context.small or added is not None else OVER_RAW
+        context.compare(name, result.case({"seconds": result.measure("s", sides, at_most=goal)}))
+    backends = "; ".join(f"{name}: {context.measured[name]['backend']}" for name in cases)
+    return {"in_words": f"{backends}; {in_words(context)}"}
 
 
+#: Goal for the seconds of `auto` over those of the fastest kernel called raw.
+OVER_RAW = 1.05
 BACKENDS = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 )
+
+
+def _backends(device: torch.device) -> tuple[SDPBackend, ...]:
+    """Those that are timed: on a GPU not the formula, whose logits at 81 frames take 86 GB."""
+    return BACKENDS[:-1] if device.type == "cuda" else BACKENDS
 
 
 def _kernels(device: torch.device, width: int) -> dict[str, Kernel]:

@@ -1,15 +1,14 @@
-"""An A14B expert with random weights: one block, a slice of eight, and whole training steps; LoRA and full.
+"""A transformer with random weights as the stages train it, by a LoRA or as a whole; and one block of it, timed.
 
 Everything goes through the model's own forward: a "block" is a transformer of one layer, whose embeddings and head are
-0.1 % of it. A LoRA stands beside bf16 weights, full training moves float32 ones under autocast, as in train.py. The
-slice and the whole expert compute their blocks again in the backward, as runs of this size must; MFU counts what is
-needed, not what is computed twice.
+0.1 % of it. A LoRA stands beside bf16 weights, full training moves float32 ones under autocast, as in train.py. MFU
+counts what is needed, not what is computed twice.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,56 +21,70 @@ from wantrain.geometry import Bucket, num_tokens
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer, adapters
 from wantrain.models.activation_policy import ActivationPolicy
+from wantrain.models.attention import choose, set_kernel
 from wantrain.models.flops import training_flops
+from wantrain.models.quantize import quantizable, quantize, replace_layer
 from wantrain.training.engine.accelerator import autocast, start_accelerator
 from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.training.engine.optim import build_optimizer
 from wantrain.util.seeds import generator_at
 
 
-def expert(context: Context, layers: int, kind: str, *, recompute: bool) -> WanTransformer:
-    """An expert of so many blocks that is trained by a LoRA ("lora") or as a whole ("full")."""
+def expert(
+    context: Context,
+    layers: int | None,
+    kind: str,
+    *,
+    recompute: str,
+    model: str = "a14b",
+    stored: str | None = None,
+) -> WanTransformer:
+    """An expert of so many blocks (None: all) that is trained by a LoRA ("lora") or as a whole ("full"), with the
+    kernel of attention that a run takes. `stored` is base.dtype.
+    """
     dtype = torch.bfloat16 if kind == "lora" else torch.float32
-    build = functools.partial(WanTransformer, **sizes.transformer(context.small, layers))
-    module = random_weights(build, context.device, dtype, fp32_parts=WanTransformer.fp32_parts)
+    keywords = sizes.transformer(context.small, layers, model)
+    module = random_weights(
+        functools.partial(WanTransformer, **keywords), context.device, dtype, fp32_parts=WanTransformer.fp32_parts
+    )
     assert isinstance(module, WanTransformer)
+    for name in quantizable(module) if stored else ():
+        replace_layer(module, name, quantize(module.get_submodule(name).weight, stored), dtype)  # type: ignore[arg-type]
     if kind == "lora":
         settings = adapters.AdapterSettings(rank=sizes.RANK, alpha=sizes.RANK, targets="attention+ffn")
         adapters.inject(module, settings, seed=0)
-    module.run_block = ActivationPolicy("block" if recompute else "none", blocks=layers)
+    module.run_block = ActivationPolicy(recompute, blocks=keywords["num_layers"])
+    set_kernel(module, choose("auto", context.device, torch.bfloat16, width=keywords["attention_head_dim"]))
     return module.train()
 
 
-def inputs(context: Context, bucket: Bucket) -> tuple[Tensor, Tensor]:
+def inputs(context: Context, bucket: Bucket, model: str = "a14b") -> tuple[Tensor, Tensor]:
     """Latents and text of one clip."""
-    width = sizes.transformer(context.small, 1)["text_dim"]
-    latents = torch.randn(sizes.latents(bucket), device=context.device)
+    width = sizes.transformer(context.small, 1, model)["text_dim"]
+    latents = torch.randn(sizes.latents(bucket, model), device=context.device)
     return latents, torch.randn(1, sizes.TEXT_ROWS, width, device=context.device)
 
 
 def block(context: Context) -> dict[str, Any]:
     """One block, forward and backward, all activations kept."""
-    return _slices(context, layers=1, recompute=False, repeats=5)
-
-
-def slice_of_8(context: Context) -> dict[str, Any]:
-    """Eight blocks, computed again in the backward."""
-    return _slices(context, layers=8, recompute=True, repeats=3)
-
-
-def _slices(context: Context, *, layers: int, recompute: bool, repeats: int) -> dict[str, Any]:
     for kind in ("lora", "full"):
-        module = expert(context, layers, kind, recompute=recompute)
+        module = expert(context, 1, kind, recompute="none")
         for name, bucket in sizes.clips(context.small).items():
-            context.note(**{f"{kind}, {name}": _forward_backward(context, module, bucket, repeats)})
+            context.note(**{f"{kind}, {name}": forward_backward(context, module, bucket, repeats=5)})
         del module
         release(context.device)
     rows = context.measured.items()
-    return {"in_words": "; ".join(f"{name}: {row['seconds']:.4f} s{_mfu(row)}" for name, row in rows)}
+    return {"in_words": "; ".join(f"{name}: {row['seconds']:.4f} s{mfu(row)}" for name, row in rows)}
 
 
-def _forward_backward(context: Context, module: WanTransformer, bucket: Bucket, repeats: int) -> dict[str, Any]:
+def forward_backward(context: Context, module: WanTransformer, bucket: Bucket, *, repeats: int) -> dict[str, Any]:
     """Seconds, memory and speed of one forward and backward."""
+    seconds = measure(context.device, passes(context, module, bucket), repeats=repeats)
+    return row_of(context, module, bucket, seconds)
+
+
+def passes(context: Context, module: WanTransformer, bucket: Bucket) -> dict[str, Callable[[], None]]:
+    """What computes a forward, and the backward after it."""
     latents, text = inputs(context, bucket)
     timestep = torch.tensor([500.0], device=context.device)
     losses: list[Tensor] = []
@@ -85,11 +98,12 @@ def _forward_backward(context: Context, module: WanTransformer, bucket: Bucket, 
         for parameter in module.parameters():
             parameter.grad = None
 
-    seconds = measure(context.device, {"forward": forward, "backward": backward}, repeats=repeats)
-    return _row(context, module, bucket, seconds)
+    return {"forward": forward, "backward": backward}
 
 
-def _row(context: Context, module: WanTransformer, bucket: Bucket, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def row_of(
+    context: Context, module: WanTransformer, bucket: Bucket, seconds: Mapping[str, list[float]]
+) -> dict[str, Any]:
     """What is kept of a measurement: each part's seconds, and all of them together against the operations needed."""
     tokens = num_tokens(sizes.latents(bucket)[2:])
     flops = training_flops(module, tokens=tokens, text_rows=sizes.TEXT_ROWS + 1)
@@ -104,35 +118,19 @@ def _row(context: Context, module: WanTransformer, bucket: Bucket, seconds: dict
     }
 
 
-def _mfu(row: dict[str, Any]) -> str:
+def mfu(row: Mapping[str, Any]) -> str:
+    """MFU and memory of a row, for a line; empty where nobody knows them."""
     return "" if row["mfu"] is None else f", {row['mfu']:.0%} MFU, {row['peak_gb']:.1f} GB"
 
 
-def step_17(context: Context) -> dict[str, Any]:
-    """Whole LoRA steps of an A14B expert at 17 frames."""
-    return _steps(context, "17 frames", repeats=3)
-
-
-def step_81(context: Context) -> dict[str, Any]:
-    """Whole LoRA steps of an A14B expert at 81 frames."""
-    return _steps(context, "81 frames", repeats=2)
-
-
-def _steps(context: Context, clip: str, *, repeats: int) -> dict[str, Any]:
-    bucket = sizes.clips(context.small)[clip]
-    module = expert(context, 4 if context.small else 40, "lora", recompute=True)
-    context.note(weights_gb=sum(parameter.nbytes for parameter in module.parameters()) / 1e9)
-    seconds = measure(context.device, {"step": one_step(context, module, bucket)}, repeats=repeats)
-    row = _row(context, module, bucket, seconds)
-    return {**row, "in_words": f"{row['seconds']:.2f} s per step{_mfu(row)}"}
-
-
-def one_step(context: Context, module: WanTransformer, bucket: Bucket) -> Callable[[], None]:
-    """What makes one optimizer step with the project's own loss and Stepper, as the training loop does."""
+def one_step(
+    context: Context, module: WanTransformer, loss: FlowMatching, batch: Batch
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """What makes one optimizer step with the project's own loss and Stepper, as the training loop does; and the
+    optimizer.
+    """
     optimizer = build_optimizer(functools.partial(torch.optim.AdamW, lr=1e-4, fused=True), module)
     stepper = Stepper(start_accelerator(hang=None), module, optimizer, StepOptions(1, 1.0, "bf16"))
-    loss, (latents, text) = FlowMatching(shift=12.0, high=0.875), inputs(context, bucket)
-    batch = Batch(latents, text, ("clip",), (0,))
     draws = loss.prepare(batch, [generator_at(0, "noise", 0)]).to(context.device)
 
     def step() -> None:
@@ -142,4 +140,4 @@ def one_step(context: Context, module: WanTransformer, bucket: Bucket) -> Callab
         stepper.backward(record.value, last=True)
         stepper.step(update=bool(stepper.clip_gradients().isfinite()))
 
-    return step
+    return step, optimizer

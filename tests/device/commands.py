@@ -57,7 +57,7 @@ def run_stage(folder, name):
     context = gpu_stages.context.Context(DEVICE, small=True, work=folder)
     context.note(**getattr(importlib.import_module(module), function)(context))
     checks = {check.name: check.passed for check in context.checks}
-    told = json.dumps({"measured": context.measured, "checks": checks}, default=str)
+    told = json.dumps({"measured": context.measured, "checks": checks, "cases": context.cases}, default=str)
     return mock.Mock(returncode=0, stdout=told, stderr="")
 
 
