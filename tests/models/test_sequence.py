@@ -109,11 +109,10 @@ def test_lora():
 
 
 def test_bad_settings():
-    """Numbers of processes, compiled blocks and networks that cannot share tokens are refused before a start."""
+    """Numbers of processes and networks that cannot share tokens are refused before a start."""
     for words, processes, message in (
         ([], 3, "sequence_parallel=2 processes share a clip, and 3 were started; start 2 or 4"),
         ([], 1, "and 1 were started; start 2, or give sequence_parallel=1"),
-        (["compile=blocks"], 2, "a block that exchanges tokens is not compiled; give compile=none"),
         (
             ["batch_size=3"],
             4,

@@ -215,11 +215,6 @@ def _check_sequence(cfg: DictConfig) -> None:
             f"sequence_parallel={size}: clips of several sizes in one sequence (batch_tokens={cfg.batch_tokens}) are "
             "not shared out; give batch_size=, or sequence_parallel=1"
         )
-    if cfg.compile != "none":
-        raise ValueError(
-            f"sequence_parallel={size}: a block that exchanges tokens is not compiled; give compile=none, or "
-            "sequence_parallel=1"
-        )
 
 
 def _check_previews(cfg: DictConfig) -> None:

@@ -28,13 +28,21 @@ def eager(tiny, pair, inside, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "what"), [("single", "lora"), ("ddp", "lora"), ("ddp", "full"), ("fsdp2", "lora"), ("fsdp2", "full")]
-)  # fmt: skip
-def test_compiled_run(engine, what, eager, tiny, pair, call, launch, tmp_path):
+    ("engine", "what", "more"),
+    [
+        ("single", "lora", ()),
+        ("ddp", "lora", ()),
+        ("ddp", "full", ()),
+        ("fsdp2", "lora", ()),
+        ("fsdp2", "full", ()),
+        ("ddp", "lora", ("sequence_parallel=2",)),  # a block exchanges tokens
+    ],
+)
+def test_compiled_run(engine, what, more, eager, tiny, pair, call, launch, tmp_path):
     """Losses and norms of gradients are within 1e-5 of the run without compile, through six updates; the log says how
     many graphs there were.
     """
-    given = (*tiny.train, f"weights={pair}", *WHAT[what], "compile=blocks", "run=compiled")
+    given = (*tiny.train, f"weights={pair}", *WHAT[what], *more, "compile=blocks", "run=compiled")
     ended = call("train.py", *given) if engine == "single" else launch(engine, *given)
     found, wanted = rows(tmp_path / "runs" / "compiled"), rows(eager / what)
     for key in ("loss", "grad_norm"):
