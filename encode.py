@@ -75,7 +75,9 @@ def main(cfg: DictConfig) -> None:
         files=files,
     )
     sizes, inputs = config.buckets(cfg, strides["temporal_stride"]), config.conditioning_inputs(cfg, **strides)
-    finished = encode_shards(Path(cfg.shards), Path(cfg.out), encoders, sizes=sizes, inputs=inputs, options=_options(cfg))
+    finished = encode_shards(
+        Path(cfg.shards), Path(cfg.out), encoders, sizes=sizes, inputs=inputs, options=_options(cfg)
+    )
     prints.write()
     if cfg.report != "none" and finished is not None:
         decode = decode_latents if cfg.report == "decode" else None

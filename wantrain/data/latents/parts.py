@@ -59,8 +59,8 @@ def finishing(out: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             raise ValueError(
-                f"out={out} cannot be locked ({error.strerror}), so that two parts might finish it at once; its tars are "
-                "made, and when all parts have ended the same command without part= finishes it"
+                f"out={out} cannot be locked ({error.strerror}), so that two parts might finish it at once; its tars "
+                "are made, and when all parts have ended the same command without part= finishes it"
             ) from error
         yield
     finally:
