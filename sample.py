@@ -18,7 +18,7 @@ from wantrain.geometry import Bucket
 from wantrain.models import Base, WanVAE
 from wantrain.models.offload import OffloadPolicy
 from wantrain.models.vae import vae_keywords
-from wantrain.runs.experts import ExpertSources, find_compared, find_experts
+from wantrain.runs.experts import ExpertSources, check_used, find_compared, find_experts
 from wantrain.runs.loras import LoraSettings
 from wantrain.sampling import Peers, Settings, memory, peers
 from wantrain.sampling.build import load_sampler
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
     alone = {"": find(cfg, cfg.run)} if cfg.compare is None else {}
     several = alone or find_compared(list(cfg.compare), partial(find, cfg), runs=cfg.runs, locate=config.locate)
     found = {name: sources.with_loras(loras) for name, sources in several.items()}
-    loras.check_used([sources.loras for sources in found.values()])
+    check_used(found.values(), loras, config.given(cfg))
     with peers.start(cfg.sequence_parallel, device, num_heads=cfg.model.transformer.num_attention_heads) as ours:
         galleries = {name: sample(cfg, sources, out / name, jobs, pixels, ours) for name, sources in found.items()}
     if cfg.compare is not None and all(gallery.writes for gallery in galleries.values()):

@@ -11,7 +11,7 @@ from wantrain import config
 from wantrain.models import Base
 from wantrain.models.formats.lora import write_lora
 from wantrain.models.formats.lora_layers import Layer
-from wantrain.runs.experts import find_experts
+from wantrain.runs.experts import check_used, find_experts
 from wantrain.runs.export import export_vae
 from wantrain.runs.folder import TrainedExpert
 from wantrain.runs.loras import LoraSettings
@@ -131,6 +131,9 @@ def test_one_expert_alone():
     assert found("lora").names == ("high_noise", "low_noise")
     alone = found("lora", alone=True)
     assert alone.names == ("low_noise",) and set(alone.loras) == {"low_noise"}
+    check_used([alone], LoraSettings({}), ["guidance.low_noise", "steps"])
+    with pytest.raises(ValueError, match=r"guidance.high_noise has no effect: alone=true leaves high_noise out"):
+        check_used([alone], LoraSettings({}), ["guidance.high_noise"])
     with pytest.raises(ValueError, match=r"alone=true takes one expert, and high_noise, low_noise are given .*run of"):
         found(alone=True)
 

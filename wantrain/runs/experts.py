@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,16 @@ def find_experts(
         say(f"alone=true: {', '.join(held)} is used for every noise level, though trained for its own window only")
     loras = LoraSettings({}).over(_own_loras(trained), held)
     return ExpertSources(held, base, tuple(trained), locate, model, loras)
+
+
+def check_used(found: Collection[ExpertSources], loras: LoraSettings, given: Iterable[str]) -> None:
+    """ValueError for a setting of a LoRA, or a guidance scale that was given, whose expert is nowhere in `found`."""
+    loras.check_used([sources.loras for sources in found])
+    names = {name for sources in found for name in sources.names}
+    for key in sorted(given):
+        group, _, name = key.partition(".")
+        if group == "guidance" and name and name not in names:
+            raise ValueError(f"{key} has no effect: alone=true leaves {name} out; leave out one of them")
 
 
 def find_compared(
