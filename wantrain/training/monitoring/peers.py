@@ -136,7 +136,9 @@ class Peers:
                     self.look()
                 else:
                     self._changed.clear()
-            except RuntimeError:  # torch's own errors of stores: what waits for the other processes says so
+            except dist.DistNetworkError:  # the store has gone with its process: what waits for the others says so
+                return
+            except RuntimeError:  # torch's own errors of stores, such as an answer that takes too long
                 continue
 
     def _say(self, ended: str = "") -> None:
