@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from wantrain import checks, config
-from wantrain.data import DecodeOptions, EncodeOptions, Encoders, check_folder, encode_shards, write_report
-from wantrain.data.latents.parts import Part
+from wantrain import checks, config, data
 from wantrain.models.formats.fingerprints import Fingerprints, identity
 from wantrain.models.formats.weights import fingerprint
 from wantrain.models.precision import computing_in
@@ -31,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     """Decode every clip, fit it to its bucket, encode pixels and captions, write tars and a manifest."""
     if cfg.check is True:
         checks.check_given(cfg, config.given(cfg))
-        check_folder(config.needed_path(cfg, "out"))
+        data.check_folder(config.needed_path(cfg, "out"))
         return
     checks.check(cfg, given=config.given(cfg))
     check_writable(Path(cfg.out), key="out")
@@ -60,11 +58,11 @@ def main(cfg: DictConfig) -> None:
         with computing_in(config.dtype(cfg.vae_precision), device):
             return vae().decode(latents_BCTHW.to(device))
 
-    prints, dtype = Fingerprints(Path(cfg.out)), config.dtype(cfg.precision)
+    out, prints, dtype = Path(cfg.out), Fingerprints(Path(cfg.out)), config.dtype(cfg.precision)
     files = {part: identity(base, part, dtype) for part in ("vae", "text_encoder")}
     of_vae = prints.of("vae", files["vae"], facts_of_vae)
     strides = {key: of_vae.pop(key) for key in ("temporal_stride", "spatial_stride")}
-    encoders = Encoders(
+    encoders = data.Encoders(
         encode_pixels=encode_pixels,
         encode_texts=lambda captions: text().encode_unpadded(captions),
         count_tokens=lambda caption: text().count(caption),
@@ -75,17 +73,17 @@ def main(cfg: DictConfig) -> None:
         files=files,
     )
     sizes, inputs = config.buckets(cfg, strides["temporal_stride"]), config.conditioning_inputs(cfg, **strides)
-    finished = encode_shards(
-        Path(cfg.shards), Path(cfg.out), encoders, sizes=sizes, inputs=inputs, options=_options(cfg)
-    )
+    finished = data.encode_shards(Path(cfg.shards), out, encoders, sizes=sizes, inputs=inputs, options=_options(cfg))
     prints.write()
     if cfg.report != "none" and finished is not None:
         decode = decode_latents if cfg.report == "decode" else None
-        write_report(Path(cfg.out), "latent", decode=decode, count_tokens=encoders.count_tokens)
+        data.write_report(out, "latent", decode=decode, count_tokens=encoders.count_tokens)
+    if cfg.upload is not None and finished is not None:
+        data.upload_folder(out, cfg.upload)
 
 
-def _options(cfg: DictConfig) -> EncodeOptions:
-    return EncodeOptions(
+def _options(cfg: DictConfig) -> data.EncodeOptions:
+    return data.EncodeOptions(
         model=cfg.model.name,
         fps=cfg.model.fps,
         num_frames=cfg.model.num_frames,
@@ -95,9 +93,9 @@ def _options(cfg: DictConfig) -> EncodeOptions:
         loss_mask=cfg.loss_mask,
         batch_pixels=cfg.batch_pixels,
         retry=cfg.decode.retry,
-        part=Part.read(cfg.part),
+        part=data.Part.read(cfg.part),
         heartbeat_timeout=cfg.heartbeat_timeout,
-        decode=DecodeOptions(workers=cfg.decode.workers, timeout=cfg.decode.timeout),
+        decode=data.DecodeOptions(workers=cfg.decode.workers, timeout=cfg.decode.timeout),
     )
 
 

@@ -140,7 +140,7 @@ def test_library_imports():
         "wandb": {"wantrain/training/monitoring/trackers.py"},
         "decord": {"wantrain/data/footage/reader.py"},
         "av": {"wantrain/data/footage/forward.py", "wantrain/data/footage/inspection.py"},
-        "fsspec": {"wantrain/data/remote.py", "wantrain/data/footage/sources.py"},
+        "fsspec": {f"wantrain/data/{name}.py" for name in ("remote", "upload", "footage/sources")},
         "webdataset": {"wantrain/data/footage/video_shards.py"},
         "transformers": {
             "wantrain/models/captioner.py",

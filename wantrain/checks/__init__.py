@@ -15,6 +15,7 @@ from wantrain import config, geometry
 from wantrain.checks import schedules, updates
 from wantrain.data import ConditioningInputs, PairData
 from wantrain.data.latents.parts import Part
+from wantrain.data.upload import check_address
 from wantrain.losses import LossFunction, Preference
 from wantrain.models import attention, partial
 from wantrain.models.activation_policy import DTYPES, ActivationPolicy
@@ -65,6 +66,8 @@ def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> 
         judge(lambda: _check_peers(cfg, processes))
     if command == "encode":
         judge(lambda: Part.read(cfg.part))
+        if cfg.upload is not None:
+            judge(lambda: check_address(cfg.upload))
     problems.extend(heard.unheard(command, values, given).values())
     _raise(problems)
 

@@ -12,6 +12,7 @@ from wantrain.data.footage.sources import find_footage
 from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.encoding import encode_shards
 from wantrain.data.latents.options import EncodeOptions, Encoders
+from wantrain.data.latents.parts import Part
 from wantrain.data.loading.dataset import LatentData
 from wantrain.data.loading.mixture import MixedData, check_sets
 from wantrain.data.loading.packs import Pack, PackSampler
@@ -24,6 +25,7 @@ from wantrain.data.loading.schedule import read_schedule
 from wantrain.data.loading.streams import BucketStreams
 from wantrain.data.report import write_report
 from wantrain.data.shards import check_folder, read_manifest
+from wantrain.data.upload import upload_folder
 
 #: mypy checks here that every data set satisfies the protocol.
 DATA_SETS: tuple[type[TrainingData[Batch]], type[TrainingData[Batch]], type[TrainingData[PixelBatch]]]
@@ -44,6 +46,7 @@ __all__ = [
     "MixedData",
     "Pack",
     "PackSampler",
+    "Part",
     "PairData",
     "PhasedSampler",
     "PixelData",
@@ -61,6 +64,7 @@ __all__ = [
     "read_schedule",
     "read_template",
     "share",
+    "upload_folder",
     "write_report",
     "write_review",
     "write_video_shards",

@@ -94,6 +94,7 @@ ENCODE: Mapping[str, Any] = {
     **BASE,
     "shards": File,
     "out": File,
+    "upload": File | None,
     "part": Annotated[str, Says("K/N, e.g. 2/8")] | None,
     "check": bool,
     "area": Count | Annotated[list[Count], Len(1), Says("a list of such numbers")],
