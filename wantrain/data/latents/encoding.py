@@ -84,7 +84,7 @@ def encode_shards(
     folder = LatentFolder(out, retry=options.retry)
     if folder.is_finished(settings) and not (options.retry and folder.earlier.manifest["clips_rejected"]):
         say(f"{out} is finished already: {folder.earlier.manifest['clips']} clips; nothing to do")
-        return folder.earlier.manifest
+        return folder.earlier.manifest if distributed.is_main() else None
     work = plan_work(shards, video, sizes, inputs, settings)
     folder.check_same_footage(work.sources)
     if options.loss_mask:
@@ -98,8 +98,8 @@ def encode_shards(
         return None
     heartbeat.wait()
     with finishing(out) if options.part.count > 1 else nullcontext():  # two parts may end at once
-        if options.part.count > 1 and (manifest := _left_to_others(folder, work, settings, options.part)) is not None:
-            return manifest or None
+        if options.part.count > 1 and _is_left_to_others(folder, work, settings, options.part):
+            return None
         return _conclude(
             folder,
             work,
@@ -110,23 +110,19 @@ def encode_shards(
         )
 
 
-def _left_to_others(folder: LatentFolder, work: Work, settings: Mapping[str, Any], part: Part) -> dict[str, Any] | None:
-    """None if all work units are done, so that this part finishes the folder. Else the manifest that another part has
-    written, or nothing of one where some are still at work.
-    """
-    now = LatentFolder(folder.out)
-    if now.is_finished(settings):
+def _is_left_to_others(folder: LatentFolder, work: Work, settings: Mapping[str, Any], part: Part) -> bool:
+    """True if another part has finished the folder, or some are still at work; says which. False for the last one."""
+    if LatentFolder(folder.out).is_finished(settings):
         say(f"{folder.out}: {part} is done, and another part has finished the folder")
-        return now.earlier.manifest
+        return True
     units = [*work.latents, *work.texts]
     missing = sum(folder.find(unit) is None for unit in units)
-    if not missing:
-        return None
-    say(
-        f"{folder.out}: {part} is done; {missing} of {len(units)} tars are still to come from other parts, the last of "
-        "which writes the manifest. Should all have ended, the same command without part= finishes the folder"
-    )
-    return {}
+    if missing:
+        say(
+            f"{folder.out}: {part} is done; {missing} of {len(units)} tars are still to come from other parts, the "
+            "last of which writes the manifest. If all have ended, the same command without part= finishes the folder"
+        )
+    return missing > 0
 
 
 def _check_cut(shards: Path, cut: Mapping[str, Any], options: EncodeOptions) -> None:
