@@ -365,6 +365,20 @@ def test_room_ahead(tmp_path, server, shards):
     assert files.read(name_of(2), 0, SIZE) == content(2)
 
 
+def test_held_until_read(tmp_path, server, shards):
+    """What is fetched ahead stays until it is read, however many other shards are read and fetched meanwhile."""
+    files = open_shards(server.url, cache=tmp_path / "cache", cache_gb=3.5 * SIZE / 1e9)
+    files.foresee([name_of(0)])
+    until(lambda: tars(tmp_path / "cache") == [name_of(0)])
+    for number in (1, 2, 3, 4, 1, 2, 3, 4):
+        assert files.read(name_of(number), 0, SIZE) == content(number)
+    assert files.read(name_of(0), 0, SIZE) == content(0)
+    assert server.asked.count(name_of(0)) == 1
+    for number in (1, 2, 3, 4):
+        files.read(name_of(number), 0, SIZE)
+    assert name_of(0) not in tars(tmp_path / "cache")
+
+
 def test_faults_ahead(tmp_path, server, shards, monkeypatch):
     """Dropped connections, short answers and a server that hardly sends: tried again, and the right bytes are read; an
     error names the shard, where it is read, and nothing hangs.
@@ -406,7 +420,6 @@ def test_latents_foreseen(tmp_path, tiny):
         samples, positions = range(len(data.train)), range(5, 5 + len(data.train))
         assert data.foresee(samples, positions)
         until(lambda: not data.files._ahead._names.qsize() and len(tars(tmp_path / "cache")) > 0)
-        data.files._ahead.arrived(next(iter(data.files._ahead._coming)))
         for sample, position in zip(samples, positions, strict=True):
             data.load([sample], [position])
         asked = server.asked[len(opened) :]

@@ -149,9 +149,11 @@ class RemoteShards:
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Bytes `start` to `stop` of a shard, which is fetched if it is not in the cache."""
         began = time.perf_counter()
-        if self._ahead is not None:
-            self._ahead.arrived(name)
-        handle, content = self._open(name), bytearray(stop - start)
+        handle, content = None if self._ahead is None else self._ahead.arrived(name), bytearray(stop - start)
+        if handle is None:
+            handle = self._open(name)
+        else:
+            os.utime(handle)  # marks the time of the last read
         self.waited += time.perf_counter() - began
         try:
             return memoryview(content)[: os.preadv(handle, [content], start)]
@@ -163,8 +165,8 @@ class RemoteShards:
         if self._ahead is None:
             url, folder, files, cache = self.url, self.folder, self.files, self.cache
 
-            def fetch(name: str) -> None:
-                os.close(_open_file(cache, url, folder, files[name]))
+            def fetch(name: str) -> int:
+                return _open_file(cache, url, folder, files[name])
 
             budget = int(cache.limit * AHEAD / distributed.local_world_size())
             sizes = {name: int(file["bytes"]) for name, file in files.items()}
@@ -291,17 +293,17 @@ def open_url(url: str) -> BinaryIO:
 
 
 @contextmanager
-def reaching(url: str) -> Iterator[None]:
-    """Turn any error of reading a URL into one ValueError."""
+def reaching(url: str, what: str = "read") -> Iterator[None]:
+    """Turn any error of reading or writing a URL into one ValueError."""
     try:
         yield
     except ImportError as error:
         scheme = url.partition(":")[0]
         raise ValueError(
-            f"{url}: reading {scheme}:// needs a driver that is not installed ({error}); pip install 'wantrain[remote]'"
+            f"{url}: {scheme}:// needs a driver that is not installed ({error}); pip install 'wantrain[remote]'"
         ) from error
     except Exception as error:  # every driver has classes of its own
-        raise ValueError(f"{url} cannot be read ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{url} cannot be {what} ({type(error).__name__}: {error})") from error
 
 
 def _copy_at_last(url: str, handle: int, size: int, sha256: str) -> None:
