@@ -34,8 +34,8 @@ def test_share(seconds, share, told, capsys):
     for step in (0, 100, 200, 300, 350):
         costs.training = 0.1 * step
         found = costs.timed(hook, step)
-        assert found["validation_seconds"] == pytest.approx(seconds) and found["validation_loss"] == 1.0
-        shares.append(found.get("validation_share"))
+        assert found["cost/validation_seconds"] == pytest.approx(seconds) and found["validation_loss"] == 1.0
+        shares.append(found.get("cost/validation_share"))
     assert shares == [None, *[pytest.approx(seconds / 10)] * 3, None]
     said = capsys.readouterr().out
     assert said.count("validation has taken") == told and (not told or "step 200: validation has taken 16% of" in said)
@@ -45,7 +45,10 @@ def test_kinds():
     """Previews are counted apart, and the validations of two experts together."""
     clock = Clock()
     costs = Costs(0.1, clock, training=20.0)
-    assert costs.timed(Takes(clock, 1.0), 100)["validation_share"] == pytest.approx(0.05)
+    assert costs.timed(Takes(clock, 1.0), 100)["cost/validation_share"] == pytest.approx(0.05)
     second = costs.timed(Takes(clock, 2.0), 100)
-    assert (second["validation_seconds"], second["validation_share"]) == (pytest.approx(3.0), pytest.approx(0.15))
-    assert costs.timed(Takes(clock, 5.0, "preview", every=50), 100)["preview_share"] == pytest.approx(0.25)
+    assert (second["cost/validation_seconds"], second["cost/validation_share"]) == (
+        pytest.approx(3.0),
+        pytest.approx(0.15),
+    )
+    assert costs.timed(Takes(clock, 5.0, "preview", every=50), 100)["cost/preview_share"] == pytest.approx(0.25)

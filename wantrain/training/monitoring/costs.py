@@ -40,10 +40,10 @@ class Costs:
         found, seconds = dict(hook(step)), self.clock() - began
         spent = self.spent.setdefault(hook.kind, {})
         spent[step] = spent.get(step, 0.0) + seconds  # two experts have a validation each
-        found[f"{hook.kind}_seconds"] = spent[step]
+        found[f"cost/{hook.kind}_seconds"] = spent[step]
         if step and step % hook.every == 0 and self.training:
             counted = [seconds for at, seconds in spent.items() if at and at % hook.every == 0]
-            found[f"{hook.kind}_share"] = share = sum(counted) / self.training
+            found[f"cost/{hook.kind}_share"] = share = sum(counted) / self.training
             if hook.kind == "validation" and len(counted) >= SEEN:
                 self._check(step, share)
         return found

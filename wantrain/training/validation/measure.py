@@ -108,7 +108,7 @@ class Evaluator:
             target = flow.velocity(x0, noise[None]).double()
             terms = (noisy * target, noisy * noisy, target * target)
             found.append(torch.stack([(weight * term).sum() for term in terms]))
-        return torch.stack(found).to(self.stepper.device)
+        return uploaded(torch.stack(found), self.stepper.device)
 
     def _noises(self, clip: Batch) -> Iterator[Tensor]:
         """A clip's noise for each level, in order."""
