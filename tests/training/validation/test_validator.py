@@ -508,6 +508,11 @@ def test_validation_memory(tmp_path):
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
 
+def measured(row):
+    """What validation has measured: all but the seconds that it took."""
+    return {key: value for key, value in row.items() if "validation" in key and not key.startswith("cost/")}
+
+
 def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -539,9 +544,7 @@ def test_validation_across_engines(engine, processes, tiny, pair, call, launch, 
     one, many = (records(tmp_path / "runs" / name)[:2] for name in ("one", "many"))
     assert [row[:2] for row in one] == [(0, "live"), (0, "base")] and same(one, many)
     first, again = (rows(tmp_path / "runs" / name)[0] for name in ("one", "many"))
-    assert {key: value for key, value in first.items() if "validation" in key} == {
-        key: value for key, value in again.items() if "validation" in key
-    }
+    assert measured(first) == measured(again)
 
 
 @pytest.mark.parametrize("how", [("ema=0.9",), ("adapter=lora", "adapter.rank=2", "optimizer.lr=1e-2", "ema=0.9")])
@@ -563,7 +566,7 @@ def test_training_with_validation(how, tiny, pair, call, tmp_path):
     assert kept[0].keys() == kept[1].keys() and kept[0]
     assert all(torch.equal(value, other[key]) for key, value in kept[0].items() for other in kept[1:])
     assert same(records(runs[1]), records(runs[2])), "and the broken run was measured as the unbroken one"
-    told = [[{k: v for k, v in row.items() if "validation" in k} for row in rows(run)] for run in runs[1:]]
+    told = [[measured(row) for row in rows(run)] for run in runs[1:]]
     assert told[0] == told[1] and told[0][-1]["validation_live_loss"] != told[0][-1]["validation_loss"]
     first, last = rows(runs[1])[0], rows(runs[1])[-1]
     assert last["validation_change"] == pytest.approx(last["validation_loss"] - first["validation_loss"], abs=1e-12)
