@@ -14,16 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import result
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +31,8 @@ from wantrain.runs.checkpoint import Checkpoints, Copier
 from wantrain.util.files import sync_file
 
 WAYS = ("clone", "copy", "background", "plain", "at once")
+#: Goals for the seconds of a background save over those of another way.
+GOALS = {"clone": 1.3, "plain": 0.4}
 
 
 def state_of(gib: float) -> dict[str, Tensor]:
@@ -155,8 +155,8 @@ def slowdown(bench: Bench, work: Callable[[], object], rounds: int) -> dict[str,
         busy = seconds_each(lambda written=written: not written.exists())  # type: ignore[misc]
         bench.stores["background"].wait()
         for name, with_write, without in zip(ratios, busy, quiet, strict=True):
-            ratios[name].append(round(with_write / without, 3))
-    return {name: sorted(found) for name, found in ratios.items()}
+            ratios[name].append(with_write / without)
+    return ratios
 
 
 def repeated(times: int, work: Callable[[], object]) -> Callable[[], None]:
@@ -169,24 +169,29 @@ def repeated(times: int, work: Callable[[], object]) -> Callable[[], None]:
     return several
 
 
-def measure(folder: Path, gib: float, rounds: int) -> dict[str, Any]:
-    """All figures; lists are in order of size."""
+def compare(folder: Path, gib: float, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The cases, and the seconds of the write behind a background save."""
     bench = Bench(folder, state_of(gib))
     size = bench.size / 2**30
-    times = stalls(bench, rounds)
-    median = {way: statistics.median(seconds) for way, seconds in times.items()}
+    times = {way: [value / size for value in own] for way, own in stalls(bench, rounds).items()}
     square, few = torch.randn(512, 512), torch.randn(16)
-    return {
-        "gib": round(size, 3),
-        "seconds_per_gib": {way: [round(value / size, 3) for value in sorted(times[way])] for way in WAYS}
-        | {"behind": [round(value / size, 3) for value in sorted(bench.behind)]},
-        "median": {way: round(value / size, 3) for way, value in median.items()},
-        "ratio": {f"background / {way}": round(median["background"] / median[way], 3) for way in WAYS[:2] + WAYS[3:]},
-        "slower_while_written": {
-            "products of 512 x 512": slowdown(bench, repeated(5, lambda: square @ square), rounds),
-            "sums of 16 numbers": slowdown(bench, repeated(2000, lambda: few + few), rounds),
-        },
+    waits = {
+        f"beside {way}": result.measure(
+            "s per GiB", {"background": times["background"], way: times[way]}, at_most=GOALS.get(way)
+        )
+        for way in WAYS
+        if way != "background"
     }
+    cases = {"the training waits": result.case(waits)}
+    for name, work in (
+        ("products of 512 x 512", repeated(5, lambda: square @ square)),
+        ("sums of 16 numbers", repeated(2000, lambda: few + few)),
+    ):
+        slower = slowdown(bench, work, rounds)
+        cases[f"{name} while it is written"] = result.case(
+            {f"by the {clock}": result.measure("times the seconds", {"training": own}) for clock, own in slower.items()}
+        )
+    return cases, {"seconds per GiB of the write behind": [value / size for value in bench.behind]}
 
 
 def main() -> None:
@@ -200,16 +205,20 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     scratch = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        results = measure(scratch, options.gib, options.rounds)
+        cases, more = compare(scratch, options.gib, options.rounds)
     finally:
         shutil.rmtree(scratch)
-    about: dict[str, Any] = {"torch": torch.__version__, "safetensors": safetensors.__version__}
-    about |= {"machine": platform.machine()}
-    about |= {"cores": os.cpu_count(), "threads": options.threads, "rounds": options.rounds}
-    about |= {"load": round(os.getloadavg()[0], 2), "date": time.strftime("%Y-%m-%d")}
-    text = json.dumps({"about": about, **results}, indent=2)
-    print(text)
-    Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    found = result.record(
+        __file__,
+        protocol="one process, ways in turn in an order that rotates, the disk settled before each",
+        shapes={"GiB": options.gib, "state": "weights and two moments, float32"},
+        cases=cases,
+        libraries=("torch", "safetensors"),
+        threads=options.threads,
+        more=more,
+    )
+    print("\n".join(result.shown(found)))
+    Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

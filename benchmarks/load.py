@@ -14,7 +14,7 @@ a machine of one's own, and what lay free so long that the host took it back, fo
   untouched  as it comes
 
 The goal, set before the first run of this kind: at most diffusers' seconds until every value has been read, and at most
-its memory, in the medians of each dtype, in backed memory; the other is told beside it.
+its memory, in the medians of each dtype, in backed memory; the other is measured beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import argparse
 import itertools
 import json
 import mmap
-import platform
 import subprocess
 import sys
 import tempfile
@@ -34,12 +33,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import result
 import torch
 
 SIZE = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096}
 MEMORY = ("backed", "untouched")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REPEATS = 7
+#: What is measured of a load, by its name in a row; peak memory as a share of the loaded model.
+MEASURES = {
+    "read": ("until all is read", "s"),
+    "seconds": ("until the call returns", "s"),
+    "peak": ("peak memory", "of the model"),
+}
 #: What a load and its process need, and what of it is touched first.
 ROOM, WARM_BYTES = 7 << 30, 5 << 30
 
@@ -119,37 +125,32 @@ def load(who: str, folder: Path, dtype: str, memory: str) -> None:
     print(json.dumps({"seconds": seconds, "read": read, "peak": share, "bytes": size, "digest": digest}))
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Both sides, turn by turn; medians, spreads and ratios."""
-    results: dict[str, Any] = {}
+def compare(folder: Path) -> dict[str, Any]:
+    """Both sides, turn by turn: a case for each dtype in each kind of memory."""
+    cases: dict[str, Any] = {}
     for memory, dtype in itertools.product(MEMORY, DTYPES):
         rows: dict[str, list[dict[str, float]]] = {"wantrain": [], "diffusers": []}
         with held(memory):
             for number in range(REPEATS):
                 for who in sorted(rows, reverse=number % 2 == 0):
-                    told = ["--folder", str(folder), "--dtype", dtype, "--memory", memory]
-                    command = [sys.executable, __file__, "--load", who, *told]
+                    words = ["--folder", str(folder), "--dtype", dtype, "--memory", memory]
+                    command = [sys.executable, __file__, "--load", who, *words]
                     ended = subprocess.run(command, capture_output=True, text=True, check=True)
                     rows[who].append(json.loads(ended.stdout.strip().splitlines()[-1]))
-        ours, theirs = rows["wantrain"], rows["diffusers"]
-        assert abs(ours[0]["digest"] - theirs[0]["digest"]) <= 1e-3 * abs(theirs[0]["digest"]), (
-            "other values were loaded"
-        )
-        found: dict[str, Any] = {who: summary(mine) for who, mine in rows.items()}
-        found["ratio"] = {
-            key: round(found["wantrain"][key][REPEATS // 2] / found["diffusers"][key][REPEATS // 2], 3)
-            for key in ("seconds", "read", "peak")
+        digests = [own[0]["digest"] for own in rows.values()]
+        measures = {
+            what: result.measure(
+                unit,
+                {who: [row[key] for row in own] for who, own in rows.items()},
+                at_most=1.0 if memory == "backed" and key != "seconds" else None,
+            )
+            for key, (what, unit) in MEASURES.items()
         }
-        results.setdefault(memory, {})[dtype] = found
-        print(f"{memory}, {dtype}: {json.dumps(found)}", flush=True)
-    return results
-
-
-def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Seconds until the call returns, until all is read, and peak memory in sizes of the loaded model; in order."""
-    return {key: [round(v, 3) for v in sorted(row[key] for row in rows)] for key in ("seconds", "read", "peak")} | {
-        "bytes": int(rows[0]["bytes"])
-    }
+        name = f"{dtype}, {memory}"
+        error = abs(digests[0] - digests[1]) / abs(digests[1])
+        cases[name] = result.case(measures, {"sum of all values": (error, 1e-3)})
+        print("\n".join(result.shown({"cases": {name: cases[name]}})), flush=True)
+    return cases
 
 
 def main() -> None:
@@ -167,14 +168,16 @@ def main() -> None:
         folder = options.folder or Path(scratch) / "transformer"
         if not (folder / "config.json").is_file():
             write(folder)
-        results = measure(folder)
-    import diffusers
-
-    about: dict[str, Any] = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    about |= {"machine": platform.machine()}
-    about |= {"date": time.strftime("%Y-%m-%d"), "threads": 2, "repeats": REPEATS, "parameters": "1.42 billion"}
-    text = json.dumps({"about": about, **results}, indent=2)
-    Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        cases = compare(folder)
+    found = result.record(
+        __file__,
+        protocol="a process per load, sides in turn, each round the other first",
+        shapes={"transformer": SIZE, "parameters": "1.42 billion"},
+        cases=cases,
+        libraries=("torch", "diffusers"),
+        threads=2,
+    )
+    Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

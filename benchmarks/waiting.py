@@ -2,8 +2,9 @@
 
 wan-tiny's VAE encodes a clip of 17x64x64 over and over, in fresh processes: with one thread, and with one per core, of
 which those that wait sleep at once, spin shortly before (as wantrain sets it), or spin (OpenMP's default). Each runs
-alone and beside another process that uses all cores, turn by turn. Prints frames per second and writes
-waiting.json beside this file. "Alone" is true only on a machine where nothing else runs; its load is written too.
+alone and beside another process that uses all cores, turn by turn; reported are frames per second, and those of the
+short spin over each other way. Writes waiting.json beside this file. "Alone" is true only on a machine where nothing
+else runs; its load is written too.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
-from statistics import median
+
+import result
 
 from wantrain.util.distributed import cores
 
@@ -45,16 +46,31 @@ def main() -> None:
     if options.encode is not None:
         print(encode(options.encode))
         return
-    load = os.getloadavg()[0]
-    found: dict[str, list[float]] = defaultdict(list)
+    rates: dict[str, dict[str, list[float]]] = {place: {way: [] for way in WAYS} for place in PLACES}
     for _ in range(options.rounds):
-        for place in PLACES:
+        for place, own in rates.items():
             for way, (threads, spins) in WAYS.items():
-                found[f"{way}, {place}"].append(measured(threads, spins, beside=place != "alone"))
-    for name, rates in found.items():
-        print(f"{name}: {median(rates):.0f} frames/s ({', '.join(f'{rate:.0f}' for rate in rates)})")
-    result = {"frames_per_second": dict(found), "cores": cores(), "load_before": load}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                own[way].append(measured(threads, spins, beside=place != "alone"))
+    chosen = "threads that spin shortly"
+    cases = {
+        place: result.case(
+            {
+                f"beside {way}": result.measure("frames/s", {chosen: own[chosen], way: own[way]})
+                for way in WAYS
+                if way != chosen
+            }
+        )
+        for place, own in rates.items()
+    }
+    found = result.record(
+        __file__,
+        protocol="a process per measurement, all ways in turn",
+        shapes={"clip": [FRAMES, 64, 64], "seconds": SECONDS},
+        cases=cases,
+        threads=cores(),
+    )
+    print("\n".join(result.shown(found)))
+    Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def measured(threads: int | None, spins: int, *, beside: bool) -> float:
