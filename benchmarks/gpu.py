@@ -55,24 +55,24 @@ class Stage:
 
 
 STAGES = (
-    Stage("machine", "gpu_stages.machine:machine", 25),
-    Stage("attention", "gpu_stages.machine:attention", 30),
+    Stage("machine", "gpu_stages.machine:machine", 20),
+    Stage("attention", "gpu_stages.machine:attention", 40),
     Stage("encode", "gpu_stages.correctness:encode", 45),
     Stage("train", "gpu_stages.correctness:train", 55),
     Stage("resume", "gpu_stages.correctness:resume", 40),
     Stage("sample", "gpu_stages.correctness:sample", 25),
-    Stage("block", "gpu_stages.transformer:block", 25),
+    Stage("block", "gpu_stages.transformer:block", 20),
     Stage("slice_lora", "gpu_stages.against:slice_lora", 55),
-    Stage("step_81", "gpu_stages.against:step_81", 120),
-    Stage("slice_compiled", "gpu_stages.against:slice_compiled", 110),
-    Stage("vae_2_1", "gpu_stages.encoders:vae_2_1", 50),
+    Stage("step_81", "gpu_stages.against:step_81", 105),
+    Stage("slice_compiled", "gpu_stages.against:slice_compiled", 130),
+    Stage("vae_2_1", "gpu_stages.encoders:vae_2_1", 45),
     Stage("step_5b", "gpu_stages.against:step_5b", 70),
     Stage("slice_full", "gpu_stages.against:slice_full", 55),
-    Stage("by_tokens", "gpu_stages.variants:by_tokens", 60),
+    Stage("by_tokens", "gpu_stages.variants:by_tokens", 50),
     Stage("text", "gpu_stages.encoders:text", 30),
-    Stage("vae_2_2", "gpu_stages.encoders:vae_2_2", 45),
-    Stage("quantized", "gpu_stages.variants:quantized", 35),
-    Stage("swap", "gpu_stages.variants:swap", 25),
+    Stage("vae_2_2", "gpu_stages.encoders:vae_2_2", 50),
+    Stage("quantized", "gpu_stages.variants:quantized", 30),
+    Stage("swap", "gpu_stages.variants:swap", 35),
 )
 #: Stages before this one are the first group.
 FIRST_OF_REST = "step_81"

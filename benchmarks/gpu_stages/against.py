@@ -25,6 +25,7 @@ from wantrain.batch import Batch
 from wantrain.geometry import Bucket
 from wantrain.losses import FlowMatching
 from wantrain.models import WanTransformer
+from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.models.attention import DEFAULT, choose, set_kernel
 from wantrain.models.compiling import BlockCompiler
 from wantrain.models.precision import computing_in
@@ -67,13 +68,20 @@ def _slices(context: Context, kind: str, *, compiled: bool) -> dict[str, Any]:
         if not alone:
             theirs.compile_repeated_blocks(backend=backend)  # type: ignore[operator]
     name = f"{kind}, {clip}{', compiled' if compiled else ''}"
-    context.compare(name, in_turn(context, runs, pairs=1 if context.small else 5, at_most=GOAL, errors=errors))
+    case = in_turn(context, runs, pairs=1 if context.small else 5, at_most=GOAL, errors=errors)
+    context.compare(name, case)
+    context.note(ours=_own_row(context, ours, bucket, case))
     if not compiled:
-        for recompute in ("attention", "block"):
-            ours = expert(context, 8, kind, recompute=recompute)
-            row = forward_backward(context, ours, bucket, repeats=2)
-            context.note(**{f"{kind}, {clip}, recompute={recompute}": row})
-    return {"in_words": in_words(context)}
+        ours.run_block = ActivationPolicy("block", blocks=8)  # as diffusers' side
+        context.note(blocks_recomputed=forward_backward(context, ours, bucket, repeats=1))
+    return {"in_words": f"{in_words(context)}{mfu(context.measured['ours'])}"}
+
+
+def _own_row(context: Context, ours: WanTransformer, bucket: Bucket, case: dict[str, Any]) -> dict[str, Any]:
+    """Operations, MFU and peak of our side of a case."""
+    sides = {name: row["sides"]["ours"] for name, row in case["measures"].items()}
+    row = row_of(context, ours, bucket, {"all": sides["seconds"]})
+    return {**row, "peak_gb": max(sides["peak memory"]) if "peak memory" in sides else None}
 
 
 def _plain(context: Context, ours: WanTransformer) -> nn.Module:
@@ -194,7 +202,7 @@ def _steps(context: Context, kind: str, model: str, *, pairs: int, again: int) -
     sides = {name: side(*made) for name, made in makers.items()}
     case = in_turn(context, sides, pairs=1 if context.small else pairs, again=again, at_most=GOAL, errors=errors)
     context.compare(f"step of {model}, {kind}, {clip}", case)
-    row = row_of(context, ours, bucket, {"step": case["measures"]["seconds"]["sides"]["ours"]})
+    row = _own_row(context, ours, bucket, case)
     floor = row["tflop"]["executed"] * 1e12 / product_rate(context.device, 256 if context.small else 8192)
     context.note(ours=row, floor={"seconds": floor, "share": floor / row["seconds"]})
     return {"in_words": f"{in_words(context)}; {floor / row['seconds']:.0%} of the floor{mfu(row)}"}

@@ -36,25 +36,27 @@ def in_turn(
     at_most: float | None = None,
     errors: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
-    """A case of one side or two: seconds, and on a GPU the memory that a run adds to what lay there before.
+    """A case of one side or two: seconds, and on a GPU the peak of memory and what of it a run adds to what lay there.
 
     pairs    turns of each side, in the order A B B A; one run each, the first after one that does not count
     again    runs at the start of every later turn that do not count, where `leave` has freed what they need
     at_most  the goal for the seconds of the first side over those of the second; small shapes have none
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    memory: dict[str, list[float]] = {name: [] for name in sides}
+    peaks: dict[str, list[float]] = {name: [] for name in sides}
+    added: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(pairs):
         for name in seconds if number % 2 == 0 else reversed(seconds):
             side, before = sides[name], _allocated(context)
             took = measure(context.device, {"run": side.run}, repeats=1, warmup=again if number else 1)["run"]
             seconds[name].append(took[0])
             if (peak := peak_gb(context.device)) is not None:
-                memory[name].append(peak - before)
+                peaks[name].append(peak)
+                added[name].append(peak - before)
             side.leave()
     measures = {"seconds": result.measure("s", seconds, at_most=None if context.small else at_most)}
-    if all(memory.values()):
-        measures["memory added"] = result.measure("GB", memory)
+    if all(peaks.values()):
+        measures |= {"peak memory": result.measure("GB", peaks), "memory added": result.measure("GB", added)}
     return result.case(measures, errors)
 
 

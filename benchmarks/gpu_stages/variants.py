@@ -31,7 +31,7 @@ def by_tokens(context: Context) -> dict[str, Any]:
     rate = product_rate(context.device, 256 if context.small else 8192)
     rows = []
     for bucket in sizes.scale(context.small):
-        row = forward_backward(context, module, bucket, repeats=2)
+        row = forward_backward(context, module, bucket, repeats=1)
         row["floor"] = row["tflop"]["executed"] * 1e12 / rate / row["seconds"]
         rows.append({**row, "predicted": context.predicted(f"{row['tokens']} tokens").get("ours")})
         context.note(rows=rows)
@@ -104,7 +104,7 @@ def swap(context: Context) -> dict[str, Any]:
     context.note(gb_on_the_host=moved / 1e9)
     for clip, bucket in sizes.clips(context.small).items():
         sides = {"swapped": _both(passes(context, swapped, bucket)), "plain": _both(passes(context, plain, bucket))}
-        pairs = 1 if context.small else 3
+        pairs = 1 if context.small else 2
         context.compare(
             f"swap, {clip}", in_turn(context, {name: Side(run) for name, run in sides.items()}, pairs=pairs)
         )

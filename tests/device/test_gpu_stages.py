@@ -8,10 +8,10 @@ import math
 
 import pytest
 
-FAST = ("transformer:block", "encoders:vae_2_1", "against:slice_lora", "variants:swap")
+FAST = ("transformer:block", "against:step_5b", "encoders:text")
 SLOW = (
-    "against:slice_full", "against:step_81", "against:step_5b", "encoders:vae_2_2", "encoders:text",
-    "variants:by_tokens", "variants:quantized",
+    "against:slice_lora", "against:slice_full", "against:step_81", "encoders:vae_2_1", "encoders:vae_2_2",
+    "variants:by_tokens", "variants:quantized", "variants:swap",
 )  # fmt: skip
 
 
@@ -26,5 +26,6 @@ def test_stage(device, stage):
     found = json.loads(device(f"gpu_stages.{stage}").stdout)
     assert found["measured"]["in_words"], "its line says what it found"
     assert all(found["checks"].values()), found["checks"]
-    numbers = [value for value in leaves(found["measured"]) if isinstance(value, float)]
+    seconds = [case["measures"]["seconds"]["sides"] for case in found["cases"].values()]
+    numbers = [value for value in leaves([found["measured"], seconds]) if isinstance(value, float)]
     assert numbers and all(0 < number < math.inf for number in numbers), found
