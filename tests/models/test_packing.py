@@ -12,6 +12,7 @@ from wantrain.models.fused import (
     plain_gated_residual,
     plain_modulated_norm,
 )
+from wantrain.models.offload import ModuleOffloader, blocks_to_swap
 from wantrain.models.packing import Packing
 
 SIZE = {
@@ -104,6 +105,28 @@ def test_lora(per_frame, recompute):
             torch.nn.init.normal_(parameter, std=0.2)
     module.run_block = ActivationPolicy(recompute, blocks=SIZE["num_layers"])
     check(both(module, inputs(per_frame, channels=20)))
+
+
+@pytest.mark.parametrize("kind", [{"dora": True}, {"lokr": adapters.KroneckerSettings(), "alpha": 4}], ids=str)
+def test_other_adapters(kind):
+    """A DoRA and a LoKr, whose layers are called as they are."""
+    module = model()
+    settings = adapters.AdapterSettings(**({"rank": 4, "alpha": 8, "targets": "attention+ffn"} | kind))
+    adapters.inject(module, settings, seed=0)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    module.run_block = ActivationPolicy("block", blocks=SIZE["num_layers"])
+    check(both(module, inputs(True)))
+
+
+def test_swapped():
+    """Blocks whose frozen weights wait on the host."""
+    module = model()
+    adapters.inject(module, adapters.AdapterSettings(rank=4, alpha=8, targets="attention+ffn"), seed=0)
+    module.run_block = ActivationPolicy("block", blocks=SIZE["num_layers"])
+    assert ModuleOffloader(torch.device("cpu")).add(module, whole=False, blocks=blocks_to_swap(module, 3))
+    check(both(module, inputs(False)))
 
 
 def test_autocast():

@@ -23,6 +23,15 @@ def test_causal_is_the_plain_convolution(frames, height, width, dtype, error):
     assert (found.double() - wanted).norm() / wanted.norm() < error
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_kernels(monkeypatch, bias):
+    """A kernel of more elements than one convolution takes is applied in parts."""
+    monkeypatch.setattr(convolutions, "MOST", 3 * 6 * 27)
+    x, weight, added = random(1, 6, 3, 4, 5), random(7, 6, 3, 3, 3), random(7) if bias else None
+    found = convolutions.causal(x.unbind(2), weight, added)
+    torch.testing.assert_close(found, F.conv3d(x, weight, added, padding=(0, 1, 1)), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @pytest.mark.parametrize(("height", "width"), [(5, 3), (1, 2)])
 def test_doubled_is_repeated_pixels(height, width, dtype, error):

@@ -96,7 +96,7 @@ def test_resume(tiny, unbroken, call, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_two_processes(engine, tiny, unbroken, launch, tmp_path):
     """Two processes with one pack each take the steps of one process with two."""
     launch(engine, *tiny.train, *COMMAND, "accumulate=1", "run=two")
@@ -112,6 +112,27 @@ def test_lora(tiny, pair, call, tmp_path):
     more = (f"weights={pair}", "adapter=lora", "adapter.rank=4", "recompute=block", "batch_tokens=29", "steps=2")
     call("train.py", *tiny.train, *more, "data.holdout=0", "check_expert=off", "run=lora")
     assert len(rows(tmp_path / "runs" / "lora")) == 2
+
+
+@pytest.mark.slow
+def test_both_experts(tiny, pair, call, tmp_path):
+    """Of a pair each expert has an order of packs of its own, and its steps are those of a run by itself."""
+    more = (
+        f"weights={pair}",
+        "adapter=lora",
+        "adapter.rank=2",
+        "batch_tokens=29",
+        "data.holdout=0",
+        "check_expert=off",
+    )
+    share = ("experts.share.high_noise=0.5", "experts.share.low_noise=0.5")
+    call("train.py", *tiny.train, *more, *share, "expert=both", "steps=6", "run=both")
+    call("train.py", *tiny.train, *more, "expert=low_noise", "steps=3", "run=low")
+    both = [row for row in rows(tmp_path / "runs" / "both") if row["expert"] == "low_noise"]
+    alone = rows(tmp_path / "runs" / "low")
+    assert [(row["loss"], row["tokens"], row["clips"]) for row in both] == [
+        (row["loss"], row["tokens"], row["clips"]) for row in alone
+    ]
 
 
 def test_dry_run(tiny, call):

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PLAIN = ContextVar("plain", default=False)
+#: Elements of a kernel at most in one convolution of one frame: oneDNN copies a kernel twice, in other orders.
+MOST = 1 << 23
 
 
 def fits(x: Tensor) -> bool:
@@ -44,32 +46,44 @@ def plain_forms() -> Iterator[None]:
 def causal(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     """3x3x3 convolution of T + 2 `frames` (B, C, H, W) to (B, C', T, H, W), padded in space only.
 
-    Two frames at a time take four 2D convolutions instead of six.
+    Two frames at a time take four 2D convolutions instead of six. Their kernels take turns in one tensor: of many
+    channels on small pictures kernels are the largest tensors, and oneDNN copies each once more.
     """
     count = len(frames) - 2
     if count == 1:
         return _plain(frames, weight, bias)
     first, middle, last = weight.unbind(2)
-    outer, inner = (first + last).mul_(0.5), middle * 0.5
-    total, alternating = outer + inner, outer - inner
     batch, _, height, width = frames[0].shape
-    shape = (batch, len(weight), count, height, width)
+    shape, pairs = (batch, len(weight), count, height, width), range(0, count - 1, 2)
     y = torch.empty(shape, dtype=weight.dtype, memory_format=torch.channels_last_3d)
-    for at in range(0, count - 1, 2):
-        a, b, c, d = frames[at : at + 4]
-        both = F.conv2d(b + c, total, bias, padding=1)
-        apart = F.conv2d(c - b, alternating, padding=1)
-        torch.add(both, apart, out=y[:, :, at]).add_(F.conv2d(a - c, first, padding=1))
-        torch.sub(both, apart, out=y[:, :, at + 1]).add_(F.conv2d(d - b, last, padding=1))
+    kernel = torch.empty(first.shape, dtype=weight.dtype, memory_format=torch.channels_last)
+    torch.add(first, last, out=kernel).add_(middle).mul_(0.5)
+    for at in pairs:
+        both = F.conv2d(frames[at + 1] + frames[at + 2], kernel, bias, padding=1)
+        y[:, :, at] = y[:, :, at + 1] = both
+    kernel.sub_(middle)
+    for at in pairs:
+        apart = F.conv2d(frames[at + 2] - frames[at + 1], kernel, padding=1)
+        y[:, :, at].add_(apart)
+        y[:, :, at + 1].sub_(apart)
+    for number, own in enumerate((first, last)):
+        kernel.copy_(own)
+        for at in pairs:
+            outer, inner = frames[at + 3 * number], frames[at + 2 - number]
+            y[:, :, at + number].add_(F.conv2d(outer - inner, kernel, padding=1))
     if count % 2:
         y[:, :, -1:] = _plain(frames[-3:], weight, bias)
     return y
 
 
 def _plain(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One frame out of three: nothing to share."""
+    """One frame out of three: nothing to share. The output's channels are in parts where the kernel is large."""
     x = torch.stack(list(frames), dim=2).contiguous(memory_format=torch.channels_last_3d)
-    return F.conv3d(x, weight, bias, padding=(0, 1, 1))
+    kernels = weight.split(max(1, MOST // weight[0].numel()))
+    biases = [None] * len(kernels) if bias is None else bias.split(len(kernels[0]))
+    both = zip(kernels, biases, strict=True)
+    parts = [F.conv3d(x, kernel, own, padding=(0, 1, 1)) for kernel, own in both]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -50,23 +50,25 @@ class Stream:
 
     def with_history(self, layer: nn.Module, x: Tensor, length: int) -> Tensor:
         """`x` after the `length` frames that `layer` saw before it, zeros before the clip."""
-        before = self._kept.pop(layer, None)
+        before = self._kept.get(layer)
         x = F.pad(x, (0, 0, 0, 0, length, 0)) if before is None else torch.cat([before, x], dim=2)
         self.keep(layer, x, length)
         return x
 
     def keep(self, layer: nn.Module, x: Tensor, length: int) -> None:
         """Keep the last `length` frames of `x` for `layer`'s next chunk, if there is one."""
-        if not self.last:
-            # A copy: a view would keep the whole chunk in memory.
-            self._kept[layer] = x[:, :, -length:].clone()
+        newest, before = x[:, :, -length:], self._kept.pop(layer, None)
+        if self.last:
+            return
+        # A copy: a view would keep the whole chunk in memory. In its place: moved about, it would leave holes there.
+        if before is None or torch.is_grad_enabled():
+            self._kept[layer] = newest.clone()
+        else:
+            self._kept[layer] = before.copy_(newest)
 
     @contextmanager
     def frames(self, layer: nn.Module, x: Tensor, length: int) -> Iterator[list[Tensor]]:
-        """The frames (B, C, H, W) of `with_history`, without copying `x`; not for the backward pass.
-
-        What is kept stays where it is in memory: moved about, it would leave holes that nothing fits into.
-        """
+        """The frames (B, C, H, W) of `with_history`, without copying `x`; not for the backward pass."""
         before = self._kept.get(layer)
         past = [torch.zeros_like(x[:, :, 0])] * length if before is None else list(before.unbind(2))
         frames = [*past, *x.unbind(2)]
@@ -372,7 +374,7 @@ class ResidualDownBlock(nn.Module):
             y = block(y, stream)
         if self.downsampler is not None:
             y = self.downsampler(y, stream)
-        return y + self.shortcut(x, stream)
+        return y.add_(self.shortcut(x, stream))
 
 
 class ResidualUpBlock(nn.Module):
@@ -397,4 +399,4 @@ class ResidualUpBlock(nn.Module):
             y = block(y, stream)
         if self.upsampler is None or self.shortcut is None:
             return y
-        return self.upsampler(y, stream) + self.shortcut(x, stream)
+        return self.upsampler(y, stream).add_(self.shortcut(x, stream))
