@@ -30,6 +30,10 @@ if [ ! -f "$file" ]; then
     echo "error: LAUNCH=$LAUNCH: there is no $file" >&2
     exit 2
 fi
+if [ $((nodes * GPUS)) -eq 1 ]; then
+    echo "one process: it needs no launcher, and RESTARTS has no effect"
+    exec python -m wantrain "$@"
+fi
 
 # The agent hands these signals on to its processes, and waits so long for the checkpoint (torch reads PET_*).
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=${GRACE:-30}

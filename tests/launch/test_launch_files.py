@@ -183,6 +183,13 @@ def test_only_node(fake, tmp_path):
     assert launcher(*lines[1:-4]).num_processes == 2
 
 
+def test_one_process(fake, tmp_path):
+    """One process is started without a launcher, which is said, for nothing restarts it."""
+    fake("python", 'printf "%s\\n" "$@"')
+    code, lines, _ = run_node(tmp_path, "train", "run=r", GPUS="1")
+    assert code == 0 and "RESTARTS has no effect" in lines[0] and lines[1:] == ["-m", "wantrain", "train", "run=r"]
+
+
 @pytest.mark.parametrize(
     ("words", "own", "message"),
     [
