@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import socketserver
 import tempfile
 import threading
@@ -27,10 +26,10 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from statistics import median
 from typing import Any, cast
 
 import numpy as np
+from result import case, measure, record, shown
 
 from wantrain.data import BatchSampler
 from wantrain.data.prefetch import prefetch
@@ -164,16 +163,28 @@ def main() -> None:
                 for way in found:
                     share, _ = run(server, rate=times * needed[seed], ahead=way == "ahead", seed=seed)
                     found[way].setdefault(str(times), []).append(share)
-    for times in RATES:
-        rows = {way: shares[str(times)] for way, shares in found.items()}
-        said = "; ".join(
-            f"{way} {median(own):.1%} ({', '.join(f'{each:.1%}' for each in own)})" for way, own in rows.items()
-        )
-        print(f"{times:g} times the needed rate: waited {said}; at least {max(0.0, 1 - times):.0%}")
-    met = all(median(found["ahead"][str(times)]) <= GOAL[1] for times in RATES if times >= GOAL[0])
-    print(f"goal: {'met' if met else 'missed'}")
-    result = {"needed_bytes_per_second": needed, "waited": found, "goal_met": met, "load": os.getloadavg()[0]}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    cases = {f"{times:g} times the needed rate": case(_measures(found, times)) for times in RATES}
+    stored = record(
+        __file__,
+        protocol=str(__doc__).partition("\n\n")[2],
+        shapes={"shards": SHARDS, "bytes": BYTES, "clips_of_a_shard": CLIPS, "batch": BATCH, "seconds_of_a_step": STEP},
+        cases=cases,
+        libraries=("numpy", "fsspec"),
+        threads=1,
+        more={"needed_bytes_per_second": needed},
+    )
+    print("\n".join(shown(stored)))
+    Path(__file__).with_suffix(".json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+
+
+def _measures(found: dict[str, dict[str, list[float]]], times: float) -> dict[str, Any]:
+    """The shares of the time that were waited at one rate, fetched ahead and on demand."""
+    least, most = GOAL
+    ahead = measure("share", {"ahead": found["ahead"][str(times)]}, at_most=most if times >= least else None)
+    return {
+        "waited, ahead": ahead,
+        "waited, on demand": measure("share", {"on demand": found["on demand"][str(times)]}),
+    }
 
 
 if __name__ == "__main__":
