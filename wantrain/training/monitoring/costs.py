@@ -56,6 +56,6 @@ class Costs:
         say(
             f"warning: step {step}: validation has taken {share:.0%} of the time of training, and was counted to take "
             f"{self.share:.0%} at most (validation.share): here a forward of one clip takes longer than its operations "
-            "say. validation.together=4 measures several noise levels in one forward; a larger validation.every= "
+            "say. validation.together=8 measures several noise levels in one forward; a larger validation.every= "
             "measures less often"
         )
