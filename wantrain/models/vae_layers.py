@@ -58,13 +58,9 @@ class Stream:
     def keep(self, layer: nn.Module, x: Tensor, length: int) -> None:
         """Keep the last `length` frames of `x` for `layer`'s next chunk, if there is one."""
         newest, before = x[:, :, -length:], self._kept.pop(layer, None)
-        if self.last:
-            return
-        # A copy: a view would keep the whole chunk in memory. In its place: moved about, it would leave holes there.
-        if before is None or torch.is_grad_enabled():
-            self._kept[layer] = newest.clone()
-        else:
-            self._kept[layer] = before.copy_(newest)
+        if not self.last:
+            # A copy: a view would keep the whole chunk in memory. In its place: moved, it would leave holes there.
+            self._kept[layer] = newest.clone() if before is None or torch.is_grad_enabled() else before.copy_(newest)
 
     @contextmanager
     def frames(self, layer: nn.Module, x: Tensor, length: int) -> Iterator[list[Tensor]]:
