@@ -43,8 +43,7 @@ def sbatch(*words):
     options = {"nodes": "1", "ntasks-per-node": "1", **directives(script), **given}
     array = options.get("array")
     tasks = list(range(int(array.removeprefix("0-")) + 1)) if array else [None]
-    # One after the other, the first task last: it waits for the others.
-    return max([start_until_done(script, args, options, task, len(tasks)) for task in reversed(tasks)])
+    return max([start_until_done(script, args, options, task, len(tasks)) for task in tasks])  # one after the other
 
 
 def start_until_done(script, args, options, task, count):
