@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from wantrain import geometry
+from wantrain.util.cards import find_card
 
 
 def assumed(value: Any, meaning: str, source: str) -> Any:
@@ -20,6 +21,8 @@ LLAMA_3 = round(16_384 * 54 * 24 / 419)
 #: The same of OPT-175B: 992 A100, one at least every twelve hours.
 OPT_175B = 992 * 12
 
+#: The fewest clips for each process: a hundred steps.
+FEWEST = 100
 #: Keys that 0 makes sense for; all other numbers are above 0.
 CAN_BE_ZERO = {"seed", "slower", "pause", "restart"}
 
@@ -100,8 +103,17 @@ def read(words: Sequence[str]) -> Assumptions:
             raise ValueError(f"{word!r} is no assumption; give key=value with one of {', '.join(known)}")
         given[key] = _read(key, value, known[key].default)
     taken = Assumptions(**given)
-    if taken.processes % taken.node:
-        raise ValueError(f"processes={taken.processes} must be a multiple of node={taken.node}, the cards of a node")
+    if taken.processes % taken.node or taken.processes % 2:
+        raise ValueError(
+            f"processes={taken.processes} must be even, and a multiple of node={taken.node}, the cards of a node"
+        )
+    if taken.clips < FEWEST * taken.processes:
+        raise ValueError(
+            f"clips={taken.clips} must be at least {FEWEST} for each process: {FEWEST * taken.processes} for "
+            f"processes={taken.processes}"
+        )
+    if not find_card(taken.card).peak:
+        raise ValueError(f"card={taken.card}: its speed is not known; give a model, such as h100")
     taken.size_of()
     return taken
 
