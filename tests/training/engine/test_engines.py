@@ -70,6 +70,23 @@ def test_two_processes_match_one(engine, what, alone, tiny, pair, launch, tmp_pa
     hold(engine, what, tmp_path / "runs" / "two", alone / what)
 
 
+@pytest.mark.slow
+def test_hybrid_shards(tiny, pair, launch, call, tmp_path):
+    """Two groups of two processes, each of which holds the whole in parts: fifty steps match those of one process. In
+    bf16, with shared tokens, one process continues.
+    """
+    given = (*tiny.train, f"weights={pair}")
+    launch("fsdp2_hybrid", *given, *WHAT["full"], "run=two", processes=4)
+    call("train.py", *given, *WHAT["full"], "run=one")
+    hold("fsdp2, hybrid", "full", tmp_path / "runs" / "two", tmp_path / "runs" / "one")
+    bf16 = (*given, "batch_size=4", "precision=bf16", "ema=0.9", *STEADY)
+    launch("fsdp2_hybrid", *bf16, "steps=2", "sequence_parallel=2", "run=moved", processes=4)
+    call("train.py", *bf16, "steps=4", "run=moved")
+    call("train.py", *bf16, "steps=4", "run=still")
+    loss, moved = difference(tmp_path / "runs" / "moved", tmp_path / "runs" / "still")
+    assert loss <= 1e-2 and moved <= 1e-3
+
+
 FEW = (("single", 1), ("zero2", 2), ("fsdp2", 2), ("ddp", 4))
 ALL = (*FEW, ("zero1", 2), ("fsdp2", 4), ("zero2", 4), ("single", 1), ("fsdp2", 2), ("ddp", 2))
 
@@ -284,7 +301,7 @@ def test_launch_files():
     """Launch files cover every engine, have CPU twins, and set nothing that belongs to the Hydra config."""
     files = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "launch" / "accelerate").glob("*.yaml")}
     assert files.keys() == {
-        "one_gpu", *(f"{cpu}{name}" for cpu in ("", "cpu_") for name in (*ENGINES, "zero3_offload"))
+        "one_gpu", *(f"{cpu}{name}" for cpu in ("", "cpu_") for name in (*ENGINES, "zero3_offload", "fsdp2_hybrid"))
     }  # fmt: skip
     guide = (ROOT / "launch" / "README.md").read_text()
     for name, file in files.items():
@@ -294,7 +311,8 @@ def test_launch_files():
         assert not HYDRAS & (inner.keys() | (file.keys() - {"mixed_precision"})), name
         twin = files.get(f"cpu_{name}")
         if twin:
-            assert {**twin, "num_processes": file["num_processes"]} == file and twin["num_processes"] == 2
+            own = {key: file[key] for key in ("num_processes", "parallelism_config") if key in file}
+            assert {**twin, **own} == file and twin["num_processes"] == (4 if name == "fsdp2_hybrid" else 2)
 
 
 @pytest.mark.slow

@@ -135,6 +135,11 @@ def engine_asked_for() -> str:
     return "ddp" if "LOCAL_RANK" in os.environ and distributed.world_size() > 1 else "single"
 
 
+def copies_asked_for() -> int:
+    """How many groups of processes hold the same parts of the weights, by the launcher's environment."""
+    return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
+
+
 def launched_with(process: int | None = None) -> str:
     """The launch file in words, as the command line of the launcher names it; `process` is the launcher's number
     (None: this process's parent).
@@ -157,6 +162,9 @@ _HYDRAS = {
     "ACCELERATE_MIXED_PRECISION": ("mixed_precision", {"no"}, "precision="),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", {"1", "auto"}, "accumulate="),
     "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", {"1.0", "auto", "none"}, "clip="),
+    "PARALLELISM_CONFIG_CP_SIZE": ("parallelism_config_cp_size", {"1"}, "sequence_parallel="),
+    "PARALLELISM_CONFIG_SP_SIZE": ("parallelism_config_sp_size", {"1"}, "sequence_parallel="),
+    "PARALLELISM_CONFIG_TP_SIZE": ("parallelism_config_tp_size", {"1"}, "sequence_parallel="),
     "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", {"false"}, "recompute="),
     "ACCELERATE_DYNAMO_BACKEND": (
         "dynamo_backend",

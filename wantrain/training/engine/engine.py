@@ -81,7 +81,8 @@ class Stepper:
         if self.engine == "fsdp2":
             # By torch's own call: accelerate's needs the whole model in memory, and knows one dtype per block.
             plugin = accelerator.state.fsdp_plugin
-            fsdp.shard(module, optimizer, self.device, plugin=plugin, precision=self.precision, frozen=frozen)
+            how: dict[str, Any] = {"mesh": fsdp.mesh_of(accelerator), "plugin": plugin}
+            fsdp.shard(module, optimizer, self.device, precision=self.precision, frozen=frozen, **how)
             wrapped: Any = module
             self.wrapped, self.optimizer = wrapped, accelerator.prepare_optimizer(optimizer, device_placement=False)
         elif waiting is None:

@@ -4,6 +4,9 @@ The module comes with weights in mapped files. It is sharded on the meta device,
 process copies its rows of every parameter to its device, in the dtype that the parameter is to have. So the host holds
 the file's pages once for all processes of a machine, and the device no more than the process's part.
 
+A launch file may have groups of processes hold the same parts (hybrid: shards inside a node, copies across nodes). A
+mesh has two dimensions then, copies and shards: weights are gathered inside a group, gradients are averaged over both.
+
 In bf16 a trained block is gathered in bf16, half of float32's bytes. What the model computes in float32 (norms,
 modulation, time embedding, head) is gathered beside it in float32, as a group of its own. Gradients are summed in
 float32 in both. The cast is the one that autocast would make after the gather, so results are the same.
@@ -30,13 +33,15 @@ def shard(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     *,
+    mesh: Any,
     plugin: Any,
     precision: str,
     frozen: torch.dtype | None = None,
 ) -> None:
-    """Shard a module on the host over all processes, in place. Its parameters are other objects afterwards, which its
-    optimizer, without state yet, has instead.
+    """Shard a module on the host over the processes of a mesh, in place. Its parameters are other objects afterwards,
+    which its optimizer, without state yet, has instead.
 
+    mesh       of `mesh_of`
     plugin     accelerate's FSDP plugin: what the launch file says
     precision  what linear layers compute in: fp32 or bf16
     frozen     the dtype that frozen weights are to have; None: weights have theirs already
@@ -46,7 +51,6 @@ def shard(
     values = {name: parameter.detach() for name, parameter in module.named_parameters()}
     names = {parameter: name for name, parameter in module.named_parameters()}
     _leave_shapes(module, frozen)
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     # Only a network that says what stays float32 can have the rest in bf16. An adapter's base is in bf16 by itself.
     narrow = precision == "bf16" and hasattr(module, "fp32_parts") and not has_adapter(module)
     policy = partial(MixedPrecisionPolicy, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -78,6 +82,14 @@ def shard(
         group["params"] = [sharded[names[parameter]] for parameter in group["params"]]
 
 
+def mesh_of(accelerator: Any) -> Any:
+    """The mesh over which weights are sharded: all processes, or as the launch file says (copies, shards)."""
+    config = accelerator.parallelism_config
+    if config is None or config.dp_replicate_size == 1:
+        return dist.device_mesh.init_device_mesh(accelerator.device.type, (dist.get_world_size(),))
+    return accelerator.torch_device_mesh["dp_replicate", "dp_shard"]
+
+
 def _leave_shapes(module: nn.Module, frozen: torch.dtype | None) -> None:
     """Replace each parameter by one on the meta device, in the dtype that it is to have."""
     for name, parameter in list(module.named_parameters()):
@@ -107,11 +119,18 @@ def rows_of(tensor: Any) -> tuple[int, int]:
     """First row and number of rows of a DTensor, sharded by rows, that this process holds."""
     from torch.distributed.tensor import Shard
 
-    assert tensor.placements == (Shard(0),), tensor.placements
-    size, processes = tensor.shape[0], tensor.device_mesh.size()
-    chunk = -(-size // processes)
-    start = min(tensor.device_mesh.get_local_rank() * chunk, size)
+    mesh, shards = tensor.device_mesh, tensor.device_mesh.ndim - 1
+    assert tensor.placements[shards] == Shard(0), tensor.placements
+    size = tensor.shape[0]
+    chunk = -(-size // mesh.size(shards))
+    start = min(mesh.get_local_rank(shards) * chunk, size)
     return start, min(chunk, size - start)
+
+
+def copy_of(tensor: Any) -> tuple[int, int]:
+    """Which copy of its part of a DTensor this process holds, and how many there are."""
+    mesh = tensor.device_mesh
+    return (0, 1) if mesh.ndim == 1 else (mesh.get_local_rank(0), mesh.size(0))
 
 
 def _second_mesh(mesh: Any) -> Any:
@@ -119,12 +138,16 @@ def _second_mesh(mesh: Any) -> Any:
     parameters per process group, so they get a second one. None where torch cannot.
     """
     try:
-        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
     except ImportError:
         say(f"fsdp2: torch {torch.__version__} has one dtype per block, so weights are gathered in float32")
         return None
-    again = dist.device_mesh.DeviceMesh.from_group(dist.new_group(), mesh.device_type)
-    return ShardPlacementResult(None, FSDPMeshInfo(again, shard_mesh_dim=0))
+    if mesh.ndim == 1:
+        again = dist.device_mesh.DeviceMesh.from_group(dist.new_group(), mesh.device_type)
+        return ShardPlacementResult(None, FSDPMeshInfo(again, shard_mesh_dim=0))
+    # Of the same names: tensors of both meshes meet in the norm of all gradients.
+    again = dist.device_mesh.init_device_mesh(mesh.device_type, tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
+    return ShardPlacementResult(None, HSDPMeshInfo(again, shard_mesh_dim=1, replicate_mesh_dim=0))
 
 
 def _gather_in_fp32(unit: nn.Module, mesh_info: Any, policy: Any) -> None:

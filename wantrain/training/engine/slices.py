@@ -1,7 +1,8 @@
 """What each process of a sharding engine holds of the weights, their average and the optimizer's state.
 
-FSDP2 cuts tensors by rows, ZeRO-3 cuts each flat tensor, ZeRO-1 and 2 cut a flat row of many. All are consecutive
-elements of a tensor, which is what a `Slice` says. Of a tensor that every process holds whole each writes a part.
+FSDP2 cuts tensors by rows (several processes may hold the same), ZeRO-3 cuts each flat tensor, ZeRO-1 and 2 cut a flat
+row of many. All are consecutive elements of a tensor, which is what a `Slice` says. Of what several processes hold each
+writes a part.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from wantrain.models.formats.joint_file import Slice
 from wantrain.training.engine.engine import Stepper
-from wantrain.training.engine.fsdp import rows_of
+from wantrain.training.engine.fsdp import copy_of, rows_of
 from wantrain.training.engine.optim import named_trainable, plain_tensors
 from wantrain.training.engine.zero import ZeroState
 from wantrain.util.libraries import is_dtensor
@@ -59,7 +60,10 @@ class Slicer:
             first, rows = rows_of(tensor)
             size = tensor.shape[1:].numel()
             values = tensor.to_local() if instead is None else instead
-            return Slice(tensor.shape, tensor.dtype, first * size, rows * size, lambda: values)
+            copy, copies = copy_of(tensor)  # of processes with the same rows each writes a part of them
+            start, end = (rows * size * each // copies for each in (copy, copy + 1))
+            own = values if copies == 1 else values.reshape(-1)[start:end]
+            return Slice(tensor.shape, tensor.dtype, first * size + start, end - start, lambda: own)
         if self.stepper.engine == "zero3" and hasattr(tensor, "ds_tensor"):
             zero = self.stepper.zero_state
             assert zero is not None

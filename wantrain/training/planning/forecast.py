@@ -14,6 +14,7 @@ from wantrain.models import WanTransformer
 from wantrain.models.quantize import FORMATS
 from wantrain.training.alternation import ExpertAlternation
 from wantrain.training.batching import Batching
+from wantrain.training.engine.accelerator import copies_asked_for
 from wantrain.training.engine.adaptive import keeps_average
 from wantrain.training.engine.updates import UpdateOptions
 from wantrain.training.expert import ExpertTrainer
@@ -144,4 +145,4 @@ class Forecast:
         optimizers = {name: expert.optimizer for name, expert in self.experts.items()}
         rows = max(expert.loss.rows for expert in self.experts.values())
         engine, processes = self.engine(asked), self.batching.processes
-        return Planner(modules, optimizers, self.settings, self.batching, engine, processes, rows)
+        return Planner(modules, optimizers, self.settings, self.batching, engine, processes, rows, copies_asked_for())

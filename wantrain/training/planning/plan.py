@@ -121,6 +121,7 @@ class Choice:
     update       how trained weights are kept and updated; None: as the run's settings say
     sequence     processes that share the tokens of a sample
     groups       of these, groups that gather each other's keys and values, the heads being divided inside each
+    copies       under FSDP2, groups of processes that hold the same parts
     """
 
     engine: str = "single"
@@ -134,6 +135,7 @@ class Choice:
     update: Update | None = None
     sequence: int = 1
     groups: int = 1
+    copies: int = 1
 
     def applied(self, sizes: Sizes) -> Sizes:
         """The sizes with the weights updated in this choice's way."""
@@ -235,7 +237,7 @@ def plan(sizes: Sizes, costs: Mapping[str, BlockCosts], choice: Choice) -> Memor
                 exchange += 2 * block
         case "fsdp2":
             weights, gradients, state, average = (
-                part / choice.processes for part in (weights, gradients, state, average)
+                part * choice.copies / choice.processes for part in (weights, gradients, state, average)
             )
             # Two blocks gathered, and one block's gradients, which are summed in float32.
             each = 2.0 if choice.precision == "bf16" else 4.0

@@ -40,6 +40,7 @@ class Planner:
     settings  the whole config as plain data
     engine, processes  how the run is spread
     rows      samples that the network computes for each of a batch; what the base computes beside is not in the times
+    copies    groups of processes that hold the same parts under FSDP2
     """
 
     modules: Mapping[str, WanTransformer]
@@ -49,6 +50,7 @@ class Planner:
     engine: str
     processes: int
     rows: int = 1
+    copies: int = 1
 
     @cached_property
     def asked(self) -> Choice:
@@ -65,6 +67,7 @@ class Planner:
             swap=self.settings["swap"]["blocks"],
             sequence=shared_by,
             groups=shared_by // math.gcd(shared_by, heads),
+            copies=self.copies,
         )
 
     @property
