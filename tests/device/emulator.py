@@ -247,8 +247,14 @@ class Streams:
         for tensor in tensors if late else ():
             begin = tensor.held.data_ptr()
             for other in late:
-                if begin < other.data_ptr() + max(1, other.nbytes) and other.data_ptr() < begin + max(1, tensor.nbytes):
+                if begin < other.data_ptr() + extent(other) and other.data_ptr() < begin + extent(tensor.held):
                     raise RuntimeError(f"used before the copy into it has been waited for ({place()})")
+
+
+def extent(tensor):
+    """Bytes from a tensor's first element to the end of its last; an expanded one has less than its elements take."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.element_size() * (1 + last) if tensor.numel() else 1
 
 
 class Event:
