@@ -27,5 +27,6 @@ def test_stage(device, stage):
     assert found["measured"]["in_words"], "its line says what it found"
     assert all(found["checks"].values()), found["checks"]
     seconds = [case["measures"]["seconds"]["sides"] for case in found["cases"].values()]
+    found["measured"].pop("fit", None)  # of a few noisy seconds: any sign
     numbers = [value for value in leaves([found["measured"], seconds]) if isinstance(value, float)]
     assert numbers and all(0 < number < math.inf for number in numbers), found
