@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
         files=files,
     )
     sizes, inputs = config.buckets(cfg, strides["temporal_stride"]), config.conditioning_inputs(cfg, **strides)
-    finished = data.encode_shards(Path(cfg.shards), out, encoders, sizes=sizes, inputs=inputs, options=_options(cfg))
+    finished = data.encode_shards(cfg.shards, out, encoders, sizes=sizes, inputs=inputs, options=_options(cfg))
     prints.write()
     if cfg.report != "none" and finished is not None:
         decode = decode_latents if cfg.report == "decode" else None
@@ -96,6 +96,8 @@ def _options(cfg: DictConfig) -> data.EncodeOptions:
         part=data.Part.read(cfg.part),
         heartbeat_timeout=cfg.heartbeat_timeout,
         decode=data.DecodeOptions(workers=cfg.decode.workers, timeout=cfg.decode.timeout),
+        cache=cfg.cache,
+        cache_gb=cfg.cache_gb,
     )
 
 

@@ -27,6 +27,13 @@ from wantrain.settings.kinds import Count, Positive, described, fits, shown
 from wantrain.settings.schema import COMMANDS
 from wantrain.util import distributed
 
+#: By command, the key of the folder that it writes into, and what to do where an address is wanted.
+ON_DISK = {
+    "caption": ("source", "captions are written beside the files: copy them here, and give their folder"),
+    "shard": ("out", "copy the finished folder to the address, with its index-*.jsonl"),
+    "encode": ("out", "upload= copies the finished folder to an address"),
+}
+
 
 def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> None:
     """Everything about a composed config that can be judged before work starts; all problems, raised once.
@@ -64,12 +71,19 @@ def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> 
     if command == "sample":
         judge(lambda: _check_files(cfg))
         judge(lambda: _check_peers(cfg, processes))
+    if command in ON_DISK:
+        judge(lambda: _check_on_disk(cfg, *ON_DISK[command]))
     if command == "encode":
         judge(lambda: Part.read(cfg.part))
         if cfg.upload is not None:
             judge(lambda: check_address(cfg.upload))
     problems.extend(heard.unheard(command, values, given).values())
     _raise(problems)
+
+
+def _check_on_disk(cfg: DictConfig, key: str, instead: str) -> None:
+    if "://" in str(cfg[key]):
+        raise ValueError(f"{key}={cfg[key]} is an address, and must be a folder on this machine; {instead}")
 
 
 def check_given(cfg: DictConfig, given: Iterable[str]) -> None:

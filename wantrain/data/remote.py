@@ -79,7 +79,9 @@ class Traffic:
 def open_shards(place: str | Path, *, cache: str | Path, cache_gb: float) -> Shards:
     """The shards at a local path, or at a URL (http://, s3://, or another that fsspec knows) through `cache`."""
     if "://" in str(place):
-        return RemoteShards(str(place), Cache(Path(cache).expanduser(), cache_gb))
+        shards = RemoteShards(str(place), Cache(Path(cache).expanduser(), cache_gb))
+        shards.say_if_too_large()
+        return shards
     return LocalShards(Path(place).expanduser())
 
 
@@ -120,7 +122,7 @@ class RemoteShards:
         if len(content) > MANIFEST_LIMIT:
             raise ValueError(
                 f"{self.url}/{MANIFEST} is longer than {MANIFEST_LIMIT >> 20} MiB, so it is not a manifest; give "
-                "data.shards= the address of a folder of latent shards"
+                f"{cache.keys}shards= the address of a folder of shards"
             )
         try:
             manifest = json.loads(content)
@@ -128,18 +130,21 @@ class RemoteShards:
             needed = [file["name"] for file in manifest.get("files", [])]
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.url}/{MANIFEST} is not a manifest ({type(error).__name__}: {error}); give data.shards= the "
-                "address of a folder of latent shards"
+                f"{self.url}/{MANIFEST} is not a manifest ({type(error).__name__}: {error}); give {cache.keys}shards= "
+                "the address of a folder of shards"
             ) from error
         self.folder = cache.folder / hashlib.sha256(content).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         cache.write(self.folder / MANIFEST, content.decode())
         for name in needed:
             os.close(self._open(name))
-        total = sum(file["bytes"] for file in self.files.values())
-        if total > cache.limit:
+
+    def say_if_too_large(self) -> None:
+        """Say so if the shards do not fit into the cache together."""
+        total, limit = sum(file["bytes"] for file in self.files.values()), self.cache.limit
+        if total > limit:
             say(
-                f"{self.url} has {total / 1e9:.1f} GB, more than data.cache_gb={cache.limit / 1e9:g}: shards will be "
+                f"{self.url} has {total / 1e9:.1f} GB, more than data.cache_gb={limit / 1e9:g}: shards will be "
                 "fetched repeatedly; with a larger cache each is fetched once"
             )
 
@@ -148,17 +153,21 @@ class RemoteShards:
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Bytes `start` to `stop` of a shard, which is fetched if it is not in the cache."""
-        began = time.perf_counter()
-        handle, content = None if self._ahead is None else self._ahead.arrived(name), bytearray(stop - start)
-        if handle is None:
-            handle = self._open(name)
-        else:
-            os.utime(handle)  # marks the time of the last read
+        began, content = time.perf_counter(), bytearray(stop - start)
+        handle = self.open(name)
         self.waited += time.perf_counter() - began
         try:
             return memoryview(content)[: os.preadv(handle, [content], start)]
         finally:
             os.close(handle)
+
+    def open(self, name: str) -> int:
+        """An open handle of a shard, which is fetched if it is not in the cache, and kept there until it is closed."""
+        handle = None if self._ahead is None else self._ahead.arrived(name)
+        if handle is None:
+            return self._open(name)
+        os.utime(handle)  # marks the time of the last read
+        return handle
 
     def foresee(self, names: Iterable[str]) -> bool:
         """Fetch these shards ahead, in this order; True if there is room for more."""
@@ -168,9 +177,8 @@ class RemoteShards:
             def fetch(name: str) -> int:
                 return _open_file(cache, url, folder, files[name])
 
-            budget = int(cache.limit * AHEAD / distributed.local_world_size())
             sizes = {name: int(file["bytes"]) for name, file in files.items()}
-            self._ahead = FetchAhead(fetch, sizes, budget)
+            self._ahead = FetchAhead(fetch, sizes, cache.room_ahead)
         return self._ahead.foresee(names)
 
     def traffic(self) -> Traffic:
@@ -190,18 +198,20 @@ def _open_file(cache: Cache, url: str, folder: Path, file: Mapping[str, Any]) ->
 class Cache:
     """A folder of fetched files, shared by the processes of a machine, of at most `gb` * 10^9 bytes.
 
-    Removes the least recently read tars when room is needed, but none that is being read or fetched.
+    Removes the least recently read tars when room is needed, but none that is being read or fetched. `keys` is what the
+    command's keys `cache` and `cache_gb` begin with.
     """
 
-    def __init__(self, folder: Path, gb: float) -> None:
+    def __init__(self, folder: Path, gb: float, *, keys: str = "data.") -> None:
         if not gb > 0:
-            raise ValueError(f"data.cache_gb={gb} must be above 0: the size of the cache in 10^9 bytes")
-        self.folder, self.limit, self.fetched = folder, int(gb * 1e9), 0
+            raise ValueError(f"{keys}cache_gb={gb} must be above 0: the size of the cache in 10^9 bytes")
+        self.folder, self.limit, self.keys, self.fetched = folder, int(gb * 1e9), keys, 0
+        self.room_ahead = int(self.limit * AHEAD / distributed.local_world_size())
         self._counting = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"data.cache={folder} cannot be made ({error.strerror}); give another folder") from error
+            raise ValueError(f"{keys}cache={folder} cannot be made ({error.strerror}); give another folder") from error
 
     def open(self, url: str, path: Path, *, size: int, sha256: str) -> int:
         """An open file handle for reading; fetches the file if needed, and keeps it until the handle is closed."""
@@ -240,8 +250,8 @@ class Cache:
         """Make room for a file and create it in its final size; its handle. ValueError if there is no room."""
         if size > self.limit:
             raise ValueError(
-                f"data.cache_gb={self.limit / 1e9:g} has no room for {partial.name[1:-4]} of {size / 1e9:.2f} GB; "
-                "raise it, best to the size of all shards together"
+                f"{self.keys}cache_gb={self.limit / 1e9:g} has no room for {partial.name[1:-4]} of {size / 1e9:.2f} "
+                "GB; raise it, best to the size of all shards together"
             )
         deadline = time.monotonic() + TIMEOUT
         while True:
@@ -255,8 +265,8 @@ class Cache:
                     return handle
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"data.cache={self.folder} is full of files that processes are reading or fetching; give "
-                    f"data.cache_gb={(self.limit + missing) / 1e9:.2f} or more"
+                    f"{self.keys}cache={self.folder} is full of files that processes are reading or fetching; give "
+                    f"{self.keys}cache_gb={(self.limit + missing) / 1e9:.2f} or more"
                 )
             time.sleep(0.05)
 

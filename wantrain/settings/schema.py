@@ -93,6 +93,8 @@ ENCODE: Mapping[str, Any] = {
     **MODEL,
     **BASE,
     "shards": File,
+    "cache": File,
+    "cache_gb": Positive,
     "out": File,
     "upload": File | None,
     "part": Annotated[str, Says("K/N, e.g. 2/8")] | None,

@@ -104,7 +104,7 @@ def test_manifest_content(shards):
         content = (shards / row["name"]).read_bytes()
         assert (row["bytes"], row["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     assert sorted(contents(shards)) == sorted(
-        ["manifest.json", "rejects.jsonl", *(row["name"] for row in manifest["shards"])]
+        ["manifest.json", "rejects.jsonl", *(row["name"] for row in [*manifest["shards"], *manifest["files"]])]
     )
 
 

@@ -79,8 +79,8 @@ def _member(request: Mapping[str, Any], member: Mapping[str, Any]) -> Iterator[P
         content = file.read(member["bytes"])
     if hashlib.sha256(content).hexdigest() != member["sha256"]:
         raise Damaged(
-            f"{request['tar']} is damaged ({request['key']} has another hash); restore it, or make the shards again "
-            "with shard.py"
+            f"{Path(request['tar']).resolve()} is damaged ({request['key']} has another hash); restore it, or make the "
+            "shards again with shard.py"
         )
     with _as_file(content, member["extension"]) as path:
         yield path

@@ -119,7 +119,9 @@ def write_video_shards(
     settings = options.settings(_hash_of(entries))
     surveys = Surveys(out / SURVEYS, split=options.scenes == "split", decode=options.decode)
     earlier = claim(out, "video", settings, same_footage=lambda: surveys.has_any([entry.digest for entry in entries]))
-    if earlier is not None and earlier["settings"] == settings and is_whole(out, earlier):
+    # A folder that an earlier version made has no index; it is added.
+    whole = earlier is not None and "files" in earlier and is_whole(out, earlier)
+    if earlier is not None and whole and earlier["settings"] == settings:
         say(f"{out} is finished already: {earlier['clips']} clips; nothing to do")
         for line in (tally or Tally()).lines():
             say(f"  {line}")
@@ -136,7 +138,7 @@ def write_video_shards(
             elif (about := selector.select(entry.file, entry.digest, survey)) is not None:
                 masked = {} if entry.mask is None else {"mask": entry.mask_digest}
                 tars.add(entry.file, entry.digest[:16], {**masked, **about})
-    shards, total = tars.finish(), len(footage) + len(rejects)
+    (shards, index), total = tars.finish(), len(footage) + len(rejects)
     write_rejects(out, selector.rejects, total, options.rejects_limit, "file")
     manifest = {
         "schema": SCHEMA,
@@ -151,6 +153,7 @@ def write_video_shards(
         "findings": selector.findings(),
         "alike": selector.alike_files(),
         "shards": shards,
+        "files": [index],
     }
     write_json(out / MANIFEST, manifest)
     tars.remove_others()

@@ -1,4 +1,7 @@
-"""Video shards: tars that hold the original files of footage, their masks, and a .json with what shard.py found."""
+"""Video shards: tars that hold the original files of footage, their masks, and a .json with what shard.py found.
+
+An index beside them says the same of all files, so that the work can be planned before a tar is there.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from webdataset import tariterators
 
 from wantrain.data.footage.probe import Footage
 from wantrain.data.rejects import IMAGES, VIDEOS
-from wantrain.data.shards import TarWriter, check_shards, describe_file, to_json
+from wantrain.data.shards import TarWriter, check_shards, describe_file, disk_errors, to_json
+from wantrain.util.files import sync_file
 from wantrain.util.renamed import VIDEO_SAMPLE, upgraded_fields
 
 #: Prefix of a mask's extension; a mask lies beside its video in the tar as KEY.mask.mp4.
@@ -45,17 +49,21 @@ class VideoTars:
         if self._size >= self.shard_bytes:
             self._end()
 
-    def finish(self) -> list[dict[str, Any]]:
-        """Write the last tar; the manifest's row of each tar."""
+    def finish(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Write the last tar and the index; the manifest's row of each tar, and that of the index."""
         if self._samples:
             self._end()
-        return self._shards
+        self.index = write_index(self.out, {"kind": "video", "shards": self._shards})
+        return self._shards, self.index
 
     def remove_others(self) -> None:
-        """Remove all other tars of the folder."""
+        """Remove all other tars of the folder, and their index."""
         own = {tar["name"] for tar in self._shards}
         for path in self.out.glob("video-*.tar"):
             if path.name not in own:
+                path.unlink()
+        for path in self.out.glob("index-*.jsonl"):
+            if path.name != self.index["name"]:
                 path.unlink()
 
     def _end(self) -> None:
@@ -147,6 +155,28 @@ def scan_video_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Vid
                 extension = _split_name(video, shard["name"])[1]
                 place = shard["name"], video.offset_data, video.size
                 yield VideoEntry(key, extension, *place, about, masks.pop(key, None))
+
+
+def write_index(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write every file's entry as a line of the index, named by the hash of its content; the manifest's row."""
+    partial = folder / ".index.new"
+    with disk_errors(partial):
+        with partial.open("wb") as file:
+            file.writelines(to_json(asdict(entry)) + b"\n" for entry in scan_video_shards(folder, manifest))
+        sync_file(partial)
+    row = describe_file(partial)
+    row["name"] = f"index-{row['sha256'][:16]}.jsonl"
+    partial.replace(folder / row["name"])
+    return row
+
+
+def read_index(path: Path) -> Iterator[VideoEntry]:
+    """What `scan_video_shards` gives, from an index."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            mask = None if row["mask"] is None else tuple(row.pop("mask"))
+            yield VideoEntry(**{**row, "about": upgraded_fields(row["about"], VIDEO_SAMPLE), "mask": mask})
 
 
 def _split_name(member: tarfile.TarInfo, shard: str) -> tuple[str, str]:

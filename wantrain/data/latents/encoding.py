@@ -32,9 +32,10 @@ from wantrain.data.latents.heartbeat import Heartbeat
 from wantrain.data.latents.options import EncodeOptions, Encoders
 from wantrain.data.latents.parts import Part, finishing
 from wantrain.data.latents.store import LatentFolder, Record, build_index
+from wantrain.data.latents.video_source import VideoSource
 from wantrain.data.latents.work_units import ClipRow, TextRow, Work, WorkUnit, plan_work
 from wantrain.data.rejects import Reject
-from wantrain.data.shards import LATENT_SCHEMA, MANIFEST, check_shards, file_hash, read_manifest, write_rejects
+from wantrain.data.shards import LATENT_SCHEMA, MANIFEST, check_shards, file_hash, write_rejects
 from wantrain.masks import PAINTED
 from wantrain.util import distributed
 from wantrain.util.console import say
@@ -46,7 +47,7 @@ MOST_WORKERS = 8
 
 
 def encode_shards(
-    shards: Path,
+    shards: str | Path,
     out: Path,
     encoders: Encoders,
     *,
@@ -55,8 +56,8 @@ def encode_shards(
     options: EncodeOptions,
     read: Read = read_clips,
 ) -> dict[str, Any] | None:
-    """Encode the clips and captions of video shards into the latent folder `out`; returns the manifest (None on ranks
-    other than 0).
+    """Encode the clips and captions of video shards, in a folder or at a URL, into the latent folder `out`; returns the
+    manifest (None on ranks other than 0).
 
     Only what is missing is made: no clip or caption whose identity is in `out` is encoded again, and the encoders are
     called only if something is missing. What no clip needs any more is removed at the end. Latents and texts are
@@ -66,13 +67,14 @@ def encode_shards(
     `options.part` a launch makes a share of them; the last of all parts writes index and manifest (else None).
 
     ValueError if more than `options.rejects_limit` of the clips are bad, if the shards were cut for a model with
-    another frame rate or shorter clips, if `out` holds something else, or if an encoder returns NaN or infinity.
+    another frame rate or shorter clips, if `out` holds something else, if an encoder returns NaN or infinity, or if a
+    tar cannot be fetched.
     """
-    video = read_manifest(shards, "video")
-    _check_cut(shards, video["settings"], options)
+    source = VideoSource(shards, cache=options.cache, cache_gb=options.cache_gb)
+    _check_cut(source.place, source.manifest["settings"], options)
     settings = {
         "model": options.model,
-        "shards": file_hash(shards / MANIFEST),
+        "shards": file_hash(source.folder / MANIFEST),
         **encoders.settings(),
         "sizes": sizes.to_dict(),
         "mask_types": inputs.identity(),
@@ -85,14 +87,14 @@ def encode_shards(
     if folder.is_finished(settings) and not (options.retry and folder.earlier.manifest["clips_rejected"]):
         say(f"{out} is finished already: {folder.earlier.manifest['clips']} clips; nothing to do")
         return folder.earlier.manifest if distributed.is_main() else None
-    work = plan_work(shards, video, sizes, inputs, settings)
+    work = plan_work(source, sizes, inputs, settings)
     folder.check_same_footage(work.sources)
     if options.loss_mask:
-        _check_masks(work, shards)
+        _check_masks(work, source.place)
     with Heartbeat(out, work.name, timeout=options.heartbeat_timeout, part=options.part.number) as heartbeat:
         encoder = _Encoder(folder, encoders, inputs, options, heartbeat)
-        encoder.check_sources(shards, video)
-        jobs = _DecodeJobs(shards, read, options.decode, masks=PAINTED in inputs.identity() or options.loss_mask)
+        encoder.check_sources(source)
+        jobs = _DecodeJobs(source, read, options.decode, masks=PAINTED in inputs.identity() or options.loss_mask)
         encoder.make(work.share(options.part.rank, options.part.size), jobs, options.retry)
     if not distributed.is_main():
         return None
@@ -105,7 +107,7 @@ def encode_shards(
             work,
             settings,
             {**inputs.strides, "encoders": dict(encoders.files)},
-            [shard["sha256"] for shard in video["shards"]],
+            [shard["sha256"] for shard in source.manifest["shards"]],
             options.rejects_limit,
         )
 
@@ -125,7 +127,7 @@ def _is_left_to_others(folder: LatentFolder, work: Work, settings: Mapping[str, 
     return missing > 0
 
 
-def _check_cut(shards: Path, cut: Mapping[str, Any], options: EncodeOptions) -> None:
+def _check_cut(shards: str, cut: Mapping[str, Any], options: EncodeOptions) -> None:
     """Raise ValueError if the clips, by the settings `cut` of their shards, have another rate or are too long."""
     model, longest = options.model, options.num_frames
     if cut["model"] == model:
@@ -138,7 +140,7 @@ def _check_cut(shards: Path, cut: Mapping[str, Any], options: EncodeOptions) -> 
         )
 
 
-def _check_masks(work: Work, shards: Path) -> None:
+def _check_masks(work: Work, shards: str) -> None:
     """Say how many clips have a mask; ValueError if none has."""
     rows = [row for unit in work.latents for row in unit.rows if isinstance(row, ClipRow)]
     masked = sum(row.entry.mask is not None for row in rows)
@@ -223,7 +225,7 @@ class _DecodeJobs:
     masks  decode the clips' masks too
     """
 
-    shards: Path
+    source: VideoSource
     read: Read
     options: DecodeOptions
     masks: bool
@@ -236,11 +238,11 @@ class _DecodeJobs:
         return {"extension": extension, "offset": offset, "bytes": size, "sha256": entry.about["mask"]}
 
     def job(self, rows: list[ClipRow]) -> Job:
-        """The job that decodes these windows of one file."""
+        """The job that decodes these windows of one file; it names the tar, whose path it is given when it begins."""
         entry, bucket = rows[0].entry, rows[0].bucket
         return Job(
             {
-                "tar": str(self.shards / entry.tar),
+                "tar": entry.tar,
                 "offset": entry.offset,
                 "bytes": entry.size,
                 "key": entry.key,
@@ -289,12 +291,16 @@ class _Encoder:
         self.bar = tqdm(desc="encode", unit="clip", disable=True)
         self.began, self.frames = time.monotonic(), 0
 
-    def check_sources(self, shards: Path, video: Mapping[str, Any]) -> None:
-        """Check the hashes of this rank's share of the video shards, except those that an earlier run checked."""
+    def check_sources(self, source: VideoSource) -> None:
+        """Check the hashes of this rank's share of the video shards, except those that an earlier run checked. Those
+        at a URL are checked when they are fetched.
+        """
+        if source.remote is not None:
+            return
         checked = set(self.folder.earlier.manifest.get("sources", []))
-        for shard in video["shards"][self.part.rank :: self.part.size]:
+        for shard in source.manifest["shards"][self.part.rank :: self.part.size]:
             if shard["sha256"] not in checked:
-                check_shards(shards, {"kind": "video", "shards": [shard]})
+                check_shards(source.folder, {"kind": "video", "shards": [shard]})
                 self.heartbeat.send("checking the video shards")
 
     def make(self, units: list[WorkUnit], jobs: _DecodeJobs, retry: bool) -> None:
@@ -352,8 +358,11 @@ class _Encoder:
         jobs = decode_jobs.jobs([row for _, rows in latents for row in rows])
         if not jobs:  # all rows are in earlier tars and are only copied
             return stack.enter_context(self.clips.pipeline(latents, iter(()), lambda: None)).run
+        tars = decode_jobs.source.tars(jobs)
+        stack.callback(tars.close)
         decoders = stack.enter_context(decode_jobs.decoders(jobs))
-        return stack.enter_context(self.clips.pipeline(latents, decoders.decode(jobs), decoders.close)).run
+        decoded = tars.results(decoders.decode(tars.jobs()))
+        return stack.enter_context(self.clips.pipeline(latents, decoded, decoders.close)).run
 
     def _step(self, frames: int) -> None:
         """Advance the progress bar by one clip with this number of frames (0: it was rejected)."""

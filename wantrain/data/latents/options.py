@@ -11,6 +11,7 @@ from torch import Tensor
 from wantrain.conditioning import EncodePixels
 from wantrain.data.footage.decode_workers import DecodeOptions
 from wantrain.data.latents.parts import Part
+from wantrain.data.remote import CACHE
 
 EncodeTexts = Callable[[list[str]], list[Tensor]]
 
@@ -69,6 +70,7 @@ class EncodeOptions:
     part               the share of the work that this start makes
     heartbeat_timeout  seconds that rank 0 waits for a heartbeat of another rank
     decode             decoder processes
+    cache, cache_gb    folder, and size in 10^9 bytes, of the cache for video shards at a URL
     """
 
     model: str
@@ -83,3 +85,5 @@ class EncodeOptions:
     part: Part = field(default_factory=Part)
     heartbeat_timeout: float = 1800.0
     decode: DecodeOptions = field(default_factory=DecodeOptions)
+    cache: str = CACHE
+    cache_gb: float = 100.0

@@ -13,15 +13,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from wantrain import geometry
 from wantrain.data.footage.duplicates import group_of
 from wantrain.data.footage.pixels import read_window
-from wantrain.data.footage.video_shards import VideoEntry, scan_video_shards
+from wantrain.data.footage.video_shards import VideoEntry
 from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.loss_masks import STORED
+from wantrain.data.latents.video_source import VideoSource
 from wantrain.masks import PAINTED
 
 #: Version of the encoding; raise it when the same footage, options and weights would give other latents or texts.
@@ -143,18 +143,17 @@ class Work:
 
 
 def plan_work(
-    shards: Path,
-    video: Mapping[str, Any],
+    source: VideoSource,
     sizes: geometry.Buckets,
     inputs: ConditioningInputs,
     settings: Mapping[str, Any],
 ) -> Work:
-    """All work for a folder of video shards, from its headers. ValueError for a key that occurs twice."""
+    """All work for a folder of video shards, without reading videos. ValueError for a key that occurs twice."""
     vae = " ".join(settings[key] for key in ("vae_fingerprint", "vae_precision") if key in settings)
     files, left_out, seen = list[list[ClipRow]](), list[LeftOut](), set[str]()
-    for entry in scan_video_shards(shards, video):
+    for entry in source.entries():
         if entry.key in seen:
-            raise ValueError(f"{shards} holds {entry.key} twice; make it again with shard.py")
+            raise ValueError(f"{source.place} holds {entry.key} twice; make it again with shard.py")
         seen.add(entry.key)
         try:
             rows = clip_rows(entry, sizes, inputs, vae, loss_mask="loss_mask" in settings)
@@ -179,7 +178,7 @@ def plan_work(
         latent_units(files, most=most, limit=settings["shard_bytes"]),
         text_units(texts.values(), most=most),
         {caption: row.identity for caption, row in texts.items()},
-        group_of(video),
+        group_of(source.manifest),
         left_out,
     )
 

@@ -55,6 +55,11 @@ class PixelData:
         seed: int = 0,
         max_gb: float = 4.0,
     ) -> None:
+        if "://" in str(shards):
+            raise ValueError(
+                f"data.shards={shards} is an address, and expert=vae reads video shards from a folder; copy them to "
+                "this machine and give their path"
+            )
         self.folder, self.seed = Path(shards).expanduser(), seed
         self.manifest = read_manifest(self.folder, "video")
         self.fingerprint = file_hash(self.folder / MANIFEST)
