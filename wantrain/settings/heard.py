@@ -318,11 +318,7 @@ _ENCODE = (
         "check=true only compares the files of out= with their hashes",
     ),
     Rule((r"parts\.(high_noise|low_noise|dense)",), lambda values, given: False, "encode.py loads no transformer"),
-    Rule(
-        (r"cache|cache_gb",),
-        lambda values, given: "://" in str(values.get("shards", "")),
-        "shards={shards} lie in a folder and are read where they are",
-    ),
+    Rule((r"cache|cache_gb",), lambda values, given: "://" in str(values["shards"]), "shards={shards} is a folder"),
     _replaced("model.area", "area"),
     _replaced("model.precision", "precision"),
     _replaced("model.mask_types", "mask_types"),

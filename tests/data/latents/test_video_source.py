@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import fsspec
@@ -12,8 +13,10 @@ from shard_helpers import contents, encode, shard
 
 from wantrain import checks, config
 from wantrain.data import PixelData, remote
+from wantrain.data.footage.decode_workers import Decoded, Job
 from wantrain.data.footage.video_shards import read_index, scan_video_shards
 from wantrain.data.latents.parts import Part
+from wantrain.data.latents.video_source import VideoSource
 from wantrain.data.shards import read_manifest
 
 
@@ -98,12 +101,31 @@ def test_same_latents(videos, latents, url, tmp_path, asked, scheme):
 
 
 def test_small_cache(videos, latents, url, tmp_path):
-    """A cache with room for one tar is enough, and keeps its size."""
+    """A cache with room for one tar is enough, though several are in use, and keeps its size."""
     largest = max(row["bytes"] for row in read_manifest(videos, "video")["shards"])
     limit = largest + sum(path.stat().st_size for path in videos.iterdir() if path.suffix in {".json", ".jsonl"})
-    encode(url, tmp_path / "out", cache=str(tmp_path / "cache"), cache_gb=limit / 1e9)
+    encode(url, tmp_path / "out", cache=str(tmp_path / "cache"), cache_gb=limit / 1e9, workers=3)
     assert visible(tmp_path / "out") == visible(latents)
     assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) <= limit
+
+
+def test_fetched_ahead(videos, url, tmp_path, asked):
+    """The first job of a tar fetches it and the two after it; each is closed after the last clip of its last job."""
+    names = names_of(videos)
+    source = VideoSource(url, cache=tmp_path / "cache", cache_gb=1)
+    tars = source.tars([Job({"tar": name, "windows": [{}]}) for name in names for _ in range(2)])
+    jobs = tars.jobs()
+    assert Path(next(jobs).request["tar"]).read_bytes() == (videos / names[0]).read_bytes()
+    deadline = time.monotonic() + 20
+    while not set(names[:3]) <= set(asked) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert set(names[:3]) == {name for name in asked if name.endswith(".tar")}
+    assert next(jobs).request["tar"] == next(iter(tars.jobs())).request["tar"]
+    results = tars.results(iter([Decoded(None, "bad")] * 3))
+    assert [next(results).reason for _ in range(2)] == ["bad", "bad"] and names[0] in str(handles_in(tmp_path))
+    next(results)
+    assert names[0] not in str(handles_in(tmp_path))
+    tars.close()
 
 
 def test_own_tars(videos, latents, url, tmp_path, asked):
