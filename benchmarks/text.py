@@ -85,7 +85,7 @@ def sides(
         return [row[:end] for row, end in zip(found, ends, strict=True)]
 
     mine, other = ({"embeddings": torch.cat(run())} for run in (ours, theirs))
-    allowed = 1e-5 if model.dtype == torch.float32 else 1e-2
+    allowed = 1e-5 if model.dtype == torch.float32 else 2e-2  # in bf16 both round, each by up to 1e-2
     return {"ours": ours, "padded": theirs}, {"embeddings": (peers.apart(mine, other)[0], allowed)}
 
 

@@ -176,8 +176,10 @@ def random_weights(
 ) -> nn.Module:
     """A module with random weights that are made on the device, tensor by tensor; those of `fp32_parts` in float32.
 
-    Matrices keep the variance of their input, norms are ones, biases zeros: what is computed stays of order one.
+    Matrices keep the variance of their input, norms are ones, biases zeros: what is computed stays of order one. Every
+    call draws the same numbers.
     """
+    torch.manual_seed(0)
     with torch.device("meta"):
         module = build()
     kept = tuple(fp32_parts)
