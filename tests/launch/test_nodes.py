@@ -212,4 +212,5 @@ def test_slurm_data(tiny, pair, batch, call, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red square\na blue circle\na green square\n")
     wanted = (*MICRO, f"weights={pair}", "prompts=prompts.txt", "steps=2", "model.num_frames=5", "out=samples")
     assert batch("--array=0-1", "launch/slurm/sample.sbatch", *wanted).wait(timeout=300) == 0, said(tmp_path)
-    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 3 and "shows 3 videos" in said(tmp_path)
+    videos, page = list((tmp_path / "samples").glob("*.mp4")), (tmp_path / "samples" / "index.html").read_text()
+    assert len(videos) == 3 and all(video.name in page for video in videos), said(tmp_path)

@@ -159,7 +159,7 @@ def test_run_that_meets_every_fault(nodes, arguments, launch):
     codes, (main, other) = nodes.start("killed:4")
     assert 0 not in codes and saved(folder) == [2] and "step 0 of" in main
     assert "error: a process does not answer, while training step 4, " in main
-    assert re.search(rf"{host}:1 (training|saving) step [234]", main) and f"{host}:0 training step 4, " in main
+    assert re.search(rf"{host}:1 (training|saving) step [1-4]", main) and f"{host}:0 training step 4, " in main
 
     codes, (main, other) = nodes.start("hangs:7", "safeguards.hang=15")
     assert 0 not in codes and saved(folder) == [4, 6] and "step 2 of" in main
