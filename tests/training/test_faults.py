@@ -159,7 +159,8 @@ def test_run_that_meets_every_fault(nodes, arguments, launch):
     codes, (main, other) = nodes.start("killed:4")
     assert 0 not in codes and saved(folder) == [2] and "step 0 of" in main
     assert "error: a process does not answer, while training step 4, " in main
-    assert re.search(rf"{host}:1 (training|saving) step [1-4]", main) and f"{host}:0 training step 4, " in main
+    # The words of a process are up to five seconds old, and a step takes milliseconds.
+    assert f"{host}:1 " in main and re.search(rf"{host}:0 training step [1-4], ", main)
 
     codes, (main, other) = nodes.start("hangs:7", "safeguards.hang=15")
     assert 0 not in codes and saved(folder) == [4, 6] and "step 2 of" in main

@@ -24,7 +24,7 @@ from wantrain.data.footage.scenes import library
 from wantrain.data.footage.selection import ClipSelector
 from wantrain.data.footage.survey import Survey, Surveys
 from wantrain.data.footage.tally import Tally
-from wantrain.data.footage.video_shards import VideoTars
+from wantrain.data.footage.video_shards import VideoTars, write_index
 from wantrain.data.rejects import Reject
 from wantrain.data.shards import MANIFEST, SCHEMA, claim, is_whole, write_rejects
 from wantrain.util import distributed
@@ -119,9 +119,10 @@ def write_video_shards(
     settings = options.settings(_hash_of(entries))
     surveys = Surveys(out / SURVEYS, split=options.scenes == "split", decode=options.decode)
     earlier = claim(out, "video", settings, same_footage=lambda: surveys.has_any([entry.digest for entry in entries]))
-    # A folder that an earlier version made has no index; it is added.
-    whole = earlier is not None and "files" in earlier and is_whole(out, earlier)
-    if earlier is not None and whole and earlier["settings"] == settings:
+    if earlier is not None and earlier["settings"] == settings and is_whole(out, earlier):
+        if "files" not in earlier:  # made by an earlier version, without an index
+            earlier |= {"files": [write_index(out, earlier)]}
+            write_json(out / MANIFEST, earlier)
         say(f"{out} is finished already: {earlier['clips']} clips; nothing to do")
         for line in (tally or Tally()).lines():
             say(f"  {line}")
