@@ -85,13 +85,17 @@ class Attention(nn.Module):
         bias_S: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        if x_BLD is context_BSD:
-            q, k, v = linears((self.q, self.k, self.v), x_BLD)
-            k, v = self.norm_k(k, self.num_heads, rope), v.unflatten(-1, (self.num_heads, -1))
+        if isinstance(context_BSD, KeptRows):
+            (q,) = linears((self.q,), x_BLD)
+            q, (k, v) = self.norm_q(q, self.num_heads, rope), context_BSD.keys_values(self.keys_values)
         else:
-            (q,), make = linears((self.q,), x_BLD), self.keys_values
-            k, v = context_BSD.keys_values(make) if isinstance(context_BSD, KeptRows) else make(context_BSD)
-        q = self.norm_q(q, self.num_heads, rope)
+            if x_BLD is context_BSD:
+                q, k, v = linears((self.q, self.k, self.v), x_BLD)
+            else:
+                (q,), (k, v) = linears((self.q,), x_BLD), linears((self.k, self.v), context_BSD)
+            # In this order: with norm_k first a run under ZeRO-3 differs from others (tests/training/engine).
+            q, k = self.norm_q(q, self.num_heads, rope), self.norm_k(k, self.num_heads, rope)
+            v = v.unflatten(-1, (self.num_heads, -1))
         result = self.attend(q, k, v, bias_S) if packing is None else packing.attend(self.attend, q, k, v, bias_S)
         return linears((self.o,), result.flatten(-2))[0]
 
