@@ -6,8 +6,10 @@ from diffusers import WanTransformer3DModel
 
 from wantrain.models import WanTransformer, load_transformer
 from wantrain.models.activation_policy import ActivationPolicy
+from wantrain.models.attention import sdpa
 from wantrain.models.formats.weights import renamed_to_diffusers, write_part
 from wantrain.models.positions import rope_angles, sinusoid
+from wantrain.models.transformer import Attention
 
 SHAPE = {
     "num_attention_heads": 2,
@@ -154,6 +156,17 @@ def test_text_padding_and_limit():
         assert (shorter - model(latents, level, text)).abs().max() > 1e-4
     with pytest.raises(ValueError, match=r"600 tokens, more than the model's 512"):
         model(latents, level, torch.zeros(1, 600, 24))
+
+
+def test_self_attention_of_two_tensors():
+    """Hooks, as DeepSpeed's, may pass one tensor as two: keys are turned all the same, and positions matter."""
+    torch.manual_seed(0)
+    attention = Attention(24, 2, 1e-6, sdpa)
+    x_BLD, angles = torch.randn(1, 6, 24), rope_angles((1, 2, 3), 12, torch.device("cpu"))
+    rope = (angles.cos().float(), angles.sin().float())
+    together = attention(x_BLD, x_BLD, rope)
+    torch.testing.assert_close(attention(x_BLD, x_BLD.clone(), rope), together, atol=1e-6, rtol=0)
+    assert (attention(x_BLD, x_BLD) - together).abs().max() > 1e-4
 
 
 def test_timestep_vector_and_rotary_angles():

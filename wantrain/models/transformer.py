@@ -93,7 +93,7 @@ class Attention(nn.Module):
                 q, k, v = linears((self.q, self.k, self.v), x_BLD)
             else:
                 (q,), (k, v) = linears((self.q,), x_BLD), linears((self.k, self.v), context_BSD)
-            # In this order: with norm_k first a run under ZeRO-3 differs from others (tests/training/engine).
+            # Keys are turned by `rope`, also where ZeRO-3's hooks have made two tensors of one.
             q, k = self.norm_q(q, self.num_heads, rope), self.norm_k(k, self.num_heads, rope)
             v = v.unflatten(-1, (self.num_heads, -1))
         result = self.attend(q, k, v, bias_S) if packing is None else packing.attend(self.attend, q, k, v, bias_S)
