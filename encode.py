@@ -38,12 +38,12 @@ def main(cfg: DictConfig) -> None:
     devices.announce(device)
 
     # Loaded on first use: not at all if nothing is to be encoded.
-    vae = functools.cache(lambda: base.vae(device=device))
+    vae = functools.cache(lambda half: base.vae(half=half, device=device))
     text = functools.cache(lambda: base.text_encoder(device=device, dtype=config.dtype(cfg.precision)))
 
     def facts_of_vae() -> dict[str, Any]:
-        strides = {key: getattr(vae(), key) for key in ("temporal_stride", "spatial_stride")}
-        return {"vae_fingerprint": fingerprint(vae()), **strides}
+        strides = {key: getattr(vae("encoder"), key) for key in ("temporal_stride", "spatial_stride")}
+        return {"vae_fingerprint": fingerprint(vae("encoder")), **strides}
 
     def facts_of_text() -> dict[str, Any]:
         return {"text_fingerprint": fingerprint(text()), "tokenizer_fingerprint": text().tokenizer_fingerprint()}
@@ -51,12 +51,12 @@ def main(cfg: DictConfig) -> None:
     @torch.inference_mode()
     def encode_pixels(pixels_BCTHW: torch.Tensor) -> torch.Tensor:
         with computing_in(config.dtype(cfg.vae_precision), device):
-            return vae().encode(pixels_BCTHW)
+            return vae("encoder").encode(pixels_BCTHW)
 
     @torch.inference_mode()
     def decode_latents(latents_BCTHW: torch.Tensor) -> torch.Tensor:
         with computing_in(config.dtype(cfg.vae_precision), device):
-            return vae().decode(latents_BCTHW.to(device))
+            return vae("decoder").decode(latents_BCTHW.to(device))
 
     out, prints, dtype = Path(cfg.out), Fingerprints(Path(cfg.out)), config.dtype(cfg.precision)
     files = {part: identity(base, part, dtype) for part in ("vae", "text_encoder")}

@@ -95,7 +95,7 @@ def memory_plan(cfg: DictConfig) -> str:
     vae = config.plain(cfg.model.vae) if "vae" in cfg.model else config.base(cfg, ["vae"]).vae().config()
     return memory.describe(
         lambda: config.build(cfg.model.transformer), lambda: WanVAE(**vae_keywords(vae, Path("model.vae"))),
-        memory.Call(config.video_size(cfg), cfg.batch_size, cfg.tile, cfg.sequence_parallel),
+        memory.Call(config.video_size(cfg), cfg.batch_size, cfg.tile, cfg.sequence_parallel, cfg.model.conditioning),
         names=list(cfg.model.experts), dtype=config.dtype(cfg.precision),
         policy=OffloadPolicy(**config.plain(cfg.offload)),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from wantrain.models import Base
 from wantrain.models.formats.inspect import describe
 from wantrain.models.formats.loading import load_vae
 from wantrain.models.formats.names import VAE_TO_DIFFUSERS, renamed
-from wantrain.models.formats.weights import write_part
+from wantrain.models.formats.weights import fingerprint, write_part
 from wantrain.models.vae import WanVAE, measure_latents
 from wantrain.models.vae_layers import AverageDown, DuplicateUp, Stream, patchify, unpatchify
 
@@ -507,6 +507,25 @@ def test_save_load_in_diffusers(vae, tmp_path):
     torch.testing.assert_close(theirs_latents, latents, atol=1e-5, rtol=0)
     theirs.save_pretrained(tmp_path / "again")
     assert torch.equal(load_vae(tmp_path / "again").encode(pixels), latents)
+
+
+def test_half(vae, tmp_path):
+    """A half of a VAE gives what the whole gives, with the half's weights alone; the file is checked as a whole."""
+    write_part(tmp_path, vae.config(), vae.state_dict())
+    pixels, count = clip(vae, 5), {}
+    encoder, decoder = load_vae(tmp_path, half="encoder"), load_vae(tmp_path, half="decoder")
+    latents = encoder.encode(pixels)
+    assert torch.equal(latents, vae.encode(pixels)) and torch.equal(decoder.decode(latents), vae.decode(latents))
+    assert fingerprint(encoder) == fingerprint(vae) and encoder.config() == decoder.config() == vae.config()
+    for name, half in (("encoder", encoder), ("decoder", decoder)):
+        count[name] = len(half.state_dict())
+        assert not any(parameter.requires_grad for parameter in half.parameters())
+    assert sum(count.values()) == len(vae.state_dict()) and min(count.values()) > 0
+    state = vae.state_dict()
+    state.pop("decoder.conv_in.weight")
+    write_part(tmp_path / "cut", vae.config(), state)
+    with pytest.raises(ValueError, match=re.escape("1 missing (decoder.conv_in.weight)")):
+        load_vae(tmp_path / "cut", half="encoder")
 
 
 def test_optional_config_entries(vae, kind, tmp_path):

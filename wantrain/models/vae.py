@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,10 @@ LATENTS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
         ),
     ),
 }  # fmt: skip
+
+#: What a VAE consists of, and the modules of each.
+Half = Literal["encoder", "decoder"]
+HALVES: dict[Half, tuple[str, str]] = {"encoder": ("encoder", "quant_conv"), "decoder": ("post_quant_conv", "decoder")}
 
 #: Log variance that a posterior starts with: noise of a twentieth, so that the decoder gets a usable signal.
 NARROW = -6.0
@@ -141,6 +145,12 @@ class WanVAE(nn.Module):
         nn.init.zeros_(self.quant_conv.weight[self.z_dim :])
         assert self.quant_conv.bias is not None
         nn.init.constant_(self.quant_conv.bias[self.z_dim :], NARROW)
+
+    def keep_only(self, half: Half) -> None:
+        """Drop the other half's modules and weights: a VAE that only encodes, or only decodes, from now on."""
+        for other in HALVES.keys() - {half}:
+            for name in HALVES[other]:
+                delattr(self, name)
 
     def _levels(self, base: int) -> Levels:
         """The levels of an encoder or decoder that has `base` channels at full resolution."""

@@ -15,6 +15,7 @@ from wantrain.models.offload import OffloadPolicy
 from wantrain.runs.experts import ExpertSources
 from wantrain.sampling import ExpertOffloader, Experts, Sampler, Tiled
 from wantrain.sampling.generate import Velocity
+from wantrain.sampling.memory import half_of_vae
 from wantrain.sampling.peers import ALONE, Peers
 from wantrain.util.console import say
 from wantrain.util.progress import report_progress
@@ -41,7 +42,7 @@ def build_sampler(
     `conditioning` is the experts' conditioning type (wantrain/conditioning.py). `peers` are the processes that make
     each video together. ValueError for a tile that the VAE cannot take.
     """
-    vae = base.vae(device=device)
+    vae = base.vae(half=half_of_vae(conditioning), device=device)
     decode: Callable[[Tensor], Tensor] = vae.decode
     if tile is not None:
         geometry.check_size(tile, tile, vae.spatial_stride, key=f"tile={tile}")

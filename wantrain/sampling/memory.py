@@ -20,13 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from wantrain import geometry
-from wantrain.models import WanTransformer
+from wantrain.models import WanTransformer, WanVAE
 from wantrain.models.facts import blocks_of, outside_blocks
 from wantrain.models.flops import text_flops, training_flops
 from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.models.kept_text import KeptText
 from wantrain.models.offload import EXPERTS, OffloadPolicy
 from wantrain.models.pinned_memory import layout
+from wantrain.models.vae import Half
 from wantrain.models.vae_convolutions import plain_forms
 from wantrain.sampling.peers import ALONE, Peers
 from wantrain.util.live_bytes import LiveBytes
@@ -73,14 +74,16 @@ class Needs:
 class Call:
     """What is sampled at once.
 
-    tile       side in pixels of the squares that are decoded one by one; None: whole frames
-    processes  make each video together; the memory is that of one of them
+    tile          side in pixels of the squares that are decoded one by one; None: whole frames
+    processes     make each video together; the memory is that of one of them
+    conditioning  the experts' conditioning type (wantrain/conditioning.py)
     """
 
     bucket: geometry.Bucket
     batch_size: int = 1
     tile: int | None = None
     processes: int = 1
+    conditioning: str = "none"
 
     def peers(self, num_heads: int) -> Peers:
         """The first of these processes, where what it is sent has no values."""
@@ -93,9 +96,14 @@ class Call:
         return Peers(SequenceParallel(0, among, groups))
 
 
+def half_of_vae(conditioning: str) -> Half | None:
+    """The half of the VAE that sampling needs (None: both): without conditioning inputs nothing is encoded."""
+    return "decoder" if conditioning == "none" else None
+
+
 def describe(
     build_expert: Callable[[], nn.Module],
-    build_vae: Callable[[], nn.Module],
+    build_vae: Callable[[], WanVAE],
     call: Call,
     *,
     names: Sequence[str],
@@ -105,6 +113,8 @@ def describe(
     """Lines for `dry_run=true`. Modules are built without values, experts in `dtype` except for their float32 parts."""
     with FakeTensorMode():
         expert, vae = cast_as_loaded(build_expert(), dtype), build_vae()
+        if (half := half_of_vae(call.conditioning)) is not None:
+            vae.keep_only(half)
         return _describe(dict.fromkeys(names, expert), vae, call, policy)
 
 

@@ -91,4 +91,4 @@ class EncoderCheck:
             )
 
     def _load(self, part: str) -> nn.Module:
-        return self.base.vae() if part == "vae" else self.base.text_encoder(dtype=self.dtype)
+        return self.base.vae(half="encoder") if part == "vae" else self.base.text_encoder(dtype=self.dtype)

@@ -22,7 +22,7 @@ from wantrain.models.formats.loading import load_text_encoder, load_transformer,
 from wantrain.models.formats.weights import PICKLES, read_json, read_metadata, read_tensors
 from wantrain.models.text import TextEncoder
 from wantrain.models.transformer import WanTransformer
-from wantrain.models.vae import WanVAE
+from wantrain.models.vae import Half, WanVAE
 
 #: Folders of the diffusers layout: the high-noise expert (or the only model) is `transformer`.
 PARTS = {"high_noise": "transformer", "low_noise": "transformer_2", "dense": "transformer"}
@@ -134,9 +134,9 @@ class Base:
         """True if the expert's weights are stored in float8. Reads the files' headers."""
         return is_fp8(read_tensors(self.need(name)))
 
-    def vae(self, *, device: str | torch.device = "cpu") -> WanVAE:
-        """The VAE, frozen, in float32."""
-        return load_vae(self.need("vae"), device=device)
+    def vae(self, *, half: Half | None = None, device: str | torch.device = "cpu") -> WanVAE:
+        """The VAE, or a half of it, frozen, in float32."""
+        return load_vae(self.need("vae"), half=half, device=device)
 
     def text_encoder(self, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> TextEncoder:
         """The text encoder with its tokenizer, frozen."""

@@ -19,7 +19,7 @@ from wantrain.models.formats.storing import Source
 from wantrain.models.formats.weights import check_keys, load_strict, part_folder, read_config, read_tensors
 from wantrain.models.text import TextEncoder, check_dtype, read_tokenizer
 from wantrain.models.transformer import WanTransformer
-from wantrain.models.vae import WanVAE, vae_keywords
+from wantrain.models.vae import Half, WanVAE, vae_keywords
 from wantrain.util import libraries
 
 #: Published models by (width, input channels): the option of model= that fits.
@@ -220,11 +220,17 @@ def check_like(sizes: Mapping[str, Any], like: Mapping[str, Any], where: Path) -
         )
 
 
-def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
+def load_vae(
+    path: str | Path,
+    *,
+    half: Half | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> WanVAE:
     """A Wan-VAE 2.1 or 2.2 from a single file, its folder, or a pipeline folder in the diffusers layout; frozen.
 
-    For a single file the published latent statistics are assumed. ValueError names what is absent or does not fit, and
-    refuses other VAEs.
+    `half` loads the encoder's or the decoder's weights alone. For a single file the published latent statistics are
+    assumed. ValueError names what is absent or does not fit, and refuses other VAEs.
     """
     where = _part(path, "vae")
     tensors = read_tensors(where)
@@ -236,6 +242,10 @@ def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
         keywords = _vae_sizes(tensors, where)
     with torch.device("meta"):
         vae = WanVAE(**keywords)
+    if half is not None:
+        check_keys(vae, tensors, where)
+        vae.keep_only(half)
+        tensors = {key: tensors[key] for key in vae.state_dict()}
     load_strict(vae, tensors, where, device=device, dtype=dtype)
     return vae.eval().requires_grad_(False)
 
