@@ -1,6 +1,7 @@
 """Decoding in processes: the order asked for, and no file that can stop the others, whatever it does to its decoder."""
 
 import faulthandler
+import gc
 import itertools
 import os
 import signal
@@ -68,6 +69,34 @@ def test_clip_order(workers):
     found = decode(jobs, workers=workers)
     assert numbers(found) == wanted(jobs)
     assert found[0].frames.shape == (2, 3, 4, 3) and found[0].frames.dtype == np.uint8
+
+
+class Waiting:
+    """An object that cannot end in another process, as a decord reader, whose threads a fork does not copy."""
+
+    def __init__(self):
+        self.process, self.itself = os.getpid(), self
+
+    def __del__(self):
+        if os.getpid() != self.process:
+            time.sleep(60)
+
+
+def test_objects_of_the_parent_are_left_alone():
+    """A worker that collects garbage does not end what its parent had lost before the fork."""
+
+    def collecting(request):
+        gc.collect()
+        yield from read(request)
+
+    gc.collect()
+    gc.disable()
+    try:
+        Waiting()
+        assert numbers(decode([job("a")], read=collecting, timeout=5)) == wanted([job("a")])
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def test_untaken_clips():

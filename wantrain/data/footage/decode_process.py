@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import mmap
 import multiprocessing
@@ -93,6 +94,9 @@ def _serve(
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         return
+    # What the parent no longer used is never collected here: the end of a decord reader waits for its threads, which a
+    # fork does not copy.
+    gc.freeze()
     for end in others:
         end.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles Ctrl-C and a launcher's stop
