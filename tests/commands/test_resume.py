@@ -324,7 +324,7 @@ def test_adapter_resume(adapter, more, tiny, pair, call, tmp_path):
     assert again[1] == weights[1] and all(torch.equal(again[0][key], weights[0][key]) for key in weights[0])
 
 
-@pytest.mark.parametrize("optimizer", ["prodigy", "schedule_free"])
+@pytest.mark.parametrize("optimizer", [pytest.param("prodigy", marks=pytest.mark.slow), "schedule_free"])
 def test_adaptive_resume(optimizer, tiny, pair, call, tmp_path):
     """Runs whose optimizer finds a rate or an average by itself resume bit for bit, however often they are validated;
     what is exported of schedule-free AdamW is its average.

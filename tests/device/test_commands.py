@@ -51,8 +51,8 @@ def train(device, tiny, pair):
     [
         ("adapter=lora",),
         pytest.param(("adapter=lora", "precision=bf16", "recompute=block"), marks=pytest.mark.slow),
-        ("adapter=dora", "ema=0.9"),
-        ("adapter=none", "ema=0.9", "optimizer=muon"),
+        pytest.param(("adapter=dora", "ema=0.9"), marks=pytest.mark.slow),
+        pytest.param(("adapter=none", "ema=0.9", "optimizer=muon"), marks=pytest.mark.slow),
         pytest.param(
             (
                 "adapter=none",
@@ -65,7 +65,7 @@ def train(device, tiny, pair):
             ),
             marks=pytest.mark.slow,
         ),
-        ("adapter=partial", "adapter.layers=1", "adapter.tags=[ffn,head]"),
+        pytest.param(("adapter=partial", "adapter.layers=1", "adapter.tags=[ffn,head]"), marks=pytest.mark.slow),
         ("expert=both", "adapter=lora", "experts.offload=cpu"),
         pytest.param(("expert=both", "adapter=none"), marks=pytest.mark.slow),
         pytest.param(

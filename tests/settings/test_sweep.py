@@ -4,7 +4,7 @@ import functools
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, base
 from omegaconf.errors import OmegaConfBaseException
 
 from wantrain import checks, config
@@ -53,6 +53,14 @@ def cases():
             keys = [key for key in keys_of(composed(command, arguments)) if key not in seen]
             seen |= set(keys)
             yield command, arguments, keys
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_grammar():
+    """The same few interpolations are parsed for every value: each is parsed once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "parse", functools.cache(base.parse))
+        yield
 
 
 def updated(cfg, word):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 from wantrain.settings.kinds import Object, fits, keywords, problem, shown
@@ -17,11 +17,12 @@ def problems(values: Mapping[str, Any], schema: Mapping[str, Any], lookup: Looku
     values  the config as plain data, every reference resolved
     schema  dotted keys and their kinds (schema.py)
     """
-    return dict(_below(values, "", schema, lookup, command))
+    groups = {key[:at] for key in schema for at, sign in enumerate(key) if sign == "."}
+    return dict(_below(values, "", schema, groups, lookup, command))
 
 
 def _below(
-    values: Mapping[str, Any], prefix: str, schema: Mapping[str, Any], lookup: Lookup, command: str
+    values: Mapping[str, Any], prefix: str, schema: Mapping[str, Any], groups: Set[str], lookup: Lookup, command: str
 ) -> Iterator[tuple[str, str]]:
     kinds: Mapping[str, Any] = {}
     takes_others = False
@@ -39,9 +40,8 @@ def _below(
         key = f"{prefix}{name}"
         if name == "_target_":
             continue
-        group = [other for other in schema if other.startswith(f"{key}.")]
         kind = schema.get(key, kinds.get(name))
-        if kind is None and not group:
+        if kind is None and key not in groups:
             if kinds and not takes_others:
                 takes = ", ".join(each for each in kinds if each != "params")
                 yield key, f"{key} is no keyword of {values['_target_']}; it takes {takes}"
@@ -51,8 +51,8 @@ def _below(
             if kind is not None and not fits(value, kind):
                 yield key, problem(key, value, kind) or ""
             else:
-                yield from _below(value, f"{key}.", schema, lookup, command)
-        elif kind is None or (kind is Object and group):
+                yield from _below(value, f"{key}.", schema, groups, lookup, command)
+        elif kind is None or (kind is Object and key in groups):
             yield key, group_problem(key, value, schema)
         elif wrong := problem(key, value, kind):
             yield key, wrong

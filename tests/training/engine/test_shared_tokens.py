@@ -23,7 +23,8 @@ def alone(tiny, pair, inside, tmp_path_factory):
 @pytest.mark.parametrize(
     ("engine", "processes", "shared_by", "what"),
     [
-        ("ddp", 4, 2, "full"),  # two that share, twice
+        ("ddp", 2, 2, "full"),
+        pytest.param("ddp", 4, 2, "full", marks=pytest.mark.slow),  # two that share, twice
         pytest.param("ddp", 3, 3, "full", marks=pytest.mark.slow),  # of four heads: keys and values are gathered
         pytest.param("ddp", 2, 2, "lora", marks=pytest.mark.slow),
         pytest.param("ddp", 2, 2, "pair", marks=pytest.mark.slow),

@@ -46,7 +46,7 @@ def planned(name):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in {"character", "i2v_motion"} else pytest.param(name, marks=pytest.mark.slow) for name in PURPOSES],
+    [name if name == "character" else pytest.param(name, marks=pytest.mark.slow) for name in PURPOSES],
 )
 def test_headers(name):
     """The header of a recipe holds the planner's figures; WANTRAIN_WRITE_DOCS=1 writes them."""
