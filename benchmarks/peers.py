@@ -1,4 +1,5 @@
-"""diffusers' networks with the same weights as ours: the other side of benchmarks. Only benchmarks and tests need it.
+"""Other projects' networks with the same weights as ours: the other side of benchmarks. Only benchmarks and tests need
+it. diffusers' are the usual ones; DiffSynth-Studio's transformer is there where `pip install diffsynth` was done.
 
 A frozen weight is one tensor for both sides, so that two networks of 14B fit on one card. What diffusers keeps in
 another dtype, as its from_pretrained does, is a copy.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +63,55 @@ def transformer(ours: WanTransformer, *, share: bool = True) -> nn.Module:
     return module
 
 
+class DiffSynth(nn.Module):
+    """DiffSynth-Studio's WanModel as its trainer calls it.
+
+    recompute  computes every block again in the backward
+    """
+
+    def __init__(self, dit: nn.Module, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.dit, self.call, self.recompute = dit, call, False
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """Velocity (B, C, T, H, W)."""
+        what = {"latents": latents, "timestep": timestep, "context": text}
+        return self.call(self.dit, **what, use_gradient_checkpointing=self.recompute)
+
+
+def diffsynth_transformer(ours: WanTransformer) -> DiffSynth:
+    """DiffSynth-Studio's WanModel with the weights of ours, which has the same names, and peft's LoRA as its trainer
+    adds it, with the same values. ImportError where the package `diffsynth` is absent.
+    """
+    with libraries.importing():
+        from diffsynth.models.wan_video_dit import WanModel
+        from diffsynth.pipelines.wan_video import model_fn_wan_video
+
+    plain = {name.replace(".base_layer", ""): own for name, own in ours.named_parameters() if "lora_" not in name}
+    theirs: Any = WanModel(
+        dim=ours.num_attention_heads * ours.attention_head_dim,
+        in_dim=ours.in_channels,
+        ffn_dim=plain["blocks.0.ffn.0.weight"].shape[0],
+        out_dim=ours.out_channels,
+        text_dim=ours.text_dim,
+        freq_dim=plain["time_embedding.0.weight"].shape[1],
+        eps=ours.eps,
+        patch_size=tuple(ours.config()["patch_size"]),
+        num_heads=ours.num_attention_heads,
+        num_layers=len(ours.blocks),
+        has_image_input=False,
+    )
+    theirs.load_state_dict({name: own.detach() for name, own in plain.items()})
+    if values := {name: own for name, own in ours.named_parameters() if "lora_" in name}:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        layers = sorted({name.partition(".lora_")[0] for name in values})
+        theirs.requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(**_like_ours(ours), target_modules=layers), theirs)
+        _take(theirs, values)
+    return DiffSynth(theirs, model_fn_wan_video)
+
+
 def vae(ours: WanVAE) -> nn.Module:
     """AutoencoderKLWan with the same weights."""
     with libraries.importing():
@@ -107,9 +157,19 @@ def _add_lora(theirs: Any, ours: WanTransformer) -> None:
     from peft import LoraConfig
 
     layers = sorted({name.partition(".lora_")[0] for name in values})
+    theirs.add_adapter(LoraConfig(**_like_ours(ours), target_modules=layers))
+    _take(theirs, values)
+
+
+def _like_ours(ours: nn.Module) -> dict[str, Any]:
+    """peft's settings of the LoRA that ours has."""
     first: Any = next(module for module in ours.modules() if hasattr(module, "lora_A"))
-    rank, scaling = first.r["default"], first.scaling["default"]
-    theirs.add_adapter(LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=layers, lora_dropout=0.0))
+    rank = first.r["default"]
+    return {"r": rank, "lora_alpha": first.scaling["default"] * rank, "lora_dropout": 0.0}
+
+
+def _take(theirs: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give parameters copies of these values."""
     own = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, value in values.items():
