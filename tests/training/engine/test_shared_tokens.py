@@ -6,20 +6,6 @@ import pytest
 from engine_runs import STEPS, WHAT, hold
 
 
-@pytest.fixture(scope="module")
-def alone(tiny, pair, inside, tmp_path_factory):
-    """The same runs in one process, made when they are first asked for."""
-    folder = tmp_path_factory.mktemp("alone")
-
-    def made(what):
-        run = folder / "runs" / what
-        if not run.is_dir():
-            inside(folder, "train.py", *tiny.train, f"weights={pair}", *WHAT[what], f"run={what}")
-        return run
-
-    return made
-
-
 @pytest.mark.parametrize(
     ("engine", "processes", "shared_by", "what"),
     [
