@@ -142,6 +142,15 @@ def test_engine_on_two_nodes(engine, tiny, nodes, unbroken, tmp_path):
 
 
 @pytest.mark.slow
+def test_settings_error_ends_at_once(tiny, nodes, tmp_path):
+    """An error of settings is said once, and the launchers of both nodes end without another start."""
+    both = nodes(*tiny.train, *STEPS, "run=r", "batch_size=7", RESTARTS="3")
+    assert all(process.wait(timeout=100) for process in both)
+    assert len(re.findall("^error: ", said(tmp_path), flags=re.M)) == 1, said(tmp_path)
+    assert said(tmp_path).count("(exitcode: 2)") <= 2, said(tmp_path)  # of each node's process, once
+
+
+@pytest.mark.slow
 def test_folder_of_each_node_refused(tiny, nodes, tmp_path):
     """With a run folder on each node's own disk nothing is trained, and one line says why."""
     folders = [tmp_path / "one", tmp_path / "other"]

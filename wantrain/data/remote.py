@@ -30,6 +30,7 @@ from wantrain.data.shards import MANIFEST, check_shards, files_of
 from wantrain.util import distributed
 from wantrain.util.console import say
 from wantrain.util.files import write_atomically
+from wantrain.util.restarts import Transient
 
 #: Default cache folder (data.cache).
 CACHE = "~/.cache/wantrain/shards"
@@ -304,7 +305,7 @@ def open_url(url: str) -> BinaryIO:
 
 @contextmanager
 def reaching(url: str, what: str = "read") -> Iterator[None]:
-    """Turn any error of reading or writing a URL into one ValueError."""
+    """Turn any error of reading or writing a URL into one ValueError; Transient where it may pass."""
     try:
         yield
     except ImportError as error:
@@ -313,7 +314,8 @@ def reaching(url: str, what: str = "read") -> Iterator[None]:
             f"{url}: {scheme}:// needs a driver that is not installed ({error}); pip install 'wantrain[remote]'"
         ) from error
     except Exception as error:  # every driver has classes of its own
-        raise ValueError(f"{url} cannot be {what} ({type(error).__name__}: {error})") from error
+        kind = Transient if _may_pass(error) else ValueError
+        raise kind(f"{url} cannot be {what} ({type(error).__name__}: {error})") from error
 
 
 def _copy_at_last(url: str, handle: int, size: int, sha256: str) -> None:
@@ -325,12 +327,12 @@ def _copy_at_last(url: str, handle: int, size: int, sha256: str) -> None:
             _copy(url, handle, size, sha256)
             return
         except ValueError as error:
-            if attempt + 1 >= (REACHING if _may_pass(error.__cause__) else TRIES):
-                raise ValueError(f"{error}; {attempt + 1} attempts failed") from error
+            if attempt + 1 >= (REACHING if isinstance(error, Transient) else TRIES):
+                raise type(error)(f"{error}; {attempt + 1} attempts failed") from error
             time.sleep(min(LONGEST_PAUSE, PAUSE * 2**attempt))
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _may_pass(error: BaseException) -> bool:
     """True for an error of a network or a server that may be over in some minutes."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code in (408, 429)

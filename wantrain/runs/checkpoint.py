@@ -37,6 +37,7 @@ from wantrain.util.console import say
 from wantrain.util.files import file_hash, sync_file, write_json
 from wantrain.util.progress import report_progress
 from wantrain.util.renamed import upgraded_fields
+from wantrain.util.restarts import Transient
 
 STATE = "state.json"
 #: Writes a checkpoint's tensors into a folder; may return the sha256 of files that it hashed while writing them.
@@ -140,10 +141,10 @@ class Checkpoints:
             under_way.result()
 
     def finish(self) -> None:
-        """`wait`, at the end of a run: ValueError if the last checkpoint is missing, also with "continue"."""
+        """`wait`, at the end of a run: Transient if the last checkpoint is missing, also with "continue"."""
         self.wait()
         if self.failure is not None:
-            raise ValueError(f"the last checkpoint is missing: {self.failure}; the same command goes on from it")
+            raise Transient(f"the last checkpoint is missing: {self.failure}; the same command goes on from it")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -186,14 +187,14 @@ class Checkpoints:
 
     @contextmanager
     def _failures(self, step: int, size: int) -> Iterator[None]:
-        """Turn a disk error into a ValueError or a warning, by `on_failure`. Any other error is a bug."""
+        """Turn a disk error into a Transient or a warning, by `on_failure`. Any other error is a bug."""
         try:
             yield
         except OSError as error:
             what = f"checkpoint {self._final(step)} of {size:,} bytes" if size else f"checkpoint {self._final(step)}"
             self.failure = f"{what} could not be written: {_why(error)}. Those before it are as they were"
             if self.on_failure == "stop":
-                raise ValueError(self.failure) from error
+                raise Transient(self.failure) from error
             say(f"warning: {self.failure}; training goes on, and the next save tries again")
 
     def _write_behind(

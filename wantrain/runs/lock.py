@@ -23,6 +23,7 @@ from typing import IO
 from wantrain.util.console import say
 from wantrain.util.files import naming
 from wantrain.util.progress import report_progress
+from wantrain.util.restarts import Transient
 
 #: Name of the file that stands for a lock.
 HELD = ".lock.held"
@@ -39,7 +40,7 @@ LOOK = 1.0
 class RunLock:
     """Keeps other processes out of a run's folder, from here until `close` or the end of this process.
 
-    ValueError if another process has it. A holder that is gone is replaced (`HolderFile`).
+    Transient if another process has it. A holder that is gone is replaced (`HolderFile`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +51,7 @@ class RunLock:
         except BlockingIOError:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
-            raise ValueError(_taken(folder, holder)) from None
+            raise Transient(_taken(folder, holder)) from None
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:  # two processes in one folder would corrupt it
                 raise ValueError(
@@ -146,7 +147,7 @@ class HolderFile:
             time.sleep(LOOK)
             now = _read(self.path)
             if now != before and now is not None:
-                raise ValueError(_taken(self.path.parent, str(now)))
+                raise Transient(_taken(self.path.parent, str(now)))
             if not self.path.exists():
                 return  # its holder has ended in order
             if time.monotonic() > give_up:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from wantrain.util import ctrl_c
 from wantrain.util.distributed import is_main, says_first
+from wantrain.util.restarts import Transient, end_restarts
 
 #: Errors of disks and permissions, which a user can correct, by number: what to do. Other OSErrors are bugs.
 FIXES = {
@@ -47,8 +48,9 @@ def errors_to_exit_code() -> Iterator[None]:
     """For the entry point of a program: an error that the user can correct is one line on stderr and exit code 2.
 
     That is a ValueError, or what a disk refuses (`disk_error`); of several processes that meet the same one, one prints
-    it. Ctrl-C is one line and exit code 130. Other errors are bugs and show their traceback. From here on a reader of
-    stdout or stderr may go away: see `keep_streams`.
+    it. A ValueError that is not Transient also ends the restarts of a launch. Ctrl-C is one line and exit code 130.
+    Other errors are bugs and show their traceback. From here on a reader of stdout or stderr may go away: see
+    `keep_streams`.
     """
     keep_streams()
     outermost = ctrl_c.raises()
@@ -66,6 +68,8 @@ def errors_to_exit_code() -> Iterator[None]:
             print(f"error: {message}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # the launcher ends all processes with the first: leave time to the one that prints
+        if isinstance(error, ValueError) and not isinstance(error, Transient):
+            end_restarts()
         sys.exit(2)
     finally:
         if outermost:

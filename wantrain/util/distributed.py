@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore
 
+from wantrain.util.restarts import Transient
+
 #: How long the launcher's store may take to answer.
 STORE_TIMEOUT = timedelta(seconds=5)
 #: How long a collective of `process_group` may take: between two lie the loading of weights and the writing of a video.
@@ -99,11 +101,11 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """Make torch's error of processes that do not find each other a ValueError."""
+    """Make torch's error of processes that do not find each other a Transient."""
     try:
         yield
     except dist.DistNetworkError as error:
-        raise ValueError(
+        raise Transient(
             f"the processes do not find each other at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
             f"({' '.join(str(error).split())}); if another program has this port, launch with --main_process_port 0, "
             "which takes a free one"

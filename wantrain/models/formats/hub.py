@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wantrain.util.progress import report_progress
+from wantrain.util.restarts import Transient
 
 
 def is_repository(name: str) -> bool:
@@ -20,7 +21,7 @@ def fetch(repository: str, revision: str | None, patterns: Sequence[str], *, key
 
     key, revision_key  the config keys of repository and revision, for messages
 
-    ValueError if it cannot be fetched.
+    ValueError if it cannot be fetched; Transient, unless the hub answers that it is not there.
     """
     import huggingface_hub
 
@@ -33,7 +34,9 @@ def fetch(repository: str, revision: str | None, patterns: Sequence[str], *, key
         )
     except Exception as error:  # offline, no such repository, no permission: many classes, one meaning here
         at = "" if revision is None else f" at {revision_key}={revision}"
-        raise ValueError(
+        absent = huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.RevisionNotFoundError
+        kind = ValueError if isinstance(error, absent) else Transient
+        raise kind(
             f"{key}={repository} is neither a folder here nor a repository that could be fetched from the hub{at}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error

@@ -27,6 +27,7 @@ from wantrain.training.engine.placement import device_name
 from wantrain.util import distributed
 from wantrain.util.console import say
 from wantrain.util.files import made_by, missing_files
+from wantrain.util.restarts import Transient
 
 #: Where in the store the records stand.
 KEY = "wantrain/agreement/"
@@ -265,13 +266,13 @@ def _compare(what: str, mine: Mapping[str, Any], judge: Callable[[list[dict[str,
 
 
 def _records(store: Any, what: str) -> list[dict[str, Any]]:
-    """The records of all processes. ValueError that names those whose record does not come."""
+    """The records of all processes. Transient that names those whose record does not come."""
     keys = [f"{KEY}{what}/{rank}" for rank in range(distributed.world_size())]
     give_up, pause = time.monotonic() + ABSENT, 0.005
     while not store.check(keys):
         if time.monotonic() > give_up:
             absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            raise ValueError(
+            raise Transient(
                 f"of {len(keys)} processes {_ranges(absent)} did not report within {ABSENT:.0f} s: they hang, or have "
                 "ended; see their output"
             )
