@@ -93,7 +93,7 @@ def _options(cfg: DictConfig) -> data.EncodeOptions:
         loss_mask=cfg.loss_mask,
         batch_pixels=cfg.batch_pixels,
         retry=cfg.decode.retry,
-        part=data.Part.read(cfg.part),
+        part=distributed.Part.read(cfg.part),
         heartbeat_timeout=cfg.heartbeat_timeout,
         decode=data.DecodeOptions(workers=cfg.decode.workers, timeout=cfg.decode.timeout),
         cache=cfg.cache,

@@ -23,7 +23,7 @@ from wantrain.runs.loras import LoraSettings
 from wantrain.sampling import Peers, Settings, memory, peers
 from wantrain.sampling.build import load_sampler
 from wantrain.sampling.conditioning import ConditioningPixels, files_from, read_pixels
-from wantrain.sampling.gallery import Gallery, fill, mine, write_comparison, write_index
+from wantrain.sampling.gallery import Gallery, fill, write_comparison, write_index
 from wantrain.sampling.pairs import write_pairs
 from wantrain.sampling.prompts import Job, list_jobs, read_prompts
 from wantrain.util import devices, distributed
@@ -81,7 +81,7 @@ def sample(
     size = config.video_size(cfg) if pixels is None else Bucket(*pixels.shape)
     gallery = Gallery(out, settings, size, cfg.model.fps, found.identity(), found.label(), more, ours)
     say(f"{out}: experts {', '.join(found.names)} of {found.label()}; {settings}")
-    if missing := gallery.missing(mine(jobs, ours.size)):
+    if missing := gallery.missing(jobs[distributed.Part.read(cfg.part).share(ours.size)]):
         texts, policy = [*(job.prompt for job in missing), negative], OffloadPolicy(**config.plain(cfg.offload))
         sampler = load_sampler(found, texts, policy, device=device, dtype=dtype, peers=ours, **facts)
         fill(gallery, missing, sampler, batch_size=cfg.batch_size, pixels=pixels)

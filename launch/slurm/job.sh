@@ -47,7 +47,7 @@ requeue() {
     scontrol requeue "$name"
 }
 
-# Refuse an array with gaps: its tasks would not be all shares of the work.
+# Refuse an array with gaps: its tasks would not be all parts of the work.
 whole_array() {
     if [ "$SLURM_ARRAY_TASK_MIN" -ne 0 ] || [ "$SLURM_ARRAY_TASK_MAX" -ne $((SLURM_ARRAY_TASK_COUNT - 1)) ]; then
         echo "error: the array has to be 0-N without gaps, not $SLURM_ARRAY_TASK_MIN-$SLURM_ARRAY_TASK_MAX" >&2
@@ -60,15 +60,6 @@ part() {
     if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
         whole_array || return
         set -- "$@" "part=$((SLURM_ARRAY_TASK_ID + 1))/$SLURM_ARRAY_TASK_COUNT"
-    fi
-    step srun python -m wantrain "$@"
-}
-
-# This array task's share of a command that divides its work by rank, on one GPU.
-share() {
-    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
-        whole_array || return
-        export RANK=$SLURM_ARRAY_TASK_ID WORLD_SIZE=$SLURM_ARRAY_TASK_COUNT LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
     fi
     step srun python -m wantrain "$@"
 }

@@ -222,7 +222,7 @@ def job(fake, tmp_path):
     exit code and lines. `requeue NAME` is a line for each call of scontrol."""
     fake("scontrol", 'echo "$@"')
     fake("srun", 'exec "$@"')
-    fake("python", 'printf "%s\\n" "$RANK of $WORLD_SIZE" "$@"')
+    fake("python", 'printf "%s\\n" "rank ${RANK:-none}" "$@"')
 
     def run(script, sent=None, **own):
         env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **own}
@@ -260,19 +260,14 @@ def test_step_that_is_not_requeued(job):
     assert job(finished, 10) == (0, ["begun"])
 
 
-def test_share_of_an_array(job):
-    """A task of an array is a rank; an array with gaps is refused, for its ranks would not be 0 to N."""
-    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
-    whole = {**array, "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7"}
-    assert job("share encode out=x", **whole) == (0, ["3 of 8", "-m", "wantrain", "encode", "out=x"])
-    assert job("share encode", **{**whole, "SLURM_ARRAY_TASK_MAX": "8"}) == (2, [])
-
-
 def test_part_of_an_array(job):
-    """A task of an array makes a part, counted from 1; without an array it is all."""
+    """A task of an array makes a part, counted from 1, as one process; an array with gaps is refused, for its parts would
+    not be all of the work.
+    """
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
     whole = {**array, "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7"}
-    assert job("part encode out=x", **whole) == (0, [" of ", "-m", "wantrain", "encode", "out=x", "part=4/8"])
+    assert job("part encode out=x", **whole) == (0, ["rank none", "-m", "wantrain", "encode", "out=x", "part=4/8"])
+    assert job("part sample run=r") == (0, ["rank none", "-m", "wantrain", "sample", "run=r"])
     assert job("part encode", **{**whole, "SLURM_ARRAY_TASK_MAX": "8"}) == (2, [])
 
 

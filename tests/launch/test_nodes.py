@@ -223,3 +223,6 @@ def test_slurm_data(tiny, pair, batch, call, tmp_path):
     assert batch("--array=0-1", "launch/slurm/sample.sbatch", *wanted).wait(timeout=300) == 0, said(tmp_path)
     videos, page = list((tmp_path / "samples").glob("*.mp4")), (tmp_path / "samples" / "index.html").read_text()
     assert len(videos) == 3 and all(video.name in page for video in videos), said(tmp_path)
+    assert len(re.findall("^wrote samples/.*mp4$", said(tmp_path), flags=re.M)) == 3, said(
+        tmp_path
+    )  # each task says it

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from wantrain import config, geometry
 from wantrain.checks import schedules, updates
 from wantrain.data import ConditioningInputs, PairData
-from wantrain.data.latents.parts import Part
 from wantrain.data.upload import check_address
 from wantrain.losses import LossFunction, Preference
 from wantrain.models import attention, partial
@@ -73,10 +72,10 @@ def check(cfg: DictConfig, *, given: Iterable[str] = (), processes: int = 1) -> 
         judge(lambda: _check_peers(cfg, processes))
     if command in ON_DISK:
         judge(lambda: _check_on_disk(cfg, *ON_DISK[command]))
-    if command == "encode":
-        judge(lambda: Part.read(cfg.part))
-        if cfg.upload is not None:
-            judge(lambda: check_address(cfg.upload))
+    if command in ("encode", "sample"):
+        judge(lambda: distributed.Part.read(cfg.part))
+    if command == "encode" and cfg.upload is not None:
+        judge(lambda: check_address(cfg.upload))
     problems.extend(heard.unheard(command, values, given).values())
     _raise(problems)
 

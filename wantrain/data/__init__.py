@@ -12,7 +12,6 @@ from wantrain.data.footage.sources import find_footage
 from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.encoding import encode_shards
 from wantrain.data.latents.options import EncodeOptions, Encoders
-from wantrain.data.latents.parts import Part
 from wantrain.data.loading.dataset import LatentData
 from wantrain.data.loading.mixture import MixedData, check_sets
 from wantrain.data.loading.packs import Pack, PackSampler
@@ -46,7 +45,6 @@ __all__ = [
     "MixedData",
     "Pack",
     "PackSampler",
-    "Part",
     "PairData",
     "PhasedSampler",
     "PixelData",

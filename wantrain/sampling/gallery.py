@@ -2,8 +2,8 @@
 
 The identity of a sample is the hash of prompt, seed, settings and weights, and part of its file name. So a command
 that was stopped continues, a finished video is never made again, and no video overwrites another. Several processes
-(RANK and WORLD_SIZE) share a list by its numbers, without communication; of those that make each video together the
-first one writes.
+and parts (`distributed.Part`) share a list by its numbers, whatever is done already, without communication; of the
+processes that make each video together the first one writes.
 """
 
 from __future__ import annotations
@@ -143,14 +143,6 @@ def fill(
             )
         for job, frames in zip(some, videos, strict=True) if gallery.writes else ():
             say(f"wrote {gallery.add(job, frames)}")
-
-
-def mine(jobs: Sequence[Job], shared_by: int = 1) -> list[Job]:
-    """This process's share of a list, or that of the `shared_by` neighbours that make each video together; it does not
-    depend on what is done already.
-    """
-    ranks = distributed.DataRanks(shared_by)
-    return list(jobs[ranks.rank :: ranks.count])
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:

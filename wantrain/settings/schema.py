@@ -38,6 +38,7 @@ Density = Literal["uniform", "logit_normal"] | Object
 Weighting = Literal["none", "sigma_sqrt", "cosmap", "min_snr", "gaussian"] | Object
 Betas = Annotated[list[BelowOne], Len(2, 2), Says("two numbers of at least 0 and below 1: [0.9, 0.99]")]
 #: One layer's pattern or a number of blocks, as partial.py reads them.
+Part = Annotated[str, Says("K/N, e.g. 2/8")]
 Layers = Annotated[int | str | list[int | str], Says("block numbers: 0-9, or [0, 1, 20-29]")]
 
 SHARD: Mapping[str, Any] = {
@@ -97,7 +98,7 @@ ENCODE: Mapping[str, Any] = {
     "cache_gb": Positive,
     "out": File,
     "upload": File | None,
-    "part": Annotated[str, Says("K/N, e.g. 2/8")] | None,
+    "part": Part | None,
     "check": bool,
     "area": Count | Annotated[list[Count], Len(1), Says("a list of such numbers")],
     "aspects": Annotated[list[Positive], Len(1), Says("a list of numbers above 0, width / height")],
@@ -330,6 +331,7 @@ SAMPLE: Mapping[str, Any] = {
     "seed": Natural,
     "count": Count,
     "batch_size": Count,
+    "part": Part | None,
     "sequence_parallel": Count,
     "steps": Count,
     "solver": Literal["unipc", "dpm++", "euler"],

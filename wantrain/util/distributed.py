@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,38 @@ class DataRanks:
         if self.shared_by == 1:
             return gathered
         return gathered.unflatten(0, (world_size(), -1))[:: self.shared_by].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """part=K/N of a command: part `number` (from 1) of `count` starts that know nothing of each other.
+
+    A whole launch makes one part.
+    """
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def read(cls, text: str | None) -> Part:
+        """From K/N; None: the whole. ValueError for what is neither."""
+        if text is None:
+            return cls()
+        found = re.fullmatch(r"(\d+)/(\d+)", str(text))
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError(
+                f"part={text} must be K/N, the K-th of N starts with K from 1 to N: part=2/8. Of a SLURM array of 1-8: "
+                "part=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+            )
+        return cls(int(found[1]), int(found[2]))
+
+    def share(self, shared_by: int = 1) -> slice:
+        """Of a list, the items of this process, or of the `shared_by` neighbours that make each item together."""
+        ranks = DataRanks(shared_by)
+        return slice((self.number - 1) * ranks.count + ranks.rank, None, self.count * ranks.count)
+
+    def __str__(self) -> str:
+        return f"part {self.number} of {self.count}"
 
 
 def check_shared(shared_by: int, processes: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether a launch starts its processes again after an error, as torch's elastic agents do of themselves (launch/node.sh).
+"""Whether a launch starts its processes again after an error, as torch's elastic agents do by themselves (node.sh).
 
 An error that the user has to correct would come again, so the process that meets it closes the rendezvous of the
 agents, and those of all nodes end.

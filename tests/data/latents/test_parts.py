@@ -3,7 +3,7 @@
 import pytest
 from shard_helpers import contents, encode
 
-from wantrain.data.latents.parts import Part
+from wantrain.util.distributed import Part
 
 
 def test_parts(videos, latents, tmp_path, capsys):
@@ -54,12 +54,14 @@ def test_refused(text):
         Part.read(text)
 
 
-def test_ranks(monkeypatch):
-    """The processes of all parts share the work by number."""
+@pytest.mark.parametrize("shared_by", [1, 2])
+def test_ranks(shared_by, monkeypatch):
+    """The processes of all parts, or their groups, share a list by number."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     found = []
     for number in (1, 2, 3):
         for rank in (0, 1):
             monkeypatch.setenv("RANK", str(rank))
-            found.append((Part.read(f"{number}/3").rank, Part(number, 3).size))
-    assert found == [(rank, 6) for rank in range(6)]
+            found.append(list(range(12))[Part.read(f"{number}/3").share(shared_by)])
+    groups = [list(range(12))[first :: 6 // shared_by] for first in range(6 // shared_by)]
+    assert found == [group for group in groups for _ in range(shared_by)]

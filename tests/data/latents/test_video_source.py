@@ -15,9 +15,9 @@ from wantrain import checks, config
 from wantrain.data import PixelData, remote
 from wantrain.data.footage.decode_workers import Decoded, Job
 from wantrain.data.footage.video_shards import read_index, scan_video_shards
-from wantrain.data.latents.parts import Part
 from wantrain.data.latents.video_source import VideoSource
 from wantrain.data.shards import read_manifest
+from wantrain.util.distributed import Part
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from wantrain.data.latents.clip_encoder import ClipEncoder
 from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.heartbeat import Heartbeat
 from wantrain.data.latents.options import EncodeOptions, Encoders
-from wantrain.data.latents.parts import Part, finishing
+from wantrain.data.latents.parts import finishing
 from wantrain.data.latents.store import LatentFolder, Record, build_index
 from wantrain.data.latents.video_source import VideoSource
 from wantrain.data.latents.work_units import ClipRow, TextRow, Work, WorkUnit, plan_work
@@ -95,7 +95,7 @@ def encode_shards(
         encoder = _Encoder(folder, encoders, inputs, options, heartbeat)
         encoder.check_sources(source)
         jobs = _DecodeJobs(source, read, options.decode, masks=PAINTED in inputs.identity() or options.loss_mask)
-        encoder.make(work.share(options.part.rank, options.part.size), jobs, options.retry)
+        encoder.make(work.share(options.part), jobs, options.retry)
     if not distributed.is_main():
         return None
     heartbeat.wait()
@@ -112,7 +112,7 @@ def encode_shards(
         )
 
 
-def _is_left_to_others(folder: LatentFolder, work: Work, settings: Mapping[str, Any], part: Part) -> bool:
+def _is_left_to_others(folder: LatentFolder, work: Work, settings: Mapping[str, Any], part: distributed.Part) -> bool:
     """True if another part has finished the folder, or some are still at work; says which. False for the last one."""
     if LatentFolder(folder.out).is_finished(settings):
         say(f"{folder.out}: {part} is done, and another part has finished the folder")
@@ -298,7 +298,7 @@ class _Encoder:
         if source.remote is not None:
             return
         checked = set(self.folder.earlier.manifest.get("sources", []))
-        for shard in source.manifest["shards"][self.part.rank :: self.part.size]:
+        for shard in source.manifest["shards"][self.part.share()]:
             if shard["sha256"] not in checked:
                 check_shards(source.folder, {"kind": "video", "shards": [shard]})
                 self.heartbeat.send("checking the video shards")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from wantrain.conditioning import EncodePixels
 from wantrain.data.footage.decode_workers import DecodeOptions
-from wantrain.data.latents.parts import Part
 from wantrain.data.remote import CACHE
+from wantrain.util.distributed import Part
 
 EncodeTexts = Callable[[list[str]], list[Tensor]]
 

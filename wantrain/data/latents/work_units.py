@@ -23,6 +23,7 @@ from wantrain.data.latents.conditioning import ConditioningInputs
 from wantrain.data.latents.loss_masks import STORED
 from wantrain.data.latents.video_source import VideoSource
 from wantrain.masks import PAINTED
+from wantrain.util.distributed import Part
 
 #: Version of the encoding; raise it when the same footage, options and weights would give other latents or texts.
 CODE = 2
@@ -137,9 +138,9 @@ class Work:
         """Numbers of the files that clips are cut from."""
         return {int(row.entry.key, 16) for unit in self.latents for row in unit.rows if isinstance(row, ClipRow)}
 
-    def share(self, rank: int, size: int) -> list[WorkUnit]:
-        """The work units that process `rank` of `size` makes."""
-        return [*self.texts[rank::size], *self.latents[rank::size]]
+    def share(self, part: Part) -> list[WorkUnit]:
+        """The work units that this process makes of a part."""
+        return [*self.texts[part.share()], *self.latents[part.share()]]
 
 
 def plan_work(
