@@ -216,6 +216,45 @@ def test_site_file(tmp_path):
     assert ended.stdout.strip() == f"a=b c|environment|||/venv/bin:{os.environ['PATH']}"
 
 
+def launcher_of(command, fake, tmp_path, **own):
+    """What the launcher is given by a command of a pod or a rented machine, which has this environment."""
+    fake("accelerate")
+    (tmp_path / "launch").symlink_to(LAUNCH)
+    env = {
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        **own,
+    }
+    ended = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = ended.stdout.splitlines()
+    given = launcher(*lines[1 : lines.index("env SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")])
+    prepare_multi_gpu_env(given)
+    return given
+
+
+def test_pod_starts(fake, tmp_path):
+    """A worker's pod, with all variables that the training operator (1.9) sets in it, starts its part of the launch."""
+    job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text(encoding="utf-8"))
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    operator = {"RANK": "1", "WORLD_SIZE": "2", "PET_NODE_RANK": "1", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto"}
+    for key, value in {"MASTER_ADDR": "wantrain-master-0", "MASTER_PORT": "23456"}.items():
+        operator |= {key: value, f"PET_{key}": value}
+    command = [*container["command"], *container["args"]]
+    given = launcher_of(command, fake, tmp_path, **(site() | operator))
+    assert (given.num_machines, given.num_processes, given.rdzv_endpoint) == (2, 16, "wantrain-master-0:23456")
+    assert given.rdzv_conf.startswith("is_host=0,") and given.training_script_args[-1] == "run=mine"
+
+
+def test_rented_machine_starts(fake, tmp_path):
+    """The second of two machines, with SkyPilot's variables, starts its part of the launch."""
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text(encoding="utf-8"))
+    rented = {"NUM_NODES": "2", "NODE_RANK": "1", "NUM_GPUS_PER_NODE": "4", "NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    own = {f"SKYPILOT_{key}": value for key, value in rented.items()}
+    given = launcher_of(["bash", "-c", task["run"]], fake, tmp_path, **own)
+    assert (given.num_machines, given.num_processes, given.rdzv_endpoint) == (2, 8, "10.0.0.1:29500")
+    assert given.rdzv_conf.startswith("is_host=0,") and given.training_script_args[-1] == "run=mine"
+
+
 @pytest.fixture
 def job(fake, tmp_path):
     """job(script, signal, **environment): a batch script around job.sh, to which the signal is sent once it has begun; its
