@@ -36,9 +36,7 @@ class Assumptions:
     clips: int = assumed(100_000_000, "clips of the data set", "the question")
     card: str = assumed("h100", "card that is planned for", "data sheet, `wantrain/util/cards.py`")
     pass_tokens: int = assumed(32_760, "tokens of a card's pass where it has several clips", "one clip of 81x480x832")
-    pack_clips: int = assumed(
-        1_000_000, "clips whose packs are planned", "a hundredth: planning takes memory, see below"
-    )
+    pack_clips: int = assumed(1_000_000, "clips whose packs are planned", "choice: planning takes memory, see below")
     pack_steps: int = assumed(16, "steps of packs that are counted", "choice")
     steps_seen: int = assumed(2000, "steps of the whole order that are counted", "choice")
     exchange: float = assumed(

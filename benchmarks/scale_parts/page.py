@@ -25,7 +25,6 @@ def page(results: Results, *, words: Sequence[str] = ()) -> str:
 
 
 def _top(taken: Assumptions, words: Sequence[str]) -> str:
-    command = " ".join(["python benchmarks/scale.py", *words])
     return f"""
 # A run on {taken.processes:,} cards, on paper
 
@@ -33,18 +32,30 @@ This page says what a run of all weights of an A14B expert on {taken.processes:,
 need: order, storage, checkpoints, failures, GPU-hours. **All of it is calculated or simulated; nothing was measured on
 a cluster.** The product's own code is driven: its samplers for every process and clip, its planner for memory,
 operations and seconds, its writer of shards and its cache. What that code does not know is assumed, in one block.
+{_commands(words)} `tests/house/test_scale.py`
+holds what must be true of any: each clip once in an epoch, the same samples on half as many processes, equal work, the
+equations' interval among the best.
+"""
 
+
+def _commands(words: Sequence[str]) -> str:
+    """How this page is made, and how another; the page of given assumptions is of one command."""
+    if words:
+        return f"""
 ```bash
-{command}
+python benchmarks/scale.py {" ".join(words)}
+```
+
+It writes this page, its pictures and its numbers again (`scale.json` beside it)."""
+    return """
+```bash
+python benchmarks/scale.py
 python benchmarks/scale.py processes=256 clips=1e7 disk=20e9
 ```
 
 The first writes this page, its pictures and its numbers again ([benchmarks/scale.py](../benchmarks/scale.py),
 [scale.json](../benchmarks/scale.json)), in two minutes of a core and 3 GB. The second writes the report of another
-cluster into `runs/scale`. `tests/house/test_scale.py`
-holds what must be true of any: each clip once in an epoch, the same samples on half as many processes, equal work, the
-equations' interval among the best.
-"""
+cluster into `runs/scale`."""
 
 
 def _assumed(taken: Assumptions) -> str:

@@ -72,6 +72,13 @@ def test_page_of_results(parts, results, tmp_path):
         assert drawn == stored and len(stored) > 10 and f"images/{name}" in text
 
 
+def test_page_of_another_cluster(parts, results):
+    """The report of given assumptions has the one command that makes it."""
+    text = parts.page.page(results, words=["clips=1e7"])
+    (block,) = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    assert block == "python benchmarks/scale.py clips=1e7\n" and "It writes this page" in text
+
+
 def test_failures_again(parts, results):
     """Checkpoints and Monte Carlo, from the planner's figures in the results, come out as stored."""
     taken = parts.assumptions.Assumptions(**results["assumptions"])
