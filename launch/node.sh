@@ -45,6 +45,13 @@ if [ "$nodes" -eq 1 ]; then
 elif [ -n "${MASTER_ADDR:-}" ] && [ -n "${MASTER_PORT:-}" ]; then
     where=(--num_machines "$nodes" --machine_rank "$node" --main_process_ip "$MASTER_ADDR"
         --main_process_port "$MASTER_PORT" --rdzv_conf "is_host=$((node == 0)),join_timeout=900,read_timeout=300")
+    if grep -q '^parallelism_config:' "$file"; then # hybrid shards: each node is a group
+        if [ "$GPUS" -eq 1 ]; then
+            echo "error: LAUNCH=$LAUNCH: the GPUs of a node share its weights, and GPUS=1; take LAUNCH=fsdp2" >&2
+            exit 2
+        fi
+        where+=(--parallelism_config_dp_replicate_size "$nodes" --parallelism_config_dp_shard_size "$GPUS")
+    fi
 else
     echo "error: NODES=$nodes: MASTER_ADDR and MASTER_PORT have to say where node 0 is" >&2
     exit 2

@@ -173,6 +173,17 @@ def test_node_of_several(fake, tmp_path):
     } <= flags  # which torch reads as PET_*
 
 
+@pytest.mark.parametrize(("engine", "sizes"), [("fsdp2_hybrid", [3, 8]), ("fsdp2", [1, 1])])
+def test_groups_of_nodes(engine, sizes, fake, tmp_path):
+    """With hybrid shards each node is a group, however many there are; without them there are no groups."""
+    fake("accelerate")
+    where = {"NODES": "3", "NODE": "0", "MASTER_ADDR": "first", "GPUS": "8", "LAUNCH": engine}
+    _, lines, _ = run_node(tmp_path, "train", "run=r", **where)
+    args = launcher(*lines[1:-4])
+    assert [args.parallelism_config_dp_replicate_size, args.parallelism_config_dp_shard_size] == sizes
+    assert args.num_processes == 24 and args.use_parallelism_config == (engine == "fsdp2_hybrid")
+
+
 def test_only_node(fake, tmp_path):
     """Alone, a launch takes any free port, so that two of them fit on a machine."""
     fake("accelerate")
@@ -198,6 +209,7 @@ def test_one_process(fake, tmp_path):
         (["train"], {"LAUNCH": "zero9"}, "LAUNCH=zero9: there is no"),
         (["train"], {"GPUS": ""}, "GPUS is not set"),
         (["train"], {"NODES": "2"}, "MASTER_ADDR and MASTER_PORT have to say where node 0 is"),
+        (["train"], {"NODES": "2", "MASTER_ADDR": "a", "GPUS": "1", "LAUNCH": "fsdp2_hybrid"}, "take LAUNCH=fsdp2"),
         (["train"], {"SITE": "none.env"}, "SITE=none.env: there is no such file"),
     ],
 )

@@ -130,11 +130,11 @@ def test_node_comes_back(tiny, nodes, unbroken, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
-def test_engine_on_two_nodes(engine, tiny, nodes, unbroken, tmp_path):
+@pytest.mark.parametrize(("engine", "gpus"), [("zero2", 1), ("zero3", 1), ("fsdp2", 1), ("fsdp2_hybrid", 2)])
+def test_engine_on_two_nodes(engine, gpus, tiny, nodes, unbroken, tmp_path):
     """Each engine trains on two nodes as DDP does on one machine, and writes one checkpoint from both."""
     words = (*tiny.train, "init=scratch", *STEPS, "run=r", "stop_after=10")
-    both = nodes(*words, LAUNCH=f"cpu_{engine}")
+    both = nodes(*words, LAUNCH=f"cpu_{engine}", GPUS=str(gpus))
     assert [process.wait(timeout=300) for process in both] == [0, 0], said(tmp_path)
     wanted, found = measured(unbroken), measured(tmp_path / "runs/r")
     assert len(found) == 10 and all(abs(value / wanted[key] - 1) < 1e-5 for key, value in found.items())
