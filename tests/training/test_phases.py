@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from engine_runs import measured
 
 from wantrain import checks, config
 from wantrain.demo.footage import make_footage
@@ -41,8 +42,8 @@ def command(tiny, sizes, *more, schedule=SCHEDULE):
             "run=r", "optimizer=adamw", "data.holdout=0.2", "validation.every=3", *more]  # fmt: skip
 
 
-def rows(folder):
-    lines = (folder / "runs" / "r" / "metrics.jsonl").read_text().splitlines()
+def rows(folder, run="r"):
+    lines = (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "loss" in row]
 
 
@@ -65,7 +66,7 @@ def test_phases(unbroken):
     assert set.union(*owners[3:6]) == {"images", "video32"}
     assert [row["tokens"] / len(row["clips"]) for row in log[:3] + log[6:]] == [4.0] * 3 + [48.0] * 3
     for number, (step, mix) in enumerate(((0, "100% images"), (3, "33% images, 67% video32"), (6, "100% video64"))):
-        assert f"data.schedule: step {step} begins phase {number}, {mix}" in said
+        assert f"data.schedule: step {step} begins phase {number}, {mix}; {8 >> number} samples in each step" in said
     assert {"images", "video32", "video64"} <= log[-1]["validation_by_tag"].keys()
 
 
@@ -86,6 +87,44 @@ def test_resume_at_a_border(unbroken, tiny, sizes, call, tmp_path):
         [(row["loss"], row["clips"], row["phase"]) for row in rows(folder)] for folder in (unbroken[0], tmp_path)
     )
     assert parts == whole
+
+
+def held_to_one(rows_of_two, rows_of_one):
+    """Two processes took the steps of one, in the same phases; the log has the clips of the main process."""
+    for two, one in zip(rows_of_two, rows_of_one, strict=True):
+        assert [two.get(key) for key in ("phase", "expert", "samples")] == [
+            one.get(key) for key in ("phase", "expert", "samples")
+        ]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        clips = {str(clip) for clip in two["clips"]}
+        assert len(clips) == len(one["clips"]) // 2 and clips < {str(clip) for clip in one["clips"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes(engine, unbroken, tiny, sizes, launch, tmp_path):
+    """Two processes share out the steps of each phase, and train and validate as one does."""
+    launch(engine, *command(tiny, sizes))
+    held_to_one(rows(tmp_path), rows(unbroken[0]))
+    wanted, found = (measured(folder / "runs/r") for folder in (unbroken[0], tmp_path))
+    assert found == pytest.approx(wanted, rel=1e-5) and any(key == "validation_loss" for _, key in wanted)
+
+
+@pytest.mark.slow
+def test_pair(tiny, sizes, call, launch, tmp_path):
+    """Of a pair each expert goes through the phases by its own steps; stopped between two borders, and continued by two
+    processes, it is the unbroken run.
+    """
+    both = ("expert=both", f"steps={2 * STEPS}", "validation.every=6")
+    call("train.py", *command(tiny, sizes, *both, "run=one"))
+    call("train.py", *command(tiny, sizes, *both, "stop_after=7"))
+    launch("ddp", *command(tiny, sizes, *both))
+    one, two = rows(tmp_path, "one"), rows(tmp_path)
+    assert [(row["expert"], row["phase"]) for row in one] == [
+        (name, phase) for phase in (0, 1, 2) for _ in range(3) for name in ("high_noise", "low_noise")
+    ]
+    assert [row["clips"] for row in two[:7]] == [row["clips"] for row in one[:7]]
+    held_to_one(two[7:], one[7:])
 
 
 @pytest.mark.slow

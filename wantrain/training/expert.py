@@ -82,7 +82,8 @@ class ExpertTrainer:
             return expert
         if own == phase.start:
             whose = f" of {self.name}" if self.folder else ""
-            say(f"data.schedule: step {own}{whose} begins phase {phase.number}, {phase.entry}")
+            samples = f"{phase.sampler.samples_per_step:.6g} samples in each step"
+            say(f"data.schedule: step {own}{whose} begins phase {phase.number}, {phase.entry}; {samples}")
         return {**expert, "phase": phase.number}
 
     def snapshot(self) -> tuple[int, Callable[[Path], dict[Path, str]]]:
