@@ -319,9 +319,7 @@ def reaching(url: str, what: str = "read") -> Iterator[None]:
 
 
 def _copy_at_last(url: str, handle: int, size: int, sha256: str) -> None:
-    """`_copy`, again after a pause where it fails: a few times for a file that differs or is not there, for minutes
-    where its server cannot be reached. ValueError with the last failure.
-    """
+    """`_copy`, again where it fails: a few times, for minutes where that may pass. ValueError with the last failure."""
     for attempt in range(max(TRIES, REACHING)):
         try:
             _copy(url, handle, size, sha256)
