@@ -322,6 +322,16 @@ def test_part_of_an_array(job):
     assert job("part encode", **{**whole, "SLURM_ARRAY_TASK_MAX": "8"}) == (2, [])
 
 
+def test_rows_of_other_commands():
+    """accelerate's launcher has several processes for encode.py and sample.py as the page starts them."""
+    text = (LAUNCH / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| `(\w+\.py)` \| `accelerate launch (--num_processes) N (\w+\.py)", text, flags=re.M)
+    assert [command for command, _, _ in found] == ["encode.py", "sample.py"]
+    for command, flag, script in found:
+        args = launcher(flag, "2", "--multi_gpu", script)  # which the launcher adds where it sees several GPUs
+        assert args.training_script == script == command and args.num_processes == 2
+
+
 @pytest.mark.parametrize("row", rows())
 def test_row_is_understood(row):
     """accelerate's launcher takes the words of every row of launch/README.md, and has more than one process for it."""

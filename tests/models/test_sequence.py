@@ -1,10 +1,14 @@
 """Tokens shared out over processes: values and gradients are those of one, with threads in the place of processes."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peer_threads import Threads
+from safetensors.torch import load_file
 from torch import nn
 
 from wantrain import checks
@@ -56,23 +60,39 @@ def compare(model, given, size, *, bound=1e-5):
         assert (mean - grad).norm() <= bound * grad.norm() + 1e-9, name
 
 
+#: Inputs and what the network has of its own, by name.
+CASES = {
+    "even": ({"batch": 1, "frames": 3, "height": 8, "width": 6}, {}),
+    "odd": ({"batch": 2, "frames": 3, "height": 6, "width": 10, "rows": 6}, {}),  # 15 tokens a frame, texts not padded
+    "concat": (
+        {"batch": 2, "frames": 2, "height": 2, "width": 6, "concat": 4},
+        {"in_channels": 20},
+    ),  # 3: one of 4 has none
+    "frames": ({"batch": 2, "frames": 5, "height": 2, "width": 2, "per_frame": True}, {}),  # 1 token a frame
+}
+
+
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8])  # 12 heads: of 5 none are exchanged, of 8 among fours
-@pytest.mark.parametrize(
-    ("given", "more"),
-    [
-        ({"batch": 1, "frames": 3, "height": 8, "width": 6}, {}),
-        ({"batch": 2, "frames": 3, "height": 6, "width": 10, "rows": 6}, {}),  # 15 tokens a frame, no padding of texts
-        (
-            {"batch": 2, "frames": 2, "height": 2, "width": 6, "concat": 4},
-            {"in_channels": 20},
-        ),  # 3: one process of 4 has none
-        ({"batch": 2, "frames": 5, "height": 2, "width": 2, "per_frame": True}, {}),  # 1 token a frame
-    ],
-    ids=["even", "odd", "concat", "frames"],
-)
+@pytest.mark.parametrize(("given", "more"), CASES.values(), ids=CASES)
 def test_matches_one_process(size, given, more):
     """Odd numbers of tokens, two clips, further channels and a timestep for each frame."""
     compare(network(**more), inputs(**given), size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes(size, environment, tmp_path):
+    """The same in processes, over gloo: velocities and gradients of every case are those of one process."""
+    script, file = Path(__file__).parents[1] / "support" / "token_processes.py", tmp_path / "found.safetensors"
+    words = [[sys.executable, script, file, str(rank), str(size)] for rank in range(size)]
+    started = [subprocess.Popen(own, env=environment) for own in words]
+    assert [process.wait(timeout=200) for process in started] == [0] * size
+    found = load_file(file)
+    for name, (given, more) in CASES.items():
+        velocity, grads = step(network(**more), inputs(**given))
+        for key, wanted in {"velocity": velocity, **grads}.items():
+            assert (found.pop(f"{name}/{key}") - wanted).norm() <= 1e-5 * wanted.norm() + 1e-9, (name, key)
+    assert not found
 
 
 @pytest.mark.parametrize("recompute", ["block", "attention", 1])
