@@ -9,10 +9,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wantrain.models import WanTransformer, adapters, linear, quantize
+from wantrain.models import WanTransformer, adapters, feed_forward, linear, quantize
 from wantrain.models.activation_policy import ActivationPolicy
+from wantrain.models.feed_forward import FeedForward, computed_again, gated_feed_forward
 from wantrain.models.fused import affine_of, gated_residual, modulated_norm
-from wantrain.models.linear import FeedForward, Layer, computed_again, gated_feed_forward, linears
+from wantrain.models.linear import Layer, linears
 from wantrain.training.engine.accelerator import autocast
 
 WIDTH, INNER = 6, 20
@@ -85,7 +86,7 @@ def test_gradients(kind, precision, normed, monkeypatch):
     """Outputs and the gradient of every input and weight, for layers of every kind; `normed`: after a norm, of whose
     parts the gradients are made.
     """
-    monkeypatch.setattr(linear, "PART", 3)
+    monkeypatch.setattr(feed_forward, "PART", 3)
     module = network(kind)
     exact = in_float64(module)
     inputs = [drawn(2, 3, 5, WIDTH), drawn(2, 3, WIDTH), drawn(2, 3, WIDTH)]
@@ -101,7 +102,7 @@ def test_gradients(kind, precision, normed, monkeypatch):
     with autocast(precision, torch.device("cpu")):
         ours = run(module, inputs, torch.bfloat16 if precision == "bf16" else torch.float32)
     theirs = run(exact, others, torch.float64)
-    assert all(linear._hooked(layer) for layer in exact.modules())
+    assert all(linear.hooked(layer) for layer in exact.modules())
     slope = torch.randn(theirs.shape)
     ours.float().backward(slope)
     theirs.backward(slope.double())
@@ -195,7 +196,7 @@ def test_adapter_off():
 @pytest.mark.parametrize("rows", [(2, 3), (2, 1), (1, 1)])
 def test_end_of_recomputed_block(rows, kind, precision, monkeypatch):
     """The gated feed-forward network of a block that is computed again: outputs and the gradient of every input."""
-    monkeypatch.setattr(linear, "PART", 4)
+    monkeypatch.setattr(feed_forward, "PART", 4)
     ffn = network(kind).blocks[0][3]
     exact = in_float64(network(kind)).blocks[0][3]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from wantrain.models.facts import BlockRunner
-from wantrain.models.linear import computed_again
+from wantrain.models.feed_forward import computed_again
 from wantrain.models.pinned_memory import allocate, view_of
 from wantrain.util.copy_stream import CopyStream
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from wantrain.models import kronecker
 from wantrain.models.facts import blocks_of
-from wantrain.models.linear import frozen_layers
+from wantrain.models.feed_forward import frozen_layers
 from wantrain.models.transformer import Attention, Block, WanTransformer
 
 
@@ -103,7 +103,7 @@ def training_flops(module: WanTransformer, *, tokens: int, text_rows: int, times
         x = _block(count, block, tokens, text_rows, x, time, text)
         if number < module.run_block.recomputed and x:
             kept = attention_flops(tokens, tokens, module.dim) if module.run_block.keep_attention else 0
-            # The last layer of a frozen feed-forward network is not (linear.py); its weight is nearly all of its work.
+            # The last layer of a frozen network is not (feed_forward.py); its weight is nearly all of its work.
             moved = time or block.modulation.requires_grad
             left_out = 0 if moved or not frozen_layers(block.ffn) else 2 * tokens * _size(_base(block.ffn[2]))
             recompute += count.forward - before - kept - left_out

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from wantrain.geometry import PATCH
 from wantrain.models.attention import DEFAULT, Attend
 from wantrain.models.facts import BlockRunner, SequencePlan, Split, Tags
+from wantrain.models.feed_forward import FeedForward, gated_feed_forward
 from wantrain.models.fused import gated_residual, modulated_norm, norm_rotate
 from wantrain.models.inputs import grid_of, patches_of, stacked_texts, text_rows, unpatched
 from wantrain.models.kept_text import KeptRows, KeptText, for_blocks
-from wantrain.models.linear import FeedForward, gated_feed_forward, linears
+from wantrain.models.linear import linears
 from wantrain.models.packing import Packing
 from wantrain.models.positions import ROPE_LENGTH, rope_angles, sinusoid
 

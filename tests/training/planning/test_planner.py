@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wantrain import config
-from wantrain.models import fused, linear
+from wantrain.models import feed_forward, fused
 from wantrain.training.initialize import without_values
 from wantrain.training.planning import trace
 from wantrain.training.planning.memory import UpdateBytes
@@ -59,7 +59,7 @@ def test_parts_left_out(adapter, monkeypatch):
     """A trace that leaves out parts of loops gives the memory of the whole loops, and what they move within 1 %."""
     setting = memory.Setting(adapter, "block", "bf16", (1, 5, 16, 16))
     module = without_values(lambda: memory.build(setting))
-    monkeypatch.setattr(linear, "PART", 50)  # of 320 tokens: six parts, and one of 20
+    monkeypatch.setattr(feed_forward, "PART", 50)  # of 320 tokens: six parts, and one of 20
     monkeypatch.setattr(fused, "PIECE", 60 * 256)
     traced = []
     for shorten in (parts.shortened, lambda counts: nullcontext()):
