@@ -14,10 +14,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wantrain.models.fused import Exact, by_rows, gated_residual, pieces, split
+from wantrain.models.gelu import gelu, gelu_backward
 from wantrain.models.linear import FIXED, Layer, arguments, as_trained, down_gradient, hooked, source_of
 from wantrain.util.parts import parts
 
@@ -89,7 +89,7 @@ class _FeedForward(Exact):
         inner, narrow = first.product(flat, weights[0]) if keep else (None, None)
         for _, part in parts(1, len(flat), PART):
             of_part = first.product(flat[part], weights[0])[0] if inner is None else inner[part]
-            second.product(F.gelu(of_part, approximate="tanh"), weights[1], out=result[part])
+            second.product(gelu(of_part), weights[1], out=result[part])
         ctx.layers, ctx.shape, ctx.dtype, ctx.lengths = rest[0], x.shape, x.dtype, lengths
         if keep:
             ctx.save_for_backward(*source_of(flat, hat, gain, shift, trained[:4]), inner, narrow)
@@ -136,7 +136,7 @@ class _Tail(Exact):
         whole = torch.empty_like(x, memory_format=torch.contiguous_format)
         rows, tokens, result = (split(each, gate, lengths) for each in (x, y.to(dtype), whole))
         for place, row in pieces(rows, lengths, PART):
-            inner = F.gelu(first.product(tokens[place], weights[0])[0], approximate="tanh")
+            inner = gelu(first.product(tokens[place], weights[0])[0])
             torch.addcmul(rows[place], second.product(inner, weights[1])[0], gate[row], out=result[place])
         ctx.layers, ctx.kept, ctx.lengths = layers, kept, lengths
         ctx.shape, ctx.dtype, ctx.wide = y.shape, dtype, y.dtype
@@ -176,7 +176,7 @@ class _Gradients:
         (first, second), wanted = self.layers, self.wanted
         up = second.narrow_gradient(grad)
         if any(wanted[4:]):
-            activated = F.gelu(inner, approximate="tanh")
+            activated = gelu(inner)
             self._sum(4, grad.t(), activated)
             self._sum(6, None if up is None else up.t(), activated)
             self._sum(7, grad.t(), second.narrow(activated) if wanted[7] else None)
@@ -184,8 +184,7 @@ class _Gradients:
         self._sum(5, grad)
         if into is None and not any(wanted[:4]):
             return
-        middle = second.input_gradient(grad, up, self.weights[1])
-        torch.ops.aten.gelu_backward.grad_input(middle, inner, approximate="tanh", grad_input=middle)
+        middle = gelu_backward(second.input_gradient(grad, up, self.weights[1]), inner)
         down = first.narrow_gradient(middle)
         self._sum(0, middle.t(), x)
         self._sum(1, middle)
