@@ -151,7 +151,11 @@ def kept(module, x):
 
 @pytest.mark.parametrize(
     ("kind", "shapes"),
-    [("full", [(10, WIDTH), (10, INNER)]), ("frozen", [(10, INNER)]), ("lora", [(10, WIDTH), (10, INNER), (10, 2)])],
+    [
+        ("full", [(10, WIDTH), (10, INNER)]),
+        ("frozen", [(10, INNER)]),
+        ("lora", [(10, WIDTH), (10, INNER), (10, 2), (10, 2)]),
+    ],
 )
 def test_kept(kind, shapes):
     """The feed-forward network keeps its input, where a weight needs it, and what its GELU is given."""

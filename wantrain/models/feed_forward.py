@@ -87,17 +87,20 @@ class _FeedForward(Exact):
         weights = first.weight(dtype), second.weight(dtype)
         result = flat.new_empty(len(flat), len(weights[1]))
         inner, narrow = first.product(flat, weights[0]) if keep else (None, None)
+        later = second.empty_narrow(flat) if keep else None
         for _, part in parts(1, len(flat), PART):
             of_part = first.product(flat[part], weights[0])[0] if inner is None else inner[part]
-            second.product(gelu(of_part), weights[1], out=result[part])
+            _, own = second.product(gelu(of_part), weights[1], out=result[part])
+            if later is not None:
+                later[part] = own
         ctx.layers, ctx.shape, ctx.dtype, ctx.lengths = rest[0], x.shape, x.dtype, lengths
         if keep:
-            ctx.save_for_backward(*source_of(flat, hat, gain, shift, trained[:4]), inner, narrow)
+            ctx.save_for_backward(*source_of(flat, hat, gain, shift, trained[:4]), inner, narrow, later)
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        flat, hat, gain, shift, inner, narrow = ctx.saved_tensors
+        flat, hat, gain, shift, inner, *narrows = ctx.saved_tensors
         of_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[FIXED:]
         grad = grad.reshape(-1, grad.shape[-1])
         sums = _Gradients(ctx.layers, grad.dtype, wanted, len(grad))
@@ -106,7 +109,8 @@ class _FeedForward(Exact):
         whole = wanted[0] or wanted[4]
         for _, part in parts(1, len(grad), len(grad) if whole else PART):
             into = None if grad_x is None else grad_x[part]
-            sums.add(part, grad[part], inner[part], None if narrow is None else narrow[part], flat, into)
+            own = [None if narrow is None else narrow[part] for narrow in narrows]
+            sums.add(part, grad[part], inner[part], own, flat, into)
         grad_x = None if grad_x is None else grad_x.view(ctx.shape).to(ctx.dtype)
         return grad_x, *(None,) * (FIXED - 1), *sums.all(flat, hat, gain, shift, ctx.lengths)
 
@@ -154,7 +158,7 @@ class _Tail(Exact):
             inner, narrow = ctx.layers[0].product(tokens[place], sums.weights[0])
             first, part = place[0] * rows.shape[1], place[1]
             into = None if grad_y is None else grad_y[place]
-            sums.add(slice(first + part.start, first + part.stop), own, inner, narrow, None, into)
+            sums.add(slice(first + part.start, first + part.stop), own, inner, (narrow, None), None, into)
         grad_y = None if grad_y is None else grad_y.view(ctx.shape).to(ctx.wide)
         source = y.flatten(0, 1) if hat is None else None, hat, gain, shift, ctx.lengths
         return grad if of_x else None, grad_y, *(None,) * 5, *sums.all(*source)
@@ -169,9 +173,10 @@ class _Gradients:
         self._sums: dict[int, Tensor] = {}
         self._narrow: Tensor | None = None
 
-    def add(self, place: slice, grad: Tensor, inner: Tensor, narrow: Any, x: Any, into: Tensor | None) -> None:
-        """The part at `place` among the tokens: the gradient of the second layer's output, what the first one gave, and
-        its input where its weight is trained. The gradient of that input is written `into` its place.
+    def add(self, place: slice, grad: Tensor, inner: Tensor, narrows: Any, x: Any, into: Tensor | None) -> None:
+        """The part at `place` among the tokens: the gradient of the second layer's output, what the first one gave,
+        `narrow` of both (of the second None: not kept), and the first one's input where its weight is trained. The
+        gradient of that input is written `into` its place.
         """
         (first, second), wanted = self.layers, self.wanted
         up = second.narrow_gradient(grad)
@@ -179,7 +184,8 @@ class _Gradients:
             activated = gelu(inner)
             self._sum(4, grad.t(), activated)
             self._sum(6, None if up is None else up.t(), activated)
-            self._sum(7, grad.t(), second.narrow(activated) if wanted[7] else None)
+            narrow = second.narrow(activated) if narrows[1] is None and wanted[7] else narrows[1]
+            self._sum(7, None if narrow is None else narrow.t(), grad)
             del activated
         self._sum(5, grad)
         if into is None and not any(wanted[:4]):
@@ -188,7 +194,7 @@ class _Gradients:
         down = first.narrow_gradient(middle)
         self._sum(0, middle.t(), x)
         self._sum(1, middle)
-        self._sum(3, middle.t(), narrow)
+        self._sum(3, None if narrows[0] is None else narrows[0].t(), middle)
         if down is not None and self.wanted[2]:
             if self._narrow is None:
                 self._narrow = down.new_empty(self.tokens, down.shape[1])
@@ -211,4 +217,6 @@ class _Gradients:
         """All of them, in the dtypes of what they belong to; from the network's input, or its parts."""
         if self._narrow is not None:
             self._sums[2] = down_gradient(self._narrow, *source)
-        return as_trained([self._sums.get(number) for number in range(8)], self.layers)
+        found = [self._sums.get(number) for number in range(8)]
+        found[3::4] = [None if up is None else up.t() for up in found[3::4]]  # summed as (r, E), as in linear.py
+        return as_trained(found, self.layers)

@@ -242,13 +242,15 @@ class _NormRotate(Exact):
         ctx.by_result = cos is None and torch.finfo(x.dtype).tiny < LEAST
         if ctx.by_result:
             weight = torch.where(weight.abs() < LEAST, LEAST, weight)
+        alike = x.dtype == weight.dtype
         for place, _ in pieces(x):
-            scaled = x[place] * weight
+            scaled = torch.mul(x[place], weight, out=result[place] if alike else None)
             if cos is None:
                 torch.mul(scaled, rstd[place], out=result[place])
-            else:
-                turns = torch.complex(cos[place[1]], sin[place[1]]).mul_(rstd[place])
-                _pairs(scaled, heads).mul_(turns.unsqueeze(1))
+                continue
+            turns = torch.complex(cos[place[1]], sin[place[1]]).mul_(rstd[place])
+            _pairs(scaled, heads).mul_(turns.unsqueeze(1))
+            if not alike:
                 result[place] = scaled
         ctx.heads = heads
         ctx.save_for_backward(result if ctx.by_result else x, weight, rstd, cos, sin)
@@ -260,7 +262,7 @@ class _NormRotate(Exact):
         of_x, of_weight = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
         grad_weight = torch.zeros_like(weight) if of_weight else None
-        grad = grad.flatten(-2)
+        grad = grad.flatten(-2).contiguous()
         if ctx.by_result:
             _NormRotate._by_result(grad, x, weight, rstd, grad_x, grad_weight)
             return grad_x, grad_weight, None, None, None, None
@@ -269,9 +271,10 @@ class _NormRotate(Exact):
             if cos is None:
                 u = grad[place] * rstd[place]
             else:
-                u = grad[place].to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
+                own = grad[place].to(weight.dtype)
+                u = torch.empty_like(own) if own.dtype == grad.dtype else own
                 turns = torch.complex(cos[place[1]], -sin[place[1]]).mul_(rstd[place])
-                _pairs(u, ctx.heads).mul_(turns.unsqueeze(1))
+                torch.mul(_pairs(own, ctx.heads), turns.unsqueeze(1), out=_pairs(u, ctx.heads))
             product = torch.mul(u, x[place], out=torch.empty_like(x[place]))
             if grad_weight is not None:
                 grad_weight += product.sum(0, dtype=weight.dtype)

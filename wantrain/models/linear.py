@@ -74,35 +74,37 @@ class Layer:
         narrow = F.linear(x_LD, self.low_rank.down_rD.to(x_LD.dtype))
         return narrow if self.low_rank.scale == 1 else narrow.mul_(self.low_rank.scale)
 
-    def product(self, x_LD: Tensor, weight: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The layer's output (L, E), and `narrow`. `weight` is the base's."""
+    def empty_narrow(self, x_LD: Tensor) -> Tensor | None:
+        """Memory for the `narrow` of as many tokens."""
+        return None if self.low_rank is None else x_LD.new_empty(len(x_LD), len(self.low_rank.down_rD))
+
+    def product(
+        self, x_LD: Tensor, weight: Tensor, out: Tensor | None = None, narrow_Lr: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's output (L, E), and `narrow`, computed unless it is given. `weight` is the base's."""
         bias = self.base.bias
         if bias is None:
             out = torch.mm(x_LD, weight.t(), out=out)
         else:
             out = torch.addmm(bias.to(x_LD.dtype), x_LD, weight.t(), out=out)
-        narrow = self.narrow(x_LD)
+        narrow = self.narrow(x_LD) if narrow_Lr is None else narrow_Lr
         if narrow is not None:
             assert self.low_rank is not None
             torch.addmm(out, narrow, self.low_rank.up_Er.t().to(x_LD.dtype), out=out)
         return out, narrow
 
-    def narrow_gradient(self, grad_LE: Tensor) -> Tensor | None:
+    def narrow_gradient(self, grad_LE: Tensor, out: Tensor | None = None) -> Tensor | None:
         """The gradient of what `down` returns, (L, r)."""
         if self.low_rank is None:
             return None
-        narrow = grad_LE @ self.low_rank.up_Er.to(grad_LE.dtype)
+        narrow = torch.mm(grad_LE, self.low_rank.up_Er.to(grad_LE.dtype), out=out)
         return narrow if self.low_rank.scale == 1 else narrow.mul_(self.low_rank.scale)
 
     def input_gradient(
-        self, grad_LE: Tensor, narrow_Lr: Tensor | None, weight: Tensor, out: Tensor | None = None, *, add: bool = False
+        self, grad_LE: Tensor, narrow_Lr: Tensor | None, weight: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """The gradient of the input (L, D); `narrow` is narrow_gradient's. With `add` it is added to `out`."""
-        if add:
-            assert out is not None
-            torch.addmm(out, grad_LE, weight, out=out)
-        else:
-            out = torch.mm(grad_LE, weight, out=out)
+        """The gradient of the input (L, D); `narrow` is narrow_gradient's."""
+        out = torch.mm(grad_LE, weight, out=out)
         if narrow_Lr is not None:
             assert self.low_rank is not None
             torch.addmm(out, narrow_Lr, self.low_rank.down_rD.to(grad_LE.dtype), out=out)
@@ -135,7 +137,9 @@ class _Linears(Exact):
     def _forward(ctx: Any, x: Tensor, hat: Any, gain: Any, shift: Any, lengths: Any, *rest: Any) -> Any:
         layers, dtype, keep, *trained = rest
         flat = x.to(dtype).reshape(-1, x.shape[-1])
-        outs, narrows = zip(*(layer.product(flat, layer.weight(dtype)) for layer in layers), strict=True)
+        narrows = _narrows(layers, flat)
+        both = zip(layers, narrows, strict=True)
+        outs = [layer.product(flat, layer.weight(dtype), narrow_Lr=narrow)[0] for layer, narrow in both]
         ctx.layers, ctx.shape, ctx.dtype, ctx.lengths = layers, x.shape, x.dtype, lengths
         if keep:
             ctx.save_for_backward(*source_of(flat, hat, gain, shift, trained), *narrows)
@@ -145,21 +149,51 @@ class _Linears(Exact):
     def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         flat, hat, gain, shift, *narrows = ctx.saved_tensors
         of_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[FIXED:]
-        total, found = None, []
-        for number, (layer, grad, narrow) in enumerate(zip(ctx.layers, grads, narrows, strict=True)):
-            grad = grad.reshape(-1, grad.shape[-1])
-            of_weight, of_bias, of_down, of_up = wanted[4 * number : 4 * number + 4]
-            inner = layer.narrow_gradient(grad)
+        grads = tuple(grad.reshape(-1, grad.shape[-1]) for grad in grads)
+        downs, total, found = _downs(ctx.layers, grads[0].dtype), None, list[Any]()
+        inner = None if downs is None else grads[0].new_empty(len(grads[0]), len(downs))
+        for number, (layer, grad, own) in enumerate(zip(ctx.layers, grads, _by_layer(ctx.layers, inner), strict=True)):
+            of_weight, of_bias, _, of_up = wanted[4 * number : 4 * number + 4]
+            layer.narrow_gradient(grad, out=own)
             found += [
                 grad.t() @ flat if of_weight else None,
                 grad.sum(0, dtype=layer.base.bias.dtype) if of_bias else None,
-                down_gradient(inner, flat, hat, gain, shift, ctx.lengths) if of_down else None,
-                grad.t() @ narrow if of_up else None,
+                None,
+                (narrows[number].t() @ grad).t() if of_up else None,  # few rows: faster on a CPU than few columns
             ]
             if of_x:
-                total = layer.input_gradient(grad, inner, layer.weight(grad.dtype), total, add=total is not None)
+                weight = layer.weight(grad.dtype)
+                total = grad @ weight if total is None else torch.addmm(total, grad, weight, out=total)
+        if inner is not None and any(wanted[2::4]):
+            found[2::4] = _by_layer(ctx.layers, down_gradient(inner, flat, hat, gain, shift, ctx.lengths), dim=0)
+        if downs is not None and inner is not None and total is not None:
+            torch.addmm(total, inner, downs, out=total)
         grad_x = None if total is None else total.view(ctx.shape).to(ctx.dtype)
         return grad_x, *(None,) * (FIXED - 1), *as_trained(found, ctx.layers)
+
+
+def _downs(layers: Sequence[Layer], dtype: torch.dtype) -> Tensor | None:
+    """What the LoRAs of layers that share an input multiply it by, one below the other: (R, D), R the sum of ranks."""
+    found = [layer.low_rank.down_rD.to(dtype) for layer in layers if layer.low_rank is not None]
+    return (torch.cat(found) if len(found) > 1 else found[0]) if found else None
+
+
+def _by_layer(layers: Sequence[Layer], joint: Tensor | None, dim: int = 1) -> list[Tensor | None]:
+    """Each layer's part of what belongs to the LoRAs of all, which are R along `dim`."""
+    if joint is None:
+        return [None] * len(layers)
+    own = iter(joint.split([len(layer.low_rank.down_rD) for layer in layers if layer.low_rank is not None], dim))
+    return [None if layer.low_rank is None else next(own) for layer in layers]
+
+
+def _narrows(layers: Sequence[Layer], x_LD: Tensor) -> list[Tensor | None]:
+    """`narrow` of layers that share an input, which is read once."""
+    downs = _downs(layers, x_LD.dtype)
+    narrows = _by_layer(layers, None if downs is None else F.linear(x_LD, downs))
+    for layer, narrow in zip(layers, narrows, strict=True):
+        if narrow is not None and layer.low_rank is not None and layer.low_rank.scale != 1:
+            narrow.mul_(layer.low_rank.scale)
+    return narrows
 
 
 def source_of(flat: Tensor, hat: Any, gain: Any, shift: Any, trained: list[Any]) -> list[Tensor | None]:
