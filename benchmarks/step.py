@@ -1,4 +1,4 @@
-"""A training step on a CPU, beside diffusers' transformer: python benchmarks/step.py [--pairs 3] [--steps 3]
+"""A training step on a CPU, beside diffusers' transformer: python benchmarks/step.py [--pairs 3] [--only LoRA]
 
 The same weights (W-S: 6 layers, 384 wide, 14.8 M parameters, float32), one sample of 2,048 tokens and 512 rows of text,
 in the same plain accelerate loop: forward, backward, clipping, AdamW. Trained as a whole and by a LoRA of rank 16
@@ -6,7 +6,8 @@ beside all linear layers of the blocks, each with all activations kept and with 
 backward. Each run is a process of its own; the two sides take turns, and each pair begins with the other one. Reported
 are the process's CPU seconds per step without the first, and the peak of its resident memory above what it had before
 the first step. First the output and every gradient of both sides are held against each other: if they differ, the
-timing is void. Writes step.json after every case.
+timing is void. Writes step.json after every case; with --only the other cases stay as they are stored: `more`
+says when each was measured, `command` and `machine` are those of the last run.
 """
 
 from __future__ import annotations
@@ -164,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases that are measured")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--differences", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -180,7 +182,10 @@ def main() -> None:
 
     protocol = "a process per run, sides in turn, each pair in the other order; least CPU seconds of the steps but one"
     shapes = {"transformer": WS, "latents": [1, 16, 8, 32, 32], "text": [1, 512, 4096], "rank": RANK}
-    cases: dict[str, Any] = {}
+    path = Path(__file__).with_suffix(".json")
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cases": {}}
+    cases: dict[str, Any] = {name: own for name, own in stored["cases"].items() if name not in args.only}
+    dates = {name: stored.get("more", {}).get("measured", {}).get(name, stored["date"]) for name in cases}
     found = result.record(
         __file__,
         protocol=protocol,
@@ -194,10 +199,12 @@ def main() -> None:
         model = WanTransformer(**WS)
         nn.init.normal_(model.head.head.weight, std=0.02)
         write_part(Path(scratch), model.config(), renamed_to_diffusers(model.state_dict()))
-        for case in CASES:
+        for case in args.only:
             cases[case] = compare(Path(scratch), case, args.pairs, args.steps)
             print("\n".join(result.shown({"cases": {case: cases[case]}})), flush=True)
-            write_json(Path(__file__).with_suffix(".json"), {**found, "cases": cases})
+            dates[case] = found["date"]
+            ordered = {name: cases[name] for name in CASES if name in cases}
+            write_json(path, {**found, "cases": ordered, "more": {"measured": {name: dates[name] for name in ordered}}})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wantrain.models.fused import Exact, by_rows, gated_residual, pieces, split
-from wantrain.models.gelu import gelu, gelu_backward
+from wantrain.models.gelu import gelu, gelu_backward, gelu_slope
 from wantrain.models.linear import FIXED, Layer, arguments, as_trained, down_gradient, hooked, source_of
 from wantrain.util.parts import parts
 
@@ -179,9 +179,9 @@ class _Gradients:
         gradient of that input is written `into` its place.
         """
         (first, second), wanted = self.layers, self.wanted
-        up = second.narrow_gradient(grad)
+        up, slope = second.narrow_gradient(grad), None
         if any(wanted[4:]):
-            activated = gelu(inner)
+            activated, slope = gelu_slope(inner)
             self._sum(4, grad.t(), activated)
             self._sum(6, None if up is None else up.t(), activated)
             narrow = second.narrow(activated) if narrows[1] is None and wanted[7] else narrows[1]
@@ -190,7 +190,7 @@ class _Gradients:
         self._sum(5, grad)
         if into is None and not any(wanted[:4]):
             return
-        middle = gelu_backward(second.input_gradient(grad, up, self.weights[1]), inner)
+        middle = gelu_backward(second.input_gradient(grad, up, self.weights[1]), inner, slope)
         down = first.narrow_gradient(middle)
         self._sum(0, middle.t(), x)
         self._sum(1, middle)

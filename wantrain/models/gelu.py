@@ -33,18 +33,26 @@ def gelu(x_LD: Tensor) -> Tensor:
     return result
 
 
-def gelu_backward(grad_LD: Tensor, x_LD: Tensor) -> Tensor:
-    """The gradient of x, from that of gelu(x), in its place."""
+def gelu_slope(x_LD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """gelu(x), and its derivative at x where both come from one sigmoid."""
     if not _by_sigmoid(x_LD):
-        return torch.ops.aten.gelu_backward.grad_input(grad_LD, x_LD, approximate="tanh", grad_input=grad_LD)
-    a = x_LD.new_tensor(A)
+        return F.gelu(x_LD, approximate="tanh"), None
+    result, slopes, a = torch.empty_like(x_LD), torch.empty_like(x_LD), x_LD.new_tensor(A)
     for place in _pieces(x_LD):
-        x = x_LD[place]
+        x, slope = x_LD[place], slopes[place]
         sigmoid = _sigmoid(x, torch.empty_like(x))
-        # The slope is sigmoid(z) + x * sigmoid'(z) * dz/dx.
-        slope = torch.addcmul(a, x, x, value=3 * B).mul_(torch.ops.aten.sigmoid_backward(x, sigmoid)).add_(sigmoid)
-        grad_LD[place].mul_(slope)
-    return grad_LD
+        torch.mul(x, sigmoid, out=result[place])
+        # sigmoid(z) + x * sigmoid'(z) * dz/dx
+        torch.addcmul(a, x, x, value=3 * B, out=slope)
+        slope.mul_(torch.ops.aten.sigmoid_backward(x, sigmoid)).add_(sigmoid)
+    return result, slopes
+
+
+def gelu_backward(grad_LD: Tensor, x_LD: Tensor, slope_LD: Tensor | None) -> Tensor:
+    """The gradient of x, from that of gelu(x), in its place; `slope` as `gelu_slope` gave it."""
+    if slope_LD is not None:
+        return grad_LD.mul_(slope_LD)
+    return torch.ops.aten.gelu_backward.grad_input(grad_LD, x_LD, approximate="tanh", grad_input=grad_LD)
 
 
 def _by_sigmoid(x: Tensor) -> bool:
