@@ -17,7 +17,7 @@ from wantrain.models.linear import Layer, linears
 from wantrain.training.engine.accelerator import autocast
 
 WIDTH, INNER = 6, 20
-KINDS = ["full", "frozen", "lora", "lora, scaled", "int8", "int8, lora", "dora"]
+KINDS = ["full", "frozen", "lora", "lora, scaled", "lora, some", "int8", "int8, lora", "dora"]
 #: Of the size of each tensor. Six values wide, plain layers in bf16 (DoRA here) are as far off.
 CLOSE = {"fp32": 3e-6, "bf16": 3e-2}
 
@@ -25,7 +25,8 @@ CLOSE = {"fp32": 3e-6, "bf16": 3e-2}
 class Network(torch.nn.Module):
     """Three layers of one input, as q, k and v are, and a feed-forward network of their sum."""
 
-    adapter_targets: ClassVar = {"all": ".*"}
+    #: Some: the first and the third of the three layers, and the last of the feed-forward network.
+    adapter_targets: ClassVar = {"all": ".*", "some": r"blocks\.0\.(0|2|3\.2)"}
     repeated_blocks: ClassVar = ("blocks",)
 
     def __init__(self):
@@ -49,7 +50,8 @@ def network(kind):
             quantize.replace_layer(module, name, stored, torch.float32)
     if "lora" in kind or kind == "dora":
         alpha = 3 if "scaled" in kind else 2
-        adapters.inject(module, adapters.AdapterSettings(2, alpha, "all", dora=kind == "dora"), seed=0)
+        targets = "some" if "some" in kind else "all"
+        adapters.inject(module, adapters.AdapterSettings(2, alpha, targets, dora=kind == "dora"), seed=0)
         for name, parameter in module.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.5)
