@@ -179,18 +179,18 @@ class _Gradients:
         gradient of that input is written `into` its place.
         """
         (first, second), wanted = self.layers, self.wanted
-        up, slope = second.narrow_gradient(grad), None
+        up, slope, activated = second.narrow_gradient(grad), None, None
         if any(wanted[4:]):
             activated, slope = gelu_slope(inner)
             self._sum(4, grad.t(), activated)
             self._sum(6, None if up is None else up.t(), activated)
             narrow = second.narrow(activated) if narrows[1] is None and wanted[7] else narrows[1]
             self._sum(7, None if narrow is None else narrow.t(), grad)
-            del activated
         self._sum(5, grad)
         if into is None and not any(wanted[:4]):
             return
-        middle = gelu_backward(second.input_gradient(grad, up, self.weights[1]), inner, slope)
+        middle = second.input_gradient(grad, up, self.weights[1], out=activated)  # in the memory of what is done with
+        gelu_backward(middle, inner, slope)
         down = first.narrow_gradient(middle)
         self._sum(0, middle.t(), x)
         self._sum(1, middle)
