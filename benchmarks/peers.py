@@ -185,10 +185,15 @@ def twin_of(name: str) -> str:
 
 
 def gradients(ours: nn.Module, theirs: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Every gradient of both sides, under diffusers' names."""
-    mine = {twin_of(name): p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    other = {name.replace(".base_layer", ""): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    return mine, other
+    """Every gradient of both sides, under the other one's names."""
+
+    def found(module: nn.Module) -> dict[str, Tensor]:
+        parameters = module.named_parameters()
+        return {name.replace(".base_layer", ""): p.grad for name, p in parameters if p.grad is not None}
+
+    if isinstance(theirs, DiffSynth):
+        return found(ours), {name.removeprefix("dit."): grad for name, grad in found(theirs).items()}
+    return {twin_of(name): grad for name, grad in found(ours).items()}, found(theirs)
 
 
 def apart(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[float, str]:

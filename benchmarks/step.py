@@ -8,6 +8,8 @@ are the process's CPU seconds per step without the first, and the peak of its re
 the first step. First the output and every gradient of both sides are held against each other: if they differ, the
 timing is void. Writes step.json after every case; with --only the other cases stay as they are stored: `more`
 says when each was measured, `command` and `machine` are those of the last run.
+Cases "beside DiffSynth-Studio" hold its transformer, with peft's LoRA as its trainer adds it, against ours in the same
+loop, without goals. They are measured by name alone, in an environment where `pip install diffsynth` was done.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from torch import Tensor, nn
 WS: dict[str, Any] = {
     "num_attention_heads": 3, "attention_head_dim": 128, "text_dim": 4096, "ffn_dim": 1024, "num_layers": 6,
 }  # fmt: skip
-RANK, SIDES = 16, ("ours", "diffusers")
+RANK = 16
+#: The other sides, of which the second takes part in the cases that name it.
+PEERS = "diffusers", "DiffSynth-Studio"
 #: Goals for ours over theirs.
 CASES: dict[str, dict[str, float]] = {
     "full": {"CPU s": 1.0, "MB": 0.8},
@@ -38,6 +42,7 @@ CASES: dict[str, dict[str, float]] = {
     "LoRA": {"CPU s": 0.95, "MB": 0.65},
     "LoRA, recomputed": {"CPU s": 1.0},
 }
+OTHERS: dict[str, dict[str, float]] = {f"{case}, beside {PEERS[1]}": {} for case in CASES}
 #: What is measured, and its unit.
 MEASURES = {"seconds per step": "CPU s", "memory above the start": "MB"}
 #: Largest difference of an output or a gradient, as a share of its largest value.
@@ -72,6 +77,22 @@ def build_theirs(folder: Path, case: str) -> nn.Module:
     return module
 
 
+def build_diffsynth(folder: Path, case: str) -> nn.Module:
+    """DiffSynth-Studio's transformer, with peft's LoRA."""
+    ours: Any = build_ours(folder, case)
+    module = peers.diffsynth_transformer(ours)
+    module.recompute = "recomputed" in case
+    return module
+
+
+BUILD = {"ours": build_ours, PEERS[0]: build_theirs, PEERS[1]: build_diffsynth}
+
+
+def sides(case: str) -> tuple[str, str]:
+    """Whom a case compares."""
+    return "ours", PEERS[PEERS[1] in case]
+
+
 def resident(name: str) -> int:
     """Bytes of this process: VmRSS, or its peak, VmHWM."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -90,14 +111,14 @@ def run(side: str, case: str, folder: Path, steps: int) -> dict[str, Any]:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    module = (build_ours if side == "ours" else build_theirs)(folder, case).train()
+    module = BUILD[side](folder, case).train()
     (latents, noise, text), timestep = batch(), torch.tensor([700.0])
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module, optimizer = accelerator.prepare(module, torch.optim.AdamW(trained, lr=1e-4, fused=True))
 
     def forward(x: Tensor) -> Tensor:
         output = module(x, timestep, text)
-        return output if side == "ours" else output.sample
+        return output.sample if side == PEERS[0] else output
 
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # a new peak
     before, losses, seconds = resident("VmRSS"), [], []
@@ -121,14 +142,19 @@ def differences(case: str, folder: Path) -> dict[str, float]:
     for name, parameter in ours.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)  # at zero A would have no gradient
-    theirs: Any = peers.transformer(ours).train()
-    if "recomputed" in case:
-        theirs.enable_gradient_checkpointing()
+    theirs: Any
+    if sides(case)[1] == PEERS[0]:
+        theirs = peers.transformer(ours).train()
+        if "recomputed" in case:
+            theirs.enable_gradient_checkpointing()
+    else:
+        theirs = peers.diffsynth_transformer(ours).train()
+        theirs.recompute = "recomputed" in case
     latents, noise, text = batch()
     outputs = []
     for module in (ours, theirs):
         output = module(noise, torch.ones(1), text)
-        output = output if module is ours else output.sample
+        output = getattr(output, "sample", output)
         (output - latents).square().mean().backward()
         outputs.append({"output": output.detach()})
     return {"output": peers.apart(*outputs)[0], "gradients": peers.apart(*peers.gradients(ours, theirs))[0]}
@@ -145,15 +171,17 @@ def apart(*words: str) -> dict[str, Any]:
 def compare(folder: Path, case: str, pairs: int, steps: int) -> dict[str, Any]:
     """Both sides of a case: held against each other, then timed turn by turn."""
     errors = {name: (error, CLOSE) for name, error in apart("--differences", case, str(folder)).items()}
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    both = sides(case)
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in both}
     for pair in range(pairs):
-        for side in SIDES if pair % 2 else reversed(SIDES):
+        for side in both if pair % 2 else reversed(both):
             runs[side].append(apart("--one", side, case, str(folder), str(steps)))
-    first = [runs[side][0]["losses"][0] for side in SIDES]
+    first = [runs[side][0]["losses"][0] for side in both]
     errors["loss of the first step"] = abs(first[0] - first[1]) / first[1], CLOSE
+    goals = CASES | OTHERS
     measures = {
         name: result.measure(
-            unit, {side: [run[unit] for run in runs[side]] for side in SIDES}, at_most=CASES[case].get(unit)
+            unit, {side: [run[unit] for run in runs[side]] for side in both}, at_most=goals[case].get(unit)
         )
         for name, unit in MEASURES.items()
     }
@@ -165,7 +193,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases that are measured")
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES | OTHERS, default=list(CASES), help="cases that are measured"
+    )
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--differences", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -191,7 +221,7 @@ def main() -> None:
         protocol=protocol,
         shapes={**shapes, "dtype": "float32", "steps": args.steps},
         cases={},
-        libraries=("torch", "diffusers", "peft", "accelerate"),
+        libraries=("torch", "diffusers", "diffsynth", "peft", "accelerate"),
         threads=torch.get_num_threads(),
     )
     with tempfile.TemporaryDirectory() as scratch:
@@ -203,7 +233,7 @@ def main() -> None:
             cases[case] = compare(Path(scratch), case, args.pairs, args.steps)
             print("\n".join(result.shown({"cases": {case: cases[case]}})), flush=True)
             dates[case] = found["date"]
-            ordered = {name: cases[name] for name in CASES if name in cases}
+            ordered = {name: cases[name] for name in CASES | OTHERS if name in cases}
             write_json(path, {**found, "cases": ordered, "more": {"measured": {name: dates[name] for name in ordered}}})
 
 
