@@ -144,6 +144,16 @@ def test_plan(tiny, sizes, call):
     assert re.search(r"TFLOP per step      9x64x64: .* x 2 samples", said)
 
 
+def test_plan_of_a_pair(call):
+    """Of a pair the plan has each expert's own steps, also before the data are there."""
+    said = call("train.py", "recipe=wan_tiny_scratch", "expert=both", "steps=6000", "dry_run=true").stdout
+    for name in ("high_noise", "low_noise"):
+        for start, size, steps in ((0, 64, 1000), (1000, 32, 1500), (2500, 16, 500)):
+            line = f"= {size} samples per step, {size * steps} in {steps} steps   ({name})"
+            assert re.search(rf"^from step {start} .*{re.escape(line)}$", said, flags=re.M), said
+    assert f"steps               6000: {2 * (64_000 + 48_000 + 8_000)} samples" in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -10,6 +10,7 @@ from torch import nn
 from wantrain import geometry
 from wantrain.data import PackSampler, PhasedSampler
 from wantrain.data.loading.phases import Order
+from wantrain.data.loading.schedule import Entry
 from wantrain.losses import FlowMatching, LossFunction
 from wantrain.models import WanTransformer, quantize
 from wantrain.models.flops import training_flops
@@ -104,14 +105,16 @@ def describe(
     kept: Standing,
     checkpoints: Mapping[str, Any],
     losses: Mapping[str, LossFunction],
+    alternation: ExpertAlternation,
 ) -> str:
     """Lines for `dry_run=true`: tokens per sample, samples per step, steps, epochs, operations, trained parameters,
     memory, disk. `steps` is None where only data that are not there could tell; a module is None where only weights
     could. `checkpoints` are the settings of that name.
     """
     lines = [_clips(clips, bucket, count) for bucket, count in clips.counts.most_common()]
-    if isinstance(clips.plan, PhasedSampler):
-        lines += _phases(clips.plan, batching, steps)
+    if clips.entries:
+        assert steps is not None, "epochs= is refused with a schedule"
+        lines += _phases(clips, batching, {name: alternation.count(name, steps) for name in modules})
     else:
         lines += _samples(clips, batching) + _length(clips, batching, steps)
     for name, module in modules.items():
@@ -151,21 +154,27 @@ def _samples(clips: Clips, batching: Batching) -> list[str]:
     ]
 
 
-def _phases(plan: PhasedSampler, batching: Batching, steps: int | None) -> list[str]:
-    """A line for each phase of data.schedule, and the samples of all."""
-    assert steps is not None, "epochs= is refused with a schedule"
-    ends = [phase.start for phase in plan.phases[1:]] + [steps]
-    lines = []
-    for phase, end in zip(plan.phases, ends, strict=True):
-        assert phase.entry is not None
-        samples = plan.samples_before(end) - phase.before
-        own = f"{batching}"
-        if batching.tokens is None:
-            sized = batching.resized(phase.entry.batch_size)
-            own = f"{sized} = {sized.batch_size}"
-        said = f"{own} samples per step, {samples} in {end - phase.start} steps"
-        lines.append(f"{f'from step {phase.start}':<19} {phase.entry}: {said}")
-    return [*lines, f"steps               {steps}: {plan.samples_before(steps)} samples"]
+def _phases(clips: Clips, batching: Batching, steps: Mapping[str, int]) -> list[str]:
+    """A line for each phase of data.schedule, and the samples of all. `steps` are each expert's own, by its name."""
+    lines, total = [], 0
+    for name, own in steps.items():
+        whose = f"   ({name})" if len(steps) > 1 else ""
+        ends = [entry.start for entry in clips.entries[1:]] + [own]
+        for entry, end in zip(clips.entries, ends, strict=True):
+            each, samples = _phase(clips, batching, entry, end)
+            said = f"{each} samples per step, {samples or '?'} in {end - entry.start} steps"
+            lines.append(f"{f'from step {entry.start}':<19} {entry}: {said}{whose}")
+            total += samples
+    return [*lines, f"steps               {sum(steps.values())}" + (f": {total} samples" if total else "")]
+
+
+def _phase(clips: Clips, batching: Batching, entry: Entry, end: int) -> tuple[str, int]:
+    """How a step of a phase is shared out, and the samples of its steps; 0 for packs of clips that are not there."""
+    if batching.tokens is None:
+        sized = batching.resized(entry.batch_size)
+        return f"{sized} = {sized.batch_size}", sized.batch_size * (end - entry.start)
+    plan = clips.plan
+    return f"{batching}", 0 if plan is None else plan.samples_before(end) - plan.samples_before(entry.start)
 
 
 def _length(clips: Clips, batching: Batching, steps: int | None) -> list[str]:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from wantrain import geometry
-from wantrain.data import TrainingData, phases_of
+from wantrain.data import TrainingData, phases_of, read_schedule
 from wantrain.data.loading.phases import Order
+from wantrain.data.loading.schedule import Entry
 from wantrain.data.shards import MANIFEST
 from wantrain.models import Base, attention, quantize
 from wantrain.models.formats.loading import cast_as_loaded
@@ -67,12 +68,14 @@ class Clips:
     strides  the VAE's over time and space; None where clips are trained on as pixels
     plan     their order; None where the data are not there yet
     micro    of each bucket the most samples of a backward pass, where a schedule has batch sizes of its own; else empty
+    entries  of data.schedule; empty without one
     """
 
     counts: Counter[str]
     strides: tuple[int, int] | None
     plan: Order | None
     micro: Mapping[str, int] = field(default_factory=dict)
+    entries: Sequence[Entry] = ()
 
     @property
     def commonest(self) -> str:
@@ -117,7 +120,7 @@ def clips_of(data: TrainingData, settings: Mapping[str, Any]) -> Clips:
     strides = (data.manifest["temporal_stride"], data.manifest["spatial_stride"]) if encoded else None
     batching = Batching.of_settings(settings, distributed.world_size())
     plan = batching.order(data, settings["seed"])
-    return Clips(Counter(data.bucket_names), strides, plan, samples_by_bucket(data, plan, batching))
+    return Clips(Counter(data.bucket_names), strides, plan, samples_by_bucket(data, plan, batching), data.schedule)
 
 
 def samples_by_bucket(data: TrainingData, plan: Order, batching: Batching) -> dict[str, int]:
@@ -144,7 +147,9 @@ def _clip_of_own_size(settings: Mapping[str, Any]) -> Clips:
 def _clip_of_size(bucket: geometry.Bucket, settings: Mapping[str, Any]) -> Clips:
     strides = geometry.Buckets.temporal_stride, settings["model"]["multiple"] // geometry.PATCH[1]
     pixels = settings["expert"]["name"] == "vae"
-    return Clips(Counter([str(bucket)]), None if pixels else strides, None)
+    schedule = settings["data"].get("schedule")
+    entries = () if schedule is None else read_schedule(schedule, settings["data"]["sets"])
+    return Clips(Counter([str(bucket)]), None if pixels else strides, None, entries=entries)
 
 
 def _bucket(text: str, multiple: int) -> geometry.Bucket:
