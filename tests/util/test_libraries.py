@@ -3,9 +3,11 @@ and every other warning is shown.
 """
 
 import enum
+import gc
 import logging
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,26 @@ def test_dropped_messages(caplog):
     after = said(caplog)
     assert len(after) == 5
     assert during == [after[1], after[3], after[4]]
+
+
+def test_frames_are_let_go(tmp_path, monkeypatch):
+    """What the callers of an import have is let go with them, though a library caught an error on the way."""
+    (tmp_path / "catching.py").write_text(
+        "def fail():\n    try:\n        raise KeyError\n    except KeyError as error:\n        kept = error\n"
+        "        raise ValueError from error\n\ntry:\n    fail()\nexcept ValueError as error:\n    held = [error]\n"
+        "    held.append(held)\n    del held\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Large:
+        pass
+
+    def load():
+        own = Large()
+        with libraries.importing():
+            import catching  # noqa: F401
+        return weakref.ref(own)
+
+    large = load()
+    gc.collect()
+    assert large() is None

@@ -55,9 +55,10 @@ SUPPRESSED: dict[str, Judge] = {
 @contextmanager
 def importing() -> Iterator[None]:
     """Around an import that may import torchao or bitsandbytes: the messages in SUPPRESSED are not logged. The garbage
-    collector rests meanwhile, which takes a third off such an import, and passes over what it made later.
+    collector rests meanwhile, which takes a third off such an import, and passes over what it made later. Errors that a
+    library caught hold the frames of the import, and by them all that their callers have: they are collected first.
     """
-    collects = gc.isenabled()
+    collects, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     filters = {name: lambda record, judge=judge: not judge(record) for name, judge in SUPPRESSED.items()}
     for name, keeps in filters.items():
@@ -65,7 +66,9 @@ def importing() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > before:
+            gc.collect()
+            gc.freeze()
         if collects:
             gc.enable()
         for name, keeps in filters.items():
