@@ -98,8 +98,8 @@ class Forecast:
         steps = estimate.foreseen_length(clips.plan, **self.length)
         losses = {name: expert.loss for name, expert in self.experts.items()}
         checkpoints = self.settings["checkpoint"]
-        known = (clips, self.modules, self.batching, steps, self.kept, checkpoints, losses, self.alternation)
-        lines = estimate.describe(*known)
+        facts = (clips, self.modules, self.batching, steps, self.kept, checkpoints, losses, self.alternation)
+        lines = estimate.describe(*facts)
         planner = self.planner(engine)
         plans = None if planner is None else planner.describe(clips, card, steps)
         noise = estimate.noise_levels(losses)
