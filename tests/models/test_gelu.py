@@ -35,6 +35,21 @@ def test_against_float64(shape, dtype, strided, monkeypatch):
     near(result, exact.grad)
 
 
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_module(dtype):
+    """The module gives what the function gives, bit for bit, and the exact gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 18, dtype=torch.float64).to(dtype).transpose(0, 1).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    expected = F.gelu(exact, approximate="tanh")
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    value = gelu.Gelu()(x)
+    value.backward(grad.to(dtype))
+    assert torch.equal(value.reshape(-1, 18), gelu.gelu(x.detach().reshape(-1, 18)))
+    near(x.grad, exact.grad)
+
+
 def near(ours, exact):
     assert (ours.double() - exact).abs().max() <= CLOSE[ours.dtype] * exact.abs().max()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wantrain.models.fused import Exact, by_rows, gated_residual, pieces, split
-from wantrain.models.gelu import gelu, gelu_backward, gelu_slope
+from wantrain.models.gelu import Gelu, gelu, gelu_backward, gelu_slope
 from wantrain.models.linear import FIXED, Layer, arguments, as_trained, down_gradient, hooked, source_of
 from wantrain.util.parts import parts
 
@@ -33,7 +33,7 @@ class FeedForward(nn.Sequential):
     """
 
     def __init__(self, dim: int, inner: int) -> None:
-        super().__init__(nn.Linear(dim, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, dim))
+        super().__init__(nn.Linear(dim, inner), Gelu(), nn.Linear(inner, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = (None, None) if torch.compiler.is_compiling() else (Layer.of(self[0]), Layer.of(self[2]))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from wantrain.util.parts import parts
 
@@ -21,6 +23,19 @@ A = 2 * math.sqrt(2 / math.pi)
 B = 0.044715 * A
 #: Elements of a piece: 1 MiB.
 PIECE = 1 << 18
+
+
+class Gelu(nn.GELU):
+    """The module, for layers that are called one by one: it gives the same as `gelu`, bit for bit."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not _by_sigmoid(x):
+            return super().forward(x)
+        result: Tensor = _Gelu.apply(x)
+        return result
 
 
 def gelu(x_LD: Tensor) -> Tensor:
@@ -53,6 +68,21 @@ def gelu_backward(grad_LD: Tensor, x_LD: Tensor, slope_LD: Tensor | None) -> Ten
     if slope_LD is not None:
         return grad_LD.mul_(slope_LD)
     return torch.ops.aten.gelu_backward.grad_input(grad_LD, x_LD, approximate="tanh", grad_input=grad_LD)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return gelu(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        _, slope = gelu_slope(x.reshape(-1, x.shape[-1]))
+        assert slope is not None
+        return grad * slope.view(x.shape)
 
 
 def _by_sigmoid(x: Tensor) -> bool:
