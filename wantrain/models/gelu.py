@@ -52,7 +52,7 @@ def gelu_slope(x_LD: Tensor) -> tuple[Tensor, Tensor | None]:
     """gelu(x), and its derivative at x where both come from one sigmoid."""
     if not _by_sigmoid(x_LD):
         return F.gelu(x_LD, approximate="tanh"), None
-    result, slopes, a = torch.empty_like(x_LD), torch.empty_like(x_LD), x_LD.new_tensor(A)
+    result, slopes, a = torch.empty_like(x_LD), torch.empty_like(x_LD), x_LD.new_full((), A)
     for place in _pieces(x_LD):
         x, slope = x_LD[place], slopes[place]
         sigmoid = _sigmoid(x, torch.empty_like(x))
@@ -95,4 +95,4 @@ def _pieces(x_LD: Tensor) -> Iterator[slice]:
 
 def _sigmoid(x: Tensor, out: Tensor) -> Tensor:
     """sigmoid(z) of x, in `out`."""
-    return torch.addcmul(x.new_tensor(A), x, x, value=B, out=out).mul_(x).sigmoid_()
+    return torch.addcmul(x.new_full((), A), x, x, value=B, out=out).mul_(x).sigmoid_()
