@@ -1,13 +1,14 @@
 """A training step on a CPU, beside diffusers' transformer: python benchmarks/step.py [--pairs 3] [--only LoRA]
 
-The same weights (W-S: 6 layers, 384 wide, 14.8 M parameters, float32), one sample of 2,048 tokens and 512 rows of text,
-in the same plain accelerate loop: forward, backward, clipping, AdamW. Trained as a whole and by a LoRA of rank 16
-beside all linear layers of the blocks, each with all activations kept and with every block computed again in the
-backward. Each run is a process of its own; the two sides take turns, and each pair begins with the other one. Reported
-are the process's CPU seconds per step without the first, and the peak of its resident memory above what it had before
-the first step. First the output and every gradient of both sides are held against each other: if they differ, the
-timing is void. Writes step.json after every case; with --only the other cases stay as they are stored: `more`
-says when each was measured, `command` and `machine` are those of the last run.
+The same weights (W-S: 6 layers, 384 wide, 14.8 M parameters, float32), one sample of 2,048 tokens and 512 rows of
+text, in the same plain accelerate loop: forward, backward, clipping, AdamW. Trained as a whole and by a LoRA of rank
+16 beside all linear layers of the blocks, each with all activations kept and with every block computed again in the
+backward. Each run is a process of its own; the two sides take turns, and each pair begins with the other one.
+Reported are the process's CPU seconds per step without the first, and the peak of its resident memory above what it
+had before the first step. Both keep freed memory for the next step, as train.py does on a CPU. First the output and
+every gradient of both sides are held against each other: if they differ, the timing is void. Writes step.json after
+every case; with --only the other cases stay as they are stored: `more` says when each was measured, `command` and
+`machine` are those of the last run.
 Cases "beside DiffSynth-Studio" hold its transformer, with peft's LoRA as its trainer adds it, against ours in the same
 loop, without goals. They are measured by name alone, in an environment where `pip install diffsynth` was done.
 """
@@ -110,6 +111,9 @@ def run(side: str, case: str, folder: Path, steps: int) -> dict[str, Any]:
     """One process's steps."""
     from accelerate import Accelerator
 
+    from wantrain.util import allocator
+
+    allocator.keep_freed_memory()
     accelerator = Accelerator(cpu=True)
     module = BUILD[side](folder, case).train()
     (latents, noise, text), timestep = batch(), torch.tensor([700.0])

@@ -274,3 +274,29 @@ def test_marked_block_runs(page, lines, tiny, environment, tmp_path):
     for pattern, rounded in quoted:
         figures = [rounded.format(float(figure)) for figure in re.findall(pattern, ended.stdout)]
         assert figures and figures[-1] in section("Memory and seconds"), figures
+
+
+#: The sizes in the table of docs/sampling.md, as settings.
+SAMPLED = {
+    "A14B 480x832": "model=t2v_a14b height=480 width=832 num_frames=81",
+    "A14B 720x1280": "model=t2v_a14b height=720 width=1280 num_frames=81",
+    "5B 704x1280x121": "model=ti2v_5b height=704 width=1280 num_frames=121",
+    "1.3B 480x832": "model=t2v_1_3b height=480 width=832 num_frames=81",
+}
+
+
+@pytest.mark.slow
+def test_memory_of_sampling(call):
+    """The dry runs print the figures of docs/sampling.md."""
+    lines = (ROOT / "docs/sampling.md").read_text(encoding="utf-8").splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("| `offload.experts` | `off"))
+    header, _, *rows = ([cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines[start : start + 5])
+    settings = ""
+    for column, title in enumerate(header[2:], 2):
+        settings = SAMPLED.get(title, f"{settings} tile=256")
+        assert title in SAMPLED or title.endswith("tile=256"), title
+        printed = call("sample.py", *settings.split(), "dry_run=true").stdout
+        for row in rows:
+            for experts in re.findall(r"\w+", row[0].replace(" or ", " ")):
+                (figure,) = re.findall(rf"^ +{experts} +{row[1]} +([\d.]+) GiB", printed, flags=re.M)
+                assert f"{float(figure):.1f}" == row[column], (settings, experts, row[1])

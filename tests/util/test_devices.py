@@ -129,18 +129,19 @@ def test_large_model_on_cpu(call, without_cuda, tmp_path, monkeypatch):
 TAKEN = """
 import torch
 torch.cuda.is_available = lambda: True
-from wantrain.training.engine.accelerator import start_accelerator
+from wantrain.training.engine.accelerator import allocator, start_accelerator
+allocator.keep_freed_memory = lambda: print("kept")
 print(start_accelerator("cpu", hang=None).device)
 """
 
 
 def test_cpu_accelerator_beside_gpu(environment):
-    """With device=cpu the accelerator is on the CPU, also beside a GPU.
+    """With device=cpu the accelerator is on the CPU, also beside a GPU, and freed memory is kept.
 
     The GPU is simulated: torch has no CUDA in this test.
     """
     ended = subprocess.run([sys.executable, "-c", TAKEN], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0 and ended.stdout.splitlines()[-1] == "cpu", ended.stdout + ended.stderr
+    assert ended.returncode == 0 and ended.stdout.splitlines()[-2:] == ["kept", "cpu"], ended.stdout + ended.stderr
 
 
 def test_cpu_with_fsdp2(environment):

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from wantrain.util import devices, distributed
+from wantrain.util import allocator, devices, distributed
 from wantrain.util.build_locks import stale_locks
 
 #: Engines that give each process only a part of the weights: every forward needs all processes.
@@ -54,6 +54,8 @@ def start_accelerator(device: str = "auto", *, hang: float | None) -> Accelerato
     if wanted.startswith("zero"):
         _refuse_stale_locks()
     on_cpu, timeout = devices.choose(device).type == "cpu", group_timeout(hang)
+    if on_cpu:
+        allocator.keep_freed_memory()
     passed_over = on_cpu and torch.cuda.is_available()  # accelerate would take the GPU
     if passed_over and wanted not in {"single", "ddp"}:
         raise ValueError(
