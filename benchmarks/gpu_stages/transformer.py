@@ -23,7 +23,7 @@ from wantrain.models import WanTransformer, adapters
 from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.models.attention import choose, set_kernel
 from wantrain.models.flops import training_flops
-from wantrain.models.quantize import quantizable, quantize, replace_layer
+from wantrain.models.quantize import Format, quantizable, quantize, replace_layer
 from wantrain.training.engine.accelerator import autocast, start_accelerator
 from wantrain.training.engine.engine import StepOptions, Stepper
 from wantrain.training.engine.optim import build_optimizer
@@ -49,7 +49,7 @@ def expert(
     )
     assert isinstance(module, WanTransformer)
     for name in quantizable(module) if stored else ():
-        replace_layer(module, name, quantize(module.get_submodule(name).weight, stored), dtype)  # type: ignore[arg-type]
+        replace_layer(module, name, quantize(module.get_submodule(name).weight, Format(stored)), dtype)  # type: ignore[arg-type]
     if kind == "lora":
         settings = adapters.AdapterSettings(rank=sizes.RANK, alpha=sizes.RANK, targets="attention+ffn")
         adapters.inject(module, settings, seed=0)

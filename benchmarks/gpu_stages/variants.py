@@ -17,7 +17,7 @@ from gpu_stages.pairs import Side, in_turn, in_words
 from gpu_stages.transformer import expert, forward_backward, passes
 from wantrain.models import WanTransformer
 from wantrain.models.offload import ModuleOffloader, blocks_to_swap
-from wantrain.models.quantize import FORMATS, check_library, quantize
+from wantrain.models.quantize import FORMATS, Format, check_library, quantize
 
 #: Of eight blocks, those that wait on the host.
 SWAPPED = 6
@@ -76,7 +76,7 @@ def _same_values(context: Context, kind: str) -> None:
     """A weight stored on the card has the CPU's bytes, and gives its values again."""
     side = 256 if context.small else 2048
     weight = 0.02 * torch.randn(side, side, generator=torch.Generator().manual_seed(0))
-    there, here = quantize(weight.to(context.device), kind), quantize(weight, kind)
+    there, here = quantize(weight.to(context.device), Format(kind)), quantize(weight, Format(kind))
     differ = (there.data.cpu() != here.data).double().mean().item()
     context.check(f"{kind}: bytes that differ from the CPU's", differ, 1e-4, "a share: values in the middle of two")
     moved = type(here)(here.data.to(context.device), here.scale.to(context.device), here.coding, here.shape)

@@ -18,12 +18,18 @@ def merged(model, lora):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_trained_continued_exported(kind, tiny, pair, call, tmp_path):
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        (["base.dtype=int8"], "int8"),
+        (["base.dtype=nf4", "base.low_rank=8"], "nf4, each beside a product of rank 8"),
+    ],
+)
+def test_trained_continued_exported(base, words, tiny, pair, call, tmp_path):
     """A run over a quantised base is continued exactly, and exports into the base's own unquantised weights."""
-    settings = (*tiny.train, f"weights={pair}", *LORA, f"base.dtype={kind}", "steps=4")
+    settings = (*tiny.train, f"weights={pair}", *LORA, *base, "steps=4")
     said = call("train.py", *settings, "run=cut", "stop_after=2")
-    assert f"low_noise: the frozen weights of the blocks are stored in {kind}" in said.stdout + said.stderr
+    assert f"low_noise: the frozen weights of the blocks are stored in {words}" in said.stdout + said.stderr
     call("train.py", *settings, "run=cut")
     call("train.py", *settings, "run=whole")
     loras = [
@@ -33,7 +39,7 @@ def test_trained_continued_exported(kind, tiny, pair, call, tmp_path):
     for name, layer in loras[0].layers.items():
         assert torch.equal(layer.up, loras[1].layers[name].up), name
         assert layer.up.abs().max() > 0
-    refused = call("train.py", *settings, "run=cut", "base.dtype=fp32", check=False)
+    refused = call("train.py", *settings, "run=cut", "base.dtype=fp8", check=False)
     assert refused.returncode == 2
     assert "run cut exists with another config" in refused.stderr
     assert "base.dtype" in refused.stderr

@@ -15,7 +15,7 @@ from wantrain.models.activation_policy import ActivationPolicy
 from wantrain.models.attention import DEFAULT, Kernel, fused, math, set_kernel
 from wantrain.models.compiling import BlockCompiler, check_compiler
 from wantrain.models.offload import ModuleOffloader, blocks_to_swap
-from wantrain.models.quantize import quantizable, quantize, replace_layer
+from wantrain.models.quantize import Format, quantizable, quantize, replace_layer
 
 BLOCKS = 4
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 32, "num_layers": BLOCKS}
@@ -129,10 +129,14 @@ def test_kernels(kernel):
     assert_equal_steps(module, reference, *inputs(BUCKETS[0]))
 
 
-@pytest.mark.parametrize("stored", ["fp8", *(pytest.param(each, marks=SLOW) for each in ("int8", "nf4"))])
+@pytest.mark.parametrize(
+    "stored",
+    [Format("fp8", 2), *(pytest.param(Format(name), marks=SLOW) for name in ("int8", "nf4"))],
+    ids=str,
+)
 def test_quantised_base(stored):
     """A base in 8 or 4 bits is compiled without a graph break."""
-    if stored == "nf4":
+    if stored.name == "nf4":
         pytest.importorskip("bitsandbytes")
     module, reference = (network("lora", "block", stored) for _ in range(2))
     compiler = compiled(module)

@@ -14,7 +14,7 @@ from wantrain.models.formats.inspect import describe
 from wantrain.models.formats.lora import merge_lora, read_lora, write_lora
 from wantrain.models.formats.lora_layers import Kronecker, Layer
 from wantrain.models.formats.weights import read_file
-from wantrain.models.quantize import quantizable, quantize, replace_layer
+from wantrain.models.quantize import Format, quantizable, quantize, replace_layer
 from wantrain.training.engine.accelerator import autocast
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 48, "num_layers": 2}
@@ -274,7 +274,7 @@ def test_quantised_base(form, inputs):
     """Beside frozen weights in 8 bits a LoKr adds what it does beside the same weights in full."""
     model, wide = plain(), plain()
     for name in quantizable(model):
-        replace_layer(model, name, quantize(model.get_submodule(name).weight, form), torch.float32)
+        replace_layer(model, name, quantize(model.get_submodule(name).weight, Format(form)), torch.float32)
         wide.get_submodule(name).weight.data = model.get_submodule(name).dequantized(torch.float32)
     for each in (model, wide):
         adapters.inject(each, settings(), seed=1)

@@ -46,7 +46,7 @@ def network(kind):
     module = Network()
     if "int8" in kind:
         for name in quantize.quantizable(module):
-            stored = quantize.quantize(module.get_submodule(name).weight, "int8")
+            stored = quantize.quantize(module.get_submodule(name).weight, quantize.Format("int8"))
             quantize.replace_layer(module, name, stored, torch.float32)
     if "lora" in kind or kind == "dora":
         alpha = 3 if "scaled" in kind else 2

@@ -1,6 +1,7 @@
 """A frozen base in 8 or 4 bits: what a layer holds and computes, the gradients of adapters, and what loading takes."""
 
 import copy
+import dataclasses
 import re
 import sys
 from itertools import accumulate
@@ -15,9 +16,11 @@ from wantrain.models.formats.lora import read_lora, write_lora
 from wantrain.models.formats.lora_layers import row_lengths
 from wantrain.models.formats.weights import renamed_to_diffusers, write_part
 from wantrain.models.offload import ModuleOffloader, blocks_to_swap
-from wantrain.models.quantize import FORMATS, QuantizedLinear, Stored, quantized_layers
+from wantrain.models.quantize import FORMATS, Format, QuantizedLinear, Stored, quantized_layers
 from wantrain.training.engine.accelerator import autocast
 
+#: Every format, and some beside a product of low rank.
+FORMS = [*map(Format, FORMATS), Format("nf4", 8), Format("int8", 8)]
 SIZE = {"num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 64}
 #: The values of NF4 that are above zero, from the paper's appendix E (arXiv 2305.14314), rounded.
 NF4 = [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
@@ -54,7 +57,7 @@ def adapted(model, *, dora):
 def test_rounding(kind, shape):
     """An element is off by half of its format's step at most: int8 by scale/2, fp8 by a sixteenth, nf4 by half a gap."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    stored = quantize.quantize(weight, kind)
+    stored = quantize.quantize(weight, Format(kind))
     values, off = stored.dequantized(torch.float32), (stored.dequantized(torch.float32) - weight).abs()
     largest = weight.abs().amax(1, keepdim=True)
     if kind == "int8":
@@ -70,9 +73,57 @@ def test_rounding(kind, shape):
         assert torch.allclose(above, torch.tensor(NF4)[(above[:, None] - torch.tensor(NF4)).abs().argmin(1)], atol=1e-4)
         assert off.pow(2).mean().sqrt() < 0.1 * weight.pow(2).mean().sqrt()
     assert stored.data.dtype == torch.uint8
-    drawn = quantize.shapes_only(weight.to("meta"), kind)
-    assert (drawn.data.shape, drawn.scale.shape) == (stored.data.shape, stored.scale.shape)
-    assert (drawn.coding, drawn.scale.dtype) == (stored.coding, stored.scale.dtype)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_shapes_only(form):
+    """What is drawn without values has the shapes and dtypes of what is stored."""
+    weight = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
+    drawn, stored = quantize.shapes_only(weight.to("meta"), form), quantize.quantize(weight, form)
+    for part in ("data", "scale", "up", "down"):
+        mine, theirs = getattr(drawn, part), getattr(stored, part)
+        assert (mine is None) == (theirs is None) == (form.low_rank is None and part in {"up", "down"})
+        assert mine is None or (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), part
+    assert (drawn.coding, drawn.shape) == (stored.coding, stored.shape)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_low_rank(kind):
+    """The product is nearly the best of its rank for what few bytes leave, and the same bits on each start."""
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.diag(1.0 / torch.arange(1, 65))  # singular values as a trained weight may have them
+    weight = torch.randn(96, 64, generator=generator) @ decay @ torch.randn(64, 64, generator=generator)
+    alone, stored = quantize.quantize(weight, Format(kind)), quantize.quantize(weight, Format(kind, 8))
+    left = (weight - dataclasses.replace(stored, up=None, down=None).dequantized(torch.float32)).double()
+    best = torch.linalg.svdvals(left)[8:].norm()
+    error = (weight - stored.dequantized(torch.float32)).norm()
+    assert best <= error * 1.0001 and error < 1.05 * best
+    assert error < 0.5 * (weight - alone.dequantized(torch.float32)).norm()
+    torch.manual_seed(5)
+    state, again = torch.get_rng_state(), quantize.quantize(weight, Format(kind, 8))
+    assert torch.equal(torch.get_rng_state(), state)
+    for part in ("data", "scale", "up", "down"):
+        assert torch.equal(getattr(stored, part), getattr(again, part)), part
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("draw", [torch.randn, torch.rand], ids=["normal", "uniform"])
+def test_low_rank_of_noise(draw, kind):
+    """Where a weight's singular values are those of noise, a product still takes a little of the error and adds none."""
+    weight = draw(512, 512, generator=torch.Generator().manual_seed(0))
+    weight -= weight.mean()
+    errors = [quantize.quantize(weight, Format(kind, rank)).left_of(weight).norm() for rank in (None, 4)]
+    assert 0.95 * errors[0] < errors[1] < errors[0]
+
+
+def test_low_rank_too_large():
+    """A rank that a weight cannot have is refused with its shape, with and without values."""
+    for make, device in ((quantize.quantize, "cpu"), (quantize.shapes_only, "meta")):
+        with pytest.raises(
+            ValueError, match=r"base.low_rank=33: the model has a weight of 64 x 32, whose rank is at m"
+        ):
+            make(torch.randn(64, 32, device=device), Format("int8", 33))
+        make(torch.randn(64, 32, device=device), Format("int8", 32))
 
 
 def test_rounded_once():
@@ -85,11 +136,11 @@ def test_rounded_once():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", FORMATS)
-def test_same_as_values(pair, kind, precision, recompute):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_same_as_values(pair, form, precision, recompute):
     """Answers and gradients of LoRA and DoRA are those over a model that holds the dequantised values, bit for bit."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model, full = (Base(pair).transformer("low_noise", dtype=dtype, stored=each) for each in (kind, None))
+    model, full = (Base(pair).transformer("low_noise", dtype=dtype, stored=each) for each in (form, None))
     plain = unquantized(model, full)
     for dora in (False, True):
         found = []
@@ -108,10 +159,10 @@ def test_same_as_values(pair, kind, precision, recompute):
             assert torch.equal(value, found[1][name]), name
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_what_is_quantized(pair, kind):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_what_is_quantized(pair, form):
     """The linear layers of the blocks are, and nothing else: other parameters are as in a model loaded in full."""
-    model, full = (Base(pair).transformer("low_noise", dtype=torch.bfloat16, stored=each) for each in (kind, None))
+    model, full = (Base(pair).transformer("low_noise", dtype=torch.bfloat16, stored=each) for each in (form, None))
     names = {name for name, _ in quantized_layers(model)}
     groups = WanTransformer.adapter_targets["attention+ffn"]
     assert names == {name for name, layer in full.named_modules() if re.fullmatch(groups, name)}
@@ -119,7 +170,9 @@ def test_what_is_quantized(pair, kind):
     for name, value in model.state_dict().items():
         layer, _, part = name.rpartition(".")
         if layer in names and part != "bias":
-            assert value.dtype == {"weight_stored": torch.uint8, "weight_scale": torch.float32}[part]
+            assert value.dtype == {"weight_stored": torch.uint8, "weight_scale": torch.float32}.get(
+                part, torch.bfloat16
+            )
         else:
             assert torch.equal(value, whole[name]), name
             assert value.dtype == whole[name].dtype, name
@@ -127,10 +180,10 @@ def test_what_is_quantized(pair, kind):
     assert not any(parameter.requires_grad for _, layer in quantized_layers(model) for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_dora_starts_at_stored_lengths(pair, kind):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_dora_starts_at_stored_lengths(pair, form):
     """A DoRA's magnitudes start as the lengths of the rows that are stored, so a new DoRA changes nothing."""
-    model = Base(pair).transformer("low_noise", stored=kind)
+    model = Base(pair).transformer("low_noise", stored=form)
     before = model(*inputs()).detach()
     adapters.inject(model, adapters.AdapterSettings(rank=2, alpha=2, targets="attention", dora=True), seed=0)
     layer = model.get_submodule("blocks.1.self_attn.k")
@@ -139,10 +192,10 @@ def test_dora_starts_at_stored_lengths(pair, kind):
     assert torch.equal(model(*inputs()), before)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_offloaded(pair, kind):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_offloaded(pair, form):
     """The stored weights wait in a host arena between uses, and give the same answers and gradients."""
-    model, found = adapted(Base(pair).transformer("low_noise", stored=kind), dora=False), []
+    model, found = adapted(Base(pair).transformer("low_noise", stored=form), dora=False), []
     offloader = ModuleOffloader(torch.device("cpu"))
     for arena in (False, True):
         if arena:
@@ -154,14 +207,14 @@ def test_offloaded(pair, kind):
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_swapped_blocks(kind):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_swapped_blocks(form):
     """Stored blocks that wait on the host one by one give the same answers and gradients, with recomputation."""
     torch.manual_seed(0)
     model = WanTransformer(**SIZE | {"num_layers": 4})
     torch.nn.init.normal_(model.head.head.weight)  # zero at the start: no gradient would pass
     for name in quantize.quantizable(model):
-        stored = quantize.quantize(model.get_submodule(name).weight, kind)
+        stored = quantize.quantize(model.get_submodule(name).weight, form)
         quantize.replace_layer(model, name, stored, torch.float32)
     model, found = adapted(model, dora=False), []
     model.run_block = ActivationPolicy("block", blocks=4)
@@ -179,58 +232,57 @@ def test_swapped_blocks(kind):
 
 def test_adapter_file_fits(pair, tmp_path):
     """A LoRA file goes on from a quantised base, and one of another shape is refused by its numbers."""
-    model = Base(pair).transformer("low_noise", stored="int8")
+    model = Base(pair).transformer("low_noise", stored=Format("int8"))
     trained = adapted(model, dora=False)
     write_lora(tmp_path / "a.safetensors", adapters.adapter_layers(trained))
     adapters.inject_lora(model, read_lora(tmp_path / "a.safetensors"), seed=0)
     assert torch.equal(model(*inputs()), trained(*inputs()))
     other = WanTransformer(**SIZE | {"ffn_dim": 32, "num_layers": 2})
-    quantize.as_if_loaded(other, "int8", torch.float32)
+    quantize.as_if_loaded(other, Format("int8"), torch.float32)
     with pytest.raises(ValueError, match=r"blocks.0.ffn.0 is 64 x 128, the model's layer 32 x 128"):
         adapters.inject_lora(other, read_lora(tmp_path / "a.safetensors"), seed=0)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_nothing_kept_for_backward(kind):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_nothing_kept_for_backward(form):
     """Of a layer's input and dequantised weight nothing is kept for the backward pass."""
-    stored = quantize.quantize(torch.randn(32, 16), kind)
+    stored = quantize.quantize(torch.randn(32, 16), form)
     layer, kept = QuantizedLinear(stored, torch.zeros(32), torch.float32), []
     x = torch.randn(4, 16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         layer(x)
     assert {id(tensor.untyped_storage()) and tensor.data_ptr() for tensor in kept} == {
-        layer.weight_stored.data_ptr(),
-        layer.weight_scale.data_ptr(),
+        part.data_ptr() for part in layer.parts.values()
     }
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_loading_peak(kind, tmp_path):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_loading_peak(form, tmp_path):
     """Loading allocates the quantised model and a few times the largest layer, not the model in full."""
     torch.manual_seed(0)
     model = WanTransformer(**SIZE | {"ffn_dim": 1024, "num_layers": 8})
     torch.nn.init.normal_(model.head.head.weight)
     tensors = {key: value.to(torch.bfloat16) for key, value in renamed_to_diffusers(model.state_dict()).items()}
     write_part(tmp_path, model.config(), tensors)
-    load_transformer(tmp_path, dtype=torch.bfloat16, stored=kind)  # a library's own first allocations
+    load_transformer(tmp_path, dtype=torch.bfloat16, stored=form)  # a library's own first allocations
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loaded = load_transformer(tmp_path, dtype=torch.bfloat16, stored=kind)
+        loaded = load_transformer(tmp_path, dtype=torch.bfloat16, stored=form)
     mapped = next(tmp_path.glob("*.safetensors")).stat().st_size  # counted too, though the kernel can drop its pages
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events = [event for event in events if abs(event.nbytes()) != mapped]
     peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     layer = 1024 * 128 * 4  # the largest, in float32
     held = sum(parameter.nbytes for parameter in loaded.parameters())
-    assert peak < held + LAYERS[kind] * layer
-    assert held + LAYERS[kind] * layer < sum(tensor.nbytes for tensor in tensors.values())
+    assert peak < held + LAYERS[form.name] * layer
+    assert held + LAYERS[form.name] * layer < sum(tensor.nbytes for tensor in tensors.values())
 
 
 #: Float32 copies of the largest layer that its quantisation holds at most.
 LAYERS = {"fp8": 2.0, "int8": 2.0, "nf4": 3.0}
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_damaged_weights_refused(pair, kind, tmp_path):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_damaged_weights_refused(pair, form, tmp_path):
     """NaN and a layer of zeros are found in the scales."""
     full = Base(pair).transformer("low_noise")
     for value, words in ((float("nan"), "is NaN or infinite"), (0.0, "is all zeros")):
@@ -238,7 +290,7 @@ def test_damaged_weights_refused(pair, kind, tmp_path):
         tensors["blocks.1.ffn.net.2.weight"] = torch.full_like(tensors["blocks.1.ffn.net.2.weight"], value)
         write_part(tmp_path / str(value), full.config(), tensors)
         with pytest.raises(ValueError, match=rf"blocks.1.ffn.2.weight_(scale|stored) {words}"):
-            load_transformer(tmp_path / str(value), stored=kind)
+            load_transformer(tmp_path / str(value), stored=form)
 
 
 def test_library_missing(pair, monkeypatch):
@@ -246,6 +298,6 @@ def test_library_missing(pair, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(quantize, "_functional", None)
     with pytest.raises(ValueError, match=r"base.dtype=nf4 needs bitsandbytes: pip install 'wantrain\[quant\]'"):
-        Base(pair).transformer("low_noise", stored="nf4")
+        Base(pair).transformer("low_noise", stored=Format("nf4"))
     for kind in ("fp8", "int8"):
-        assert any(quantized_layers(Base(pair).transformer("low_noise", stored=kind)))
+        assert any(quantized_layers(Base(pair).transformer("low_noise", stored=Format(kind))))

@@ -47,6 +47,8 @@ def refusal(command, words):
         ("train", ["init=scratch", "check_expert=stop"], "init=scratch loads no expert"),
         ("train", ["data.cache=here"], "no shards lie at a URL"),
         ("train", ["data.cache_gb=5"], "no shards lie at a URL"),
+        ("train", ["adapter=lora", "base.low_rank=8"], "it is for base.dtype=fp8, int8 or nf4"),
+        ("train", ["adapter=lora", "base.dtype=bf16", "precision=bf16", "base.low_rank=8"], "it is for base.dtype=fp8, int8 or nf4"),
         ("train", ["loss.seed=1"], "loss.stratified=false"),
         ("train", ["loss.mask_rest=0.1"], "loss.mask=none weighs nothing by masks"),
         ("train", ["noise.sets={a: {shift: 2}}"], "the data are one set"),

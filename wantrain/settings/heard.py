@@ -206,6 +206,7 @@ _TRAIN = (
         _equals("adapter.name", "lora", "dora", "lokr"),
         "adapter={adapter.name} has no frozen base; it is for adapter=lora, dora or lokr",
     ),
+    Rule((r"base\.low_rank",), _equals("base.dtype", "fp8", "int8", "nf4"), "it is for base.dtype=fp8, int8 or nf4"),
     Rule((r"batch_tokens",), _NOT_VAE, "expert=vae trains on pixels, which have no tokens; give batch_size="),
     Rule(
         (r"batch_size",),

@@ -244,6 +244,7 @@ TRAIN: Mapping[str, Any] = {
     "runs": File,
     "init": Literal["base", "scratch", "expand_input_channels"],
     "base.dtype": Literal["fp32", "bf16", "fp8", "int8", "nf4"] | None,
+    "base.low_rank": Count | None,
     "preserve.weight": NotNegative,
     "preserve.prompt": FreeText | None,
     "preserve.prompts": File | None,

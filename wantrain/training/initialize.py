@@ -19,7 +19,7 @@ from wantrain.models.formats.base import stated_expert
 from wantrain.models.formats.loading import cast_as_loaded
 from wantrain.models.formats.lora import read_lora
 from wantrain.models.formats.lora_expert import check_lora_expert
-from wantrain.models.quantize import FORMATS
+from wantrain.models.quantize import FORMATS, Format
 from wantrain.models.sequence import SequenceParallel
 from wantrain.training.trainable import Autoencoder, TrainableModule
 from wantrain.util.console import say
@@ -49,6 +49,7 @@ class Initializer:
     trained        dtype of those that are trained, but for what the model keeps in float32
     base_dtype  base.dtype=: fp32 or bf16 instead of `dtype`, or the format in which the blocks' frozen weights are
                 stored; None: `dtype`, or that of an fp8 file
+    low_rank    base.low_rank=: rank of the product beside each weight that is stored so; None: there is none
     activations    recompute, activations and activations_dtype: what is kept of a forward
     kernel         what a transformer attends with
     compiler       compiles its blocks; None: they stay as they are
@@ -68,6 +69,7 @@ class Initializer:
     recipe: str | None = None
     activations: Mapping[str, Any] = field(default_factory=dict)
     base_dtype: str | None = None
+    low_rank: int | None = None
     trained: torch.dtype = torch.float32
     kernel: Kernel = DEFAULT
     compiler: BlockCompiler | None = None
@@ -81,8 +83,9 @@ class Initializer:
         """
         parts = {key: settings[key] for key in ("model", "expert", "adapter", "seed")}
         kept = {key: settings[key] for key in ("recompute", "activations", "activations_dtype")}
-        dtypes = {"base_dtype": settings["base"]["dtype"], "trained": PLAIN[settings["trained"]["dtype"]]}
-        return cls(make, **parts, init=settings["init"], activations=kept, **dtypes, **more)
+        base = {"base_dtype": settings["base"]["dtype"], "low_rank": settings["base"]["low_rank"]}
+        trained = PLAIN[settings["trained"]["dtype"]]
+        return cls(make, **parts, init=settings["init"], activations=kept, trained=trained, **base, **more)
 
     def trainable(self) -> TrainableModule:
         """The module to train, with its adapter if there is one. ValueError where there is nothing to start from."""
@@ -167,11 +170,12 @@ class Initializer:
         """The dtype of frozen weights that are not stored in fewer bytes."""
         return PLAIN.get(str(self.base_dtype), self.dtype)
 
-    def stored_format(self, is_fp8: bool) -> str | None:
-        """The format in which the blocks' frozen weights are stored, one of quantize.FORMATS; None: in full.
+    def stored_format(self, is_fp8: bool) -> Format | None:
+        """The format in which the blocks' frozen weights are stored; None: in full.
 
         is_fp8  whether the base's own file is in float8
-        ValueError if base.dtype= is another one, or if weights in float8 would be trained.
+        ValueError if base.dtype= is another one, if there is nothing to fit a product to, or if weights in float8 would
+        be trained.
         """
         asked, kind = self.base_dtype, self.adapter["name"]
         if is_fp8 and kind not in adapters.ADAPTERS:
@@ -184,7 +188,13 @@ class Initializer:
                 f"base.dtype={asked}: {self.base} is stored in fp8, and its own bytes are used; leave base.dtype out, "
                 "or give the fp16 or bf16 file of the same model"
             )
-        return "fp8" if is_fp8 else asked if asked in FORMATS else None
+        if is_fp8 and self.low_rank is not None:
+            raise ValueError(
+                f"base.low_rank={self.low_rank}: {self.base} is stored in fp8, which does not hold what its rounding "
+                "took; leave base.low_rank out, or give the fp16 or bf16 file of the same model"
+            )
+        name = "fp8" if is_fp8 else asked
+        return Format(name, self.low_rank) if name in FORMATS else None
 
     def _open_vae(self) -> nn.Module:
         vae = self.base.vae()

@@ -39,6 +39,7 @@ _CONDITIONING: Mapping[Any, Any] = {"channels": "channel_concat", "frames": "cle
 #: Settings that a stored config may lack, with what they were before they could be set.
 ADDED: Mapping[str, Any] = {
     "activations_dtype": "fp32",
+    "base.low_rank": None,
     "trained.dtype": "fp32",
     "trained.rounding": "stochastic",
     "clip_by": "whole",

@@ -75,7 +75,7 @@ def files(pair, tmp_path_factory):
 def test_stored_bytes_are_used(files, kind):
     """A base keeps the file's bytes and scales; its values are their product."""
     path, bare, values = files[kind]
-    model = load_transformer(path, like=SIZE, stored="fp8")
+    model = load_transformer(path, like=SIZE, stored=quantize.Format("fp8"))
     layers = dict(quantize.quantized_layers(model))
     assert len(layers) == 20
     for name, layer in layers.items():
@@ -96,7 +96,9 @@ def test_values_for_sampling(files, kind, capsys):
     for key, value in model.state_dict().items():
         assert torch.allclose(value, values[key], rtol=1e-6, atol=0), key
         assert value.dtype == torch.float32
-    assert torch.allclose(answer(model), answer(load_transformer(path, like=SIZE, stored="fp8")), atol=1e-5)
+    assert torch.allclose(
+        answer(model), answer(load_transformer(path, like=SIZE, stored=quantize.Format("fp8"))), atol=1e-5
+    )
     half = load_transformer(path, like=SIZE, dtype=torch.bfloat16)
     assert half.blocks[0].ffn[0].weight.dtype == torch.bfloat16
     assert half.blocks[0].self_attn.norm_q.weight.dtype == torch.float32
@@ -126,6 +128,8 @@ def test_start_from_fp8(files, tiny, capsys):
     for asked in ("bf16", "fp32", "int8", "nf4"):
         with pytest.raises(ValueError, match=f"base.dtype={asked}: .*is stored in fp8, and its own bytes are used"):
             start(path, tiny, "adapter=lora", f"base.dtype={asked}").trainable()
+    with pytest.raises(ValueError, match=r"base.low_rank=2: .*is stored in fp8, which does not hold what its rounding"):
+        start(path, tiny, "adapter=lora", "base.dtype=fp8", "base.low_rank=2").trainable()
     for kind in ("none", "partial"):
         more = ["adapter.tags=[ffn]"] if kind == "partial" else []
         with pytest.raises(ValueError, match=rf"is stored in fp8, and adapter={kind} would train"):
@@ -137,7 +141,7 @@ def test_mixed_file(files):
     path, bare, values = files["e4m3fn"]
     mixed = path.with_name("mixed_low_noise.safetensors")
     save_file({**bare, "blocks.0.ffn.0.weight": values["blocks.0.ffn.0.weight"].to(torch.bfloat16)}, mixed)
-    model = load_transformer(mixed, like=SIZE, stored="fp8")
+    model = load_transformer(mixed, like=SIZE, stored=quantize.Format("fp8"))
     assert len(list(quantize.quantized_layers(model))) == 19
     assert type(model.blocks[0].ffn[0]) is torch.nn.Linear
 
@@ -159,7 +163,7 @@ def test_bad_file(files, bad, tmp_path):
     more, words = BAD[bad]
     save_file({**files["scaled"][1], **more}, tmp_path / "low_noise.safetensors")
     with pytest.raises(ValueError, match=re.escape(words)):
-        load_transformer(tmp_path / "low_noise.safetensors", like=SIZE, stored="fp8")
+        load_transformer(tmp_path / "low_noise.safetensors", like=SIZE, stored=quantize.Format("fp8"))
 
 
 def test_stated_format(files):
@@ -177,7 +181,7 @@ def test_not_a_number(files, tmp_path):
     )
     save_file(tensors, tmp_path / "low_noise.safetensors")
     with pytest.raises(ValueError, match=r"blocks.0.ffn.0.weight holds NaN or infinity; the file is damaged"):
-        load_transformer(tmp_path / "low_noise.safetensors", like=SIZE, stored="fp8")
+        load_transformer(tmp_path / "low_noise.safetensors", like=SIZE, stored=quantize.Format("fp8"))
 
 
 def test_described(files):

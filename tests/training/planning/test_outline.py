@@ -26,6 +26,7 @@ ADAPTERS = {
     "dora": ("adapter=dora", "adapter.rank_pattern={ffn: 2}", "adapter.rank_stabilized=true"),
     "lokr": ("adapter=lokr", "adapter.rank=2", "adapter.factor=4", "adapter.alpha_pattern={ffn: 3}"),
     "nf4": ("adapter=lora", "adapter.rank=4", "base.dtype=nf4"),
+    "low rank": ("adapter=lora", "adapter.rank=4", "base.dtype=nf4", "base.low_rank=8", "precision=bf16"),
     "int8": ("adapter=dora", "base.dtype=int8", "precision=bf16"),
     "fp32": ("adapter=lora", "base.dtype=fp32", "precision=bf16"),
     "partial": ("adapter=partial", "adapter.tags=[ffn]", "precision=bf16"),

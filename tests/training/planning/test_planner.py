@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wantrain import config
-from wantrain.models import feed_forward, fused
+from wantrain.models import WanTransformer, feed_forward, fused, quantize
 from wantrain.training.initialize import without_values
 from wantrain.training.planning import trace
 from wantrain.training.planning.memory import UpdateBytes
@@ -19,7 +19,7 @@ from wantrain.training.planning.outline import find_clips
 from wantrain.training.planning.plan import CUDA, GB, Choice, Sizes
 from wantrain.training.planning.planner import Planner
 from wantrain.training.planning.roofline import Work
-from wantrain.training.planning.search import FILL, Case, cheapest, fits
+from wantrain.training.planning.search import FILL, Case, cheapest, fits, possible, smallest
 from wantrain.training.planning.trace import Sample, between, trace_blocks, trace_step, with_blocks
 from wantrain.training.planning.trial_step import largest, out_of_memory
 from wantrain.util import parts
@@ -145,6 +145,21 @@ def test_given_settings_stay(case):
     assert advice.choice.base is None and advice.choice.swap == 0 and advice.choice.update is None
     free = cheapest([case], Choice(recompute="none"), tight, adapter=False)
     assert free.choice.base is None and free.choice.swap == 0
+
+
+def test_base_beside_a_product(case):
+    """A base in few bytes takes, with its products, what the layers take; the advice keeps it in few bytes."""
+    module = WanTransformer(num_attention_heads=2, attention_head_dim=32, text_dim=64, ffn_dim=128, num_layers=2)
+    sizes = Sizes.of(module.bfloat16().requires_grad_(False), update=UpdateBytes(4.0, 4.0, 8.0), average=False)
+    quantize.as_if_loaded(module.to("meta"), quantize.Format("nf4", 8), torch.bfloat16)
+    stored = sum(part.nbytes for _, layer in quantize.quantized_layers(module) for part in layer.parts.values())
+    asked = Choice(recompute="none", base="nf4", low_rank=8)
+    assert asked.base_bytes(sizes) * sizes.base == pytest.approx(stored, rel=1e-6)
+    plain = replace(asked, low_rank=0)
+    assert case.seconds(asked, card(100 * GB)) > case.seconds(plain, card(100 * GB))
+    least = smallest([case], asked, card(1 * GB), adapter=True).choice
+    assert (least.base, least.low_rank) == ("nf4", 8)
+    assert not possible(replace(asked, base=None), sizes.blocks) and possible(asked, sizes.blocks)
 
 
 def test_shared_tokens(case):

@@ -20,6 +20,7 @@ from wantrain.models.formats import hub
 from wantrain.models.formats.fp8 import is_fp8
 from wantrain.models.formats.loading import load_text_encoder, load_transformer, load_vae
 from wantrain.models.formats.weights import PICKLES, read_json, read_metadata, read_tensors
+from wantrain.models.quantize import Format
 from wantrain.models.text import TextEncoder
 from wantrain.models.transformer import WanTransformer
 from wantrain.models.vae import Half, WanVAE
@@ -112,7 +113,7 @@ class Base:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         fp32: Iterable[str] = (),
-        stored: str | None = None,
+        stored: Format | None = None,
         mapped: bool = False,
     ) -> WanTransformer:
         """The expert `name`; ValueError if its file is stated to be another one. Parameters named in `fp32` are float32

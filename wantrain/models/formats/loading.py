@@ -17,6 +17,7 @@ from wantrain.models.facts import is_fp32
 from wantrain.models.formats import fp8, names
 from wantrain.models.formats.storing import Source
 from wantrain.models.formats.weights import check_keys, load_strict, part_folder, read_config, read_tensors
+from wantrain.models.quantize import Format
 from wantrain.models.text import TextEncoder, check_dtype, read_tokenizer
 from wantrain.models.transformer import WanTransformer
 from wantrain.models.vae import Half, WanVAE, vae_keywords
@@ -71,7 +72,7 @@ def load_transformer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     fp32: Iterable[str] = (),
-    stored: str | None = None,
+    stored: Format | None = None,
     mapped: bool = False,
 ) -> WanTransformer:
     """A transformer from a single file, a part's folder, or a pipeline folder in the diffusers layout.
@@ -79,8 +80,8 @@ def load_transformer(
     part    of a pipeline folder: "transformer" (high noise, or the only one) or "transformer_2" (low noise)
     like    the keywords of the expected transformer; a file of another shape is refused
     fp32    names of parameters that are float32 whatever `dtype` says, besides those that the model declares
-    stored  one of quantize.FORMATS: the linear layers of the blocks are frozen and stored so, quantised one at a time.
-            Of an fp8 file "fp8" keeps the bytes, and None gives the values in `dtype`
+    stored  the format in which the linear layers of the blocks are frozen and stored, quantised one at a time. Of an
+            fp8 file Format("fp8") keeps the bytes, and None gives the values in `dtype`
     mapped  other weights stay where they are, in mapped files and in their dtypes; `device` and `dtype` have no effect
 
     ValueError names what is absent, does not fit, or is not supported.

@@ -33,16 +33,16 @@ class Source:
     device: str | torch.device
     dtype: torch.dtype
 
-    def store(self, model: nn.Module, kind: str | None) -> None:
-        """Store the linear layers of the blocks as `kind` (None: none of them), one at a time.
+    def store(self, model: nn.Module, form: quantize.Format | None) -> None:
+        """Store the linear layers of the blocks in a format (None: none of them), one at a time.
 
-        Of an fp8 file only "fp8" is taken, and layers that it holds in more bits stay so.
+        Of an fp8 file only fp8 without a product is taken, and layers that it holds in more bits stay so.
         """
-        if kind is None:
+        if form is None:
             return
         narrow = fp8.is_fp8(self.tensors)
-        assert not narrow or kind == "fp8", kind
-        quantize.check_library(kind)
+        assert not narrow or form == quantize.Format("fp8"), form
+        quantize.check_library(form.name)
         for name in quantize.quantizable(model):
             key = f"{name}.weight"
             weight = self.tensors[key]
@@ -53,10 +53,10 @@ class Source:
             elif narrow:
                 continue
             else:
-                layer = quantize.quantize(weight.to(self.device), kind)
+                layer = quantize.quantize(weight.to(self.device), form)
             del self.tensors[key]
-            quantize.replace_layer(model, name, layer, self.dtype)
-            self.tensors.update({f"{key}_stored": layer.data, f"{key}_scale": layer.scale})
+            placed = quantize.replace_layer(model, name, layer, self.dtype)
+            self.tensors.update({f"{name}.{part}": tensor.data for part, tensor in placed.parts.items()})
 
     def dequantize(self, model: nn.Module, fp32: Container[str]) -> None:
         """Give what is left in float8 its values in the dtype that it is loaded to, one tensor at a time."""

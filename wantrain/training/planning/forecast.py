@@ -138,7 +138,7 @@ class Forecast:
         for name, module in self.modules.items():
             if self.settings["base"]["dtype"] in FORMATS:  # planned from the sizes of its plain weights
                 expert = self.experts[name]
-                plain = {**expert.settings, "base": {"dtype": None}}
+                plain = {**expert.settings, "base": {"dtype": None, "low_rank": None}}
                 module = outline(expert.network, plain, torch.bfloat16)
             if not isinstance(module, WanTransformer):
                 return None

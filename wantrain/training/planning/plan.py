@@ -41,6 +41,7 @@ class Sizes:
               moves to the host
     plain     bytes of an element of those without base.dtype
     largest   elements of the largest of them
+    sides     rows and columns of all of them: elements of a product of rank 1 beside each
     frozen    bytes of all other frozen weights
     trained   elements that training moves
     fp32      elements of those that are float32 whatever trained.dtype says
@@ -53,6 +54,7 @@ class Sizes:
     base: int
     plain: float
     largest: int
+    sides: int
     frozen: int
     trained: int
     fp32: int
@@ -89,6 +91,7 @@ class Sizes:
             base=sum(parameter.numel() for parameter in matrices),
             plain=float(matrices[0].element_size()) if matrices else 0.0,
             largest=max((parameter.numel() for parameter in matrices), default=0),
+            sides=sum(sum(parameter.shape) for parameter in matrices),
             frozen=frozen,
             trained=sum(parameter.numel() for parameter in trained.values()),
             fp32=sum(parameter.numel() for name, parameter in trained.items() if is_fp32(module, name)),
@@ -117,6 +120,7 @@ class Choice:
     activations  gpu or cpu: where the inputs of recomputed blocks wait for the backward
     inputs       fp32 or bf16: dtype of these inputs
     base         dtype of the base weights of an adapter; None: as they are
+    low_rank     rank of the product beside those in fp8, int8 or nf4; 0: there is none
     swap         blocks whose frozen weights wait on the host
     update       how trained weights are kept and updated; None: as the run's settings say
     sequence     processes that share the tokens of a sample
@@ -131,6 +135,7 @@ class Choice:
     activations: str = "gpu"
     inputs: str = "fp32"
     base: str | None = None
+    low_rank: int = 0
     swap: int = 0
     update: Update | None = None
     sequence: int = 1
@@ -157,7 +162,9 @@ class Choice:
 
     def base_bytes(self, sizes: Sizes) -> float:
         """Bytes of an element of the frozen matrices inside the blocks."""
-        return sizes.plain if self.base is None else BASE_BYTES[self.base]
+        if self.base is None:
+            return sizes.plain
+        return BASE_BYTES[self.base] + sizes.plain * self.low_rank * sizes.sides / max(1, sizes.base)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Planner:
             activations=self.settings["activations"],
             inputs=self.settings["activations_dtype"],
             base=self.settings["base"]["dtype"],
+            low_rank=self.settings["base"]["low_rank"] or 0,
             swap=self.settings["swap"]["blocks"],
             sequence=shared_by,
             groups=shared_by // math.gcd(shared_by, heads),

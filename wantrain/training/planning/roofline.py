@@ -65,6 +65,9 @@ def seconds(
     )
     if choice.base is not None:  # stored bytes are read and bf16 is written, at each use of a matrix
         moved += sizes.base * (choice.base_bytes(sizes) + 2.0) * (2 + again)
+    if choice.low_rank:  # and a product is added to what was written
+        products += 2.0 * choice.low_rank * sizes.base * (2 + again) * choice.sequence  # each process adds its own
+        moved += 4.0 * sizes.base * (2 + again)
     operations = (
         products / (PRODUCTS * card.peak)
         + forward / (ATTENTION * card.peak)

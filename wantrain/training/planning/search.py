@@ -158,10 +158,12 @@ def _overrides(choice: Choice, asked: Choice) -> tuple[str, ...]:
 
 def possible(choice: Choice, blocks: int) -> bool:
     """True if train.py takes the settings together: inputs wait, and blocks are swapped, only where blocks are
-    recomputed.
+    recomputed; a product stands beside a base in few bytes.
     """
     recomputed = blocks - choice.policies(blocks).get("none", 0)
     waits = choice.activations == "cpu" or choice.inputs != "fp32"
+    if choice.low_rank and choice.base is None:
+        return False
     return (recomputed > 0 or not waits) and (choice.swap == 0 or 3 <= choice.swap <= recomputed)
 
 
