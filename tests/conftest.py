@@ -20,6 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
+from preloaded import Preloaded
 
 from wantrain.demo.footage import make_footage
 from wantrain.models import Base, WanTransformer, WanVAE
@@ -109,13 +110,28 @@ def alone():
     return {**kept, "OMP_NUM_THREADS": "1", "WANTRAIN_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
-def run_verb(*args, cwd=None, check=True):
+def run_verb(*args, cwd=None, check=True, python=sys.executable):
     """`python VERB.py ARGUMENTS...` in a process of its own."""
-    command = [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
+    command = [python, str(ROOT / args[0]), *map(str, args[1:])]
     ended = subprocess.run(command, cwd=cwd, env=alone(), capture_output=True, text=True, timeout=300)
     if check:
         assert ended.returncode == 0, f"{args}\n{ended.stdout}\n{ended.stderr}"
     return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory):
+    """A program that stands in the place of `python` and starts at once: its libraries are imported already."""
+    process = Preloaded(tmp_path_factory.mktemp("preloaded"), alone())
+    yield process.program
+    process.close()
+
+
+@pytest.fixture
+def python(request):
+    """The Python of commands: a preloaded one, but an ordinary one in slow tests, which see what a user starts."""
+    slow = request.node.get_closest_marker("slow") is not None
+    return sys.executable if slow else request.getfixturevalue("preloaded")
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +141,9 @@ def environment():
 
 
 @pytest.fixture(scope="session")
-def command():
-    """command("shard.py", "source=...", cwd=..., check=...): runs it in a process, as a user would."""
-    return run_verb
+def command(preloaded):
+    """command("shard.py", "source=...", cwd=..., check=...): runs it in a process; python=sys.executable: as a user."""
+    return functools.partial(run_verb, python=preloaded)
 
 
 def run_inside(cwd, name, *args, check=True, env=None):
@@ -165,20 +181,20 @@ def call(tmp_path):
     return functools.partial(run_inside, tmp_path)
 
 
-def launching(engine, *args, processes=2, script=ROOT / "train.py", file=None):
+def launching(engine, *args, processes=2, script=ROOT / "train.py", file=None, python=sys.executable):
     """The command that starts train.py (or a script around it) with launch/accelerate/cpu_ENGINE.yaml, or `file`."""
     file = file or ROOT / "launch" / "accelerate" / f"cpu_{engine}.yaml"
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", "0")
+    launcher = (python, "-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", "0")
     return [str(part) for part in (*launcher, "--num_processes", processes, script, *args)]
 
 
 @pytest.fixture
-def launch(tmp_path):
+def launch(python, tmp_path):
     """launch("zero2", "steps=2", ..., processes=2, check=True): train.py in several CPU processes, in tmp_path."""
 
     def run(engine, *args, check=True, **how):
-        command = launching(engine, *args, **how)
-        ended = subprocess.run(command, cwd=tmp_path, env=alone(), capture_output=True, text=True, timeout=300)
+        command, env = launching(engine, *args, python=python, **how), alone() | {"PYTHON_EXEC": str(python)}
+        ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
         if check:
             assert ended.returncode == 0, f"{engine} {args}\n{ended.stdout}\n{ended.stderr}"
         return Ended(ended.returncode, ended.stdout, ended.stderr)
@@ -193,7 +209,7 @@ def launch_command():
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny(command, tmp_path_factory):
     """The small world, made by the real commands: 8 clips and 2 images, 32 pixels and 9 frames a clip."""
     folder = tmp_path_factory.mktemp("tiny")
     world = Tiny(folder / "base", folder / "footage", folder / "videos", folder / "latents")
@@ -205,9 +221,9 @@ def tiny(tmp_path_factory):
         vae = WanVAE(base_dim=4)
         write_part(world.base / "vae", vae.config(), vae.state_dict())
     make_footage(world.footage, num_videos=8, num_images=2, size=32)
-    sharded = run_verb("shard.py", f"source={world.footage}", f"out={world.videos}", "num_frames=9")
+    sharded = command("shard.py", f"source={world.footage}", f"out={world.videos}", "num_frames=9")
     weights = f"weights={world.base}"
-    encoded = run_verb("encode.py", f"shards={world.videos}", f"out={world.latents}", weights, "area=1024")
+    encoded = command("encode.py", f"shards={world.videos}", f"out={world.latents}", weights, "area=1024")
     assert sharded.foreign + encoded.foreign == [], "a library speaks in a command that went well"
     return world
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from preloaded import forked
 
 from wantrain.models import load_transformer
 from wantrain.models.formats.weights import read_file, read_tensors
@@ -84,6 +85,7 @@ class Training:
     """A real training, in a process of its own or in several under a launcher, to be killed or signalled."""
 
     def __init__(self, command, cwd, environment):
+        self.python = command[0]
         self.run, self.log = cwd / "runs" / "r", cwd / f"log_{time.time_ns()}"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -105,7 +107,7 @@ class Training:
 
     def everybody(self):
         """The launcher, if there is one, and all that it has started."""
-        launcher = psutil.Process(self.process.pid)
+        launcher = psutil.Process(forked(self.python, self.process.pid))
         return [launcher, *launcher.children(recursive=True)]
 
     def kill(self):
@@ -181,10 +183,10 @@ def disturbed(command, cwd, environment, kinds, steps=STEPS):
     return said
 
 
-def test_resume_after_kill(arguments, unbroken, environment, tmp_path):
+def test_resume_after_kill(arguments, unbroken, environment, python, tmp_path):
     """A run that is killed at five moments is bit equal to the unbroken run."""
     kinds = ("early", "step", "save", "step", "step")
-    disturbed([sys.executable, str(TRAIN), *arguments], tmp_path, environment, kinds)
+    disturbed([python, str(TRAIN), *arguments], tmp_path, environment, kinds)
     run = tmp_path / "runs" / "r"
     assert losses(run) == losses(unbroken)
     assert equal_weights(run, unbroken)
@@ -220,9 +222,9 @@ def test_resume_after_kill_by_engine(engine, kinds, steps, tiny, environment, la
     assert near(killed, unbroken) <= 1e-6
 
 
-def test_resume_after_sigterm(arguments, unbroken, environment, call, tmp_path):
+def test_resume_after_sigterm(arguments, unbroken, environment, python, call, tmp_path):
     """SIGTERM writes a checkpoint, and the same command continues the run bit for bit."""
-    training = Training([sys.executable, str(TRAIN), *arguments], tmp_path, environment)
+    training = Training([python, str(TRAIN), *arguments], tmp_path, environment)
     try:
         training.wait_for_step(10)
         training.process.terminate()

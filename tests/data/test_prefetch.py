@@ -141,7 +141,7 @@ def test_thread_end():
 
 
 @pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit(143)", 143)])
-def test_early_exit(end, code):
+def test_early_exit(end, code, python, environment):
     """A program can end in the middle of its answers.
 
     A thread that is inside torch while the interpreter is taken down would abort it: exit code -6.
@@ -153,6 +153,6 @@ def test_early_exit(end, code):
         "load = lambda: Batch(torch.randn(2000, 500).sort().values, torch.zeros(1), ('',), (0,))\n"
         f"answers = prefetch(load for _ in range(10**6))\nnext(answers)\n{end}"
     )
-    result = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
+    result = subprocess.run([python, "-c", program], env=environment, timeout=60, capture_output=True, text=True)
     assert result.returncode == code
     assert "terminate" not in result.stderr

@@ -8,7 +8,6 @@ import http.server
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from functools import partial
@@ -257,14 +256,16 @@ for number in random.Random(int(seed)).choices(range(5), k=120):
 """
 
 
-def test_shared_cache(tmp_path, server, shards):
+def test_shared_cache(tmp_path, server, shards, python, environment):
     """Several processes share one cache.
 
     Three read at random through a cache of four of the five shards: all right, within its size, nothing left over.
     """
     limit, cache = 4.2 * SIZE, tmp_path / "cache"
-    command = [sys.executable, "-c", CHILD, server.url, str(cache), str(limit)]
-    children = [subprocess.Popen([*command, str(seed)], stderr=subprocess.PIPE, text=True) for seed in range(3)]
+    command = [python, "-c", CHILD, server.url, str(cache), str(limit)]
+    children = [
+        subprocess.Popen([*command, str(seed)], env=environment, stderr=subprocess.PIPE, text=True) for seed in range(3)
+    ]
     largest = 0
     while any(child.poll() is None for child in children):
         if cache.is_dir() and (cache / ".lock").exists():

@@ -17,9 +17,10 @@ from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 
 import emulator  # noqa: E402
+from preloaded import preload  # noqa: E402
 
 DEVICE = emulator.install()
 
@@ -92,8 +93,7 @@ def run(conftest, request):
 
 def main():
     conftest = load_conftest()
-    for name in ("train", "sample", "encode", "export", "shard"):
-        __import__(name)  # what the commands import is there before the first fork
+    preload()  # what the commands import is there before the first fork
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -252,14 +252,14 @@ def test_marked_blocks():
     [pytest.param(*block, marks=[pytest.mark.slow] if len(block[1]) > 2 else []) for block in marked()],
     ids=lambda value: value[0][:40] if isinstance(value, list) else value.name,
 )
-def test_marked_block_runs(page, lines, tiny, environment, tmp_path):
+def test_marked_block_runs(page, lines, tiny, environment, python, tmp_path):
     """On the small world in the demo's place, with this project's Python as `python`; README quotes what it prints."""
     for name, target in (("FOOTAGE", tiny.footage), ("data/demo/latents", tiny.latents)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
     for program in [*COMMANDS, "demo"]:
         (tmp_path / f"{program}.py").symlink_to(ROOT / f"{program}.py")
-    path = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    path = f"{Path(python).parent}:{Path(sys.executable).parent}:{environment['PATH']}"
     ended = subprocess.run(
         ["bash", "-euc", "\n".join(lines)],
         cwd=tmp_path, env={**environment, "PATH": path}, capture_output=True, text=True, timeout=300,

@@ -55,7 +55,7 @@ def test_quiet_run(tiny, command, tmp_path):
     """
     run = ("adapter=lora", f"data.shards={tiny.latents}", "batch_size=1", "steps=1", "tracker=jsonl")
     preview = ("check_expert=off", "sample.every=1", "sample.count=1", "sample.steps=1", "validation.clips=1")
-    assert command("train.py", *run, *preview, cwd=tmp_path).foreign == []
+    assert command("train.py", *run, *preview, cwd=tmp_path, python=sys.executable).foreign == []
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_quiet_run(tiny, command, tmp_path):
 )
 def test_quiet_sample_and_export(command, words, tmp_path):
     """sample.py and export.py print no message of a library."""
-    assert command(*words, f"weights={ROOT / 'assets' / 'wan-tiny'}", cwd=tmp_path).foreign == []
+    assert command(*words, f"weights={ROOT / 'assets' / 'wan-tiny'}", cwd=tmp_path, python=sys.executable).foreign == []
 
 
 def test_library_warning(environment, tmp_path):

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -16,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from preloaded import forked
 
 from wantrain.data import check_folder, read_manifest
 from wantrain.data.latents import heartbeat
@@ -43,11 +43,11 @@ def long_set(inside, tmp_path):
 class Encoding:
     """encode.py as two processes of one launch, each with its rank in the environment."""
 
-    def __init__(self, command, out, environment):
-        self.out, self.began = out, time.time()
+    def __init__(self, command, out, environment, python):
+        self.out, self.began, self.python = out, time.time(), python
         self.processes = [
             subprocess.Popen(
-                [sys.executable, str(ENCODE), *command, f"out={out}"],
+                [python, str(ENCODE), *command, f"out={out}"],
                 env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -72,7 +72,7 @@ class Encoding:
         """kill -9 of both, their decoders included."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):  # it has ended, and its decoders with it
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(forked(self.python, process.pid), signal.SIGKILL)
         for process in self.processes:
             process.wait()
 
@@ -95,7 +95,7 @@ def choices(videos, base, area):
     return [f"shards={videos}", f"weights={base}", f"area={area}", "shard_clips=2", "decode.workers=1", "report=none"]
 
 
-def killed(kills, command, out, unbroken, environment, seed=0):
+def killed(kills, command, out, unbroken, environment, python, seed=0):
     """Kill two processes so many times, a moment after a number of tars that is drawn; the tars that each kill left.
 
     The next begins with them; a folder that is finished before its kill is thrown away.
@@ -103,7 +103,7 @@ def killed(kills, command, out, unbroken, environment, seed=0):
     draw, left = random.Random(seed), []
     moments = sorted(draw.sample(range(len(list(unbroken.glob("*.tar"))) - 2), kills))
     while len(left) < kills:
-        encoding = Encoding(command, out, environment)
+        encoding = Encoding(command, out, environment, python)
         try:
             if encoding.wait_for_work(moments[len(left)]):
                 time.sleep(draw.uniform(0, 0.1))
@@ -117,34 +117,32 @@ def killed(kills, command, out, unbroken, environment, seed=0):
     return left
 
 
-def test_launch_and_kill(tiny, environment, launch_command, call, tmp_path):
+def test_launch_and_kill(tiny, environment, python, launch, call, tmp_path):
     """A launch shares the work between its ranks, and one process completes what two killed ones left.
 
     The launch has no process group: each rank prints what it has made; a killed rank leaves no trace.
     """
     unbroken, out = tmp_path / "unbroken", tmp_path / "out"
     command = choices(tiny.videos, tiny.base, 1024)
-    start = launch_command("ddp", *command, f"out={unbroken}", script=ENCODE)
-    ended = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
+    ended = launch("ddp", *command, f"out={unbroken}", script=ENCODE)
     made = {rank: int(clips) for rank, clips in re.findall(r"rank (\d) of 2: (\d+) clips", ended.stdout)}
     assert set(made) == {"0", "1"} and all(made.values())
     assert sum(made.values()) == read_manifest(unbroken, "latent")["clips"]
-    killed(1, command, out, unbroken, environment)
+    killed(1, command, out, unbroken, environment, python)
     call("encode.py", *command, f"out={out}")
     agrees(out, unbroken)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_random_kills(tiny, long_set, call, environment, tmp_path):
+def test_random_kills(tiny, long_set, call, environment, python, tmp_path):
     """Two processes, killed at twenty random moments in five runs, end with the bytes of an unbroken run."""
     unbroken, command, tars = tmp_path / "unbroken", choices(long_set, tiny.base, 4096), list[int]()
     call("encode.py", *command, f"out={unbroken}")
     for life in range(5):
         out = tmp_path / f"out-{life}"
-        tars += killed(4, command, out, unbroken, environment, seed=life)
-        ended = Encoding(command, out, environment)
+        tars += killed(4, command, out, unbroken, environment, python, seed=life)
+        ended = Encoding(command, out, environment, python)
         assert [process.wait(timeout=120) for process in ended.processes] == [0, 0]
         agrees(out, unbroken)
     print(f"tars there after each kill: {tars}")

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -72,7 +71,7 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture
-def pair(tmp_path, environment):
+def pair(tmp_path, environment, python):
     """pair("refuses"): starts PAIR twice, and gives the two processes; whatever is left of them is killed in the end."""
     (tmp_path / "pair.py").write_text(PAIR)
     started = []
@@ -84,7 +83,7 @@ def pair(tmp_path, environment):
         for rank in (0, 1):
             place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
             env = {**environment, **place, "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, str(tmp_path / "pair.py"), scenario]
+            command = [python, str(tmp_path / "pair.py"), scenario]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             started.append(subprocess.Popen(command, env=env, **pipes))
         return started

@@ -191,13 +191,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 HANG = 10  # seconds, less than the 11 that the first five clips sleep
 
 
-def test_hang_in_validation(tiny, tmp_path, environment):
+def test_hang_in_validation(tiny, tmp_path, environment, python):
     """A validation longer than the limit is not ended, and a clip that hangs is."""
     watched = ("data.holdout=0.3", "validation.every=1", "validation.clips=3", "validation.points=2")
     size = ("init=scratch", "batch_size=2", "steps=1", "check_expert=off", "run=r", f"safeguards.hang={HANG}")
     script = tmp_path / "slow.py"
     script.write_text(SLOW.format(root=str(ROOT)))
-    command = [sys.executable, str(script), *tiny.train, *watched, *size]
+    command = [python, str(script), *tiny.train, *watched, *size]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == HUNG, ended.stderr
     assert f"error: nothing has happened for {HANG} s (safeguards.hang) while measuring clip 6 of 6" in ended.stderr
