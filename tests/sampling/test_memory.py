@@ -3,16 +3,18 @@
 import itertools
 import re
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wantrain.geometry import Bucket
-from wantrain.models import WanTransformer, WanVAE
+from wantrain.models import WanTransformer, WanVAE, feed_forward, fused
 from wantrain.models.offload import EXPERTS, OffloadPolicy
 from wantrain.sampling import ExpertOffloader, memory
 from wantrain.sampling.memory import cast_as_loaded
+from wantrain.util import parts as loops
 
 SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "ffn_dim": 64, "num_layers": 3}
 
@@ -44,6 +46,18 @@ def test_trace_equals_real_tensors():
         traced = peaks()
     for without, real in zip(traced, peaks(), strict=True):
         assert abs(without - real) <= 256 and real > 10_000  # a constant or two
+
+
+def test_parts_left_out(monkeypatch):
+    """A trace that leaves out parts of loops finds the peak of the whole loops."""
+    monkeypatch.setattr(feed_forward, "PART", 50)  # of 60 tokens: one part, and one of 10
+    monkeypatch.setattr(fused, "PIECE", 7 * 32)
+    traced = []
+    for shorten in (loops.shortened, lambda counts: nullcontext()):
+        monkeypatch.setattr(memory, "shortened", shorten)
+        with FakeTensorMode():
+            traced.append(memory.trace_step(WanTransformer(**SIZE).eval(), torch.zeros(2, 16, 3, 8, 10)))
+    assert traced[0] == traced[1] > 10_000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's memory; there is none")
