@@ -21,6 +21,7 @@ from unittest import mock
 import pytest
 import torch
 from preloaded import Preloaded
+from shared_traces import shared_traces
 
 from wantrain.demo.footage import make_footage
 from wantrain.models import Base, WanTransformer, WanVAE
@@ -52,6 +53,13 @@ def no_processes(request):
         mock.patch.object(subprocess.Popen, "__del__", lambda self: None),
         mock.patch.object(multiprocessing.process.BaseProcess, "start", refuse),
     ):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_trace_each():
+    """The planner traces a network, two seconds of work or more, once for all tests of a process."""
+    with shared_traces():
         yield
 
 

@@ -300,7 +300,7 @@ def test_vae(device, tiny, tmp_path):
     [
         (),
         ("offload.experts=cpu",),
-        ("offload.experts=disk",),
+        pytest.param(("offload.experts=disk",), marks=pytest.mark.slow),
         pytest.param(("offload.blocks=true", "offload.experts=cpu"), marks=pytest.mark.slow),
         ("offload.blocks=true", "offload.experts=disk", "tile=16"),
         ("tile=16", "solver=dpm++", "precision=bf16"),
@@ -325,7 +325,7 @@ def test_lora_sample_and_export(train, device, tmp_path):
     assert one == other != twice
 
 
-@pytest.mark.parametrize("model", ["tiny_i2v", "tiny_ti2v"])
+@pytest.mark.parametrize("model", [pytest.param("tiny_i2v", marks=slow), "tiny_ti2v"])
 def test_sampling_with_conditioning(device, seen_models, pictures, model, tmp_path):
     """Sampling on the device takes an image, a video with a mask, or frames to keep."""
     base = ("sample.py", f"model={model}", f"weights={seen_models / model}", "prompt=a red circle", *SAMPLE)

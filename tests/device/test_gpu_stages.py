@@ -8,9 +8,9 @@ import math
 
 import pytest
 
-FAST = ("transformer:block", "against:step_5b", "encoders:text")
+FAST = ("transformer:block", "encoders:text")
 SLOW = (
-    "against:slice_lora", "against:slice_full", "against:step_81", "encoders:vae_2_1", "encoders:vae_2_2",
+    "against:step_5b", "against:slice_lora", "against:slice_full", "against:step_81", "encoders:vae_2_1", "encoders:vae_2_2",
     "variants:by_tokens", "variants:quantized", "variants:swap",
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """ExpertOffloader rules that a machine can hold: sizes, who imports whom, no pickles, no machine's own paths."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ def name_of(file):
     return file.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def imports(file, *, everywhere=True):
     """Modules that a file imports: at its top, and inside functions if `everywhere`."""
     found = set()

@@ -144,7 +144,7 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["full", pytest.param("lora", marks=pytest.mark.slow), "offload"])
 def test_pair_matches_single_runs(how, tiny, pair, call, tmp_path):
     """A pair run equals the two single runs bit for bit."""
     command = ("train.py", *tiny.train, f"weights={pair}", *HOW[how], "batch_size=2", "check_expert=off")

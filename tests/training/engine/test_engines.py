@@ -86,10 +86,11 @@ def test_hybrid_shards(tiny, pair, launch, call, tmp_path):
     assert loss <= 1e-2 and moved <= 1e-3
 
 
-FEW = (("zero2", 2), ("fsdp2", 2))
+FEW = (("ddp", 2), ("fsdp2", 2))
 ALL = (
     ("single", 1),
-    *FEW,
+    ("zero2", 2),  # DeepSpeed compiles a library at its first start: a minute and a half
+    ("fsdp2", 2),
     ("ddp", 4),
     ("zero1", 2),
     ("fsdp2", 4),

@@ -221,6 +221,7 @@ print("\\nmeasured", used.ru_utime + used.ru_stime, int(peak) * 1024 / 1e9)
 """
 
 
+@pytest.mark.slow
 def test_dry_run_of_14b(environment, tmp_path):
     """A dry run of a 14B model takes less than 1 GB of memory and 40 s of processor time.
 

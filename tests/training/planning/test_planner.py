@@ -33,7 +33,11 @@ spec.loader.exec_module(memory)
 SETTINGS = list(memory.settings())
 
 
-@pytest.mark.parametrize("setting", SETTINGS[::5], ids=lambda s: f"{s.adapter}-{s.recompute}-{s.precision}")
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(each, marks=[pytest.mark.slow] if number % 3 else []) for number, each in enumerate(SETTINGS[::5])],
+    ids=lambda s: f"{s.adapter}-{s.recompute}-{s.precision}",
+)
 def test_predicted_memory(setting):
     """The planner's bytes lie within 10 % of what real tensors take in a real step."""
     row = memory.compare(setting)

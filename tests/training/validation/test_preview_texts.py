@@ -99,7 +99,7 @@ def test_sampling_encodes_first(offload, pair, call, tmp_path, events):
     assert all(event.startswith("expert") for event in events[3:]), "no text is encoded again"
 
 
-@pytest.mark.parametrize("expert", ["low_noise", "both"])
+@pytest.mark.parametrize("expert", [pytest.param("low_noise", marks=pytest.mark.slow), "both"])
 def test_training_encodes_first(expert, tiny, pair, call, tmp_path, events):
     """A run encodes the texts of its previews before it loads an expert."""
     (tmp_path / "p.txt").write_text("a red ring\na cat\n")

@@ -547,7 +547,13 @@ def test_validation_across_engines(engine, processes, tiny, pair, call, launch, 
     assert measured(first) == measured(again)
 
 
-@pytest.mark.parametrize("how", [("ema=0.9",), ("adapter=lora", "adapter.rank=2", "optimizer.lr=1e-2", "ema=0.9")])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(("ema=0.9",), marks=pytest.mark.slow),
+        ("adapter=lora", "adapter.rank=2", "optimizer.lr=1e-2", "ema=0.9"),
+    ],
+)
 def test_training_with_validation(how, tiny, pair, call, tmp_path):
     """A run with validation trains bit for bit as one without, and resumes its validation."""
     command = ("train.py", *tiny.train, f"weights={pair}", *how, "batch_size=2", "steps=4", "data.holdout=0.3")
