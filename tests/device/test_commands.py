@@ -19,6 +19,8 @@ from wantrain.video import read_mp4, write_mp4
 #: Steps with everything that happens around them: validation, previews, checkpoints.
 AROUND = ("validation.every=2", "validation.clips=2", "validation.points=2", "checkpoint.every=2", "tracker=jsonl",
           "sample.every=2", "sample.count=1", "sample.steps=2", "batch_size=4", "accumulate=2", "steps=4")  # fmt: skip
+#: Without previews and the check of the expert, half of a short run's time, where a test looks at neither.
+UNSEEN = ("sample.every=0", "check_expert=off")
 SIZE = {"num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "ffn_dim": 64, "num_layers": 2}
 MICRO = ("model.transformer.num_layers=2", "model.transformer.ffn_dim=64")
 SAMPLE = ("num_frames=9", "model.area=1024", "steps=3", *MICRO)
@@ -100,9 +102,11 @@ def test_training_matches_cpu(train, call, tiny, pair, tmp_path):
 
     The device computes with the CPU's own kernels, attention's apart.
     """
-    train("adapter=lora", "optimizer.lr=1e-2")
+    how = ("adapter=lora", "optimizer.lr=1e-2", *UNSEEN)
+    train(*how)
     here = losses(tmp_path / "runs" / "r")
-    call("train.py", *tiny.train, f"weights={pair}", *AROUND, "run=cpu", "adapter=lora", "optimizer.lr=1e-2")
+    around = [word for word in AROUND if not word.startswith("sample.")]
+    call("train.py", *tiny.train, f"weights={pair}", *around, "run=cpu", *how)
     assert losses(tmp_path / "runs" / "cpu") == pytest.approx(here, rel=1e-5)
 
 
@@ -112,8 +116,8 @@ def test_resume_and_replay(train, device, tmp_path):
     def trained():
         return read_file(tmp_path / "runs" / "r" / "checkpoints" / "step_000004" / "adapter.safetensors")[0]
 
-    train("adapter=lora", "stop_after=2")
-    train("adapter=lora")
+    train("adapter=lora", *UNSEEN, "stop_after=2")
+    train("adapter=lora", *UNSEEN)
     resumed = trained()
     said = device("train.py", "replay=runs/r/run.json", "steps=4").stdout
     assert "the losses of 4 steps are the same, bit for bit" in said
@@ -136,7 +140,7 @@ def test_packs(train, tmp_path):
 
 
 #: Steps of which none logs, but for the last.
-QUIET = ("steps=8", "sample.every=0", "validation.every=1000", "checkpoint.every=1000", "data.caption_dropout=0.5")
+QUIET = ("steps=8", *UNSEEN, "validation.every=1000", "checkpoint.every=1000", "data.caption_dropout=0.5")
 slow = pytest.mark.slow
 
 
@@ -202,7 +206,7 @@ def checkpoint(folder, step):
 def test_refused_step(train, tmp_path):
     """A step that is refused leaves weights, moments and average as they were, and is reported when the next one is
     made; where too many are refused in a row, the run ends before another checkpoint."""
-    steps = ("adapter=lora", "ema=0.9", *QUIET[1:3], "steps=8", "accumulate=1", "safeguards.max_skipped_steps=2")
+    steps = ("adapter=lora", "ema=0.9", *QUIET[1:4], "steps=8", "accumulate=1", "safeguards.max_skipped_steps=2")
     ended = train(*steps, "checkpoint.every=1", "checkpoint.keep=9", "stop_after=4", fault=FAULT.format(steps={3}))
     before, after, following = (checkpoint(tmp_path, step) for step in (2, 3, 4))
     assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
