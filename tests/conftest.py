@@ -217,7 +217,7 @@ def launch_command():
 
 
 @pytest.fixture(scope="session")
-def tiny(command, tmp_path_factory):
+def tiny(preloaded, tmp_path_factory):
     """The small world, made by the real commands: 8 clips and 2 images, 32 pixels and 9 frames a clip."""
     folder = tmp_path_factory.mktemp("tiny")
     world = Tiny(folder / "base", folder / "footage", folder / "videos", folder / "latents")
@@ -229,9 +229,10 @@ def tiny(command, tmp_path_factory):
         vae = WanVAE(base_dim=4)
         write_part(world.base / "vae", vae.config(), vae.state_dict())
     make_footage(world.footage, num_videos=8, num_images=2, size=32)
-    sharded = command("shard.py", f"source={world.footage}", f"out={world.videos}", "num_frames=9")
+    run = functools.partial(run_verb, python=preloaded)
+    sharded = run("shard.py", f"source={world.footage}", f"out={world.videos}", "num_frames=9")
     weights = f"weights={world.base}"
-    encoded = command("encode.py", f"shards={world.videos}", f"out={world.latents}", weights, "area=1024")
+    encoded = run("encode.py", f"shards={world.videos}", f"out={world.latents}", weights, "area=1024")
     assert sharded.foreign + encoded.foreign == [], "a library speaks in a command that went well"
     return world
 
