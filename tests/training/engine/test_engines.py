@@ -40,8 +40,8 @@ def test_stale_build_lock(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("engine", "what"),
     [
-        *((engine, "full") for engine in ENGINES if not engine.startswith("zero")),
-        *(pytest.param(engine, "full", marks=pytest.mark.slow) for engine in ENGINES if engine.startswith("zero")),
+        *((engine, "full") for engine in ENGINES if engine not in {"zero1", "zero3"}),  # one of ZeRO, which compiles
+        *(pytest.param(engine, "full", marks=pytest.mark.slow) for engine in ("zero1", "zero3")),
         *(pytest.param(engine, "lora", marks=pytest.mark.slow) for engine in ENGINES),
         *(pytest.param(engine, "dora", marks=pytest.mark.slow) for engine in ("zero3", "fsdp2")),
         *(pytest.param(engine, "lokr", marks=pytest.mark.slow) for engine in ("ddp", "zero2", "fsdp2")),
