@@ -37,10 +37,10 @@ def expert(
     *,
     recompute: str,
     model: str = "a14b",
-    stored: str | None = None,
+    stored: Format | None = None,
 ) -> WanTransformer:
     """An expert of so many blocks (None: all) that is trained by a LoRA ("lora") or as a whole ("full"), with the
-    kernel of attention that a run takes. `stored` is base.dtype.
+    kernel of attention that a run takes. `stored` is base.dtype with base.low_rank.
     """
     dtype = torch.bfloat16 if kind == "lora" else torch.float32
     keywords = sizes.transformer(context.small, layers, model)
@@ -49,7 +49,7 @@ def expert(
     )
     assert isinstance(module, WanTransformer)
     for name in quantizable(module) if stored else ():
-        replace_layer(module, name, quantize(module.get_submodule(name).weight, Format(stored)), dtype)  # type: ignore[arg-type]
+        replace_layer(module, name, quantize(module.get_submodule(name).weight, stored), dtype)  # type: ignore[arg-type]
     if kind == "lora":
         settings = adapters.AdapterSettings(rank=sizes.RANK, alpha=sizes.RANK, targets="attention+ffn")
         adapters.inject(module, settings, seed=0)

@@ -52,17 +52,19 @@ def fitted(tokens: list[int], values: list[float]) -> tuple[float, float, float]
 
 
 def quantized(context: Context) -> dict[str, Any]:
-    """base.dtype: what each format costs beside bf16, and whether the card stores and reads the CPU's values."""
+    """base.dtype and base.low_rank: what each format costs beside bf16, and whether the card stores and reads the CPU's
+    values.
+    """
     bucket = sizes.clips(context.small)["17 frames"]
     modules: dict[str, WanTransformer] = {"bf16": expert(context, 8, "lora", recompute="block")}
-    for kind in FORMATS:
+    for form in (*map(Format, FORMATS), Format("nf4", low_rank=sizes.RANK)):
         try:
-            check_library(kind)
+            check_library(form.name)
         except ValueError as error:
-            context.note(**{f"{kind} is not here": str(error)})
+            context.note(**{f"{form} is not here": str(error)})
             continue
-        _same_values(context, kind)
-        modules[kind] = expert(context, 8, "lora", recompute="block", stored=kind)
+        _same_values(context, form)
+        modules[str(form)] = expert(context, 8, "lora", recompute="block", stored=form)
     context.note(weights_gb={kind: sum(p.nbytes for p in own.parameters()) / 1e9 for kind, own in modules.items()})
     works = {kind: _both(passes(context, module, bucket)) for kind, module in modules.items()}
     seconds = measure(context.device, works, repeats=1 if context.small else 5)
@@ -72,18 +74,24 @@ def quantized(context: Context) -> dict[str, Any]:
     return {"in_words": in_words(context)}
 
 
-def _same_values(context: Context, kind: str) -> None:
-    """A weight stored on the card has the CPU's bytes, and gives its values again."""
+def _same_values(context: Context, form: Format) -> None:
+    """A weight stored on the card has the CPU's bytes, and gives its values again. With a product both are other sums,
+    but lack as much of the weight.
+    """
     side = 256 if context.small else 2048
     weight = 0.02 * torch.randn(side, side, generator=torch.Generator().manual_seed(0))
-    there, here = quantize(weight.to(context.device), Format(kind)), quantize(weight, Format(kind))
+    there, here = quantize(weight.to(context.device), form), quantize(weight, form)
+    if form.low_rank is not None:
+        lacks = [each.left_of(own).norm().item() for each, own in ((there, weight.to(context.device)), (here, weight))]
+        context.check(f"{form}: error beside the CPU's", abs(lacks[0] / lacks[1] - 1), 1e-3, "a share")
+        return
     differ = (there.data.cpu() != here.data).double().mean().item()
-    context.check(f"{kind}: bytes that differ from the CPU's", differ, 1e-4, "a share: values in the middle of two")
+    context.check(f"{form}: bytes that differ from the CPU's", differ, 1e-4, "a share: values in the middle of two")
     moved = type(here)(here.data.to(context.device), here.scale.to(context.device), here.coding, here.shape)
     mine, theirs = moved.dequantized(torch.bfloat16).cpu().float(), here.dequantized(torch.bfloat16).float()
     step = torch.exp2(torch.maximum(mine.abs(), theirs.abs()).clamp(min=1e-30).log2().floor() - 7)
     furthest = ((mine - theirs).abs() / step).max().item()
-    context.check(f"{kind}: dequantised values", furthest, DEQUANTIZED, "in steps of bf16; both round once")
+    context.check(f"{form}: dequantised values", furthest, DEQUANTIZED, "in steps of bf16; both round once")
 
 
 def _both(parts: dict[str, Callable[[], None]]) -> Callable[[], None]:
