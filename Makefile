@@ -21,7 +21,7 @@ docs: $(STAMP)
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --quick -m "not slow"
 
-# About twelve minutes on two quiet cores.
+# About a quarter of an hour on two quiet cores.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow"
 
