@@ -9,8 +9,10 @@ had before the first step. Both keep freed memory for the next step, as train.py
 every gradient of both sides are held against each other: if they differ, the timing is void. Writes step.json after
 every case; with --only the other cases stay as they are stored: `more` says when each was measured, `command` and
 `machine` are those of the last run.
-Cases "beside DiffSynth-Studio" hold its transformer, with peft's LoRA as its trainer adds it, against ours in the same
-loop, without goals. They are measured by name alone, in an environment where `pip install diffsynth` was done.
+A LoRA is also measured with compile=blocks on our side, and with both sides compiled, by name alone; the compiler's
+work is in the first step, and in the memory. Cases "beside DiffSynth-Studio" hold its transformer, with peft's LoRA
+as its trainer adds it, against ours in the same loop, without goals. They are measured by name alone, in an
+environment where `pip install diffsynth` was done.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ CASES: dict[str, dict[str, float]] = {
     "LoRA": {"CPU s": 0.95, "MB": 0.65},
     "LoRA, recomputed": {"CPU s": 1.0},
 }
-OTHERS: dict[str, dict[str, float]] = {f"{case}, beside {PEERS[1]}": {} for case in CASES}
+#: What is measured by name alone: ours with compile=blocks, and both sides compiled; and the second of PEERS.
+OURS_COMPILED, BOTH_COMPILED = "LoRA, ours compiled", "LoRA, both compiled"
+OTHERS: dict[str, dict[str, float]] = {OURS_COMPILED: {"CPU s": 0.95}, BOTH_COMPILED: {}}
+OTHERS |= {f"{case}, beside {PEERS[1]}": {} for case in CASES}
 #: What is measured, and its unit.
 MEASURES = {"seconds per step": "CPU s", "memory above the start": "MB"}
 #: Largest difference of an output or a gradient, as a share of its largest value.
@@ -54,12 +59,15 @@ def build_ours(folder: Path, case: str) -> nn.Module:
     """This project's transformer."""
     from wantrain.models import adapters, load_transformer
     from wantrain.models.activation_policy import ActivationPolicy
+    from wantrain.models.compiling import BlockCompiler
 
     module = load_transformer(folder, dtype=torch.float32)
     if "LoRA" in case:
         own = adapters.AdapterSettings(rank=RANK, alpha=RANK, targets="attention+ffn")
         adapters.inject(module, own, seed=0)
     module.run_block = ActivationPolicy("block" if "recomputed" in case else "none", blocks=WS["num_layers"])
+    if case in {OURS_COMPILED, BOTH_COMPILED}:
+        BlockCompiler().compile(module)
     return module
 
 
@@ -75,6 +83,8 @@ def build_theirs(folder: Path, case: str) -> nn.Module:
         module.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))  # type: ignore[operator]
     if "recomputed" in case:
         module.enable_gradient_checkpointing()  # type: ignore[operator]
+    if case == BOTH_COMPILED:
+        module.compile_repeated_blocks()  # type: ignore[operator]
     return module
 
 
@@ -151,6 +161,8 @@ def differences(case: str, folder: Path) -> dict[str, float]:
         theirs = peers.transformer(ours).train()
         if "recomputed" in case:
             theirs.enable_gradient_checkpointing()
+        if case == BOTH_COMPILED:
+            theirs.compile_repeated_blocks()
     else:
         theirs = peers.diffsynth_transformer(ours).train()
         theirs.recompute = "recomputed" in case
