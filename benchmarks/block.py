@@ -7,8 +7,9 @@ a timestep of its own. One script counts both sides:
   forward, backward  bytes that all operations read and write, except matrix products and attention
   saved              bytes kept for the backward, without weights, when all activations are kept
 
-Both have bf16 weights; ours also as full fine-tuning trains it, float32 under autocast, where the casts of weights
-count. Writes block.json.
+A case "compiled" holds our compiled block, whose operations between products count together (regions.py), against
+diffusers' in plain operations; `more` has diffusers' compiled. Both have bf16 weights; ours also as full fine-tuning
+trains it, float32 under autocast, where the casts of weights count. Writes block.json.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import regions
 import result
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
@@ -47,18 +49,23 @@ CASES = {
     "TI2V-5B full": (TI2V_5B, (31, 22, 40), True),
 }
 GOALS = {"forward": 0.45, "backward": 0.45, "saved": 0.55}
+#: Of compiled blocks, beside diffusers' in plain operations.
+COMPILED_GOALS = {"forward": 0.20, "backward": 0.20}
+#: Counts a block's forward and backward, by its inputs, in a context.
+Count = Callable[[nn.Module, tuple[Any, ...], AbstractContextManager[Any]], dict[str, Any]]
 
 
-def count(
-    block: nn.Module, inputs: Callable[[], tuple[Any, ...]], context: AbstractContextManager[Any]
-) -> dict[str, float]:
-    """GB of one forward and backward of a block on the meta device, all activations kept."""
+def without_tensors(
+    count: Count, block: nn.Module, inputs: Callable[[], tuple[Any, ...]], context: AbstractContextManager[Any]
+) -> dict[str, Any]:
+    """What `count` finds where no tensor has values."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_fake_parameters(block)
-        return _count(block, inputs(), context)
+        return count(block, inputs(), context)
 
 
-def _count(block: nn.Module, inputs: tuple[Any, ...], context: AbstractContextManager[Any]) -> dict[str, float]:
+def plain(block: nn.Module, inputs: tuple[Any, ...], context: AbstractContextManager[Any]) -> dict[str, Any]:
+    """GB of one forward and backward of a block, operation by operation, all activations kept."""
     weights = {id(tensor.untyped_storage()) for tensor in block.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -83,7 +90,7 @@ def _count(block: nn.Module, inputs: tuple[Any, ...], context: AbstractContextMa
     }
 
 
-def ours(case: str, precision: str) -> dict[str, float]:
+def ours(case: str, precision: str, count: Count = plain) -> dict[str, Any]:
     """This project's block; its input is the float32 residual stream."""
     sizes, grid, per_frame = CASES[case]
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -112,10 +119,11 @@ def ours(case: str, precision: str) -> dict[str, float]:
         )
 
     mixed = precision == "fp32" or "LoRA" in case
-    return count(module.blocks[0], inputs, autocast("bf16", torch.device("cpu")) if mixed else nullcontext())
+    context = autocast("bf16", torch.device("cpu")) if mixed else nullcontext()
+    return without_tensors(count, module.blocks[0], inputs, context)
 
 
-def theirs(case: str) -> dict[str, float]:
+def theirs(case: str, count: Count = plain) -> dict[str, Any]:
     """diffusers' block in bf16; a LoRA is peft's, in bf16 too."""
     sizes, grid, per_frame = CASES[case]
     dim = 128 * sizes["num_attention_heads"]
@@ -140,7 +148,7 @@ def theirs(case: str) -> dict[str, float]:
             rotary,
         )
 
-    return count(block, inputs, nullcontext())
+    return without_tensors(count, block, inputs, nullcontext())
 
 
 def counted() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -156,6 +164,13 @@ def counted() -> tuple[dict[str, Any], dict[str, Any]]:
         more[name] = {"largest": {side: found["largest"] for side, found in sides.items()}}
         if "full" in name:
             more[name]["ours, float32 weights"] = ours(name, "fp32")
+        compiled = {"ours": ours(name, "bf16", regions.count), "diffusers": sides["diffusers"]}
+        measures = {
+            key: result.measure("GB", {side: [found[key]] for side, found in compiled.items()}, at_most=goal)
+            for key, goal in COMPILED_GOALS.items()
+        }
+        cases[f"{name}, compiled"] = result.case(measures)
+        more[name]["diffusers, compiled"] = theirs(name, regions.count)
     return cases, more
 
 

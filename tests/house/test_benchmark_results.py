@@ -34,6 +34,22 @@ def test_measure(bench):
         bench("result").measure("s", {"ours": [1.0, 2.0], "theirs": [1.0]})
 
 
+def test_region_bytes(bench):
+    """Operations between two products count as what comes in and what goes out; halves of a tensor are parts of it."""
+    counted = bench("regions").Counted()
+
+    def work(x, first, shift, second):
+        even, odd = ((x @ first).sigmoid() * shift).unflatten(-1, (-1, 2)).unbind(-1)
+        return (torch.cat([odd, even], -1) + shift) @ second
+
+    x, first, shift, second = (torch.ones(*shape) for shape in ((64, 8), (8, 16), (16,), (16, 4)))
+    first.requires_grad_()
+    torch.compile(work, backend=counted.backend(), fullgraph=True)(x, first, shift, second).sum().backward()
+    whole, row = 64 * 16 * 4, 16 * 4
+    assert counted.forward == 2 * whole + row, "the product's result and the shift are read, the second's input written"
+    assert counted.backward == 3 * whole + row, "as is the gradient that the second product gave, beside them"
+
+
 @pytest.mark.parametrize("error", [1.1e-5, math.nan])
 def test_void_case(error, bench):
     """Sides that are too far apart make every verdict void; the values stay."""

@@ -196,7 +196,13 @@ class NarrowScale:
         scaling = module.scaling[active_adapter]
         if scaling != 1:
             narrow = narrow * scaling
-        changed: Tensor = result + module.lora_B[active_adapter](narrow)
+        up = module.lora_B[active_adapter]
+        if (
+            torch.compiler.is_compiling()
+        ):  # the product adds in its own pass; elsewhere calling `up` may fetch its weight
+            flat = torch.addmm(result.flatten(0, -2), narrow.flatten(0, -2), up.weight.t())
+            return flat.view_as(result)
+        changed: Tensor = result + up(narrow)
         return changed
 
 
