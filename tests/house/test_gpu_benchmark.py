@@ -203,7 +203,7 @@ def test_machine(context, stages):
         pytest.param("against:step_81", 1, marks=pytest.mark.slow),
         ("against:step_5b", 1),
         pytest.param("encoders:vae_2_2", 4, marks=pytest.mark.slow),
-        ("variants:quantized", 3),
+        ("variants:quantized", 4),
         ("variants:swap", 2),
     ],
 )
